@@ -1,0 +1,59 @@
+"""Train, test and apply the diagnosis classifier described by a JSON file."""
+
+import argparse
+import os
+from pathlib import Path
+
+from ldm import cli
+from ldm.errors import UsageError
+
+CONFIGS = Path(__file__).resolve().parent / "configs" / "classifier"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.parser(
+        "Train a healthy/diseased (or lesion type) classifier on real and synthetic images, test it once, predict."
+    )
+    parser.add_argument(
+        "args", metavar="ARGS.json", help="configuration; a bare name is looked up in configs/classifier/ first"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a key of the JSON (value in JSON; may be repeated), for instance --set EPOCHS=5",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of another run in output_dir")
+    return parser
+
+
+def find_config(name: str) -> Path:
+    """The JSON that ``name`` means; raises UsageError listing what there is."""
+    path = Path(name)
+    shipped = CONFIGS / name
+    if path.name == name and shipped.is_file():
+        return shipped
+    if path.is_file():
+        return path
+    known = ", ".join(sorted(item.name for item in CONFIGS.glob("*.json")))
+    raise UsageError(f"{name}: no such configuration here; shipped in {CONFIGS}: {known}")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run; 3 when some samples were rejected (listed in rejects.csv or predictions.json of the output folder)."""
+    from ldm.classifier_data import load_config
+
+    overrides = [*args.set, *(["overwrite=true"] if args.overwrite else [])]
+    config = load_config(find_config(args.args), overrides)
+
+    # Read by OpenMP when torch is loaded. Spinning threads make training ten times slower where cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from ldm.classification import run_classifier
+
+    return cli.SOME_REJECTED if run_classifier(config)["n_rejected"] else cli.DONE
+
+
+if __name__ == "__main__":
+    cli.run(build_parser(), main)

@@ -1,0 +1,1 @@
+"""MedSoft-Diffusion: the library behind the commands. Importing it does nothing and needs no torch."""

@@ -1,0 +1,138 @@
+"""Attention of the U-Net: SD 1.5's transformer block with a third, soft-mask-gated attention.
+
+Tensor names used throughout: ``x`` features, ``text`` (B, 77, D_text) text-encoder states, ``semantic``
+(B, N, D_sem) tokens of the Medical Semantic Controller, ``gate`` (B, H*W, 1) the soft mask at this resolution.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass
+class Conditioning:
+    """What steers the U-Net besides the time step.
+
+    text:      (B, T, D_text) text-encoder states.
+    semantic:  (B, N, D_sem) tokens for the third attention, or None to leave that attention out altogether.
+    soft_mask: (B, 1, h, w) soft mask at latent size, 1 = to be drawn; None leaves the third attention ungated.
+    """
+
+    text: Tensor
+    semantic: Tensor | None = None
+    soft_mask: Tensor | None = None
+    _gates: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def gate(self, height: int, width: int) -> Tensor | None:
+        """The soft mask brought to (height, width) by maximum, so that the smallest lesion survives: (B, h*w, 1)."""
+        if self.soft_mask is None:
+            return None
+        if (height, width) not in self._gates:
+            pooled = F.adaptive_max_pool2d(self.soft_mask, (height, width))
+            self._gates[height, width] = rearrange(pooled, "b 1 h w -> b (h w) 1")
+        return self._gates[height, width]
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention with SD's parameter names; self-attention when no context is given."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, zero_output: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.0))
+        if zero_output:
+            nn.init.zeros_(self.to_out[0].weight)
+            nn.init.zeros_(self.to_out[0].bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, L, dim), context (B, N, context_dim) or None -> (B, L, dim)."""
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(tokens, "b n (h d) -> b h n d", h=self.heads)
+            for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, dim / heads)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
+class GEGLU(nn.Module):
+    """Linear layer whose second half gates the first through GELU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """SD's feed-forward: GEGLU to four times the width and back."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(0.0), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, soft-mask-gated semantic attention, text attention, feed-forward (all pre-norm, residual).
+
+    ``attn3`` and ``norm4`` are new to SD 1.5. attn3's output projection starts at zero, so a freshly converted block
+    computes exactly what SD's block computes. The gate multiplies attn3's whole output, bias included: where the soft
+    mask is 0 the semantic tokens cannot act.
+    """
+
+    def __init__(self, dim: int, heads: int, text_dim: int, semantic_dim: int) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(dim, dim, heads)
+        self.attn2 = CrossAttention(dim, text_dim, heads)
+        self.attn3 = CrossAttention(dim, semantic_dim, heads, zero_output=True)
+        self.ff = FeedForward(dim)
+        self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(dim) for _ in range(4))
+
+    def forward(self, x: Tensor, cond: Conditioning, gate: Tensor | None) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        if cond.semantic is not None:
+            drawn = self.attn3(self.norm4(x), cond.semantic)
+            x = x + (drawn if gate is None else gate * drawn)
+        x = x + self.attn2(self.norm2(x), cond.text)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer over the pixels of a feature map, with 1x1 convolutions on both sides (SD 1.x layout)."""
+
+    def __init__(self, channels: int, heads: int, text_dim: int, semantic_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, text_dim, semantic_dim)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
+        height, width = x.shape[-2:]
+        gate = cond.gate(height, width)
+        tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            tokens = block(tokens, cond, gate)
+        out = rearrange(tokens, "b (h w) c -> b c h w", h=height)
+        return x + self.proj_out(out.contiguous())
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding of time steps, cosines first (SD's order): (B,) -> (B, dim), float32."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.float()[:, None] * torch.exp(-torch.log(torch.tensor(max_period)) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -1,0 +1,327 @@
+"""Typed configurations: YAML with ``base:`` inheritance and dotted overrides; unknown keys are refused by name."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import UsageError
+
+PARTS = ("unet", "autoencoder", "text", "biomedclip", "msc")
+GROUPS = ("msc", "attn3", "unet")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+
+
+@dataclass
+class DataConfig:
+    """How images and masks reach the networks; the same block serves training and inference."""
+
+    image_size: int = 512  # side of the model's square, pixels
+    fit: str = "crop"  # crop (with context around the lesion), pad or resize
+    context: float = 2.0  # crop side / longest lesion side, at least the model's square
+    feather: float = 0.25  # width of the soft border
+    feather_unit: str = "diameter"  # diameter (fraction of the lesion's equivalent diameter), pixels or mm
+    healthy_masks: int = 4  # fixed lesion-shaped masks per healthy image
+
+
+@dataclass
+class UNetConfig:
+    """Sizes of the U-Net (defaults: Stable Diffusion 1.5 inpainting)."""
+
+    in_channels: int = 9
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
+    num_res_blocks: int = 2
+    attention_levels: list[int] = field(default_factory=lambda: [0, 1, 2])
+    num_heads: int = 8
+    context_dim: int = 768  # width of the text encoder
+    semantic_dim: int = 768  # width of the MSC's output tokens (BiomedCLIP's patch tokens)
+    soft_mask_attention: bool = True  # false: third attention ungated, as in CAT-Diffusion
+
+
+@dataclass
+class AutoencoderConfig:
+    """Sizes of the KL autoencoder (defaults: Stable Diffusion 1.x)."""
+
+    in_channels: int = 3
+    channels: int = 128
+    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
+    num_res_blocks: int = 2
+    latent_channels: int = 4
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell along each side."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass
+class TextEncoderConfig:
+    """Sizes of the CLIP text encoder (defaults: CLIP ViT-L/14, as in Stable Diffusion 1.x)."""
+
+    vocab_size: int = 49408
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    max_length: int = 77
+
+
+@dataclass
+class BiomedClipConfig:
+    """Where BiomedCLIP lies, and the sizes the other networks are built for (checked against the folder)."""
+
+    path: str = "./biomedclip"
+    grid: int = 14  # patches per side
+    token_dim: int = 768
+    text_dim: int = 512
+
+
+@dataclass
+class MSCConfig:
+    """Sizes of the Medical Semantic Controller."""
+
+    width: int = 768
+    layers: int = 24
+    heads: int = 12
+
+
+@dataclass
+class DiffusionConfig:
+    """The noise schedule and the latent scale."""
+
+    timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.0120
+    latent_scale: float = 0.18215
+
+
+@dataclass
+class TrainingConfig:
+    """One training stage."""
+
+    stage: str = ""
+    builds: list[str] = field(default_factory=list)  # of PARTS
+    rates: dict[str, float] = field(default_factory=dict)  # of GROUPS -> learning rate; what is not named is frozen
+    objective: str = "diffusion"  # diffusion, or msc (the MSC loss)
+    inside: str = "msc"  # tokens inside the mask: msc (predicted) or true (of the real image)
+    batch_size: int = 16
+    max_epochs: int = 20
+    accumulate: int = 1  # batches per optimizer step
+    precision: str = "32-true"  # Lightning's names: 32-true, bf16-mixed, ...
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    schedule: str = "constant"  # or cosine (to zero at the last step)
+    clip_norm: float = 1.0  # 0 = no clipping
+    mask_weight: float = 0.0  # w of the diffusion loss; 0 = Stable Diffusion's own
+    condition_dropout: float = 0.1  # share of samples that lose text and MSC tokens together
+    balance: bool = False  # repeat diseased (or healthy) items until both classes are equally frequent
+    activation_checkpointing: bool = False
+    workers: int = 0  # data-loader processes
+    save_every_minutes: float = 10.0
+    seed: int = 0
+
+
+@dataclass
+class SamplingConfig:
+    """How pictures are drawn; flags of dataset_infer.py override it."""
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    eta: float = 0.0  # 0 = deterministic DDIM, 1 = as noisy as ancestral sampling
+    differential: bool = True  # soft mask released over the steps (differential schedule)
+    batch_size: int = 8
+
+
+@dataclass
+class Config:
+    """A whole YAML file from ``models/``."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    biomedclip: BiomedClipConfig = field(default_factory=BiomedClipConfig)
+    msc: MSCConfig = field(default_factory=MSCConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latent for the model's square."""
+        return self.data.image_size // self.autoencoder.factor
+
+    def architecture(self) -> dict[str, Any]:
+        """The part that decides the shapes of the parameters: two checkpoints fit each other if this is equal."""
+        whole = dataclasses.asdict(self)
+        kept = {name: whole[name] for name in ("unet", "autoencoder", "text_encoder", "msc", "biomedclip")}
+        kept["unet"].pop("soft_mask_attention")
+        kept["biomedclip"].pop("path")
+        return kept
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, its ``base:`` files first, then ``overrides`` such as ``training.batch_size=4``.
+
+    Raises UsageError for a missing file, a syntax error, an unknown key (naming the nearest known one), a value of
+    the wrong type or out of range, an interpolation (``${...}``), or a loop of bases.
+    """
+    from omegaconf import OmegaConf
+
+    merged = OmegaConf.structured(Config)
+    for source, node in [*_layers(Path(path), ()), *_override_layers(overrides)]:
+        merged = _merge(merged, node, source)
+    config = OmegaConf.to_object(merged)
+    _validate(config, path)
+    return config
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> Config:
+    """A Config from the plain dictionary stored in a checkpoint; ``source`` names it in errors."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_object(_merge(OmegaConf.structured(Config), values, source))
+    _validate(config, source)
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved configuration as YAML, atomically."""
+    from omegaconf import OmegaConf
+
+    from ldm.files import write_text
+
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    if path.resolve() in seen:
+        raise UsageError(f"{path}: its `base:` leads back to itself")
+    try:
+        node = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: this configuration does not exist; the shipped ones are in models/") from error
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    plain = OmegaConf.to_container(node, resolve=False)
+    if not isinstance(plain, dict):
+        raise UsageError(f"{path}: expected a mapping of sections, found {type(plain).__name__}")
+    base = plain.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise UsageError(f"{path}: base is {base!r}, expected the name of another YAML file")
+    below = _layers(path.parent / base, (*seen, path.resolve())) if base else []
+    return [*below, (str(path), plain)]
+
+
+def _override_layers(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    from omegaconf import OmegaConf
+
+    for text in overrides:
+        if "=" not in text or text.startswith("-"):
+            raise UsageError(f"{text}: not understood; an override looks like training.batch_size=4")
+    return [(f"override {text}", OmegaConf.to_container(OmegaConf.from_dotlist([text]))) for text in overrides]
+
+
+def _merge(merged: Any, values: Any, source: str) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _check_keys(values, Config, "", source)
+    try:
+        return OmegaConf.merge(merged, values)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", "") or ""
+        raise UsageError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
+
+
+def _check_keys(values: Any, kind: Any, prefix: str, source: str) -> None:
+    if isinstance(values, str) and "${" in values:
+        raise UsageError(f"{source}: {prefix.rstrip('.')}: interpolations (${{...}}) are not supported")
+    if not dataclasses.is_dataclass(kind) and isinstance(values, (dict, list)):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            _check_keys(value, None, f"{prefix}{key}.", source)
+    if not dataclasses.is_dataclass(kind):
+        return
+    if not isinstance(values, dict):
+        raise UsageError(f"{source}: {prefix.rstrip('.')}: expected a section with keys, found {values!r}")
+    known = {item.name: item.type for item in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
+            raise UsageError(f"{source}: unknown key {prefix}{key}; {hint}")
+        _check_keys(value, known[key], f"{prefix}{key}.", source)
+
+
+def _validate(config: Config, source: str | Path) -> None:
+    def refuse(key: str, value: Any, expected: str) -> None:
+        raise UsageError(f"{source}: {key} is {value!r}, expected {expected}")
+
+    def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+        if value not in allowed:
+            refuse(key, value, "one of " + ", ".join(allowed))
+
+    one_of("data.fit", config.data.fit, ("crop", "pad", "resize"))
+    one_of("data.feather_unit", config.data.feather_unit, ("diameter", "pixels", "mm"))
+    one_of("training.objective", config.training.objective, ("diffusion", "msc"))
+    one_of("training.inside", config.training.inside, ("msc", "true"))
+    one_of("training.schedule", config.training.schedule, ("constant", "cosine"))
+    for part in config.training.builds:
+        one_of("training.builds", part, PARTS)
+    one_of("training.precision", config.training.precision, PRECISIONS)
+    for group, rate in config.training.rates.items():
+        one_of("training.rates", group, GROUPS)
+        if not rate > 0:
+            refuse(f"training.rates.{group}", rate, "a learning rate above 0 (leave the group out to freeze it)")
+    _validate_ranges(config, refuse)
+    latent, rest = divmod(config.data.image_size, config.autoencoder.factor)
+    step = 2 ** (len(config.unet.channel_mult) - 1)
+    if config.data.image_size < 1 or rest or latent % step:
+        refuse("data.image_size", config.data.image_size, f"a multiple of {config.autoencoder.factor * step}")
+    channels = 2 * config.autoencoder.latent_channels + 1
+    if config.unet.in_channels != channels:
+        refuse("unet.in_channels", config.unet.in_channels, f"{channels} (noisy latent + mask + masked-image latent)")
+    if config.unet.context_dim != config.text_encoder.width:
+        refuse("unet.context_dim", config.unet.context_dim, f"text_encoder.width, which is {config.text_encoder.width}")
+    if config.unet.semantic_dim != config.biomedclip.token_dim:
+        refuse("unet.semantic_dim", config.unet.semantic_dim, f"biomedclip.token_dim ({config.biomedclip.token_dim})")
+    if config.biomedclip.grid % 2:
+        refuse("biomedclip.grid", config.biomedclip.grid, "an even number: tokens are pooled 2x2")
+    for key in ("unet.model_channels", "autoencoder.channels"):
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) % 32:
+            refuse(key, getattr(getattr(config, section), name), "a multiple of 32 (group normalisation has 32 groups)")
+
+
+def _validate_ranges(config: Config, refuse: Any) -> None:
+    """Numbers that have a lowest (and highest) sensible value."""
+    highest = config.diffusion.timesteps - 1  # the first time step of the leading spacing must exist
+    limits = {
+        "data.healthy_masks": (1, None),
+        "data.context": (1, None),
+        "data.feather": (0, None),
+        "training.batch_size": (1, None),
+        "training.max_epochs": (1, None),
+        "training.accumulate": (1, None),
+        "training.weight_decay": (0, None),
+        "training.warmup_steps": (0, None),
+        "training.mask_weight": (0, None),
+        "training.clip_norm": (0, None),
+        "training.workers": (0, None),
+        "training.condition_dropout": (0, 0.99),
+        "sampling.steps": (1, highest),
+        "sampling.guidance_scale": (0, None),
+        "sampling.eta": (0, 1),
+        "sampling.batch_size": (1, None),
+    }
+    for key, (low, high) in limits.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if not (value >= low and (high is None or value <= high)):
+            refuse(key, value, f"at least {low}" + ("" if high is None else f", at most {high}"))

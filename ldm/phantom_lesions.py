@@ -1,0 +1,156 @@
+"""What is drawn inside phantom vertebral bodies: four kinds of lesion, and benign findings that resemble them.
+
+All functions work in a body's own frame: ``u`` runs from the front (anterior, negative) to the back and ``v`` from
+the upper endplate (negative) to the lower one, both in pixels and zero in the body's middle; ``depth`` is the distance
+in pixels from the body's surface, positive inside. Grey values are those of the clean canvas: fat 0.15, soft tissue
+0.3, spongy bone about 0.5, cortical bone 0.9.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+LESION_TYPES = ("osteolytic", "osteoblastic", "salt-and-pepper", "haemangioma")
+SEVERITIES = ("subtle", "moderate", "severe")
+
+# diameter in pixels, and how far the lesion's own grey value replaces the bone's
+_DIAMETER = {"subtle": (12.0, 16.5), "moderate": (16.5, 21.0), "severe": (21.0, 26.0)}
+_STRENGTH = {"subtle": (0.50, 0.64), "moderate": (0.80, 0.90), "severe": (0.94, 1.0)}
+
+
+@dataclass(frozen=True)
+class Body:
+    """One vertebral body on the canvas; ``u``, ``v`` and ``depth`` are float32 HxW, the rest pixels."""
+
+    u: np.ndarray
+    v: np.ndarray
+    depth: np.ndarray
+    half_width: float
+    half_height: float
+
+
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], sigma: float, sigma_y: float = 0.0) -> np.ndarray:
+    """Gaussian noise blurred by ``sigma`` pixels (``sigma_y`` down the image, if given): float32 HxW, unit variance."""
+    across, down = _kernel(sigma), _kernel(sigma_y or sigma)
+    raw = rng.standard_normal(shape, dtype=np.float32)
+    return cv2.sepFilter2D(raw, cv2.CV_32F, across, down, borderType=cv2.BORDER_REFLECT)
+
+
+@lru_cache(maxsize=64)
+def _kernel(sigma: float) -> np.ndarray:
+    """A Gaussian with a sum of squares of one: it keeps the variance of white noise."""
+    kernel = cv2.getGaussianKernel(2 * math.ceil(3 * sigma) + 1, sigma, cv2.CV_32F)
+    return kernel / np.sqrt((kernel**2).sum())
+
+
+def draw_lesion(
+    rng: np.random.Generator, kind: str, severity: str, canvas: np.ndarray, body: Body
+) -> tuple[np.ndarray, np.ndarray]:
+    """A lesion inside ``body``: its mask (bool HxW) and what to add to the canvas (float32 HxW).
+
+    The change is exactly zero beyond two pixels outside the mask.
+    """
+    mask = _blob(rng, kind, severity, body)
+    blend = cv2.GaussianBlur(mask.astype(np.float32), (5, 5), 0.9)  # reaches two pixels out and no further
+    strength = rng.uniform(*_STRENGTH[severity])
+    return mask, (blend * strength * (_texture(rng, kind, canvas, body) - canvas)).astype(np.float32)
+
+
+def _blob(rng: np.random.Generator, kind: str, severity: str, body: Body) -> np.ndarray:
+    """An irregular connected region at least a pixel inside the body."""
+    radius, stretch = rng.uniform(*_DIAMETER[severity]) / 2, rng.uniform(0.85, 1.2)
+    radius_u = min(radius * stretch, body.half_width - 2)
+    radius_v = min(radius / stretch, body.half_height - 2)
+    free_u, free_v = body.half_width - 1.5 - radius_u, body.half_height - 1.5 - radius_v
+    u, v = body.u - rng.uniform(-free_u, free_u), body.v - rng.uniform(-free_v, free_v)
+    angle, edge = np.arctan2(v / radius_v, u / radius_u), np.float32(1)
+    for order in range(2, 6):
+        edge = edge + rng.uniform(0.0, 0.22 / order) * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
+    ragged = 0.14 if kind == "osteolytic" else 0.07
+    edge = edge + ragged * smooth_noise(rng, u.shape, 1.4)
+    region = (np.hypot(u / radius_u, v / radius_v) < edge) & (body.depth > 1)
+    closed = cv2.morphologyEx(region.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(closed, connectivity=4)
+    return (labels == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())) & (body.depth > 1)
+
+
+def _texture(rng: np.random.Generator, kind: str, canvas: np.ndarray, body: Body) -> np.ndarray:
+    """The grey values of a fully developed lesion, float32 HxW. Nothing in it is finer than two pixels."""
+    shape = canvas.shape
+    if kind == "osteolytic":
+        return 0.17 + 0.04 * smooth_noise(rng, shape, 1.5)
+    if kind == "osteoblastic":
+        return 0.90 + 0.06 * smooth_noise(rng, shape, 1.6)
+    level = float(canvas[body.depth > 3].mean())
+    if kind == "salt-and-pepper":
+        grain = smooth_noise(rng, shape, 1.4) - 0.5 * smooth_noise(rng, shape, 4.0)
+        return level + 0.33 * np.tanh(1.6 * grain)
+    # haemangioma: fat between a few thick struts that run from endplate to endplate
+    wave = body.u + 0.6 * smooth_noise(rng, shape, 2.5, 7.0) + rng.uniform(0, 7)
+    columns = np.cos(2 * np.pi * wave / rng.uniform(6.0, 7.5))
+    return level - 0.03 + 0.33 * np.tanh(1.6 * columns)
+
+
+def draw_benign(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> None:
+    """Draw what healthy bodies show and a hurried reader mistakes for a lesion; changes ``canvas`` in place."""
+    inside = np.clip(body.depth, 0, 1)
+    hw, hh = body.half_width, body.half_height
+    slope_u, slope_v = rng.normal(0, 0.025), rng.normal(0, 0.025)
+    canvas += inside * (slope_u * body.u / hw + slope_v * body.v / hh)  # density gradient
+    if rng.random() < 0.65:
+        _vessel(rng, canvas, body)
+    if rng.random() < 0.30:
+        _endplate_node(rng, canvas, body)
+    if rng.random() < 0.30:
+        _endplate_sclerosis(rng, canvas, body)
+    if rng.random() < 0.30:  # bone island
+        spot = _spot(
+            body, rng.uniform(-0.7, 0.7) * hw, rng.uniform(-0.7, 0.7) * hh, rng.uniform(1.1, 2.4), rng.uniform(1.1, 2.4)
+        )
+        canvas += inside * spot * np.clip(rng.uniform(0.75, 0.95) - canvas, 0, 1)
+    for _ in range(rng.integers(0, 3)):  # fatty or denser marrow, without an edge
+        spot = _spot(
+            body, rng.uniform(-0.8, 0.8) * hw, rng.uniform(-0.8, 0.8) * hh, rng.uniform(3, 7), rng.uniform(3, 7)
+        )
+        canvas += inside * spot * rng.uniform(-0.14, 0.11)
+    if rng.random() < 0.3:  # thin bone: the upright trabeculae stand out in the whole body
+        canvas += inside * rng.uniform(0.025, 0.055) * smooth_noise(rng, canvas.shape, 1.0, 5.0)
+
+
+def _spot(body: Body, u: float, v: float, radius_u: float, radius_v: float) -> np.ndarray:
+    return np.exp(-0.5 * (((body.u - u) / radius_u) ** 2 + ((body.v - v) / radius_v) ** 2))
+
+
+def _vessel(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> None:
+    """The basivertebral vein: a dark wedge that opens at the middle of the back wall."""
+    reach = rng.uniform(0.25, 0.8) * body.half_width
+    along = (body.half_width - body.u) / reach  # 0 at the back wall, 1 at the tip
+    width = rng.uniform(1.5, 3.8) * np.clip(1 - along, 0, 1) + 0.6
+    wedge = np.exp(-(((body.v - rng.normal(0, 1)) / width) ** 2)) * np.clip(3 * (1 - along), 0, 1)
+    target = rng.uniform(0.2, 0.3)
+    canvas += np.clip(body.depth + 0.5, 0, 1) * rng.uniform(0.5, 0.95) * wedge * (target - canvas)
+
+
+def _endplate_node(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> None:
+    """Schmorl's node: disc material in a notch of an endplate, with a bright rim."""
+    side, radius = (1 if rng.random() < 0.5 else -1), rng.uniform(3.0, 6.0)
+    du = body.u - rng.uniform(-0.5, 0.5) * body.half_width
+    dv = body.v - side * (body.half_height - rng.uniform(0, 1.5))
+    distance = np.hypot(du / rng.uniform(1.0, 1.5), dv) - radius
+    inside = np.clip(body.depth + 1, 0, 1)
+    strength = rng.uniform(0.6, 1.0)
+    rim = np.exp(-(((distance - 1.0) / 1.1) ** 2)) * np.clip(body.depth, 0, 1)
+    canvas += strength * rim * np.clip(0.78 - canvas, 0, 1)
+    canvas += strength * inside * np.clip(0.5 - distance, 0, 1) * (rng.uniform(0.3, 0.38) - canvas)
+
+
+def _endplate_sclerosis(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> None:
+    """A bright band along part of one endplate, as in a worn disc."""
+    side = 1 if rng.random() < 0.5 else -1
+    from_plate = body.half_height - side * body.v
+    band = np.exp(-((np.clip(from_plate, 0, None) / rng.uniform(2.5, 5.5)) ** 2))
+    part = np.exp(-(((body.u - rng.uniform(-0.8, 0.8) * body.half_width) / rng.uniform(7, 16)) ** 2))
+    canvas += np.clip(body.depth, 0, 1) * rng.uniform(0.5, 0.95) * band * part * np.clip(0.85 - canvas, 0, 1)

@@ -1,0 +1,129 @@
+"""Every shipped configuration loads; every kind of wrong one is refused in one sentence that names file and key."""
+
+from pathlib import Path
+
+import pytest
+
+from ldm.config import Config, config_from_dict, load_config, save_config
+from ldm.errors import UsageError
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+SHIPPED = sorted(MODELS.glob("*.yaml"))
+STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_yaml_loads(path: Path) -> None:
+    config = load_config(path)
+    stage = next((name for name in STAGES if path.stem.endswith(name)), "")
+    assert config.training.stage == stage
+    if stage:
+        assert config.training.builds
+        assert config.training.rates
+
+
+def test_true_size_is_the_default_and_the_stages_share_it() -> None:
+    base = load_config(MODELS / "mldm_v15.yaml")
+    assert base == Config()
+    for stage in STAGES:
+        assert load_config(MODELS / f"mldm_v15_{stage}.yaml").architecture() == base.architecture()
+
+
+def test_published_epochs_batch_and_rates() -> None:
+    full = load_config(MODELS / "mldm_v15_stage2_2.yaml").training
+    assert (full.max_epochs, full.batch_size) == (20, 16)
+    assert full.rates == {"msc": 1e-4, "attn3": 1e-4, "unet": 1e-5}
+    assert load_config(MODELS / "mldm_v15_stage2_1.yaml").training.condition_dropout == 0
+
+
+def test_overrides_come_last_and_leave_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("training: {batch_size: 3, max_epochs: 4}\n")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\ntraining: {max_epochs: 5}\n")
+    config = load_config(tmp_path / "top.yaml", ["training.accumulate=2", "training.rates.msc=1e-3"])
+    training = config.training
+    assert (training.batch_size, training.max_epochs, training.accumulate) == (3, 5, 2)
+    assert training.rates == {"msc": 1e-3}
+
+
+def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(MODELS / "mldm_v15_stage2_2.yaml", ["data.image_size=256"])
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_configuration_of_a_checkpoint_is_checked_too() -> None:
+    with pytest.raises(UsageError, match=r"old\.ckpt: unknown key msc\.depth"):
+        config_from_dict({"msc": {"depth": 3}}, "old.ckpt")
+
+
+REFUSED = {
+    "unknown key, nearest named": ("training: {bach_size: 4}", r"training\.bach_size; did you mean training\.batch_si"),
+    "unknown section": ("optimiser: {lr: 1}", r"unknown key optimiser; known here: data, unet"),
+    "wrong type": ("training: {batch_size: many}", r"training\.batch_size: .*many"),
+    "fraction for a whole number": ("training: {max_epochs: 1.5}", r"training\.max_epochs"),
+    "no value": ("data: {image_size: }", r"data\.image_size"),
+    "value for a section": ("unet: 3", r"unet: expected a section with keys, found 3"),
+    "list at the top": ("- 1\n- 2", r"expected a mapping of sections"),
+    "not YAML": ("training: {batch_size: 4", r"not readable as YAML"),
+    "interpolation": ("biomedclip: {path: '${oc.env:HOME}'}", r"biomedclip\.path: interpolations"),
+    "interpolation in a list": ("training: {builds: ['${data.fit}']}", r"interpolations"),
+    "interpolation in a dictionary": ("training: {rates: {msc: '${oc.env:HOME}'}}", r"interpolations"),
+    "choice: fit": ("data: {fit: stretch}", r"data\.fit is 'stretch', expected one of crop, pad, resize"),
+    "choice: feather unit": ("data: {feather_unit: inch}", r"data\.feather_unit is 'inch'"),
+    "choice: objective": ("training: {objective: gan}", r"training\.objective is 'gan'"),
+    "choice: inside": ("training: {inside: none}", r"training\.inside"),
+    "choice: schedule": ("training: {schedule: step}", r"training\.schedule is 'step'"),
+    "choice: part": ("training: {builds: [vae]}", r"training\.builds is 'vae'"),
+    "choice: group": ("training: {rates: {text: 1.0e-4}}", r"training\.rates is 'text'"),
+    "rate of zero": ("training: {rates: {msc: 0}}", r"training\.rates\.msc is 0\.0, expected a learning rate above 0"),
+    "batch of zero": ("training: {batch_size: 0}", r"training\.batch_size is 0, expected at least 1"),
+    "too many steps": ("sampling: {steps: 2000}", r"sampling\.steps is 2000"),
+    "drop-out of one": ("training: {condition_dropout: 1.0}", r"training\.condition_dropout"),
+    "size that does not divide": ("data: {image_size: 500}", r"data\.image_size is 500, expected a multiple of 64"),
+    "size of zero": ("data: {image_size: 0}", r"data\.image_size is 0"),
+    "4-channel U-Net": ("unet: {in_channels: 4}", r"unet\.in_channels is 4, expected 9"),
+    "text width": ("unet: {context_dim: 1024}", r"unet\.context_dim is 1024, expected text_encoder\.width"),
+    "semantic width": ("unet: {semantic_dim: 512}", r"unet\.semantic_dim is 512"),
+    "odd grid": ("biomedclip: {grid: 7}", r"biomedclip\.grid is 7, expected an even number"),
+    "base that is no name": ("base: 3", r"base"),
+    "missing base": ("base: nowhere.yaml", r"nowhere\.yaml: this configuration does not exist"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text + "\n")
+    with pytest.raises(UsageError, match=message) as caught:
+        load_config(path)
+    assert ".yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_loop_of_bases_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(UsageError, match="leads back to itself"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_missing_file_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.yaml: this configuration does not exist"):
+        load_config("nowhere.yaml")
+
+
+def test_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "image.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    with pytest.raises(UsageError, match="not readable as YAML"):
+        load_config(tmp_path / "image.yaml")
+
+
+@pytest.mark.parametrize("override", ["training.batch_size", "--training.batch_size=4"])
+def test_override_that_is_none_is_refused(override: str) -> None:
+    with pytest.raises(UsageError, match="an override looks like"):
+        load_config(MODELS / "mldm_v15.yaml", [override])
+
+
+def test_unknown_override_names_the_nearest_key() -> None:
+    with pytest.raises(UsageError, match=r"sampling\.step; did you mean sampling\.steps\?"):
+        load_config(MODELS / "mldm_v15.yaml", ["sampling.step=20"])

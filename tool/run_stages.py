@@ -1,0 +1,328 @@
+"""Run the steps of a plan in order, each one only if it is not done yet.
+
+    python tool/run_stages.py configs/demo.yaml
+
+A plan is a YAML file:
+
+    name: demo
+    output_dir: demo_output        # stages.json, the record of what is done, lies here
+    steps:
+      - name: phantoms
+        run: python tool/make_phantoms.py --output_dir demo_output/phantoms --seed 7
+        makes: [demo_output/phantoms/phantoms.json]
+
+Every step runs from the repository root, and every path in a plan is relative to it, wherever the runner is called
+from. Commands are split into words as a shell would, but no shell runs them; ``python`` is the interpreter that runs
+this script. A step is done when it ended with 0 or 3, its command is unchanged and everything it makes exists.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm import cli
+from ldm.errors import MedSoftError, UsageError
+from ldm.files import fingerprint, read_json, read_text, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+STATE_FILE = "stages.json"
+DONE_CODES = (cli.DONE, cli.SOME_REJECTED)
+
+# What every step's environment gets, unless it is set already. glibc gives blocks of this size back to the kernel after
+# every operation and fetches them again for the next one: keeping them makes training on a CPU measurably faster.
+# Waiting OpenMP threads that sleep instead of spinning leave shared cores to whoever has work.
+CHILD_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a plan and the files or folders (relative to the repository root) it leaves."""
+
+    name: str
+    run: str
+    makes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the command, and with nothing else."""
+        return fingerprint(shlex.split(self.run))
+
+    @property
+    def missing(self) -> list[str]:
+        """What of ``makes`` does not exist."""
+        return [path for path in self.makes if not (ROOT / path).exists()]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in order, and the folder (relative to the repository root) of their record."""
+
+    name: str
+    output_dir: str
+    steps: tuple[Step, ...]
+
+
+@dataclass
+class Record:
+    """What ``output_dir/stages.json`` knows about the plan's steps, by name."""
+
+    plan: Plan
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return ROOT / self.plan.output_dir / STATE_FILE
+
+    def known(self, step: Step) -> dict[str, Any]:
+        """The step's entry if its command is still the same, else an empty one."""
+        entry = self.entries.get(step.name, {})
+        return entry if entry.get("fingerprint") == step.fingerprint else {}
+
+    def done(self, step: Step) -> bool:
+        return self.known(step).get("exit_code") in DONE_CODES and not step.missing
+
+    def add(self, step: Step, seconds: float, exit_code: int) -> None:
+        """Keep the outcome of a run. The time of attempts that did not finish counts: it was spent on this step."""
+        before = self.known(step)
+        spent = before.get("seconds", 0.0) if before.get("exit_code") not in DONE_CODES else 0.0
+        self.entries[step.name] = {
+            "name": step.name,
+            "command": step.run,
+            "fingerprint": step.fingerprint,
+            "seconds": round(spent + seconds, 2),
+            "exit_code": exit_code,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        steps = [self.entries[s.name] for s in self.plan.steps if s.name in self.entries]
+        write_json(self.path, {"plan": self.plan.name, "steps": steps})
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = cli.parser(
+        "Run the steps of a plan in order from the repository root, skipping what is done; stop at the first failure. "
+        "Started again, it goes on."
+    )
+    made.add_argument("plan", metavar="PLAN.yaml", type=Path, help="the plan, for instance configs/demo.yaml")
+    made.add_argument("--from", dest="start", metavar="STEP", help="run this step and all after it, done or not")
+    made.add_argument("--only", nargs="+", metavar="STEP", help="run these steps only, done or not")
+    made.add_argument("--list", action="store_true", help="show the steps and whether they are done; run nothing")
+    return made
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what is to do; the exit code of the step that failed, 3 if a step rejected inputs, else 0."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal must not leave the step running alone
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+    plan = load_plan(args.plan)
+    if args.start and args.only:
+        raise UsageError("--from and --only exclude each other; give one of them")
+    forced = _forced(plan, args.start, args.only)
+    record = load_record(plan)
+    if args.list:
+        for number, step in enumerate(plan.steps, 1):
+            print(f"{_count(plan, number)} {step.name} ({'done' if record.done(step) else 'to do'}): {step.run}")
+        return cli.DONE
+    chosen = args.only or [step.name for step in plan.steps]
+    if args.start:
+        chosen = sorted(forced, key=chosen.index)
+    for number, step in enumerate(plan.steps, 1):
+        if step.name not in chosen:
+            continue
+        if step.name not in forced and record.done(step):
+            print(f"{_count(plan, number)} {step.name} ... already done", flush=True)
+            continue
+        code = run_step(record, step, number)
+        if code not in DONE_CODES:
+            again = shlex.join(["python", "tool/run_stages.py", str(args.plan)])
+            print(
+                f"error: step {step.name} failed ({_outcome(code)}): {step.run}\n"
+                f"The steps before it are kept; put right what it says above and go on with: {again}",
+                file=sys.stderr,
+            )
+            return code
+    return _summarise(record)
+
+
+def _forced(plan: Plan, start: str | None, only: list[str] | None) -> set[str]:
+    """Names of the steps that run although they are done; UsageError for a name that is not in the plan."""
+    names = [step.name for step in plan.steps]
+    for name in [*([start] if start else []), *(only or [])]:
+        if name not in names:
+            raise UsageError(f"{name}: no such step in plan {plan.name}; it has {', '.join(names)}")
+    return set(names[names.index(start) :]) if start else set(only or [])
+
+
+# ------------------------------------------------------------------------------------------------------- plans
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan, looked up in the working directory, then in the repository; UsageError for any fault in it."""
+    import yaml
+
+    found = path if path.is_file() or path.is_absolute() else ROOT / path
+    try:
+        values = yaml.safe_load(read_text(found, "plan"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{found}: not readable as YAML ({' '.join(str(error).split())})") from error
+    _check_keys(values, {"name": str, "output_dir": str, "steps": list}, f"{found}: ")
+    if not values["steps"]:
+        raise UsageError(f"{found}: steps: expected at least one step, found none")
+    steps = tuple(_parse_step(item, f"{found}: step {number}") for number, item in enumerate(values["steps"], 1))
+    names = [step.name for step in steps]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{found}: two steps have the name {name}; names must differ")
+    return Plan(values["name"], values["output_dir"], steps)
+
+
+def _parse_step(item: Any, where: str) -> Step:
+    _check_keys(item, {"name": str, "run": str, "makes": list}, f"{where}: ", optional=("makes",))
+    makes = item.get("makes", [])
+    if not all(isinstance(path, str) and path.strip() for path in makes):
+        raise UsageError(f"{where}: makes: expected a list of paths, found {makes!r}")
+    try:
+        words = shlex.split(item["run"])
+    except ValueError as error:
+        raise UsageError(f"{where}: run: not understood as a command ({error}): {item['run']}") from error
+    if not words:
+        raise UsageError(f"{where}: run: expected a command, found nothing")
+    return Step(item["name"], item["run"].strip(), tuple(makes))
+
+
+def _check_keys(values: Any, kinds: dict[str, type], where: str, optional: tuple[str, ...] = ()) -> None:
+    if not isinstance(values, dict):
+        raise UsageError(f"{where}expected the keys {', '.join(kinds)}, found {values!r}")
+    for key in values:
+        if key not in kinds:
+            raise UsageError(f"{where}unknown key {key}; known here: {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        if key not in values and key in optional:
+            continue
+        if not isinstance(values.get(key), kind) or (kind is str and not values[key].strip()):
+            expected = "a list" if kind is list else "text that is not empty"
+            raise UsageError(f"{where}{key}: expected {expected}, found {values.get(key)!r}")
+
+
+def load_record(plan: Plan) -> Record:
+    """The record in the plan's output folder; empty without one. MedSoftError if it cannot be understood."""
+    record = Record(plan)
+    if not record.path.exists():
+        return record
+    stored = read_json(record.path, "record of finished steps")
+    try:
+        name, entries = stored["plan"], {entry["name"]: entry for entry in stored["steps"]}
+    except (TypeError, KeyError) as error:
+        raise MedSoftError(
+            f"{record.path}: not a record of finished steps; delete it to run all steps again"
+        ) from error
+    if name != plan.name:
+        raise UsageError(
+            f"{record.path}: belongs to the plan {name}, not {plan.name}; give the plans different folders"
+        )
+    record.entries = entries
+    return record
+
+
+# ----------------------------------------------------------------------------------------------------- running
+
+
+def run_step(record: Record, step: Step, number: int) -> int:
+    """Run one step, keep its outcome and return its exit code (128 + n when signal n ended it).
+
+    Raises MedSoftError if the program cannot be started, or if it succeeded without making what it should.
+    """
+    words = shlex.split(step.run)
+    words[0] = sys.executable if words[0] == "python" else words[0]
+    print(f"{_count(record.plan, number)} {step.name}: {step.run}", flush=True)
+    start, code = time.perf_counter(), cli.FAILED
+    try:
+        code = _run_child(words, step)
+    except KeyboardInterrupt:
+        code = cli.INTERRUPTED
+        raise
+    except cli.Terminated:
+        code = cli.TERMINATED
+        raise
+    finally:
+        seconds = time.perf_counter() - start
+        record.add(step, seconds, code)
+    if code in DONE_CODES:
+        if step.missing:
+            raise MedSoftError(f"step {step.name}: ended with {code}, but did not make {', '.join(step.missing)}")
+        rejected = " (some inputs were rejected)" if code == cli.SOME_REJECTED else ""
+        print(f"{_count(record.plan, number)} {step.name} ... done in {seconds:.0f} s{rejected}", flush=True)
+    return code
+
+
+def _run_child(words: list[str], step: Step) -> int:
+    # A process group of its own: Ctrl-C reaches the child once, from here, and its own children with it.
+    try:
+        child = subprocess.Popen(words, cwd=ROOT, env={**CHILD_ENVIRONMENT, **os.environ}, process_group=0)
+    except OSError as error:
+        raise MedSoftError(f"step {step.name}: {words[0]} cannot be started ({error.strerror or error})") from error
+    try:
+        code = child.wait()
+    except (KeyboardInterrupt, cli.Terminated) as stop:
+        _stop(child, signal.SIGTERM if isinstance(stop, cli.Terminated) else signal.SIGINT)
+        raise
+    return code if code >= 0 else 128 - code
+
+
+def _stop(child: subprocess.Popen, signum: int) -> None:
+    """Pass a signal on and wait, so that the child can finish what it must; a second one from the user kills it."""
+    try:
+        os.killpg(child.pid, signum)
+        child.wait()
+    except ProcessLookupError:  # it ended by itself in the meantime
+        child.wait()
+    except (KeyboardInterrupt, cli.Terminated):
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _count(plan: Plan, number: int) -> str:
+    return f"[{number}/{len(plan.steps)}]"
+
+
+def _outcome(code: int) -> str:
+    if code <= 128:
+        return f"exit code {code}"
+    name = signal.strsignal(code - 128) or f"signal {code - 128}"
+    return f"exit code {code}: {name}" + ("; often too little memory" if code == 128 + signal.SIGKILL else "")
+
+
+def _summarise(record: Record) -> int:
+    """Print a table of all steps; 3 if any of them rejected inputs."""
+    print(f"\n{'step':<20} {'seconds':>9}  result")
+    total, rejected = 0.0, []
+    for step in record.plan.steps:
+        entry = record.known(step)
+        total += entry.get("seconds", 0.0)
+        result = "done" if record.done(step) else "to do"
+        if record.done(step) and entry["exit_code"] == cli.SOME_REJECTED:
+            result = "done, some inputs rejected"
+            rejected.append(step.name)
+        print(f"{step.name:<20} {entry.get('seconds', 0.0):>9.1f}  {result}")
+    print(f"{'total':<20} {total:>9.1f}  {total / 60:.1f} minutes", flush=True)
+    if rejected:
+        print(f"some inputs were rejected in: {', '.join(rejected)} (listed beside their outputs)", flush=True)
+    return cli.SOME_REJECTED if rejected else cli.DONE
+
+
+if __name__ == "__main__":
+    cli.run(build_parser(), main)
