@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from ldm import cli
-from ldm.errors import MedSoftError, UsageError
+from ldm.errors import UsageError
 
 log = logging.getLogger("dataset_infer")
 
@@ -64,12 +64,22 @@ def resolve(args: argparse.Namespace):
     """The configuration: YAML, then flags, then dotted overrides; contradictions between flags are refused."""
     from ldm.config import load_config
 
+    if args.prompt is not None and not args.prompt.strip():
+        raise UsageError("--prompt: expected a sentence, found nothing")
     if args.image and not (args.mask and args.prompt):
         raise UsageError("--image needs --mask and --prompt as well")
     if args.mask and not args.image:
         raise UsageError("--mask belongs to --image; a dataset's masks are in its sample folders")
     if sum(bool(given) for given in (args.data, args.like, args.image)) > 1:
         raise UsageError("--data, --like and --image exclude each other")
+    for flag in ("image", "mask", "data", "like", "ckpt"):
+        path = getattr(args, flag)
+        if path and not path.exists():
+            raise UsageError(f"--{flag} {path}: does not exist")
+        if path and path.resolve().is_relative_to(args.output_dir.resolve()):
+            raise UsageError(f"--output_dir {args.output_dir}: holds the input --{flag} {path}; give another folder")
+    if args.like and (args.variants > 1 or args.choose):
+        raise UsageError("--like draws the same pictures again; --variants and --choose do not go with it")
     if args.variants < 1 or (args.limit is not None and args.limit < 1):
         raise UsageError("--variants and --limit: expected at least 1")
     flags = {
@@ -82,22 +92,26 @@ def resolve(args: argparse.Namespace):
     return load_config(args.config, [*overrides, *args.overrides])
 
 
-def identity(args: argparse.Namespace, config, tasks, digest: str) -> str:
+def identity(config, tasks, digest: str) -> str:
     """Fingerprint of everything that decides the pictures."""
     import dataclasses
 
+    from ldm.dataset import sample_identity
     from ldm.files import fingerprint
 
-    sampling = {**dataclasses.asdict(config.sampling), "batch_size": None}
-    plan = [(task.sample.sample_id, task.variant, task.prompt, str(task.sample.image)) for task in tasks]
-    return fingerprint([digest, config.architecture(), dataclasses.asdict(config.data), sampling, args.seed, plan])
+    settings = dataclasses.asdict(config)
+    settings["sampling"].pop("batch_size")
+    settings["biomedclip"].pop("path")
+    settings.pop("training")
+    plan = [(sample_identity(task.sample), task.variant, task.prompt, task.seed, task.fixed_mask) for task in tasks]
+    return fingerprint([digest, settings, plan])
 
 
 def load_inpainter(args: argparse.Namespace, config):
     """The model with all its parts, ready to draw."""
     import torch
 
-    from ldm.checkpoint import PREFIXES, load_parts, read_checkpoint
+    from ldm.checkpoint import PREFIXES, check_preparation, load_parts, read_checkpoint
     from ldm.encoders import BiomedClip
     from ldm.inpainting import Inpainter
     from ldm.model import MedSoftModel
@@ -105,15 +119,15 @@ def load_inpainter(args: argparse.Namespace, config):
     if args.exact:
         torch.set_num_threads(1)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
     clip = BiomedClip(config.biomedclip.path)
     clip.check(config.biomedclip)
     checkpoint = read_checkpoint(args.ckpt)
-    known = checkpoint.about.get("biomedclip")
-    if known and known != clip.fingerprint:
-        raise MedSoftError(
-            f"{config.biomedclip.path}: is not the BiomedCLIP that {args.ckpt} was trained with; give that "
-            "folder with --biomedclip"
-        )
+    clip.check_same(checkpoint)
+    check_preparation(checkpoint, config)
     net = MedSoftModel(config)
     load_parts(net, checkpoint, list(PREFIXES), config)
     return Inpainter(net, clip, config, device)
@@ -122,31 +136,18 @@ def load_inpainter(args: argparse.Namespace, config):
 def main(args: argparse.Namespace) -> int:
     config = resolve(args)
     from ldm.checkpoint import sniff
-    from ldm.files import read_json, sha256_file
+    from ldm.files import sha256_file
     from ldm.inference import InferenceRun, plan_tasks
 
     tasks, rejects = plan_tasks(args)
     sniff(args.ckpt)
     digest = sha256_file(args.ckpt)
-    run = identity(args, config, tasks, digest)
-    record = args.output_dir / "inference.json"
-    if record.exists() and not args.overwrite:
-        found = read_json(record, "record of these results")
-        if found.get("run") != run:
-            raise UsageError(
-                f"{args.output_dir}: holds the results of another run (other checkpoint, data or settings); "
-                "give another --output_dir, or --overwrite to replace them"
-            )
-        if found.get("complete"):
-            log.info("%s: already complete (%d pictures)", args.output_dir, found["pictures"])
-            return cli.SOME_REJECTED if found["rejected"] else cli.DONE
-    elif args.output_dir.exists() and any(args.output_dir.iterdir()) and not record.exists():
-        raise UsageError(
-            f"{args.output_dir}: is not empty and holds no results of this command; give another --output_dir"
-        )
     command = " ".join(shlex.quote(part) for part in ["python", *sys.argv])
-    session = InferenceRun(args.output_dir, run, digest, config, args.seed, command)
-    session.begin(args.overwrite)
+    session = InferenceRun(args.output_dir, identity(config, tasks, digest), digest, config, command)
+    before = session.begin(args.overwrite)
+    if before and before.get("complete") and session.finished(tasks) == before["pictures"]:
+        log.info("%s: already complete (%d pictures)", args.output_dir, before["pictures"])
+        return cli.SOME_REJECTED if before["rejected"] else cli.DONE
     return session.draw(tasks, rejects, lambda: load_inpainter(args, config))
 
 

@@ -42,8 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Scan, split, write; returns the exit code."""
-    from ldm.annotations import scan_folder, split_by_patient, write_annotations
-    from ldm.files import write_json
+    from ldm.annotations import scan_folder, split_by_patient, write_annotations, write_rejects
 
     paths = output_paths(args.output_file)
     split_by_patient([], args.seed, args.fractions)  # wrong fractions show before minutes of reading
@@ -58,11 +57,7 @@ def main(args: argparse.Namespace) -> int:
     split = split_by_patient(samples, args.seed, args.fractions)
     for name, group in {**split, "all": samples}.items():
         write_annotations(paths[name], group)
-    if rejects:
-        rows = [{"sample_id": r.sample_id, "file": str(r.file), "reason": r.reason} for r in rejects]
-        write_json(paths["rejects"], _encodable(rows))
-    else:
-        paths["rejects"].unlink(missing_ok=True)
+    write_rejects(paths["rejects"], rejects)
     _summarise({**split, "all": samples}, rejects, paths)
     return cli.SOME_REJECTED if rejects else cli.DONE
 
@@ -74,11 +69,6 @@ def output_paths(output_file: Path) -> dict[str, Path]:
     base = output_file.stem if output_file.suffix.lower() == ".json" else output_file.name
     parts = {name: output_file.with_name(f"{base}_{name}.json") for name in ("train", "val", "test", "rejects")}
     return {"all": output_file, **parts}
-
-
-def _encodable(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """File names that are not valid UTF-8 with their bytes written out, so that JSON can hold them."""
-    return [{key: text.encode("utf-8", "backslashreplace").decode() for key, text in row.items()} for row in rows]
 
 
 def _report_rejects(rejects: "Sequence[Reject]") -> None:

@@ -17,6 +17,8 @@ from ldm.errors import MedSoftError, UsageError
 
 log = logging.getLogger("ver_train")
 
+REJECTS = "rejects.json"
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
@@ -42,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--devices", default="auto", help="number of devices, or auto (default: %(default)s)")
     parser.add_argument("--num_nodes", type=int, default=1, help="number of machines (default: %(default)s)")
-    parser.add_argument("--precision", help="32-true, bf16-mixed, ... (default: training.precision)")
+    parser.add_argument("--precision", help="auto, 32-true, bf16-mixed, ... (default: training.precision)")
     parser.add_argument("--batch_size", type=int, help="global batch (default: training.batch_size)")
     parser.add_argument("--max_epochs", type=int, help="epochs (default: training.max_epochs)")
     parser.add_argument("--seed", type=int, help="seed (default: training.seed)")
@@ -72,12 +74,12 @@ def resolve(args: argparse.Namespace):
     return config
 
 
-def read_items(args: argparse.Namespace, config) -> dict[str, list]:
-    """Training and validation items; what cannot be used is counted and said."""
+def read_items(args: argparse.Namespace, config) -> tuple[dict[str, list], list]:
+    """Training and validation items, and the samples whose files are gone; what cannot be used is counted and said."""
     from ldm.annotations import load_samples
     from ldm.dataset import training_items
 
-    found = {}
+    found, rejects = {}, []
     for split, path in (("train", args.train_json), ("val", args.val_json)):
         samples, missing = load_samples(path)
         items, undrawable = training_items(samples, config.data)
@@ -98,10 +100,11 @@ def read_items(args: argparse.Namespace, config) -> dict[str, list]:
         if len(missing) + len(undrawable) > 5:
             log.warning("... %d more skipped", len(missing) + len(undrawable) - 5)
         found[split] = items
+        rejects += missing
     shared = {i.sample.patient_id for i in found["train"]} & {i.sample.patient_id for i in found["val"]}
     if shared:
         raise MedSoftError(f"{args.val_json}: patient {min(shared)} is also in {args.train_json}; split by patient")
-    return found
+    return found, rejects
 
 
 def announce(config, source, groups) -> None:
@@ -128,72 +131,75 @@ def previous_run(args: argparse.Namespace, run: str):
     from ldm.checkpoint import read_checkpoint
 
     last = args.save_path / "last.ckpt"
-    if args.overwrite or not last.exists():
+    if last.resolve() == args.ckpt.resolve():
+        raise UsageError(f"--ckpt {args.ckpt}: lies in --save_path and would be overwritten; give another --save_path")
+    if not last.exists():
         return None
-    found = read_checkpoint(last)
-    if found.about.get("run") != run:
+    try:
+        found = read_checkpoint(last)
+    except MedSoftError:
+        if args.overwrite:
+            return None
+        raise
+    if found.about.get("run") == run:
+        return found
+    if not args.overwrite:
         raise UsageError(
             f"{last}: belongs to a run with other data, settings or --ckpt; give another --save_path, "
             "or --overwrite to start again there"
         )
-    return found
+    return None
+
+
+def identity(args: argparse.Namespace, config, items) -> str:
+    """Fingerprint of everything that decides the weights: settings, data and the first weights."""
+    import dataclasses
+
+    from ldm.dataset import sample_identity
+    from ldm.files import fingerprint, sha256_file
+
+    settings = dataclasses.asdict(config)
+    for section, key in (("training", "workers"), ("training", "save_every_minutes"), ("biomedclip", "path")):
+        settings[section].pop(key)
+    used = {(split, item.sample.sample_id): item.sample for split, members in items.items() for item in members}
+    data = [(split, sample_identity(sample)) for (split, _), sample in used.items()]
+    return fingerprint([settings, data, sha256_file(args.ckpt)])
 
 
 def main(args: argparse.Namespace) -> int:
     config = resolve(args)
-    items = read_items(args, config)
+    items, rejects = read_items(args, config)
     import dataclasses
 
-    from ldm.checkpoint import PREFIXES, load_parts, read_checkpoint
-    from ldm.encoders import BiomedClip
-    from ldm.files import fingerprint, sha256_file
-    from ldm.model import MedSoftModel
+    from ldm.checkpoint import check_preparation, load_parts, read_checkpoint
 
     source = read_checkpoint(args.ckpt)
-    plain = dataclasses.asdict(config)
-    identity = [(item.name, item.sample.prompt, item.sample.box) for split in items.values() for item in split]
-    run = fingerprint([plain, identity, sha256_file(args.ckpt)])
+    check_preparation(source, config)
+    run = identity(args, config, items)
     previous = None if args.dry_run else previous_run(args, run)
     if previous and previous.about.get("complete"):
         log.info("%s: already complete (%d steps)", args.save_path, previous.about["step"])
-        return cli.DONE
+        return cli.SOME_REJECTED if (args.save_path / REJECTS).exists() else cli.DONE
 
     import torch
+
+    from ldm.encoders import BiomedClip
+    from ldm.model import MedSoftModel
+    from ldm.training import Stage
 
     torch.manual_seed(config.training.seed)
     clip = BiomedClip(config.biomedclip.path)
     clip.check(config.biomedclip)
+    clip.check_same(previous or source)
     net = MedSoftModel(config, config.training.builds)
-    parts = [part for part in net.parts if part in PREFIXES]
-    load_parts(net, previous or source, parts, config)
+    load_parts(net, previous or source, net.parts, config)
     about = {
-        "config": plain,
+        "config": dataclasses.asdict(config),
         "stage": config.training.stage,
         "run": run,
         "biomedclip": clip.fingerprint,
-        "origin": [*source.about.get("origin_chain", []), {"file": args.ckpt.name, "stage": source.about.get("stage")}],
+        "origin": {"file": args.ckpt.name, "stage": source.about.get("stage"), "from": source.about.get("origin")},
     }
-    return train(args, config, net, clip, items, about, source, previous)
-
-
-def train(args, config, net, clip, items, about, source, previous) -> int:
-    """Features, loaders, Lightning."""
-    import pytorch_lightning as pl
-    import torch
-
-    from ldm.config import save_config
-    from ldm.dataset import StageData
-    from ldm.feature_cache import FeatureCache
-    from ldm.training import (
-        AtomicCheckpointIO,
-        KeepWork,
-        Stage,
-        loader,
-        prompt_features,
-        quiet_lightning,
-        resume_position,
-    )
-
     empty = None
     if "text" in net.parts:
         with torch.no_grad():
@@ -205,40 +211,64 @@ def train(args, config, net, clip, items, about, source, previous) -> int:
 
         log.info("%s", OmegaConf.to_yaml(OmegaConf.structured(config)))
         return cli.DONE
+    data, rejects = cached_data(args, config, net, clip, items, rejects)
+    return fit(args, config, stage, data, rejects, previous)
 
-    quiet_lightning()
+
+def cached_data(args: argparse.Namespace, config, net, clip, items, rejects) -> tuple[dict, list]:
+    """Features of all items, computed once; the data sets on them; and every sample that was skipped."""
+    import torch
+
+    from ldm.dataset import StageData
+    from ldm.feature_cache import FeatureCache
+    from ldm.training import prompt_features
+
     local = f":{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device("cuda" + local if torch.cuda.is_available() else "cpu")
     net.to(device)
     clip.to(device)
     cache = FeatureCache(args.cache_dir or args.save_path.parent / "feature_cache", config, net, clip)
-    rejects = cache.build([*items["train"], *items["val"]])
-    gone = {(reject.sample_id) for reject in rejects}
-    for reject in rejects:
+    damaged = list(dict.fromkeys(cache.build([*items["train"], *items["val"]])))  # a healthy sample has several items
+    for reject in damaged:
         log.warning("skipped %s", reject)
+    gone = {reject.sample_id for reject in damaged}
     items = {split: [i for i in members if i.sample.sample_id not in gone] for split, members in items.items()}
     if not items["train"] or not items["val"]:
         raise MedSoftError("nothing left to train or validate on; every sample was skipped (see above)")
     prompts = prompt_features({i.sample.prompt for members in items.values() for i in members}, net, clip)
     data = {name: StageData(members, cache, prompts, config.training, name == "val") for name, members in items.items()}
+    return data, list(dict.fromkeys([*rejects, *damaged]))
 
+
+def fit(args: argparse.Namespace, config, stage, data, rejects, previous) -> int:
+    """Lightning: loaders, checkpoints, resuming, and the exit code."""
+    import pytorch_lightning as pl
+
+    from ldm.annotations import write_rejects
+    from ldm.config import save_config
+    from ldm.devices import resolve_precision
+    from ldm.training import AtomicCheckpointIO, KeepWork, Progress, loader, quiet_lightning, resume_position
+
+    quiet_lightning()
     args.save_path.mkdir(parents=True, exist_ok=True)
     save_config(config, args.save_path / "config.yaml")
+    write_rejects(args.save_path / REJECTS, rejects)
     training = config.training
     keep = KeepWork(args.save_path, training.save_every_minutes)
     trainer = pl.Trainer(
         accelerator="auto",
         devices=args.devices,
         num_nodes=args.num_nodes,
-        precision=training.precision,
+        precision=resolve_precision(training.precision),
         max_epochs=training.max_epochs,
         accumulate_grad_batches=training.accumulate,
         gradient_clip_val=training.clip_norm or None,
-        callbacks=[keep, pl.callbacks.TQDMProgressBar(refresh_rate=10)],
+        callbacks=[keep, Progress()],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=args.save_path,
         logger=False,
         enable_checkpointing=False,
+        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -250,18 +280,14 @@ def train(args, config, net, clip, items, about, source, previous) -> int:
         log.info("resuming at epoch %d, batch %d", epoch, batches)
     train_loader = loader(data["train"], config, True, rank, world, batches * max(1, training.batch_size // world))
     train_loader.sampler.set_epoch(epoch)
+    val_loader = loader(data["val"], config, False, rank, world)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning takes it over and stops between two batches
     try:
-        trainer.fit(
-            stage,
-            train_loader,
-            loader(data["val"], config, False, rank, world),
-            ckpt_path=keep.path if previous else None,
-        )
+        trainer.fit(stage, train_loader, val_loader, ckpt_path=keep.path if previous else None)
     except SystemExit:
         return cli.TERMINATED if trainer.received_sigterm else cli.INTERRUPTED
     stage.about["complete"] = True
-    trainer.save_checkpoint(keep.path)
+    keep.save(trainer)
     log.info("%s: %d steps, complete", keep.path, trainer.global_step)
     return cli.SOME_REJECTED if rejects else cli.DONE
 

@@ -4,7 +4,6 @@ A sample folder holds ``image.png``, ``mask.png``, ``prompt.txt`` and perhaps ``
 ``meta.json``; an annotation file is a JSON list with one record per sample.
 """
 
-import logging
 import math
 import os
 from collections import Counter
@@ -15,16 +14,13 @@ from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from ldm.checks import FileError
 from ldm.errors import MedSoftError, UsageError
 from ldm.files import named_seed, read_json, read_text, write_json
-from ldm.images import SUFFIXES, extents, read_image, window_of
+from ldm.images import SUFFIXES, extents, read_image
 from ldm.masks import Mask, read_anatomy, read_mask
-
-log = logging.getLogger(__name__)
 
 HEALTHY = "healthy"
 SPLITS = ("train", "val", "test")
@@ -171,8 +167,6 @@ def read_sample(sample_id: str, folder: Path) -> Sample:
     image = read_image(image_file)
     prompt = _prompt(folder / "prompt.txt")
     meta = _meta(folder / "meta.json")
-    if "window" in meta:
-        _refile(folder / "meta.json", lambda: window_of(np.zeros((1, 1), np.uint16), meta["window"]))
     healthy = prompt.lower() == HEALTHY
     mask_file, soft_file = _one_file(folder, "mask"), _one_file(folder, "soft_mask")
     anatomy_file = _one_file(folder, "anatomy")
@@ -250,17 +244,32 @@ def _meta(path: Path) -> dict[str, Any]:
         if isinstance(value, (dict, list, bool, float)):
             raise FileError(path, f"{key}: expected text, found {value!r}")
         meta[key] = str(value).strip() or None if value is not None else None
-    if not isinstance(meta.get("synthetic", False), bool):
-        raise FileError(path, f"synthetic: expected true or false, found {meta['synthetic']!r}")
-    spacing = meta.get("spacing_mm")
-    if spacing is not None and not _is_spacing(spacing):
-        raise FileError(path, f"spacing_mm: expected one or two positive numbers, found {spacing!r}")
+    fault = _fault(meta)
+    if fault:
+        raise FileError(path, f"{fault[0]}: expected {fault[1]}, found {meta[fault[0]]!r}")
     return {key: value for key, value in meta.items() if value is not None}
+
+
+def _fault(meta: dict[str, Any]) -> tuple[str, str] | None:
+    """The first key whose value cannot be used, with what is expected there; null is as good as no key."""
+    checks = (
+        ("synthetic", lambda value: isinstance(value, bool), "true or false"),
+        ("spacing_mm", _is_spacing, "one or two positive numbers"),
+        ("window", _is_window, "two numbers [low, high] with low < high"),
+    )
+    for key, valid, expected in checks:
+        if meta.get(key) is not None and not valid(meta[key]):
+            return key, expected
+    return None
 
 
 def _is_spacing(value: Any) -> bool:
     numbers = value if isinstance(value, list) else [value]
     return len(numbers) in (1, 2) and all(_is_number(number) and number > 0 for number in numbers)
+
+
+def _is_window(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]
 
 
 def _is_number(value: Any) -> bool:
@@ -300,24 +309,25 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def read_annotations(path: str | Path) -> list[Sample]:
-    """Samples of an annotation file; relative paths resolve against the file's own folder.
+def write_rejects(path: str | Path, rejects: Sequence[Reject]) -> None:
+    """Write a JSON list of {sample_id, file, reason}, all text, atomically; without rejects there is no such file.
 
-    Records whose files are no longer there are left out with a warning that names and counts them. Raises MedSoftError
-    naming file, record and key for anything malformed, and if no record is usable.
+    File names that are not valid UTF-8 have their bytes written out, so that JSON can hold them.
     """
-    path = Path(path)
-    samples, rejects = _read_records(path)
-    if not samples:
-        raise MedSoftError(f"{path}: none of its {len(rejects)} samples has its files; the first: {rejects[0]}")
-    for reject in rejects[:5]:
-        log.warning("%s: left out: %s", path, reject)
-    if rejects:
-        log.warning("%s: %d of %d samples left out", path, len(rejects), len(samples) + len(rejects))
-    return samples
+    if not rejects:
+        Path(path).unlink(missing_ok=True)
+        return
+    rows = [{"sample_id": r.sample_id, "file": str(r.file), "reason": r.reason} for r in rejects]
+    encodable = [{k: v.encode("utf-8", "backslashreplace").decode() for k, v in row.items()} for row in rows]
+    write_json(path, encodable)
 
 
 def _read_records(path: Path) -> tuple[list[Sample], list[Reject]]:
+    """Samples of an annotation file, and the records whose files are no longer there.
+
+    Relative paths resolve against the file's own folder. Raises MedSoftError naming file, record and key for anything
+    malformed.
+    """
     records = read_json(path, "annotation file")
     if not isinstance(records, list):
         raise MedSoftError(f"{path}: expected a JSON list of records, found {_kind(records)}")
@@ -388,9 +398,11 @@ def _parse(record: _Record, folder: Path) -> Sample:
     meta = record.values.get("meta", {})
     if not isinstance(meta, dict):
         raise record.error("meta", "an object")
-    synthetic = record.values.get("synthetic", False)
-    if not isinstance(synthetic, bool):
-        raise record.error("synthetic", "true or false")
+    synthetic = record.values.get("synthetic")
+    for values in ({"synthetic": synthetic}, meta):  # other keys beside `meta` are not ours
+        fault = _fault(values)
+        if fault:
+            raise _Record(record.path, record.index, values).error(*fault)
     sample = Sample(
         sample_id=sample_id or "",
         image=record.file("image", folder, required=True),
@@ -400,7 +412,7 @@ def _parse(record: _Record, folder: Path) -> Sample:
         patient_id=record.text("patient_id") or "",
         anatomy=record.file("anatomy", folder),
         soft_mask=record.file("soft_mask", folder),
-        synthetic=synthetic,
+        synthetic=bool(synthetic),
         meta=meta,
         **{key: record.text(key) for key in _META_TEXTS[1:]},
     )

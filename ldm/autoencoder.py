@@ -19,6 +19,7 @@ class Posterior:
 
     @property
     def mode(self) -> Tensor:
+        """The most probable latent, which is the mean."""
         return self.mean
 
     def sample(self, noise: Tensor) -> Tensor:

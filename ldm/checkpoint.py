@@ -8,7 +8,7 @@ Nothing is ever unpickled unsafely: files that need more than tensors and plain 
 import logging
 import pickle
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,32 @@ def load_parts(model: nn.Module, checkpoint: Checkpoint, parts: list[str], confi
     if bad:
         raise MedSoftError(f"{checkpoint.path}: {len(bad)} tensors hold NaN or infinite values, first {bad[0]}")
     model.load_state_dict({**model.state_dict(), **offered}, strict=True)
+
+
+def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse weights that were trained with another fit, feather or noise schedule than ``config`` asks for.
+
+    Lesions would have another scale than the networks learned. Converted and merged files were not trained: they agree
+    with everything. Another ``unet.soft_mask_attention`` is a known ablation, and only said.
+    """
+    theirs = checkpoint.config
+    if theirs is None or checkpoint.about.get("stage") in ("converted", "merged"):
+        return
+    for section in ("data", "diffusion"):
+        for key, value in asdict(getattr(theirs, section)).items():
+            asked = getattr(getattr(config, section), key)
+            if asked != value and key != "healthy_masks":
+                raise UsageError(
+                    f"{checkpoint.path}: was trained with {section}.{key}={value}, this configuration has {asked}; add "
+                    f"{section}.{key}={value} to the command, or use the YAML it was trained with"
+                )
+    if theirs.unet.soft_mask_attention != config.unet.soft_mask_attention:
+        log.warning(
+            "warning: %s was trained with unet.soft_mask_attention=%s, this run has %s",
+            checkpoint.path,
+            theirs.unet.soft_mask_attention,
+            config.unet.soft_mask_attention,
+        )
 
 
 def compare(expected: dict[str, Tensor], offered: dict[str, Tensor]) -> list[str]:

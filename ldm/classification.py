@@ -20,6 +20,7 @@ from ldm.annotations import Reject
 from ldm.classifier_data import ClassifierConfig, Data, ImageSet, load_config, load_data, load_images
 from ldm.classifier_network import augment, build_network, compute_logits, normalise, pick_device, to_input
 from ldm.classifier_report import REJECT_COLUMNS, macro_auc, measure, prediction_rows, write_csv, write_test
+from ldm.devices import autocast
 from ldm.errors import MedSoftError, UsageError
 from ldm.files import (
     atomic_file,
@@ -151,6 +152,14 @@ def _reproducible() -> Any:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
 
 
+def class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
+    """Loss weight of each class (K,): half of the total for healthy (class 0), the other half for the lesion types
+    in equal parts. However many types there are, an undecided network then says healthy and diseased equally often."""
+    shares = torch.full((n_classes,), 0.5 / (n_classes - 1))
+    shares[0] = 0.5
+    return len(labels) * shares / torch.bincount(labels, minlength=n_classes)
+
+
 class Trainer:
     """One training run. Order, augmentation and initial weights are functions of (seed, epoch, sample), so a resumed
     run computes what an unbroken one would."""
@@ -164,9 +173,8 @@ class Trainer:
         self.names = [f"{images.name}/{sample.sample_id}" for images in sets for sample in images.samples]
         self.labels = torch.tensor([data.classes.index(label) for images in sets for label in images.labels])
         self.val_labels = torch.tensor([data.classes.index(label) for label in data.val.labels])
-        counts = torch.bincount(self.labels, minlength=len(data.classes)).float()
         self.device = pick_device(config.GPU)
-        self.class_weights = (len(self.labels) / (len(counts) * counts)).to(self.device)
+        self.class_weights = class_weights(self.labels, len(data.classes)).to(self.device)
         torch.manual_seed(named_seed(config.seed, "weights"))
         network = build_network(config.model, len(data.classes), config.pretrained)
         self.network = network.to(self.device, memory_format=torch.channels_last)
@@ -216,7 +224,9 @@ class Trainer:
             ]
             inputs = normalise(augment(to_input(self.images[rows], self.device), np.array(draws)))
             targets = self.labels[torch.from_numpy(rows)].to(self.device)
-            loss = F.cross_entropy(self.network(inputs), targets, weight=self.class_weights)
+            with autocast(self.device):
+                logits = self.network(inputs)
+            loss = F.cross_entropy(logits.float(), targets, weight=self.class_weights)
             if not torch.isfinite(loss):
                 names = ", ".join(self.names[i] for i in rows[:4])
                 raise MedSoftError(
@@ -359,7 +369,7 @@ def _test(
         old = read_json(path)
         if old.get("evaluation") == question:
             log.info("%s: already complete", folder)
-            return {**old, "n_rejected": 0, "already_complete": True}
+            return {**old, "n_rejected": len(rejects), "already_complete": True}
         if not config.overwrite:
             raise UsageError(f"{path}: holds the results of another test; set overwrite: true to replace them")
     path.unlink(missing_ok=True)  # until everything beside it is new

@@ -105,6 +105,7 @@ def to_input(images: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
+    """(B, 1, S, S) in [0, 1] to the scale that ImageNet weights expect, channels last in memory."""
     return ((images - MEAN) / STD).contiguous(memory_format=torch.channels_last)
 
 

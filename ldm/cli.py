@@ -30,7 +30,7 @@ def run(made: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int 
     0 done; 1 data or I/O error; 2 wrong usage; 3 done but some inputs were rejected; 130 interrupted; 143 terminated.
     Everything a user can cause ends as one line on standard error; ``--debug`` adds the traceback.
     """
-    args = made.parse_args(argv)
+    args = made.parse_intermixed_args(argv)  # KEY=VALUE may stand between flags
     # Threads that spin while they wait make two programs on one machine many times slower; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)

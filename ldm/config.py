@@ -11,7 +11,7 @@ from ldm.errors import UsageError
 
 PARTS = ("unet", "autoencoder", "text", "biomedclip", "msc")
 GROUPS = ("msc", "attn3", "unet")
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 
 
 @dataclass
@@ -110,7 +110,7 @@ class TrainingConfig:
     batch_size: int = 16
     max_epochs: int = 20
     accumulate: int = 1  # batches per optimizer step
-    precision: str = "32-true"  # Lightning's names: 32-true, bf16-mixed, ...
+    precision: str = "auto"  # bf16-mixed where the device multiplies it fast, else 32-true; or Lightning's names
     weight_decay: float = 0.01
     warmup_steps: int = 0
     schedule: str = "constant"  # or cosine (to zero at the last step)

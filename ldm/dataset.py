@@ -13,7 +13,7 @@ from ldm.annotations import Reject, Sample
 from ldm.config import DataConfig, TrainingConfig
 from ldm.diffusion import named_generator
 from ldm.errors import MedSoftError
-from ldm.files import named_seed
+from ldm.files import content_id, named_seed
 from ldm.images import Fit, Window, read_image, to_unit, window_of
 from ldm.masks import Feather, Mask, lesion_shaped, read_mask, region_for, soft_mask_for, soft_mask_of
 
@@ -36,6 +36,13 @@ class Picture:
     window: Window
     image: Tensor
     mask: Tensor
+
+
+def sample_identity(sample: Sample) -> list:
+    """Everything about a sample that decides what is learned from it or drawn on it, for a run's fingerprint."""
+    files = (sample.image, sample.mask, sample.soft_mask, sample.anatomy)
+    extra = (sample.meta.get("window"), sample.meta.get("spacing_mm"))
+    return [sample.sample_id, sample.prompt, sample.box, extra, [content_id(path) for path in files]]
 
 
 def drawable(sample: Sample) -> str | None:
@@ -93,6 +100,7 @@ class Item:
 
     @property
     def name(self) -> str:
+        """The item's name, unique in a data set."""
         return f"{self.sample.sample_id}#{self.variant}"
 
 
@@ -127,6 +135,7 @@ class StageData(Dataset):
         return len(self.sample_ids)
 
     def diseased(self, number: int) -> bool:
+        """Whether sample ``number`` shows a lesion."""
         return not self.by_sample[self.sample_ids[number]][0].sample.healthy
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:

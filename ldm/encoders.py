@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from ldm.config import BiomedClipConfig, TextEncoderConfig
 from ldm.errors import MedSoftError
 from ldm.files import read_json, sha256_file
+
+if TYPE_CHECKING:
+    from ldm.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +78,12 @@ class TextEncoder(nn.Module):
         return network(input_ids=self.tokenize(prompts).to(device)).last_hidden_state
 
 
+def _located(folder: Path) -> Path:
+    """``folder`` as seen from the working directory, or else from the repository, for the shipped YAMLs."""
+    in_repository = Path(__file__).resolve().parents[1] / folder
+    return in_repository if not folder.exists() and in_repository.is_dir() else folder
+
+
 class BiomedClip(nn.Module):
     """BiomedCLIP from a folder as it is downloaded: frozen, in evaluation mode, never stored in our checkpoints.
 
@@ -86,7 +96,7 @@ class BiomedClip(nn.Module):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        self.folder = Path(folder)
+        self.folder = _located(Path(folder))
         settings, weights_file = self._check_folder()
         from open_clip.model import CustomTextCLIP
         from open_clip.tokenizer import HFTokenizer
@@ -166,6 +176,15 @@ class BiomedClip(nn.Module):
                     f"{self.folder}: biomedclip.{key} is {value}, the configuration expects {getattr(cfg, key)}; "
                     "use the YAML that belongs to this encoder"
                 )
+
+    def check_same(self, checkpoint: "Checkpoint") -> None:
+        """Raise a MedSoftError if the checkpoint was trained on the tokens of another BiomedCLIP."""
+        known = checkpoint.about.get("biomedclip")
+        if known and known != self.fingerprint:
+            raise MedSoftError(
+                f"{self.folder}: is not the BiomedCLIP that {checkpoint.path} was trained with; give that folder with "
+                "--biomedclip"
+            )
 
     def normalise(self, image: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Image (B, 3, S, S) in [-1, 1] -> encoder input; ``hidden`` (B, 1, S, S) > 0 becomes 0 after normalisation."""

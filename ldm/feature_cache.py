@@ -60,11 +60,18 @@ class FeatureCache:
 
     def load(self, item: Item) -> dict[str, Tensor]:
         """The item's features, float32 on the CPU."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         found: dict[str, Tensor] = {}
         for kind in self.kinds:
-            found.update(load_file(self._file(item, kind)))
+            file = self._file(item, kind)
+            try:
+                found.update(load_file(file))
+            except (SafetensorError, OSError) as error:
+                raise MedSoftError(
+                    f"{file}: damaged features of {item.sample.sample_id} ({error}); delete this file and run again"
+                ) from error
         return found
 
     def _compute(self, items: Sequence[Item]) -> list[Reject]:

@@ -120,6 +120,14 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def content_id(path: str | Path | None) -> str | None:
+    """SHA-256 of a file for a run's fingerprint; None for no file or an unreadable one (reported where it is used)."""
+    try:
+        return sha256_file(path) if path else None
+    except OSError:
+        return None
+
+
 def fingerprint(value: Any) -> str:
     """SHA-256 of a JSON-able value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -16,10 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm import cli
-from ldm.annotations import HEALTHY, Reject, Sample, load_samples
+from ldm.annotations import HEALTHY, Reject, Sample, load_samples, write_rejects
 from ldm.config import Config
-from ldm.errors import MedSoftError
-from ldm.files import PARTIAL_PREFIX, fingerprint, named_seed, read_json, write_json
+from ldm.errors import MedSoftError, UsageError
+from ldm.files import PARTIAL_PREFIX, fingerprint, named_seed, read_json, sync_folder, write_json, write_text
 from ldm.images import read_image, write_png
 from ldm.masks import read_mask
 
@@ -42,11 +41,13 @@ class Task:
     sample: Sample
     variant: int
     prompt: str
+    seed: int
     source: Sample | None = None
     fixed_mask: bool = False
 
     @property
     def name(self) -> str:
+        """The picture's folder."""
         return f"{self.sample.sample_id}__v{self.variant}"
 
 
@@ -56,14 +57,14 @@ def plan_tasks(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
         sample = Sample(
             args.image.stem, args.image.resolve(), args.mask.resolve(), args.prompt, (0,) * 4, args.image.stem
         )
-        return [Task(sample, k, args.prompt, fixed_mask=True) for k in range(args.variants)], []
+        return [Task(sample, k, args.prompt, args.seed, fixed_mask=True) for k in range(args.variants)], []
     if args.like:
         return _like(args)
     samples, rejects = load_samples(args.data or args.train_json)
     chosen, words = _choose(samples, args.choose)
     sources: list[Sample] = []
     if args.prompt is None and any(sample.healthy for sample in chosen):
-        pool = samples if args.data is None else load_samples(args.train_json)[0]
+        pool = samples if args.data is None else _prompt_samples(args.train_json)
         sources = sorted((s for s in pool if not s.healthy), key=lambda s: s.sample_id)
         if not sources:
             raise MedSoftError(
@@ -81,7 +82,8 @@ def plan_tasks(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
             source = sample
             if sample.healthy and sources:
                 source = sources[named_seed("prompt", args.seed, sample.sample_id, k) % len(sources)]
-            tasks.append(Task(sample, k, args.prompt or source.prompt, source if args.prompt is None else None))
+            prompt, source = (source.prompt, source) if args.prompt is None else (args.prompt, None)
+            tasks.append(Task(sample, k, prompt, args.seed, source))
     if args.prompt is not None:
         prompts = f"the prompt {args.prompt!r}"
     elif sources:
@@ -100,6 +102,15 @@ def plan_tasks(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
     return tasks, rejects
 
 
+def _prompt_samples(path: Path) -> list[Sample]:
+    if not path.exists():
+        raise UsageError(
+            f"{path}: does not exist; healthy samples need prompts: give --prompt TEXT, or annotations with diseased "
+            "samples with --train_json"
+        )
+    return load_samples(path)[0]
+
+
 def _choose(samples: list[Sample], wanted: str | None) -> tuple[list[Sample], str]:
     healthy = [sample for sample in samples if sample.healthy]
     sick = [sample for sample in samples if not sample.healthy]
@@ -114,9 +125,10 @@ def _like(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
     tasks = []
     for result in results[: args.limit]:
         parent = result.meta.get("parent_image")
-        if parent is None or result.parent_id is None:
+        if parent is None or result.parent_id is None or not {"seed", "variant"} <= result.meta.keys():
             raise MedSoftError(
-                f"{result.sample_id} in {args.like}: its meta.json names no parent; expected results of this command"
+                f"{result.sample_id} in {args.like}: its meta.json does not say how it was drawn; expected "
+                "results of this command"
             )
         meta = {key: result.meta[key] for key in ("window", "spacing_mm") if key in result.meta}
         sample = dataclasses.replace(result, sample_id=result.parent_id, image=Path(parent), parent_id=None, meta=meta)
@@ -126,6 +138,7 @@ def _like(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
                 sample,
                 int(result.meta["variant"]),
                 result.prompt if same else args.prompt,
+                int(result.meta["seed"]),
                 result if same else None,
                 fixed_mask=True,
             )
@@ -144,20 +157,40 @@ def _like(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
 class InferenceRun:
     """Writes the sample folders of one run into ``folder``; finished ones are kept and not drawn again."""
 
-    def __init__(self, folder: Path, run: str, checkpoint: str, config: Config, seed: int, command: str) -> None:
+    def __init__(self, folder: Path, run: str, checkpoint: str, config: Config, command: str) -> None:
         self.folder, self.run, self.checkpoint, self.config = folder, run, checkpoint, config
-        self.seed, self.command = seed, command
+        self.command = command
         self.config_digest = fingerprint(dataclasses.asdict(config))
-        self.changed = 0
 
-    def begin(self, overwrite: bool) -> None:
-        """Make the folder and its record; with ``overwrite`` the pictures of another run are removed first."""
+    def begin(self, overwrite: bool) -> dict[str, Any] | None:
+        """Make the folder, or take it up: returns the record of this same run if there is one.
+
+        Another run's pictures are kept safe (UsageError) unless ``overwrite``, which removes them; its record alone,
+        left by a run that failed before its first picture, is in nobody's way.
+        """
         record = self.folder / "inference.json"
-        if overwrite and record.exists() and read_json(record).get("run") != self.run:
+        before = read_json(record, "record of these results") if record.exists() else None
+        if before is None and self.folder.exists() and any(self.folder.iterdir()):
+            raise UsageError(
+                f"{self.folder}: is not empty and holds no results of this command; give another --output_dir"
+            )
+        if before is not None and before.get("run") != self.run:
+            if any(self.folder.rglob("meta.json")) and not overwrite:
+                raise UsageError(
+                    f"{self.folder}: holds the results of another run (other checkpoint, data or settings); give "
+                    "another --output_dir, or --overwrite to replace them"
+                )
             shutil.rmtree(self.folder)
-        self._record(complete=False)
+            before = None
+        if before is None:
+            self._record(complete=False)
         for orphan in self.folder.rglob(PARTIAL_PREFIX + "*"):
             shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
+        return before
+
+    def finished(self, tasks: Sequence[Task]) -> int:
+        """How many of the pictures are there, whole."""
+        return sum(self._finished(task) for task in tasks)
 
     def _record(self, **values: Any) -> None:
         write_json(self.folder / "inference.json", {"run": self.run, "command": self.command, **values})
@@ -176,18 +209,20 @@ class InferenceRun:
                 for first in range(0, len(missing), size):
                     rejects += self._batch(missing[first : first + size], inpainter)
                     bar.update(len(missing[first : first + size]))
-        listed = [dataclasses.asdict(reject) for reject in rejects]
+        rejects = list(dict.fromkeys(rejects))  # a sample may have several variants
         reject_file = self.folder / "rejects.json"
-        if listed:
-            write_json(reject_file, listed)
+        if rejects:
+            write_rejects(reject_file, rejects)
             for reject in rejects[:5]:
                 log.warning("not drawn: %s", reject)
             log.warning("%d samples were not drawn; all of them are in %s", len(rejects), reject_file)
         else:
             reject_file.unlink(missing_ok=True)
-        pictures = sum(self._finished(task) for task in tasks)
+        pictures = self.finished(tasks)
         if not pictures:
-            raise MedSoftError(f"{self.folder}: no picture could be drawn; see {reject_file}")
+            raise MedSoftError(
+                f"{self.folder}: no picture could be drawn; first: {rejects[0]}; all are in {reject_file}"
+            )
         changed = sum(
             read_json(self.folder / t.name / "meta.json")["changed_outside_pixels"] for t in tasks if self._finished(t)
         )
@@ -197,7 +232,6 @@ class InferenceRun:
             rejected=len(rejects),
             changed_outside_pixels=changed,
             seconds=round(time.monotonic() - start, 1),
-            seed=self.seed,
             checkpoint_sha256=self.checkpoint,
         )
         log.info("%s: %d pictures, %d pixels changed outside the soft masks", self.folder, pictures, changed)
@@ -217,7 +251,7 @@ class InferenceRun:
                 rejects.append(Reject(task.sample.sample_id, str(task.sample.image), str(error)))
         if not ready:
             return rejects
-        jobs = [Job(self.seed, task.sample.sample_id, task.variant, task.prompt) for task, _ in ready]
+        jobs = [Job(task.seed, task.sample.sample_id, task.variant, task.prompt) for task, _ in ready]
         results = inpainter.draw([picture for _, picture in ready], jobs)
         for (task, picture), result in zip(ready, results, strict=True):
             if result is None:
@@ -231,7 +265,7 @@ class InferenceRun:
         from ldm.dataset import fit_picture, prepare
 
         if not task.fixed_mask:
-            return prepare(task.sample, self.config.data, self.seed, task.variant)
+            return prepare(task.sample, self.config.data, task.seed, task.variant)
         original = read_image(task.sample.image)
         mask = read_mask(task.sample.mask, original.shape)
         if mask.empty:
@@ -255,18 +289,19 @@ class InferenceRun:
             write_png(partial / "image.png", result, {"Comment": TAG, "Description": task.prompt})
             write_png(partial / "mask.png", picture.hard.astype(np.uint8) * 255)
             write_png(partial / "soft_mask.png", np.rint(picture.soft * 255).astype(np.uint8))
-            (partial / "prompt.txt").write_text(task.prompt + "\n", encoding="utf-8")
-            meta = self._meta(task, picture, changed)
-            (partial / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text(partial / "prompt.txt", task.prompt + "\n")
+            write_json(partial / "meta.json", self._meta(task, picture, changed))
             if final.exists():
                 shutil.rmtree(final)  # without its meta.json: left by something else
             os.replace(partial, final)
+            sync_folder(final.parent)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise MedSoftError(
-                f"{final}: could not be written ({error.strerror or error}); free some space or choose "
-                "another --output_dir, then run the same command again"
+                f"{final}: could not be written ({error.strerror or error}); free some space or choose another "
+                "--output_dir, then run the same command again"
             ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _meta(self, task: Task, picture: "Picture", changed: int) -> dict[str, Any]:
         source, parent = task.source, task.sample
@@ -279,7 +314,7 @@ class InferenceRun:
             "severity": source.severity if sick else None,
             "level": parent.level,
             "synthetic": True,
-            "seed": self.seed,
+            "seed": task.seed,
             "variant": task.variant,
             "prompt_from": source.sample_id if sick and source is not parent else None,
             "spacing_mm": parent.meta.get("spacing_mm"),

@@ -97,7 +97,10 @@ class Inpainter:
 
         differential = DifferentialMask(mask, original, noise) if sampling.differential else None
         latent = ddim(predict, noise, net.schedule, sampling.steps, sampling.eta, differential, step_noise, on_step)
-        return net.decode(latent)
+        broken = ~torch.isfinite(latent).flatten(1).all(dim=1)  # decoding clamps, and would hide it
+        decoded = net.decode(latent)
+        decoded[broken] = torch.nan
+        return decoded
 
 
 def _name(job: Job) -> tuple[int, str, int]:

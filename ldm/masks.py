@@ -46,9 +46,10 @@ def read_mask(path: str | Path, shape: tuple[int, ...] | None = None, soft: bool
     """Read a mask file for an image of ``shape`` (H, W, ...).
 
     Two levels {0, v}: hard, v is the lesion (0/1, 0/255, a palette colour on black). More levels with a maximum of at
-    least half the file's range: already soft, value / maximum. Anything else is refused with a FileError that names the
-    maximum; so is a size that differs from the image's. ``soft``: the file is a ``soft_mask.png``, soft even with two
-    levels.
+    least half the file's range: already soft, value / maximum, rounded to k/255, which is what a ``soft_mask.png`` can
+    hold: a pixel is outside the mask here exactly if it is in the file of the result. Anything else is refused with a
+    FileError that names the maximum; so is a size that differs from the image's. ``soft``: the file is a
+    ``soft_mask.png``, soft even with two levels.
     """
     image = read_image(path)
     if shape is not None:
@@ -59,7 +60,7 @@ def read_mask(path: str | Path, shape: tuple[int, ...] | None = None, soft: bool
     if len(present) == 1 or (len(present) == 2 and present[0] == 0):  # one level: nothing, or everything, is marked
         return Mask((levels > 0).astype(np.float32), soft)
     if (soft or len(present) > 2) and top >= highest / 2:
-        return Mask(levels.astype(np.float32) / np.float32(top), soft=True)
+        return Mask(np.rint(levels * (255.0 / top)).astype(np.float32) / 255, soft=True)
     raise FileError(
         path,
         f"{len(present)} levels with a maximum of {top}: neither a hard mask (two levels, one of them 0) nor a soft "

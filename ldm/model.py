@@ -53,6 +53,7 @@ class MedSoftModel(nn.Module):
 
     @property
     def unet(self) -> UNet:
+        """The U-Net, whose place in the model the checkpoint's names dictate."""
         return self.model["diffusion_model"]
 
     def encode(self, image: Tensor) -> Posterior:

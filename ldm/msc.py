@@ -93,7 +93,7 @@ def semantic_tokens(seen: Tensor, inside: Tensor, soft: Tensor) -> Tensor:
 
     seen, inside: (B, N, D) with N a square of an even number; soft: (B, N) in [0, 1]. Returns (B, N / 4, D).
     """
-    mixed = torch.lerp(seen, inside, soft.unsqueeze(-1).to(seen.dtype))
+    mixed = torch.lerp(seen, inside.to(seen.dtype), soft.unsqueeze(-1).to(seen.dtype))  # half precision in training
     side = int(mixed.shape[1] ** 0.5)
     pooled = F.avg_pool2d(rearrange(mixed, "b (h w) d -> b d h w", h=side), 2)
     return rearrange(pooled, "b d h w -> b (h w) d")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ldm.autoencoder import Autoencoder
 from ldm.checkpoint import read_tensors, write_checkpoint
 from ldm.config import Config
+from ldm.devices import autocast
 from ldm.diffusion import diffusion_loss
 from ldm.files import named_seed, write_json, write_text
 from ldm.generic_pictures import generic_picture, texture
@@ -29,13 +30,8 @@ log = logging.getLogger(__name__)
 
 WORLD = 90_000  # phantom worlds from here on belong to the base alone; no demo or study uses them
 HEALTHY_WORDS = ("healthy", "a healthy spine", "a spine", "bone")
+CPU = torch.device("cpu")
 CHECKPOINT_NAME = "sd-phantom-inpainting.ckpt"
-
-
-def _half() -> torch.autocast:
-    """bfloat16 where the processor multiplies it fast; the weights stay in float32."""
-    fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
 
 class PhantomBaseTrainer:
@@ -86,9 +82,10 @@ class PhantomBaseTrainer:
 
     def train_autoencoder(self, steps: int, batch: int = 16) -> None:
         """Reconstruction (squared error, and that of the gradients) with a slight pull of latents to the normal."""
-        if self.autoencoder_file.exists() and not self.overwrite:
-            log.info("autoencoder: already trained (%s)", self.autoencoder_file)
-            return
+        for found in (self.output / CHECKPOINT_NAME, self.autoencoder_file):
+            if found.exists() and not self.overwrite:
+                log.info("autoencoder: already trained (in %s)", found)
+                return
         torch.manual_seed(named_seed("autoencoder", self.seed))
         net = Autoencoder(self.config.autoencoder)
         spines, _ = self._healthy_crops(500, 3)
@@ -100,7 +97,7 @@ class PhantomBaseTrainer:
         rows, start = [], time.monotonic()
         for step, chosen in self._batches(len(data), batch, steps, "autoencoder"):
             image = data[chosen] * 2 - 1
-            with _half():
+            with autocast(CPU):
                 posterior = net.encode(image)
                 decoded = net.decode(posterior.sample(torch.randn_like(posterior.mean))).float()
             wrong = decoded - image
@@ -160,14 +157,10 @@ class PhantomBaseTrainer:
             t = torch.randint(0, model.schedule.timesteps, (len(chosen),))
             noise = torch.randn_like(latent)
             words = ["" if torch.rand(()) < 0.1 else prompts[index][step % len(prompts[index])] for index in chosen]
-            predicted = model.predict_noise(
-                model.schedule.add_noise(latent, noise, t),
-                t,
-                softs[chosen],
-                masked[chosen],
-                model.cond_stage_model(words),
-                None,
-            )
+            noisy = model.schedule.add_noise(latent, noise, t)
+            with autocast(CPU):
+                text = model.cond_stage_model(words)
+                predicted = model.predict_noise(noisy, t, softs[chosen], masked[chosen], text, None)
             loss = diffusion_loss(predicted, noise, softs[chosen], 2.0).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -178,10 +171,8 @@ class PhantomBaseTrainer:
             smooth += 0.05 * (loss.item() - smooth)
             if step % 20 == 0 or step == steps - 1:
                 rows.append(("unet", step, f"{smooth:.5f}", f"{time.monotonic() - start:.0f}", ""))
-            if step % 200 == 199:
-                self._save_base(average.module, target.with_suffix(".partial.safetensors"))
         self._save_base(average.module, target)
-        target.with_suffix(".partial.safetensors").unlink(missing_ok=True)
+        self.autoencoder_file.unlink()
         self._log(rows)
 
     @torch.no_grad()

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FULL_COLOUR = 0.5  # a change of half the grey range has the strongest colour
-SHEET_ROWS = 6
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from ldm.checkpoint import read_checkpoint
 from ldm.config import Config
@@ -144,6 +145,31 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
+class Progress(pl.Callback):
+    """One bar over all steps of the run, on the first process only."""
+
+    bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.bar = tqdm(
+                total=int(trainer.estimated_stepping_batches),
+                initial=trainer.global_step,
+                desc=f"training {pl_module.config.training.stage}",
+                unit="step",
+                mininterval=1,
+            )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
+        if self.bar is not None:
+            self.bar.update(trainer.global_step - self.bar.n)
+            self.bar.set_postfix(epoch=trainer.current_epoch, loss=f"{float(outputs['loss']):.4f}", refresh=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
 class KeepWork(pl.Callback):
     """``last.ckpt`` at every epoch's end, every few minutes and on SIGTERM; one row of ``metrics.csv`` per epoch."""
 
@@ -154,6 +180,9 @@ class KeepWork(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
             remove_partials(self.folder)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on_train_epoch_start(trainer, pl_module)  # Lightning leaves that out when it resumes inside an epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.epoch_start = self.saved = time.monotonic()
@@ -166,14 +195,24 @@ class KeepWork(pl.Callback):
         if due and (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
             self.save_inside_epoch(trainer, batch_idx + 1)
 
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write ``last.ckpt``, unless the step just taken has broken the weights: then stop, and keep the old file."""
+        for key, parameter in trainer.lightning_module.net.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise MedSoftError(
+                    f"{key} holds NaN or infinite values after step {trainer.global_step}; the last good checkpoint is "
+                    "kept. Lower training.rates, or set training.clip_norm"
+                )
+        trainer.save_checkpoint(self.path)
+        self.saved = time.monotonic()
+
     def save_inside_epoch(self, trainer: pl.Trainer, batches: int) -> None:
         """Save with the batch that just ended counted as done: Lightning counts it only after this hook."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
         kept = progress.current.completed, progress.total.completed
         progress.current.completed, progress.total.completed = batches, progress.total.processed
-        trainer.save_checkpoint(self.path)
+        self.save(trainer)
         progress.current.completed, progress.total.completed = kept
-        self.saved = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -188,8 +227,8 @@ class KeepWork(pl.Callback):
         if trainer.is_global_zero:
             append_metrics(self.folder / "metrics.csv", row)
             text = ", ".join(f"{key} {row[key]:.4f}" for key in METRICS[2:5] if not math.isnan(row[key]))
-            log.info("epoch %d, step %d: %s", row["epoch"], row["step"], text)
-        trainer.save_checkpoint(self.path)
+            tqdm.write(f"epoch {row['epoch']}, step {row['step']}: {text}")
+        self.save(trainer)
 
 
 def append_metrics(path: Path, row: dict[str, float]) -> None:
@@ -217,7 +256,7 @@ def quiet_lightning() -> None:
                 logging.getLogger(child).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message=r".*mid-epoch.*resum.*|.*resum.*mid-epoch.*")
+    warnings.filterwarnings("ignore", message=r".*resuming from a checkpoint that ended before the epoch ended.*")
 
 
 def prompt_features(prompts: set[str], net: MedSoftModel, clip: BiomedClip) -> dict[str, dict[str, Tensor]]:

@@ -1,8 +1,9 @@
-"""What several tests need: the repository root on the path, and a writer of sample folders."""
+"""What several tests need: the repository root on the path, a writer of sample folders, one tiny trained pipeline."""
 
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,69 @@ def write_sample() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+# ------------------------------------------------------------------------- the commands on phantoms, each stage once
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with phantoms: ``train`` (5 healthy, 4 diseased) and ``val`` (1 healthy, 2 diseased)."""
+    from ldm.phantoms import write_dataset
+
+    folder = tmp_path_factory.mktemp("world")
+    write_dataset(folder / "train", 5, 5, 4)
+    write_dataset(folder / "val", 6, 1, 2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted(world: Path) -> Path:
+    """The phantom base after tool/model_convert.py."""
+    import tiny
+
+    assert tiny.convert(tiny.SD, world / "ckpt_for_stage1.ckpt") == 0
+    return world / "ckpt_for_stage1.ckpt"
+
+
+@dataclass
+class Trained:
+    """One stage's run: where it started, its folder, the parameters that ever had a gradient, its starting step."""
+
+    source: Path
+    folder: Path
+    graded: set[str] = field(default_factory=set)
+    first_steps: list[int] = field(default_factory=list)
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.ckpt"
+
+
+@pytest.fixture(scope="session")
+def trained(world: Path, converted: Path) -> dict[str, Trained]:
+    """The published order with the shipped phantom YAMLs, three steps a stage: convert, 1, 2.1, merge, 2.3, 2.4."""
+    import tiny
+
+    from ldm.training import Stage
+
+    runs: dict[str, Trained] = {}
+
+    def run(stage: str, source: Path, **rates: float) -> Path:
+        made = runs[stage] = Trained(source, world / stage)
+
+        def on_after_backward(self: Stage) -> None:
+            made.graded |= {key for key, value in self.net.named_parameters() if value.grad is not None}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Stage, "on_after_backward", on_after_backward)
+            patch.setattr(Stage, "on_train_start", lambda self: made.first_steps.append(self.global_step))
+            assert tiny.train(stage, source, made.folder, world, **rates) == 0
+        return made.last
+
+    stage1 = run("stage1", converted)
+    unet_only = run("unet_only", converted, **{"rates.attn3": 0.02})  # fast: attn3 is far from zero afterwards
+    merged = world / "ckpt_for_stage2.ckpt"
+    assert tiny.merge(stage1, unet_only, merged) == 0
+    run("stage2_2", run("stage2_1", merged))
+    return runs

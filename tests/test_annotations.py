@@ -17,10 +17,10 @@ from ldm.annotations import (
     Reject,
     Sample,
     load_samples,
-    read_annotations,
     scan_folder,
     split_by_patient,
     write_annotations,
+    write_rejects,
 )
 from ldm.errors import MedSoftError, UsageError
 from ldm.images import write_png
@@ -126,7 +126,11 @@ REJECTED: dict[str, tuple[dict[str, Any], str, str]] = {
     "meta patient": ({"meta": {"patient_id": ["x"]}}, "meta.json", "patient_id: expected text"),
     "meta synthetic": ({"meta": {"synthetic": "yes"}}, "meta.json", "synthetic: expected true or false"),
     "meta spacing": ({"meta": {"spacing_mm": [1, 0]}}, "meta.json", "spacing_mm: expected one or two positive"),
-    "meta window": ({"meta": {"window": [5, 1]}}, "meta.json", "window: expected low < high"),
+    "meta window": (
+        {"meta": {"window": [5, 1]}},
+        "meta.json",
+        "window: expected two numbers [low, high] with low < high",
+    ),
 }
 
 
@@ -198,7 +202,7 @@ def test_unusual_folder_names_survive_into_the_json_and_back(tmp_path: Path, wri
     assert samples[0].sample_id == f"{name}/s"
     assert str(rejects[0]).isprintable()
     write_annotations(tmp_path / "out.json", samples)
-    assert read_annotations(tmp_path / "out.json") == samples
+    assert load_samples(tmp_path / "out.json") == (samples, [])
 
 
 def test_name_that_is_not_utf8_is_rejected(tmp_path: Path, write_sample: Write) -> None:
@@ -253,10 +257,17 @@ def test_file_of_the_published_tool_with_relative_paths_is_read(tmp_path: Path, 
     records = []
     for name in ("a", "b"):
         write_sample(tmp_path / "set" / name)
-        record = {"label": "lytic", "box": [0, 0, 1, 1], "box_id": "1_box", "image_id": "1", "unknown": [1]}
+        record = {
+            "label": "lytic",
+            "box": [0, 0, 1, 1],
+            "box_id": "1_box",
+            "image_id": "1",
+            "window": "foreign",
+            "unknown": [1],
+        }
         records.append({"mask_image": f"set/{name}/mask.png", "image": f"set/{name}/image.png", **record})
     (tmp_path / "o.json").write_text(json.dumps(records))
-    samples = read_annotations(tmp_path / "o.json")
+    samples, _ = load_samples(tmp_path / "o.json")
     assert [(s.sample_id, s.patient_id, s.image) for s in samples] == [
         (name, name, tmp_path / "set" / name / "image.png") for name in ("a", "b")
     ]
@@ -280,6 +291,16 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "id absolute": ([GOOD | {"sample_id": "/x"}], "key 'sample_id'"),
     "meta": ([GOOD | {"meta": 1}], "key 'meta': expected an object"),
     "synthetic": ([GOOD | {"synthetic": 1}], "key 'synthetic': expected true or false"),
+    "meta synthetic": (
+        [GOOD | {"meta": {"synthetic": 1}}],
+        "record 0, key 'synthetic': expected true or false, found 1",
+    ),
+    "meta spacing": ([GOOD, GOOD | {"meta": {"spacing_mm": [1, 0]}}], "record 1, key 'spacing_mm': .*found .1, 0."),
+    "meta window": (
+        [GOOD | {"meta": {"window": [5, 1]}}],
+        "record 0, key 'window': expected two numbers.*found .5, 1.",
+    ),
+    "meta window text": ([GOOD | {"meta": {"window": "12"}}], "key 'window': expected two numbers"),
     "twice": ([GOOD | {"sample_id": "x"}] * 2, "records 0 and 1 have the same sample_id 'x'"),
 }
 
@@ -290,7 +311,7 @@ def test_malformed_annotation_names_file_record_and_key(tmp_path: Path, write_sa
     write_sample(tmp_path / "a")
     (tmp_path / "o.json").write_text(json.dumps(records))
     with pytest.raises(MedSoftError, match=rf"o\.json: .*{reason}"):
-        read_annotations(tmp_path / "o.json")
+        load_samples(tmp_path / "o.json")
 
 
 def test_bad_json_names_line_and_column(tmp_path: Path) -> None:
@@ -299,9 +320,7 @@ def test_bad_json_names_line_and_column(tmp_path: Path) -> None:
         load_samples(tmp_path / "o.json")
 
 
-def test_files_no_longer_there_are_named_and_counted(
-    tmp_path: Path, write_sample: Write, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_records_whose_files_are_gone_are_rejects(tmp_path: Path, write_sample: Write) -> None:
     for name in "abc":
         write_sample(tmp_path / "d" / name)
     samples, _ = load_samples(tmp_path / "d")
@@ -310,14 +329,22 @@ def test_files_no_longer_there_are_named_and_counted(
     kept, rejects = load_samples(tmp_path / "o.json")
     assert [sample.sample_id for sample in kept] == ["a", "c"]
     assert rejects == [Reject("b", tmp_path / "d/b/mask.png", rejects[0].reason)]
-    assert read_annotations(tmp_path / "o.json") == kept
-    assert "b/mask.png" in caplog.text
-    assert "1 of 3 samples left out" in caplog.text
     for name in "ac":
         (tmp_path / "d" / name / "image.png").unlink()
-    for read in (load_samples, read_annotations):
-        with pytest.raises(MedSoftError, match=r"o\.json: none of its 3 samples .*a/image\.png"):
-            read(tmp_path / "o.json")
+    with pytest.raises(MedSoftError, match=r"o\.json: none of its 3 samples .*a/image\.png"):
+        load_samples(tmp_path / "o.json")
+
+
+def test_rejects_are_written_as_text_and_no_rejects_leave_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "rejects.json"
+    write_rejects(path, [Reject("a", Path(os.fsdecode(b"d/\xff.png")), "broken"), Reject("b", Path("d/b"), "é")])
+    assert json.loads(path.read_text(encoding="utf-8")) == [
+        {"sample_id": "a", "file": "d/\\udcff.png", "reason": "broken"},
+        {"sample_id": "b", "file": "d/b", "reason": "é"},
+    ]
+    write_rejects(path, [])
+    assert not path.exists()
+    write_rejects(path, [])
 
 
 def test_load_samples_takes_a_folder_and_refuses_a_useless_one(tmp_path: Path, write_sample: Write) -> None:

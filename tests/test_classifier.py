@@ -250,6 +250,19 @@ def test_deep_and_coloured_images_of_any_size_become_grey_squares(tmp_path: Path
     assert np.all(images.images[1] == 76)  # 0.299 * 255
 
 
+@pytest.mark.parametrize("counts", [[30, 6], [40, 4, 8, 1, 2]])
+def test_class_weights_give_healthy_and_diseased_half_each(counts: list[int]) -> None:
+    import torch
+
+    from ldm.classification import class_weights
+
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    total = class_weights(labels, len(counts)) * torch.tensor(counts)
+    assert total.sum().item() == pytest.approx(sum(counts))
+    shares = (total / total.sum()).tolist()
+    assert shares == pytest.approx([0.5, *[0.5 / (len(counts) - 1)] * (len(counts) - 1)])
+
+
 def test_colour_stem_weights_fit_a_grey_network(tmp_path: Path) -> None:
     import timm
     import torch
@@ -388,6 +401,7 @@ def test_corrupt_image_is_listed_and_skipped(world: dict, tmp_path: Path) -> Non
     rejects = rows_of(Path(world["output_dir"], "rejects.csv"))
     assert [(row["set"], row["sample_id"]) for row in rejects] == [("train", "train004")]
     assert metrics_of(world)["n_train_healthy"] == 5
+    assert run(world) == 3  # already complete, and what it rejected is still rejected
 
 
 def test_nothing_usable_left_stops(world: dict, tmp_path: Path) -> None:

@@ -108,18 +108,65 @@ def test_steps_run_in_order_from_the_root_and_are_skipped_when_done(write_plan, 
     assert f"{total:>9.1f}" in out.splitlines()[-1]
 
 
-def test_a_changed_command_or_a_missing_output_runs_that_step_only(write_plan, tmp_path: Path) -> None:
-    a, b = tmp_path / "a", tmp_path / "b"
-    steps = [{"name": "a", "run": touch(a), "makes": [str(a)]}, {"name": "b", "run": touch(b), "makes": [str(b)]}]
+def test_a_changed_command_or_a_missing_output_runs_that_step_and_all_after_it(write_plan, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in "abc"]
+    steps = [{"name": file.name, "run": touch(file), "makes": [str(file)]} for file in files]
     run(write_plan(*steps))
-    steps[0]["run"] += " again"
+    steps[1]["run"] += " again"
     run(write_plan(*steps))
-    assert (a.read_text(), b.read_text()) == ("x\nx\n", "x\n")
-    b.unlink()
+    assert [file.read_text().count("x") for file in files] == [1, 2, 2]
+    files[1].unlink()
     run(write_plan(*steps))
-    assert (a.read_text(), b.read_text()) == ("x\nx\n", "x\n")
+    assert [file.read_text().count("x") for file in files] == [1, 1, 3]
     run(write_plan(*reversed(steps)))
-    assert (a.read_text(), b.read_text()) == ("x\nx\n", "x\n")
+    assert [file.read_text().count("x") for file in files] == [1, 1, 3]
+
+
+def test_what_comes_after_a_step_that_ran_stays_to_do_when_the_run_breaks_off(write_plan, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in "abc"]
+    path = write_plan(*({"name": file.name, "run": touch(file)} for file in files))
+    run(path)
+    run(path, "--only", "a")  # as if the runner had been killed after this step
+    run(path)
+    assert [file.read_text().count("x") for file in files] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "changed", ["models/a.yaml", "models/below.yaml", "configs/classifier/c.json", "models/w.ckpt"]
+)
+def test_a_changed_file_that_the_command_names_runs_the_step_again(
+    write_plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    (tmp_path / "configs" / "classifier").mkdir(parents=True)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a.yaml").write_text("# first\nbase: 'below.yaml'  # the sizes\nkey: 1\n")
+    for name in ("models/below.yaml", "configs/classifier/c.json", "models/w.ckpt", "models/other.yaml"):
+        (tmp_path / name).write_text("x: 1\n")
+    log = tmp_path / "log"
+    path = write_plan({"name": "a", "run": touch(log) + " --config ./models/a.yaml c.json --ckpt=models/w.ckpt"})
+    run(path)
+    with open(tmp_path / "models" / "other.yaml", "a") as handle:
+        handle.write("# not named\n")
+    run(path)
+    assert log.read_text() == "x\n"
+    with open(tmp_path / changed, "a") as handle:
+        handle.write("# changed\n")
+    run(path)
+    assert log.read_text() == "x\nx\n"
+
+
+def test_a_step_that_has_nothing_left_to_do_keeps_its_real_seconds(write_plan, tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    code = f"import os, time; os.path.exists({str(done)!r}) or time.sleep(0.5); open({str(done)!r}, 'a')"
+    path = write_plan({"name": "slow once", "run": shlex.join(["python", "-c", code])})
+    run(path)
+    real = recorded(tmp_path)[0]["seconds"]
+    run(path, "--from", "slow once")
+    assert real >= 0.5
+    assert real <= recorded(tmp_path)[0]["seconds"] < real + 0.4
+    run(write_plan({"name": "slow once", "run": shlex.join(["python", "-c", code, "other"])}))
+    assert recorded(tmp_path)[0]["seconds"] < 0.5
 
 
 def test_from_only_and_list(write_plan, tmp_path: Path, capsys) -> None:

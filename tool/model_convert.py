@@ -82,7 +82,7 @@ def convert(source, config, seed: int):
     problems = compare(expected, offered)
     if problems:
         raise MedSoftError(
-            f"{source.path}: does not fit {'; '.join(problems)}. Use the YAML of this model's size "
+            f"{source.path}: does not fit this configuration: {'; '.join(problems)}. Use the YAML of this model's size "
             "(models/mldm_v15.yaml for Stable Diffusion 1.5, models/phantom.yaml for the phantom base)"
         )
     for key, value in offered.items():

@@ -13,11 +13,17 @@ A plan is a YAML file:
 
 Every step runs from the repository root, and every path in a plan is relative to it, wherever the runner is called
 from. Commands are split into words as a shell would, but no shell runs them; ``python`` is the interpreter that runs
-this script. A step is done when it ended with 0 or 3, its command is unchanged and everything it makes exists.
+this script.
+
+A step is done when it ended with 0 or 3, everything it makes exists, no step before it has run since, and neither its
+command nor a file of models/ or configs/ that the command names (a YAML with its ``base:`` files) has changed. So a
+step that runs makes all after it run: they find out themselves whether anything is left to do. The seconds of a step
+are all that was spent on it with these settings; an "already complete" adds its moment to the real time.
 """
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -25,6 +31,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import cli
 from ldm.errors import MedSoftError, UsageError
-from ldm.files import fingerprint, read_json, read_text, write_json
+from ldm.files import fingerprint, read_json, read_text, sha256_file, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE_FILE = "stages.json"
@@ -56,15 +63,34 @@ class Step:
     run: str
     makes: tuple[str, ...] = ()
 
-    @property
+    @cached_property  # what it was before the step ran, even if a file is edited meanwhile
     def fingerprint(self) -> str:
-        """Changes with the command, and with nothing else."""
-        return fingerprint(shlex.split(self.run))
+        """Changes with the command and with the repository's files that it names, and with nothing else."""
+        words = shlex.split(self.run)
+        return fingerprint([words, _named_files(words)])
 
     @property
     def missing(self) -> list[str]:
         """What of ``makes`` does not exist."""
         return [path for path in self.makes if not (ROOT / path).exists()]
+
+
+def _named_files(words: list[str]) -> dict[str, str]:
+    """SHA-256 of the files of models/ and configs/ that a command names, and of those a YAML is based on."""
+    folders = [os.path.realpath(ROOT / name) for name in ("models", "configs")]
+    values = [word.rpartition("=")[2] for word in words]
+    waiting = [os.path.realpath(start / value) for value in values for start in (ROOT, ROOT / "configs" / "classifier")]
+    found: dict[str, str] = {}
+    while waiting:
+        path = waiting.pop()
+        inside = any(path.startswith(folder + os.sep) for folder in folders)
+        if path in found or not inside or not os.path.isfile(path):
+            continue
+        found[path] = sha256_file(path)
+        if path.endswith((".yaml", ".yml")):  # not parsed: a faulty one is for the step itself to refuse
+            bases = re.findall(r"""^base:\s*["']?([^"'#\n]*[^"'#\s])""", read_text(path), re.MULTILINE)
+            waiting.extend(os.path.realpath(Path(path).parent / base) for base in bases)
+    return {os.path.relpath(path, os.path.realpath(ROOT)): digest for path, digest in found.items()}
 
 
 @dataclass(frozen=True)
@@ -88,25 +114,33 @@ class Record:
         return ROOT / self.plan.output_dir / STATE_FILE
 
     def known(self, step: Step) -> dict[str, Any]:
-        """The step's entry if its command is still the same, else an empty one."""
+        """The step's entry if its command and settings are still the same, else an empty one."""
         entry = self.entries.get(step.name, {})
         return entry if entry.get("fingerprint") == step.fingerprint else {}
 
     def done(self, step: Step) -> bool:
         return self.known(step).get("exit_code") in DONE_CODES and not step.missing
 
+    def begin(self, step: Step) -> None:
+        """Before a step runs: it and all after it are no longer done, whatever happens to this process."""
+        for later in self.plan.steps[self.plan.steps.index(step) :]:
+            if later.name in self.entries:
+                self.entries[later.name]["exit_code"] = None
+        self._write()
+
     def add(self, step: Step, seconds: float, exit_code: int) -> None:
-        """Keep the outcome of a run. The time of attempts that did not finish counts: it was spent on this step."""
-        before = self.known(step)
-        spent = before.get("seconds", 0.0) if before.get("exit_code") not in DONE_CODES else 0.0
+        """Keep the outcome of a run; its time adds to what was already spent on this step with these settings."""
         self.entries[step.name] = {
             "name": step.name,
             "command": step.run,
             "fingerprint": step.fingerprint,
-            "seconds": round(spent + seconds, 2),
+            "seconds": round(self.known(step).get("seconds", 0.0) + seconds, 2),
             "exit_code": exit_code,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        self._write()
+
+    def _write(self) -> None:
         steps = [self.entries[s.name] for s in self.plan.steps if s.name in self.entries]
         write_json(self.path, {"plan": self.plan.name, "steps": steps})
 
@@ -115,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     made = cli.parser(
         "Run the steps of a plan in order from the repository root, skipping what is done; stop at the first failure. "
-        "Started again, it goes on."
+        "Started again, it goes on. A step that runs makes all after it run."
     )
     made.add_argument("plan", metavar="PLAN.yaml", type=Path, help="the plan, for instance configs/demo.yaml")
     made.add_argument("--from", dest="start", metavar="STEP", help="run this step and all after it, done or not")
@@ -249,6 +283,7 @@ def run_step(record: Record, step: Step, number: int) -> int:
     words = shlex.split(step.run)
     words[0] = sys.executable if words[0] == "python" else words[0]
     print(f"{_count(record.plan, number)} {step.name}: {step.run}", flush=True)
+    record.begin(step)
     start, code = time.perf_counter(), cli.FAILED
     try:
         code = _run_child(words, step)

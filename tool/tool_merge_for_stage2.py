@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import cli
-from ldm.errors import UsageError
+from ldm.errors import MedSoftError, UsageError
 
 log = logging.getLogger("tool_merge_for_stage2")
 
@@ -48,8 +48,9 @@ def main(args: argparse.Namespace) -> int:
         made = checkpoint.about.get("stage")
         if made not in (None, stages):
             log.warning("warning: %s %s was left by %s, expected %s", flag, checkpoint.path, made, stages)
-    sources = {str(c.path.name): sha256_file(c.path) for c in (controller, rest)}
     digests = [sha256_file(controller.path), sha256_file(rest.path)]
+    files = zip(("stage1_path", "input_path"), (controller, rest), digests, strict=True)
+    sources = {flag: {"file": c.path.name, "sha256": digest} for flag, c, digest in files}
     run = fingerprint(["merge", digests, config.architecture()])
     if already_made(args.output_path, run, args.overwrite, args.stage1_path, args.input_path):
         log.info("%s: already complete", args.output_path)
@@ -64,7 +65,14 @@ def main(args: argparse.Namespace) -> int:
         log.info(
             "%-12s %8.2f M parameters from %s (step %s)", part, count / 1e6, source.path, source.about.get("step", "?")
         )
+    known = [c.about["biomedclip"] for c in (controller, rest) if c.about.get("biomedclip")]
+    if len(set(known)) > 1:
+        raise MedSoftError(
+            f"{args.stage1_path} and {args.input_path} were trained with different BiomedCLIP folders; train one of "
+            "the two stages again"
+        )
     about = {"config": dataclasses.asdict(config), "stage": "merged", "step": 0, "origin": sources, "run": run}
+    about |= {"biomedclip": known[0]} if known else {}
     write_checkpoint(args.output_path, model.state_dict(), about)
     log.info("written: %s", args.output_path)
     return cli.DONE
