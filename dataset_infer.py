@@ -140,6 +140,9 @@ def main(args: argparse.Namespace) -> int:
     from ldm.inference import InferenceRun, plan_tasks
 
     tasks, rejects = plan_tasks(args)
+    for image in {task.sample.image for task in tasks}:
+        if image.resolve().is_relative_to(args.output_dir.resolve()):
+            raise UsageError(f"--output_dir {args.output_dir}: holds {image}, which is to be drawn on; give another")
     sniff(args.ckpt)
     digest = sha256_file(args.ckpt)
     command = " ".join(shlex.quote(part) for part in ["python", *sys.argv])

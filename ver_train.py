@@ -231,8 +231,8 @@ def cached_data(args: argparse.Namespace, config, net, clip, items, rejects) -> 
     damaged = list(dict.fromkeys(cache.build([*items["train"], *items["val"]])))  # a healthy sample has several items
     for reject in damaged:
         log.warning("skipped %s", reject)
-    gone = {reject.sample_id for reject in damaged}
-    items = {split: [i for i in members if i.sample.sample_id not in gone] for split, members in items.items()}
+    gone = {str(reject.file) for reject in damaged}
+    items = {split: [i for i in members if str(i.sample.image) not in gone] for split, members in items.items()}
     if not items["train"] or not items["val"]:
         raise MedSoftError("nothing left to train or validate on; every sample was skipped (see above)")
     prompts = prompt_features({i.sample.prompt for members in items.values() for i in members}, net, clip)

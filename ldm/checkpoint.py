@@ -170,11 +170,11 @@ def load_parts(model: nn.Module, checkpoint: Checkpoint, parts: list[str], confi
 def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
     """Refuse weights that were trained with another fit, feather or noise schedule than ``config`` asks for.
 
-    Lesions would have another scale than the networks learned. Converted and merged files were not trained: they agree
-    with everything. Another ``unet.soft_mask_attention`` is a known ablation, and only said.
+    Lesions would have another scale than the networks learned. A converted file was not trained: it agrees with
+    everything. Another ``unet.soft_mask_attention`` is a known ablation, and only said.
     """
     theirs = checkpoint.config
-    if theirs is None or checkpoint.about.get("stage") in ("converted", "merged"):
+    if theirs is None or checkpoint.about.get("stage") == "converted":
         return
     for section in ("data", "diffusion"):
         for key, value in asdict(getattr(theirs, section)).items():

@@ -111,7 +111,7 @@ class FeatureCache:
             handle.write(save({name: value.float().cpu().contiguous() for name, value in tensors.items()}))
 
     def _file(self, item: Item, kind: str) -> Path:
-        name = f"{kind} {item.name}"
+        name = f"{kind} {item.sample.image} {item.name}"  # two folders may both have a sample of this name
         if name not in self._keys:
             self._keys[name] = self._key(item, kind)
         key = self._keys[name]

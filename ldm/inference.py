@@ -161,32 +161,42 @@ class InferenceRun:
         self.folder, self.run, self.checkpoint, self.config = folder, run, checkpoint, config
         self.command = command
         self.config_digest = fingerprint(dataclasses.asdict(config))
+        self.fresh = True  # nothing in the folder is this run's
 
     def begin(self, overwrite: bool) -> dict[str, Any] | None:
-        """Make the folder, or take it up: returns the record of this same run if there is one.
+        """Returns the record of this same run if the folder holds one. Changes nothing: ``draw`` does.
 
-        Another run's pictures are kept safe (UsageError) unless ``overwrite``, which removes them; its record alone,
-        left by a run that failed before its first picture, is in nobody's way.
+        Another run's pictures are kept safe (UsageError) unless ``overwrite``, which lets ``draw`` replace them; its
+        record alone, left by a run that failed before its first picture, is in nobody's way.
         """
         record = self.folder / "inference.json"
         before = read_json(record, "record of these results") if record.exists() else None
-        if before is None and self.folder.exists() and any(self.folder.iterdir()):
+        found = [] if not self.folder.exists() else list(self.folder.iterdir())
+        if before is None and any(not item.name.startswith(PARTIAL_PREFIX) for item in found):
             raise UsageError(
                 f"{self.folder}: is not empty and holds no results of this command; give another --output_dir"
             )
-        if before is not None and before.get("run") != self.run:
-            if any(self.folder.rglob("meta.json")) and not overwrite:
-                raise UsageError(
-                    f"{self.folder}: holds the results of another run (other checkpoint, data or settings); give "
-                    "another --output_dir, or --overwrite to replace them"
-                )
-            shutil.rmtree(self.folder)
-            before = None
-        if before is None:
+        self.fresh = before is None or before.get("run") != self.run
+        if before is not None and self.fresh and self._pictures() and not overwrite:
+            raise UsageError(
+                f"{self.folder}: holds the results of another run (other checkpoint, data or settings); give "
+                "another --output_dir, or --overwrite to replace them"
+            )
+        return None if self.fresh else before
+
+    def _pictures(self) -> list[Path]:
+        """The sample folders that this command, in any run, has written here."""
+        return [meta.parent for meta in self.folder.rglob("*__v*/meta.json")]
+
+    def _claim(self) -> None:
+        """Make the folder this run's: another run's pictures go, what the command did not write stays."""
+        if self.fresh:
+            for picture in self._pictures():
+                shutil.rmtree(picture)
             self._record(complete=False)
-        for orphan in self.folder.rglob(PARTIAL_PREFIX + "*"):
-            shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
-        return before
+            self.fresh = False
+        for orphan in list(self.folder.rglob(PARTIAL_PREFIX + "*")):
+            shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink(missing_ok=True)  # it may lie in another one
 
     def finished(self, tasks: Sequence[Task]) -> int:
         """How many of the pictures are there, whole."""
@@ -196,14 +206,17 @@ class InferenceRun:
         write_json(self.folder / "inference.json", {"run": self.run, "command": self.command, **values})
 
     def draw(self, tasks: Sequence[Task], rejects: list[Reject], load: Callable[[], "Inpainter"]) -> int:
-        """Draw what is missing; returns the exit code. ``load`` is called only if there is something to draw."""
+        """Draw what is missing; returns the exit code. ``load`` is called only if there is something to draw.
+
+        A model that cannot be loaded leaves the folder as it was.
+        """
         start = time.monotonic()
-        done = [task for task in tasks if self._finished(task)]
-        missing = [task for task in tasks if not self._finished(task)]
-        if done:
-            log.info("%d of %d pictures are there already", len(done), len(tasks))
-        if missing:
-            inpainter = load()
+        missing = [task for task in tasks if self.fresh or not self._finished(task)]
+        if len(missing) < len(tasks):
+            log.info("%d of %d pictures are there already", len(tasks) - len(missing), len(tasks))
+        inpainter = load() if missing else None
+        self._claim()
+        if inpainter:
             size = self.config.sampling.batch_size
             with tqdm(total=len(missing), desc="drawing", unit="picture", mininterval=1) as bar:
                 for first in range(0, len(missing), size):

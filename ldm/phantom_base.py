@@ -88,9 +88,10 @@ class PhantomBaseTrainer:
                 return
         torch.manual_seed(named_seed("autoencoder", self.seed))
         net = Autoencoder(self.config.autoencoder)
-        spines, _ = self._healthy_crops(500, 3)
-        generic, _, _ = self._generic(1000)
-        textures = [texture(np.random.default_rng(named_seed("texture", index))) for index in range(1000)]
+        most = steps * batch  # no more pictures than will be looked at
+        spines, _ = self._healthy_crops(min(500, most), 3)
+        generic, _, _ = self._generic(min(1000, most))
+        textures = [texture(np.random.default_rng(named_seed("texture", index))) for index in range(min(1000, most))]
         data = torch.cat([spines, generic, torch.from_numpy(np.stack(textures))[:, None]]).expand(-1, 3, -1, -1)
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
@@ -140,7 +141,7 @@ class PhantomBaseTrainer:
         model = MedSoftModel(self.config, ["unet", "autoencoder", "text"])
         model.first_stage_model.load_state_dict(read_tensors(self.autoencoder_file))
         model.first_stage_model.requires_grad_(False)
-        moments, masked, softs, prompts = self._latents(model)
+        moments, masked, softs, prompts = self._latents(model, steps * batch)
         frozen = [p for n, p in model.named_parameters() if ".attn3." in n or ".norm4." in n]
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -176,10 +177,12 @@ class PhantomBaseTrainer:
         self._log(rows)
 
     @torch.no_grad()
-    def _latents(self, model: MedSoftModel) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, list[tuple[str, ...]]]:
+    def _latents(
+        self, model: MedSoftModel, most: int
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, list[tuple[str, ...]]]:
         """Moments, scaled masked-image latents, latent masks and possible prompts of all the U-Net learns from."""
-        spines, spine_masks = self._healthy_crops(700, 3)
-        generic, generic_masks, sentences = self._generic(3000)
+        spines, spine_masks = self._healthy_crops(min(700, most), 3)
+        generic, generic_masks, sentences = self._generic(min(3000, most))
         images, softs = torch.cat([spines, generic]), torch.cat([spine_masks, generic_masks])
         prompts = [HEALTHY_WORDS] * len(spines) + [(sentence,) for sentence in sentences]
         means, logvars, masked = [], [], []
@@ -208,7 +211,7 @@ class PhantomBaseTrainer:
         if (folder / "open_clip_pytorch_model.bin").exists() and not self.overwrite:
             log.info("BiomedCLIP stand-in: already trained (%s)", folder)
             return
-        images, prompts = self._clip_pairs(3000)
+        images, prompts = self._clip_pairs(min(3000, steps * batch))
         settings = self._write_clip_folder(folder, prompts)
         from open_clip.model import CustomTextCLIP
         from open_clip.tokenizer import HFTokenizer

@@ -26,7 +26,7 @@ __all__ = ["LESION_TYPES", "LEVELS", "SEVERITIES", "Phantom", "render_phantom", 
 
 LEVELS = ("T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5")
 INDEX_FILE = "phantoms.json"
-VERSION = 1  # raise it when the pictures change, so that a stored dataset is not taken for a new one
+VERSION = 2  # raise it when the pictures change, so that a stored dataset is not taken for a new one
 log = logging.getLogger(__name__)
 
 # in every eight lesions of one type: two subtle, three moderate, three severe

@@ -1,6 +1,7 @@
 """What several tests need: the repository root on the path, a writer of sample folders, one tiny trained pipeline."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,12 +45,26 @@ def write_sample() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with phantoms: ``train`` (5 healthy, 4 diseased) and ``val`` (1 healthy, 2 diseased)."""
+    """Phantoms in ``data``, prepared by ver_openImagesDatasets.py under its default file names.
+
+    5 healthy and 4 diseased ones to train on, 1 and 2 to validate, 2 and 2 to test; each split's sample folders lie in
+    ``train``, ``val`` and ``test`` once more, for tests that damage copies of them.
+    """
+    import tiny
+
+    import ver_openImagesDatasets
+    from ldm.annotations import load_samples
     from ldm.phantoms import write_dataset
 
     folder = tmp_path_factory.mktemp("world")
-    write_dataset(folder / "train", 5, 5, 4)
-    write_dataset(folder / "val", 6, 1, 2)
+    write_dataset(folder / "data", 5, 8, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert tiny.call(ver_openImagesDatasets, "--root_dir", "data", "--fractions", 0.55, 0.2, 0.25) == 0
+    for name in (tiny.TRAIN, tiny.VAL, tiny.TEST):
+        for sample in load_samples(folder / name)[0]:
+            split = name.removesuffix(".json").split("_")[-1]
+            shutil.copytree(sample.image.parent, folder / split / sample.sample_id)
     return folder
 
 
@@ -103,3 +118,28 @@ def trained(world: Path, converted: Path) -> dict[str, Trained]:
     assert tiny.merge(stage1, unet_only, merged) == 0
     run("stage2_2", run("stage2_1", merged))
     return runs
+
+
+@pytest.fixture(scope="session")
+def final(trained: dict[str, Trained]) -> Path:
+    """The checkpoint that draws."""
+    return trained["stage2_2"].last
+
+
+@pytest.fixture(scope="session")
+def results(final: Path, world: Path) -> Path:
+    """The default run of dataset_infer.py: healthy training images, prompts of diseased ones; batches of two."""
+    import tiny
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        assert tiny.infer(final, Path("results"), "--batch_size", 2) == 0
+    return world / "results"
+
+
+@pytest.fixture
+def one(world: Path, tmp_path: Path) -> Path:
+    """A data folder with one diseased phantom."""
+    folder = next(path.parent for path in sorted((world / "train").glob("*/mask.png")))
+    shutil.copytree(folder, tmp_path / "data" / folder.name)
+    return tmp_path / "data"

@@ -1,14 +1,13 @@
-"""The whole chain once: phantoms, annotations, convert, four stages, merge, inference, classifier on the outcome."""
+"""The whole chain once, as the README gives it: prepare, convert, four stages, merge, draw, classify."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import STAGES, call, infer
+from tiny import STAGES, TEST, TRAIN, VAL, call
 
 import classifier
-import ver_openImagesDatasets
 from ldm.annotations import load_samples
 
 
@@ -26,26 +25,31 @@ def test_every_stage_starts_from_the_one_before(trained: dict, world: Path) -> N
         assert trained[stage].first_steps == [0]
 
 
-def test_from_folder_to_classifier(trained: dict, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands with their default file names, in one working directory; results feed the classifier."""
-    monkeypatch.chdir(tmp_path)
-    flags = ["--root_dir", world / "train", "--output_file", "openimages_format.json"]
-    assert call(ver_openImagesDatasets, *flags) == 0
-    train, val = (load_samples(f"openimages_format_{name}.json")[0] for name in ("train", "val"))
-    assert train
-    assert infer(trained["stage2_2"].last, Path("results"), "--variants", 2) == 0
-    drawn, rejects = load_samples("results")
-    healthy = [sample.sample_id for sample in train if sample.healthy]
+def test_prepared_split_reaches_the_pictures(results: Path, world: Path) -> None:
+    """Drawn on the healthy training images of the prepared JSON, and on nobody of another split."""
+    train, val, test = (load_samples(world / name)[0] for name in (TRAIN, VAL, TEST))
+    drawn, rejects = load_samples(results)
+    healthy = [sample for sample in train if sample.healthy]
     assert not rejects
-    assert sorted(sample.sample_id for sample in drawn) == sorted(f"{name}__v{k}" for name in healthy for k in (0, 1))
-    assert {sample.patient_id for sample in drawn}.isdisjoint(sample.patient_id for sample in val)
+    assert healthy
+    assert sorted(sample.sample_id for sample in drawn) == sorted(f"{sample.sample_id}__v0" for sample in healthy)
+    assert {sample.patient_id for sample in drawn} == {sample.patient_id for sample in healthy}
+    assert {sample.patient_id for sample in drawn}.isdisjoint(sample.patient_id for sample in [*val, *test])
+
+
+def test_pictures_train_the_classifier(
+    results: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    output = tmp_path / "classifier"
     settings = {
         **{"img_size": 32, "Batch_Size": 8, "EPOCHS": 1, "model": "test_resnet", "GPU": "cpu", "dataset": "chain"},
-        **{"train_json": "openimages_format_train.json", "val_json": str(world / "val"), "output_dir": "classifier"},
-        **{"test_json": "openimages_format_test.json", "synthetic": ["results"], "predict": ["results"]},
+        **{"train_json": TRAIN, "val_json": VAL, "test_json": TEST, "output_dir": str(output)},
+        **{"synthetic": ["results"], "predict": ["results"]},
     }
-    Path("args.json").write_text(json.dumps(settings))
-    assert call(classifier, "args.json") == 0
-    metrics = json.loads(Path("classifier/metrics.json").read_text())
-    assert metrics["n_synthetic"] == len(drawn)
-    assert len(Path("classifier/predictions_results.csv").read_text().splitlines()) == 1 + len(drawn)
+    (tmp_path / "args.json").write_text(json.dumps(settings))
+    assert call(classifier, tmp_path / "args.json") == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["n_synthetic"] == 5
+    assert len((output / "predictions_results.csv").read_text().splitlines()) == 1 + 5
+    assert len((output / "predictions_test.csv").read_text().splitlines()) == 1 + 4

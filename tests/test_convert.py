@@ -241,6 +241,12 @@ def test_swapped_arguments_are_recognised(sources: tuple[Path, Path], tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+def test_merge_with_another_preparation(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"was trained with data\.context=2\.0, this configuration has 3\.0"):
+        merge(*sources, tmp_path / "out.ckpt", "data.context=3.0")
+    assert not list(tmp_path.iterdir())
+
+
 def test_merge_of_another_size(sources: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(MedSoftError, match=r"stage1/last\.ckpt: .*of another size.*use the YAML it was made with"):
         merge(*sources, tmp_path / "out.ckpt", "msc.width=64")

@@ -1,9 +1,5 @@
 """dataset_infer.py through its command line: what it draws on, what it leaves untouched, what it refuses."""
 
-import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import PHANTOM, ROOT, edit, infer
+from tiny import TRAIN, infer, metas, record, whole
 
 from ldm.annotations import load_samples, scan_folder
-from ldm.errors import MedSoftError, UsageError
 from ldm.images import read_image, write_png
 from ldm.inpainting import Inpainter
-
-
-@pytest.fixture(scope="module")
-def final(trained: dict) -> Path:
-    return trained["stage2_2"].last
-
-
-@pytest.fixture(scope="module")
-def results(final: Path, world: Path) -> Path:
-    """The default run: healthy training images, prompts of diseased ones; batches of two."""
-    assert infer(final, world / "results", "--train_json", world / "train", "--batch_size", 2) == 0
-    return world / "results"
-
-
-def metas(folder: Path) -> dict[str, dict]:
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/meta.json"))}
-    assert found
-    return found
-
-
-def record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "inference.json").read_text())
-
-
-def whole(folder: Path) -> None:
-    """Nothing half-written lies there, and every sample folder has all its files."""
-    assert not list(folder.rglob(".partial-*"))
-    for meta in folder.rglob("meta.json"):
-        names = {file.name for file in meta.parent.iterdir()}
-        assert names == {"image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json"}
 
 
 def changed_outside(folder: Path, parent: Path) -> int:
@@ -62,19 +27,11 @@ def changed_outside(folder: Path, parent: Path) -> int:
     return int(different[soft == 0].sum())
 
 
-@pytest.fixture
-def one(world: Path, tmp_path: Path) -> Path:
-    """A data folder with one diseased phantom."""
-    folder = next(path.parent for path in sorted((world / "train").glob("*/mask.png")))
-    shutil.copytree(folder, tmp_path / "data" / folder.name)
-    return tmp_path / "data"
-
-
 # ---------------------------------------------------------------------------------------------- what comes out
 
 
 def test_default_draws_on_the_healthy_with_prompts_of_the_diseased(results: Path, world: Path) -> None:
-    samples = {sample.sample_id: sample for sample in load_samples(world / "train")[0]}
+    samples = {sample.sample_id: sample for sample in load_samples(world / TRAIN)[0]}
     healthy = [name for name, sample in samples.items() if sample.healthy]
     found = metas(results)
     assert set(found) == {f"{name}__v0" for name in healthy}
@@ -118,7 +75,7 @@ def test_output_is_a_dataset_folder(results: Path) -> None:
 
 def test_says_what_it_draws_on(final: Path, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    assert infer(final, tmp_path / "out", "--train_json", world / "train", "--limit", 1, "--variants", 2) == 0
+    assert infer(final, tmp_path / "out", "--train_json", world / TRAIN, "--limit", 1, "--variants", 2) == 0
     assert "drawing on 1 healthy samples of" in caplog.text
     assert "prompts drawn from 4 diseased samples of" in caplog.text
     (a, b) = metas(tmp_path / "out").values()
@@ -170,12 +127,20 @@ def test_like_redraws_the_same_masks_with_another_prompt(
     assert [job.sample_id for job in jobs] == [before[name]["parent_id"] for name in after]  # so, the same noise
 
 
-def test_like_with_its_own_prompts_draws_the_same(results: Path, final: Path, tmp_path: Path) -> None:
-    assert infer(final, tmp_path / "out", "--like", results, "--limit", 1, "--batch_size", 1) == 0
-    ((name, meta),) = metas(tmp_path / "out").items()
-    first, again = (read_image(folder / name / "image.png").astype(int) for folder in (results, tmp_path / "out"))
-    assert np.abs(first - again).max() <= 1
-    assert meta["lesion_type"] == metas(results)[name]["lesion_type"]
+def test_like_draws_the_same_with_the_seed_of_the_results(final: Path, world: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        given = ["--data", world / "val", "--choose", "healthy", "--train_json", world / TRAIN]
+        assert infer(final, tmp_path / "first", *given, "--seed", 5, "--exact") == 0
+        assert infer(final, tmp_path / "again", "--like", tmp_path / "first", "--exact") == 0
+    finally:
+        torch.set_num_threads(threads)
+    ((name, before),) = metas(tmp_path / "first").items()
+    ((_, meta),) = metas(tmp_path / "again").items()
+    assert meta["seed"] == before["seed"] == 5
+    assert meta["lesion_type"] == before["lesion_type"]
+    for file in ("image.png", "mask.png", "soft_mask.png"):
+        assert np.array_equal(*(read_image(tmp_path / folder / name / file) for folder in ("first", "again")))
 
 
 @pytest.mark.parametrize("kind", ["grey 16 bit", "RGB"])
@@ -220,7 +185,7 @@ def test_batch_size_does_not_change_the_picture(
 
     monkeypatch.setattr(ldm.inpainting, "picture_noise", picture_noise)
     for size in (1, 3):
-        given = ["--train_json", world / "train", "--limit", 3, "--batch_size", size]
+        given = ["--train_json", world / TRAIN, "--limit", 3, "--batch_size", size]
         assert infer(final, tmp_path / str(size), *given) == 0
     assert len(noises) == 3
     assert all(torch.equal(a, b) for a, b in noises.values())
@@ -240,204 +205,3 @@ def test_exact_gives_equal_files(final: Path, world: Path, tmp_path: Path) -> No
         torch.set_num_threads(threads)
     for file in sorted((tmp_path / "a").glob("*/*")):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file
-
-
-# ------------------------------------------------------------------------------------------------- running it again
-
-
-def test_again_is_complete(
-    final: Path, results: Path, world: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level("INFO")
-    monkeypatch.setattr("dataset_infer.load_inpainter", lambda *_: pytest.fail("loaded the model"))
-    assert infer(final, results, "--train_json", world / "train", "--batch_size", 1) == 0
-    assert "already complete (5 pictures)" in caplog.text
-
-
-def test_removed_picture_is_drawn_again(final: Path, results: Path, world: Path, tmp_path: Path) -> None:
-    shutil.copytree(results, tmp_path / "out")
-    name = min(metas(results))
-    shutil.rmtree(tmp_path / "out" / name)
-    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*/image.png")}
-    assert infer(final, tmp_path / "out", "--train_json", world / "train", "--batch_size", 1) == 0
-    first, again = (read_image(folder / name / "image.png").astype(int) for folder in (results, tmp_path / "out"))
-    assert np.abs(first - again).max() <= 1
-    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
-    assert record(tmp_path / "out")["pictures"] == 5
-
-
-def test_interrupted_run_is_finished(
-    final: Path, world: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = ["--train_json", world / "train", "--batch_size", 2]
-    plain, calls = Inpainter.draw, []
-
-    def draw(self: Inpainter, pictures: Any, jobs: Any) -> Any:
-        calls.append(len(jobs))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return plain(self, pictures, jobs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Inpainter, "draw", draw)
-        with pytest.raises(KeyboardInterrupt):
-            infer(final, tmp_path / "out", *given)
-    whole(tmp_path / "out")
-    assert len(metas(tmp_path / "out")) == 2
-    assert record(tmp_path / "out")["complete"] is False
-    leftover = tmp_path / "out" / ".partial-x__v0"
-    leftover.mkdir()  # as a kill in the middle of writing leaves it
-    assert infer(final, tmp_path / "out", *given) == 0
-    whole(tmp_path / "out")
-    assert set(metas(tmp_path / "out")) == set(metas(results))
-    assert (record(tmp_path / "out")["complete"], record(tmp_path / "out")["pictures"]) == (True, 5)
-
-
-@pytest.mark.parametrize("other", [["--seed", 1], ["--steps", 3], ["--prompt", "x"], ["sampling.differential=false"]])
-def test_other_settings_are_refused(final: Path, results: Path, world: Path, other: list) -> None:
-    before = (results / "inference.json").read_bytes()
-    with pytest.raises(UsageError, match=r"holds the results of another run .*--overwrite"):
-        infer(final, results, "--train_json", world / "train", *other)
-    assert (results / "inference.json").read_bytes() == before
-
-
-def test_changed_input_is_another_run(final: Path, one: Path, tmp_path: Path) -> None:
-    assert infer(final, tmp_path / "out", "--data", one) == 0
-    image = next(one.glob("*/image.png"))
-    write_png(image, 255 - read_image(image))
-    with pytest.raises(UsageError, match="another run"):
-        infer(final, tmp_path / "out", "--data", one)
-
-
-def test_overwrite_replaces_the_results_of_another_run(final: Path, one: Path, tmp_path: Path) -> None:
-    assert infer(final, tmp_path / "out", "--data", one, "--variants", 2) == 0
-    assert infer(final, tmp_path / "out", "--data", one, "--seed", 7, "--overwrite") == 0
-    ((name, meta),) = metas(tmp_path / "out").items()
-    assert name.endswith("__v0")
-    assert meta["seed"] == 7
-
-
-def test_folder_with_something_else_is_left_alone(final: Path, one: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    for flags in ([], ["--overwrite"]):
-        with pytest.raises(UsageError, match="is not empty and holds no results of this command"):
-            infer(final, tmp_path / "out", "--data", one, *flags)
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
-
-
-# ---------------------------------------------------------------------------------------------------------- bad input
-
-
-def test_one_bad_image_among_several(final: Path, world: Path, tmp_path: Path) -> None:
-    shutil.copytree(world / "val", tmp_path / "data")
-    bad = next((tmp_path / "data").glob("*/mask.png")).parent / "image.png"
-    bad.write_bytes(bad.read_bytes()[:700])
-    for _ in range(2):  # the second time it is complete, and says so with the same code
-        assert infer(final, tmp_path / "out", "--data", tmp_path / "data", "--choose", "diseased") == 3
-    assert len(metas(tmp_path / "out")) == 1
-    (reject,) = json.loads((tmp_path / "out" / "rejects.json").read_text())
-    assert reject["sample_id"] == bad.parent.name
-    assert "image.png" in reject["file"]
-    whole(tmp_path / "out")
-
-
-def test_image_that_breaks_after_the_annotation_does_not_lose_its_batch(
-    final: Path, world: Path, tmp_path: Path
-) -> None:
-    from ldm.annotations import write_annotations
-
-    shutil.copytree(world / "val", tmp_path / "data")
-    write_annotations(tmp_path / "data.json", scan_folder(tmp_path / "data")[0])
-    bad = next((tmp_path / "data").glob("*/mask.png"))
-    bad.write_bytes(b"")
-    assert infer(final, tmp_path / "out", "--data", tmp_path / "data.json", "--choose", "diseased") == 3
-    assert len(metas(tmp_path / "out")) == 1
-    (reject,) = json.loads((tmp_path / "out" / "rejects.json").read_text())
-    assert "mask.png" in reject["reason"]
-
-
-def test_model_that_draws_nan_writes_nothing(
-    final: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = Inpainter.generate
-    monkeypatch.setattr(Inpainter, "generate", lambda *given: plain(*given) * float("nan"))
-    with pytest.raises(MedSoftError, match=r"no picture could be drawn; see .*rejects\.json"):
-        infer(final, tmp_path / "out", "--data", one)
-    (reject,) = json.loads((tmp_path / "out" / "rejects.json").read_text())
-    assert "NaN" in reject["reason"]
-    assert not list((tmp_path / "out").rglob("*.png"))
-
-
-def test_weights_that_are_nan_are_refused(final: Path, one: Path, tmp_path: Path) -> None:
-    bad = edit(final, tmp_path / "nan.ckpt", keep=lambda key, v: v / 0 if key == "msc.position" else v)
-    with pytest.raises(MedSoftError, match=r"nan\.ckpt: 1 tensors hold NaN"):
-        infer(bad, tmp_path / "out", "--data", one)
-
-
-def test_empty_mask_and_other_size_of_a_single_picture(final: Path, tmp_path: Path) -> None:
-    write_png(tmp_path / "i.png", np.full((40, 40), 90, np.uint8))
-    write_png(tmp_path / "empty.png", np.zeros((40, 40), np.uint8))
-    write_png(tmp_path / "small.png", np.full((30, 40), 255, np.uint8))
-    for name, message in (("empty", "the mask is empty"), ("small", "40"), ("none", "does not exist")):
-        given = ["--image", tmp_path / "i.png", "--mask", tmp_path / f"{name}.png", "--prompt", "lesion"]
-        with pytest.raises(MedSoftError, match=r"no picture could be drawn"):
-            infer(final, tmp_path / name, *given)
-        (reject,) = json.loads((tmp_path / name / "rejects.json").read_text())
-        assert f"{name}.png" in reject["reason"]
-        assert message in reject["reason"]
-
-
-@pytest.mark.parametrize("name", ["../outside", "/etc/x", "a/../../b"])
-def test_sample_ids_cannot_leave_the_output_folder(final: Path, one: Path, tmp_path: Path, name: str) -> None:
-    from ldm.annotations import write_annotations
-
-    write_annotations(tmp_path / "data.json", scan_folder(one)[0])
-    records = json.loads((tmp_path / "data.json").read_text())
-    records[0]["sample_id"] = name
-    (tmp_path / "data.json").write_text(json.dumps(records))
-    with pytest.raises(MedSoftError, match=r"sample_id"):
-        infer(final, tmp_path / "deep" / "out", "--data", tmp_path / "data.json")
-    assert not (tmp_path / "deep").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--image", "i.png"], "--image needs --mask and --prompt"),
-        (["--mask", "m.png"], "--mask belongs to --image"),
-        (["--data", "a", "--like", "b"], "exclude each other"),
-        (["--variants", "0"], "--variants and --limit: expected at least 1"),
-        (["--limit", "-1"], "--variants and --limit: expected at least 1"),
-        (["sampling.stepps=3"], "did you mean sampling.steps"),
-    ],
-)
-def test_wrong_usage(tmp_path: Path, flags: list[str], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        infer(tmp_path / "none.ckpt", tmp_path / "out", *flags)
-    assert not (tmp_path / "out").exists()
-
-
-def test_checkpoint_without_all_parts(trained: dict, one: Path, tmp_path: Path) -> None:
-    with pytest.raises(MedSoftError, match=r"It holds unet, autoencoder, text \(it was left by unet_only\); needed"):
-        infer(trained["unet_only"].last, tmp_path / "out", "--data", one)
-
-
-def test_healthy_images_without_any_prompt(final: Path, world: Path, tmp_path: Path) -> None:
-    healthy = next(p.parent for p in sorted((world / "train").glob("*/")) if not (p / "mask.png").exists())
-    shutil.copytree(healthy if healthy.name != "train" else world / "train", tmp_path / "data")
-    for mask in (tmp_path / "data").glob("*/mask.png"):
-        shutil.rmtree(mask.parent)
-    with pytest.raises(MedSoftError, match=r"has no diseased sample to take prompts from; give --prompt"):
-        infer(final, tmp_path / "out", "--train_json", tmp_path / "data")
-
-
-def test_one_line_and_exit_code(tmp_path: Path) -> None:
-    given = ["--ckpt", "c.ckpt", "--config", PHANTOM, "--output_dir", "out", "--data", "nowhere"]
-    found = subprocess.run(
-        [sys.executable, ROOT / "dataset_infer.py", *given], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert found.returncode == 1
-    (line,) = found.stderr.splitlines()
-    assert line.startswith("error: nowhere: does not exist")
-    assert not list(tmp_path.iterdir())

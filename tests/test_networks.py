@@ -1,6 +1,7 @@
 """The networks, the schedule and the losses, against independent implementations and hand-written formulas."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,13 +22,17 @@ from ldm.config import (
     MSCConfig,
     TextEncoderConfig,
     UNetConfig,
+    load_config,
 )
 from ldm.diffusion import NoiseSchedule, diffusion_loss, picture_noise
-from ldm.encoders import TextEncoder
+from ldm.encoders import BiomedClip, TextEncoder
 from ldm.model import MedSoftModel, hide
 from ldm.msc import MedicalSemanticController, masked_cosine, msc_loss, patch_mask, semantic_tokens
 from ldm.samplers import DifferentialMask, ddim
 from ldm.unet import UNet
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tool"))
 
 UNET = UNetConfig(
     model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_levels=[1], num_heads=4, context_dim=24,
@@ -458,3 +463,63 @@ def test_groups_share_no_parameter_and_leave_out_the_frozen_parts(small_model: M
     assert all(".attn3." in key or ".norm4." in key for key in groups["attn3"])
     small_model.config.training.objective = "msc"
     assert "msc.global_head.weight" in small_model.groups(["msc"])["msc"]
+
+
+# -------------------------------------------------------------------------------------------- what travels with it
+
+
+def test_phantom_biomedclip_opens_in_open_clip_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    import open_clip
+
+    folder = "models/phantom_base/biomedclip"
+    monkeypatch.chdir(ROOT)  # the configuration in the folder names its text encoder relative to it
+    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    ours = BiomedClip(ROOT / folder)
+    prompts = ["healthy", "severe osteolytic lesion of the L3 vertebra"]
+    assert torch.allclose(ours.encode_text(prompts), theirs.encode_text(tokenizer(prompts)), atol=1e-5)
+    image = noise(2, 3, ours.image_size, ours.image_size).clamp(-1, 1)
+    tokens, token = ours.encode_image(image)
+    expected = theirs.visual.trunk.forward_features(image)  # mean and deviation of this folder are both 0.5
+    assert torch.allclose(torch.cat([token[:, None], tokens], dim=1), expected, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- true size
+
+
+def typical(module: nn.Module) -> nn.Module:
+    """Random parameters of the size that trained ones have, also where a layer starts at zero or one."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            parameter.copy_(drawn / parameter[0].numel() ** 0.5)
+        else:
+            parameter.copy_(0.1 * drawn + (parameter == 1))
+    return module.eval()
+
+
+@pytest.mark.slow
+def test_true_size_agrees_with_diffusers() -> None:
+    """About 10 GB of memory and a minute or two: models/mldm_v15.yaml with random weights, at 512 x 512."""
+    from bench import diffusers_twins
+
+    config = load_config(ROOT / "models" / "mldm_v15.yaml")
+    model = typical(MedSoftModel(config, ["unet", "autoencoder"]))
+    unet, autoencoder = diffusers_twins(model, config)
+
+    x, text, t = noise(1, 9, 64, 64), noise(1, 77, 768), torch.tensor([501])
+    expected = unet(x, t, text).sample
+    assert expected.std() > 1e-2
+    assert relative_error(model.unet(x, t, Conditioning(text)), expected) < 1e-4
+    closed = Conditioning(text, noise(1, 49, 768), torch.zeros(1, 1, 64, 64))
+    assert relative_error(model.unet(x, t, closed), expected) < 1e-4
+    del unet, model.model
+
+    image, latent = noise(1, 3, 512, 512).clamp(-1, 1), noise(1, 4, 64, 64)
+    expected = autoencoder.encode(image).latent_dist
+    found = model.first_stage_model.encode(image)
+    assert relative_error(found.mode, expected.mode()) < 1e-4
+    spread = noise(1, 4, 64, 64, seed=1)
+    assert relative_error(found.sample(spread), expected.mean + expected.std * spread) < 1e-4
+    assert relative_error(model.first_stage_model.decode(latent), autoencoder.decode(latent).sample) < 1e-4

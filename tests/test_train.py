@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny import CLIP, MODELS, ROOT, STAGES, call, changed, edit, tensors, train, ver_train
+from tiny import MODELS, ROOT, STAGES, call, changed, edit, tensors, train, ver_train
 
+import dataset_infer
+from ldm import cli
 from ldm.annotations import load_samples, write_annotations
 from ldm.config import load_config
-from ldm.dataset import EpochOrder, StageData, prepare, training_items
-from ldm.encoders import BiomedClip
 from ldm.errors import MedSoftError, UsageError
-from ldm.feature_cache import FeatureCache
 from ldm.images import read_image, write_png
-from ldm.model import MedSoftModel, hidden_region, hide
+from ldm.model import MedSoftModel
 from ldm.training import Stage
 
 
@@ -164,6 +164,18 @@ def test_every_true_size_stage_builds_what_it_names(stage: str) -> None:
         assert low <= size <= high, f"{name}: {size}"
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_half_precision_leaves_whole_weights(trained: dict, world: Path, tmp_path: Path, stage: str) -> None:
+    """What training.precision auto means on machines that multiply bfloat16."""
+    source = trained[stage].source
+    assert train(stage, source, tmp_path / "s", world, precision="bf16-mixed", batch_size=9) == 0
+    after = tensors(tmp_path / "s" / "last.ckpt")
+    moved = changed(tensors(source), after)  # not all in one step: attn3 starts with an output projection of zeros
+    assert moved
+    assert moved <= {key for key in after if belongs(stage, key)}
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in after.values())
+
+
 def test_dry_run_writes_nothing(world: Path, converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     assert train("unet_only", converted, tmp_path / "s", world, "--dry_run") == 0
@@ -280,6 +292,65 @@ def test_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
     assert all(torch.isfinite(value).all() for value in tensors(tmp_path / "s" / "last.ckpt").values())
 
 
+def test_weights_that_break_in_the_last_step_keep_the_last_good_checkpoint(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of that step is fine, and there is no later one that would not be."""
+    plain = Stage.optimizer_step
+
+    def optimizer_step(self: Stage, *args: Any, **more: Any) -> None:
+        plain(self, *args, **more)
+        if self.current_epoch == 1:
+            self.net.msc.position.data[0] = float("nan")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "optimizer_step", optimizer_step)
+        with pytest.raises(MedSoftError, match=r"msc\.position holds NaN or infinite values after step 2; the last"):
+            train("stage1", converted, tmp_path / "s", world, max_epochs=2, batch_size=9)
+    last = tmp_path / "s" / "last.ckpt"
+    assert about(last)["step"] == 1
+    assert all(torch.isfinite(value).all() for value in tensors(last).values())
+    assert train("stage1", converted, tmp_path / "s", world, max_epochs=2, batch_size=9) == 0
+    assert (about(last)["step"], about(last)["complete"]) == (2, True)
+    assert [row["epoch"] for row in metrics(tmp_path / "s")] == ["0", "1"]
+
+
+def test_failed_start_does_not_claim_the_folder(world: Path, converted: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.ckpt").write_bytes(converted.read_bytes()[:100_000])
+    with pytest.raises(MedSoftError, match=r"cut\.ckpt: damaged or cut short"):
+        train("stage1", tmp_path / "cut.ckpt", tmp_path / "s", world)
+    assert not (tmp_path / "s").exists()
+    assert train("stage1", converted, tmp_path / "s", world, batch_size=9) == 0
+
+
+def test_first_weights_may_not_be_the_file_to_write(trained: dict, world: Path) -> None:
+    before = trained["stage2_1"].last.stat().st_mtime_ns
+    with pytest.raises(UsageError, match=r"last\.ckpt: lies in --save_path and would be overwritten"):
+        train("stage2_1", trained["stage2_1"].last, trained["stage2_1"].folder, world, "--overwrite")
+    assert trained["stage2_1"].last.stat().st_mtime_ns == before
+
+
+def test_changed_data_is_another_run(world: Path, converted: Path, tmp_path: Path) -> None:
+    """What decides a healthy sample's masks and every sample's grey levels: anatomy.png and meta.json."""
+    shutil.copytree(world / "train", tmp_path / "data")
+    given = ("--train_json", tmp_path / "data")
+    assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=9) == 0
+    sample = next(sample for sample in load_samples(tmp_path / "data")[0] if sample.healthy)
+    folder = sample.image.parent
+    labels, meta = read_image(folder / "anatomy.png"), (folder / "meta.json").read_text()
+
+    def refused() -> None:
+        with pytest.raises(UsageError, match="belongs to a run with other data"):
+            train("stage1", converted, tmp_path / "s", world, *given, batch_size=9)
+
+    write_png(folder / "anatomy.png", np.where(labels == 2, 0, labels))
+    refused()
+    write_png(folder / "anatomy.png", labels)
+    for change in ({"spacing_mm": 2.5}, {"window": [10, 240]}):
+        (folder / "meta.json").write_text(json.dumps(json.loads(meta) | change))
+        refused()
+
+
 def test_damaged_last_checkpoint_is_named(trained: dict, world: Path, converted: Path, tmp_path: Path) -> None:
     whole = trained["stage1"].last.read_bytes()
     (tmp_path / "last.ckpt").write_bytes(whole[: len(whole) // 2])
@@ -317,7 +388,7 @@ def test_damaged_image_is_skipped_and_named(world: Path, converted: Path, tmp_pa
 
 
 def test_patient_on_both_sides(world: Path, converted: Path, tmp_path: Path) -> None:
-    with pytest.raises(MedSoftError, match=r"patient w5p\d+ is also in .*train; split by patient"):
+    with pytest.raises(MedSoftError, match=r"patient w5p\d+ is also in .*train\.json; split by patient"):
         train("stage1", converted, tmp_path / "s", world, "--val_json", world / "train")
 
 
@@ -340,6 +411,16 @@ def test_checkpoint_of_another_stage(trained: dict, world: Path, tmp_path: Path)
         train("stage2_1", trained["stage1"].last, tmp_path / "s", world)
 
 
+def test_checkpoint_of_another_preparation(trained: dict, world: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.ckpt"
+    content = torch.load(trained["stage2_1"].last, weights_only=True)
+    content["medsoft"]["config"]["data"]["context"] = 3.0
+    torch.save(content, other)
+    with pytest.raises(UsageError, match=r"was trained with data\.context=3\.0, .* has 2\.0; add data\.context=3\.0"):
+        train("stage2_2", other, tmp_path / "s", world, "--dry_run")
+    assert train("stage2_2", other, tmp_path / "s", world, "--dry_run", "data.context=3.0") == 0
+
+
 def test_checkpoint_for_another_configuration(converted: Path, world: Path, tmp_path: Path) -> None:
     with pytest.raises(MedSoftError, match=r"another size.*made with another model configuration; use the YAML it was"):
         train("stage1", converted, tmp_path / "s", world, "msc.width=64")
@@ -356,206 +437,6 @@ def test_checkpoint_with_a_value_that_is_not_a_number(converted: Path, world: Pa
 def test_yaml_without_a_stage(world: Path, converted: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"phantom\.yaml: names no stage"):
         call(ver_train, "--ckpt", converted, "--config", MODELS / "phantom.yaml", "--save_path", tmp_path / "s")
-
-
-# --------------------------------------------------------------------------------------------------- BiomedCLIP
-
-
-def clip_copy(target: Path, *without: str) -> Path:
-    shutil.copytree(CLIP, target, ignore=lambda _, names: set(without) & set(names))
-    return target
-
-
-@pytest.mark.parametrize(
-    ("without", "message"),
-    [
-        (("open_clip_config.json",), r"open_clip_config\.json: this BiomedCLIP configuration does not exist"),
-        (("open_clip_pytorch_model.bin",), r"clip: no weights; expected one of"),
-        (("tokenizer.json", "vocab.txt"), r"clip: no tokenizer; expected tokenizer\.json or vocab\.txt"),
-    ],
-)
-def test_incomplete_biomedclip_folder(tmp_path: Path, without: tuple[str, ...], message: str) -> None:
-    with pytest.raises(MedSoftError, match=message):
-        BiomedClip(clip_copy(tmp_path / "clip", *without))
-
-
-def test_missing_biomedclip_folder(world: Path, converted: Path, tmp_path: Path) -> None:
-    with pytest.raises(MedSoftError, match=r"nowhere: BiomedCLIP folder not found; download .*--biomedclip"):
-        train("stage1", converted, tmp_path / "s", world, "biomedclip.path=nowhere")
-
-
-def test_biomedclip_as_downloaded_has_no_bert_configuration(tmp_path: Path) -> None:
-    bare = BiomedClip(clip_copy(tmp_path / "clip", "config.json"))
-    full = BiomedClip(CLIP)
-    text = ["osteolytic lesion of L3"]
-    assert torch.equal(bare.encode_text(text), full.encode_text(text))
-
-
-def test_shipped_biomedclip_is_found_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert BiomedClip(load_config(MODELS / "phantom.yaml").biomedclip.path).fingerprint
-
-
-def test_stage_2_refuses_another_biomedclip(trained: dict, world: Path, tmp_path: Path) -> None:
-    other = clip_copy(tmp_path / "clip")
-    weights = other / "open_clip_pytorch_model.bin"
-    state = torch.load(weights, weights_only=True)
-    torch.save({key: value.clone() for key, value in state.items()}, weights)  # same values, another file
-    state["visual.trunk.cls_token"] += 1
-    torch.save(state, weights)
-    with pytest.raises(MedSoftError, match=r"clip: is not the BiomedCLIP that .*last\.ckpt was trained with"):
-        train("stage2_2", trained["stage2_1"].last, tmp_path / "s", world, f"biomedclip.path={other}")
-
-
-# ------------------------------------------------------------------------------------------------ cached features
-
-
-@pytest.fixture(scope="module")
-def networks(converted: Path) -> tuple[Any, MedSoftModel, BiomedClip]:
-    from ldm.checkpoint import load_parts, read_checkpoint
-
-    config = load_config(MODELS / "phantom.yaml")
-    model = MedSoftModel(config, ["autoencoder"]).eval()
-    load_parts(model, read_checkpoint(converted), ["autoencoder"], config)
-    return config, model, BiomedClip(CLIP)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, networks: tuple) -> FeatureCache:
-    return FeatureCache(tmp_path / "features", *networks)
-
-
-def fresh(cache: FeatureCache) -> FeatureCache:
-    return FeatureCache(cache.folder, cache.config, cache.model, cache.clip)
-
-
-def items_of(folder: Path, networks: tuple) -> list:
-    return training_items(load_samples(folder)[0], networks[0].data)[0]
-
-
-def test_features_equal_direct_computation(world: Path, cache: FeatureCache, networks: tuple) -> None:
-    items = items_of(world / "val", networks)
-    assert len(items) == 4 + 2
-    assert not cache.build(items)
-    config, model, clip = networks
-    for item in (items[0], items[-1]):
-        picture = prepare(item.sample, config.data, 0, item.variant)
-        image, mask = picture.image[None], picture.mask[None]
-        found = cache.load(item)
-        with torch.no_grad():
-            posterior = model.encode(image)
-            masked = model.encode(hide(image, mask)).mode * 0.18215
-        seen, _ = clip.encode_image(image, hidden_region(mask))
-        true, true_global = clip.encode_image(image)
-        assert torch.equal(found["mask"], picture.mask)
-        expected = {"latent_mean": posterior.mean, "masked_latent": masked, "seen": seen, "true": true}
-        for name, value in {**expected, "latent_logvar": posterior.logvar, "true_global": true_global}.items():
-            assert torch.allclose(found[name], value[0], atol=2e-5), name
-    assert (found["seen"] != found["true"]).any()
-
-
-def test_second_run_computes_nothing(
-    world: Path, cache: FeatureCache, networks: tuple, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    items = items_of(world / "val", networks)
-    cache.build(items)
-    monkeypatch.setattr(FeatureCache, "_compute", lambda self, items: pytest.fail("computed again"))
-    assert fresh(cache).build(items) == []
-
-
-@pytest.mark.parametrize("name", ["image.png", "mask.png"])
-def test_changed_file_is_computed_again(
-    world: Path, cache: FeatureCache, networks: tuple, tmp_path: Path, name: str
-) -> None:
-    folder = next(path.parent for path in (world / "val").glob("*/mask.png"))
-    shutil.copytree(folder, tmp_path / "data" / folder.name)
-    (item,) = items_of(tmp_path / "data", networks)
-    cache.build([item])
-    before = cache.load(item)
-    file = tmp_path / "data" / folder.name / name
-    write_png(file, read_image(file)[:, ::-1])
-    again = fresh(cache)
-    again.build([item])
-    assert not torch.equal(before["seen"], again.load(item)["seen"])
-
-
-def test_damaged_features_are_named(world: Path, cache: FeatureCache, networks: tuple) -> None:
-    item = items_of(world / "val", networks)[0]
-    cache.build([item])
-    file = next(cache.folder.rglob("*.clip.safetensors"))
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(MedSoftError, match=rf"{file.name}: damaged features of .*; delete this file and run again"):
-        cache.load(item)
-
-
-# ---------------------------------------------------------------------------------------------- order and randomness
-
-
-class Features:
-    """Stands for a FeatureCache: latents whose value is the item's variant."""
-
-    def load(self, item: Any) -> dict[str, torch.Tensor]:
-        return {"latent_mean": torch.full((4, 2, 2), float(item.variant))}
-
-
-@pytest.fixture
-def stage_data(world: Path, networks: tuple) -> Any:
-    items = items_of(world / "train", networks)
-    prompts = {item.sample.prompt: {} for item in items}
-
-    def make(fixed: bool = False) -> StageData:
-        return StageData(items, Features(), prompts, networks[0].training, fixed)
-
-    return make
-
-
-def uses(data: StageData, world: int, rank: int, epoch: int = 0, **settings: Any) -> list:
-    from dataclasses import replace
-
-    order = EpochOrder(data, replace(data.training, **settings), True, rank, world)
-    order.set_epoch(epoch)
-    return list(order)
-
-
-def test_two_processes_see_the_same_global_batches(stage_data: Any) -> None:
-    data = stage_data()
-    alone = uses(data, 1, 0, balance=True)
-    halves = [uses(data, 2, rank, balance=True) for rank in (0, 1)]
-    assert len(halves[0]) == len(halves[1])
-    for first in range(0, len(alone), 4):
-        joined = [use for half in halves for use in half[first // 2 : first // 2 + 2]]
-        assert sorted(joined) == sorted(alone[first : first + 4])
-
-
-def test_balance_gives_equal_counts_and_loses_nobody(stage_data: Any) -> None:
-    data = stage_data()
-    order = uses(data, 1, 0, balance=True)
-    sick = sum(data.diseased(number) for _, number, _ in order)
-    assert (sick, len(order)) == (5, 10)
-    assert {number for _, number, _ in order} == set(range(9))
-    assert len(set(order)) == 10  # a repeated sample is another use, with its own noise
-
-
-def test_epochs_differ_and_every_sample_comes_once(stage_data: Any) -> None:
-    data = stage_data()
-    orders = [[number for _, number, _ in uses(data, 1, 0, epoch, balance=False)] for epoch in (0, 1)]
-    assert [sorted(order) for order in orders] == [list(range(9))] * 2
-    assert orders[0] != orders[1]
-
-
-def test_validation_numbers_are_fixed_and_training_numbers_are_not(stage_data: Any) -> None:
-    training, validation = stage_data(), stage_data(fixed=True)
-    for name in ("noise", "posterior_noise", "t", "coin"):
-        assert torch.equal(validation[0, 2, 0][name], validation[7, 2, 0][name])
-        assert not torch.equal(training[0, 2, 0][name], training[7, 2, 0][name])
-        assert not torch.equal(training[0, 2, 0][name], training[0, 2, 1][name])
-        assert torch.equal(training[3, 2, 0][name], stage_data()[3, 2, 0][name])
-
-
-def test_healthy_samples_use_all_their_masks(stage_data: Any) -> None:
-    data = stage_data()
-    healthy = next(number for number in range(9) if not data.diseased(number))
-    assert {float(data[epoch, healthy, 0]["latent_mean"][0, 0, 0]) for epoch in range(40)} == {0, 1, 2, 3}
 
 
 # ------------------------------------------------------------------------------------------------ the command itself
@@ -575,6 +456,18 @@ def test_help_does_not_import_torch_and_works_elsewhere(tmp_path: Path) -> None:
         )
         assert found.returncode == 0, found.stderr
         assert "--config" in found.stdout
+
+
+@pytest.mark.parametrize("script", [ver_train, dataset_infer])
+def test_overrides_between_flags(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # else pytest's own handlers go
+    seen = []
+    words = ["--ckpt", "c", "--config", "y", "--save_path", "s", "--output_dir", "s", "a.b=1", "--seed", "1", "c.d=2"]
+    unknown = words.index("--output_dir" if script is ver_train else "--save_path")
+    with pytest.raises(SystemExit) as caught:
+        cli.run(script.build_parser(), seen.append, words[:unknown] + words[unknown + 2 :])
+    assert caught.value.code == 0
+    assert (seen[0].overrides, seen[0].seed) == (["a.b=1", "c.d=2"], 1)
 
 
 def test_one_line_and_exit_code(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The shipped commands on phantoms, made small in time by flags; shared by the tests of the commands."""
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ MODELS = ROOT / "models"
 CLIP = MODELS / "phantom_base" / "biomedclip"
 SD = MODELS / "phantom_base" / "sd-phantom-inpainting.ckpt"
 PHANTOM = MODELS / "phantom.yaml"
+TRAIN, VAL, TEST = (f"openimages_format_{name}.json" for name in ("train", "val", "test"))
 STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
 
 # Plain steps at the full rate from the first one on, so that what is trained moves, and nothing decays on its own.
@@ -35,10 +37,8 @@ PLAIN = {
 
 
 def call(module: ModuleType, *argv: Any) -> int:
-    """The command's exit code, run in this process; flags in any place, KEY=VALUE anywhere."""
-    words = [str(word) for word in argv]
-    free = [word for word in words if "=" in word and " " not in word and not word.startswith(("-", "/"))]
-    return module.main(module.build_parser().parse_args([word for word in words if word not in free] + free))
+    """The command's exit code, run in this process; arguments parsed as ``ldm.cli.run`` does."""
+    return module.main(module.build_parser().parse_intermixed_args([str(word) for word in argv]))
 
 
 def convert(source: Path, output: Path, *more: Any) -> int:
@@ -53,10 +53,10 @@ def merge(stage1: Path, rest: Path, output: Path, *more: Any) -> int:
 def train(
     stage: str, ckpt: Path, save_path: Path, world: Path, *more: Any, family: str = "phantom", **plain: Any
 ) -> int:
-    """ver_train.py with the shipped YAML of ``stage`` on world/train and world/val; ``plain`` overrides PLAIN."""
+    """ver_train.py with the shipped YAML of ``stage`` on the world's JSON files; ``plain`` overrides PLAIN."""
     flags = ["--ckpt", ckpt, "--config", MODELS / f"{family}_{stage}.yaml", "--save_path", save_path]
     given = [str(word) for word in more]
-    for flag, name in (("--train_json", "train"), ("--val_json", "val"), ("--cache_dir", "features")):
+    for flag, name in (("--train_json", TRAIN), ("--val_json", VAL), ("--cache_dir", "features")):
         if flag not in given:
             flags += [flag, world / name]
     values = PLAIN | {f"training.{key}": value for key, value in plain.items()}
@@ -93,3 +93,24 @@ def awake(key: str, value: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(len(key))
         return torch.randn(value.shape, generator=generator) * 0.02
     return value
+
+
+# ------------------------------------------------------------------------------------------ results of dataset_infer.py
+
+
+def metas(folder: Path) -> dict[str, dict]:
+    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/meta.json"))}
+    assert found
+    return found
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "inference.json").read_text())
+
+
+def whole(folder: Path) -> None:
+    """Nothing half-written lies there, and every sample folder has all its files."""
+    assert not list(folder.rglob(".partial-*"))
+    for meta in folder.rglob("meta.json"):
+        names = {file.name for file in meta.parent.iterdir()}
+        assert names == {"image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json"}

@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from ldm.checkpoint import PREFIXES, already_made, load_parts, read_checkpoint, write_checkpoint
+    from ldm.checkpoint import PREFIXES, already_made, check_preparation, load_parts, read_checkpoint, write_checkpoint
     from ldm.config import load_config
     from ldm.files import fingerprint, sha256_file
     from ldm.model import MedSoftModel
@@ -48,6 +48,8 @@ def main(args: argparse.Namespace) -> int:
         made = checkpoint.about.get("stage")
         if made not in (None, stages):
             log.warning("warning: %s %s was left by %s, expected %s", flag, checkpoint.path, made, stages)
+    for checkpoint in (controller, rest):
+        check_preparation(checkpoint, config)
     digests = [sha256_file(controller.path), sha256_file(rest.path)]
     files = zip(("stage1_path", "input_path"), (controller, rest), digests, strict=True)
     sources = {flag: {"file": c.path.name, "sha256": digest} for flag, c, digest in files}
