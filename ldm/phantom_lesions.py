@@ -100,18 +100,18 @@ def draw_benign(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> Non
     hw, hh = body.half_width, body.half_height
     slope_u, slope_v = rng.normal(0, 0.025), rng.normal(0, 0.025)
     canvas += inside * (slope_u * body.u / hw + slope_v * body.v / hh)  # density gradient
-    if rng.random() < 0.65:
+    if rng.random() < 0.80:
         _vessel(rng, canvas, body)
-    if rng.random() < 0.30:
+    if rng.random() < 0.45:
         _endplate_node(rng, canvas, body)
-    if rng.random() < 0.30:
+    if rng.random() < 0.45:
         _endplate_sclerosis(rng, canvas, body)
-    if rng.random() < 0.30:  # bone island
+    if rng.random() < 0.40:  # bone island
         spot = _spot(
             body, rng.uniform(-0.7, 0.7) * hw, rng.uniform(-0.7, 0.7) * hh, rng.uniform(1.1, 2.4), rng.uniform(1.1, 2.4)
         )
         canvas += inside * spot * np.clip(rng.uniform(0.75, 0.95) - canvas, 0, 1)
-    for _ in range(rng.integers(0, 3)):  # fatty or denser marrow, without an edge
+    for _ in range(rng.integers(0, 4)):  # fatty or denser marrow, without an edge
         spot = _spot(
             body, rng.uniform(-0.8, 0.8) * hw, rng.uniform(-0.8, 0.8) * hh, rng.uniform(3, 7), rng.uniform(3, 7)
         )
@@ -126,9 +126,9 @@ def _spot(body: Body, u: float, v: float, radius_u: float, radius_v: float) -> n
 
 def _vessel(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> None:
     """The basivertebral vein: a dark wedge that opens at the middle of the back wall."""
-    reach = rng.uniform(0.25, 0.8) * body.half_width
+    reach = rng.uniform(0.3, 1.0) * body.half_width
     along = (body.half_width - body.u) / reach  # 0 at the back wall, 1 at the tip
-    width = rng.uniform(1.5, 3.8) * np.clip(1 - along, 0, 1) + 0.6
+    width = rng.uniform(1.5, 4.5) * np.clip(1 - along, 0, 1) + 0.6
     wedge = np.exp(-(((body.v - rng.normal(0, 1)) / width) ** 2)) * np.clip(3 * (1 - along), 0, 1)
     target = rng.uniform(0.2, 0.3)
     canvas += np.clip(body.depth + 0.5, 0, 1) * rng.uniform(0.5, 0.95) * wedge * (target - canvas)
@@ -136,7 +136,7 @@ def _vessel(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> None:
 
 def _endplate_node(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> None:
     """Schmorl's node: disc material in a notch of an endplate, with a bright rim."""
-    side, radius = (1 if rng.random() < 0.5 else -1), rng.uniform(3.0, 6.0)
+    side, radius = (1 if rng.random() < 0.5 else -1), rng.uniform(3.0, 6.5)
     du = body.u - rng.uniform(-0.5, 0.5) * body.half_width
     dv = body.v - side * (body.half_height - rng.uniform(0, 1.5))
     distance = np.hypot(du / rng.uniform(1.0, 1.5), dv) - radius
@@ -151,6 +151,6 @@ def _endplate_sclerosis(rng: np.random.Generator, canvas: np.ndarray, body: Body
     """A bright band along part of one endplate, as in a worn disc."""
     side = 1 if rng.random() < 0.5 else -1
     from_plate = body.half_height - side * body.v
-    band = np.exp(-((np.clip(from_plate, 0, None) / rng.uniform(2.5, 5.5)) ** 2))
+    band = np.exp(-((np.clip(from_plate, 0, None) / rng.uniform(2.5, 6.5)) ** 2))
     part = np.exp(-(((body.u - rng.uniform(-0.8, 0.8) * body.half_width) / rng.uniform(7, 16)) ** 2))
     canvas += np.clip(body.depth, 0, 1) * rng.uniform(0.5, 0.95) * band * part * np.clip(0.85 - canvas, 0, 1)

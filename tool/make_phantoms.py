@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 # healthy and diseased patients, epochs, batch
-FEW, MANY, TEST = (160, 20, 25, 32), (400, 400, 20, 32), (160, 160)
-FEW_RUNS = 3  # one run on 20 diseased patients says little: the mean of three, each on its own patients
+FEW, MANY, TEST = (160, 35, 25, 32), (700, 700, 16, 32), (160, 160)
+FEW_RUNS = 3  # one run on 35 diseased patients says little: the mean of three, each on its own patients
 SIDE = 64
 
 
