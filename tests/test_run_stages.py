@@ -252,12 +252,15 @@ def test_signals_reach_the_step_once_and_end_the_run(write_plan, tmp_path: Path,
     path = write_plan(
         {"name": "long", "run": shlex.join(["python", "-c", program])}, {"name": "after", "run": touch(never)}
     )
+    # A suite started in the background of a shell ignores SIGINT, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([sys.executable, str(SCRIPT), str(path)], stdout=subprocess.DEVNULL, cwd=tmp_path)
-    deadline = time.monotonic() + 20
+    signal.signal(signal.SIGINT, before)
+    deadline = time.monotonic() + 60
     while not ready.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(sent)
-    assert process.wait(20) == code
+    assert process.wait(60) == code
     assert heard.read_text() == f"{int(sent)} "
     assert recorded(tmp_path)[0]["exit_code"] == code
     assert not never.exists()
