@@ -161,6 +161,7 @@ def identity(args: argparse.Namespace, config, items) -> str:
     settings = dataclasses.asdict(config)
     for section, key in (("training", "workers"), ("training", "save_every_minutes"), ("biomedclip", "path")):
         settings[section].pop(key)
+    settings.pop("sampling")
     used = {(split, item.sample.sample_id): item.sample for split, members in items.items() for item in members}
     data = [(split, sample_identity(sample)) for (split, _), sample in used.items()]
     return fingerprint([settings, data, sha256_file(args.ckpt)])
