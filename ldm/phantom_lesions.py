@@ -18,7 +18,7 @@ SEVERITIES = ("subtle", "moderate", "severe")
 
 # diameter in pixels, and how far the lesion's own grey value replaces the bone's
 _DIAMETER = {"subtle": (12.0, 16.5), "moderate": (16.5, 21.0), "severe": (21.0, 26.0)}
-_STRENGTH = {"subtle": (0.50, 0.64), "moderate": (0.80, 0.90), "severe": (0.94, 1.0)}
+_STRENGTH = {"subtle": (0.60, 0.74), "moderate": (0.80, 0.90), "severe": (0.94, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ def _texture(rng: np.random.Generator, kind: str, canvas: np.ndarray, body: Body
         return 0.90 + 0.06 * smooth_noise(rng, shape, 1.6)
     level = float(canvas[body.depth > 3].mean())
     if kind == "salt-and-pepper":
-        grain = smooth_noise(rng, shape, 1.4) - 0.5 * smooth_noise(rng, shape, 4.0)
-        return level + 0.33 * np.tanh(1.6 * grain)
+        grain = smooth_noise(rng, shape, 1.6) - 0.5 * smooth_noise(rng, shape, 4.0)
+        return level + 0.40 * np.tanh(1.8 * grain)
     # haemangioma: fat between a few thick struts that run from endplate to endplate
     wave = body.u + 0.6 * smooth_noise(rng, shape, 2.5, 7.0) + rng.uniform(0, 7)
-    columns = np.cos(2 * np.pi * wave / rng.uniform(6.0, 7.5))
-    return level - 0.03 + 0.33 * np.tanh(1.6 * columns)
+    columns = np.cos(2 * np.pi * wave / rng.uniform(7.5, 9.5))
+    return level - 0.03 + 0.37 * np.tanh(1.6 * columns)
 
 
 def draw_benign(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> None:

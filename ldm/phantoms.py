@@ -29,7 +29,7 @@ __all__ = ["LESION_TYPES", "LEVELS", "SEVERITIES", "Phantom", "render_phantom", 
 
 LEVELS = ("T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5")
 INDEX_FILE = "phantoms.json"
-VERSION = 2  # raise it when the pictures change, so that a stored dataset is not taken for a new one
+VERSION = 3  # raise it when the pictures change, so that a stored dataset is not taken for a new one
 log = logging.getLogger(__name__)
 
 # in every eight lesions of one type: two subtle, three moderate, three severe
@@ -134,7 +134,7 @@ class _Spine:
     def of(cls, patient: np.random.Generator, picture: np.random.Generator) -> "_Spine":
         scale, ratio, disc = patient.normal(0, 1.4), patient.uniform(0.72, 0.80), patient.uniform(6.0, 9.5)
         bend, bone, tissue = patient.normal(0, 0.0012), patient.uniform(0.44, 0.60), patient.uniform(0.26, 0.33)
-        canal, gain = patient.uniform(13.0, 18.0), patient.uniform(0.75, 1.25)
+        canal, gain = patient.uniform(13.0, 18.0), patient.uniform(0.6, 1.4)
         rank = int(picture.integers(len(LEVELS)))
         width = float(np.clip(37.5 + 0.9 * rank + scale, 36, 46))
         height = float(np.clip(width * ratio, 26, 36))
@@ -145,8 +145,8 @@ class _Spine:
         return cls(
             shape=shape,
             level=LEVELS[rank],
-            centre=(shape[1] * picture.uniform(0.40, 0.52), shape[0] * picture.uniform(0.45, 0.55)),
-            tilt=math.radians(-7 + 18 * max(0.0, lumbar) ** 2 + picture.normal(0, 6)),
+            centre=(shape[1] * picture.uniform(0.36, 0.58), shape[0] * picture.uniform(0.41, 0.59)),
+            tilt=math.radians(-7 + 18 * max(0.0, lumbar) ** 2 + picture.normal(0, 9)),
             curvature=float(0.0035 * lumbar + bend),
             widths=(width * growth).astype(np.float32),
             heights=(height * growth * (1 + picture.normal(0, 0.025, 5) * (steps != 0))).astype(np.float32),
@@ -157,7 +157,7 @@ class _Spine:
             blur=picture.uniform(0.45, 0.95),
             noise=picture.uniform(0.012, 0.032),
             gain=gain,
-            offset=picture.normal(0, 0.03),
+            offset=picture.normal(0, 0.06),
             spacing_mm=round((31 + 0.9 * rank) / width, 3),
         )
 
