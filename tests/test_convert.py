@@ -196,7 +196,7 @@ def test_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldm.checkpoint.torch.save", full)
+    monkeypatch.setattr("ldm.checkpoint_files.torch.save", full)
     with pytest.raises(MedSoftError, match=r"out\.ckpt: could not be written \(No space left"):
         convert(SD, tmp_path / "out.ckpt")
     assert not list(tmp_path.iterdir())
