@@ -51,6 +51,11 @@ class Checkpoint:
         return [part for part, prefix in PREFIXES.items() if any(key.startswith(prefix) for key in self.state)]
 
     @property
+    def step(self) -> int | None:
+        """Optimizer steps behind the weights, if the file says (ours, or Lightning's ``global_step``)."""
+        return self.about.get("step", self.rest.get("global_step"))
+
+    @property
     def config(self) -> Config | None:
         """The configuration the file was made with, if it says."""
         return config_from_dict(self.about["config"], str(self.path)) if "config" in self.about else None
@@ -112,6 +117,35 @@ def write_checkpoint(path: str | Path, state: dict[str, Tensor], about: dict[str
             save_safetensors(state, {"medsoft": json.dumps(about)}, handle)
         else:
             save_pickle({"state_dict": state, "medsoft": about, **rest}, handle)
+
+
+def part_of(key: str) -> str:
+    """The reader's name of the part a key belongs to: one of NAMES' values, "third attention" or "other"."""
+    if NEW_IN_UNET.match(key):
+        return "third attention"
+    return next((NAMES[part] for part, prefix in PREFIXES.items() if key.startswith(prefix)), "other")
+
+
+def summary(state: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """For each part in ``state``: number of tensors and parameters, bytes, data types."""
+    rows: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        row = rows.setdefault(part_of(key), {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": []})
+        row["tensors"] += 1
+        row["parameters"] += value.numel()
+        row["bytes"] += value.numel() * value.element_size()
+        row["dtypes"] = sorted({*row["dtypes"], str(value.dtype).removeprefix("torch.")})
+    order = [NAMES["unet"], "third attention", NAMES["autoencoder"], NAMES["text"], NAMES["msc"], "other"]
+    return {name: rows[name] for name in order if name in rows}
+
+
+def table(state: dict[str, Tensor]) -> list[str]:
+    """``summary`` as aligned lines of text."""
+    return [
+        f"{name:<16} {row['tensors']:5d} tensors {row['parameters'] / 1e6:9.2f} M parameters "
+        f"{row['bytes'] / 1e9:7.3f} GB  {', '.join(row['dtypes'])}"
+        for name, row in summary(state).items()
+    ]
 
 
 def skeleton(config: Config, parts: Iterable[str] = tuple(PREFIXES)) -> dict[str, Tensor]:
@@ -230,14 +264,13 @@ def _hint(checkpoint: Checkpoint, parts: list[str], config: Config) -> str:
     return "Use the YAML it was made for, or convert it again with tool/model_convert.py"
 
 
-def already_made(path: str | Path, run: str, overwrite: bool, *inputs: str | Path) -> bool:
+def already_made(path: str | Path, run: str, overwrite: bool) -> bool:
     """True if ``path`` is the finished output of this very run (its fingerprint says so).
 
-    Raises UsageError if ``path`` is one of the inputs, or exists, was made otherwise and may not be replaced.
+    Raises UsageError if ``path`` is a folder, or exists, was made otherwise and may not be replaced.
     """
-    for source in inputs:
-        if Path(source).resolve() == Path(path).resolve():
-            raise UsageError(f"{path}: is also the input {source}; give another output path")
+    if Path(path).is_dir():
+        raise UsageError(f"{path}: is a folder; give the name of a file to write")
     if overwrite or not Path(path).exists():
         return False
     try:

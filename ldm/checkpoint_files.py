@@ -122,9 +122,9 @@ def _lengths(path: Path) -> str:
 
 
 def read_pickle(path: Path, kind: str) -> tuple[Any, list[str]]:
-    """The content of a zip (memory-mapped) or legacy pickle checkpoint, and the foreign names in it, which were not run.
+    """The content of a zip (memory-mapped) or legacy pickle checkpoint, and the foreign names in it (none was run).
 
-    Raises MedSoftError for a file that is damaged, or that names what neither tensors nor known training programs need.
+    Raises MedSoftError for a file that is damaged, or names what neither tensors nor known training programs need.
     """
     try:
         return _load(path, kind), []
@@ -218,7 +218,9 @@ def verify(path: str | Path) -> str:
 
 
 def _bar(label: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None if total > LARGE else True)
+    return tqdm(
+        total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None if total > LARGE else True
+    )
 
 
 def _verify_zip(path: Path) -> str:
@@ -278,8 +280,8 @@ def save_pickle(content: Any, handle: BinaryIO) -> None:
 def save_safetensors(state: dict[str, Tensor], metadata: dict[str, str], handle: BinaryIO) -> None:
     """Write a safetensors file tensor by tensor, never holding more than one of them in memory beside ``state``.
 
-    ``medsoft_sha256`` is added to ``metadata``: the SHA-256 of the whole file with those 64 digits replaced by zeros. It covers
-    names, shapes, metadata and tensors. The library's own writers record no checksum.
+    ``medsoft_sha256`` is added to ``metadata``: the SHA-256 of the whole file with those 64 digits replaced by zeros.
+    It covers names, shapes, metadata and tensors. The library's own writers record no checksum.
     """
     order = sorted(state, key=lambda key: -state[key].element_size())  # keeps every tensor aligned to its type
     header: dict[str, Any] = {"__metadata__": {DIGEST: UNKNOWN_DIGEST, **metadata}}

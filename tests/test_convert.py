@@ -188,7 +188,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path: Path, form: str) -> None:
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(MedSoftError, match=r"none\.ckpt: this checkpoint does not exist"):
         convert(tmp_path / "none.ckpt", tmp_path / "out.ckpt")
-    with pytest.raises(MedSoftError, match=r"expected a checkpoint file, found a folder"):
+    with pytest.raises(MedSoftError, match=r"no weights; expected a diffusers folder with unet/"):
         convert(tmp_path, tmp_path / "out.ckpt")
 
 
