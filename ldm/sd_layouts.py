@@ -17,7 +17,7 @@ STEM = PREFIXES["unet"] + "input_blocks.0.0.weight"
 TEXT_KEYS = PREFIXES["unet"] + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 WRAPPERS = {"module", "_orig_mod"}  # levels that DistributedDataParallel and torch.compile put into keys
 SHORT_TEXT = re.compile(r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")
-SCHEDULE = re.compile(r"^((sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_\w+)$")
+SCHEDULE = re.compile(r"^(\w*alphas_cumprod\w*|betas|logvar|posterior_\w+)$")
 LEFT = (  # why a tensor is left behind
     ("noise schedule, computed from the YAML", SCHEDULE),
     ("position numbers, made by the text encoder itself", re.compile(r"\.position_ids$")),

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     expected = skeleton(config)
     size = sum(value.numel() * value.element_size() for value in expected.values())
-    check_target(args.output_path, 0 if args.output_path.exists() else size, args.input_path)
+    check_target(args.output_path, size if args.overwrite or not args.output_path.exists() else 0, args.input_path)
     source = read_source(args.input_path, config, expected)
     check_kind(source, config)
     origin = origin_of(args.input_path)

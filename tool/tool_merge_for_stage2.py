@@ -43,7 +43,8 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     expected = skeleton(config)
     size = sum(value.numel() * value.element_size() for value in expected.values())
-    check_target(args.output_path, 0 if args.output_path.exists() else size, args.stage1_path, args.input_path)
+    size = size if args.overwrite or not args.output_path.exists() else 0
+    check_target(args.output_path, size, args.stage1_path, args.input_path)
     controller, rest = read_checkpoint(args.stage1_path), read_checkpoint(args.input_path)
     check_roles(args, controller, rest, config)
     digests = [sha256_file(controller.path), sha256_file(rest.path)]
