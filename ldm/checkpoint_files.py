@@ -12,6 +12,7 @@ import pickletools
 import re
 import zipfile
 import zlib
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +31,7 @@ FOREIGN_CLASSES = re.compile(r"(pytorch_lightning|lightning|lightning_fabric|ome
 FOREIGN_NAMES = re.compile(
     r"numpy\._?core\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray)|numpy\.dtypes\.\w+DType"
     r"|argparse\.Namespace|pathlib\.(Pure)?(Posix|Windows)?Path|collections\.defaultdict|typing\.Any"
-    r"|(builtins|__builtin__)\.(dict|list|tuple|int|float|str|bool)"
+    r"|builtins\.(dict|list|tuple|int|float|str|bool)"
 )
 FOREIGN_DICTIONARIES = re.compile(r".*\.(\w*Dict|defaultdict)")
 
@@ -148,8 +149,9 @@ def _is_foreign(name: str) -> bool:
 
 
 def _refusal(path: Path, error: pickle.UnpicklingError) -> MedSoftError:
-    found = re.search(r"(?:GLOBAL|global|class)\s+`?([\w.]+\.[\w]+)", str(error))
-    what = f"it asks for {found.group(1)}" if found else "it holds more than tensors"
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    module, dot, name = (found[1] if found else "").rpartition(".")
+    what = f"it asks for {IMPORT_MAPPING.get(module, module)}{dot}{name}" if found else "it holds more than tensors"
     return MedSoftError(f"{path}: refused, {what}; nothing in it was run. Use a file with plain tensors")
 
 
@@ -194,9 +196,11 @@ def _global_names(path: Path, kind: str) -> list[str]:
 def _collect_names(handle: Any, names: list[str]) -> None:
     for opcode, argument, _ in pickletools.genops(handle):
         if opcode.name == "GLOBAL":
-            name = argument.replace(" ", ".")
-            if name not in names:
-                names.append(name)
+            module, name = argument.split(" ", 1)
+            # Pickles of protocol 2 spell the standard library as Python 2 did.
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            if f"{module}.{name}" not in names:
+                names.append(f"{module}.{name}")
 
 
 # -------------------------------------------------------------------------------------------------------------- damage

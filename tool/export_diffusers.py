@@ -63,19 +63,22 @@ def main(args: argparse.Namespace) -> int:
 
 
 def exported_before(folder: Path, digest: str, overwrite: bool) -> bool:
-    """True if ``folder`` is the export of the checkpoint with this SHA-256; UsageError if it is something else."""
+    """True if ``folder`` is the export of the checkpoint with this SHA-256 and may stay.
+
+    UsageError if it is something else; ``overwrite`` replaces only what this command has written.
+    """
     from ldm.diffusers_folder import OURS
     from ldm.files import read_json
 
-    if overwrite or not folder.exists():
+    if not folder.exists():
         return False
     try:
-        same = read_json(folder / OURS / "config.json")["exported_from"]["sha256"] == digest
-    except (MedSoftError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise UsageError(f"{folder}: already exists; give another path, or --overwrite to replace it")
-    return same
+        found = read_json(folder / OURS / "config.json")["exported_from"]["sha256"]
+    except (MedSoftError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder}: already exists and was not exported by this command; give another path") from error
+    if found != digest and not overwrite:
+        raise UsageError(f"{folder}: holds the export of another file; give another path, or --overwrite to replace it")
+    return found == digest and not overwrite
 
 
 def write_whole(folder: Path, state, ours, config) -> None:
@@ -87,11 +90,16 @@ def write_whole(folder: Path, state, ours, config) -> None:
     with tempfile.TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=folder.absolute().parent) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
-        write_folder(made, state, ours, config)
-        if folder.exists():
-            os.replace(folder, Path(scratch) / "before")
-        os.replace(made, folder)
-        sync_folder(folder.absolute().parent)
+        try:
+            write_folder(made, state, ours, config)
+            if folder.exists():
+                os.replace(folder, Path(scratch) / "before")
+            os.replace(made, folder)
+            sync_folder(folder.absolute().parent)
+        except OSError as error:
+            raise MedSoftError(
+                f"{folder}: could not be written ({error.strerror or error}); nothing was changed there"
+            ) from error
 
 
 if __name__ == "__main__":
