@@ -74,13 +74,18 @@ def test_seed_decides_the_new_parameters(converted: Path, tmp_path: Path) -> Non
 
 
 def test_safetensors_in_and_out(converted: Path, tmp_path: Path) -> None:
-    shutil.copy(SD, tmp_path / "sd.bin")
     save_file({key: value.contiguous() for key, value in read_checkpoint(SD).state.items()}, tmp_path / "sd.ckpt")
     assert convert(tmp_path / "sd.ckpt", tmp_path / "out.safetensors") == 0  # the content counts, not the name
     found = read_checkpoint(tmp_path / "out.safetensors")
     assert not changed(tensors(converted), found.state)
     assert found.config == load_config(MODELS / "phantom.yaml")
     assert found.about["stage"] == "converted"
+
+
+def test_zip_under_the_name_of_safetensors(converted: Path, tmp_path: Path) -> None:
+    shutil.copy(SD, tmp_path / "sd.safetensors")
+    assert convert(tmp_path / "sd.safetensors", tmp_path / "out.ckpt") == 0
+    assert not changed(tensors(converted), tensors(tmp_path / "out.ckpt"))
 
 
 def test_convert_again_is_complete(converted: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from tiny import MODELS, ROOT, call, model_convert
 from ldm.checkpoint import NEW_IN_UNET, read_checkpoint, skeleton
 from ldm.config import Config, load_config
 from ldm.diffusers_folder import diffusers_name
+from ldm.errors import MedSoftError
 
 NETWORKS = {
     "model.diffusion_model.": 686,
@@ -181,3 +182,13 @@ def test_lightning_is_not_imported_for_its_objects(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint" in done.stdout
     assert done.stdout.strip().endswith("tensor(2.) []")
+
+
+def test_text_to_image_file_with_lightning_objects(small: dict, tmp_path: Path) -> None:
+    """The usual mistake, v1-5-pruned-emaonly.ckpt: read without Lightning, then named for what it is."""
+    stem = "model.diffusion_model.input_blocks.0.0.weight"
+    state = {**small, stem: small[stem][:, :4].clone()}
+    source = save_original(tmp_path / "v1-5-pruned-emaonly.ckpt", state, **lightning_objects())
+    with pytest.raises(MedSoftError, match=r"emaonly\.ckpt: its first convolution reads 4 channels.*text-to-image"):
+        convert_small(source, tmp_path / "out.ckpt")
+    assert not (tmp_path / "out.ckpt").exists()
