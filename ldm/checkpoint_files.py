@@ -157,6 +157,9 @@ def _refusal(path: Path, error: pickle.UnpicklingError) -> MedSoftError:
 
 def _load(path: Path, kind: str) -> Any:
     try:
+        if path.suffix == ".safetensors":  # torch.load would go by the name; only a path can be mapped
+            with open(path, "rb") as handle:
+                return torch.load(handle, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
         size = path.stat().st_size
