@@ -180,8 +180,11 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
     """Keys of the tensors that hold NaN or infinite values."""
 
     def finite(value: Tensor) -> bool:
+        if value.numel() == 0 or not value.is_floating_point():
+            return True
+        value = value.float() if value.element_size() == 1 else value  # float8 has no extremes of its own
         # NaN and infinities reach the extremes; looking at these two is ten times faster than at every value.
-        return value.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(value))).all())
+        return bool(torch.isfinite(torch.stack(torch.aminmax(value))).all())
 
     return [key for key, value in state.items() if not finite(value)]
 

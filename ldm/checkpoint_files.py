@@ -130,13 +130,13 @@ def read_pickle(path: Path, kind: str) -> tuple[Any, list[str]]:
     try:
         return _load(path, kind), []
     except pickle.UnpicklingError as error:
-        # Still safe: the same restricted reader, told to put a placeholder where a known foreign class is named.
         found = [name for name in _global_names(path, kind) if _is_foreign(name)]
-        stand_ins = [
-            (DictionaryPlaceholder if FOREIGN_DICTIONARIES.fullmatch(name) else Placeholder, name) for name in found
-        ]
         if not found:
             raise _refusal(path, error) from error
+    # Still safe: the same restricted reader, told to put a placeholder where a known foreign class is named.
+    stand_ins = [
+        (DictionaryPlaceholder if FOREIGN_DICTIONARIES.fullmatch(name) else Placeholder, name) for name in found
+    ]
     try:
         with torch.serialization.safe_globals(stand_ins):
             return _load(path, kind), found
@@ -161,21 +161,25 @@ def _load(path: Path, kind: str) -> Any:
             with open(path, "rb") as handle:
                 return torch.load(handle, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        size = path.stat().st_size
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MedSoftError(
-            f"{path}: {_other_archive(path, kind)}damaged or cut short ({size} bytes; {reason}); "
-            "copy or download it again"
-        ) from error
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # on damaged bytes torch raises whatever the bytes lead to
+        raise _damaged(path, _other_archive(path), error) from error
 
 
-def _other_archive(path: Path, kind: str) -> str:
+def _damaged(path: Path, before: str, error: Exception) -> MedSoftError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    size = path.stat().st_size
+    return MedSoftError(f"{path}: {before}damaged or cut short ({size} bytes; {reason}); copy or download it again")
+
+
+def _other_archive(path: Path) -> str:
     """A word in front of "damaged" if the file is a whole zip archive that torch.save did not write."""
-    if kind != "zip" or not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rsplit("/", 1)[-1] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return ""
-    with zipfile.ZipFile(path) as archive:
-        names = {name.rsplit("/", 1)[-1] for name in archive.namelist()}
     if "constants.pkl" in names:
         return "a TorchScript archive, not a checkpoint (save its state_dict instead), or "
     return "" if "data.pkl" in names else "a zip archive that is not a checkpoint (unpack it first), or "
@@ -184,15 +188,18 @@ def _other_archive(path: Path, kind: str) -> str:
 def _global_names(path: Path, kind: str) -> list[str]:
     """Every global that the file's pickles name, found by reading the opcodes without executing them."""
     names: list[str] = []
-    if kind == "zip":
-        with zipfile.ZipFile(path) as archive:
-            pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(pickled) as handle:
-                _collect_names(handle, names)
-        return names
-    with open(path, "rb") as handle:
-        for _ in range(4):  # magic number, protocol, system information, content; then come the raw storages
-            _collect_names(handle, names)
+    try:
+        if kind == "zip":
+            with zipfile.ZipFile(path) as archive:
+                pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                with archive.open(pickled) as handle:
+                    _collect_names(handle, names)
+        else:
+            with open(path, "rb") as handle:
+                for _ in range(4):  # magic number, protocol, system information, content; then come the raw storages
+                    _collect_names(handle, names)
+    except Exception as error:  # opcodes that are none
+        raise _damaged(path, "", error) from error
     return names
 
 
@@ -235,12 +242,12 @@ def _verify_zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive, _bar("checking", path.stat().st_size) as bar:
             for entry in archive.infolist():
-                record = f"record {entry.filename}"
+                record = f"record {' '.join(entry.filename.split())}"  # damage may put line breaks there
                 with archive.open(entry) as handle:
                     while piece := handle.read(PIECE):
                         bar.update(len(piece))
             return f"CRC-32 of {len(archive.infolist())} records"
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
         raise MedSoftError(f"{path}: damaged, {record} ({error}); copy or download it again") from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-LIST = Path(__file__).parent / "golden" / "sd-v1-5-inpainting.txt"
+LIST = Path(__file__).parent / "sd-v1-5-inpainting.keys.txt"
 
 
 @cache
