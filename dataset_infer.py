@@ -135,7 +135,7 @@ def load_inpainter(args: argparse.Namespace, config):
 
 def main(args: argparse.Namespace) -> int:
     config = resolve(args)
-    from ldm.checkpoint_files import sniff
+    from ldm.checkpoint import sniff
     from ldm.files import sha256_file
     from ldm.inference import InferenceRun, plan_tasks
 

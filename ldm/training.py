@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.checkpoint import read_checkpoint
-from ldm.checkpoint_files import save_pickle
 from ldm.config import Config
 from ldm.dataset import EpochOrder, StageData
 from ldm.diffusion import diffusion_loss
@@ -136,7 +135,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_file(path) as handle:
-            save_pickle(checkpoint, handle)
+            torch.save(checkpoint, handle)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         found = read_checkpoint(path)
