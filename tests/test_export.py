@@ -5,13 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import export_diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import SD, awake, call, convert, edit
+from tiny import SD, awake, call, convert, edit, export_diffusers
 
 from ldm.attention import Conditioning
 from ldm.checkpoint import PREFIXES, load_parts, read_checkpoint, write_checkpoint

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import inspect_checkpoint
 import pytest
 import torch
 from golden import golden
 from test_checkpoint_files import flip_in_record
-from tiny import SD, call, edit
+from tiny import SD, call, edit, inspect_checkpoint
 
 from ldm.checkpoint import read_checkpoint, write_checkpoint
 from ldm.errors import MedSoftError
