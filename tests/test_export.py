@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import SD, awake, call, convert, edit, export_diffusers
+from tiny import SD, awake, convert, edit, export
 
 from ldm.attention import Conditioning
 from ldm.checkpoint import PREFIXES, load_parts, read_checkpoint, write_checkpoint
@@ -18,10 +18,6 @@ from ldm.errors import MedSoftError, UsageError
 from ldm.model import MedSoftModel
 
 PROMPTS = ["lytic lesion in L3, T2-weighted", "", "café naïve — sclérose 12mm²", "a very long sentence " * 40]
-
-
-def export(ckpt: Path, folder: Path, *more: Any) -> int:
-    return call(export_diffusers, "--ckpt", ckpt, "--output_dir", folder, *more)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden import golden
 from test_checkpoint_files import flip_in_record
-from tiny import SD, call, edit, inspect_checkpoint
+from tiny import SD, edit, inspect
 
 from ldm.checkpoint import read_checkpoint, write_checkpoint
 from ldm.errors import MedSoftError
@@ -19,7 +19,7 @@ STAGES = ("stage1", "stage2_1", "stage2_2", "unet_only")
 
 def inspected(path: Path, capsys: pytest.CaptureFixture) -> dict[str, Any]:
     capsys.readouterr()
-    assert call(inspect_checkpoint, path, "--json") == 0
+    assert inspect(path, "--json") == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -64,7 +64,7 @@ def test_text_says_it_all(converted: Path, tmp_path: Path, caplog: pytest.LogCap
     origin = {flag: {"file": f"{flag}.ckpt", "sha256": "ab" * 32} for flag in ("stage1_path", "input_path")}
     about = {**found.about, "stage": "merged", "step": 9, "origin": origin}
     write_checkpoint(tmp_path / "in.ckpt", found.state, about, optimizer_states=[])
-    assert call(inspect_checkpoint, tmp_path / "in.ckpt") == 0
+    assert inspect(tmp_path / "in.ckpt") == 0
     said = [record.message for record in caplog.records]
     for line in (
         "integrity: CRC-32 of 536 records",
@@ -107,7 +107,7 @@ def test_damage_is_named(converted: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.ckpt").write_bytes(converted.read_bytes())
     record = flip_in_record(tmp_path / "bad.ckpt", "/data/9")
     with pytest.raises(MedSoftError, match=rf"bad\.ckpt: damaged, record {record}"):
-        call(inspect_checkpoint, tmp_path / "bad.ckpt")
+        inspect(tmp_path / "bad.ckpt")
 
 
 def test_values_that_are_not_numbers(converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -115,5 +115,5 @@ def test_values_that_are_not_numbers(converted: Path, tmp_path: Path, caplog: py
     caplog.set_level("INFO")
     bad = edit(converted, tmp_path / "nan.ckpt", keep=lambda k, v: v * float("nan") if k == "msc.position" else v)
     with pytest.raises(MedSoftError, match=r"nan\.ckpt: 1 tensors hold NaN or infinite values, first msc\.position"):
-        call(inspect_checkpoint, bad)
+        inspect(bad)
     assert "fits: models/phantom.yaml" in caplog.text
