@@ -1,13 +1,14 @@
-"""Checkpoints: safe reading, the key map, strict loading of parts, atomic writing.
+"""Checkpoints: what is in them, the parts by key, strict loading of parts, writing.
 
 A checkpoint is a dictionary with ``state_dict`` and, if made here, ``medsoft``: {"config", "stage", "step", "origin"}.
 Keys equal those of ``sd-v1-5-inpainting.ckpt`` (see PREFIXES), plus ``attn3``, ``norm4`` in the U-Net and ``msc.*``.
-Nothing is ever unpickled unsafely: files that need more than tensors and plain containers are refused.
+How files are read safely and searched for damage: ``ldm.checkpoint_files``. The format: docs/checkpoints.md.
 """
 
+import json
 import logging
-import pickle
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint_files import read_pickle, read_safetensors, save_pickle, save_safetensors, sniff
 from ldm.config import ITEM_COUNTS, Config, config_from_dict
 from ldm.errors import MedSoftError, UsageError
 from ldm.files import atomic_file, refuse_existing
@@ -27,7 +29,11 @@ PREFIXES = {
     "text": "cond_stage_model.transformer.text_model.",
     "msc": "msc.",
 }
+NAMES = {"unet": "U-Net", "autoencoder": "autoencoder", "text": "text encoder", "msc": "MSC"}
 NEW_IN_UNET = re.compile(r"^model\.diffusion_model\..*\.(attn3|norm4)\.")
+NESTED = ("state_dict", "model_state_dict", "model", "module")  # where programs put the tensors
+# Sections of the configuration that decide what a part computes.
+SECTIONS = {"unet": ["unet"], "autoencoder": ["autoencoder"], "text": ["text_encoder"], "msc": ["msc", "biomedclip"]}
 
 
 @dataclass
@@ -38,10 +44,16 @@ class Checkpoint:
     state: dict[str, Tensor]
     about: dict[str, Any] = field(default_factory=dict)
     rest: dict[str, Any] = field(default_factory=dict)
+    foreign: list[str] = field(default_factory=list)  # classes of other programs that it names; never run
 
     def parts(self) -> list[str]:
         """Which of unet, autoencoder, text and msc have keys here."""
         return [part for part, prefix in PREFIXES.items() if any(key.startswith(prefix) for key in self.state)]
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps behind the weights, if the file says (ours, or Lightning's ``global_step``)."""
+        return self.about.get("step", self.rest.get("global_step"))
 
     @property
     def config(self) -> Config | None:
@@ -50,23 +62,43 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a ``.ckpt`` (zip or legacy pickle, tensors and plain containers only) or a ``.safetensors`` file.
+    """Read a ``.ckpt`` (zip or legacy pickle) or a ``.safetensors`` file; which it is, its first bytes tell.
 
-    The kind of file is told from its first bytes, not from its name. Tensors of a zip file are memory-mapped.
+    Tensors are memory-mapped (a legacy pickle's are not). Nothing foreign is run; see ``ldm.checkpoint_files``.
     Raises MedSoftError for a missing, empty, damaged, foreign or unsafe file, saying which.
     """
     path = Path(path)
-    if sniff(path) == "safetensors":
-        return _read_safetensors(path)
-    content = _load_pickle(path, mmap=sniff(path) == "zip")
+    kind = sniff(path)
+    if kind == "safetensors":
+        state, metadata = read_safetensors(path)
+        return Checkpoint(path, state, _about(path, metadata.get("medsoft", "{}")))
+    content, foreign = read_pickle(path, kind)
     if not isinstance(content, dict):
         raise MedSoftError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
-    state = content.pop("state_dict", None)
-    if state is None:
-        state = {key: content.pop(key) for key in list(content) if isinstance(content[key], Tensor)}
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    state, rest = _tensors_of(content)
+    if not state:
         raise MedSoftError(f"{path}: holds no tensors; expected a model checkpoint with a `state_dict`")
-    return Checkpoint(path, state, content.pop("medsoft", {}), content)
+    about = rest.pop("medsoft", {})
+    return Checkpoint(path, state, about if isinstance(about, dict) else {}, rest, foreign)
+
+
+def _about(path: Path, text: str) -> dict[str, Any]:
+    try:
+        about = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MedSoftError(f"{path}: damaged, its metadata `medsoft` is not JSON ({error.msg})") from error
+    return about if isinstance(about, dict) else {}
+
+
+def _tensors_of(content: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors by key, looked for in ``state_dict`` and the other places where programs nest them; and the rest."""
+    for name in NESTED:
+        if isinstance(content.get(name), dict):
+            state, inner = _tensors_of(content[name])
+            if state:
+                return state, {**inner, **{key: value for key, value in content.items() if key != name}}
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    return state, {key: value for key, value in content.items() if key not in state}
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -74,97 +106,110 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return read_checkpoint(path).state
 
 
-def sniff(path: Path) -> str:
-    """zip, pickle (legacy) or safetensors, from the first bytes; anything else is a MedSoftError that names it."""
-    try:
-        with open(path, "rb") as handle:
-            head = handle.read(64)
-    except FileNotFoundError as error:
-        raise MedSoftError(f"{path}: this checkpoint does not exist") from error
-    except IsADirectoryError as error:
-        raise MedSoftError(f"{path}: expected a checkpoint file, found a folder") from error
-    except OSError as error:
-        raise MedSoftError(f"{path}: could not be read ({error.strerror or error})") from error
-    if head[:4] == b"PK\x03\x04":
-        return "zip"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000:
-        return "safetensors"
-    if head[:1] == b"\x80":
-        return "pickle"
-    if not head:
-        kind = "an empty file (an interrupted download?)"
-    elif head.startswith(b"version https://git-lfs"):
-        kind = "a Git LFS pointer, not the file itself; run `git lfs pull`"
-    elif head.lstrip()[:1] == b"<":
-        kind = "a web page; the download needs a login or another address"
-    else:
-        kind = f"bytes that start with {head[:8]!r}"
-    raise MedSoftError(f"{path}: expected a checkpoint (.ckpt or .safetensors), found {kind}")
-
-
-def _read_safetensors(path: Path) -> Checkpoint:
-    import json
-
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-            about = json.loads((file.metadata() or {}).get("medsoft", "{}"))
-    except SafetensorError as error:
-        raise MedSoftError(f"{path}: damaged safetensors file ({error}); copy or download it again") from error
-    return Checkpoint(path, state, about)
-
-
-def _load_pickle(path: Path, mmap: bool) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global|class)\s+`?([\w.]+\.[\w]+)", str(error))
-        what = f"it asks for {found.group(1)}" if found else "it holds more than tensors"
-        raise MedSoftError(f"{path}: refused, {what}; nothing in it was run. Use a file with plain tensors") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        size = path.stat().st_size
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MedSoftError(
-            f"{path}: damaged or cut short ({size} bytes; {reason}); copy or download it again"
-        ) from error
-
-
 def write_checkpoint(path: str | Path, state: dict[str, Tensor], about: dict[str, Any], **rest: Any) -> None:
     """Write atomically: safetensors if the suffix says so, else a ``.ckpt`` for ``torch.load(weights_only=True)``.
 
-    ``about`` (plain values) is kept as ``medsoft``. Tensors that share memory are written once each.
+    ``about`` (plain values) is kept as ``medsoft``. Memory-mapped tensors go from file to file: the whole is never
+    held in memory.
     """
     with atomic_file(path) as handle:
         if Path(path).suffix == ".safetensors":
-            import json
-
-            from safetensors.torch import save
-
-            plain = {key: value.detach().contiguous() for key, value in state.items()}
-            handle.write(save(plain, metadata={"medsoft": json.dumps(about)}))
+            save_safetensors(state, {"medsoft": json.dumps(about)}, handle)
         else:
-            torch.save({"state_dict": state, "medsoft": about, **rest}, handle)
+            save_pickle({"state_dict": state, "medsoft": about, **rest}, handle)
 
 
-def load_parts(model: nn.Module, checkpoint: Checkpoint, parts: list[str], config: Config) -> None:
-    """Load exactly ``parts`` (keys of PREFIXES) into a MedSoftModel; every parameter must be there and fit.
+def part_of(key: str) -> str:
+    """The reader's name of the part a key belongs to: one of NAMES' values, "third attention" or "other"."""
+    if NEW_IN_UNET.match(key):
+        return "third attention"
+    return next((NAMES[part] for part, prefix in PREFIXES.items() if key.startswith(prefix)), "other")
 
-    Raises MedSoftError listing what is missing, left over or of another shape, and what to do.
+
+def summary(state: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """For each part in ``state``: number of tensors and parameters, bytes, data types."""
+    rows: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        row = rows.setdefault(part_of(key), {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": []})
+        row["tensors"] += 1
+        row["parameters"] += value.numel()
+        row["bytes"] += value.numel() * value.element_size()
+        row["dtypes"] = sorted({*row["dtypes"], str(value.dtype).removeprefix("torch.")})
+    order = [NAMES["unet"], "third attention", NAMES["autoencoder"], NAMES["text"], NAMES["msc"], "other"]
+    return {name: rows[name] for name in order if name in rows}
+
+
+def table(state: dict[str, Tensor]) -> list[str]:
+    """``summary`` as aligned lines of text."""
+    return [
+        f"{name:<16} {row['tensors']:5d} tensors {row['parameters'] / 1e6:9.2f} M parameters "
+        f"{row['bytes'] / 1e9:7.3f} GB  {', '.join(row['dtypes'])}"
+        for name, row in summary(state).items()
+    ]
+
+
+def skeleton(config: Config, parts: Iterable[str] = tuple(PREFIXES)) -> dict[str, Tensor]:
+    """Every key and shape that ``config`` asks of ``parts``, as tensors without memory (on the meta device)."""
+    from ldm.model import MedSoftModel
+
+    with torch.device("meta"):
+        return MedSoftModel(config, list(parts)).state_dict()
+
+
+def parts_of(checkpoint: Checkpoint, parts: Iterable[str], config: Config, expected: dict[str, Tensor]) -> dict:
+    """The tensors of exactly ``parts``; each of ``expected`` must be there, fit and be finite, and none be left over.
+
+    Raises MedSoftError saying what is missing, left over, of another shape or not finite, and what to do.
     """
+    parts = list(parts)
     prefixes = tuple(PREFIXES[part] for part in parts)
-    expected = {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
     offered = {key: value for key, value in checkpoint.state.items() if key.startswith(prefixes)}
     offered = {key: value for key, value in offered.items() if not key.endswith("embeddings.position_ids")}
     problems = compare(expected, offered)
     if problems:
         hint = _hint(checkpoint, parts, config)
         raise MedSoftError(f"{checkpoint.path}: does not fit this configuration: {'; '.join(problems)}. {hint}")
-    bad = [key for key, value in offered.items() if not torch.isfinite(value).all()]
+    check_architecture(checkpoint, parts, config)
+    bad = not_finite(offered)
     if bad:
         raise MedSoftError(f"{checkpoint.path}: {len(bad)} tensors hold NaN or infinite values, first {bad[0]}")
+    return offered
+
+
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """Keys of the tensors that hold NaN or infinite values."""
+
+    def finite(value: Tensor) -> bool:
+        if value.numel() == 0 or not value.is_floating_point():
+            return True
+        value = value.float() if value.element_size() == 1 else value  # float8 has no extremes of its own
+        # NaN and infinities reach the extremes; looking at these two is ten times faster than at every value.
+        return bool(torch.isfinite(torch.stack(torch.aminmax(value))).all())
+
+    return [key for key, value in state.items() if not finite(value)]
+
+
+def load_parts(model: nn.Module, checkpoint: Checkpoint, parts: list[str], config: Config) -> None:
+    """Load exactly ``parts`` (keys of PREFIXES) into a MedSoftModel; raises as ``parts_of`` does."""
+    prefixes = tuple(PREFIXES[part] for part in parts)
+    expected = {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
+    offered = parts_of(checkpoint, parts, config, expected)
     model.load_state_dict({**model.state_dict(), **offered}, strict=True)
+
+
+def check_architecture(checkpoint: Checkpoint, parts: Iterable[str], config: Config) -> None:
+    """Refuse a checkpoint whose parts were made for other sizes, such as a number of heads, which no shape shows."""
+    theirs = checkpoint.config
+    if theirs is None:
+        return
+    made, asked = theirs.architecture(), config.architecture()
+    for section in [section for part in parts for section in SECTIONS[part]]:
+        for key, value in made[section].items():
+            if asked[section][key] != value:
+                raise MedSoftError(
+                    f"{checkpoint.path}: was made with {section}.{key}={value}, this configuration has "
+                    f"{asked[section][key]}; use the YAML it was made with"
+                )
 
 
 def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
@@ -227,14 +272,13 @@ def _hint(checkpoint: Checkpoint, parts: list[str], config: Config) -> str:
     return "Use the YAML it was made for, or convert it again with tool/model_convert.py"
 
 
-def already_made(path: str | Path, run: str, overwrite: bool, *inputs: str | Path) -> bool:
+def already_made(path: str | Path, run: str, overwrite: bool) -> bool:
     """True if ``path`` is the finished output of this very run (its fingerprint says so).
 
-    Raises UsageError if ``path`` is one of the inputs, or exists, was made otherwise and may not be replaced.
+    Raises UsageError if ``path`` is a folder, or exists, was made otherwise and may not be replaced.
     """
-    for source in inputs:
-        if Path(source).resolve() == Path(path).resolve():
-            raise UsageError(f"{path}: is also the input {source}; give another output path")
+    if Path(path).is_dir():
+        raise UsageError(f"{path}: is a folder; give the name of a file to write")
     if overwrite or not Path(path).exists():
         return False
     try:

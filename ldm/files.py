@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -137,6 +138,27 @@ def named_seed(*names: object) -> int:
     """A 63-bit seed that depends only on the names given: randomness is a function of names, never of order."""
     text = "\x1f".join(str(name) for name in names)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def check_target(path: str | Path, size: int, *inputs: str | Path) -> None:
+    """Before long work: raise unless ``path`` can be written, is none of ``inputs``, and ``size`` bytes have room.
+
+    Nothing is left behind. Parent folders that are missing are made when the file is written.
+    """
+    path = Path(path)
+    for source in inputs:
+        if Path(source).resolve() == path.resolve():
+            raise UsageError(f"{path}: is also the input {source}; give another output path")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.NamedTemporaryFile(prefix=PARTIAL_PREFIX, dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise MedSoftError(f"{path}: cannot be written there ({folder}: {error.strerror or error})") from error
+    if free < size:
+        raise MedSoftError(f"{path}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on that disk; make room")
 
 
 def refuse_existing(path: str | Path, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,13 +74,18 @@ def test_seed_decides_the_new_parameters(converted: Path, tmp_path: Path) -> Non
 
 
 def test_safetensors_in_and_out(converted: Path, tmp_path: Path) -> None:
-    shutil.copy(SD, tmp_path / "sd.bin")
     save_file({key: value.contiguous() for key, value in read_checkpoint(SD).state.items()}, tmp_path / "sd.ckpt")
     assert convert(tmp_path / "sd.ckpt", tmp_path / "out.safetensors") == 0  # the content counts, not the name
     found = read_checkpoint(tmp_path / "out.safetensors")
     assert not changed(tensors(converted), found.state)
     assert found.config == load_config(MODELS / "phantom.yaml")
     assert found.about["stage"] == "converted"
+
+
+def test_zip_under_the_name_of_safetensors(converted: Path, tmp_path: Path) -> None:
+    shutil.copy(SD, tmp_path / "sd.safetensors")
+    assert convert(tmp_path / "sd.safetensors", tmp_path / "out.ckpt") == 0
+    assert not changed(tensors(converted), tensors(tmp_path / "out.ckpt"))
 
 
 def test_convert_again_is_complete(converted: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -188,7 +194,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path: Path, form: str) -> None:
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(MedSoftError, match=r"none\.ckpt: this checkpoint does not exist"):
         convert(tmp_path / "none.ckpt", tmp_path / "out.ckpt")
-    with pytest.raises(MedSoftError, match=r"expected a checkpoint file, found a folder"):
+    with pytest.raises(MedSoftError, match=r"no weights; expected a diffusers folder with unet/"):
         convert(tmp_path, tmp_path / "out.ckpt")
 
 
@@ -196,7 +202,7 @@ def test_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldm.checkpoint.torch.save", full)
+    monkeypatch.setattr("ldm.checkpoint_files.torch.save", full)
     with pytest.raises(MedSoftError, match=r"out\.ckpt: could not be written \(No space left"):
         convert(SD, tmp_path / "out.ckpt")
     assert not list(tmp_path.iterdir())
@@ -208,6 +214,151 @@ def test_true_size_yaml_names_itself_to_the_phantom_base(tmp_path: Path) -> None
     small = ["unet.model_channels=32", "autoencoder.channels=32", "msc.layers=1", "text_encoder.layers=1"]
     with pytest.raises(MedSoftError, match="Use the YAML of this model's size"):
         call(model_convert, *flags, *small)
+
+
+# ------------------------------------------------------------------------------------------- relatives of the original
+
+
+def averages(key: str) -> str:
+    return "model_ema." + key.removeprefix("model.").replace(".", "")
+
+
+def unet_as_averages(state: dict) -> dict:
+    return {averages(key) if key.startswith(UNET) else key: value for key, value in state.items()}
+
+
+RELATIVES = {
+    "module": (lambda state: {f"module.{key}": value for key, value in state.items()}, "keys brought to the original"),
+    "_orig_mod": (
+        lambda state: {key.replace(UNET, UNET + "_orig_mod."): value for key, value in state.items()},
+        "keys brought to the original",
+    ),
+    "averages beside": (
+        lambda state: {**state, **{averages(k): v + 1 for k, v in state.items() if k.startswith(UNET)}},
+        r"moving averages; the plain weights are taken",
+    ),
+    "averages only": (unet_as_averages, r"U-Net taken from the moving averages"),
+    "text without text_model": (
+        lambda state: {key.replace(".text_model.", "."): value for key, value in state.items()},
+        "keys brought to the original",
+    ),
+    "float64": (lambda state: {key: value.double() for key, value in state.items()}, "torch.float64 brought to"),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relative_gives_the_same(
+    converted: Path, source: dict, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    change, said = RELATIVES[name]
+    torch.save({"state_dict": change(source)}, tmp_path / "in.ckpt")
+    assert convert(tmp_path / "in.ckpt", tmp_path / "out.ckpt") == 0
+    assert not changed(tensors(converted), tensors(tmp_path / "out.ckpt"))
+    assert said in caplog.text
+
+
+NESTS = {
+    "bare": lambda state: state,
+    "nested twice": lambda state: {"model": {"state_dict": state}, "epoch": 3},
+    "with a remark inside": lambda state: {"state_dict": {**state, "remark": "hello"}},
+}
+
+
+@pytest.mark.parametrize("name", NESTS)
+def test_tensors_are_found_where_programs_nest_them(converted: Path, source: dict, tmp_path: Path, name: str) -> None:
+    torch.save(NESTS[name](source), tmp_path / "in.ckpt")
+    assert convert(tmp_path / "in.ckpt", tmp_path / "out.ckpt") == 0
+    assert not changed(tensors(converted), tensors(tmp_path / "out.ckpt"))
+
+
+def test_legacy_pickle_of_the_original(converted: Path, source: dict, tmp_path: Path) -> None:
+    torch.save({"state_dict": source}, tmp_path / "in.ckpt", _use_new_zipfile_serialization=False)
+    assert convert(tmp_path / "in.ckpt", tmp_path / "out.ckpt") == 0
+    assert not changed(tensors(converted), tensors(tmp_path / "out.ckpt"))
+
+
+def test_half_precision_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert convert(SD, tmp_path / "out.safetensors") == 0
+    assert "weights in torch.float16 brought to torch.float32" in caplog.text
+    about = read_checkpoint(tmp_path / "out.safetensors").about
+    assert about["origin"] == {"file": SD.name, "sha256": sha256_file(SD)}
+
+
+K = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+FAMILIES = {
+    "SDXL": ({"conditioner.embedders.0.transformer.x": torch.ones(1)}, "is a Stable Diffusion XL model"),
+    "SDXL U-Net": ({UNET + "label_emb.0.0.weight": torch.ones(1)}, "is a Stable Diffusion XL model"),
+    "SD 2": ({"cond_stage_model.model.ln_final.weight": torch.ones(1)}, "is a Stable Diffusion 2 model"),
+    "SD 2 U-Net": ({K: torch.ones(320, 1024)}, "is a Stable Diffusion 2 model"),
+    "diffusers U-Net alone": ({"down_blocks.0.x": torch.ones(1)}, r"expected the whole diffusers folder \(unet/"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_family_is_named(source: dict, tmp_path: Path, name: str) -> None:
+    """With the true-size YAML; its stem has 4 channels, as theirs have, and the family is named first."""
+    state, message = FAMILIES[name]
+    stem = {} if "alone" in name else {STEM: torch.ones(320, 4, 3, 3)}
+    torch.save({**stem, **state}, tmp_path / "in.ckpt")
+    flags = ["--input_path", tmp_path / "in.ckpt", "--output_path", tmp_path / "out.ckpt"]
+    with pytest.raises(MedSoftError, match=message):
+        call(model_convert, *flags, "--config", MODELS / "mldm_v15.yaml")
+    assert [file.name for file in tmp_path.iterdir()] == ["in.ckpt"]
+
+
+def test_half_the_keys_missing(source: dict, tmp_path: Path) -> None:
+    torch.save(dict(list(source.items())[::2]), tmp_path / "in.ckpt")
+    with pytest.raises(MedSoftError, match=rf"does not fit this configuration: {len(source) // 2} missing \("):
+        convert(tmp_path / "in.ckpt", tmp_path / "out.ckpt")
+    assert [file.name for file in tmp_path.iterdir()] == ["in.ckpt"]
+
+
+def test_key_that_is_there_twice(source: dict, tmp_path: Path) -> None:
+    torch.save({**source, f"module.{STEM}": torch.ones(1)}, tmp_path / "in.ckpt")
+    with pytest.raises(MedSoftError, match=rf"module\.{STEM} is there twice"):
+        convert(tmp_path / "in.ckpt", tmp_path / "out.ckpt")
+
+
+# --------------------------------------------------------------------------------------- the output, before the reading
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, reading any checkpoint is a failure of the test."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the input was read")
+
+    monkeypatch.setattr("ldm.checkpoint.read_pickle", fail)
+    monkeypatch.setattr("ldm.files.sha256_file", fail)
+
+
+def test_full_disk_is_seen_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unreadable(monkeypatch)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000_000))
+    with pytest.raises(MedSoftError, match=r"out\.ckpt: needs 0\.04 GB, 0\.01 GB are free on that disk; make room"):
+        convert(SD, tmp_path / "out.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_place_that_cannot_be_written_is_seen_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unreadable(monkeypatch)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(MedSoftError, match=r"out\.ckpt: cannot be written there \(.*file: Not a directory\)"):
+        convert(SD, tmp_path / "file" / "out.ckpt")
+    with pytest.raises(MedSoftError, match=r"out\.ckpt: cannot be written there \(/proc: "):
+        convert(SD, Path("/proc/new/out.ckpt"))  # a folder in which nobody, not even root, can make files
+
+
+def test_output_that_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a folder; give the name of a file"):
+        convert(SD, tmp_path, "--overwrite")
+
+
+def test_missing_output_folder_is_made(tmp_path: Path) -> None:
+    assert convert(SD, tmp_path / "new" / "deep" / "out.ckpt") == 0
+    assert read_checkpoint(tmp_path / "new" / "deep" / "out.ckpt").about["stage"] == "converted"
 
 
 # ----------------------------------------------------------------------------------------------------------- merge

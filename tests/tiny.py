@@ -11,6 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tool")]
 
+import export_diffusers  # noqa: E402
+import inspect_checkpoint  # noqa: E402
 import model_convert  # noqa: E402
 import tool_merge_for_stage2  # noqa: E402
 
@@ -49,6 +51,14 @@ def convert(source: Path, output: Path, *more: Any) -> int:
 def merge(stage1: Path, rest: Path, output: Path, *more: Any) -> int:
     flags = ["--stage1_path", stage1, "--input_path", rest, "--output_path", output, "--config", PHANTOM]
     return call(tool_merge_for_stage2, *flags, *more)
+
+
+def export(ckpt: Path, folder: Path, *more: Any) -> int:
+    return call(export_diffusers, "--ckpt", ckpt, "--output_dir", folder, *more)
+
+
+def inspect(path: Path, *more: Any) -> int:
+    return call(inspect_checkpoint, path, *more)
 
 
 def train(

@@ -3,8 +3,9 @@
     python ./tool/model_convert.py --input_path sd-v1-5-inpainting.ckpt --output_path ckpt_for_stage1.ckpt \\
         --config ./models/mldm_v15.yaml
 
-U-Net, autoencoder and text encoder are taken as they are; the third attention (silent at first) and the Medical
-Semantic Controller are new.
+The input is a .ckpt, a .safetensors, or a diffusers folder. U-Net, autoencoder and text encoder are taken as they are;
+the third attention (silent at first) and the Medical Semantic Controller are new. A folder that
+tool/export_diffusers.py has written gives back the checkpoint it was made from.
 """
 
 import argparse
@@ -23,7 +24,12 @@ log = logging.getLogger("model_convert")
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--input_path", type=Path, required=True, help="sd-v1-5-inpainting.ckpt (or .safetensors)")
+    parser.add_argument(
+        "--input_path",
+        type=Path,
+        required=True,
+        help="sd-v1-5-inpainting.ckpt (or .safetensors, or a diffusers folder)",
+    )
     parser.add_argument("--output_path", type=Path, required=True, help="checkpoint to write (.ckpt or .safetensors)")
     parser.add_argument("--config", type=Path, required=True, help="model YAML: models/mldm_v15.yaml")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new parameters (default: %(default)s)")
@@ -35,86 +41,132 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from ldm.checkpoint import already_made, read_checkpoint, write_checkpoint
+    from ldm.checkpoint import already_made, skeleton, write_checkpoint
+    from ldm.checkpoint_files import verify
     from ldm.config import load_config
-    from ldm.files import fingerprint, sha256_file
+    from ldm.files import check_target, fingerprint
+    from ldm.sd_layouts import check_kind
 
     config = load_config(args.config, args.overrides)
-    source = read_checkpoint(args.input_path)
-    _check_kind(source)
-    digest = sha256_file(args.input_path)
-    run = fingerprint(["convert", digest, config.architecture(), args.seed])
-    if already_made(args.output_path, run, args.overwrite, args.input_path):
+    expected = skeleton(config)
+    size = sum(value.numel() * value.element_size() for value in expected.values())
+    check_target(args.output_path, size if args.overwrite or not args.output_path.exists() else 0, args.input_path)
+    source = read_source(args.input_path, config, expected)
+    check_kind(source, config)
+    origin = origin_of(args.input_path)
+    run = fingerprint(["convert", origin["sha256"], config.architecture(), args.seed])
+    if already_made(args.output_path, run, args.overwrite):
         log.info("%s: already complete", args.output_path)
         return cli.DONE
-    state, new, left = convert(source, config, args.seed)
-    log.info("taken from %s: %d tensors", args.input_path, len(state) - len(new))
-    for name, members in _by_part(new).items():
-        log.info(
-            "new: %s, %d tensors, %.2f M parameters", name, len(members), sum(state[k].numel() for k in members) / 1e6
-        )
-    if left:
-        log.info(
-            "left behind: %d tensors that the networks do not have (%s%s)",
-            len(left),
-            ", ".join(left[:3]),
-            ", ..." if len(left) > 3 else "",
-        )
-    origin = {"file": args.input_path.name, "sha256": digest}
-    about = {"config": dataclasses.asdict(config), "stage": "converted", "step": 0, "origin": origin, "run": run}
+    for file in weight_files(args.input_path):
+        log.info("checked: %s, %s", file, verify(file))
+    state, new = convert(source, config, expected, args.seed)
+    report(source, state, new)
+    about = {"config": dataclasses.asdict(config), "stage": "converted", "step": 0}
+    about = {**(source.own["about"] if source.own else about), "origin": origin, "run": run}
     write_checkpoint(args.output_path, state, about)
     log.info("written: %s", args.output_path)
     return cli.DONE
 
 
-def convert(source, config, seed: int):
-    """(state of the whole model, new keys, keys left behind). Raises MedSoftError where the source does not fit."""
-    import torch
+def read_source(path: Path, config, expected):
+    """The input's tensors under our keys (``ldm.sd_layouts.Source``), whatever kind of file or folder it is."""
+    from ldm.checkpoint import PREFIXES, read_checkpoint
+    from ldm.diffusers_folder import from_folder
+    from ldm.sd_layouts import from_checkpoint
 
-    from ldm.checkpoint import NEW_IN_UNET, PREFIXES, compare
-    from ldm.model import MedSoftModel
+    if path.is_dir():
+        return from_folder(path, config, expected)
+    return from_checkpoint(read_checkpoint(path), [key for key in expected if key.startswith(PREFIXES["unet"])])
 
-    torch.manual_seed(seed)
-    state = MedSoftModel(config).state_dict()
-    new = [key for key in state if NEW_IN_UNET.match(key) or key.startswith(PREFIXES["msc"])]
-    expected = {key: value for key, value in state.items() if key not in set(new)}
-    offered = {key: value for key, value in source.state.items() if key in expected}
-    problems = compare(expected, offered)
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the input's tensors."""
+    from ldm.diffusers_folder import files_of
+
+    return files_of(path) if path.is_dir() else [path]
+
+
+def origin_of(path: Path) -> dict:
+    """Name and SHA-256 of the input; of a folder, those of its weight files and one over them all."""
+    from ldm.files import fingerprint, sha256_file
+
+    if not path.is_dir():
+        return {"file": path.name, "sha256": sha256_file(path)}
+    files = {file.relative_to(path).as_posix(): sha256_file(file) for file in weight_files(path)}
+    return {"file": path.resolve().name, "sha256": fingerprint(files), "files": files}
+
+
+def convert(source, config, expected, seed: int):
+    """(state of the whole model, new keys). Raises MedSoftError where the source does not fit.
+
+    A folder that we exported gives exactly what it has; from all others the weights become float32, as the networks
+    are trained, and third attention and MSC are new.
+    """
+    from ldm.checkpoint import PREFIXES, compare, not_finite
+
+    if source.own is None:
+        fresh = new_parameters(config, seed)
+        wanted = {key: value for key, value in expected.items() if key not in fresh}
+    else:
+        fresh, parts = {}, source.own["parts"]
+        wanted = {key: value for key, value in expected.items() if key.startswith(tuple(PREFIXES[p] for p in parts))}
+    offered = {key: value for key, value in source.state.items() if key in wanted}
+    problems = compare(wanted, offered)
     if problems:
         raise MedSoftError(
             f"{source.path}: does not fit this configuration: {'; '.join(problems)}. Use the YAML of this model's size "
             "(models/mldm_v15.yaml for Stable Diffusion 1.5, models/phantom.yaml for the phantom base)"
         )
-    for key, value in offered.items():
-        if not torch.isfinite(value).all():
-            raise MedSoftError(f"{source.path}: {key} holds NaN or infinite values; download the file again")
-        state[key] = value.to(state[key].dtype)
-    left = [key for key in source.state if key not in expected]
-    return state, new, left
+    for bad in not_finite(offered):
+        raise MedSoftError(f"{source.path}: {bad} holds NaN or infinite values; download the file again")
+    if source.own is None:
+        other = {str(value.dtype) for key, value in offered.items() if value.dtype != expected[key].dtype}
+        if other:
+            source.notes.append(f"weights in {', '.join(sorted(other))} brought to torch.float32")
+        offered = {key: value.to(expected[key].dtype) for key, value in offered.items()}
+    both = {**fresh, **offered}
+    return {key: both[key] for key in expected if key in both}, list(fresh)
 
 
-def _check_kind(source) -> None:
-    """Name the usual mistakes: a text-to-image model, another model family, a checkpoint that is converted already."""
-    stem = source.state.get("model.diffusion_model.input_blocks.0.0.weight")
-    if stem is None:
-        raise MedSoftError(
-            f"{source.path}: has no model.diffusion_model.input_blocks.0.0.weight, so it is not a Stable "
-            "Diffusion checkpoint in the original layout; expected sd-v1-5-inpainting.ckpt"
-        )
-    if stem.shape[1] != 9:
-        raise MedSoftError(
-            f"{source.path}: its first convolution reads {stem.shape[1]} channels, an inpainting model's "
-            "reads 9; this is a text-to-image checkpoint. Download sd-v1-5-inpainting.ckpt"
-        )
-    if any(key.startswith("msc.") for key in source.state):
-        raise MedSoftError(f"{source.path}: is converted already (it has msc.* keys); use it as it is")
+def new_parameters(config, seed: int):
+    """First values of what Stable Diffusion does not have: attn3 and norm4 of every block, and the MSC."""
+    import torch
+
+    from ldm.attention import CrossAttention, TransformerBlock
+    from ldm.checkpoint import PREFIXES
+    from ldm.msc import MedicalSemanticController
+    from ldm.unet import UNet
+
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        blocks = {n: block for n, block in UNet(config.unet).named_modules() if isinstance(block, TransformerBlock)}
+    made = {}
+    for name, block in blocks.items():
+        dim = block.norm4.normalized_shape[0]
+        attention = CrossAttention(dim, config.unet.semantic_dim, block.attn3.heads, zero_output=True)
+        for part, module in (("attn3", attention), ("norm4", torch.nn.LayerNorm(dim))):
+            for key, value in module.state_dict(prefix=f"{PREFIXES['unet']}{name}.{part}.").items():
+                made[key] = value
+    made |= MedicalSemanticController(config.msc, config.biomedclip).state_dict(prefix=PREFIXES["msc"])
+    return made
 
 
-def _by_part(keys) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for key in keys:
-        found.setdefault("Medical Semantic Controller" if key.startswith("msc.") else "third attention", []).append(key)
-    return found
+def report(source, state, new: list[str]) -> None:
+    """Print what was taken, what is new, what was left behind and why."""
+    from ldm.checkpoint import table
+    from ldm.sd_layouts import left_behind
+
+    for note in source.notes:
+        log.info("note: %s", note)
+    log.info("taken from %s:", source.path)
+    for line in table({key: value for key, value in state.items() if key not in set(new)}):
+        log.info("  %s", line)
+    log.info("new:%s", "" if new else " nothing")
+    for line in table({key: state[key] for key in new}):
+        log.info("  %s", line)
+    for reason, keys in left_behind([key for key in source.state if key not in state]).items():
+        log.info("left: %d (%s%s): %s", len(keys), ", ".join(keys[:2]), ", ..." if len(keys) > 2 else "", reason)
 
 
 if __name__ == "__main__":

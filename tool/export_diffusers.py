@@ -1,0 +1,106 @@
+"""Write a checkpoint as a diffusers folder, for programs that know Stable Diffusion but not this method.
+
+    python ./tool/export_diffusers.py --ckpt stage2_2/last.ckpt --output_dir exported
+
+diffusers' StableDiffusionInpaintPipeline.from_pretrained("exported") loads U-Net, autoencoder, text encoder, tokenizer
+and scheduler, offline. What it does not know, the third attention and the Medical Semantic Controller, lies in
+exported/medsoft/. tool/model_convert.py --input_path exported makes the checkpoint again, bit for bit.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm import cli
+from ldm.errors import MedSoftError, UsageError
+
+log = logging.getLogger("export_diffusers")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint made by this repository")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder exported from something else")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    from ldm.checkpoint import NAMES, parts_of, read_checkpoint, skeleton, summary, table
+    from ldm.checkpoint_files import verify
+    from ldm.files import check_target, sha256_file
+
+    checkpoint = read_checkpoint(args.ckpt)
+    config, parts = checkpoint.config, checkpoint.parts()
+    if config is None:
+        raise MedSoftError(
+            f"{args.ckpt}: does not say which configuration it has; convert it with tool/model_convert.py"
+        )
+    missing = [NAMES[part] for part in ("unet", "autoencoder", "text") if part not in parts]
+    if missing:
+        raise MedSoftError(f"{args.ckpt}: holds no {', '.join(missing)}; a pipeline needs them. Merge it first")
+    size = sum(row["bytes"] for row in summary(checkpoint.state).values())
+    check_target(args.output_dir, size, args.ckpt)
+    digest = sha256_file(args.ckpt)
+    if exported_before(args.output_dir, digest, args.overwrite):
+        log.info("%s: already complete", args.output_dir)
+        return cli.DONE
+    log.info("checked: %s, %s", args.ckpt, verify(args.ckpt))
+    state = parts_of(checkpoint, parts, config, skeleton(config, parts))
+    origin = {"file": args.ckpt.name, "sha256": digest}
+    ours = {"about": checkpoint.about, "parts": parts, "exported_from": origin}
+    write_whole(args.output_dir, state, ours, config)
+    for line in table(state):
+        log.info("%s", line)
+    log.info("written: %s", args.output_dir)
+    return cli.DONE
+
+
+def exported_before(folder: Path, digest: str, overwrite: bool) -> bool:
+    """True if ``folder`` is the export of the checkpoint with this SHA-256 and may stay.
+
+    UsageError if it is something else; ``overwrite`` replaces only what this command has written.
+    """
+    from ldm.diffusers_folder import OURS
+    from ldm.files import read_json
+
+    if not folder.exists():
+        return False
+    try:
+        found = read_json(folder / OURS / "config.json")["exported_from"]["sha256"]
+    except (MedSoftError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder}: already exists and was not exported by this command; give another path") from error
+    if found != digest and not overwrite:
+        raise UsageError(f"{folder}: holds the export of another file; give another path, or --overwrite to replace it")
+    return found == digest and not overwrite
+
+
+def write_whole(folder: Path, state, ours, config) -> None:
+    """Write beside ``folder`` and rename, so that it appears whole or not at all."""
+    from ldm.diffusers_folder import write_folder
+    from ldm.files import PARTIAL_PREFIX, sync_folder
+
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=folder.absolute().parent) as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        try:
+            write_folder(made, state, ours, config)
+            if folder.exists():
+                os.replace(folder, Path(scratch) / "before")
+            os.replace(made, folder)
+            sync_folder(folder.absolute().parent)
+        except OSError as error:
+            raise MedSoftError(
+                f"{folder}: could not be written ({error.strerror or error}); nothing was changed there"
+            ) from error
+
+
+if __name__ == "__main__":
+    cli.run(build_parser(), main)
