@@ -1,4 +1,4 @@
-"""BiomedCLIP folders with random weights, laid out as the hub has them, and open_clip's own reading of them."""
+"""Folders laid out as the hub has them: SD's tokenizer, BiomedCLIP; and open_clip's own reading of the latter."""
 
 import json
 import os
@@ -117,3 +117,21 @@ def put_in_hub_cache(folder: Path, cache: Path, name: str) -> Path:
     (kept / "refs" / "main").write_text(revision)
     shutil.copytree(folder, kept / "snapshots" / revision)
     return kept / "snapshots" / revision
+
+
+def sd_tokenizer_folder(folder: Path) -> Path:
+    """The files of Stable Diffusion's ``tokenizer`` folder, from the vocabulary in open_clip."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    shipped = SimpleTokenizer()
+    names = {49406: "<|startoftext|>", 49407: "<|endoftext|>"}  # open_clip calls these two otherwise
+    vocabulary = {names.get(number, token): number for token, number in shipped.encoder.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = "\n".join(" ".join(pair) for pair in shipped.bpe_ranks)
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    special["pad_token"] = "<|endoftext|>"
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    return folder

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from downloads import FILES, phantom_download, put_in_hub_cache, read_by_open_clip
+from downloads import FILES, phantom_download, put_in_hub_cache, read_by_open_clip, sd_tokenizer_folder
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_networks import noise, relative_error, scrambled
@@ -68,19 +68,12 @@ def test_token_ids_known_from_clip(text_encoder: TextEncoder, prompt: str, publi
 def test_token_ids_are_those_of_stable_diffusion(text_encoder: TextEncoder, tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 
-    shipped = open_clips_tokenizer()
-    names = {49406: "<|startoftext|>", 49407: "<|endoftext|>"}  # open_clip calls these two otherwise
-    vocabulary = {names.get(number, token): number for token, number in shipped.encoder.items()}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))  # the two files of SD's `tokenizer` folder
-    merges = "\n".join(" ".join(pair) for pair in shipped.bpe_ranks)
-    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-    theirs = CLIPTokenizer.from_pretrained(tmp_path, pad_token="<|endoftext|>")
-
+    theirs = CLIPTokenizer.from_pretrained(sd_tokenizer_folder(tmp_path))
     found = text_encoder.tokenize(PROMPTS)
-    expected = theirs(PROMPTS, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    expected = theirs(PROMPTS, padding="max_length", truncation=True)["input_ids"]
     assert found.tolist() == expected
     # The same as open_clip's but for the padding, which cross-attention reads.
-    padded = shipped(PROMPTS, context_length=77)
+    padded = open_clips_tokenizer()(PROMPTS, context_length=77)
     for row, open_clip_row, end in zip(found, padded, padded.argmax(dim=1), strict=True):
         assert torch.equal(row[: end + 1], open_clip_row[: end + 1])
         assert (row[end:] == 49407).all()
