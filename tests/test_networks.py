@@ -23,7 +23,6 @@ from ldm.config import (
     UNetConfig,
 )
 from ldm.diffusion import NoiseSchedule, diffusion_loss, picture_noise
-from ldm.encoders import TextEncoder
 from ldm.model import MedSoftModel, hide
 from ldm.msc import MedicalSemanticController, masked_cosine, msc_loss, patch_mask, semantic_tokens
 from ldm.samplers import DifferentialMask, ddim
@@ -131,19 +130,6 @@ def test_autoencoder_agrees_with_diffusers() -> None:
     spread = posterior.sample(noise(2, 4, 8, 6))
     assert relative_error(spread, expected.mean + expected.std * noise(2, 4, 8, 6)) < 1e-5
     assert relative_error(ours.decode(spread), theirs.decode(spread).sample) < 1e-5
-
-
-def test_true_sizes() -> None:
-    """Parameter counts at the default configuration; the base's are Stable Diffusion 1.5 inpainting's own."""
-
-    def count(module: nn.Module, *without: str) -> int:
-        return sum(p.numel() for key, p in module.named_parameters() if not any(part in key for part in without))
-
-    with torch.device("meta"):
-        assert count(UNet(UNetConfig()), ".attn3.", ".norm4.") == 859_535_364
-        assert count(Autoencoder(AutoencoderConfig())) == 83_653_863
-        assert count(TextEncoder(TextEncoderConfig())) == 123_060_480
-        assert 160e6 < count(MedicalSemanticController(MSCConfig(), BiomedClipConfig())) < 180e6
 
 
 # ---------------------------------------------------------------------------------------------- schedule and sampling
