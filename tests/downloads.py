@@ -1,7 +1,6 @@
 """Folders laid out as the hub has them: SD's tokenizer, BiomedCLIP; and open_clip's own reading of the latter."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def read_by_open_clip(folder: Path, scratch: Path, bert: dict[str, Any]) -> tupl
 
     scratch.mkdir()
     for name in FILES:
-        os.link(folder / name, scratch / name)
+        (scratch / name).symlink_to(folder / name)
     (scratch / "config.json").write_text(json.dumps(bert))
     settings = json.loads((folder / "open_clip_config.json").read_text())
     settings["model_cfg"]["text_cfg"] |= {"hf_model_name": str(scratch), "hf_tokenizer_name": str(scratch)}

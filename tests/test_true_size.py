@@ -3,6 +3,7 @@
 Random weights of models/mldm_v15.yaml, float32, 512 x 512: about 12 GB of memory and a few minutes on two cores.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,12 +96,14 @@ def test_text_encoder_agrees_with_transformers_and_open_clip(model: MedSoftModel
 
 
 @pytest.fixture(scope="module")
-def biomedclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def biomedclip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of BiomedCLIP's size and layout (0.8 GB) with random weights and invented words."""
     clip = typical(build_clip(RELEASED["model_cfg"], BIOMEDBERT))
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789.,;()-"]
     words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"] + ["lesion", "vertebra", "##lytic"]
-    return write_download(tmp_path_factory.mktemp("hub") / "biomedclip", RELEASED, clip.state_dict(), words)
+    folder = tmp_path_factory.mktemp("hub") / "biomedclip"
+    yield write_download(folder, RELEASED, clip.state_dict(), words)
+    shutil.rmtree(folder)  # pytest keeps the temporary folders of three runs
 
 
 def test_biomedclip_agrees_with_open_clip(biomedclip: Path, config: Config, tmp_path: Path) -> None:
