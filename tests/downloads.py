@@ -2,7 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -120,3 +124,51 @@ def sd_tokenizer_folder(folder: Path) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     return folder
+
+
+@contextmanager
+def serve_hub(folder: Path, name: str) -> Iterator[tuple[str, list[str]]]:
+    """A hub on this machine with the repository ``name`` = ``folder``: its address, and the files fetched so far."""
+    revision, fetched = "0123456789abcdef0123456789abcdef01234567", []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(False)
+
+        def do_GET(self) -> None:
+            self.answer(True)
+
+        def answer(self, whole: bool) -> None:
+            self.send_response(200)
+            if self.path.startswith(f"/api/models/{name}"):
+                files = [
+                    {"type": "file", "rfilename": path.name, "path": path.name, "oid": "0", "size": path.stat().st_size}
+                    for path in sorted(folder.iterdir())
+                ]
+                about = files if "/tree/" in self.path else {"id": name, "sha": revision, "siblings": files}
+                body = json.dumps(about).encode()
+                self.send_header("Content-Type", "application/json")
+            else:
+                path = folder / self.path.rsplit("/", 1)[1]
+                body = path.read_bytes()
+                self.send_header("ETag", f'"{path.name}"')
+                self.send_header("X-Repo-Commit", revision)
+                if whole:
+                    fetched.append(path.name)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if whole:
+                self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", fetched
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from downloads import FILES, phantom_download, put_in_hub_cache, read_by_open_clip, sd_tokenizer_folder
+from downloads import FILES, phantom_download, put_in_hub_cache, read_by_open_clip, sd_tokenizer_folder, serve_hub
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_networks import noise, relative_error, scrambled
-from tiny import CLIP, MODELS, train
+from tiny import CLIP, MODELS, TRAIN, VAL, call
 from torch import Tensor
 
+import ver_train
 from ldm.config import TextEncoderConfig, load_config
 from ldm.encoders import BiomedClip, TextEncoder
 from ldm.errors import MedSoftError
@@ -416,15 +417,36 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_hub_id_reads_the_local_cache(download: Path, hub: Path) -> None:
     snapshot = put_in_hub_cache(download, hub, HUB_NAME)
-    ours = BiomedClip(f"hf-hub:{HUB_NAME}")
+    ours = BiomedClip(Path(f"hf-hub:{HUB_NAME}"))  # as argparse hands it on
     assert ours.folder == snapshot
     assert torch.equal(ours.encode_text(["healthy"]), BiomedClip(download).encode_text(["healthy"]))
 
 
+def test_hub_id_is_downloaded(download: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By huggingface_hub's own client, from a hub on this machine: the six files and nothing else of the repository."""
+    from huggingface_hub import constants
+
+    (download / "biomed_clip_example.ipynb").write_text("{}")
+    with serve_hub(download, HUB_NAME) as (endpoint, fetched):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        ours = BiomedClip(f"hf-hub:{HUB_NAME}")
+        assert sorted(fetched) == list(FILES)
+        BiomedClip(f"hf-hub:{HUB_NAME}")
+        assert len(fetched) == len(FILES)  # the second time everything is there
+    assert ours.folder.is_relative_to(hub)
+    assert torch.equal(ours.encode_text(["healthy"]), BiomedClip(download).encode_text(["healthy"]))
+
+
 def test_hub_id_offline(hub: Path, world: Path, converted: Path, tmp_path: Path) -> None:
+    flags = ["--ckpt", converted, "--config", MODELS / "phantom_stage1.yaml", "--save_path", tmp_path / "s"]
+    flags += ["--train_json", world / TRAIN, "--val_json", world / VAL, "--biomedclip", f"hf-hub:{HUB_NAME}"]
     message = rf"hf-hub:{HUB_NAME}: neither in the local cache of the hub nor reachable .*--biomedclip"
     with pytest.raises(MedSoftError, match=message):
-        train("stage1", converted, tmp_path / "s", world, f"biomedclip.path=hf-hub:{HUB_NAME}")
+        call(ver_train, *flags)
     assert not (tmp_path / "s" / "last.ckpt").exists()
 
 
