@@ -128,9 +128,13 @@ def _downloaded(name: str) -> Path:
         return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=list(wanted)))
     except (OSError, ValueError) as error:
         raise MedSoftError(
-            f"{name}: neither in the local cache of the hub nor reachable ({str(error).splitlines()[0]}); download its "
+            f"{name}: neither in the local cache of the hub nor reachable ({_first_line(error)}); download its "
             "files elsewhere and give their folder with --biomedclip"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _located(folder: Path) -> Path:
@@ -223,18 +227,25 @@ class BiomedClip(nn.Module):
         found = [self.folder / name for name in self.WEIGHTS if (self.folder / name).is_file()]
         if not found:
             raise MedSoftError(f"{self.folder}: no weights; expected one of {', '.join(self.WEIGHTS)}")
+        if not (self.folder / "tokenizer_config.json").is_file():
+            raise MedSoftError(f"{self.folder}: no tokenizer_config.json; download it too")
+        if not any((self.folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+            raise MedSoftError(f"{self.folder}: no tokenizer; expected tokenizer.json or vocab.txt")
         return settings, found[0]
 
     def _build(self, model_cfg: dict, state: dict[str, Tensor], weights_file: Path) -> "CustomTextCLIP":
         """The network with the weights of the folder."""
         own = self.folder / "config.json"  # not in the download; kept by who has saved the text tower beside it
         try:
-            made = build_clip(model_cfg, read_json(own) if own.is_file() else bert_config(state))
+            bert = read_json(own) if own.is_file() else bert_config(state)
         except KeyError as error:
             raise MedSoftError(f"{weights_file}: not BiomedCLIP's weights, there is no {error.args[0]}") from error
-        except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise MedSoftError(f"{self.folder}: its open_clip_config.json builds no network ({reason[0]})") from error
+        try:
+            made = build_clip(model_cfg, bert)
+        except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise MedSoftError(
+                f"{self.folder}: its open_clip_config.json builds no network ({_first_line(error)})"
+            ) from error
         if getattr(made.visual.trunk, "num_prefix_tokens", None) != 1:
             raise MedSoftError(
                 f"{self.folder}: {model_cfg['vision_cfg']['timm_model_name']} has no patch tokens and one CLS token; "
@@ -252,15 +263,12 @@ class BiomedClip(nn.Module):
     def _read_tokenizer(self, length: int) -> "HFTokenizer":
         from open_clip.tokenizer import HFTokenizer
 
-        if not (self.folder / "tokenizer_config.json").is_file():
-            raise MedSoftError(f"{self.folder}: no tokenizer_config.json; download it too")
-        if not any((self.folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-            raise MedSoftError(f"{self.folder}: no tokenizer; expected tokenizer.json or vocab.txt")
         try:
             made = HFTokenizer(str(self.folder), context_length=length, clean="whitespace")
         except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise MedSoftError(f"{self.folder}: damaged tokenizer files ({reason[0]}); download them again") from error
+            raise MedSoftError(
+                f"{self.folder}: damaged tokenizer files ({_first_line(error)}); download them again"
+            ) from error
         rows = self.clip.text.vocab_size
         if made.tokenizer.pad_token_id is None or len(made.tokenizer) > rows:
             raise MedSoftError(

@@ -358,6 +358,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         r"clip: test_resnet has no patch tokens and one CLS token; expected a vision transformer",
     ),
+    "unknown pooling": (
+        lambda folder: change_settings(folder, lambda s: s["model_cfg"]["text_cfg"].update(hf_pooler_type="other")),
+        r"clip: its open_clip_config\.json builds no network \('other'\)",
+    ),
     "another width": (
         lambda folder: change_settings(folder, lambda s: s["model_cfg"].update(embed_dim=32)),
         r"open_clip_pytorch_model\.bin: does not fit open_clip_config\.json beside it: .*of another size",
