@@ -1,6 +1,6 @@
 """The true-size networks against their originals; much memory, so only in ``make test-full``.
 
-Random weights of models/mldm_v15.yaml, float32, 512 x 512: about 12 GB of memory and a few minutes on two cores.
+Random weights of models/mldm_v15.yaml, float32, 512 x 512: about 13 GB of memory and four minutes on two free cores.
 """
 
 import shutil
