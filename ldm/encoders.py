@@ -6,22 +6,49 @@ import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checkpoint import Checkpoint, compare, read_tensors
 from ldm.config import BiomedClipConfig, TextEncoderConfig
 from ldm.errors import MedSoftError
 from ldm.files import read_json, sha256_file
 
 if TYPE_CHECKING:
-    from ldm.checkpoint import Checkpoint
+    from open_clip.model import CustomTextCLIP
+    from open_clip.tokenizer import HFTokenizer
 
 log = logging.getLogger(__name__)
 
 START, END = 49406, 49407  # CLIP's start and end of text; SD also pads with END (open_clip pads with 0)
+
+
+class Cuts:
+    """Says that a prompt is longer than its encoder reads: each prompt once, with what is lost."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+
+    def report(self, encoder: str, prompt: str, room: int, offsets: Sequence[tuple[int, int]]) -> None:
+        """Warn that of the prompt's tokens, one (start, end) of ``offsets`` each, only ``room`` are read."""
+        if prompt not in self.said:
+            self.said.add(prompt)
+            lost = prompt[offsets[room][0] :]
+            log.warning(
+                'prompt cut: %s reads %d of the %d tokens of "%s"; lost is "%s"',
+                encoder,
+                room,
+                len(offsets),
+                _shortened(prompt),
+                _shortened(lost),
+            )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class TextEncoder(nn.Module):
@@ -36,6 +63,7 @@ class TextEncoder(nn.Module):
         from transformers import CLIPTextConfig, CLIPTextModel
 
         self.max_length = cfg.max_length
+        self._cuts = Cuts()
         clip = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=cfg.vocab_size,
@@ -55,18 +83,27 @@ class TextEncoder(nn.Module):
 
     @cached_property
     def _tokenizer(self):
+        """The class SD itself uses, on the vocabulary and merges that ship with open_clip_torch (no download)."""
         from open_clip.tokenizer import SimpleTokenizer
+        from transformers import CLIPTokenizer
 
-        return SimpleTokenizer()  # its vocabulary file ships with open_clip_torch
+        shipped = SimpleTokenizer()
+        names = {START: "<|startoftext|>", END: "<|endoftext|>"}  # open_clip calls these two otherwise
+        vocabulary = {names.get(number, token): number for token, number in shipped.encoder.items()}
+        return CLIPTokenizer(vocab=vocabulary, merges=list(shipped.bpe_ranks))
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """SD's token ids (B, max_length): start, text, end, then padding with 49407. Long prompts lose their tail."""
+        """SD's token ids (B, max_length): start, text, end, then padding with 49407.
+
+        Long prompts lose their tail; a warning (once a prompt) says which words.
+        """
+        room = self.max_length - 2
         rows = []
         for prompt in prompts:
-            ids = self._tokenizer.encode(prompt)
-            room = self.max_length - 2
+            found = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+            ids = found["input_ids"]
             if len(ids) > room:
-                log.warning("prompt cut to %d of its %d tokens: %s...", room, len(ids), prompt[:60])
+                self._cuts.report("Stable Diffusion's text encoder", prompt, room, found["offset_mapping"])
             row = [START, *ids[:room], END]
             rows.append(row + [END] * (self.max_length - len(row)))
         return torch.tensor(rows)
@@ -78,50 +115,93 @@ class TextEncoder(nn.Module):
         return network(input_ids=self.tokenize(prompts).to(device)).last_hidden_state
 
 
+HUB = "hf-hub:"
+HUB_ID = HUB + "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+
+
+def _downloaded(name: str) -> Path:
+    """The folder of ``hf-hub:OWNER/NAME`` in the hub's local cache; what is not there yet is downloaded."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ("open_clip_config.json", *BiomedClip.WEIGHTS, *BiomedClip.TOKENIZER)
+    try:
+        return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=list(wanted)))
+    except (OSError, ValueError) as error:
+        raise MedSoftError(
+            f"{name}: neither in the local cache of the hub nor reachable ({_first_line(error)}); download its "
+            "files elsewhere and give their folder with --biomedclip"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _located(folder: Path) -> Path:
     """``folder`` as seen from the working directory, or else from the repository, for the shipped YAMLs."""
     in_repository = Path(__file__).resolve().parents[1] / folder
     return in_repository if not folder.exists() and in_repository.is_dir() else folder
 
 
-class BiomedClip(nn.Module):
-    """BiomedCLIP from a folder as it is downloaded: frozen, in evaluation mode, never stored in our checkpoints.
+def bert_config(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The sizes in BERT's config.json, read off BiomedCLIP's weights. Raises KeyError if they hold no BERT."""
+    prefix = "text.transformer."
+    words = state[prefix + "embeddings.word_embeddings.weight"]
+    layers = {name.split(".")[4] for name in state if name.startswith(prefix + "encoder.layer.")}
+    return {
+        "model_type": "bert",
+        "vocab_size": words.shape[0],
+        "hidden_size": words.shape[1],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": max(1, words.shape[1] // 64),  # 64 channels a head in every released BERT
+        "intermediate_size": state[prefix + "encoder.layer.0.intermediate.dense.weight"].shape[0],
+        "max_position_embeddings": state[prefix + "embeddings.position_embeddings.weight"].shape[0],
+        "type_vocab_size": state[prefix + "embeddings.token_type_embeddings.weight"].shape[0],
+    }
 
+
+def build_clip(model_cfg: dict[str, Any], bert: dict[str, Any]) -> "CustomTextCLIP":
+    """open_clip's network for ``model_cfg`` of an open_clip_config.json, random, its text tower sized by ``bert``.
+
+    open_clip itself would fetch BERT's config.json from the hub; nothing is fetched here.
+    """
+    from open_clip.model import CustomTextCLIP
+
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").write_text(json.dumps(bert))
+        vision = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
+        text = {**model_cfg["text_cfg"], "hf_model_name": scratch, "hf_model_pretrained": False}
+        return CustomTextCLIP(model_cfg["embed_dim"], vision, text)
+
+
+class BiomedClip(nn.Module):
+    """BiomedCLIP: frozen, in evaluation mode, never stored in our checkpoints.
+
+    ``source`` is a folder as it is downloaded, or ``hf-hub:OWNER/NAME``, which is fetched into the hub's local cache.
     The folder holds ``open_clip_config.json``, ``open_clip_pytorch_model.bin`` (or ``.safetensors``) and the
-    tokenizer's files. It has no BERT ``config.json``, which open_clip would fetch from the hub: the sizes are read off
-    the weights instead, so the folder alone is enough offline.
+    tokenizer's files. It has no BERT ``config.json``: the sizes are read off the weights instead, so the folder alone
+    is enough offline. Raises MedSoftError naming the file that is missing, damaged or of another model.
     """
 
     WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+    TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "special_tokens_map.json")
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, source: str | Path) -> None:
         super().__init__()
-        self.folder = _located(Path(folder))
+        from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+        self.folder = _downloaded(str(source)) if str(source).startswith(HUB) else _located(Path(source))
         settings, weights_file = self._check_folder()
-        from open_clip.model import CustomTextCLIP
-        from open_clip.tokenizer import HFTokenizer
-
-        from ldm.checkpoint import read_tensors
-
         state = read_tensors(weights_file)
         state.pop("text.transformer.embeddings.position_ids", None)  # a buffer that newer transformers do not have
-        model = settings["model_cfg"]
-        vision = {**model["vision_cfg"], "timm_model_pretrained": False}
-        with tempfile.TemporaryDirectory() as scratch:
-            bert = self._bert_folder(state, Path(scratch))
-            text = {**model["text_cfg"], "hf_model_name": str(bert), "hf_model_pretrained": False}
-            self.clip = CustomTextCLIP(model["embed_dim"], vision, text)
-        try:
-            self.clip.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise MedSoftError(f"{weights_file}: does not fit open_clip_config.json beside it: {error}") from error
-        length = model["text_cfg"].get("context_length", 256)
-        self._tokenizer = HFTokenizer(str(self.folder), context_length=length, clean="whitespace")
+        self.clip = self._build(settings["model_cfg"], state, weights_file)
+        self._tokenizer = self._read_tokenizer(settings["model_cfg"]["text_cfg"].get("context_length", 256))
+        self._cuts = Cuts()
         self.fingerprint = sha256_file(weights_file)
-        preprocess = settings.get("preprocess_cfg", {})
-        self.register_buffer("image_mean", torch.tensor(preprocess.get("mean", [0.5] * 3))[:, None, None], False)
-        self.register_buffer("image_std", torch.tensor(preprocess.get("std", [0.5] * 3))[:, None, None], False)
-        self.image_size = int(vision["image_size"])
+        preprocess = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, **settings.get("preprocess_cfg", {})}
+        self.register_buffer("image_mean", torch.tensor(preprocess["mean"])[:, None, None], False)
+        self.register_buffer("image_std", torch.tensor(preprocess["std"])[:, None, None], False)
+        self.image_size = self.clip.visual.trunk.patch_embed.img_size[0]
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "BiomedClip":
@@ -132,38 +212,70 @@ class BiomedClip(nn.Module):
         if not self.folder.is_dir():
             raise MedSoftError(
                 f"{self.folder}: BiomedCLIP folder not found; download BiomedCLIP-PubMedBERT_256-vit_base_patch16_224 "
-                "there (open_clip_config.json, weights, tokenizer files), or name another folder with --biomedclip"
+                "there (open_clip_config.json, weights, tokenizer files), name another folder with --biomedclip, or "
+                f"have it downloaded with --biomedclip {HUB_ID}"
             )
-        settings = read_json(self.folder / "open_clip_config.json", "BiomedCLIP configuration")
+        config_file = self.folder / "open_clip_config.json"
+        settings = read_json(config_file, "BiomedCLIP configuration")
+        model = settings.get("model_cfg") if isinstance(settings, dict) else None
+        for section in ("embed_dim", "vision_cfg", "text_cfg"):
+            if not isinstance(model, dict) or section not in model:
+                raise MedSoftError(f"{config_file}: no model_cfg.{section}; download it again")
+        for section, key in (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_model_name")):
+            if key not in model[section]:
+                raise MedSoftError(f"{config_file}: no model_cfg.{section}.{key}; this CLIP is not BiomedCLIP")
         found = [self.folder / name for name in self.WEIGHTS if (self.folder / name).is_file()]
         if not found:
             raise MedSoftError(f"{self.folder}: no weights; expected one of {', '.join(self.WEIGHTS)}")
+        if not (self.folder / "tokenizer_config.json").is_file():
+            raise MedSoftError(f"{self.folder}: no tokenizer_config.json; download it too")
         if not any((self.folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
             raise MedSoftError(f"{self.folder}: no tokenizer; expected tokenizer.json or vocab.txt")
-        for section in ("embed_dim", "vision_cfg", "text_cfg"):
-            if section not in settings.get("model_cfg", {}):
-                raise MedSoftError(f"{self.folder / 'open_clip_config.json'}: no model_cfg.{section}")
         return settings, found[0]
 
-    def _bert_folder(self, state: dict[str, Tensor], scratch: Path) -> Path:
-        """A folder with BERT's config.json: BiomedCLIP's own if it has one, else one made from the weights' shapes."""
-        if (self.folder / "config.json").is_file():
-            return self.folder
-        prefix = "text.transformer."
-        words = state[prefix + "embeddings.word_embeddings.weight"]
-        layers = {name.split(".")[4] for name in state if name.startswith(prefix + "encoder.layer.")}
-        config = {
-            "model_type": "bert",
-            "vocab_size": words.shape[0],
-            "hidden_size": words.shape[1],
-            "num_hidden_layers": len(layers),
-            "num_attention_heads": max(1, words.shape[1] // 64),  # 64 channels a head in every released BERT
-            "intermediate_size": state[prefix + "encoder.layer.0.intermediate.dense.weight"].shape[0],
-            "max_position_embeddings": state[prefix + "embeddings.position_embeddings.weight"].shape[0],
-            "type_vocab_size": state[prefix + "embeddings.token_type_embeddings.weight"].shape[0],
-        }
-        (scratch / "config.json").write_text(json.dumps(config))
-        return scratch
+    def _build(self, model_cfg: dict, state: dict[str, Tensor], weights_file: Path) -> "CustomTextCLIP":
+        """The network with the weights of the folder."""
+        own = self.folder / "config.json"  # not in the download; kept by who has saved the text tower beside it
+        try:
+            bert = read_json(own) if own.is_file() else bert_config(state)
+        except KeyError as error:
+            raise MedSoftError(f"{weights_file}: not BiomedCLIP's weights, there is no {error.args[0]}") from error
+        try:
+            made = build_clip(model_cfg, bert)
+        except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise MedSoftError(
+                f"{self.folder}: its open_clip_config.json builds no network ({_first_line(error)})"
+            ) from error
+        if getattr(made.visual.trunk, "num_prefix_tokens", None) != 1:
+            raise MedSoftError(
+                f"{self.folder}: {model_cfg['vision_cfg']['timm_model_name']} has no patch tokens and one CLS token; "
+                "expected a vision transformer, as BiomedCLIP's"
+            )
+        problems = compare(made.state_dict(), state)
+        if problems:
+            raise MedSoftError(f"{weights_file}: does not fit open_clip_config.json beside it: {'; '.join(problems)}")
+        broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise MedSoftError(f"{weights_file}: {len(broken)} tensors hold NaN or infinite values, first {broken[0]}")
+        made.load_state_dict(state, strict=True)
+        return made
+
+    def _read_tokenizer(self, length: int) -> "HFTokenizer":
+        from open_clip.tokenizer import HFTokenizer
+
+        try:
+            made = HFTokenizer(str(self.folder), context_length=length, clean="whitespace")
+        except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
+            raise MedSoftError(
+                f"{self.folder}: damaged tokenizer files ({_first_line(error)}); download them again"
+            ) from error
+        rows = self.clip.text.vocab_size
+        if made.tokenizer.pad_token_id is None or len(made.tokenizer) > rows:
+            raise MedSoftError(
+                f"{self.folder}: the tokenizer's files are of another model ({len(made.tokenizer)} words, padding "
+                f"{made.tokenizer.pad_token}); the text encoder knows {rows}"
+            )
+        return made
 
     def check(self, cfg: BiomedClipConfig) -> None:
         """Raise a MedSoftError unless the folder's sizes are those the configuration was written for."""
@@ -177,7 +289,7 @@ class BiomedClip(nn.Module):
                     "use the YAML that belongs to this encoder"
                 )
 
-    def check_same(self, checkpoint: "Checkpoint") -> None:
+    def check_same(self, checkpoint: Checkpoint) -> None:
         """Raise a MedSoftError if the checkpoint was trained on the tokens of another BiomedCLIP."""
         known = checkpoint.about.get("biomedclip")
         if known and known != self.fingerprint:
@@ -204,6 +316,10 @@ class BiomedClip(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Projected text embeddings (B, text_dim), not normalised."""
-        device = self.image_mean.device
-        return self.clip.encode_text(self._tokenizer(list(prompts)).to(device))
+        """Projected text embeddings (B, text_dim), not normalised. A warning (once a prompt) says what is cut off."""
+        wrapped, room = self._tokenizer, self._tokenizer.context_length - 2
+        for prompt in prompts:
+            found = wrapped.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            if len(found) > room:
+                self._cuts.report("BiomedCLIP", prompt, room, found)
+        return self.clip.encode_text(wrapped(list(prompts)).to(self.image_mean.device))

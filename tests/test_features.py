@@ -27,19 +27,6 @@ def clip_copy(target: Path, *without: str) -> Path:
     return target
 
 
-@pytest.mark.parametrize(
-    ("without", "message"),
-    [
-        (("open_clip_config.json",), r"open_clip_config\.json: this BiomedCLIP configuration does not exist"),
-        (("open_clip_pytorch_model.bin",), r"clip: no weights; expected one of"),
-        (("tokenizer.json", "vocab.txt"), r"clip: no tokenizer; expected tokenizer\.json or vocab\.txt"),
-    ],
-)
-def test_incomplete_biomedclip_folder(tmp_path: Path, without: tuple[str, ...], message: str) -> None:
-    with pytest.raises(MedSoftError, match=message):
-        BiomedClip(clip_copy(tmp_path / "clip", *without))
-
-
 def test_missing_biomedclip_folder(world: Path, converted: Path, tmp_path: Path) -> None:
     with pytest.raises(MedSoftError, match=r"nowhere: BiomedCLIP folder not found; download .*--biomedclip"):
         train("stage1", converted, tmp_path / "s", world, "biomedclip.path=nowhere")
