@@ -1,14 +1,19 @@
 """What the speed measurements share: the same networks in diffusers, and two calls that take turns."""
 
+import shutil
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldm.config import Config
+from ldm.files import write_json
 from ldm.model import MedSoftModel
+
+PHANTOM_CLIP = Path(__file__).resolve().parents[1] / "models" / "phantom_base" / "biomedclip"
 
 
 def diffusers_twins(model: MedSoftModel, config: Config) -> tuple[Any, Any]:
@@ -56,3 +61,27 @@ def take_turns(
             if index >= warm_up:
                 kept.append(time.perf_counter() - start)
     return statistics.median(times[0]), statistics.median(times[1])
+
+
+def random_biomedclip(config: Config, scratch: Path) -> Path:
+    """A folder with a BiomedCLIP of the size that ``config`` asks for: the phantoms', or one of the released sizes with
+    random weights (0.8 GB), made in ``scratch``."""
+    target = scratch / "biomedclip"
+    if config.biomedclip.token_dim != 768:  # a phantom's
+        return PHANTOM_CLIP
+    if target.is_dir():
+        return target
+    from open_clip.model import CustomTextCLIP
+
+    shutil.copytree(PHANTOM_CLIP, target, ignore=shutil.ignore_patterns("*.bin", "config.json"))
+    text = {"hf_model_name": str(target), "hf_model_pretrained": False, "hf_proj_type": "mlp", "context_length": 256}
+    text["hf_pooler_type"] = "cls_last_hidden_state_pooler"
+    vision = {"timm_model_name": "vit_base_patch16_224", "timm_model_pretrained": False, "timm_pool": ""}
+    vision |= {"timm_proj": "linear", "image_size": 224}
+    settings = {"embed_dim": config.biomedclip.text_dim, "vision_cfg": vision, "text_cfg": text}
+    bert = {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12}
+    write_json(target / "config.json", bert | {"num_attention_heads": 12, "intermediate_size": 3072})
+    write_json(target / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": {}})
+    clip = CustomTextCLIP(settings["embed_dim"], vision, text)
+    torch.save(clip.state_dict(), target / "open_clip_pytorch_model.bin")
+    return target

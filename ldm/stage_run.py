@@ -296,7 +296,7 @@ def make_trainer(args: argparse.Namespace, config: Config, callbacks: list[pl.Ca
             num_sanity_val_steps=0,
             log_every_n_steps=1,
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"--devices {args.devices} --num_nodes {args.num_nodes}: {reason}") from error
     if training.batch_size % trainer.world_size:

@@ -2,6 +2,8 @@
 
     python tool/bench.py inference                                   # phantom size, seconds
     python tool/bench.py inference --config models/mldm_v15.yaml     # true size, random weights, minutes, about 8 GB
+    python tool/bench.py training --config models/phantom.yaml       # the four stages: cache, freezing, precision
+    python tool/bench.py memory --config models/mldm_v15.yaml --batch_size 1   # docs/memory.md; about 20 GB
 
 Both sides have the same weights, input, precision and threads, and take turns; the ratio is theirs / ours, so above 1
 ours is faster. Times are medians.
@@ -17,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm import cli
 
 # Each measurement is the `main(args)` of ldm/bench_<name>.py.
-MEASUREMENTS = ("inference",)
+MEASUREMENTS = ("inference", "training", "memory")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,6 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeats", type=int, default=10, help="measured calls, after the warm-up (default: %(default)s)"
     )
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML (training, memory)")
     return parser
 
 
