@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 BEST = re.compile(r"best_epoch(\d+)_loss(.+)\.ckpt")
 MOVED_BY = 10  # optimizer steps after which every trained tensor should have moved
+MOVED_AT_LEAST = 3  # steps to judge by in a shorter run: behind a layer of zeros gradients begin with the second
 SAMPLED = 64  # values of each tensor that are compared to see whether it has moved
 
 
@@ -192,8 +193,9 @@ class WatchMovement(pl.Callback):
         if trainer.global_step - self.first >= MOVED_BY:
             self._look(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Stage) -> None:
-        self._look(trainer, pl_module)
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Stage) -> None:
+        if trainer.global_step - self.first >= MOVED_AT_LEAST:
+            self._look(trainer, pl_module)
 
     def _look(self, trainer: pl.Trainer, stage: Stage) -> None:
         if self.before is None:

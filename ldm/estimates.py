@@ -1,6 +1,6 @@
 """What a training run will need, before it needs it: memory by kind, and disk."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ def stage_disk(config: Config, features: int) -> Disk:
 
 def fake_stage(config: Config, half: bool) -> Stage:
     """The stage with the networks that a step runs; under FakeTensorMode it weighs nothing."""
+    config = replace(config, training=replace(config.training, compile=False))
     net = MedSoftModel(config, [part for part in config.training.builds if part in STEP_PARTS])
     empty = torch.zeros(1, config.text_encoder.max_length, config.text_encoder.width)
     return Stage(config, net, {}, {}, empty, half)

@@ -134,14 +134,14 @@ write = AtomicCheckpointIO().save_checkpoint
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
-        print(os.getpid(), flush=True)
+        os.write(1, b"%d\\n" % os.getpid())  # one call each: a killed process leaves no half lines
         for step in itertools.count(int(line)):
             value = torch.full((500_000,), float(step))
             content = {{"state_dict": {{"msc.a": value, "msc.b": value.clone()}}, "medsoft": {{"step": step}}}}
             write(content, {path!r})
-            print(step, flush=True)
+            os.write(1, b"%d\\n" % step)
     os.waitpid(child, 0)
-    print("dead", flush=True)
+    os.write(1, b"dead\\n")
 """
 
 
