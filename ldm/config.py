@@ -127,7 +127,7 @@ class TrainingConfig:
     workers: int = 0  # data-loader processes
     save_every_minutes: float = 10.0
     keep_best: int = 1  # how many of the best epochs' weights are kept beside last.ckpt
-    pictures: int = 4  # fixed validation items that are drawn now and then; 0 = none
+    pictures: int = 2  # fixed validation items that are drawn now and then; 0 = none
     max_rejected: float = 0.01  # training stops when a larger share of the samples cannot be read
     seed: int = 0
 

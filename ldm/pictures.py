@@ -17,7 +17,7 @@ from ldm.records import Records
 from ldm.samplers import ddim
 from ldm.training import Stage
 
-TIMES = 4  # in a run, besides the last epoch
+TIMES = 3  # in a run, besides the last epoch
 
 
 class Pictures(pl.Callback):
