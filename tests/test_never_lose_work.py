@@ -24,7 +24,7 @@ from ldm.training import Stage
 
 # Twenty steps: ten batches of one sample, two a step, four epochs, with a moving average of the weights.
 RUN = {"batch_size": 1, "accumulate": 2, "max_epochs": 4, "ema_decay": 0.9, "schedule": "cosine"}
-RUN |= {"save_every_minutes": 0, "rates.attn3": 0.01}
+RUN |= {"save_every_minutes": 0, "rates.msc": 0.003}
 STEPS = 20
 
 # Runs ver_train.py, and sends this process a signal in the call of ``target`` that follows ``after`` others.
@@ -50,7 +50,7 @@ KILL_IN_STEP = {"module": "training", "owner": "Stage", "method": "training_step
 KILL_IN_CACHE = {"module": "feature_cache", "owner": "FeatureCache", "method": "_write"}
 
 
-def command(converted: Path, world: Path, save_path: Path, stage: str = "unet_only", **given: Any) -> list[str]:
+def command(converted: Path, world: Path, save_path: Path, stage: str = "stage1", **given: Any) -> list[str]:
     """The words after ``ver_train.py``; keys of ``training`` as in tiny.train."""
     values = PLAIN | {f"training.{key}": value for key, value in given.items()}
     paths = ["--ckpt", converted, "--config", MODELS / f"phantom_{stage}.yaml", "--save_path", save_path]
@@ -74,7 +74,7 @@ def rows(folder: Path) -> list[tuple[str, ...]]:
 @pytest.fixture(scope="module")
 def unbroken(world: Path, converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    assert train("unet_only", converted, folder, world, **RUN) == 0
+    assert train("stage1", converted, folder, world, **RUN) == 0
     return folder
 
 
@@ -98,7 +98,7 @@ def test_killed_and_resumed_is_bit_identical(
     folder = tmp_path / "run"
     assert run_and_signal(name, after, command(converted, world, folder, **RUN)) == code
     assert read_checkpoint(folder / "last.ckpt").about["step"] == first_step
-    assert train("unet_only", converted, folder, world, **RUN) == 0
+    assert train("stage1", converted, folder, world, **RUN) == 0
     assert not changed(tensors(unbroken / "last.ckpt"), tensors(folder / "last.ckpt"))
     assert rows(folder) == rows(unbroken)
     assert (folder / "metrics.csv").read_text().count("\n") == 1 + 4
@@ -109,7 +109,7 @@ def test_killed_and_resumed_is_bit_identical(
 @pytest.mark.parametrize(("name", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 143)])
 def test_killed_while_features_are_computed(world: Path, converted: Path, tmp_path: Path, name: str, code: int) -> None:
     """There is nothing to resume yet; the next start computes what is missing, and no more."""
-    given = command(converted, world, tmp_path / "run", stage="stage1", **{"rates.msc": 0.001, "batch_size": 9})
+    given = command(converted, world, tmp_path / "run", **{"rates.msc": 0.001, "batch_size": 9})
     given[given.index("--cache_dir") + 1] = str(tmp_path / "features")
     assert run_and_signal(name, 3, given, KILL_IN_CACHE) == code
     assert not (tmp_path / "run").exists()
@@ -248,7 +248,7 @@ def test_second_run_in_the_same_folder_is_refused(world: Path, converted: Path, 
     folder = tmp_path / "run"
     with exclusive(tmp_path / ".run.lock", "free"):
         found = subprocess.run(
-            [sys.executable, ROOT / "ver_train.py", *command(converted, world, folder, stage="stage1")],
+            [sys.executable, ROOT / "ver_train.py", *command(converted, world, folder)],
             capture_output=True,
             text=True,
             timeout=300,

@@ -31,7 +31,7 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
 
 def test_two_processes_compute_what_one_computes(world: Path, converted: Path, tmp_path: Path) -> None:
     assert train("stage1", converted, tmp_path / "one", world, **RUN) == 0
-    given = command(converted, world, tmp_path / "two", stage="stage1", **RUN)
+    given = command(converted, world, tmp_path / "two", **RUN)
     given[given.index("--cache_dir") + 1] = str(tmp_path / "features")
     found = run([*given, "--devices", "2"])
     assert found.returncode == 0, found.stderr
@@ -52,7 +52,7 @@ def test_two_processes_compute_what_one_computes(world: Path, converted: Path, t
 
 def test_torchrun_and_a_termination(world: Path, converted: Path, tmp_path: Path) -> None:
     """Both processes start at once: one computes the features, and SIGTERM to one of them stops both."""
-    given = command(converted, world, tmp_path / "run", stage="stage1", **RUN, save_every_minutes=0)
+    given = command(converted, world, tmp_path / "run", **RUN, save_every_minutes=0)
     given[given.index("--cache_dir") + 1] = str(tmp_path / "features")
     stop = tmp_path / "stop.py"
     stop.write_text(
