@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from ldm import dataset_checks
 from ldm.annotations import Reject, Sample, load_samples
+from ldm.dataset_checks import Row
 from ldm.errors import MedSoftError, UsageError
 from ldm.files import fingerprint, named_seed, read_json
 
@@ -261,22 +263,12 @@ def grey_square(sample: Sample, size: int) -> tuple[np.ndarray, str]:
 
 def check_disjoint(sets: Sequence[ImageSet]) -> None:
     """Raise MedSoftError, by name, when two sets share a patient or an identical picture."""
-    patients: dict[str, str] = {}
-    pictures: dict[str, tuple[str, str]] = {}
-    for images in sets:
-        for sample, digest in zip(images.samples, images.hashes, strict=True):
-            other = patients.setdefault(sample.patient_id, images.name)
-            if other != images.name:
-                raise MedSoftError(
-                    f"patient {sample.patient_id} is in the {other} set and in the {images.name} set (sample "
-                    f"{sample.sample_id}); one patient belongs to one set: split by patient_id again"
-                )
-            other, twin = pictures.setdefault(digest, (images.name, sample.sample_id))
-            if other != images.name:
-                raise MedSoftError(
-                    f"sample {twin} of the {other} set and sample {sample.sample_id} of the {images.name} set are the "
-                    "same picture, pixel for pixel; remove one of them"
-                )
+    rows = [
+        Row(images.name, sample.sample_id, sample.patient_id, digest)
+        for images in sets
+        for sample, digest in zip(images.samples, images.hashes, strict=True)
+    ]
+    dataset_checks.check_disjoint(rows)
 
 
 def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[ImageSet]) -> None:

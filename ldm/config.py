@@ -119,10 +119,16 @@ class TrainingConfig:
     clip_norm: float = 1.0  # 0 = no clipping
     mask_weight: float = 0.0  # w of the diffusion loss; 0 = Stable Diffusion's own
     condition_dropout: float = 0.1  # share of samples that lose text and MSC tokens together
-    balance: bool = False  # repeat diseased (or healthy) items until both classes are equally frequent
+    balance: bool = False  # draw the groups of balance_by equally often
+    balance_by: str = "class"  # class (healthy, diseased), or prompt (every distinct sentence)
+    ema_decay: float = 0.0  # 0 = off; else validation and the finished checkpoint use the weights' moving average
     activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of the U-Net
     workers: int = 0  # data-loader processes
     save_every_minutes: float = 10.0
+    keep_best: int = 1  # how many of the best epochs' weights are kept beside last.ckpt
+    pictures: int = 2  # fixed validation items that are drawn now and then; 0 = none
+    max_rejected: float = 0.01  # training stops when a larger share of the samples cannot be read
     seed: int = 0
 
 
@@ -192,11 +198,16 @@ def config_from_dict(values: dict[str, Any], source: str) -> Config:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML, atomically."""
-    from omegaconf import OmegaConf
-
     from ldm.files import write_text
 
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_text(path, as_yaml(config))
+
+
+def as_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
@@ -274,6 +285,7 @@ def _validate(config: Config, source: str | Path) -> None:
     one_of("training.objective", config.training.objective, ("diffusion", "msc"))
     one_of("training.inside", config.training.inside, ("msc", "true"))
     one_of("training.schedule", config.training.schedule, ("constant", "cosine"))
+    one_of("training.balance_by", config.training.balance_by, ("class", "prompt"))
     for part in config.training.builds:
         one_of("training.builds", part, PARTS)
     one_of("training.precision", config.training.precision, PRECISIONS)
@@ -318,6 +330,11 @@ def _validate_ranges(config: Config, refuse: Any) -> None:
         "training.clip_norm": (0, None),
         "training.workers": (0, None),
         "training.condition_dropout": (0, 0.99),
+        "training.ema_decay": (0, 0.999999),
+        "training.save_every_minutes": (0, None),
+        "training.keep_best": (0, None),
+        "training.pictures": (0, None),
+        "training.max_rejected": (0, 1),
         "sampling.steps": (1, highest),
         "sampling.guidance_scale": (0, None),
         "sampling.eta": (0, 1),

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,13 +134,13 @@ def training_items(samples: Sequence[Sample], data: DataConfig) -> tuple[list[It
 class StageData(Dataset):
     """Cached features of the items, with the random numbers of each use of each item.
 
-    Indexed by (epoch, sample number, repeat); time step, noise, posterior sample, drop-out coin and the choice among a
-    sample's masks or crops are functions of (seed, epoch, sample_id, repeat). ``fixed`` ignores the epoch, so that a
-    validation number changes only with the model.
+    Indexed by (epoch, sample number, repeat, weight); time step, noise, posterior sample, drop-out coin and the choice
+    among a sample's masks or crops are functions of (seed, epoch, sample_id, repeat). ``fixed`` ignores the epoch, so
+    that a validation number changes only with the model. ``weight`` is handed on (see EpochOrder).
     """
 
-    def __init__(self, items, features, prompts: dict[str, dict[str, Tensor]], training: TrainingConfig, fixed: bool):
-        self.features, self.prompts, self.training, self.fixed = features, prompts, training, fixed
+    def __init__(self, items: Sequence[Item], features: Any, training: TrainingConfig, fixed: bool) -> None:
+        self.features, self.training, self.fixed = features, training, fixed
         self.by_sample: dict[str, list[Item]] = {}
         for item in items:
             self.by_sample.setdefault(item.sample.sample_id, []).append(item)
@@ -148,60 +149,88 @@ class StageData(Dataset):
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def diseased(self, number: int) -> bool:
-        """Whether sample ``number`` shows a lesion."""
-        return not self.by_sample[self.sample_ids[number]][0].sample.healthy
+    def sample(self, number: int) -> Sample:
+        """Sample ``number``."""
+        return self.by_sample[self.sample_ids[number]][0].sample
 
-    def __getitem__(self, key: tuple[int, int, int]) -> dict:
-        epoch, number, repeat = key
+    def __getitem__(self, key: tuple[int, int, int, float]) -> dict:
+        epoch, number, repeat, weight = key
         sample_id = self.sample_ids[number]
         use = ("val", 0, repeat) if self.fixed else ("train", epoch, repeat)
         generator = named_generator(self.training.seed, *use, sample_id)
         choices = self.by_sample[sample_id]
         item = choices[int(torch.randint(len(choices), (), generator=generator))]
-        found = {**self.features.load(item), **self.prompts[item.sample.prompt]}
+        found = self.features.load(item)
         if "latent_mean" in found:
             shape = found["latent_mean"].shape
             found["posterior_noise"] = torch.randn(shape, generator=generator)
             found["noise"] = torch.randn(shape, generator=generator)
             found["t"] = torch.rand((), generator=generator)  # share of the schedule
             found["coin"] = torch.rand((), generator=generator)
-        return {**found, "sample_id": sample_id}
+        return {**found, "sample_id": sample_id, "weight": torch.tensor(weight)}
 
 
 class EpochOrder(Sampler):
-    """(epoch, sample number, repeat) of one epoch, shuffled by (seed, epoch); shards keep the global batch the same.
+    """(epoch, sample number, repeat, weight) of one epoch, shuffled by (seed, epoch); a process takes its share.
 
-    ``balance`` repeats the rarer of healthy and diseased until both are equally frequent. ``start`` skips what an
-    interrupted epoch has already seen (in samples of this process), once.
+    The global batch is the same however many processes share it. Where they cannot share the last one equally, a
+    sample is repeated with weight 0 and the others weigh so much that the mean over all processes is the mean over the
+    batch; else every weight is 1. ``start`` skips what an interrupted epoch has already seen (in samples of this
+    process), once. Balancing (see ``balanced_uses``) concerns the shuffled order only.
     """
 
     def __init__(self, data: StageData, training: TrainingConfig, shuffle: bool, rank: int = 0, world: int = 1) -> None:
-        self.uses = [(number, 0) for number in range(len(data))]
-        if training.balance and shuffle:
-            classes = [[n for n in range(len(data)) if data.diseased(n) is kind] for kind in (True, False)]
-            most = max(len(members) for members in classes)
-            self.uses = [
-                (members[place % len(members)], place // len(members))
-                for members in classes
-                if members
-                for place in range(most)
-            ]
-        self.seed, self.shuffle, self.rank, self.world = training.seed, shuffle, rank, world
+        self.data, self.training, self.shuffle = data, training, shuffle
+        self.rank, self.world = rank, world
         self.epoch, self.start = 0, 0
+        self.count = len(self._uses())
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.uses) // self.world)
+        return -(-self.count // self.world)
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        order = list(range(len(self.uses)))
+    def _uses(self) -> list[tuple[int, int]]:
+        if self.training.balance and self.shuffle:
+            return balanced_uses(self.data, self.training, self.epoch)
+        return [(number, 0) for number in range(len(self.data))]
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, float]]:
+        uses = self._uses()
+        order = list(range(self.count))
         if self.shuffle:
-            order = torch.randperm(len(order), generator=named_generator("order", self.seed, self.epoch)).tolist()
-        order += order[: len(self) * self.world - len(order)]  # every process has the same number
-        mine, self.start = order[self.rank :: self.world][self.start :], 0
-        for place in mine:
-            yield (self.epoch, *self.uses[place])
+            generator = named_generator("order", self.training.seed, self.epoch)
+            order = torch.randperm(len(order), generator=generator).tolist()
+        first, self.start = self.start, 0
+        batch = self.training.batch_size
+        for place in range(self.rank + first * self.world, len(self) * self.world, self.world):
+            real = min(batch, self.count - place // batch * batch)  # samples of this global batch
+            share = self.world * -(-real // self.world) / real
+            weight = share if place < self.count else 0.0
+            yield (self.epoch, *uses[order[place % self.count]], weight)
+
+
+def balanced_uses(data: StageData, training: TrainingConfig, epoch: int) -> list[tuple[int, int]]:
+    """(sample number, repeat) of an epoch in which every group is as frequent as the others.
+
+    ``training.balance_by`` class: the rarer of healthy and diseased is repeated until both are equally frequent, so
+    nobody is left out. prompt: every distinct sentence gets the same share of an epoch as long as the data set; a rare
+    one is repeated, of a frequent one other members come in every epoch.
+    """
+    groups: dict[Any, list[int]] = {}
+    for number in range(len(data)):
+        sample = data.sample(number)
+        groups.setdefault(sample.healthy if training.balance_by == "class" else sample.prompt, []).append(number)
+    members = [groups[key] for key in sorted(groups)]
+    if training.balance_by == "class":
+        most = max(len(group) for group in members)
+        return [(group[place % len(group)], place // len(group)) for group in members for place in range(most)]
+    uses = []
+    for place, group in enumerate(members):
+        # What is left over after equal shares goes to other groups in every epoch.
+        quota = len(data) // len(members) + ((place - epoch) % len(members) < len(data) % len(members))
+        mixed = torch.randperm(len(group), generator=named_generator("group", training.seed, epoch, place)).tolist()
+        uses += [(group[mixed[turn % len(group)]], turn // len(group)) for turn in range(quota)]
+    return uses

@@ -1,6 +1,29 @@
-"""What the machine can do."""
+"""What the machine can do, and which of several processes this is."""
+
+import os
+from pathlib import Path
 
 import torch
+
+
+def is_first_process() -> bool:
+    """False in every process but one of a run on several devices (started by Lightning, torchrun or srun)."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def is_first_on_node() -> bool:
+    """True in one process of each machine."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device; for the CPU, what the kernel could give without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def half_is_fast() -> bool:

@@ -51,6 +51,14 @@ class MedSoftModel(nn.Module):
         if "msc" in self.parts:
             self.msc = MedicalSemanticController(config.msc, config.biomedclip)
 
+    def drop(self, parts: Sequence[str]) -> None:
+        """Give up parts that are not needed any more, and their memory."""
+        homes = {"unet": "model", "autoencoder": "first_stage_model", "text": "cond_stage_model", "msc": "msc"}
+        for part in parts:
+            if part in self.parts:
+                delattr(self, homes[part])
+                self.parts.remove(part)
+
     @property
     def unet(self) -> UNet:
         """The U-Net, whose place in the model the checkpoint's names dictate."""

@@ -1,62 +1,112 @@
-"""One training stage: the LightningModule, its parameter groups, and the callbacks that keep the work."""
+"""One training stage: the LightningModule with its parameter groups, losses and optimizer."""
 
-import csv
-import io
 import logging
 import math
-import time
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.io import CheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from ldm.checkpoint import read_checkpoint
+from ldm.checkpoint import PREFIXES, Checkpoint
 from ldm.config import Config
 from ldm.dataset import EpochOrder, StageData
 from ldm.diffusion import diffusion_loss
-from ldm.encoders import BiomedClip
 from ldm.errors import MedSoftError, UsageError
-from ldm.files import atomic_file, remove_partials, write_text
 from ldm.model import MedSoftModel
 from ldm.msc import masked_cosine, msc_loss
 
 log = logging.getLogger(__name__)
 
-METRICS = ("epoch", "step", "train_loss", "val_loss", "val_cosine", "items_per_second")
+STEP_PARTS = ("unet", "msc")  # what a training step runs; the other parts only make features
+EMA_WARM_UP = 10  # steps: the average follows closely at first, when it holds the starting weights
 
 
 class Stage(pl.LightningModule):
     """Trains the groups named in ``config.training.rates`` of a MedSoftModel on cached features.
 
-    Its state is the model's own, under the checkpoint's names. What is not trained has no gradients.
+    ``net`` holds the parts that a step runs (and an autoencoder, if pictures are drawn). Its state is that of the
+    whole stage, under the checkpoint's names: what is trained comes from ``net``, what is frozen from ``frozen``, the
+    tensors of the first checkpoint, as they were. So frozen weights may lie in memory in half precision
+    (``half_frozen``) or not at all. What is not trained has no gradients.
     """
 
-    def __init__(self, config: Config, net: MedSoftModel, about: dict[str, Any], empty_text: Tensor | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        net: MedSoftModel,
+        frozen: dict[str, Tensor],
+        about: dict[str, Any],
+        empty_text: Tensor | None,
+        half_frozen: bool = False,
+    ) -> None:
         super().__init__()
-        self.config, self.net, self.about = config, net, about
+        self.config, self.net, self.about, self.frozen = config, net, about, frozen
         self.register_buffer("empty_text", empty_text, persistent=False)
-        self.groups = net.groups(list(config.training.rates))
-        for name, members in self.groups.items():
-            if not members:
-                raise UsageError(f"training.rates.{name}: no parameter of the parts {', '.join(net.parts)} is in it")
-        net.requires_grad_(False)
+        self.groups = training_groups(net, config)
+        net.requires_grad_(False).eval()
         for members in self.groups.values():
             for parameter in members.values():
                 parameter.requires_grad_(True)
+        if half_frozen:
+            self._halve_frozen()
         if "unet" in net.parts:
             net.unet.activation_checkpointing = config.training.activation_checkpointing
+            if config.training.compile:
+                net.unet.compile()
+        self.trained = {key: value for members in self.groups.values() for key, value in members.items()}
+        decay = config.training.ema_decay
+        self.average = {key: value.detach().clone() for key, value in self.trained.items()} if decay else None
+        self.window: list[tuple[float, int]] = []  # (loss, items) of the global batches since the last optimizer step
+        self.window_ids: list[str] = []  # this process's samples in the window
+        self.grad_norms: dict[str, float] = {}
+        self.learning_rates: dict[str, float] = {}
+        self.stop_asked = self.save_asked = False  # what this process wants
+        self.stop_agreed = self.save_agreed = False  # what one of the processes wants
+        self._sums = torch.zeros(3, dtype=torch.float64)
+
+    def _halve_frozen(self) -> None:
+        """Matrices and kernels only: autocast would cast them at every use; norms and biases stay as they are."""
+        for parameter in self.net.parameters():
+            if not parameter.requires_grad and parameter.ndim > 1:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+    def train(self, mode: bool = True) -> "Stage":
+        """The networks stay in evaluation mode: nothing here behaves differently in training."""
+        super().train(mode)
+        self.net.eval()
+        return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return self.net.state_dict(*args, **kwargs)
+        frozen = {key: value for key, value in self.frozen.items() if key not in self.trained}
+        return {key: value.float() for key, value in frozen.items()} | {
+            key: value.detach().float() for key, value in self.trained.items()
+        }
 
-    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        return self.net.load_state_dict(state, strict=True, assign=assign)
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True, assign: bool = False) -> None:
+        """Called when a run is resumed; the frozen tensors are those of the first checkpoint already."""
+        for key, parameter in self.trained.items():
+            parameter.copy_(state[key])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The block sees the moving average of the trained weights, if there is one."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for key, value in (self.average or {}).items():
+            parameter = self.trained[key]
+            parameter.data, self.average[key] = value, parameter.data
 
     # ------------------------------------------------------------------------------------------------ losses
 
@@ -72,36 +122,77 @@ class Stage(pl.LightningModule):
         latent = self.net.scaled(batch["latent_mean"] + deviation * batch["posterior_noise"])
         t = (batch["t"] * self.net.schedule.timesteps).long()
         noisy = self.net.schedule.add_noise(latent, batch["noise"], t)
-        if self.config.training.inside == "true":
-            inside = batch["true"]
-        else:
-            inside, _, _ = self.net.controller_tokens(
-                batch["seen"], batch["seen_global"], batch["clip_text"], batch["mask"]
-            )
-        semantic = self.net.semantic(batch["seen"], inside, batch["mask"])
+        semantic = self.semantic(batch)
         kept = (batch["coin"] >= dropout).float()[:, None, None]  # one coin drops text and MSC tokens together
         text = torch.where(kept > 0, batch["text"], self.empty_text)
         mask = self.net.latent_mask(batch["mask"])
         predicted = self.net.predict_noise(noisy, t, mask, batch["masked_latent"], text, semantic * kept)
         return diffusion_loss(predicted, batch["noise"], mask, self.config.training.mask_weight), None
 
+    def semantic(self, batch: dict[str, Any]) -> Tensor:
+        """The tokens of the third attention (B, N / 4, D), as this stage makes them."""
+        inside = batch["true"]
+        if self.config.training.inside != "true":
+            inside, _, _ = self.net.controller_tokens(
+                batch["seen"], batch["seen_global"], batch["clip_text"], batch["mask"]
+            )
+        return self.net.semantic(batch["seen"], inside, batch["mask"])
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses, _ = self.losses(batch, self.config.training.condition_dropout)
-        loss = losses.mean()
-        if not torch.isfinite(loss):
-            wrong = [name for name, value in zip(batch["sample_id"], losses, strict=True) if not torch.isfinite(value)]
-            raise MedSoftError(
-                f"the loss became {loss.item()} at step {self.global_step} (samples {', '.join(wrong[:4])}); the last "
-                "good checkpoint is kept. Lower training.rates, or look at these samples"
-            )
-        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(losses), sync_dist=True)
+        weight = batch["weight"].to(losses)
+        loss = (weight * losses).mean()
+        real = float((weight > 0).sum())
+        # One exchange tells all processes the loss of the global batch, its size, and what one of them wants.
+        wants = torch.tensor([real, self.stop_asked, self.save_asked], dtype=torch.float64, device=self.device)
+        told = self.summed(torch.cat([loss.detach().double()[None], wants])).tolist()
+        whole, items = told[0] / self.trainer.world_size, int(told[1])
+        if not math.isfinite(whole):
+            self._stop_at(whole, batch, losses)
+        self.window.append((whole, items))
+        self.window_ids += batch["sample_id"]
+        self.stop_agreed, self.save_agreed = told[2] > 0, told[3] > 0
         return loss
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum of every process's ``values``."""
+        return self.trainer.strategy.reduce(values, reduce_op="sum") if self.trainer.world_size > 1 else values
+
+    def _stop_at(self, loss: float, batch: dict[str, Any], losses: Tensor) -> None:
+        wrong = [name for name, value in zip(batch["sample_id"], losses, strict=True) if not torch.isfinite(value)]
+        raise MedSoftError(
+            f"the loss became {loss} at step {self.global_step} (samples {self._named(wrong)}); the last good "
+            "checkpoint is kept. Lower training.rates, or look at these samples"
+        )
+
+    def _named(self, sample_ids: list[str]) -> str:
+        """A few of all processes' ``sample_ids``."""
+        if self.trainer.world_size > 1:
+            shares: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(shares, sample_ids)
+            sample_ids = [name for share in shares for name in share]
+        return ", ".join(sample_ids[:4])
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums.zero_()
+        self._swap()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         losses, cosine = self.losses(batch, dropout=0.0)
-        self.log("val_loss", losses.mean(), prog_bar=True, batch_size=len(losses), sync_dist=True)
-        if cosine is not None:
-            self.log("val_cosine", cosine.mean(), prog_bar=True, batch_size=len(losses), sync_dist=True)
+        real = (batch["weight"] > 0).to(losses)
+        sums = [
+            (losses * real).sum(),
+            (torch.zeros_like(losses) if cosine is None else cosine * real).sum(),
+            real.sum(),
+        ]
+        self._sums += torch.stack([value.double().cpu() for value in sums])
+
+    def on_validation_epoch_end(self) -> None:
+        self._swap()
+        loss, cosine, count = self.summed(self._sums.to(self.device)).tolist()
+        self.log("val_loss", loss / count)
+        if self.config.training.objective == "msc":
+            self.log("val_cosine", cosine / count)
 
     # ------------------------------------------------------------------------------------------------ optimizer
 
@@ -111,7 +202,9 @@ class Stage(pl.LightningModule):
             {"params": list(members.values()), "lr": training.rates[name], "name": name}
             for name, members in self.groups.items()
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay)
+        # A fused step makes no temporary copies. With a gradient scaler it would also hide the unscaled gradients.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=fused)
         total = max(1, self.trainer.estimated_stepping_batches)
 
         def factor(step: int) -> float:
@@ -123,128 +216,65 @@ class Stage(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradient norms of each group, and clipping by the norm of all: Lightning refuses to clip for fused AdamW."""
+        self.learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        gradients = {name: [p.grad for p in members.values()] for name, members in self.groups.items()}
+        norms = {name: get_total_norm([g for g in found if g is not None]) for name, found in gradients.items()}
+        total = get_total_norm(list(norms.values()))
+        if not torch.isfinite(total) and self.trainer.precision != "16-mixed":  # whose scaler leaves such a step out
+            raise MedSoftError(
+                f"a gradient became {float(total)} at step {self.global_step} (samples "
+                f"{self._named(self.window_ids)}); the last good checkpoint is kept. Lower training.rates, or look at "
+                "these samples"
+            )
+        if self.config.training.clip_norm:
+            clip_grads_with_norm_(self.trained.values(), self.config.training.clip_norm, total)
+        self.grad_norms = {name: float(value) for name, value in norms.items()}
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """After an optimizer step: the moving average follows the weights."""
+        if self.average is not None:
+            step = self.global_step
+            decay = min(self.config.training.ema_decay, step / (EMA_WARM_UP + step))
+            torch._foreach_lerp_(list(self.average.values()), list(self.trained.values()), 1 - decay)
+
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the file says about itself: configuration, stage, step, origin."""
+        """Adds what the file says about itself (configuration, stage, step, origin), and the moving average."""
         checkpoint["medsoft"] = {**self.about, "step": self.global_step, "epoch": self.current_epoch}
+        if self.average is not None:
+            checkpoint["average"] = self.average
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.average is not None:
+            kept = checkpoint["average"]
+            self.average = {key: kept[key].to(value.device, copy=True) for key, value in self.trained.items()}
+
+    def on_fit_start(self) -> None:
+        if self.average is not None:
+            self.average = {key: value.to(self.device) for key, value in self.average.items()}
 
 
-class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints through our own safe reader and atomic writer."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_file(path) as handle:
-            torch.save(checkpoint, handle)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        found = read_checkpoint(path)
-        return {**found.rest, "state_dict": found.state, "medsoft": found.about}
-
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
+def training_groups(net: MedSoftModel, config: Config) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of each group in ``training.rates``; UsageError for one that has none."""
+    groups = net.groups(list(config.training.rates))
+    for name, members in groups.items():
+        if not members:
+            raise UsageError(f"training.rates.{name}: no parameter of the parts {', '.join(net.parts)} is in it")
+    if not groups:
+        raise UsageError("training.rates: names no group, so nothing would be trained; give at least one of msc, attn3")
+    return groups
 
 
-class Progress(pl.Callback):
-    """One bar over all steps of the run, on the first process only."""
-
-    bar: tqdm | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.bar = tqdm(
-                total=int(trainer.estimated_stepping_batches),
-                initial=trainer.global_step,
-                desc=f"training {pl_module.config.training.stage}",
-                unit="step",
-                mininterval=1,
-            )
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
-        if self.bar is not None:
-            self.bar.update(trainer.global_step - self.bar.n)
-            self.bar.set_postfix(epoch=trainer.current_epoch, loss=f"{float(outputs['loss']):.4f}", refresh=False)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-class KeepWork(pl.Callback):
-    """``last.ckpt`` at every epoch's end, every few minutes and on SIGTERM; one row of ``metrics.csv`` per epoch."""
-
-    def __init__(self, folder: Path, minutes: float) -> None:
-        self.folder, self.seconds = folder, 60 * minutes
-        self.path = folder / "last.ckpt"
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.is_global_zero:
-            remove_partials(self.folder)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.on_train_epoch_start(trainer, pl_module)  # Lightning leaves that out when it resumes inside an epoch
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.epoch_start = self.saved = time.monotonic()
-        self.seen = 0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs, batch, batch_idx) -> None:
-        self.seen += len(batch["sample_id"]) * trainer.world_size
-        due = time.monotonic() - self.saved > self.seconds or trainer.received_sigterm
-        # Between two optimizer steps of an accumulated batch there are gradients that no checkpoint holds.
-        if due and (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
-            self.save_inside_epoch(trainer, batch_idx + 1)
-
-    def save(self, trainer: pl.Trainer) -> None:
-        """Write ``last.ckpt``, unless the step just taken has broken the weights: then stop, and keep the old file."""
-        for key, parameter in trainer.lightning_module.net.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
-                raise MedSoftError(
-                    f"{key} holds NaN or infinite values after step {trainer.global_step}; the last good checkpoint is "
-                    "kept. Lower training.rates, or set training.clip_norm"
-                )
-        trainer.save_checkpoint(self.path)
-        self.saved = time.monotonic()
-
-    def save_inside_epoch(self, trainer: pl.Trainer, batches: int) -> None:
-        """Save with the batch that just ended counted as done: Lightning counts it only after this hook."""
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        kept = progress.current.completed, progress.total.completed
-        progress.current.completed, progress.total.completed = batches, progress.total.processed
-        self.save(trainer)
-        progress.current.completed, progress.total.completed = kept
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        row = {
-            "epoch": trainer.current_epoch,
-            "step": trainer.global_step,
-            "train_loss": values.get("train_loss_epoch", math.nan),
-            "val_loss": values.get("val_loss", math.nan),
-            "val_cosine": values.get("val_cosine", math.nan),
-            "items_per_second": self.seen / (time.monotonic() - self.epoch_start),
-        }
-        if trainer.is_global_zero:
-            append_metrics(self.folder / "metrics.csv", row)
-            text = ", ".join(f"{key} {row[key]:.4f}" for key in METRICS[2:5] if not math.isnan(row[key]))
-            tqdm.write(f"epoch {row['epoch']}, step {row['step']}: {text}")
-        self.save(trainer)
-
-
-def append_metrics(path: Path, row: dict[str, float]) -> None:
-    """Add one epoch to the CSV, replacing rows of that epoch or later ones (left by a run that was interrupted)."""
-    rows = []
-    if path.is_file():
-        rows = [old for old in csv.DictReader(path.read_text().splitlines()) if int(old["epoch"]) < row["epoch"]]
-    shown = {
-        key: value if isinstance(value, int) else "" if math.isnan(value) else f"{value:.6g}"
-        for key, value in row.items()
-    }
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, METRICS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*rows, shown])
-    write_text(path, buffer.getvalue())
+def frozen_tensors(checkpoint: Checkpoint, config: Config) -> dict[str, Tensor]:
+    """The tensors of ``checkpoint`` (memory-mapped) that belong to the parts of the stage."""
+    with torch.device("meta"):
+        wanted = MedSoftModel(config, config.training.builds).state_dict()
+    prefixes = tuple(PREFIXES[part] for part in config.training.builds if part in PREFIXES)
+    return {key: value for key, value in checkpoint.state.items() if key in wanted and key.startswith(prefixes)}
 
 
 def quiet_lightning() -> None:
@@ -257,17 +287,7 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=r".*resuming from a checkpoint that ended before the epoch ended.*")
-
-
-def prompt_features(prompts: set[str], net: MedSoftModel, clip: BiomedClip) -> dict[str, dict[str, Tensor]]:
-    """Text states (``text``, with a text encoder) and BiomedCLIP embeddings (``clip_text``) of the distinct prompts."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for prompt in sorted(prompts):
-        found[prompt] = {"clip_text": clip.encode_text([prompt])[0].cpu()}
-        if "text" in net.parts:
-            with torch.no_grad():
-                found[prompt]["text"] = net.cond_stage_model([prompt])[0].cpu()
-    return found
+    warnings.filterwarnings("ignore", message=r".*in eval mode at the start of training.*")
 
 
 def loader(data: StageData, config: Config, shuffle: bool, rank: int = 0, world: int = 1, start: int = 0) -> DataLoader:
@@ -277,10 +297,11 @@ def loader(data: StageData, config: Config, shuffle: bool, rank: int = 0, world:
     workers = config.training.workers
     return DataLoader(
         data,
-        batch_size=max(1, config.training.batch_size // world),
+        batch_size=config.training.batch_size // world,
         sampler=order,
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
     )
 
 

@@ -1,6 +1,10 @@
 """What the stages learn from: BiomedCLIP's folder, the cached features, the order of an epoch."""
 
 import shutil
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +112,7 @@ def test_second_run_computes_nothing(
     items = items_of(world / "val", networks)
     cache.build(items)
     monkeypatch.setattr(FeatureCache, "_compute", lambda self, items: pytest.fail("computed again"))
+    monkeypatch.setattr(FeatureCache, "_compute_prompts", lambda self, prompts: pytest.fail("computed again"))
     assert fresh(cache).build(items) == []
 
 
@@ -127,13 +132,101 @@ def test_changed_file_is_computed_again(
     assert not torch.equal(before["seen"], again.load(item)["seen"])
 
 
-def test_damaged_features_are_named(world: Path, cache: FeatureCache, networks: tuple) -> None:
+def test_features_damaged_while_training_are_named(world: Path, cache: FeatureCache, networks: tuple) -> None:
     item = items_of(world / "val", networks)[0]
     cache.build([item])
     file = next(cache.folder.rglob("*.clip.safetensors"))
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(MedSoftError, match=rf"{file.name}: damaged features of .*; delete this file and run again"):
+    with pytest.raises(
+        MedSoftError, match=rf"{file.name}: the cached features of .* are gone or damaged .*same command"
+    ):
         cache.load(item)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("kind", ["clip", "latents", "clip_text"])
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
+def test_damaged_features_are_computed_again(
+    world: Path, cache: FeatureCache, networks: tuple, kind: str, damage: Any
+) -> None:
+    item = items_of(world / "val", networks)[0]
+    cache.build([item])
+    good = {name: value.clone() for name, value in cache.load(item).items()}
+    file = next(cache.folder.rglob(f"*.{kind}.safetensors"))
+    damage(file)
+    again = fresh(cache)
+    assert again.build([item]) == []
+    found = again.load(item)
+    assert found.keys() == good.keys()
+    assert all(torch.equal(found[name], good[name]) for name in good)
+
+
+def test_features_are_memory_mapped(world: Path, cache: FeatureCache, networks: tuple) -> None:
+    item = items_of(world / "val", networks)[0]
+    cache.build([item])
+    found = cache.load(item)
+    maps = Path("/proc/self/maps").read_text()
+    assert str(cache.folder) in maps
+    assert found["latent_mean"].dtype == torch.float32
+
+
+def test_other_encoder_weights_are_other_features(world: Path, cache: FeatureCache, networks: tuple) -> None:
+    config, model, clip = networks
+    item = items_of(world / "val", networks)[0]
+    cache.build([item])
+    before = set(cache.folder.rglob("*.safetensors"))
+    with torch.no_grad():
+        bias = model.first_stage_model.encoder.conv_in.bias
+        kept = bias.clone()
+        bias.add_(1)
+    try:
+        FeatureCache(cache.folder, config, model, clip).build([item])
+    finally:
+        bias.data.copy_(kept)
+    (new,) = set(cache.folder.rglob("*.safetensors")) - before
+    assert new.name.endswith(".latents.safetensors")
+
+
+def test_two_runs_at_once_compute_each_feature_once(
+    world: Path, cache: FeatureCache, networks: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second waits for the first and then finds everything there."""
+    items = items_of(world / "val", networks)
+    computed: list[str] = []
+    plain, started = FeatureCache._compute, threading.Event()
+
+    def slowly(self: FeatureCache, members: Any) -> list:
+        computed.extend(item.name for item in members)
+        started.set()
+        time.sleep(0.5)
+        return plain(self, members)
+
+    monkeypatch.setattr(FeatureCache, "_compute", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cache.build, items)
+        assert started.wait(30)
+        second = pool.submit(fresh(cache).build, items)
+        assert first.result(60) == second.result(60) == []
+    assert sorted(computed) == sorted(item.name for item in items)
+    assert not (cache.folder / ".lock").exists()
+
+
+def test_orphans_of_a_killed_builder_are_removed(world: Path, cache: FeatureCache, networks: tuple) -> None:
+    item = items_of(world / "val", networks)[0]
+    (cache.folder / "ab").mkdir(parents=True)
+    (cache.folder / "ab" / ".partial-x").write_bytes(b"half")
+    (cache.folder / ".lock").touch()  # its holder was killed: nobody holds it
+    cache.build([item])
+    assert not list(cache.folder.rglob(".partial-*"))
 
 
 # ---------------------------------------------------------------------------------------------- order and randomness
@@ -149,10 +242,9 @@ class Features:
 @pytest.fixture
 def stage_data(world: Path, networks: tuple) -> Any:
     items = items_of(world / "train", networks)
-    prompts = {item.sample.prompt: {} for item in items}
 
     def make(fixed: bool = False) -> StageData:
-        return StageData(items, Features(), prompts, networks[0].training, fixed)
+        return StageData(items, Features(), networks[0].training, fixed)
 
     return make
 
@@ -165,26 +257,67 @@ def uses(data: StageData, world: int, rank: int, epoch: int = 0, **settings: Any
 
 def test_two_processes_see_the_same_global_batches(stage_data: Any) -> None:
     data = stage_data()
-    alone = uses(data, 1, 0, balance=True)
-    halves = [uses(data, 2, rank, balance=True) for rank in (0, 1)]
+    alone = uses(data, 1, 0, balance=True, batch_size=4)
+    halves = [uses(data, 2, rank, balance=True, batch_size=4) for rank in (0, 1)]
     assert len(halves[0]) == len(halves[1])
     for first in range(0, len(alone), 4):
         joined = [use for half in halves for use in half[first // 2 : first // 2 + 2]]
         assert sorted(joined) == sorted(alone[first : first + 4])
 
 
+def test_a_last_batch_that_cannot_be_shared_has_the_same_mean(stage_data: Any) -> None:
+    """Nine samples in batches of four for two processes: the last batch is one sample, and one without weight."""
+    data = stage_data()
+    alone = uses(data, 1, 0, balance=False, batch_size=4)
+    halves = [uses(data, 2, rank, balance=False, batch_size=4) for rank in (0, 1)]
+    assert [len(half) for half in halves] == [5, 5]
+    value = {number: float(number) for number in range(9)}
+    for first in (0, 4, 8):
+        expected = np.mean([value[number] for _, number, _, _ in alone[first : first + 4]])
+        parts = [half[first // 2 : first // 2 + 2] for half in halves]
+        means = [np.mean([weight * value[number] for _, number, _, weight in part]) for part in parts]
+        assert np.mean(means) == pytest.approx(expected)
+
+
+def test_resumed_order_is_the_rest_of_the_order(stage_data: Any) -> None:
+    data = stage_data()
+    for rank in (0, 1):
+        whole = uses(data, 2, rank, balance=False, batch_size=4)
+        order = EpochOrder(data, replace(data.training, balance=False, batch_size=4), True, rank, 2)
+        order.start = 2
+        assert list(order) == whole[2:]
+        assert list(order) == whole  # the next epoch is a whole one
+
+
+def test_balanced_by_prompt(stage_data: Any) -> None:
+    data = stage_data()
+    prompts = [data.sample(number).prompt for number in range(9)]
+    assert Counter(prompts)["healthy"] == 5
+    seen: Counter = Counter()
+    for epoch in range(20):
+        order = uses(data, 1, 0, epoch, balance=True, balance_by="prompt", batch_size=4)
+        assert len(order) == 9
+        assert len(set(order)) == 9
+        seen.update(number for _, number, _, _ in order)
+    by_prompt = Counter()
+    for number, count in seen.items():
+        by_prompt[prompts[number]] += count
+    assert set(seen) == set(range(9))  # over some epochs nobody is left out
+    assert max(by_prompt.values()) - min(by_prompt.values()) <= 1
+
+
 def test_balance_gives_equal_counts_and_loses_nobody(stage_data: Any) -> None:
     data = stage_data()
     order = uses(data, 1, 0, balance=True)
-    sick = sum(data.diseased(number) for _, number, _ in order)
+    sick = sum(not data.sample(number).healthy for _, number, _, _ in order)
     assert (sick, len(order)) == (5, 10)
-    assert {number for _, number, _ in order} == set(range(9))
+    assert {number for _, number, _, _ in order} == set(range(9))
     assert len(set(order)) == 10  # a repeated sample is another use, with its own noise
 
 
 def test_epochs_differ_and_every_sample_comes_once(stage_data: Any) -> None:
     data = stage_data()
-    orders = [[number for _, number, _ in uses(data, 1, 0, epoch, balance=False)] for epoch in (0, 1)]
+    orders = [[number for _, number, _, _ in uses(data, 1, 0, epoch, balance=False)] for epoch in (0, 1)]
     assert [sorted(order) for order in orders] == [list(range(9))] * 2
     assert orders[0] != orders[1]
 
@@ -192,16 +325,16 @@ def test_epochs_differ_and_every_sample_comes_once(stage_data: Any) -> None:
 def test_validation_numbers_are_fixed_and_training_numbers_are_not(stage_data: Any) -> None:
     training, validation = stage_data(), stage_data(fixed=True)
     for name in ("noise", "posterior_noise", "t", "coin"):
-        assert torch.equal(validation[0, 2, 0][name], validation[7, 2, 0][name])
-        assert not torch.equal(training[0, 2, 0][name], training[7, 2, 0][name])
-        assert not torch.equal(training[0, 2, 0][name], training[0, 2, 1][name])
-        assert torch.equal(training[3, 2, 0][name], stage_data()[3, 2, 0][name])
+        assert torch.equal(validation[0, 2, 0, 1.0][name], validation[7, 2, 0, 1.0][name])
+        assert not torch.equal(training[0, 2, 0, 1.0][name], training[7, 2, 0, 1.0][name])
+        assert not torch.equal(training[0, 2, 0, 1.0][name], training[0, 2, 1, 1.0][name])
+        assert torch.equal(training[3, 2, 0, 1.0][name], stage_data()[3, 2, 0, 1.0][name])
 
 
 def test_healthy_samples_use_all_their_masks(stage_data: Any) -> None:
     data = stage_data()
-    healthy = next(number for number in range(9) if not data.diseased(number))
-    assert {float(data[epoch, healthy, 0]["latent_mean"][0, 0, 0]) for epoch in range(40)} == {0, 1, 2, 3}
+    healthy = next(number for number in range(9) if data.sample(number).healthy)
+    assert {float(data[epoch, healthy, 0, 1.0]["latent_mean"][0, 0, 0]) for epoch in range(40)} == {0, 1, 2, 3}
 
 
 def test_training_crops_of_a_lesion_are_shifted_and_hold_it(world: Path, networks: tuple) -> None:

@@ -82,7 +82,11 @@ def test_what_a_stage_leaves(trained: dict, stage: str) -> None:
     assert bool(rows[0]["val_cosine"]) == (stage == "stage1")
     assert float(rows[0]["train_loss"]) > 0
     assert float(rows[0]["val_loss"]) > 0
-    assert sorted(file.name for file in folder.iterdir()) == ["config.yaml", "last.ckpt", "metrics.csv"]
+    (best,) = folder.glob("best_*.ckpt")
+    assert best.name == f"best_epoch0000_loss{rows[0]['val_loss']}.ckpt"
+    assert set(torch.load(best, weights_only=True)) == set(torch.load(folder / "last.ckpt", weights_only=True))
+    left = {"config.yaml", "last.ckpt", "metrics.csv", "steps.csv", "tensorboard", best.name}
+    assert {file.name for file in folder.iterdir()} == left | ({"pictures"} if stage != "stage1" else set())
 
 
 def test_same_command_again_is_complete(
@@ -367,7 +371,7 @@ def test_annotation_of_vanished_files(world: Path, converted: Path, tmp_path: Pa
     gone = tmp_path / "data" / "w5p000001_L3" / "image.png"
     gone = gone if gone.exists() else next((tmp_path / "data").glob("*1_*/image.png"))
     gone.unlink()
-    given = ("--train_json", tmp_path / "train.json")
+    given = ("--train_json", tmp_path / "train.json", "training.max_rejected=0.1")
     assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=8) == 3
     (reject,) = json.loads((tmp_path / "s" / "rejects.json").read_text())
     assert reject["sample_id"] == gone.parent.name
@@ -381,14 +385,17 @@ def test_damaged_image_is_skipped_and_named(world: Path, converted: Path, tmp_pa
     bad = next((tmp_path / "data").glob("*0_*/image.png"))
     bad.write_bytes(bad.read_bytes()[:500])
     given = ("--train_json", tmp_path / "train.json", "--cache_dir", tmp_path / "features")
-    assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=8) == 3
+    too_many = r"1 of 12 samples cannot be read, more than training\.max_rejected=0\.01 allows; the first: .*truncated"
+    with pytest.raises(MedSoftError, match=too_many):
+        train("stage1", converted, tmp_path / "s", world, *given, batch_size=8)
+    assert train("stage1", converted, tmp_path / "s", world, *given, "training.max_rejected=0.1", batch_size=8) == 3
     rejects = json.loads((tmp_path / "s" / "rejects.json").read_text())
     assert {reject["sample_id"] for reject in rejects} == {bad.parent.name}
     assert metrics(tmp_path / "s")[0]["step"] == "1"
 
 
 def test_patient_on_both_sides(world: Path, converted: Path, tmp_path: Path) -> None:
-    with pytest.raises(MedSoftError, match=r"patient w5p\d+ is also in .*train\.json; split by patient"):
+    with pytest.raises(MedSoftError, match=r"patient w5p\d+ is in the training set and in the val.*split by"):
         train("stage1", converted, tmp_path / "s", world, "--val_json", world / "train")
 
 

@@ -59,7 +59,7 @@ def model(config: Config) -> MedSoftModel:
 
 
 def test_unet_and_autoencoder_agree_with_diffusers(model: MedSoftModel, config: Config) -> None:
-    from bench import diffusers_twins
+    from ldm.benchmark import diffusers_twins
 
     unet, autoencoder = diffusers_twins(model, config)
     x, text, t = noise(1, 9, 64, 64), noise(1, 77, 768), torch.tensor([501])

@@ -1,0 +1,177 @@
+"""Training speed: items per second of each stage, with the cache, the freezing and the precision each on and off.
+
+The variants of a stage take turns on the same networks (random weights) and the same items, so their ratios hold on a
+machine that does other things too. One step is forward, backward, clipping and AdamW, as in training; a step with
+features on the fly runs the frozen encoders first, in the step's own precision.
+"""
+
+import argparse
+import gc
+import logging
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm import cli
+from ldm.benchmark import random_biomedclip
+from ldm.config import Config, load_config
+from ldm.devices import half_is_fast
+from ldm.encoders import BiomedClip
+from ldm.errors import UsageError
+from ldm.estimates import GIB, fake_batch
+from ldm.feature_cache import compute_features
+from ldm.files import write_json
+from ldm.model import MedSoftModel
+from ldm.training import Stage
+
+log = logging.getLogger("bench")
+
+STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
+PROMPT = "osteolytic lesion with a pathological fracture of the vertebral body"
+
+
+class Steps:
+    """A stage on one device, with steps in four variants."""
+
+    def __init__(self, config: Config, clip: BiomedClip, batch_size: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.device, self.clip, self.half = device, clip.to(device), half_is_fast()
+        net = MedSoftModel(config, config.training.builds)
+        empty = None
+        if "text" in net.parts:
+            with torch.no_grad():
+                empty = net.cond_stage_model([""])
+        self.stage = Stage(config, net, {}, {}, empty, self.half).to(device)
+        self.clip_norm = config.training.clip_norm
+        groups = [{"params": list(m.values()), "lr": 1e-8} for m in self.stage.groups.values()]
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.batch = {name: value.to(device) for name, value in fake_batch(config, batch_size).items()}
+        self.batch["mask"] = (self.batch["mask"] > 0.9).float()
+        self.image = torch.rand(batch_size, 3, config.data.image_size, config.data.image_size, device=device) * 2 - 1
+
+    def variants(self) -> dict[str, Callable]:
+        """Name -> context manager around a step; what it prepares is not timed."""
+        found = {"as trained": _nothing, "features on the fly": _nothing}
+        if any(not value.requires_grad for value in self._step_parameters()):
+            found["nothing frozen"] = self._unfrozen
+        if self.half:
+            found["float32"] = self._whole
+        return found
+
+    def step(self, fly: bool, half: bool) -> None:
+        """One optimizer step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            batch = {**self.batch, **(self._encoded() if fly else {})}
+            loss = self.stage.losses(batch, 0.0)[0].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.stage.trained.values(), self.clip_norm)
+        self.optimizer.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.no_grad()
+    def _encoded(self) -> dict[str, torch.Tensor]:
+        net, prompts = self.stage.net, [PROMPT] * len(self.image)
+        made = compute_features(net, self.clip, self.image, self.batch["mask"])
+        found = {name: value.float() for kind in made.values() for name, value in kind.items()}
+        found["clip_text"] = self.clip.encode_text(prompts).float()
+        if "text" in net.parts:
+            found["text"] = net.cond_stage_model(prompts).float()
+        return found
+
+    def _step_parameters(self) -> list[torch.nn.Parameter]:
+        """Of the networks that a step differentiates through."""
+        return [value for key, value in self.stage.net.named_parameters() if key.startswith(("model.", "msc."))]
+
+    @contextmanager
+    def _unfrozen(self) -> Iterator[None]:
+        frozen = [value for value in self._step_parameters() if not value.requires_grad]
+        for value in frozen:
+            value.requires_grad_(True)
+        yield
+        for value in frozen:
+            value.requires_grad_(False)
+            value.grad = None
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        halved = [value for value in self.stage.net.parameters() if value.dtype == torch.bfloat16]
+        for value in halved:
+            value.data = value.data.float()
+        yield
+        for value in halved:
+            value.data = value.data.to(torch.bfloat16)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def measure(steps: Steps, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each step of each variant, after the warm-up; the variants take turns."""
+    found: dict[str, list[float]] = {name: [] for name in steps.variants()}
+    for turn in range(repeats + warm_up):
+        for name, around in steps.variants().items():
+            with around():
+                start = time.perf_counter()
+                steps.step(name == "features on the fly", steps.half and name != "float32")
+                elapsed = time.perf_counter() - start
+            if turn >= warm_up:
+                found[name].append(elapsed)
+    return found
+
+
+def stage_configs(path: Path, overrides: list[str]) -> dict[str, Config]:
+    """The stage that a YAML names, or the four stages that stand beside a YAML without one."""
+    config = load_config(path, overrides)
+    if config.training.stage:
+        return {config.training.stage: config}
+    found = {stage: path.with_name(f"{path.stem}_{stage}.yaml") for stage in STAGES}
+    if not all(file.is_file() for file in found.values()):
+        raise UsageError(f"{path}: names no stage, and {path.stem}_{STAGES[0]}.yaml and the others are not beside it")
+    return {stage: load_config(file, overrides) for stage, file in found.items()}
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure the stages one after another; the numbers as text and, with --output, as JSON."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = "bf16-mixed" if half_is_fast() else "float32"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    log.info("%s, torch %s, %s, batch %d", where, torch.__version__, precision, args.batch_size)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for stage, config in stage_configs(args.config, args.overrides).items():
+            clip = BiomedClip(random_biomedclip(config, Path(scratch)))
+            times = measure(Steps(config, clip, args.batch_size, device), args.repeats)
+            results += report(stage, times, args.batch_size)
+            gc.collect()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    log.info("most memory: %.1f GiB", peak / GIB)
+    if args.output:
+        write_json(args.output, {"where": where, "precision": precision, "peak_bytes": peak, "stages": results})
+    return cli.DONE
+
+
+def report(stage: str, times: dict[str, list[float]], batch_size: int) -> list[dict[str, Any]]:
+    """Log the rows of a stage: items per second, and how many times faster a step as trained is."""
+
+    rows = []
+    for name, seconds in times.items():
+        # Turn by turn: both steps of a pair ran at about the same moment.
+        ratios = [other / ours for other, ours in zip(seconds, times["as trained"], strict=True)]
+        speed, ratio = batch_size / statistics.median(seconds), statistics.median(ratios)
+        rows.append({"stage": stage, "variant": name, "items_per_second": speed, "ratio": ratio, "seconds": seconds})
+        log.info("%-10s %-20s %8.3f items/s   %5.2f times as long", stage, name, speed, ratio)
+
+    return rows

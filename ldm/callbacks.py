@@ -1,0 +1,217 @@
+"""What happens around the training steps: checkpoints that are never lost, and an early warning.
+
+The records of the steps are in records.py, the pictures in pictures.py.
+"""
+
+import logging
+import math
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import CheckpointIO
+from torch import Tensor
+
+from ldm.checkpoint import read_checkpoint
+from ldm.cli import TERMINATED, Terminated
+from ldm.errors import MedSoftError
+from ldm.files import atomic_file, remove_partials
+from ldm.training import Stage
+
+log = logging.getLogger(__name__)
+
+BEST = re.compile(r"best_epoch(\d+)_loss(.+)\.ckpt")
+MOVED_BY = 10  # optimizer steps after which every trained tensor should have moved
+MOVED_AT_LEAST = 3  # steps to judge by in a shorter run: behind a layer of zeros gradients begin with the second
+SAMPLED = 64  # values of each tensor that are compared to see whether it has moved
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's checkpoints through our own safe reader and atomic writer."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic_file(path) as handle:
+            torch.save(checkpoint, _Honest(handle))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        found = read_checkpoint(path)
+        return {**found.rest, "state_dict": found.state, "medsoft": found.about}
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class _Honest:
+    """A file whose failed write comes out as that OSError; torch.save makes an internal error of a full disk."""
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self.handle = handle
+        self.failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.failed is None:
+            try:
+                self.handle.write(data)
+            except OSError as error:
+                self.failed = error
+        return memoryview(data).nbytes  # torch goes on undisturbed; its flush at the end tells
+
+    def flush(self) -> None:
+        if self.failed is not None:
+            raise self.failed
+        self.handle.flush()
+
+
+class KeepWork(pl.Callback):
+    """``last.ckpt`` at every epoch's end, every few minutes and on SIGTERM; the weights of the best epochs beside it.
+
+    All processes save together, so they also agree when: what one wants is told to all by the next training step.
+    """
+
+    def __init__(self, folder: Path, minutes: float, keep_best: int) -> None:
+        self.folder, self.seconds, self.keep_best = folder, 60 * minutes, keep_best
+        self.path = folder / "last.ckpt"
+        self.stopping = self.due = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: Stage, stage: str) -> None:
+        if trainer.is_global_zero:
+            remove_partials(self.folder)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Stage) -> None:
+        self.saved = time.monotonic()
+
+        def asked(signum: int, frame: Any) -> None:
+            pl_module.stop_asked = True
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, asked)  # Lightning's own handler exchanges messages inside a signal
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Stage, batch: Any, batch_idx: int) -> None:
+        pl_module.save_asked = trainer.is_global_zero and time.monotonic() - self.saved > self.seconds
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.stopping |= pl_module.stop_agreed
+        self.due |= pl_module.save_agreed or self.stopping
+        # Between two optimizer steps of an accumulated batch there are gradients that no checkpoint holds.
+        if self.due and (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
+            self._save_inside_epoch(trainer, batch_idx + 1)
+            self._stop()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Stage) -> None:
+        self.save(trainer)
+        loss = float(trainer.callback_metrics.get("val_loss", math.nan))
+        if trainer.is_global_zero and self.keep_best and math.isfinite(loss):
+            self._keep_if_best(pl_module, trainer.current_epoch, loss)
+        self.stopping |= bool(pl_module.summed(torch.tensor([float(pl_module.stop_asked)], device=pl_module.device))[0])
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.stopping:
+            log.info("asked to stop: %s is saved; the same command goes on from there", self.path)
+            raise Terminated(TERMINATED)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write ``last.ckpt``, unless the step just taken has broken the weights: then stop, and keep the old file."""
+        for key, parameter in trainer.lightning_module.trained.items():
+            if not torch.isfinite(parameter).all():
+                raise MedSoftError(
+                    f"{key} holds NaN or infinite values after step {trainer.global_step}; the last good checkpoint is "
+                    "kept. Lower training.rates, or set training.clip_norm"
+                )
+        trainer.save_checkpoint(self.path)
+        self.saved, self.due = time.monotonic(), False
+
+    def _save_inside_epoch(self, trainer: pl.Trainer, batches: int) -> None:
+        """Save with the batch that just ended counted as done: Lightning counts it only after this hook."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        kept = progress.current.completed, progress.total.completed
+        progress.current.completed, progress.total.completed = batches, progress.total.processed
+        self.save(trainer)
+        progress.current.completed, progress.total.completed = kept
+
+    def finish(self, trainer: pl.Trainer) -> None:
+        """The finished ``last.ckpt``: weights only (their moving average, if there is one), marked complete."""
+        stage = trainer.lightning_module
+        stage.about["complete"] = True
+        if trainer.is_global_zero:
+            self._write_weights(self.path, stage, trainer.global_step, trainer.current_epoch)
+        trainer.strategy.barrier()
+
+    def _write_weights(self, path: Path, stage: Stage, step: int, epoch: int) -> None:
+        about = {**stage.about, "step": step, "epoch": epoch, "averaged": stage.average is not None}
+        with stage.averaged():
+            AtomicCheckpointIO().save_checkpoint({"state_dict": stage.state_dict(), "medsoft": about}, path)
+
+    def _keep_if_best(self, stage: Stage, epoch: int, loss: float) -> None:
+        """Keep this epoch's weights if they are among the best so far; the new file is whole before one is deleted."""
+        mine = self.folder / f"best_epoch{epoch:04d}_loss{loss:.6g}.ckpt"
+        found = {path: path_loss for path in self.folder.iterdir() if (path_loss := _best_loss(path)) is not None}
+        found[mine] = loss
+        best = sorted(found, key=lambda path: (found[path], path.name))[: self.keep_best]
+        if mine in best and not mine.exists():
+            self._write_weights(mine, stage, stage.global_step, epoch)
+        for path in found:
+            if path not in best:
+                path.unlink(missing_ok=True)
+
+
+def _best_loss(path: Path) -> float | None:
+    matched = BEST.fullmatch(path.name)
+    return float(matched.group(2)) if matched else None
+
+
+def best_files(folder: Path) -> list[Path]:
+    """The weights of the best epochs in a run's folder, best first."""
+    found = [path for path in folder.iterdir() if _best_loss(path) is not None] if folder.is_dir() else []
+    return sorted(found, key=lambda path: (_best_loss(path), path.name))
+
+
+class WatchMovement(pl.Callback):
+    """Warns once, after the first steps, of trained tensors that had no gradient or whose values have not moved."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Stage) -> None:
+        self.first = trainer.global_step
+        self.silent = set(pl_module.trained)
+        self.before: dict[str, Tensor] | None = {key: _sampled(value) for key, value in pl_module.trained.items()}
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Stage, optimizer: Any) -> None:
+        if self.before is not None:
+            still = {key for key in self.silent if pl_module.trained[key].grad is None}
+            still |= {key for key in self.silent - still if not pl_module.trained[key].grad.any()}
+            self.silent = still
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step - self.first >= MOVED_BY:
+            self._look(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Stage) -> None:
+        if trainer.global_step - self.first >= MOVED_AT_LEAST:
+            self._look(trainer, pl_module)
+
+    def _look(self, trainer: pl.Trainer, stage: Stage) -> None:
+        if self.before is None:
+            return
+        still = {key for key, old in self.before.items() if torch.equal(old, _sampled(stage.trained[key]))}
+        self.before = None
+        for name, members in stage.groups.items():
+            for what, keys in (("had no gradient", self.silent), ("have not moved", still)):
+                found = [key for key in members if key in keys]
+                if found:
+                    log.warning(
+                        "warning: %s: %d of %d trained tensors %s in the first %d steps, for instance %s",
+                        *(name, len(found), len(members), what, trainer.global_step - self.first, found[0]),
+                    )
+
+
+def _sampled(value: Tensor) -> Tensor:
+    flat = value.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLED)].clone()
