@@ -55,4 +55,4 @@ lint: $(INSTALLED) ## Check the style only
 	$(PYTHON) -m ruff format --check .
 
 bench: $(INSTALLED) ## Measure the speed of this machine
-	$(PYTHON) tool/bench.py
+	$(PYTHON) tool/bench.py inference

@@ -28,7 +28,7 @@ def typical(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def test_true_size_agrees_with_diffusers() -> None:
     """About 10 GB of memory and a minute or two: models/mldm_v15.yaml with random weights, at 512 x 512."""
-    from bench import diffusers_twins
+    from ldm.benchmark import diffusers_twins
 
     config = load_config(ROOT / "models" / "mldm_v15.yaml")
     model = typical(MedSoftModel(config, ["unet", "autoencoder"]))

@@ -1,0 +1,58 @@
+"""What the speed measurements share: the same networks in diffusers, and two calls that take turns."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ldm.config import Config
+from ldm.model import MedSoftModel
+
+
+def diffusers_twins(model: MedSoftModel, config: Config) -> tuple[Any, Any]:
+    """UNet2DConditionModel and AutoencoderKL of the same sizes, with the model's weights, on its device."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+
+    state = {key: value for key, value in model.state_dict().items() if ".attn3." not in key and ".norm4." not in key}
+    widths = [config.unet.model_channels * mult for mult in config.unet.channel_mult]
+    cross = [level in config.unet.attention_levels for level in range(len(widths))]
+    unet = UNet2DConditionModel(
+        in_channels=config.unet.in_channels,
+        block_out_channels=widths,
+        layers_per_block=config.unet.num_res_blocks,
+        down_block_types=["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in cross],
+        up_block_types=["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(cross)],
+        attention_head_dim=config.unet.num_heads,
+        cross_attention_dim=config.unet.context_dim,
+    )
+    unet.load_state_dict(convert_ldm_unet_checkpoint(state, dict(unet.config)))
+    levels = len(config.autoencoder.channel_mult)
+    vae = AutoencoderKL(
+        block_out_channels=[config.autoencoder.channels * mult for mult in config.autoencoder.channel_mult],
+        layers_per_block=config.autoencoder.num_res_blocks,
+        latent_channels=config.autoencoder.latent_channels,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+    )
+    vae.load_state_dict(convert_ldm_vae_checkpoint(state, dict(vae.config)))
+    device = next(model.parameters()).device
+    return unet.to(device).eval(), vae.to(device).eval()
+
+
+def take_turns(
+    first: Callable, second: Callable, repeats: int, device: torch.device, warm_up: int = 2
+) -> tuple[float, float]:
+    """Median seconds of two calls that alternate, after ``warm_up`` rounds that are not counted."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for index in range(repeats + warm_up):
+        for call, kept in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if index >= warm_up:
+                kept.append(time.perf_counter() - start)
+    return statistics.median(times[0]), statistics.median(times[1])
