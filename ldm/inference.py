@@ -267,11 +267,14 @@ class InferenceRun:
         jobs = [Job(task.seed, task.sample.sample_id, task.variant, task.prompt) for task, _ in ready]
         results = inpainter.draw([picture for _, picture in ready], jobs)
         for (task, picture), result in zip(ready, results, strict=True):
-            if result is None:
-                reason = "the model drew values that are not numbers (NaN or infinity); nothing was written"
+            if result.fault:
+                reason = (
+                    f"variant {task.variant}: values that are not numbers (NaN or infinity) appeared {result.fault}; "
+                    "nothing was written"
+                )
                 rejects.append(Reject(task.sample.sample_id, str(task.sample.image), reason))
             else:
-                self._write(task, picture, result)
+                self._write(task, picture, result.pixels)
         return rejects
 
     def _picture(self, task: Task) -> "Picture":
