@@ -19,6 +19,8 @@ from ldm.annotations import load_samples, scan_folder, write_annotations
 from ldm.errors import MedSoftError, UsageError
 from ldm.images import read_image, write_png
 from ldm.inpainting import Inpainter
+from ldm.model import MedSoftModel
+from ldm.samplers import DifferentialMask
 
 # ------------------------------------------------------------------------------------------------- running it again
 
@@ -223,9 +225,9 @@ def test_image_that_breaks_after_the_annotation_does_not_lose_its_batch(
 def test_model_that_draws_nan_writes_nothing(
     final: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Inpainter.generate
-    monkeypatch.setattr(Inpainter, "generate", lambda *given: plain(*given) * float("nan"))
-    with pytest.raises(MedSoftError, match=r"no picture could be drawn; first: .*NaN.*rejects\.json"):
+    plain = MedSoftModel.decode
+    monkeypatch.setattr(MedSoftModel, "decode", lambda *given: plain(*given) * float("nan"))
+    with pytest.raises(MedSoftError, match=r"no picture could be drawn; first: .*NaN.*while decoding.*rejects\.json"):
         infer(final, tmp_path / "out", "--data", one)
     (reject,) = json.loads((tmp_path / "out" / "rejects.json").read_text())
     assert "NaN" in reject["reason"]
@@ -235,16 +237,18 @@ def test_model_that_draws_nan_writes_nothing(
 def test_infinite_latent_rejects_that_picture_only(
     final: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ddim(predict: Any, noise: torch.Tensor, *rest: Any) -> torch.Tensor:
-        latent = torch.zeros_like(noise)
-        latent[0, 0, 3, 3] = float("inf")  # decoding clamps it to white
-        return latent
+    def held(self: DifferentialMask, x: torch.Tensor, alpha: float, progress: float) -> torch.Tensor:
+        if progress > 0 and len(x) == 2:
+            x[0, 0, 3, 3] = float("inf")  # decoding clamps it to white
+        return x
 
-    monkeypatch.setattr("ldm.inpainting.ddim", ddim)
+    monkeypatch.setattr(DifferentialMask, "held", held)
     assert infer(final, tmp_path / "out", "--data", world / "val", "--choose", "diseased") == 3
     assert len(metas(tmp_path / "out")) == 1
     (reject,) = json.loads((tmp_path / "out" / "rejects.json").read_text())
-    assert "not numbers" in reject["reason"]
+    assert (
+        "variant 0: values that are not numbers (NaN or infinity) appeared at sampling step 2 of 2" in reject["reason"]
+    )
 
 
 def test_checkpoint_of_another_preparation(final: Path, one: Path, tmp_path: Path) -> None:
