@@ -23,6 +23,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 PERCENTILES = (0.5, 99.5)
 FIT_MODES = ("crop", "pad", "resize")
 _ORIENTATION_TAG = 0x0112
+_ALPHA_MODES = ("LA", "RGBA", "La", "RGBa", "PA")  # Pillow's
 _COLOUR_TYPES = {(): 0, (3,): 2, (2,): 4, (4,): 6}  # PNG's, by the shape beyond height and width
 
 
@@ -53,6 +54,9 @@ def with_alpha(result: np.ndarray, path: str | Path, inside: np.ndarray) -> np.n
     Where ``inside`` (bool HxW) is False, the colour that lies under alpha 0 is the file's again. A file without alpha
     gives ``result`` itself.
     """
+    with Image.open(path) as opened:  # reads the header only
+        if opened.mode not in _ALPHA_MODES and "transparency" not in opened.info:
+            return result
     layers = _read(Path(path), indices=False, alpha=True)
     channels = 1 if result.ndim == 2 else result.shape[2]
     if layers.ndim == 2 or layers.shape[2] == 3:
@@ -109,7 +113,7 @@ def _pixels(path: Path, opened: Image.Image, indices: bool, alpha: bool) -> np.n
         return np.asarray(opened)
     if mode.startswith("I") or mode == "F":
         return _deep_grey(path, np.asarray(opened))
-    if mode in ("LA", "RGBA", "La", "RGBa", "PA") or "transparency" in opened.info:
+    if mode in _ALPHA_MODES or "transparency" in opened.info:
         grey = mode in ("LA", "La", "L", "1")
         rgba = np.asarray(opened.convert("RGBA"))
         if alpha:

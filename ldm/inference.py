@@ -17,7 +17,7 @@ from ldm import cli
 from ldm.annotations import HEALTHY, Reject, write_rejects
 from ldm.config import Config
 from ldm.errors import MedSoftError, UsageError
-from ldm.files import PARTIAL_PREFIX, content_id, fingerprint, read_json, sync_folder, write_json, write_text
+from ldm.files import PARTIAL_PREFIX, atomic_folder, content_id, fingerprint, read_json, write_json, write_text
 from ldm.images import read_image, with_alpha, write_png
 from ldm.inference_plan import Task
 from ldm.masks import read_mask
@@ -225,30 +225,15 @@ class InferenceRun:
 
     def _write(self, task: Task, picture: "Picture", result: np.ndarray) -> None:
         """One sample folder, assembled under a temporary name and renamed."""
-        final = self.folder / task.name
-        partial = final.parent / f"{PARTIAL_PREFIX}{final.name}"
-        shutil.rmtree(partial, ignore_errors=True)
         differs = (result != picture.original).reshape(*picture.soft.shape, -1).any(axis=-1)
         changed = int(np.count_nonzero(differs & (picture.soft == 0)))
-        try:
-            partial.mkdir(parents=True)
+        with atomic_folder(self.folder / task.name) as partial:  # one without all its files was left by something else
             whole = with_alpha(result, task.sample.image, picture.soft > 0)
             write_png(partial / "image.png", whole, {"Comment": TAG, "Description": task.prompt})
             write_png(partial / "mask.png", picture.hard.astype(np.uint8) * 255)
             write_png(partial / "soft_mask.png", np.rint(picture.soft * 255).astype(np.uint8))
             write_text(partial / "prompt.txt", task.prompt + "\n")
             write_json(partial / "meta.json", self._meta(task, picture, changed))
-            if final.exists():
-                shutil.rmtree(final)  # not whole: left by something else
-            os.replace(partial, final)
-            sync_folder(final.parent)
-        except OSError as error:
-            raise MedSoftError(
-                f"{final}: could not be written ({error.strerror or error}); free some space or choose another "
-                "--output_dir, then run the same command again"
-            ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _meta(self, task: Task, picture: "Picture", changed: int) -> dict[str, Any]:
         if task.record is not None:
