@@ -193,6 +193,7 @@ def test_two_processes_draw_each_picture_once_and_the_same(final: Path, world: P
     assert images == {file: content for file, content in first.items() if file.endswith("png")}
 
 
+@pytest.mark.slow
 def test_fault_in_one_of_two_processes_is_one_line(final: Path, world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "val", tmp_path / "data")
     for mask in (tmp_path / "data").glob("*/mask.png"):
