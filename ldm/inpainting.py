@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.attention import Conditioning
-from ldm.config import Config
+from ldm.config import Config, SamplingConfig
 from ldm.dataset import Picture
 from ldm.diffusion import named_generator, picture_noise
 from ldm.encoders import BiomedClip
@@ -48,10 +48,8 @@ class Inpainter:
     def __init__(self, net: MedSoftModel, clip: BiomedClip, config: Config, device: torch.device | str = "cpu") -> None:
         self.net, self.clip, self.config = net.to(device).eval(), clip.to(device), config
         self.device = torch.device(device)
-        for part in (self.net.model, self.net.first_stage_model):  # convolutions are most of the work
-            part.to(memory_format=torch.channels_last)
-        self.net.unet.to(DTYPES[config.sampling.precision])
-        self.net.first_stage_model.to(DTYPES[config.sampling.precision])
+        for part in (self.net.unet, self.net.first_stage_model):  # convolutions are most of the work
+            part.to(dtype=DTYPES[config.sampling.precision], memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def draw(self, pictures: Sequence[Picture], jobs: Sequence[Job]) -> list[Drawn]:
@@ -75,25 +73,13 @@ class Inpainter:
         With it, for each picture, None or where its first value that is no number appeared.
         """
         sampling, net = self.config.sampling, self.net
+        dtype = DTYPES[sampling.precision]
         mask = net.latent_mask(soft_mask)
-        masked = self._latent(hide(image, soft_mask))
-        with_prompt, both = self._conditions(image, soft_mask, mask, [job.prompt for job in jobs])
+        masked = latent_of(net, hide(image, soft_mask), dtype)
+        original = latent_of(net, image, dtype) if sampling.differential else None
+        conditions = self._conditions(image, soft_mask, mask, [job.prompt for job in jobs])
         shape = tuple(masked.shape[1:])
         noise = torch.stack([picture_noise(*_name(job), shape) for job in jobs]).to(self.device)
-        guided = guided_steps(sampling.steps, tuple(sampling.guidance_interval))
-        scale = sampling.guidance_scale
-        dtype = DTYPES[sampling.precision]
-        inputs = [each.to(dtype) for each in (mask, masked)]
-
-        def predict(x: Tensor, t: int, index: int) -> Tensor:
-            guide = scale != 1.0 and index in guided
-            eps = net.denoise(
-                x.to(dtype), torch.tensor([t], device=self.device), *inputs, both if guide else with_prompt
-            ).float()
-            if not guide:
-                return eps
-            prompted, plain = eps.chunk(2)
-            return plain + scale * (prompted - plain)
 
         def step_noise(index: int) -> Tensor:
             drawn = [torch.randn(shape, generator=named_generator("step", index, *_name(job))) for job in jobs]
@@ -103,21 +89,14 @@ class Inpainter:
 
         def watch(index: int, x: Tensor) -> None:
             broken = ~torch.isfinite(x).flatten(1).all(dim=1) & (first_broken < 0)
-            first_broken[broken] = index
+            first_broken.masked_fill_(broken, index)
 
-        differential = DifferentialMask(mask, self._latent(image), noise) if sampling.differential else None
-        draw: Callable[..., Tensor] = SAMPLERS[sampling.sampler]
-        latent = draw(predict, noise, net.schedule, sampling.steps, sampling.eta, differential, step_noise, watch)
+        latent = sample_latent(net, sampling, noise, mask, masked, original, conditions, step_noise, watch)
         # The latent is looked at before decoding: that clamps, and would hide infinity as white.
         faults = [f"at sampling step {n + 1} of {sampling.steps}" if n >= 0 else None for n in first_broken.tolist()]
         decoded = net.decode(latent.to(dtype)).float()
         sound = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
         return decoded, [f or (None if ok else "while decoding") for f, ok in zip(faults, sound, strict=True)]
-
-    def _latent(self, image: Tensor) -> Tensor:
-        """Scaled latent (B, 4, s, s), float32: the posterior's mode."""
-        inputs = image.to(DTYPES[self.config.sampling.precision], memory_format=torch.channels_last)
-        return self.net.scaled(self.net.encode(inputs).mode.float())
 
     def _conditions(
         self, image: Tensor, soft_mask: Tensor, mask: Tensor, prompts: list[str]
@@ -134,6 +113,46 @@ class Inpainter:
             net.conditioning(gate, text, semantic, reuse=True),
             net.conditioning(torch.cat([gate, gate]), torch.cat([text, empty]), semantic, reuse=True),
         )
+
+
+def latent_of(net: MedSoftModel, image: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scaled latent (B, 4, s, s), float32, of an image (B, 3, S, S): the posterior's mode."""
+    return net.scaled(net.encode(image.to(dtype, memory_format=torch.channels_last)).mode.float())
+
+
+def sample_latent(
+    net: MedSoftModel,
+    sampling: SamplingConfig,
+    noise: Tensor,
+    mask: Tensor,
+    masked: Tensor,
+    original: Tensor | None,
+    conditions: tuple[Conditioning, Conditioning],
+    step_noise: Callable[[int], Tensor] | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Draw scaled latents (B, 4, s, s) from ``noise`` with the sampler and the guidance of ``sampling``.
+
+    mask (B, 1, s, s); masked, original: scaled latents, the latter None for no differential mask; conditions: with the
+    prompt alone, and of 2 B rows, with the prompt and without it. The latent is float32, the U-Net of its own type.
+    """
+    with_prompt, both = conditions
+    dtype = next(net.unet.parameters()).dtype
+    inputs = mask.to(dtype), masked.to(dtype)
+    scale = sampling.guidance_scale
+    guided = guided_steps(sampling.steps, tuple(sampling.guidance_interval)) if scale != 1.0 else range(0)
+
+    def predict(x: Tensor, t: int, index: int) -> Tensor:
+        cond = both if index in guided else with_prompt
+        eps = net.denoise(x.to(dtype), torch.tensor([t], device=x.device), *inputs, cond).float()
+        if index not in guided:
+            return eps
+        prompted, plain = eps.chunk(2)
+        return plain + scale * (prompted - plain)
+
+    differential = None if original is None else DifferentialMask(mask, original, noise)
+    draw = SAMPLERS[sampling.sampler]
+    return draw(predict, noise, net.schedule, sampling.steps, sampling.eta, differential, step_noise, on_step)
 
 
 def _name(job: Job) -> tuple[int, str, int]:
