@@ -243,16 +243,6 @@ def test_results_without_their_parent_or_of_another_size_are_refused(demo: Path,
         run(demo)
 
 
-def test_gallery_of_any_results_folder(demo: Path, tmp_path: Path) -> None:
-    path = tmp_path / "gallery.html"
-    report.write_gallery(path, [demo / "results", demo / "results_base"], "Two folders", limit=3, intro="A <note>")
-    page = Page(path)
-    assert len(page.images) == 2 * 3 * 4
-    assert all((tmp_path / source).is_file() for source in page.images)
-    assert "pixels changed outside the mask: <b>3</b>" in page.text
-    assert "A &lt;note&gt;" in page.text
-
-
 def test_difference_is_white_where_nothing_changed() -> None:
     original = np.full((4, 5), 0.5, np.float32)
     result = original.copy()
