@@ -165,23 +165,6 @@ def identity(config, tasks, digest: str) -> str:
     return fingerprint([digest, settings_of(config), plan])
 
 
-def load_inpainter(args: argparse.Namespace, config, device: str):
-    """The model with all its parts, ready to draw."""
-    from ldm.checkpoint import PREFIXES, check_preparation, load_parts, read_checkpoint
-    from ldm.encoders import BiomedClip
-    from ldm.inpainting import Inpainter
-    from ldm.model import MedSoftModel
-
-    clip = BiomedClip(config.biomedclip.path)
-    clip.check(config.biomedclip)
-    checkpoint = read_checkpoint(args.ckpt)
-    clip.check_same(checkpoint)
-    check_preparation(checkpoint, config)
-    net = MedSoftModel(config)
-    load_parts(net, checkpoint, list(PREFIXES), config)
-    return Inpainter(net, clip, config, device)
-
-
 def main(args: argparse.Namespace) -> int:
     config, overrides = resolve(args)
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
@@ -208,13 +191,14 @@ def main(args: argparse.Namespace) -> int:
         return cli.SOME_REJECTED if before["rejected"] else cli.DONE
     import torch
 
+    from ldm.inpainting import load_inpainter
     from ldm.processes import start_processes
 
     session.processes = start_processes(args.device, args.devices, args.num_nodes)
     session.processes.barrier()
     if args.exact:
         torch.set_num_threads(1)
-    return session.draw(tasks, rejects, lambda: load_inpainter(args, config, session.processes.device))
+    return session.draw(tasks, rejects, lambda: load_inpainter(args.ckpt, config, session.processes.device))
 
 
 if __name__ == "__main__":

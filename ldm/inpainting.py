@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.attention import Conditioning
+from ldm.checkpoint import PREFIXES, check_preparation, load_parts, read_checkpoint
 from ldm.config import Config, SamplingConfig
 from ldm.dataset import Picture
 from ldm.diffusion import named_generator, picture_noise
@@ -113,6 +115,18 @@ class Inpainter:
             net.conditioning(gate, text, semantic, reuse=True),
             net.conditioning(torch.cat([gate, gate]), torch.cat([text, empty]), semantic, reuse=True),
         )
+
+
+def load_inpainter(ckpt: str | Path, config: Config, device: str) -> Inpainter:
+    """The model of a final checkpoint with BiomedCLIP, checked against the configuration, ready to draw."""
+    clip = BiomedClip(config.biomedclip.path)
+    clip.check(config.biomedclip)
+    checkpoint = read_checkpoint(ckpt)
+    clip.check_same(checkpoint)
+    check_preparation(checkpoint, config)
+    net = MedSoftModel(config)
+    load_parts(net, checkpoint, list(PREFIXES), config)
+    return Inpainter(net, clip, config, device)
 
 
 def latent_of(net: MedSoftModel, image: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ def test_again_is_complete(
     final: Path, results: Path, world: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr("dataset_infer.load_inpainter", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("ldm.inpainting.load_inpainter", lambda *_: pytest.fail("loaded the model"))
     assert infer(final, results, "--train_json", world / TRAIN, "--batch_size", 1) == 0
     assert "already complete (5 pictures)" in caplog.text
 

@@ -446,3 +446,29 @@ def test_pictures_are_read_and_written_while_the_model_works(
     monkeypatch.setattr(Inpainter, "draw", draw)
     assert infer(final, tmp_path / "out", "--train_json", world / TRAIN, "--limit", 3, "--batch_size", 1) == 0
     assert drawn == [2, 3, 3]
+
+
+def test_large_16_bit_picture_with_a_small_lesion(final: Path, tmp_path: Path) -> None:
+    """2048 x 2048, a lesion of 40 pixels: drawn in one model-sized square, all else bit for bit as it was."""
+    import time
+
+    rng = np.random.default_rng(1)
+    picture = rng.integers(200, 3000, (2048, 2048), dtype=np.uint16)
+    mask = np.zeros((2048, 2048), np.uint8)
+    mask[1500:1540, 700:740] = 255
+    write_png(tmp_path / "big.png", picture)
+    write_png(tmp_path / "big_mask.png", mask)
+    write_png(tmp_path / "small.png", picture[1480:1560, 680:760].copy())
+    write_png(tmp_path / "small_mask.png", mask[1480:1560, 680:760].copy())
+    seconds = {}
+    for name in ("small", "big"):
+        flags = ["--image", tmp_path / f"{name}.png", "--mask", tmp_path / f"{name}_mask.png", "--prompt", "lesion"]
+        start = time.monotonic()
+        assert infer(final, tmp_path / name, *flags) == 0
+        seconds[name] = time.monotonic() - start
+    found, soft = (read_image(tmp_path / "big" / "big__v0" / f"{file}.png") for file in ("image", "soft_mask"))
+    assert found.dtype == np.uint16
+    assert np.array_equal(found[soft == 0], picture[soft == 0])
+    assert (found[mask > 0] != picture[mask > 0]).mean() > 0.9
+    assert 0 < np.count_nonzero(soft) < 80 * 80
+    assert seconds["big"] < seconds["small"] + 30  # reading, fitting and writing 4 million pixels

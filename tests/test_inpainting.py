@@ -12,13 +12,11 @@ from torch import Tensor
 
 from ldm.annotations import load_samples
 from ldm.benchmark import diffusers_pipeline
-from ldm.checkpoint import PREFIXES, load_parts, read_checkpoint
 from ldm.config import SWITCHES, Config, load_config
 from ldm.dataset import Picture, prepare
 from ldm.diffusion import picture_noise
-from ldm.encoders import BiomedClip
-from ldm.inpainting import Inpainter, Job
-from ldm.model import MedSoftModel, hide
+from ldm.inpainting import Inpainter, Job, load_inpainter
+from ldm.model import hide
 
 OFF = [*(f"{section}.{switch}=false" for section, switch in SWITCHES), "sampling.differential=false"]
 JOBS = [Job(3, "a", 0, "severe osteolytic lesion"), Job(3, "b", 0, "haemangioma of the L2 vertebra")]
@@ -26,9 +24,7 @@ JOBS = [Job(3, "a", 0, "severe osteolytic lesion"), Job(3, "b", 0, "haemangioma 
 
 def inpainter(ckpt: Path, overrides: Sequence[str] = ()) -> Inpainter:
     config = load_config(PHANTOM, ["sampling.steps=4", f"biomedclip.path={CLIP}", *overrides])
-    net = MedSoftModel(config)
-    load_parts(net, read_checkpoint(ckpt), list(PREFIXES), config)
-    return Inpainter(net, BiomedClip(CLIP), config)
+    return load_inpainter(ckpt, config, "cpu")
 
 
 @pytest.fixture
