@@ -58,8 +58,8 @@ def measure(config: Config, device: torch.device, args: argparse.Namespace) -> l
     inputs = Inputs(config, device, args.batch_size)
     rows: list[dict[str, Any]] = []
 
-    def compare(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> None:
-        mine, other = take_turns(ours, theirs, repeats, device, warm_up=min(2, repeats))
+    def compare(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int, warm_up: int = 2) -> None:
+        mine, other = take_turns(ours, theirs, repeats, device, warm_up)
         rows.append({"what": name, "ours_s": mine, "theirs_s": other, "ratio": other / mine})
         log.info("%-46s ours %.4f s, diffusers %.4f s, ratio %.2f", name, mine, other, other / mine)
 
@@ -72,10 +72,10 @@ def measure(config: Config, device: torch.device, args: argparse.Namespace) -> l
     if steps:
         plain = dataclasses.replace(config.sampling, sampler="ddim", steps=steps, guidance_interval=[0.0, 1.0])
         name = f"picture, {steps} steps of DDIM with guidance"
-        compare(name, lambda: calls.our_picture(plain), lambda: calls.their_picture(steps), pictures)
+        compare(name, lambda: calls.our_picture(plain), lambda: calls.their_picture(steps), pictures, 1)
         fast = dataclasses.replace(config.sampling, **{**FAST, "steps": max(1, round(steps * FAST["steps"] / 50))})
         name = f"picture, {fast.steps} steps of 2M, guided to {fast.guidance_interval[1]}, / {steps} of DDIM"
-        compare(name, lambda: calls.our_picture(fast), lambda: calls.their_picture(steps), pictures)
+        compare(name, lambda: calls.our_picture(fast), lambda: calls.their_picture(steps), pictures, 0)
     return rows
 
 

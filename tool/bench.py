@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", default="32-true", choices=["32-true", "bf16-true"], help="of both sides (default: %(default)s)"
     )
     inference.add_argument(
-        "--steps", type=int, default=50, help="of whole pictures; 0 measures single calls only (default: %(default)s)"
+        "--steps", type=int, default=10, help="of whole pictures; 0 measures single calls only (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     return parser
