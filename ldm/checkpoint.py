@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.config import SWITCHES, Config, config_from_dict
+from ldm.config import ITEM_COUNTS, SWITCHES, Config, config_from_dict
 from ldm.errors import MedSoftError, UsageError
 from ldm.files import atomic_file, refuse_existing
 
@@ -179,7 +179,7 @@ def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
     for section in ("data", "diffusion"):
         for key, value in asdict(getattr(theirs, section)).items():
             asked = getattr(getattr(config, section), key)
-            if asked != value and key != "healthy_masks":
+            if asked != value and key not in ITEM_COUNTS:
                 raise UsageError(
                     f"{checkpoint.path}: was trained with {section}.{key}={value}, this configuration has {asked}; add "
                     f"{section}.{key}={value} to the command, or use the YAML it was trained with"

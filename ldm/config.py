@@ -16,6 +16,7 @@ GROUPS = ("msc", "attn3", "unet")
 SWITCHES = (("unet", "soft_mask_channel"), ("unet", "soft_mask_attention"), ("msc", "soft_mask_mixing"))
 SAMPLERS = ("ddim", "dpmpp_2m")
 SAMPLING_PRECISIONS = ("32-true", "bf16-true")
+ITEM_COUNTS = ("healthy_masks", "diseased_crops")  # of DataConfig: how many items are learned from, not how they look
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 
 
@@ -28,7 +29,8 @@ class DataConfig:
     context: float = 2.0  # crop side / longest lesion side, at least the model's square
     feather: float = 0.25  # width of the soft border
     feather_unit: str = "diameter"  # diameter (fraction of the lesion's equivalent diameter), pixels or mm
-    healthy_masks: int = 4  # fixed lesion-shaped masks per healthy image
+    healthy_masks: int = 4  # training: fixed lesion-shaped masks per healthy image
+    diseased_crops: int = 4  # training: fixed crops per diseased image, the first as in drawing, the others shifted
 
 
 @dataclass
@@ -324,6 +326,7 @@ def _validate_ranges(config: Config, refuse: Any) -> None:
     highest = config.diffusion.timesteps - 1  # the first time step of the leading spacing must exist
     limits = {
         "data.healthy_masks": (1, None),
+        "data.diseased_crops": (1, None),
         "data.context": (1, None),
         "data.feather": (0, None),
         "training.batch_size": (1, None),

@@ -54,10 +54,14 @@ def drawable(sample: Sample) -> str | None:
     return None
 
 
-def prepare(sample: Sample, data: DataConfig, seed: int, variant: int) -> Picture:
+MOST_SHIFT = 0.125  # of a training crop, as a share of its side, in either direction
+
+
+def prepare(sample: Sample, data: DataConfig, seed: int, variant: int, training: bool = False) -> Picture:
     """Read one sample and bring it to the model's square.
 
-    A diseased sample uses its own mask. A healthy one gets a lesion-shaped mask inside its vertebra, a function of
+    A diseased sample uses its own mask; in ``training``, its variants from 1 on are crops shifted by up to an eighth
+    of their side. A healthy one gets a lesion-shaped mask inside its vertebra. Masks and shifts are functions of
     (seed, sample_id, variant) alone. Raises MedSoftError naming the sample's file when something is wrong with it.
     """
     reason = drawable(sample)
@@ -73,17 +77,26 @@ def prepare(sample: Sample, data: DataConfig, seed: int, variant: int) -> Pictur
     own = read_mask(sample.mask, original.shape)
     if own.empty:
         raise MedSoftError(f"{sample.mask}: diseased, but the mask is empty")
-    return fit_picture(sample, original, own, data)
+    offset = (0.0, 0.0)
+    if training and variant > 0:
+        rng = np.random.default_rng(named_seed("crop", seed, sample.sample_id, variant))
+        offset = tuple(rng.uniform(-MOST_SHIFT, MOST_SHIFT, 2))
+    return fit_picture(sample, original, own, data, offset)
 
 
-def fit_picture(sample: Sample, original: np.ndarray, mask: Mask, data: DataConfig) -> Picture:
-    """Put an image and the mask to draw in together; a diseased sample's ``soft_mask.png`` is used as it is."""
+def fit_picture(
+    sample: Sample, original: np.ndarray, mask: Mask, data: DataConfig, offset: tuple[float, float] = (0.0, 0.0)
+) -> Picture:
+    """Put an image and the mask to draw in together; a diseased sample's ``soft_mask.png`` is used as it is.
+
+    ``offset`` moves the crop (see ``Fit.window``).
+    """
     feather = Feather(data.feather, data.feather_unit)
     if sample.soft_mask is not None and not sample.healthy:
         soft = soft_mask_of(sample, original.shape, feather)
     else:
         soft = soft_mask_for(mask, feather, sample.meta.get("spacing_mm"))
-    window = Fit(data.fit, data.image_size, data.context).window(original.shape, soft)
+    window = Fit(data.fit, data.image_size, data.context).window(original.shape, soft, offset)
     levels = window_of(original, sample.meta.get("window"))
     seen = window.forward(to_unit(original, levels)) * 2 - 1
     seen = np.repeat(seen[..., None], 3, axis=2) if seen.ndim == 2 else seen  # the networks read RGB
@@ -93,7 +106,7 @@ def fit_picture(sample: Sample, original: np.ndarray, mask: Mask, data: DataConf
 
 @dataclass(frozen=True)
 class Item:
-    """One picture to learn from: a sample and which of its fixed masks (0 for a diseased sample's own)."""
+    """One picture to learn from: a sample, and which of its fixed masks (healthy) or crops (diseased)."""
 
     sample: Sample
     variant: int
@@ -105,14 +118,15 @@ class Item:
 
 
 def training_items(samples: Sequence[Sample], data: DataConfig) -> tuple[list[Item], list[Reject]]:
-    """Every (sample, mask) pair the stages may use, and the samples that cannot be drawn on, with the reason."""
+    """Every mask or crop of every sample that can be drawn on, and the samples that cannot, with the reason."""
     items, rejects = [], []
     for sample in samples:
         reason = drawable(sample)
         if reason:
             rejects.append(Reject(sample.sample_id, str(sample.image), reason))
         else:
-            items += [Item(sample, variant) for variant in range(data.healthy_masks if sample.healthy else 1)]
+            variants = data.healthy_masks if sample.healthy else data.diseased_crops
+            items += [Item(sample, variant) for variant in range(variants)]
     return items, rejects
 
 
@@ -120,7 +134,7 @@ class StageData(Dataset):
     """Cached features of the items, with the random numbers of each use of each item.
 
     Indexed by (epoch, sample number, repeat); time step, noise, posterior sample, drop-out coin and the choice among a
-    healthy sample's masks are functions of (seed, epoch, sample_id, repeat). ``fixed`` ignores the epoch, so that a
+    sample's masks or crops are functions of (seed, epoch, sample_id, repeat). ``fixed`` ignores the epoch, so that a
     validation number changes only with the model.
     """
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.annotations import Reject
-from ldm.config import Config
+from ldm.config import ITEM_COUNTS, Config
 from ldm.dataset import Item, prepare
 from ldm.encoders import BiomedClip
 from ldm.errors import MedSoftError
@@ -78,7 +78,7 @@ class FeatureCache:
         ready, rejects = [], []
         for item in items:
             try:
-                ready.append((item, prepare(item.sample, self.config.data, MASK_SEED, item.variant)))
+                ready.append((item, prepare(item.sample, self.config.data, MASK_SEED, item.variant, training=True)))
             except MedSoftError as error:
                 rejects.append(Reject(item.sample.sample_id, str(item.sample.image), str(error)))
         if not ready:
@@ -121,10 +121,10 @@ class FeatureCache:
         sample = item.sample
         files = [sample.image, sample.mask, sample.soft_mask, sample.anatomy]
         content = [self._hash(path) if path else None for path in files]
-        # The sample's name decides a healthy sample's masks; its prompt only decides whether it is healthy.
-        name = sample.sample_id if sample.healthy else None
+        # The sample's name decides masks and shifted crops; its prompt only decides whether it is healthy.
+        name = sample.sample_id if sample.healthy or item.variant else None
         extra = {key: sample.meta.get(key) for key in ("window", "spacing_mm")}
-        data = {key: value for key, value in asdict(self.config.data).items() if key != "healthy_masks"}
+        data = {key: value for key, value in asdict(self.config.data).items() if key not in ITEM_COUNTS}
         return fingerprint([FORMAT, content, name, item.variant, list(sample.box), extra, data, kind, self.kinds[kind]])
 
     def _hash(self, path: Path) -> str:

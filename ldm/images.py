@@ -310,10 +310,13 @@ class Fit:
         if not self.context >= 1:
             raise UsageError(f"fit.context: expected at least 1, found {self.context}")
 
-    def window(self, shape: tuple[int, ...], mask: np.ndarray | None = None) -> "Window":
+    def window(
+        self, shape: tuple[int, ...], mask: np.ndarray | None = None, offset: tuple[float, float] = (0, 0)
+    ) -> "Window":
         """The part of an image of ``shape`` (H, W, ...) that the model sees, for a lesion ``mask`` (HxW in [0, 1]).
 
-        Without a mask, or with an empty one, ``crop`` takes the whole image as ``pad`` does.
+        Without a mask, or with an empty one, ``crop`` takes the whole image as ``pad`` does. ``offset`` (down, right)
+        moves a crop by that share of its side, as far as the lesion and the image allow.
         """
         height, width = int(shape[0]), int(shape[1])
         if mask is not None and mask.shape != (height, width):
@@ -331,7 +334,10 @@ class Fit:
             *(last - first for first, last in support),
         )
         side = min(wanted, longest)
-        top, left = (_start(side, length, c, s) for length, c, s in zip((height, width), core, support, strict=True))
+        top, left = (
+            _start(side, length, c, s, round(share * side))
+            for length, c, s, share in zip((height, width), core, support, offset, strict=True)
+        )
         return Window(top, left, side, side, self.size)
 
 
@@ -341,11 +347,11 @@ def extents(region: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
     return (int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)
 
 
-def _start(side: int, length: int, core: tuple[int, int], support: tuple[int, int]) -> int:
-    """Where a window of ``side`` begins along one axis: centred on core, holding support, inside if it fits."""
+def _start(side: int, length: int, core: tuple[int, int], support: tuple[int, int], move: int) -> int:
+    """Where a window of ``side`` begins along one axis: centred on core, moved, holding support, inside if it fits."""
     if side >= length:
         return -((side - length) // 2)
-    start = (core[0] + core[1] - side) // 2
+    start = (core[0] + core[1] - side) // 2 + move
     start = min(max(start, support[1] - side), support[0])
     return min(max(start, 0), length - side)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ldm import cli
 from ldm.annotations import HEALTHY, Reject, write_rejects
-from ldm.config import Config
+from ldm.config import ITEM_COUNTS, Config
 from ldm.errors import MedSoftError, UsageError
 from ldm.files import PARTIAL_PREFIX, atomic_folder, content_id, fingerprint, read_json, write_json, write_text
 from ldm.images import read_image, with_alpha, write_png
@@ -41,6 +41,8 @@ def settings_of(config: Config) -> dict[str, Any]:
     settings["sampling"].pop("batch_size")
     settings["biomedclip"].pop("path")
     settings.pop("training")
+    for key in ITEM_COUNTS:
+        settings["data"].pop(key)
     return settings
 
 

@@ -96,11 +96,11 @@ def items_of(folder: Path, networks: tuple) -> list:
 
 def test_features_equal_direct_computation(world: Path, cache: FeatureCache, networks: tuple) -> None:
     items = items_of(world / "val", networks)
-    assert len(items) == 4 + 2
+    assert len(items) == 4 + 8  # masks of the healthy samples, crops of the diseased ones
     assert not cache.build(items)
     config, model, clip = networks
     for item in (items[0], items[-1]):
-        picture = prepare(item.sample, config.data, 0, item.variant)
+        picture = prepare(item.sample, config.data, 0, item.variant, training=True)
         image, mask = picture.image[None], picture.mask[None]
         found = cache.load(item)
         with torch.no_grad():
@@ -130,7 +130,7 @@ def test_changed_file_is_computed_again(
 ) -> None:
     folder = next(path.parent for path in (world / "val").glob("*/mask.png"))
     shutil.copytree(folder, tmp_path / "data" / folder.name)
-    (item,) = items_of(tmp_path / "data", networks)
+    item, *_ = items_of(tmp_path / "data", networks)
     cache.build([item])
     before = cache.load(item)
     file = tmp_path / "data" / folder.name / name
@@ -215,6 +215,23 @@ def test_healthy_samples_use_all_their_masks(stage_data: Any) -> None:
     data = stage_data()
     healthy = next(number for number in range(9) if not data.diseased(number))
     assert {float(data[epoch, healthy, 0]["latent_mean"][0, 0, 0]) for epoch in range(40)} == {0, 1, 2, 3}
+
+
+def test_training_crops_of_a_lesion_are_shifted_and_hold_it(world: Path, networks: tuple) -> None:
+    data = replace(networks[0].data, diseased_crops=6, image_size=32)
+    for sample in load_samples(world / "train")[0]:
+        if sample.healthy:
+            continue
+        drawn = prepare(sample, data, 0, 3).window
+        crops = [prepare(sample, data, 0, variant, training=True) for variant in range(6)]
+        assert crops[0].window == drawn  # the first is what drawing sees, and no variant of a drawing is shifted
+        assert len({(crop.window.top, crop.window.left) for crop in crops}) > 1
+        assert {(crop.window.height, crop.window.width) for crop in crops} == {(drawn.height, drawn.width)}
+        for crop in crops:
+            inside = np.zeros(crop.soft.shape, bool)
+            window = crop.window
+            inside[window.top : window.top + window.height, window.left : window.left + window.width] = True
+            assert not (crop.soft > 0)[~inside].any()
 
 
 def test_two_folders_may_have_samples_of_the_same_name(

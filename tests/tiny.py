@@ -33,6 +33,7 @@ PLAIN = {
     "training.batch_size": 3,
     "training.balance": "false",
     "data.healthy_masks": 2,
+    "data.diseased_crops": 2,
 }
 
 
