@@ -1,7 +1,8 @@
 """How visible the border of the drawn region is. NumPy; no torch.
 
-The border runs between the pixels that are at least half soft (mask >= 0.5) and their neighbours that are not: there a
-hard composite would show a step. A seam shows as a mean gradient across it that differs from the real image's.
+The border of a soft mask is the band in which its value changes (of a hard one, the line between 0 and 1): there the
+composite passes from the original to the drawing. A seam shows as a mean gradient there that differs from the one of the
+real image at the same place.
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,12 @@ import numpy as np
 
 
 def border_gradient(unit: np.ndarray, soft: np.ndarray) -> float:
-    """Mean absolute difference across the border; unit: HxW or HxWx3 in [0, 1], soft: HxW. NaN without a border."""
+    """Mean absolute difference of neighbours whose soft values differ; unit: HxW or HxWx3 in [0, 1], soft: HxW.
+
+    NaN without such neighbours: a mask that covers the picture has no border.
+    """
     grey = unit if unit.ndim == 2 else unit.mean(axis=2)
-    inside = soft >= 0.5
-    steps = [np.abs(np.diff(grey, axis=axis))[np.diff(inside.astype(np.int8), axis=axis) != 0] for axis in (0, 1)]
+    steps = [np.abs(np.diff(grey, axis=axis))[np.diff(soft, axis=axis) != 0] for axis in (0, 1)]
     across = np.concatenate(steps)
     return float(across.mean()) if across.size else float("nan")
 

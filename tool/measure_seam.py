@@ -3,8 +3,8 @@
     python tool/measure_seam.py --ckpt stage2_2/last.ckpt --config models/mldm_v15.yaml \
         --data openimages_format_test.json --output seam.json
 
-The mean gradient across the mask's border in the result, over that of the real image at the same border, with a 95 %
-interval over pictures. The control pastes the same drawing with a hard mask.
+The mean gradient in the mask's border (where its value changes) in the result, over that of the real image at the same
+place, with a 95 % interval over pictures. The control pastes the same drawing with a hard mask (soft >= 0.5).
 """
 
 import argparse
