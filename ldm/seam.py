@@ -1,8 +1,8 @@
 """How visible the border of the drawn region is. NumPy; no torch.
 
 The border of a soft mask is the band in which its value changes (of a hard one, the line between 0 and 1): there the
-composite passes from the original to the drawing. A seam shows as a mean gradient there that differs from the one of the
-real image at the same place.
+composite passes from the original to the drawing. A seam shows as a mean gradient there that differs from the
+real image's at the same place.
 """
 
 from collections.abc import Sequence
