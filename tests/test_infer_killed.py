@@ -26,7 +26,7 @@ def start(final: Path, world: Path, folder: Path, variants: int) -> subprocess.P
 
 
 def complete(folder: Path) -> int:
-    return sum((path / "meta.json").exists() for path in folder.glob("*__v*"))
+    return sum((path / "meta.json").exists() for path in folder.glob("[!.]*__v*"))
 
 
 def killed_run(final: Path, world: Path, folder: Path, variants: int, kills: int, seed: int = 0) -> None:
@@ -42,7 +42,7 @@ def killed_run(final: Path, world: Path, folder: Path, variants: int, kills: int
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
-        for leftover in (folder / "out").glob("*__v*"):  # what is there under its own name is whole
+        for leftover in (folder / "out").glob("[!.]*__v*"):  # what is there under its own name is whole
             assert {file.name for file in leftover.iterdir()} >= {"image.png", "meta.json", "soft_mask.png"}
     assert start(final, world, folder, variants).wait(1200) == 0
 
