@@ -26,7 +26,11 @@ def write_report(folder: Path) -> Path:
     page = folder / "report.html"
     samples = read_results(folder)
     with ThreadPoolExecutor(4) as pool:
-        cards = list(pool.map(lambda item: _card(page, *item), enumerate(samples)))
+        cards = list(pool.map(lambda sample: _card(page, sample), samples))
+    shown = {_thumbnail(page, sample).stem for sample in samples}
+    for file in files_folder(page).iterdir():
+        if file.stem not in shown:  # of pictures that are no longer there
+            file.unlink()
     write_text(page, _page(folder.name, cards))
     return page
 
@@ -44,9 +48,13 @@ def measures(picture: Picture) -> dict[str, Any]:
     }
 
 
-def _card(page: Path, number: int, sample: Sample) -> str:
+def _thumbnail(page: Path, sample: Sample) -> Path:
+    return files_folder(page) / f"{sample.sample_id.replace('/', '__')}.png"
+
+
+def _card(page: Path, sample: Sample) -> str:
     """The HTML of one picture; makes its thumbnail and its numbers unless they are there from before."""
-    strip = files_folder(page) / f"{sample.sample_id.replace('/', '__')}.png"
+    strip = _thumbnail(page, sample)
     kept = strip.with_suffix(".json")
     meta = sample.image.with_name("meta.json")
     if not (strip.exists() and kept.exists() and kept.stat().st_mtime_ns >= meta.stat().st_mtime_ns):

@@ -116,6 +116,21 @@ def test_overwrite_replaces_the_results_of_another_run(final: Path, one: Path, t
     ((name, meta),) = metas(tmp_path / "out").items()
     assert name.endswith("__v0")
     assert meta["seed"] == 7
+    assert {file.stem for file in (tmp_path / "out" / "report_files").iterdir()} == {name}
+
+
+def test_pictures_count_although_the_report_cannot_be_written(
+    final: Path, one: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert infer(final, out, "--data", one) == 0
+    (other := out / "theirs").mkdir()  # a sample folder that the command did not write, and a broken one
+    (other / "image.png").write_bytes(b"")
+    for meta in out.glob("*__v0"):
+        shutil.rmtree(meta)
+    assert infer(final, out, "--data", one) == 0
+    assert record(out)["complete"] is True
+    assert any(line.startswith("warning: no report: ") and "theirs" in line for line in caplog.messages)
 
 
 def test_folder_with_something_else_is_left_alone(final: Path, one: Path, tmp_path: Path) -> None:

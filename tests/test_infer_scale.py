@@ -275,29 +275,6 @@ def test_samplers_steps_scale_and_interval_all_matter(final: Path, one: Path, tm
     assert np.array_equal(unguided, found["never"])
 
 
-def test_noise_and_pictures_of_batch_1_and_8(
-    final: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ldm.inpainting
-
-    plain, noises = ldm.inpainting.picture_noise, {}
-
-    def picture_noise(*name: Any) -> torch.Tensor:
-        made = plain(*name)
-        noises.setdefault(name, []).append(made)
-        return made
-
-    monkeypatch.setattr(ldm.inpainting, "picture_noise", picture_noise)
-    for size in (1, 8):
-        given = ["--train_json", world / TRAIN, "--limit", 4, "--variants", 2, "--batch_size", size]
-        assert infer(final, tmp_path / str(size), *given) == 0
-    assert len(noises) == 8
-    assert all(torch.equal(*pair) for pair in noises.values())
-    one, eight = images_of(tmp_path / "1"), images_of(tmp_path / "8")
-    assert len(one) == 8
-    assert all(np.abs(one[name] - eight[name]).max() <= 1 for name in one)
-
-
 def test_deep_alpha_rotated_and_jpeg_pictures(final: Path, tmp_path: Path) -> None:
     """End to end: the result's size, depth and alpha as other programs read them."""
     from PIL import Image

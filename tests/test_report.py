@@ -136,7 +136,7 @@ class Page(HTMLParser):
             self.ids.add(known["id"])
         if tag == "a":
             self.links.add(known["href"])
-        if tag not in ("img", "meta", "br"):
+        if tag not in ("img", "meta", "br", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:

@@ -5,11 +5,11 @@ import json
 import shutil
 import subprocess
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_report import Page
 from tiny import TRAIN, infer, metas
 
 from ldm.images import read_image, write_png
@@ -19,31 +19,20 @@ from ldm.seam import border_gradient, gradient_ratio, hard_composite
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
-class Cards(HTMLParser):
-    """Articles with their prompt, image and text; everything the page loads; balanced tags."""
+class Cards(Page):
+    """Its articles too, with their prompt, image and text."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
         self.cards: list[dict] = []
-        self.loads: list[str] = []
-        self.open: list[str] = []
-        self.text = path.read_text(encoding="utf-8")
-        self.feed(self.text)
-        self.close()
-        assert not self.open
+        super().__init__(path)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        super().handle_starttag(tag, attrs)
         known = dict(attrs)
-        self.loads += [known[key] for key in ("src", "href") if key in known]
         if tag == "article":
             self.cards.append({"prompt": known["data-prompt"], "text": ""})
         if tag == "img":
             self.cards[-1] |= {"source": known["src"], "loading": known["loading"], "alt": known["alt"]}
-        if tag not in ("img", "meta", "input"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
         if "article" in self.open:
@@ -80,7 +69,8 @@ def test_every_run_leaves_a_report_of_its_pictures(results: Path) -> None:
         assert "seam " in card["text"]
         assert "change inside 0." in card["text"]
         assert read_image(results / card["source"]).shape == (TILE, 4 * TILE, 3)
-    assert not [source for source in page.loads if not source.startswith("report_files/")]
+    assert all(source.startswith("report_files/") for source in page.images)
+    assert not page.links
     assert "http" not in page.text
 
 
@@ -92,8 +82,10 @@ def test_report_is_made_again_where_it_is_missing_and_kept_where_not(
     assert len(before) == 10
     gone = min(before)
     gone.unlink()
+    (tmp_path / "out" / "report_files" / "removed__v0.png").write_bytes(b"of a picture that is no longer there")
     write_report(tmp_path / "out")
     after = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "report_files").iterdir()}
+    assert set(after) == set(before)
     changed = {file for file in before if after[file] != before[file]}
     assert changed == {gone, gone.with_suffix(".png"), gone.with_suffix(".json")} & set(before)
 
