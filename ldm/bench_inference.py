@@ -20,7 +20,7 @@ from ldm.model import MedSoftModel, hide
 
 log = logging.getLogger(__name__)
 
-FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": [0.0, 0.5]}  # against 50 steps of DDIM with guidance
+FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": [0.2, 0.8]}  # against 50 steps of DDIM with guidance
 
 
 def main(args: argparse.Namespace) -> int:
@@ -74,7 +74,7 @@ def measure(config: Config, device: torch.device, args: argparse.Namespace) -> l
         name = f"picture, {steps} steps of DDIM with guidance"
         compare(name, lambda: calls.our_picture(plain), lambda: calls.their_picture(steps), pictures, 1)
         fast = dataclasses.replace(config.sampling, **{**FAST, "steps": max(1, round(steps * FAST["steps"] / 50))})
-        name = f"picture, {fast.steps} steps of 2M, guided to {fast.guidance_interval[1]}, / {steps} of DDIM"
+        name = f"picture, {fast.steps} steps of 2M, partly guided / {steps} of DDIM"
         compare(name, lambda: calls.our_picture(fast), lambda: calls.their_picture(steps), pictures, 0)
     return rows
 
