@@ -15,7 +15,7 @@ from ldm.attention import Conditioning
 from ldm.benchmark import diffusers_pipeline, take_turns
 from ldm.config import Config, load_config
 from ldm.files import write_json
-from ldm.inpainting import DTYPES, latent_of, sample_latent
+from ldm.inpainting import DTYPES, for_drawing, latent_of, sample_latent
 from ldm.model import MedSoftModel, hide
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,7 @@ def measure(config: Config, device: torch.device, args: argparse.Namespace) -> l
     dtype = DTYPES[config.sampling.precision]
     for part in (pipeline.unet, pipeline.vae):
         part.to(dtype)
-    for part in (model.unet, model.first_stage_model):
-        part.to(dtype=dtype, memory_format=torch.channels_last)
+    for_drawing(model, dtype)
     inputs = Inputs(config, device, args.batch_size)
     rows: list[dict[str, Any]] = []
 

@@ -50,8 +50,7 @@ class Inpainter:
     def __init__(self, net: MedSoftModel, clip: BiomedClip, config: Config, device: torch.device | str = "cpu") -> None:
         self.net, self.clip, self.config = net.to(device).eval(), clip.to(device), config
         self.device = torch.device(device)
-        for part in (self.net.unet, self.net.first_stage_model):  # convolutions are most of the work
-            part.to(dtype=DTYPES[config.sampling.precision], memory_format=torch.channels_last)
+        for_drawing(self.net, DTYPES[config.sampling.precision])
 
     @torch.inference_mode()
     def draw(self, pictures: Sequence[Picture], jobs: Sequence[Job]) -> list[Drawn]:
@@ -127,6 +126,16 @@ def load_inpainter(ckpt: str | Path, config: Config, device: str) -> Inpainter:
     net = MedSoftModel(config)
     load_parts(net, checkpoint, list(PREFIXES), config)
     return Inpainter(net, clip, config, device)
+
+
+def for_drawing(net: MedSoftModel, dtype: torch.dtype) -> None:
+    """U-Net and autoencoder in ``dtype`` and in the memory layout in which they are fastest (measured).
+
+    Channels last throughout on a GPU; on a CPU the U-Net is as fast or faster without, in bfloat16 by a third.
+    """
+    layout = torch.channels_last if next(net.unet.parameters()).is_cuda else torch.contiguous_format
+    net.unet.to(dtype=dtype, memory_format=layout)
+    net.first_stage_model.to(dtype=dtype, memory_format=torch.channels_last)
 
 
 def latent_of(net: MedSoftModel, image: Tensor, dtype: torch.dtype) -> Tensor:
