@@ -17,14 +17,19 @@ class Conditioning:
     """What steers the U-Net besides the time step.
 
     text:      (B, T, D_text) text-encoder states.
-    semantic:  (B, N, D_sem) tokens for the third attention, or None to leave that attention out altogether.
+    semantic:  (B', N, D_sem) tokens for the third attention of the first B' <= B pictures; the others have zero tokens,
+               for which that attention's output is its bias. None leaves the third attention out altogether.
     soft_mask: (B, 1, h, w) soft mask at latent size, 1 = to be drawn; None leaves the third attention ungated.
+    reuse:     keep the keys and values of text and semantic for further calls (the steps of a picture). Never while
+               gradients are wanted.
     """
 
     text: Tensor
     semantic: Tensor | None = None
     soft_mask: Tensor | None = None
+    reuse: bool = False
     _gates: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _kept: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def gate(self, height: int, width: int) -> Tensor | None:
         """The soft mask brought to (height, width) by maximum, so that the smallest lesion survives: (B, h*w, 1)."""
@@ -34,6 +39,18 @@ class Conditioning:
             pooled = F.adaptive_max_pool2d(self.soft_mask, (height, width))
             self._gates[height, width] = rearrange(pooled, "b 1 h w -> b (h w) 1")
         return self._gates[height, width]
+
+    def keys_values(self, attention: "CrossAttention", tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of ``tokens`` in ``attention``, computed once if they are to be reused."""
+        if not self.reuse:
+            return attention.keys_values(tokens)
+        if attention not in self._kept:
+            self._kept[attention] = attention.keys_values(tokens)
+        return self._kept[attention]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """``x`` with one row per row of the text: pictures whose rows were equal so far are repeated."""
+        return x if len(x) == len(self.text) else torch.cat([x] * (len(self.text) // len(x)))
 
 
 class CrossAttention(nn.Module):
@@ -50,15 +67,18 @@ class CrossAttention(nn.Module):
             nn.init.zeros_(self.to_out[0].weight)
             nn.init.zeros_(self.to_out[0].bias)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, L, dim), context (B, N, context_dim) or None -> (B, L, dim)."""
-        context = x if context is None else context
-        q, k, v = (
-            rearrange(tokens, "b n (h d) -> b h n d", h=self.heads)
-            for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, dim / heads)
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context (B, N, context_dim) -> keys and values, (B, heads, N, dim / heads) each."""
+        return self._by_head(self.to_k(context)), self._by_head(self.to_v(context))
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, L, dim), keys and values of a context or None (x itself) -> (B, L, dim)."""
+        k, v = self.keys_values(x) if keys_values is None else keys_values
+        out = F.scaled_dot_product_attention(self._by_head(self.to_q(x)), k, v)  # (B, heads, L, dim / heads)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+    def _by_head(self, tokens: Tensor) -> Tensor:
+        return rearrange(tokens, "b n (h d) -> b h n d", h=self.heads)
 
 
 class GEGLU(nn.Module):
@@ -90,6 +110,9 @@ class TransformerBlock(nn.Module):
     ``attn3`` and ``norm4`` are new to SD 1.5. attn3's output projection starts at zero, so a freshly converted block
     computes exactly what SD's block computes. The gate multiplies attn3's whole output, bias included: where the soft
     mask is 0 the semantic tokens cannot act.
+
+    ``x`` may have fewer rows than the text: rows that differ only in their text and tokens (with and without prompt)
+    are the same up to the first attention that reads either, and are computed once up to there.
     """
 
     def __init__(self, dim: int, heads: int, text_dim: int, semantic_dim: int) -> None:
@@ -102,11 +125,22 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditioning, gate: Tensor | None) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        if cond.semantic is not None:
-            drawn = self.attn3(self.norm4(x), cond.semantic)
-            x = x + (drawn if gate is None else gate * drawn)
-        x = x + self.attn2(self.norm2(x), cond.text)
+        x = self._third(x, cond, gate)  # one row per row of the text from here on
+        x = x + self.attn2(self.norm2(x), cond.keys_values(self.attn2, cond.text))
         return x + self.ff(self.norm3(x))
+
+    def _third(self, x: Tensor, cond: Conditioning, gate: Tensor | None) -> Tensor:
+        if cond.semantic is None:
+            return cond.spread(x)
+        steered = len(cond.semantic)
+        drawn = self.attn3(self.norm4(x[:steered]), cond.keys_values(self.attn3, cond.semantic))
+        if steered == len(cond.text):
+            return x + (drawn if gate is None else gate * drawn)
+        # Zero tokens have zero values (no bias there), so what comes out is the output projection's bias.
+        bias = self.attn3.to_out[0].bias
+        rest = bias.expand_as(x[:1]) if gate is None else gate[steered:] * bias
+        x = cond.spread(x)
+        return torch.cat([x[:steered] + (drawn if gate is None else gate[:steered] * drawn), x[steered:] + rest])
 
 
 class SpatialTransformer(nn.Module):
@@ -126,8 +160,8 @@ class SpatialTransformer(nn.Module):
         tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
             tokens = block(tokens, cond, gate)
-        out = rearrange(tokens, "b (h w) c -> b c h w", h=height)
-        return x + self.proj_out(out.contiguous())
+        out = rearrange(tokens, "b (h w) c -> b c h w", h=height)  # channels last in memory, without a copy
+        return cond.spread(x) + self.proj_out(out)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

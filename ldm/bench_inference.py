@@ -1,46 +1,163 @@
-"""Speed of drawing, ours beside diffusers', on the same weights in the same run."""
+"""Speed of drawing, ours beside diffusers' StableDiffusionInpaintPipeline, on the same weights in the same run."""
 
 import argparse
+import dataclasses
 import logging
 import platform
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm import cli
 from ldm.attention import Conditioning
-from ldm.benchmark import diffusers_twins, take_turns
-from ldm.config import load_config
-from ldm.model import MedSoftModel
+from ldm.benchmark import diffusers_pipeline, take_turns
+from ldm.config import Config, load_config
+from ldm.files import write_json
+from ldm.inpainting import DTYPES, for_drawing, latent_of, sample_latent
+from ldm.model import MedSoftModel, hide
 
 log = logging.getLogger(__name__)
+
+FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": [0.2, 0.8]}  # against 50 steps of DDIM with guidance
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure and log one line per part: seconds of ours and of diffusers', and their ratio."""
-    config = load_config(args.config)
+    config = load_config(args.config, [f"sampling.precision={args.precision}"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    about = {
+        "config": str(args.config),
+        "device": where,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": args.precision,
+        "batch_size": args.batch_size,
+        "steps": args.steps,
+    }
+    log.info("%s", ", ".join(f"{key} {value}" for key, value in about.items()))
+    with torch.inference_mode():
+        rows = measure(config, device, args)
+    if args.output:
+        write_json(args.output, {**about, "measured": rows})
+    return cli.DONE
+
+
+def measure(config: Config, device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of ours, of theirs and their ratio (above 1: ours is faster), one row per comparison."""
     torch.manual_seed(0)
     model = MedSoftModel(config, ["unet", "autoencoder"]).to(device).eval()
-    unet, vae = diffusers_twins(model, config)
-    size, batch = config.latent_size, args.batch_size
-    x = torch.randn(batch, 9, size, size, device=device)
-    t = torch.full((batch,), 501, device=device)
-    text = torch.randn(batch, config.text_encoder.max_length, config.unet.context_dim, device=device)
-    tokens = torch.randn(batch, (config.biomedclip.grid // 2) ** 2, config.unet.semantic_dim, device=device)
-    latent = x[:, :4].contiguous()
-    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    log.info("%s, %d threads, torch %s, float32, batch %d", where, torch.get_num_threads(), torch.__version__, batch)
-    with torch.no_grad():
-        calls = {
-            "U-Net call": (lambda: model.unet(x, t, Conditioning(text)), lambda: unet(x, t, text).sample),
-            "decoded picture": (lambda: model.decode(latent), lambda: vae.decode(latent / 0.18215).sample),
-        }
-        for name, (ours, theirs) in calls.items():
-            mine, other = take_turns(ours, theirs, args.repeats, device)
-            log.info("%-16s ours %.4f s, diffusers %.4f s, ratio %.2f", name, mine, other, other / mine)
-        mask = torch.ones(batch, 1, size, size, device=device)
-        plain, third = take_turns(
-            calls["U-Net call"][0], lambda: model.unet(x, t, Conditioning(text, tokens, mask)), args.repeats, device
+    pipeline = diffusers_pipeline(model, config)
+    dtype = DTYPES[config.sampling.precision]
+    for part in (pipeline.unet, pipeline.vae):
+        part.to(dtype)
+    for_drawing(model, dtype)
+    inputs = Inputs(config, device, args.batch_size)
+    rows: list[dict[str, Any]] = []
+
+    def compare(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int, warm_up: int = 2) -> None:
+        mine, other = take_turns(ours, theirs, repeats, device, warm_up)
+        rows.append({"what": name, "ours_s": mine, "theirs_s": other, "ratio": other / mine})
+        log.info("%-46s ours %.4f s, diffusers %.4f s, ratio %.2f", name, mine, other, other / mine)
+
+    calls = Calls(model, pipeline, inputs, config)
+    compare("U-Net call with guidance", calls.ours, calls.theirs, args.repeats)
+    compare("U-Net call without the prompt's tokens", lambda: calls.ours(third=False), calls.theirs, args.repeats)
+    compare("decoded picture", calls.our_decoding, calls.their_decoding, args.repeats)
+    pictures = max(1, args.repeats // 4)
+    steps = args.steps
+    if steps:
+        plain = dataclasses.replace(config.sampling, sampler="ddim", steps=steps, guidance_interval=[0.0, 1.0])
+        name = f"picture, {steps} steps of DDIM with guidance"
+        compare(name, lambda: calls.our_picture(plain), lambda: calls.their_picture(steps), pictures, 1)
+        fast = dataclasses.replace(config.sampling, **{**FAST, "steps": max(1, round(steps * FAST["steps"] / 50))})
+        name = f"picture, {fast.steps} steps of 2M, partly guided / {steps} of DDIM"
+        compare(name, lambda: calls.our_picture(fast), lambda: calls.their_picture(steps), pictures, 0)
+    return rows
+
+
+class Inputs:
+    """Random inputs of the model's sizes: a batch of pictures with a round mask, text and MSC tokens."""
+
+    def __init__(self, config: Config, device: torch.device, batch: int) -> None:
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(batch, *shape, device=device)
+
+        size, latent = config.data.image_size, config.latent_size
+        self.image = drawn(3, size, size).clamp(-1, 1)
+        axis = torch.linspace(-1, 1, size, device=device)
+        far = (axis[:, None] ** 2 + axis[None, :] ** 2).sqrt()
+        self.mask = (1.5 - 4 * far).clamp(0, 1).expand(batch, 1, size, size)  # 1 in the middle, soft border
+        self.noise = drawn(4, latent, latent)
+        self.text = drawn(config.text_encoder.max_length, config.unet.context_dim)
+        self.empty = drawn(config.text_encoder.max_length, config.unet.context_dim)
+        self.tokens = drawn((config.biomedclip.grid // 2) ** 2, config.unet.semantic_dim)
+
+
+class Calls:
+    """What is compared, ours and theirs. Ours includes the third attention unless said otherwise."""
+
+    def __init__(self, model: MedSoftModel, pipeline: Any, inputs: Inputs, config: Config) -> None:
+        self.model, self.pipeline, self.inputs, self.config = model, pipeline, inputs, config
+        self.dtype = DTYPES[config.sampling.precision]
+        self.latent_mask = model.latent_mask(inputs.mask)
+        # A trained model is not silent; its third attention costs the same whatever its weights.
+        self.with_prompt, self.both = self.conditions(third=True)
+        _, self.without_third = self.conditions(third=False)
+
+    def conditions(self, third: bool) -> tuple[Conditioning, Conditioning]:
+        given, gate = self.inputs, self.latent_mask.to(self.dtype)
+        text, empty, tokens = (each.to(self.dtype) for each in (given.text, given.empty, given.tokens))
+        alone = self.model.conditioning(gate, text, tokens if third else None, reuse=True)
+        both = self.model.conditioning(
+            torch.cat([gate, gate]), torch.cat([text, empty]), tokens if third else None, reuse=True
         )
-        log.info("%-16s %.4f s without, %.4f s with it, ratio %.2f", "third attention", plain, third, third / plain)
-    return cli.DONE
+        return alone, both
+
+    def ours(self, third: bool = True) -> Tensor:
+        given = self.inputs
+        t = torch.tensor([501], device=given.noise.device)
+        noisy = given.noise.to(self.dtype)
+        return self.model.denoise(
+            noisy, t, self.latent_mask.to(self.dtype), noisy, self.both if third else self.without_third
+        )
+
+    def theirs(self) -> Tensor:
+        given = self.inputs
+        x = torch.cat([given.noise, self.latent_mask, given.noise], dim=1).to(self.dtype)
+        text = torch.cat([given.empty, given.text]).to(self.dtype)
+        return self.pipeline.unet(torch.cat([x, x]), 501, text).sample
+
+    def our_decoding(self) -> Tensor:
+        return self.model.decode(self.inputs.noise.to(self.dtype))
+
+    def their_decoding(self) -> Tensor:
+        scale = self.config.diffusion.latent_scale
+        return self.pipeline.vae.decode(self.inputs.noise.to(self.dtype) / scale).sample
+
+    def our_picture(self, sampling: Any) -> Tensor:
+        """Image and mask to picture, with the differential mask; text and MSC tokens are given, as theirs are."""
+        given, model = self.inputs, self.model
+        original = latent_of(model, given.image, self.dtype)
+        masked = latent_of(model, hide(given.image, given.mask), self.dtype)
+        conditions = self.conditions(third=True)
+        latent = sample_latent(model, sampling, given.noise, self.latent_mask, masked, original, conditions)
+        return model.decode(latent.to(self.dtype))
+
+    def their_picture(self, steps: int) -> Tensor:
+        given = self.inputs
+        size = self.config.data.image_size
+        return self.pipeline(
+            image=(given.image + 1) / 2,
+            mask_image=given.mask,
+            prompt_embeds=given.text.to(self.dtype),
+            negative_prompt_embeds=given.empty.to(self.dtype),
+            latents=given.noise.to(self.dtype),
+            height=size,
+            width=size,
+            num_inference_steps=steps,
+            guidance_scale=self.config.sampling.guidance_scale,
+            output_type="pt",
+        ).images

@@ -25,6 +25,7 @@ def diffusers_twins(model: MedSoftModel, config: Config) -> tuple[Any, Any]:
     widths = [config.unet.model_channels * mult for mult in config.unet.channel_mult]
     cross = [level in config.unet.attention_levels for level in range(len(widths))]
     unet = UNet2DConditionModel(
+        sample_size=config.latent_size,
         in_channels=config.unet.in_channels,
         block_out_channels=widths,
         layers_per_block=config.unet.num_res_blocks,
@@ -45,6 +46,36 @@ def diffusers_twins(model: MedSoftModel, config: Config) -> tuple[Any, Any]:
     vae.load_state_dict(convert_ldm_vae_checkpoint(state, dict(vae.config)))
     device = next(model.parameters()).device
     return unet.to(device).eval(), vae.to(device).eval()
+
+
+def diffusers_pipeline(model: MedSoftModel, config: Config) -> Any:
+    """StableDiffusionInpaintPipeline of the same weights with DDIM, for text-encoder states given as prompt_embeds."""
+    from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+
+    unet, vae = diffusers_twins(model, config)
+    vae.register_to_config(scaling_factor=config.diffusion.latent_scale)
+    noise = config.diffusion
+    scheduler = DDIMScheduler(
+        num_train_timesteps=noise.timesteps,
+        beta_start=noise.beta_start,
+        beta_end=noise.beta_end,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    made = StableDiffusionInpaintPipeline(
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def take_turns(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint_files import read_pickle, read_safetensors, save_pickle, save_safetensors, sniff
-from ldm.config import ITEM_COUNTS, Config, config_from_dict
+from ldm.config import ITEM_COUNTS, SWITCHES, Config, config_from_dict
 from ldm.errors import MedSoftError, UsageError
 from ldm.files import atomic_file, refuse_existing
 
@@ -216,7 +216,7 @@ def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
     """Refuse weights that were trained with another fit, feather or noise schedule than ``config`` asks for.
 
     Lesions would have another scale than the networks learned. A converted file was not trained: it agrees with
-    everything. Another ``unet.soft_mask_attention`` is a known ablation, and only said.
+    everything. Another setting of one of the soft mask's switches is a known ablation, and only said.
     """
     theirs = checkpoint.config
     if theirs is None or checkpoint.about.get("stage") == "converted":
@@ -229,13 +229,17 @@ def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
                     f"{checkpoint.path}: was trained with {section}.{key}={value}, this configuration has {asked}; add "
                     f"{section}.{key}={value} to the command, or use the YAML it was trained with"
                 )
-    if theirs.unet.soft_mask_attention != config.unet.soft_mask_attention:
-        log.warning(
-            "warning: %s was trained with unet.soft_mask_attention=%s, this run has %s",
-            checkpoint.path,
-            theirs.unet.soft_mask_attention,
-            config.unet.soft_mask_attention,
-        )
+    for section, switch in SWITCHES:
+        trained, asked = (getattr(getattr(each, section), switch) for each in (theirs, config))
+        if trained != asked:
+            log.warning(
+                "warning: %s was trained with %s.%s=%s, this run has %s",
+                checkpoint.path,
+                section,
+                switch,
+                trained,
+                asked,
+            )
 
 
 def compare(expected: dict[str, Tensor], offered: dict[str, Tensor]) -> list[str]:

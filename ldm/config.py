@@ -11,6 +11,11 @@ from ldm.errors import UsageError
 
 PARTS = ("unet", "autoencoder", "text", "biomedclip", "msc")
 GROUPS = ("msc", "attn3", "unet")
+# The soft mask's ways into the networks, which YAML can switch off (ablation) without changing any parameter's shape;
+# the fourth way is sampling.differential.
+SWITCHES = (("unet", "soft_mask_channel"), ("unet", "soft_mask_attention"), ("msc", "soft_mask_mixing"))
+SAMPLERS = ("ddim", "dpmpp_2m")
+SAMPLING_PRECISIONS = ("32-true", "bf16-true")
 ITEM_COUNTS = ("healthy_masks", "diseased_crops")  # of DataConfig: how many items are learned from, not how they look
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 
@@ -41,6 +46,7 @@ class UNetConfig:
     num_heads: int = 8
     context_dim: int = 768  # width of the text encoder
     semantic_dim: int = 768  # width of the MSC's output tokens (BiomedCLIP's patch tokens)
+    soft_mask_channel: bool = True  # false: the mask channel is hard (mask >= 0.5), as in Stable Diffusion
     soft_mask_attention: bool = True  # false: third attention ungated, as in CAT-Diffusion
 
 
@@ -88,6 +94,7 @@ class MSCConfig:
     width: int = 768
     layers: int = 24
     heads: int = 12
+    soft_mask_mixing: bool = True  # false: a patch has one mask embedding or the other (s >= 0.5), not a mixture
 
 
 @dataclass
@@ -136,10 +143,15 @@ class TrainingConfig:
 class SamplingConfig:
     """How pictures are drawn; flags of dataset_infer.py override it."""
 
+    sampler: str = "ddim"  # ddim or dpmpp_2m (DPM-Solver++ 2M)
     steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float = 7.5  # 1 = no guidance
+    # From which to which share of the steps guidance acts (0 = the first, noisiest step). Outside, the prompt alone
+    # steers, at half the cost.
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     eta: float = 0.0  # 0 = deterministic DDIM, 1 = as noisy as ancestral sampling
     differential: bool = True  # soft mask released over the steps (differential schedule)
+    precision: str = "32-true"  # or bf16-true: U-Net and autoencoder in bfloat16, the latent in float32
     batch_size: int = 8
 
 
@@ -166,7 +178,8 @@ class Config:
         """The part that decides the shapes of the parameters: two checkpoints fit each other if this is equal."""
         whole = dataclasses.asdict(self)
         kept = {name: whole[name] for name in ("unet", "autoencoder", "text_encoder", "msc", "biomedclip")}
-        kept["unet"].pop("soft_mask_attention")
+        for section, switch in SWITCHES:
+            kept[section].pop(switch)
         kept["biomedclip"].pop("path")
         return kept
 
@@ -286,6 +299,8 @@ def _validate(config: Config, source: str | Path) -> None:
     one_of("training.inside", config.training.inside, ("msc", "true"))
     one_of("training.schedule", config.training.schedule, ("constant", "cosine"))
     one_of("training.balance_by", config.training.balance_by, ("class", "prompt"))
+    one_of("sampling.sampler", config.sampling.sampler, SAMPLERS)
+    one_of("sampling.precision", config.sampling.precision, SAMPLING_PRECISIONS)
     for part in config.training.builds:
         one_of("training.builds", part, PARTS)
     one_of("training.precision", config.training.precision, PRECISIONS)
@@ -294,6 +309,11 @@ def _validate(config: Config, source: str | Path) -> None:
         if not rate > 0:
             refuse(f"training.rates.{group}", rate, "a learning rate above 0 (leave the group out to freeze it)")
     _validate_ranges(config, refuse)
+    interval = config.sampling.guidance_interval
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        refuse("sampling.guidance_interval", interval, "two shares of the steps, [from, to], rising from 0 to 1")
+    if config.sampling.eta and config.sampling.sampler != "ddim":
+        refuse("sampling.eta", config.sampling.eta, f"0 with sampling.sampler={config.sampling.sampler}")
     latent, rest = divmod(config.data.image_size, config.autoencoder.factor)
     step = 2 ** (len(config.unet.channel_mult) - 1)
     if config.data.image_size < 1 or rest or latent % step:

@@ -47,6 +47,31 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
                 temporary.unlink()
 
 
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` to fill; it replaces ``path`` only if the block succeeds.
+
+    An OSError (full disk, missing rights) becomes a MedSoftError that names the folder.
+    """
+    path = Path(path)
+    partial = path.parent / f"{PARTIAL_PREFIX}{path.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise MedSoftError(
+            f"{path}: could not be written ({error.strerror or error}); free some space or choose another "
+            "--output_dir, then run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -23,6 +23,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 PERCENTILES = (0.5, 99.5)
 FIT_MODES = ("crop", "pad", "resize")
 _ORIENTATION_TAG = 0x0112
+_ALPHA_MODES = ("LA", "RGBA", "La", "RGBa", "PA")  # Pillow's
+_COLOUR_TYPES = {(): 0, (3,): 2, (2,): 4, (4,): 6}  # PNG's, by the shape beyond height and width
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -46,12 +48,31 @@ def read_labels(path: str | Path) -> np.ndarray:
     return labels if labels.ndim == 2 else labels[..., 0]
 
 
+def with_alpha(result: np.ndarray, path: str | Path, inside: np.ndarray) -> np.ndarray:
+    """``result`` (HxW or HxWx3, drawn on ``read_image(path)``) with the file's own alpha channel: HxWx2 or HxWx4.
+
+    Where ``inside`` (bool HxW) is False, the colour that lies under alpha 0 is the file's again. A file without alpha
+    gives ``result`` itself.
+    """
+    with Image.open(path) as opened:  # reads the header only
+        if opened.mode not in _ALPHA_MODES and "transparency" not in opened.info:
+            return result
+    layers = _read(Path(path), indices=False, alpha=True)
+    channels = 1 if result.ndim == 2 else result.shape[2]
+    if layers.ndim == 2 or layers.shape[2] == 3:
+        return result
+    whole = layers[..., [0, -1]] if channels == 1 else layers.copy()
+    whole[inside, :channels] = result.reshape(*result.shape[:2], channels)[inside]
+    return whole
+
+
 def is_grey(image: np.ndarray) -> bool:
     """True for HxW, and for HxWx3 whose three channels are equal everywhere."""
     return image.ndim == 2 or bool((image == image[..., :1]).all())
 
 
-def _read(path: Path, indices: bool) -> np.ndarray:
+def _read(path: Path, indices: bool, alpha: bool = False) -> np.ndarray:
+    """``alpha``: HxWx4 with nothing hidden, if the file has an alpha channel."""
     data, kind = read_image_bytes(path)
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as opened:
@@ -59,8 +80,8 @@ def _read(path: Path, indices: bool) -> np.ndarray:
             if kind == "TIFF" and getattr(opened, "n_frames", 1) > 1:
                 raise FileError(path, f"holds {opened.n_frames} images; expected one")
             opened.load()
-            deep = _deep_colour(data, kind)
-            pixels = deep if deep is not None else _pixels(path, opened, indices)
+            deep = _deep_colour(data, kind, alpha)
+            pixels = deep if deep is not None else _pixels(path, opened, indices, alpha)
             orientation = opened.getexif().get(_ORIENTATION_TAG, 1)
     except MedSoftError:
         raise
@@ -71,28 +92,32 @@ def _read(path: Path, indices: bool) -> np.ndarray:
     return np.ascontiguousarray(_oriented(pixels, orientation))
 
 
-def _deep_colour(data: bytes, kind: str) -> np.ndarray | None:
+def _deep_colour(data: bytes, kind: str, alpha: bool) -> np.ndarray | None:
     """Pixels of a 16-bit PNG with colour or alpha, which Pillow would cut down to 8 bits; None for any other file."""
     if kind != "PNG" or data[24] != 16 or data[25] == 0:
         return None
     decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if decoded is None or decoded.dtype != np.uint16:
         raise ValueError("its 16-bit pixels cannot be decoded")
+    if decoded.shape[2] == 4 and alpha:
+        return decoded[..., [2, 1, 0, 3]]
     if decoded.shape[2] == 4:
         decoded = np.where(decoded[..., 3:] == 0, np.uint16(0), decoded)[..., :3]
     grey_file = data[25] == 4
     return decoded[..., 0] if grey_file else decoded[..., ::-1]
 
 
-def _pixels(path: Path, opened: Image.Image, indices: bool) -> np.ndarray:
+def _pixels(path: Path, opened: Image.Image, indices: bool, alpha: bool) -> np.ndarray:
     mode = opened.mode
     if indices and mode == "P":
         return np.asarray(opened)
     if mode.startswith("I") or mode == "F":
         return _deep_grey(path, np.asarray(opened))
-    if mode in ("LA", "RGBA", "La", "RGBa", "PA") or "transparency" in opened.info:
+    if mode in _ALPHA_MODES or "transparency" in opened.info:
         grey = mode in ("LA", "La", "L", "1")
         rgba = np.asarray(opened.convert("RGBA"))
+        if alpha:
+            return rgba
         visible = np.where(rgba[..., 3:] == 0, np.uint8(0), rgba[..., :3])
         return visible[..., 0] if grey or (mode in ("P", "PA") and is_grey(visible)) else visible
     if mode == "P":
@@ -175,7 +200,7 @@ def _to_pixels(levels: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def composite(
     original: np.ndarray, generated: np.ndarray, soft: np.ndarray, window: tuple[float, float] | None = None
 ) -> np.ndarray:
-    """``soft * generated + (1 - soft) * original`` at native size and depth; grey in, grey out.
+    """``soft * generated + (1 - soft) * original`` at native size and depth; grey in, grey out, in three channels too.
 
     original: HxW or HxWx3, uint8 or uint16. generated: HxW or HxWx3 float in [0, 1], in the original's ``window``
     (default ``window_of(original)``). soft: HxW float in [0, 1]. Where soft is 0 the result equals the original bit for
@@ -202,11 +227,12 @@ def _size(image: np.ndarray) -> str:
 
 
 def _like_channels(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Bring float ``values`` to the number of channels of ``reference``: mean to grey, repeat to RGB."""
+    """Bring float ``values`` to the channels of ``reference``: mean to grey, repeat to RGB; colour only for colour."""
     if reference.ndim == 2 and values.ndim == 3:
         return values.mean(axis=2)
-    if reference.ndim == 3 and values.ndim == 2:
-        return np.repeat(values[..., None], 3, axis=2)
+    if reference.ndim == 3 and (values.ndim == 2 or is_grey(reference)):
+        grey = values if values.ndim == 2 else values.mean(axis=2)
+        return np.repeat(grey[..., None], 3, axis=2)
     return values
 
 
@@ -214,11 +240,12 @@ def _like_channels(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def write_png(path: str | Path, array: np.ndarray, text: Mapping[str, str] | None = None) -> None:
-    """Write HxW or HxWx3 uint8 or uint16 pixels as PNG, atomically, with ``text`` as PNG text tags.
+    """Write HxW or HxWx3 uint8 or uint16 pixels, or HxWx2 or HxWx4 with alpha, as PNG, atomically.
 
-    Anything else (float values, NaN, other shapes) is refused with a MedSoftError: a silent cast would draw black.
+    ``text`` becomes PNG text tags. Anything else (float values, NaN, other shapes) is refused with a MedSoftError: a
+    silent cast would draw black.
     """
-    if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+    if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or array.shape[2:] not in _COLOUR_TYPES:
         raise MedSoftError(
             f"{path}: expected HxW or HxWx3 pixels of 8 or 16 bits, found {array.dtype} of shape {array.shape}"
         )
@@ -231,13 +258,13 @@ def encode_png(array: np.ndarray, text: Mapping[str, str] | None = None) -> byte
     """PNG bytes of valid pixels: one filter ("sub") and zlib level 1, so the same pixels always give the same file."""
     height, width = array.shape[:2]
     depth = array.dtype.itemsize
-    step = depth * (3 if array.ndim == 3 else 1)  # bytes per pixel
+    step = depth * (array.shape[2] if array.ndim == 3 else 1)  # bytes per pixel
     raw = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder(">")).view(np.uint8).reshape(height, width * step)
     rows = np.empty((height, 1 + width * step), np.uint8)
     rows[:, 0] = 1
     rows[:, 1 : 1 + step] = raw[:, :step]
     np.subtract(raw[:, step:], raw[:, :-step], out=rows[:, 1 + step :])
-    header = struct.pack(">IIBBBBB", width, height, 8 * depth, 2 if array.ndim == 3 else 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8 * depth, _COLOUR_TYPES[array.shape[2:]], 0, 0, 0)
     chunks = [_chunk(b"IHDR", header)]
     chunks += [_text_chunk(key, value) for key, value in (text or {}).items()]
     chunks += [_chunk(b"IDAT", zlib.compress(rows, 1)), _chunk(b"IEND", b"")]

@@ -1,13 +1,12 @@
-"""Drawing over a dataset: which pictures, with which sentence; each result a whole sample folder or nothing."""
+"""Drawing over a dataset: each result a whole sample folder or nothing; shared by processes, continued after a stop."""
 
-import argparse
 import dataclasses
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,153 +14,60 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm import cli
-from ldm.annotations import HEALTHY, Reject, Sample, load_samples, write_rejects
-from ldm.config import Config
+from ldm.annotations import HEALTHY, Reject, write_rejects
+from ldm.config import ITEM_COUNTS, Config
 from ldm.errors import MedSoftError, UsageError
-from ldm.files import PARTIAL_PREFIX, fingerprint, named_seed, read_json, sync_folder, write_json, write_text
-from ldm.images import read_image, write_png
+from ldm.files import PARTIAL_PREFIX, atomic_folder, content_id, fingerprint, read_json, write_json, write_text
+from ldm.images import read_image, with_alpha, write_png
+from ldm.inference_plan import Task
 from ldm.masks import read_mask
+from ldm.processes import Processes
 
 if TYPE_CHECKING:
     from ldm.dataset import Picture
-    from ldm.inpainting import Inpainter
+    from ldm.inpainting import Drawn, Inpainter
 
 log = logging.getLogger(__name__)
 
 TAG = "synthetic picture drawn by MedSoft-Diffusion; not a patient's image; not for clinical use"
+FILES = ("image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json")
+MOSTLY = 0.6  # more of the image marked than this is probably a mask of the wrong polarity
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
 
 
-@dataclass(frozen=True)
-class Task:
-    """One picture to draw: the sample to draw on, the variant, the sentence and the sample it came from.
-
-    ``fixed_mask``: draw in the sample's own mask and soft mask although it may be healthy (--like, --image).
-    """
-
-    sample: Sample
-    variant: int
-    prompt: str
-    seed: int
-    source: Sample | None = None
-    fixed_mask: bool = False
-
-    @property
-    def name(self) -> str:
-        """The picture's folder."""
-        return f"{self.sample.sample_id}__v{self.variant}"
+def settings_of(config: Config) -> dict[str, Any]:
+    """The part of the configuration that decides a picture."""
+    settings = dataclasses.asdict(config)
+    settings["sampling"].pop("batch_size")
+    settings["biomedclip"].pop("path")
+    settings.pop("training")
+    for key in ITEM_COUNTS:
+        settings["data"].pop(key)
+    return settings
 
 
-def plan_tasks(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
-    """What to draw, from the command line; and what cannot be drawn on. Says in one line what it chose."""
-    if args.image:
-        sample = Sample(
-            args.image.stem, args.image.resolve(), args.mask.resolve(), args.prompt, (0,) * 4, args.image.stem
-        )
-        return [Task(sample, k, args.prompt, args.seed, fixed_mask=True) for k in range(args.variants)], []
-    if args.like:
-        return _like(args)
-    samples, rejects = load_samples(args.data or args.train_json)
-    chosen, words = _choose(samples, args.choose)
-    sources: list[Sample] = []
-    if args.prompt is None and any(sample.healthy for sample in chosen):
-        pool = samples if args.data is None else _prompt_samples(args.train_json)
-        sources = sorted((s for s in pool if not s.healthy), key=lambda s: s.sample_id)
-        if not sources:
-            raise MedSoftError(
-                f"{args.train_json}: has no diseased sample to take prompts from; give --prompt, or --train_json"
-            )
-    from ldm.dataset import drawable
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a picture's meta.json says about how it was made: enough for --replay to make it again."""
 
-    tasks = []
-    for sample in chosen[: args.limit]:
-        reason = drawable(sample)
-        if reason:
-            rejects.append(Reject(sample.sample_id, str(sample.image), reason))
-            continue
-        for k in range(args.variants):
-            source = sample
-            if sample.healthy and sources:
-                source = sources[named_seed("prompt", args.seed, sample.sample_id, k) % len(sources)]
-            prompt, source = (source.prompt, source) if args.prompt is None else (args.prompt, None)
-            tasks.append(Task(sample, k, prompt, args.seed, source))
-    if args.prompt is not None:
-        prompts = f"the prompt {args.prompt!r}"
-    elif sources:
-        prompts = f"prompts drawn from {len(sources)} diseased samples of {args.train_json}"
-    else:
-        prompts = "their own prompts"
-    log.info(
-        "drawing on %d %s samples of %s, with %s",
-        len({t.sample.sample_id for t in tasks}),
-        words,
-        args.data or args.train_json,
-        prompts,
-    )
-    if not tasks:
-        raise MedSoftError(f"{args.data or args.train_json}: no sample can be drawn on ({len(rejects)} rejected)")
-    return tasks, rejects
-
-
-def _prompt_samples(path: Path) -> list[Sample]:
-    if not path.exists():
-        raise UsageError(
-            f"{path}: does not exist; healthy samples need prompts: give --prompt TEXT, or annotations with diseased "
-            "samples with --train_json"
-        )
-    return load_samples(path)[0]
-
-
-def _choose(samples: list[Sample], wanted: str | None) -> tuple[list[Sample], str]:
-    healthy = [sample for sample in samples if sample.healthy]
-    sick = [sample for sample in samples if not sample.healthy]
-    if wanted is None:
-        wanted = "healthy" if healthy else "diseased"
-    return {"all": (samples, "chosen"), "healthy": (healthy, "healthy"), "diseased": (sick, "diseased")}[wanted]
-
-
-def _like(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
-    """The parents and masks of earlier results, with their prompts or another one, under the same names and noise."""
-    results, rejects = load_samples(args.like)
-    tasks = []
-    for result in results[: args.limit]:
-        parent = result.meta.get("parent_image")
-        if parent is None or result.parent_id is None or not {"seed", "variant"} <= result.meta.keys():
-            raise MedSoftError(
-                f"{result.sample_id} in {args.like}: its meta.json does not say how it was drawn; expected "
-                "results of this command"
-            )
-        meta = {key: result.meta[key] for key in ("window", "spacing_mm") if key in result.meta}
-        sample = dataclasses.replace(result, sample_id=result.parent_id, image=Path(parent), parent_id=None, meta=meta)
-        same = args.prompt is None
-        tasks.append(
-            Task(
-                sample,
-                int(result.meta["variant"]),
-                result.prompt if same else args.prompt,
-                int(result.meta["seed"]),
-                result if same else None,
-                fixed_mask=True,
-            )
-        )
-    log.info(
-        "drawing %d pictures again in the masks of %s, with %s",
-        len(tasks),
-        args.like,
-        "their own prompts" if args.prompt is None else f"the prompt {args.prompt!r}",
-    )
-    if not tasks:
-        raise MedSoftError(f"{args.like}: holds no results")
-    return tasks, rejects
+    checkpoint: Path
+    checkpoint_sha256: str
+    config: Path
+    overrides: list[str]
+    exact: bool
+    command: str
 
 
 class InferenceRun:
     """Writes the sample folders of one run into ``folder``; finished ones are kept and not drawn again."""
 
-    def __init__(self, folder: Path, run: str, checkpoint: str, config: Config, command: str) -> None:
-        self.folder, self.run, self.checkpoint, self.config = folder, run, checkpoint, config
-        self.command = command
-        self.config_digest = fingerprint(dataclasses.asdict(config))
+    def __init__(
+        self, folder: Path, run: str, origin: Origin, config: Config, processes: Processes | None = None
+    ) -> None:
+        self.folder, self.run, self.origin, self.config = folder, run, origin, config
+        self.processes = processes or Processes()
         self.fresh = True  # nothing in the folder is this run's
+        self._parents: dict[Path, str | None] = {}
 
     def begin(self, overwrite: bool) -> dict[str, Any] | None:
         """Returns the record of this same run if the folder holds one. Changes nothing: ``draw`` does.
@@ -169,6 +75,7 @@ class InferenceRun:
         Another run's pictures are kept safe (UsageError) unless ``overwrite``, which lets ``draw`` replace them; its
         record alone, left by a run that failed before its first picture, is in nobody's way.
         """
+        _check_writable(self.folder)
         record = self.folder / "inference.json"
         before = read_json(record, "record of these results") if record.exists() else None
         found = [] if not self.folder.exists() else list(self.folder.iterdir())
@@ -194,7 +101,6 @@ class InferenceRun:
             for picture in self._pictures():
                 shutil.rmtree(picture)
             self._record(complete=False)
-            self.fresh = False
         for orphan in list(self.folder.rglob(PARTIAL_PREFIX + "*")):
             shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink(missing_ok=True)  # it may lie in another one
 
@@ -202,123 +108,142 @@ class InferenceRun:
         """How many of the pictures are there, whole."""
         return sum(self._finished(task) for task in tasks)
 
+    def _finished(self, task: Task) -> bool:
+        folder = self.folder / task.name
+        return all((folder / name).is_file() for name in FILES)
+
     def _record(self, **values: Any) -> None:
-        write_json(self.folder / "inference.json", {"run": self.run, "command": self.command, **values})
+        write_json(self.folder / "inference.json", {"run": self.run, "command": self.origin.command, **values})
+
+    # ------------------------------------------------------------------------------------------------ drawing
 
     def draw(self, tasks: Sequence[Task], rejects: list[Reject], load: Callable[[], "Inpainter"]) -> int:
         """Draw what is missing; returns the exit code. ``load`` is called only if there is something to draw.
 
-        A model that cannot be loaded leaves the folder as it was.
+        A model that cannot be loaded leaves the folder as it was. Every process calls this with the same ``tasks``;
+        each draws its share, and the first one keeps the record.
         """
         start = time.monotonic()
-        missing = [task for task in tasks if self.fresh or not self._finished(task)]
-        if len(missing) < len(tasks):
-            log.info("%d of %d pictures are there already", len(tasks) - len(missing), len(tasks))
-        inpainter = load() if missing else None
-        self._claim()
-        if inpainter:
-            size = self.config.sampling.batch_size
-            with tqdm(total=len(missing), desc="drawing", unit="picture", mininterval=1) as bar:
-                for first in range(0, len(missing), size):
-                    rejects += self._batch(missing[first : first + size], inpainter)
-                    bar.update(len(missing[first : first + size]))
-        rejects = list(dict.fromkeys(rejects))  # a sample may have several variants
-        reject_file = self.folder / "rejects.json"
-        if rejects:
-            write_rejects(reject_file, rejects)
-            for reject in rejects[:5]:
-                log.warning("not drawn: %s", reject)
-            log.warning("%d samples were not drawn; all of them are in %s", len(rejects), reject_file)
-        else:
-            reject_file.unlink(missing_ok=True)
-        pictures = self.finished(tasks)
-        if not pictures:
-            raise MedSoftError(
-                f"{self.folder}: no picture could be drawn; first: {rejects[0]}; all are in {reject_file}"
-            )
-        changed = sum(
-            read_json(self.folder / t.name / "meta.json")["changed_outside_pixels"] for t in tasks if self._finished(t)
-        )
-        self._record(
-            complete=True,
-            pictures=pictures,
-            rejected=len(rejects),
-            changed_outside_pixels=changed,
-            seconds=round(time.monotonic() - start, 1),
-            checkpoint_sha256=self.checkpoint,
-        )
-        log.info("%s: %d pictures, %d pixels changed outside the soft masks", self.folder, pictures, changed)
-        return cli.SOME_REJECTED if rejects else cli.DONE
+        first = self.processes.rank == 0
+        absent = [k for k, task in enumerate(tasks) if self.fresh or not self._finished(task)] if first else []
+        absent = self.processes.share(absent)
+        if len(absent) < len(tasks):
+            log.info("%d of %d pictures are there already", len(tasks) - len(absent), len(tasks))
+        inpainter = load() if absent else None
+        self.processes.barrier()  # all models are loaded: now the folder may change
+        if first:
+            self._claim()
+        self.processes.barrier()
+        self.fresh = False
+        mine = [tasks[k] for k in absent[self.processes.rank :: self.processes.size]]
+        own, fault = [], None
+        try:
+            own = self._draw_all(mine, inpainter) if inpainter else []
+        except MedSoftError as error:
+            fault = error
+        found = self.processes.gather((own, fault))
+        code = cli.DONE
+        try:
+            if first:  # it speaks for all of them
+                for _, fault in found:
+                    if fault is not None:
+                        raise fault
+                rejects = [*rejects, *(reject for own, _ in found for reject in own)]
+                code = self._finish(tasks, list(dict.fromkeys(rejects)), start)
+        finally:
+            code = self.processes.share(code)
+        return code
 
-    def _finished(self, task: Task) -> bool:
-        return (self.folder / task.name / "meta.json").is_file()
-
-    def _batch(self, tasks: Sequence[Task], inpainter: "Inpainter") -> list[Reject]:
-        from ldm.inpainting import Job
-
-        ready, rejects = [], []
-        for task in tasks:
-            try:
-                ready.append((task, self._picture(task)))
-            except MedSoftError as error:
-                rejects.append(Reject(task.sample.sample_id, str(task.sample.image), str(error)))
-        if not ready:
-            return rejects
-        jobs = [Job(task.seed, task.sample.sample_id, task.variant, task.prompt) for task, _ in ready]
-        results = inpainter.draw([picture for _, picture in ready], jobs)
-        for (task, picture), result in zip(ready, results, strict=True):
-            if result is None:
-                reason = "the model drew values that are not numbers (NaN or infinity); nothing was written"
-                rejects.append(Reject(task.sample.sample_id, str(task.sample.image), reason))
-            else:
-                self._write(task, picture, result)
+    def _draw_all(self, tasks: Sequence[Task], inpainter: "Inpainter") -> list[Reject]:
+        """Draw batch by batch; the next one is read and the last one written while the model works."""
+        size = self.config.sampling.batch_size
+        batches = [tasks[first : first + size] for first in range(0, len(tasks), size)]
+        rejects: list[Reject] = []
+        share = f" (process 1 of {self.processes.size})" if self.processes.size > 1 else ""
+        quiet = self.processes.rank > 0
+        with (
+            ThreadPoolExecutor(4) as pool,
+            tqdm(total=len(tasks), desc=f"drawing{share}", mininterval=1, bar_format=BAR, disable=quiet) as bar,
+        ):
+            written: list[Future] = []
+            for batch, ready in _ahead(pool, self._picture, batches):
+                sound = [
+                    (t, picture) for t, picture in zip(batch, ready, strict=True) if not isinstance(picture, Reject)
+                ]
+                rejects += [picture for picture in ready if isinstance(picture, Reject)]
+                drawn = self._draw_batch(sound, inpainter) if sound else []
+                for future in written:
+                    future.result()
+                written = []
+                for (task, picture), result in zip(sound, drawn, strict=True):
+                    if result.fault:
+                        reason = (
+                            f"variant {task.variant}: values that are not numbers (NaN or infinity) appeared "
+                            f"{result.fault}; nothing was written"
+                        )
+                        rejects.append(Reject(task.sample.sample_id, task.sample.image, reason))
+                    else:
+                        written.append(pool.submit(self._write, task, picture, result.pixels))
+                bar.update(len(batch))
+            for future in written:
+                future.result()
         return rejects
 
-    def _picture(self, task: Task) -> "Picture":
+    def _draw_batch(self, ready: Sequence[tuple[Task, "Picture"]], inpainter: "Inpainter") -> list["Drawn"]:
+        from ldm.inpainting import Job
+
+        jobs = [Job(task.seed, task.sample.sample_id, task.variant, task.prompt) for task, _ in ready]
+        return inpainter.draw([picture for _, picture in ready], jobs)
+
+    def _picture(self, task: Task) -> "Picture | Reject":
+        """What the networks see of one sample, or why it cannot be drawn on."""
+        try:
+            picture = self._fitted(task)
+        except MedSoftError as error:
+            return Reject(task.sample.sample_id, task.sample.image, str(error))
+        marked = float(picture.hard.mean())
+        if marked > MOSTLY:
+            log.warning(
+                "warning: %s: %.0f %% of the image is marked; white (1) is the lesion, the part to be drawn: if the "
+                "lesion is black in this mask, invert it",
+                task.sample.mask or task.sample.sample_id,
+                100 * marked,
+            )
+        return picture
+
+    def _fitted(self, task: Task) -> "Picture":
         from ldm.dataset import fit_picture, prepare
 
         if not task.fixed_mask:
             return prepare(task.sample, self.config.data, task.seed, task.variant)
         original = read_image(task.sample.image)
-        mask = read_mask(task.sample.mask, original.shape)
+        mask = read_mask(task.sample.mask, original.shape, soft=task.sample.mask == task.sample.soft_mask)
         if mask.empty:
             raise MedSoftError(f"{task.sample.mask}: the mask is empty; mark the region to draw in white")
         sample = dataclasses.replace(task.sample, prompt="lesion")  # its own mask and soft mask are meant
         return fit_picture(sample, original, mask, self.config.data)
 
+    # ------------------------------------------------------------------------------------------------ writing
+
     def _write(self, task: Task, picture: "Picture", result: np.ndarray) -> None:
         """One sample folder, assembled under a temporary name and renamed."""
-        final = self.folder / task.name
-        partial = final.parent / f"{PARTIAL_PREFIX}{final.name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        outside = picture.soft == 0
-        changed = int(
-            (result != picture.original)[outside].any(axis=-1).sum()
-            if result.ndim == 3
-            else (result != picture.original)[outside].sum()
-        )
-        try:
-            partial.mkdir(parents=True)
-            write_png(partial / "image.png", result, {"Comment": TAG, "Description": task.prompt})
+        differs = (result != picture.original).reshape(*picture.soft.shape, -1).any(axis=-1)
+        changed = int(np.count_nonzero(differs & (picture.soft == 0)))
+        with atomic_folder(self.folder / task.name) as partial:  # one without all its files was left by something else
+            whole = with_alpha(result, task.sample.image, picture.soft > 0)
+            write_png(partial / "image.png", whole, {"Comment": TAG, "Description": task.prompt})
             write_png(partial / "mask.png", picture.hard.astype(np.uint8) * 255)
             write_png(partial / "soft_mask.png", np.rint(picture.soft * 255).astype(np.uint8))
             write_text(partial / "prompt.txt", task.prompt + "\n")
             write_json(partial / "meta.json", self._meta(task, picture, changed))
-            if final.exists():
-                shutil.rmtree(final)  # without its meta.json: left by something else
-            os.replace(partial, final)
-            sync_folder(final.parent)
-        except OSError as error:
-            raise MedSoftError(
-                f"{final}: could not be written ({error.strerror or error}); free some space or choose another "
-                "--output_dir, then run the same command again"
-            ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _meta(self, task: Task, picture: "Picture", changed: int) -> dict[str, Any]:
-        source, parent = task.source, task.sample
+        if task.record is not None:
+            return {**task.record, "changed_outside_pixels": changed}
+        source, parent, origin = task.source, task.sample, self.origin
         sick = source is not None and task.prompt.strip().lower() != HEALTHY
+        if parent.image not in self._parents:
+            self._parents[parent.image] = content_id(parent.image)
         meta = {
             "sample_id": task.name,
             "parent_id": parent.sample_id,
@@ -333,9 +258,65 @@ class InferenceRun:
             "spacing_mm": parent.meta.get("spacing_mm"),
             "window": list(picture.levels) if picture.original.dtype == np.uint16 else None,
             "parent_image": str(parent.image),
+            "parent_sha256": self._parents[parent.image],
             "changed_outside_pixels": changed,
-            "checkpoint_sha256": self.checkpoint,
-            "config_sha256": self.config_digest,
-            "command": self.command,
+            "checkpoint": str(origin.checkpoint),
+            "checkpoint_sha256": origin.checkpoint_sha256,
+            "config": str(origin.config),
+            "overrides": origin.overrides,
+            "config_sha256": fingerprint(settings_of(self.config)),
+            "exact": origin.exact,
+            "command": origin.command,
         }
         return {key: value for key, value in meta.items() if value is not None or key in ("lesion_type", "severity")}
+
+    def _finish(self, tasks: Sequence[Task], rejects: list[Reject], start: float) -> int:
+        """Write the list of rejects, the record and the report; returns the exit code."""
+        from ldm.results_report import write_report
+
+        reject_file = self.folder / "rejects.json"
+        write_rejects(reject_file, rejects)
+        for reject in rejects[:5]:
+            log.warning("not drawn: %s", reject)
+        if rejects:
+            log.warning("%d samples were not drawn; all of them are in %s", len(rejects), reject_file)
+        done = [task for task in tasks if self._finished(task)]
+        if not done:
+            raise MedSoftError(
+                f"{self.folder}: no picture could be drawn; first: {rejects[0]}; all are in {reject_file}"
+            )
+        changed = sum(read_json(self.folder / task.name / "meta.json")["changed_outside_pixels"] for task in done)
+        self._record(
+            complete=True,
+            pictures=len(done),
+            rejected=len(rejects),
+            changed_outside_pixels=changed,
+            seconds=round(time.monotonic() - start, 1),
+            checkpoint_sha256=self.origin.checkpoint_sha256,
+        )
+        log.info("%s: %d pictures, %d pixels changed outside the soft masks", self.folder, len(done), changed)
+        try:
+            log.info("%s shows them", write_report(self.folder))
+        except MedSoftError as error:  # the pictures are there all the same
+            log.warning("warning: no report: %s", error)
+        return cli.SOME_REJECTED if rejects else cli.DONE
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, prepare: Callable[[Task], Any], batches: Sequence[Sequence[Task]]
+) -> Iterator[tuple[Sequence[Task], list[Any]]]:
+    """Each batch with what ``prepare`` made of it; the next batch is prepared while the caller works on this one."""
+    coming = [pool.submit(prepare, task) for task in batches[0]] if batches else []
+    for batch, after in zip(batches, [*batches[1:], []], strict=True):
+        current, coming = coming, [pool.submit(prepare, task) for task in after]
+        yield batch, [future.result() for future in current]
+
+
+def _check_writable(folder: Path) -> None:
+    """UsageError unless ``folder`` is, or can become, a folder in which files may be written."""
+    above = folder.absolute()
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = "may not be written to" if above.is_dir() else "is no folder"
+        raise UsageError(f"--output_dir {folder}: {above} {reason}; give another folder")

@@ -4,6 +4,7 @@ A mask is float32 in [0, 1]; 1 is the lesion region, the part to be drawn. Every
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 FEATHER_UNITS = ("pixels", "diameter", "mm")
 TARGET_LABEL = 1  # in anatomy.png: the vertebral body the image is about
+SIDES = ("left", "right", "top", "bottom")  # of the picture
 MIN_REGION = 4  # pixels; nothing lesion-shaped fits into less
 _PROFILE_POINTS = 4097
 
@@ -194,22 +196,34 @@ def region_for(sample: "Sample", shape: tuple[int, ...]) -> np.ndarray | None:
         own = read_mask(sample.mask, shape)
         if not own.empty:
             return own.hard
-    x, y, w, h = sample.box
-    if w <= 0 or h <= 0:
-        return None
-    height, width = shape[:2]
-    region = np.zeros((height, width), bool)
-    rows = slice(round(y * height), max(round((y + h) * height), round(y * height) + 1))
-    columns = slice(round(x * width), max(round((x + w) * width), round(x * width) + 1))
-    region[rows, columns] = True
+    region = box_region(sample.box, shape)
     return region if region.any() else None
 
 
-def lesion_shaped(region: np.ndarray, seed: int, diameter: tuple[float, float] = (0.35, 0.7)) -> np.ndarray:
-    """An irregular smooth blob inside ``region`` (both bool HxW): a pure function of region, seed and diameter.
+def box_region(box: Sequence[float], shape: tuple[int, ...]) -> np.ndarray:
+    """The pixels (bool HxW) of a box [x, y, w, h] given as fractions of the image; empty if w or h is 0."""
+    x, y, w, h = box
+    height, width = shape[:2]
+    region = np.zeros((height, width), bool)
+    if w > 0 and h > 0:
+        rows = slice(round(y * height), max(round((y + h) * height), round(y * height) + 1))
+        columns = slice(round(x * width), max(round((x + w) * width), round(x * width) + 1))
+        region[rows, columns] = True
+    return region
 
-    ``diameter``: its range, relative to the smaller side of the region's bounding box. Place, size, elongation,
-    direction and irregularity vary with the seed. Raises MedSoftError if the region is too small to hold a lesion.
+
+def lesion_shaped(
+    region: np.ndarray,
+    seed: int,
+    diameter: tuple[float, float] = (0.35, 0.7),
+    side: str | None = None,
+    irregularity: float | None = None,
+) -> np.ndarray:
+    """An irregular smooth blob inside ``region`` (both bool HxW): a pure function of the arguments.
+
+    ``diameter``: its range, relative to the smaller side of the region's bounding box. ``side``: of SIDES, the half of
+    that bounding box its centre lies in. ``irregularity``: 0 (an ellipse) to 1; by default it varies with the seed, as
+    place, size, elongation and direction do. Raises MedSoftError if the region is too small to hold a lesion.
     """
     (top, bottom), (left, right) = extents(region) if region.any() else ((0, 0), (0, 0))
     if min(bottom - top, right - left) < MIN_REGION:
@@ -221,9 +235,11 @@ def lesion_shaped(region: np.ndarray, seed: int, diameter: tuple[float, float] =
     rng = np.random.default_rng(seed)
     radius = rng.uniform(*diameter) * min(inner.shape[0] - 2, inner.shape[1] - 2) / 2
     depth = cv2.distanceTransform(inner, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    if side is not None:
+        depth = _half_of(depth, side)
     places = np.argwhere(depth >= min(0.75 * radius, 0.999 * depth.max()))
     row, column = places[rng.integers(len(places))]
-    blob = _blob(inner.shape, (int(row), int(column)), radius, rng) & (inner > 0)
+    blob = _blob(inner.shape, (int(row), int(column)), radius, rng, irregularity) & (inner > 0)
     blob[row, column] = True
     _, parts = cv2.connectedComponents(blob.astype(np.uint8), connectivity=4)
     result = np.zeros(region.shape, bool)
@@ -231,7 +247,22 @@ def lesion_shaped(region: np.ndarray, seed: int, diameter: tuple[float, float] =
     return result
 
 
-def _blob(shape: tuple[int, int], centre: tuple[int, int], radius: float, rng: np.random.Generator) -> np.ndarray:
+def _half_of(depth: np.ndarray, side: str) -> np.ndarray:
+    """``depth`` with zeros in the half opposite to ``side``; as it is where nothing would be left."""
+    axis = 1 if side in ("left", "right") else 0
+    middle, place = depth.shape[axis] / 2, np.arange(depth.shape[axis]) + 0.5
+    keep = place <= middle if side in ("left", "top") else place >= middle
+    half = depth * (keep[None, :] if axis else keep[:, None])
+    return half if half.any() else depth
+
+
+def _blob(
+    shape: tuple[int, int],
+    centre: tuple[int, int],
+    radius: float,
+    rng: np.random.Generator,
+    irregularity: float | None = None,
+) -> np.ndarray:
     """A star-shaped region: an ellipse whose radius is modulated by a few random harmonics; its area is near pi r^2."""
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float64)
     y, x = y - centre[0], x - centre[1]
@@ -239,7 +270,8 @@ def _blob(shape: tuple[int, int], centre: tuple[int, int], radius: float, rng: n
     along = (math.cos(turn) * x + math.sin(turn) * y) / stretch
     across = (math.cos(turn) * y - math.sin(turn) * x) * stretch
     angle, reach = np.arctan2(across, along), np.ones(shape)
-    roughness = rng.uniform(0.05, 0.4)
+    roughness = rng.uniform(0.05, 0.4)  # drawn in any case: what follows does not depend on the argument
+    roughness = roughness if irregularity is None else 0.4 * irregularity
     for order in range(2, 7):
         reach += roughness / (order - 1) * rng.uniform(0.3, 1) * np.cos(order * angle + rng.uniform(0, 2 * math.pi))
     return np.hypot(along, across) <= radius * np.maximum(reach, 0.3)

@@ -83,9 +83,10 @@ class MedSoftModel(nn.Module):
     def controller_tokens(
         self, seen: Tensor, seen_global: Tensor, text: Tensor, soft_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The MSC's patch tokens (B, N, D), global token (B, D) and the soft patch mask (B, N) it was given."""
+        """The MSC's patch tokens (B, N, D) and global token (B, D), and the soft patch mask (B, N)."""
         soft = patch_mask(soft_mask, self.config.biomedclip.grid)
-        tokens, global_token = self.msc(seen, seen_global, text, soft)
+        mixing = soft if self.config.msc.soft_mask_mixing else hidden_region(soft)
+        tokens, global_token = self.msc(seen, seen_global, text, mixing)
         return tokens, global_token, soft
 
     def semantic(self, seen: Tensor, inside: Tensor, soft_mask: Tensor) -> Tensor:
@@ -99,9 +100,19 @@ class MedSoftModel(nn.Module):
 
         noisy and masked_latent: scaled, (B, 4, s, s); mask: (B, 1, s, s); text (B, 77, D); semantic (B, M, D) or None.
         """
-        gate = mask if self.config.unet.soft_mask_attention else None
-        x = torch.cat([noisy, mask, masked_latent], dim=1)  # (B, 9, s, s)
-        return self.unet(x, t, Conditioning(text, semantic, gate))
+        return self.denoise(noisy, t, mask, masked_latent, self.conditioning(mask, text, semantic))
+
+    def conditioning(self, mask: Tensor, text: Tensor, semantic: Tensor | None, reuse: bool = False) -> Conditioning:
+        """What steers the U-Net, with the mask (B, 1, s, s) as the gate of the third attention unless switched off.
+
+        ``reuse``: keys, values and gates are computed once and kept for all the steps of a picture.
+        """
+        return Conditioning(text, semantic, mask if self.config.unet.soft_mask_attention else None, reuse)
+
+    def denoise(self, noisy: Tensor, t: Tensor, mask: Tensor, masked_latent: Tensor, cond: Conditioning) -> Tensor:
+        """``predict_noise`` with a conditioning made before."""
+        channel = mask if self.config.unet.soft_mask_channel else hidden_region(mask).to(mask.dtype)
+        return self.unet(torch.cat([noisy, channel, masked_latent], dim=1), t, cond)  # (B, 9, s, s) -> (B, 4, s, s)
 
     def groups(self, names: Sequence[str]) -> dict[str, dict[str, nn.Parameter]]:
         """Parameters by group name: ``msc``, ``attn3`` (third attention, its norm), ``unet`` (the rest of the U-Net).

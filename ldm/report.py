@@ -1,4 +1,4 @@
-"""HTML pages and figures that show drawn pictures: gallery, sheet, loss and ROC curves. No torch.
+"""HTML pages and figures that show drawn pictures: cards, sheet, loss and ROC curves. No torch.
 
 A page lies beside a folder ``<page>_files`` that holds its images, and opens from disk: nothing is loaded from anywhere
 else.
@@ -17,7 +17,7 @@ import numpy as np
 
 from ldm.annotations import Sample, scan_folder
 from ldm.errors import MedSoftError
-from ldm.files import atomic_file, read_text, write_text
+from ldm.files import atomic_file, read_text
 from ldm.images import Fit, read_image, to_unit, window_of, write_png
 from ldm.masks import read_mask
 
@@ -124,23 +124,6 @@ def take_turns(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 # ------------------------------------------------------------------------------------------------------ pages
-
-
-def write_gallery(
-    path: str | Path, folders: Sequence[str | Path], title: str, limit: int | None = None, intro: str = ""
-) -> None:
-    """Write an HTML page of the pictures in ``folders`` (results of dataset_infer.py) and its images beside it.
-
-    Per picture: original, soft mask, result, difference, prompt, seed and the pixels changed outside the mask.
-    ``limit`` bounds the pictures per folder; ``intro`` is text put on top.
-    """
-    sections = []
-    for number, folder in enumerate(folders):
-        samples = read_results(folder)[:limit]
-        cards = [(picture.panels(), facts(picture)) for picture in map(read_picture, samples)]
-        body = write_cards(path, f"gallery{number}", cards)
-        sections.append((f"gallery{number}", f"{Path(folder).name} ({len(samples)} pictures)", body))
-    write_text(path, page(title, sections, intro))
 
 
 def facts(picture: Picture) -> dict[str, Any]:

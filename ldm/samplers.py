@@ -1,13 +1,18 @@
-"""DDIM sampling with the differential soft mask.
+"""DDIM and DPM-Solver++(2M) with the differential soft mask: plain functions that share a signature.
 
-code        paper (Song et al., Denoising Diffusion Implicit Models)
-----        ----
-x           x_t
-eps         epsilon_theta(x_t)
-alpha       alpha_t (cumulative product; "alpha-bar" elsewhere)
-sigma       sigma_t, equation 16, scaled by eta
+code          DDIM (Song et al.)                      DPM-Solver++ (Lu et al.)
+----          ------------------                      ------------------------
+x             x_t                                     x_t
+eps           epsilon_theta(x_t)                      epsilon_theta(x_t)
+alpha         alpha_t (cumulative product)            alpha_t squared
+clean         predicted x_0                           x_theta(x_t, t)
+sigma         sigma_t, equation 16, scaled by eta
+lambda_       -                                       half the logarithm of the signal-to-noise ratio
+
+Both visit the same time steps: leading spacing, offset 1 (Stable Diffusion 1.x).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +20,9 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import NoiseSchedule
+
+Predict = Callable[[Tensor, int, int], Tensor]  # (x, t, index of the step) -> eps
+OnStep = Callable[[int, Tensor], None]
 
 
 def leading_timesteps(total: int, steps: int) -> list[int]:
@@ -36,26 +44,34 @@ class DifferentialMask:
     original: Tensor
     noise: Tensor
 
+    def released(self, progress: float) -> Tensor:
+        """bool (B, 1, h, w): the cells that may be drawn at this progress (0 = first step)."""
+        return self.soft >= 1 - progress - 1e-6
+
     def held(self, x: Tensor, alpha: float, progress: float) -> Tensor:
         """``x`` with the cells that are not yet released put back on the input's path."""
         path = alpha**0.5 * self.original + (1 - alpha) ** 0.5 * self.noise
-        return torch.where(self.soft >= 1 - progress - 1e-6, x, path)
+        return torch.where(self.released(progress), x, path)
+
+    def finished(self, x: Tensor, steps: int) -> Tensor:
+        """``x`` with the cells that none of the ``steps`` was allowed to draw put exactly on the input."""
+        return torch.where(self.released(1 - 1 / steps), x, self.original)
 
 
 def ddim(
-    predict: Callable[[Tensor, int], Tensor],
+    predict: Predict,
     noise: Tensor,
     schedule: NoiseSchedule,
     steps: int,
     eta: float = 0.0,
     differential: DifferentialMask | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw latents from ``noise`` (B, C, h, w) with ``predict(x, t) -> eps``; returns latents of the same shape.
+    """Draw latents from ``noise`` (B, C, h, w) with ``predict(x, t, index) -> eps``; returns the same shape.
 
-    Leading spacing with offset 1; the final alpha is alphas_cumprod[0]. ``eta`` > 0 needs ``step_noise(index)``, the
-    standard normal noise of that step. ``on_step(index)`` is called after each step.
+    The final alpha is alphas_cumprod[0]. ``eta`` > 0 needs ``step_noise(index)``, the standard normal noise of that
+    step. ``on_step(index, x)`` is called after each step.
     """
     if eta > 0 and step_noise is None:
         raise ValueError("eta > 0 needs step_noise")
@@ -67,15 +83,70 @@ def ddim(
         alpha_next = alphas[timesteps[index + 1]] if index + 1 < steps else alphas[0]
         if differential is not None:
             x = differential.held(x, alpha, index / steps)
-        eps = predict(x, t)
+        eps = predict(x, t, index)
         clean = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
         sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
         x = alpha_next**0.5 * clean + (1 - alpha_next - sigma**2) ** 0.5 * eps
         if sigma > 0:
             x = x + sigma * step_noise(index)
         if on_step is not None:
-            on_step(index)
-    if differential is not None:
-        # Cells that no step was allowed to draw end exactly on the input.
-        x = torch.where(differential.soft >= 1 / steps - 1e-6, x, differential.original)
-    return x
+            on_step(index, x)
+    return x if differential is None else differential.finished(x, steps)
+
+
+def dpmpp_2m(
+    predict: Predict,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    steps: int,
+    eta: float = 0.0,
+    differential: DifferentialMask | None = None,
+    step_noise: Callable[[int], Tensor] | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M), midpoint, as ``ddim``: second order from the second step on, first order in the last.
+
+    The last step ends on the predicted clean latent. In the history a cell that is still held is the input's own
+    latent. It is deterministic: ``eta`` other than 0 is refused.
+    """
+    if eta != 0:
+        raise ValueError("DPM-Solver++(2M) is deterministic: eta has to be 0")
+    alphas = schedule.alphas_cumprod.tolist()
+    timesteps = leading_timesteps(schedule.timesteps, steps)
+    x, before, lambda_before = noise, None, 0.0
+    for index, t in enumerate(timesteps):
+        alpha = alphas[t]
+        lambda_ = _half_log_ratio(alpha)
+        if differential is not None:
+            x = differential.held(x, alpha, index / steps)
+        eps = predict(x, t, index)
+        clean = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+        if differential is not None:
+            clean = torch.where(differential.released(index / steps), clean, differential.original)
+        if index + 1 == steps:
+            x = clean
+        else:
+            alpha_next = alphas[timesteps[index + 1]]
+            h = _half_log_ratio(alpha_next) - lambda_
+            target = clean
+            if before is not None:
+                ratio = (lambda_ - lambda_before) / h
+                target = clean + (clean - before) / (2 * ratio)
+            x = ((1 - alpha_next) / (1 - alpha)) ** 0.5 * x - alpha_next**0.5 * math.expm1(-h) * target
+        before, lambda_before = clean, lambda_
+        if on_step is not None:
+            on_step(index, x)
+    return x if differential is None else differential.finished(x, steps)
+
+
+def _half_log_ratio(alpha: float) -> float:
+    return 0.5 * math.log(alpha / (1 - alpha))
+
+
+SAMPLERS = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
+
+
+def guided_steps(steps: int, interval: tuple[float, float]) -> range:
+    """The indices of the steps at which guidance acts: those whose share index / steps is in [from, to)."""
+    first, last = interval
+    return range(math.ceil(first * steps - 1e-9), math.ceil(last * steps - 1e-9))

@@ -76,8 +76,11 @@ class Block(nn.Sequential):
 class UNet(nn.Module):
     """Predicts the noise in a latent.
 
-    Call with ``x`` (B, 9, h, w) = [noisy latent, mask, masked-image latent], integer ``timesteps`` (B,) and a
-    Conditioning; returns (B, 4, h, w). h and w must be divisible by 2 ** (levels - 1).
+    Call with ``x`` (B, 9, h, w) = [noisy latent, mask, masked-image latent], integer ``timesteps`` (B,), or (1,) for
+    all, and a Conditioning of B rows; returns (B, 4, h, w). h and w must be divisible by 2 ** (levels - 1).
+
+    With ``timesteps`` (1,) the Conditioning may have k B rows: k conditions for each picture, of which the layers
+    before the first one that reads them are computed once. Returns (k B, 4, h, w).
     """
 
     def __init__(self, cfg: UNetConfig) -> None:
@@ -131,5 +134,5 @@ class UNet(nn.Module):
             kept.append(x)
         x = self._run(self.middle_block, x, emb, cond)
         for block in self.output_blocks:
-            x = self._run(block, torch.cat([x, kept.pop()], dim=1), emb, cond)
+            x = self._run(block, torch.cat([x, cond.spread(kept.pop())], dim=1), emb, cond)
         return self.out(x)

@@ -67,7 +67,7 @@ def test_same_pixels_give_the_same_bytes() -> None:
     assert encode_png(array) == encode_png(np.asfortranarray(array))
 
 
-@pytest.mark.parametrize("bad", [np.full((4, 4), np.nan), np.zeros((4, 4), np.float32), np.zeros((4, 4, 2), np.uint8)])
+@pytest.mark.parametrize("bad", [np.full((4, 4), np.nan), np.zeros((4, 4), np.float32), np.zeros((4, 4, 5), np.uint8)])
 def test_writing_anything_but_pixels_is_refused_and_leaves_nothing(tmp_path: Path, bad: np.ndarray) -> None:
     with pytest.raises(
         MedSoftError, match=r"x\.png: expected HxW or HxWx3 pixels of 8 or 16 bits, found float|uint8 of"

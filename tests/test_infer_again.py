@@ -19,6 +19,8 @@ from ldm.annotations import load_samples, scan_folder, write_annotations
 from ldm.errors import MedSoftError, UsageError
 from ldm.images import read_image, write_png
 from ldm.inpainting import Inpainter
+from ldm.model import MedSoftModel
+from ldm.samplers import DifferentialMask
 
 # ------------------------------------------------------------------------------------------------- running it again
 
@@ -27,7 +29,7 @@ def test_again_is_complete(
     final: Path, results: Path, world: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr("dataset_infer.load_inpainter", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("ldm.inpainting.load_inpainter", lambda *_: pytest.fail("loaded the model"))
     assert infer(final, results, "--train_json", world / TRAIN, "--batch_size", 1) == 0
     assert "already complete (5 pictures)" in caplog.text
 
@@ -114,6 +116,21 @@ def test_overwrite_replaces_the_results_of_another_run(final: Path, one: Path, t
     ((name, meta),) = metas(tmp_path / "out").items()
     assert name.endswith("__v0")
     assert meta["seed"] == 7
+    assert {file.stem for file in (tmp_path / "out" / "report_files").iterdir()} == {name}
+
+
+def test_pictures_count_although_the_report_cannot_be_written(
+    final: Path, one: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert infer(final, out, "--data", one) == 0
+    (other := out / "theirs").mkdir()  # a sample folder that the command did not write, and a broken one
+    (other / "image.png").write_bytes(b"")
+    for meta in out.glob("*__v0"):
+        shutil.rmtree(meta)
+    assert infer(final, out, "--data", one) == 0
+    assert record(out)["complete"] is True
+    assert any(line.startswith("warning: no report: ") and "theirs" in line for line in caplog.messages)
 
 
 def test_folder_with_something_else_is_left_alone(final: Path, one: Path, tmp_path: Path) -> None:
@@ -223,9 +240,9 @@ def test_image_that_breaks_after_the_annotation_does_not_lose_its_batch(
 def test_model_that_draws_nan_writes_nothing(
     final: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Inpainter.generate
-    monkeypatch.setattr(Inpainter, "generate", lambda *given: plain(*given) * float("nan"))
-    with pytest.raises(MedSoftError, match=r"no picture could be drawn; first: .*NaN.*rejects\.json"):
+    plain = MedSoftModel.decode
+    monkeypatch.setattr(MedSoftModel, "decode", lambda *given: plain(*given) * float("nan"))
+    with pytest.raises(MedSoftError, match=r"no picture could be drawn; first: .*NaN.*while decoding.*rejects\.json"):
         infer(final, tmp_path / "out", "--data", one)
     (reject,) = json.loads((tmp_path / "out" / "rejects.json").read_text())
     assert "NaN" in reject["reason"]
@@ -235,16 +252,18 @@ def test_model_that_draws_nan_writes_nothing(
 def test_infinite_latent_rejects_that_picture_only(
     final: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ddim(predict: Any, noise: torch.Tensor, *rest: Any) -> torch.Tensor:
-        latent = torch.zeros_like(noise)
-        latent[0, 0, 3, 3] = float("inf")  # decoding clamps it to white
-        return latent
+    def held(self: DifferentialMask, x: torch.Tensor, alpha: float, progress: float) -> torch.Tensor:
+        if progress > 0 and len(x) == 2:
+            x[0, 0, 3, 3] = float("inf")  # decoding clamps it to white
+        return x
 
-    monkeypatch.setattr("ldm.inpainting.ddim", ddim)
+    monkeypatch.setattr(DifferentialMask, "held", held)
     assert infer(final, tmp_path / "out", "--data", world / "val", "--choose", "diseased") == 3
     assert len(metas(tmp_path / "out")) == 1
     (reject,) = json.loads((tmp_path / "out" / "rejects.json").read_text())
-    assert "not numbers" in reject["reason"]
+    assert (
+        "variant 0: values that are not numbers (NaN or infinity) appeared at sampling step 2 of 2" in reject["reason"]
+    )
 
 
 def test_checkpoint_of_another_preparation(final: Path, one: Path, tmp_path: Path) -> None:

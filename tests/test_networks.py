@@ -7,25 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ldm.attention import Conditioning, TransformerBlock
+from ldm.attention import Conditioning
 from ldm.autoencoder import Autoencoder
 from ldm.config import (
     AutoencoderConfig,
     BiomedClipConfig,
     Config,
-    DiffusionConfig,
     MSCConfig,
     TextEncoderConfig,
     UNetConfig,
 )
-from ldm.diffusion import NoiseSchedule, diffusion_loss, picture_noise
+from ldm.diffusion import diffusion_loss
 from ldm.model import MedSoftModel, hide
 from ldm.msc import MedicalSemanticController, masked_cosine, msc_loss, patch_mask, semantic_tokens
-from ldm.samplers import DifferentialMask, ddim
 from ldm.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +33,6 @@ UNET = UNetConfig(
 )  # fmt: skip
 AUTOENCODER = AutoencoderConfig(channels=32, channel_mult=[1, 1, 2], num_res_blocks=1)
 TEXT = TextEncoderConfig(width=24, layers=2, heads=2)
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.0120, "beta_schedule": "scaled_linear"}
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -134,7 +129,7 @@ def test_autoencoder_agrees_with_diffusers() -> None:
 
 def test_stable_diffusions_layout_agrees_with_diffusers() -> None:
     """Levels, blocks, attentions and heads of the true size, a tenth of its width; the sizes above are others."""
-    from bench import diffusers_twins
+    from ldm.benchmark import diffusers_twins
 
     config = Config(unet=UNetConfig(model_channels=32), autoencoder=AutoencoderConfig(channels=32))
     model = scrambled(MedSoftModel(config, ["unet", "autoencoder"]))
@@ -146,142 +141,6 @@ def test_stable_diffusions_layout_agrees_with_diffusers() -> None:
     assert relative_error(found.mean, expected.mean) < 1e-5
     assert relative_error(found.logvar, expected.logvar) < 1e-5
     assert relative_error(model.first_stage_model.decode(latent), autoencoder.decode(latent).sample) < 1e-5
-
-
-# ---------------------------------------------------------------------------------------------- schedule and sampling
-
-
-def diffusers_ddim(steps: int):
-    from diffusers import DDIMScheduler
-
-    made = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **SCHEDULE)
-    made.set_timesteps(steps)
-    return made
-
-
-def test_noise_schedule_agrees_with_diffusers() -> None:
-    ours, theirs = NoiseSchedule(DiffusionConfig()), diffusers_ddim(50)
-    assert torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-6)
-    z, e, t = noise(3, 4, 2, 2), noise(3, 4, 2, 2, seed=1), torch.tensor([0, 500, 999])
-    assert torch.allclose(ours.add_noise(z, e, t), theirs.add_noise(z, e, t), atol=1e-6)
-
-
-@pytest.mark.parametrize(("steps", "eta"), [(50, 0.0), (50, 1.0), (7, 0.5), (250, 0.0)])
-def test_ddim_agrees_with_diffusers_step_by_step(steps: int, eta: float) -> None:
-    theirs = diffusers_ddim(steps)
-    visited: list[tuple[int, Tensor]] = []
-
-    def predict(x: Tensor, t: int) -> Tensor:
-        visited.append((t, x.clone()))
-        return torch.tanh(x.roll(1, dims=-1) + t / 1000)
-
-    def step_noise(index: int) -> Tensor:
-        return noise(2, 4, 2, 2, seed=100 + index)
-
-    last = ddim(predict, noise(2, 4, 2, 2), NoiseSchedule(DiffusionConfig()), steps, eta, step_noise=step_noise)
-    x = noise(2, 4, 2, 2)
-    assert [t for t, _ in visited] == theirs.timesteps.tolist()
-    for index, (t, ours) in enumerate(list(visited)):
-        assert relative_error(ours, x) < 1e-5, f"step {index}"
-        added = step_noise(index) if eta > 0 else None
-        x = theirs.step(predict(x, t), t, x, eta=eta, variance_noise=added).prev_sample
-    assert relative_error(last, x) < 1e-5
-
-
-def test_ddim_takes_every_number_of_steps_the_configuration_allows() -> None:
-    short = DiffusionConfig(timesteps=10)
-    for steps in range(1, 10):
-        drawn = ddim(lambda x, t: 0.1 * x, noise(1, 4, 2, 2), NoiseSchedule(short), steps)
-        assert torch.isfinite(drawn).all(), steps
-
-
-def test_ddim_with_eta_asks_for_noise() -> None:
-    with pytest.raises(ValueError, match="step_noise"):
-        ddim(lambda x, t: x, noise(1, 4, 2, 2), NoiseSchedule(DiffusionConfig()), 2, eta=1.0)
-
-
-def test_differential_mask_releases_cells_by_their_soft_value() -> None:
-    steps, schedule = 10, NoiseSchedule(DiffusionConfig())
-    soft = torch.tensor([0.0, 0.05, 0.25, 0.5, 1.0]).reshape(1, 1, 1, 5)
-    original, start = noise(1, 4, 1, 5, seed=3), noise(1, 4, 1, 5, seed=4)
-    seen: list[tuple[int, Tensor]] = []
-
-    def predict(x: Tensor, t: int) -> Tensor:  # each cell on its own, so that cells can be compared
-        seen.append((t, x.clone()))
-        return torch.tanh(x)
-
-    free = ddim(predict, start, schedule, steps)
-    seen.clear()
-    held = ddim(predict, start, schedule, steps, differential=DifferentialMask(soft, original, start))
-
-    for index, (t, x) in enumerate(seen):
-        alpha = float(schedule.alphas_cumprod[t])
-        path = alpha**0.5 * original + (1 - alpha) ** 0.5 * start
-        for cell, value in enumerate(soft.flatten().tolist()):
-            on_path = torch.allclose(x[..., cell], path[..., cell], atol=1e-6)
-            assert on_path == (index / steps < 1 - value - 1e-6), (index, value)
-    assert torch.equal(held[..., :2], original[..., :2])  # never released: exactly the input
-    assert torch.allclose(held[..., 4], free[..., 4], atol=1e-6)  # free from the start
-    assert not torch.allclose(held[..., 2:4], original[..., 2:4], atol=1e-2)
-
-
-def test_picture_noise_depends_on_names_only() -> None:
-    first = picture_noise(0, "patient/a", 0, (4, 8, 8))
-    assert torch.equal(first, picture_noise(0, "patient/a", 0, (4, 8, 8)))
-    for other in ((1, "patient/a", 0), (0, "patient/b", 0), (0, "patient/a", 1)):
-        assert not torch.equal(first, picture_noise(*other, (4, 8, 8)))
-
-
-# --------------------------------------------------------------------------------------------- the third attention
-
-
-def test_third_attention_starts_silent() -> None:
-    unet = UNet(UNET).eval()
-    for block in unet.modules():  # a residual block starts silent too; here only attn3 may be
-        if isinstance(block, nn.Conv2d) and not block.weight.any():
-            nn.init.normal_(block.weight, std=0.1)
-    x, text, t = noise(1, 9, 8, 8), noise(1, 77, 24), torch.tensor([300])
-    plain = unet(x, t, Conditioning(text))
-    steered = unet(x, t, Conditioning(text, noise(1, 9, 16), torch.ones(1, 1, 8, 8)))
-    assert torch.equal(plain, steered)
-    assert plain.std() > 0
-
-
-def test_gate_confines_the_third_attention() -> None:
-    block = scrambled(TransformerBlock(dim=32, heads=4, text_dim=24, semantic_dim=16))
-    x, text, tokens = noise(2, 6, 32), noise(2, 5, 24), noise(2, 9, 16)
-    gate = torch.tensor([0.0, 0.0, 1.0, 0.5, 0.0, 1.0]).reshape(1, 6, 1).expand(2, -1, -1)
-    plain = block(x, Conditioning(text), None)
-    gated = block(x, Conditioning(text, tokens), gate)
-    outside = gate[0, :, 0] == 0
-    assert torch.equal(plain[:, outside], gated[:, outside])
-    assert ((plain - gated).abs().amax(dim=-1)[:, ~outside] > 1e-3).all()
-    ungated = block(x, Conditioning(text, tokens), None)
-    assert torch.allclose(ungated[:, 2], gated[:, 2], atol=1e-6)
-
-
-def test_any_number_of_zero_tokens_is_the_same_condition() -> None:
-    block = scrambled(TransformerBlock(dim=32, heads=4, text_dim=24, semantic_dim=16))
-    x, text = noise(1, 6, 32), noise(1, 5, 24)
-    one, many = (block(x, Conditioning(text, torch.zeros(1, count, 16)), None) for count in (1, 49))
-    assert torch.allclose(one, many, atol=1e-6)
-
-
-@settings(max_examples=30, deadline=None)
-@given(row=st.integers(0, 127), column=st.integers(0, 127), value=st.floats(0.01, 1))
-def test_one_pixel_lesion_survives_every_reduction(row: int, column: int, value: float) -> None:
-    soft = torch.zeros(1, 1, 128, 128)
-    soft[0, 0, row, column] = value
-    value = float(soft.max())
-    latent = nn.functional.adaptive_max_pool2d(soft, 16)
-    cond = Conditioning(torch.zeros(1, 1, 1), None, latent)
-    for side in (16, 8, 4, 2):
-        gate = cond.gate(side, side)
-        assert gate.shape == (1, side * side, 1)
-        assert gate.max() == value
-        assert gate.reshape(side, side)[row * side // 128, column * side // 128] == value
-    for grid in (14, 10):
-        assert patch_mask(soft, grid).max() == value
 
 
 # ------------------------------------------------------------------------------------------------- MSC and losses
@@ -374,15 +233,33 @@ def test_unet_input_order_and_gate(small_model: MedSoftModel, monkeypatch: pytes
     calls: list[tuple[Tensor, Conditioning]] = []
     monkeypatch.setattr(small_model.unet, "forward", lambda x, t, cond: calls.append((x, cond)) or x)
     noisy, masked, mask = noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1), torch.rand(1, 1, 8, 8)
-    for gated in (True, False):
-        small_model.config.unet.soft_mask_attention = gated
+    for soft in (True, False):
+        small_model.config.unet.soft_mask_attention = small_model.config.unet.soft_mask_channel = soft
         small_model.predict_noise(noisy, torch.tensor([5]), mask, masked, noise(1, 77, 24), noise(1, 4, 16))
-    (x, cond), (_, ungated) = calls
+    (x, cond), (plain, ungated) = calls
     assert torch.equal(x[:, :4], noisy)
     assert torch.equal(x[:, 4:5], mask)
     assert torch.equal(x[:, 5:], masked)
     assert torch.equal(cond.soft_mask, mask)
     assert ungated.soft_mask is None
+    assert torch.equal(plain[:, 4:5], (mask >= 0.5).float())
+    assert torch.equal(plain[:, 5:], masked)
+
+
+def test_mask_embeddings_are_mixed_or_chosen(small_model: MedSoftModel) -> None:
+    scrambled(small_model.msc)
+    soft = noise(1, 1, 32, 32).abs().clamp(0, 1) * torch.linspace(0, 1, 32)
+    inputs = noise(1, 16, 16), noise(1, 16), noise(1, 8)
+    mixed, _, weights = small_model.controller_tokens(*inputs, soft)
+    small_model.config.msc.soft_mask_mixing = False
+    chosen, _, same = small_model.controller_tokens(*inputs, soft)
+    assert torch.equal(chosen, small_model.msc(*inputs, (patch_mask(soft, 4) >= 0.5).float())[0])
+    assert not torch.allclose(chosen, mixed, atol=1e-3)
+    assert torch.equal(weights, same)  # the loss stays soft
+    hard = (soft >= 0.5).float()
+    chosen = small_model.controller_tokens(*inputs, hard)[0]
+    small_model.config.msc.soft_mask_mixing = True
+    assert torch.equal(chosen, small_model.controller_tokens(*inputs, hard)[0])
 
 
 def test_latent_scale_is_applied_once_each_way(small_model: MedSoftModel) -> None:

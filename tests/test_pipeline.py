@@ -41,9 +41,10 @@ def net(config: Config, tmp_path_factory: pytest.TempPathFactory) -> MedSoftMode
 
 @pytest.fixture(scope="module")
 def pipeline(net: MedSoftModel, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from bench import diffusers_twins
     from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from ldm.benchmark import diffusers_twins
 
     unet, vae = diffusers_twins(net, config)
     unet.register_to_config(sample_size=64)  # the pipeline wants to know it; height and width are given anyhow

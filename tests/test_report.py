@@ -136,7 +136,7 @@ class Page(HTMLParser):
             self.ids.add(known["id"])
         if tag == "a":
             self.links.add(known["href"])
-        if tag not in ("img", "meta", "br"):
+        if tag not in ("img", "meta", "br", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -241,16 +241,6 @@ def test_results_without_their_parent_or_of_another_size_are_refused(demo: Path,
     (tmp_path / "parents" / "p3.png").unlink()
     with pytest.raises(MedSoftError, match=r"p3.png: does not exist"):
         run(demo)
-
-
-def test_gallery_of_any_results_folder(demo: Path, tmp_path: Path) -> None:
-    path = tmp_path / "gallery.html"
-    report.write_gallery(path, [demo / "results", demo / "results_base"], "Two folders", limit=3, intro="A <note>")
-    page = Page(path)
-    assert len(page.images) == 2 * 3 * 4
-    assert all((tmp_path / source).is_file() for source in page.images)
-    assert "pixels changed outside the mask: <b>3</b>" in page.text
-    assert "A &lt;note&gt;" in page.text
 
 
 def test_difference_is_white_where_nothing_changed() -> None:

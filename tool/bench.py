@@ -33,6 +33,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeats", type=int, default=10, help="measured calls, after the warm-up (default: %(default)s)"
     )
+    inference = parser.add_argument_group("inference")
+    inference.add_argument(
+        "--precision", default="32-true", choices=["32-true", "bf16-true"], help="of both sides (default: %(default)s)"
+    )
+    inference.add_argument(
+        "--steps", type=int, default=10, help="of whole pictures; 0 measures single calls only (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML (training, memory)")
     return parser
