@@ -161,7 +161,11 @@ def identity(config, tasks, digest: str) -> str:
     from ldm.files import fingerprint
     from ldm.inference import settings_of
 
-    plan = [(sample_identity(task.sample), task.variant, task.prompt, task.seed, task.fixed_mask) for task in tasks]
+    plan = [
+        (sample_identity(task.sample), task.variant, task.prompt, task.seed, task.fixed_mask)
+        + ((sample_identity(task.source),) if task.source and not task.fixed_mask else ())
+        for task in tasks
+    ]
     return fingerprint([digest, settings_of(config), plan])
 
 

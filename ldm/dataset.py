@@ -1,6 +1,7 @@
 """From samples to what the networks see. Training and inference prepare pictures with the same function."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,19 @@ from ldm.config import DataConfig, TrainingConfig
 from ldm.diffusion import named_generator
 from ldm.errors import MedSoftError
 from ldm.files import content_id, named_seed
-from ldm.images import Fit, Window, read_image, to_unit, window_of
-from ldm.masks import Feather, Mask, lesion_shaped, read_mask, region_for, soft_mask_for, soft_mask_of
+from ldm.images import Fit, Window, extents, read_image, to_unit, window_of
+from ldm.masks import (
+    DIAMETERS,
+    TARGET_LABEL,
+    Feather,
+    Mask,
+    lesion_shaped,
+    read_anatomy,
+    read_mask,
+    region_for,
+    soft_mask_for,
+    soft_mask_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +70,15 @@ def drawable(sample: Sample) -> str | None:
 MOST_SHIFT = 0.125  # of a training crop, as a share of its side, in either direction
 
 
-def prepare(sample: Sample, data: DataConfig, seed: int, variant: int, training: bool = False) -> Picture:
+def prepare(
+    sample: Sample, data: DataConfig, seed: int, variant: int, training: bool = False, like: Sample | None = None
+) -> Picture:
     """Read one sample and bring it to the model's square.
 
     A diseased sample uses its own mask; in ``training``, its variants from 1 on are crops shifted by up to an eighth
     of their side. A healthy one gets a lesion-shaped mask inside its vertebra. Masks and shifts are functions of
-    (seed, sample_id, variant) alone. Raises MedSoftError naming the sample's file when something is wrong with it.
+    (seed, sample_id, variant) alone; ``like`` is a diseased sample whose lesion's size a healthy one's mask gets (see
+    ``lesion_diameter``). Raises MedSoftError naming the sample's file when something is wrong with it.
     """
     reason = drawable(sample)
     if reason:
@@ -73,7 +88,9 @@ def prepare(sample: Sample, data: DataConfig, seed: int, variant: int, training:
         region = region_for(sample, original.shape)
         if region is None:
             raise MedSoftError(f"{sample.sample_id}: no vertebra is marked in {sample.anatomy or sample.mask}")
-        drawn = lesion_shaped(region, named_seed("lesion-shaped", seed, sample.sample_id, variant))
+        size = like and lesion_diameter(like)
+        sizes = (0.9 * size, 1.1 * size) if size else DIAMETERS
+        drawn = lesion_shaped(region, named_seed("lesion-shaped", seed, sample.sample_id, variant), sizes)
         return fit_picture(sample, original, Mask(drawn.astype(np.float32)), data)
     own = read_mask(sample.mask, original.shape)
     if own.empty:
@@ -83,6 +100,21 @@ def prepare(sample: Sample, data: DataConfig, seed: int, variant: int, training:
         rng = np.random.default_rng(named_seed("crop", seed, sample.sample_id, variant))
         offset = tuple(rng.uniform(-MOST_SHIFT, MOST_SHIFT, 2))
     return fit_picture(sample, original, own, data, offset)
+
+
+def lesion_diameter(sample: Sample) -> float | None:
+    """Equivalent diameter of a sample's lesion, relative to the smaller side of its vertebra in ``anatomy.png``.
+
+    None where no vertebra is marked or there is no lesion: only a vertebra tells the size of a lesion in other images.
+    """
+    if sample.anatomy is None or sample.mask is None:
+        return None
+    lesion = read_mask(sample.mask).hard
+    vertebra = read_anatomy(sample.anatomy, lesion.shape) == TARGET_LABEL
+    if not vertebra.any() or not lesion.any():
+        return None
+    smaller = min(last - first for first, last in extents(vertebra))
+    return 2 * math.sqrt(np.count_nonzero(lesion) / math.pi) / smaller
 
 
 def fit_picture(

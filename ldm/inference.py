@@ -215,7 +215,7 @@ class InferenceRun:
         from ldm.dataset import fit_picture, prepare
 
         if not task.fixed_mask:
-            return prepare(task.sample, self.config.data, task.seed, task.variant)
+            return prepare(task.sample, self.config.data, task.seed, task.variant, like=task.source)
         original = read_image(task.sample.image)
         mask = read_mask(task.sample.mask, original.shape, soft=task.sample.mask == task.sample.soft_mask)
         if mask.empty:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FEATHER_UNITS = ("pixels", "diameter", "mm")
 TARGET_LABEL = 1  # in anatomy.png: the vertebral body the image is about
 SIDES = ("left", "right", "top", "bottom")  # of the picture
+DIAMETERS = (0.35, 0.7)  # of lesion-shaped masks, relative to the smaller side of the vertebra
 MIN_REGION = 4  # pixels; nothing lesion-shaped fits into less
 _PROFILE_POINTS = 4097
 
@@ -215,7 +216,7 @@ def box_region(box: Sequence[float], shape: tuple[int, ...]) -> np.ndarray:
 def lesion_shaped(
     region: np.ndarray,
     seed: int,
-    diameter: tuple[float, float] = (0.35, 0.7),
+    diameter: tuple[float, float] = DIAMETERS,
     side: str | None = None,
     irregularity: float | None = None,
 ) -> np.ndarray:

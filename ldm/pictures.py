@@ -51,7 +51,7 @@ class Pictures(pl.Callback):
         noise = torch.stack([picture_noise(0, name, 0, shape) for name in batch["sample_id"]]).to(stage.device)
         empty = stage.empty_text.expand(len(noise), -1, -1)
 
-        def predict(x: Tensor, t: int) -> Tensor:
+        def predict(x: Tensor, t: int, index: int) -> Tensor:
             times = torch.full((len(x),), t, device=x.device)
             drawn = net.predict_noise(x, times, mask, masked, batch["text"], semantic)
             blank = net.predict_noise(x, times, mask, masked, empty, torch.zeros_like(semantic))

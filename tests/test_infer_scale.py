@@ -338,7 +338,7 @@ def test_prompt_of_300_words_is_cut_with_a_warning(
 ) -> None:
     words = "severe osteolytic lesion " * 100
     assert infer(final, tmp_path / "out", "--data", one, "--prompt", words) == 0
-    assert any("prompt cut to 75 of its" in line for line in caplog.messages)
+    assert any("prompt cut: Stable Diffusion's text encoder reads 75 of the" in line for line in caplog.messages)
     (name,) = metas(tmp_path / "out")
     assert (tmp_path / "out" / name / "prompt.txt").read_text().strip() == words.strip()  # what was asked for is kept
 
@@ -409,7 +409,9 @@ def test_pictures_are_read_and_written_while_the_model_works(
 
     read, drawn = [], []
     plain_prepare, plain_draw = ldm.dataset.prepare, Inpainter.draw
-    monkeypatch.setattr(ldm.dataset, "prepare", lambda s, *rest: read.append(s) or plain_prepare(s, *rest))
+    monkeypatch.setattr(
+        ldm.dataset, "prepare", lambda s, *rest, **more: read.append(s) or plain_prepare(s, *rest, **more)
+    )
 
     def draw(self: Inpainter, pictures: Any, jobs: Any) -> Any:
         import time

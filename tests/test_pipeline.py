@@ -113,13 +113,14 @@ def test_inpainting_agrees_with_diffusers(net: MedSoftModel, pipeline: Any, pict
     expected = drawn_by_diffusers(pipeline, picture, jobs, config)
     inpainter = Inpainter(net, BiomedClip(CLIP), config)
 
-    square = inpainter.generate(torch.stack([picture.image] * 2), torch.stack([picture.mask] * 2), jobs)
+    square, _ = inpainter.generate(torch.stack([picture.image] * 2), torch.stack([picture.mask] * 2), jobs)
     found = (square / 2 + 0.5).permute(0, 2, 3, 1).numpy()
     assert np.abs(found - expected).max() < 1e-4
     assert np.abs(expected[0] - expected[1]).max() > 0.05  # noise and prompt matter
 
     inside = picture.hard
-    for result, theirs in zip(inpainter.draw([picture] * 2, jobs), expected, strict=True):
+    for drawn, theirs in zip(inpainter.draw([picture] * 2, jobs), expected, strict=True):
+        result = drawn.pixels
         grey_values = np.abs(result.astype(int) - np.round(255 * theirs).astype(int))
         assert grey_values[inside].max() <= 1
         assert np.array_equal(result[~inside], picture.original[~inside])
@@ -132,7 +133,7 @@ def test_prompt_and_third_attention_change_the_picture(net: MedSoftModel, pictur
     inpainter = Inpainter(net, BiomedClip(CLIP), config)
 
     def drawn(prompt: str) -> np.ndarray:
-        return inpainter.draw([picture], [Job(3, "s", 0, prompt)])[0].astype(int)
+        return inpainter.draw([picture], [Job(3, "s", 0, prompt)])[0].pixels.astype(int)
 
     plain = drawn(PROMPTS[0])
     assert np.abs(plain - drawn("healthy")).max() > 1

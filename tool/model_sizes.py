@@ -95,8 +95,9 @@ def document() -> str:
             _table(["part", "parameters", "in float32"], parts),
             "The third attention is attn3 with its norm4, in 16 blocks. BiomedCLIP is frozen and in no checkpoint.\n",
             "## Checkpoints\n",
-            _table(["file", "holds", "trained", "size (weights + optimizer)"], files),
-            "All in float32. A training checkpoint also holds AdamW's two moments of every trained parameter.\n",
+            _table(["file", "holds", "trained", "size while training (weights + optimizer)"], files),
+            "All in float32. While a stage trains, `last.ckpt` also holds AdamW's two moments of every trained "
+            "parameter; a finished one holds the weights only.\n",
             "## One call, batch 1, 512 x 512\n",
             _table(["call", "GFLOP"], calls),
             "Matrix products and convolutions, as PyTorch's `FlopCounterMode` counts them. Guidance: two U-Net calls.",
