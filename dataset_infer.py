@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--exact", action="store_true", help="one picture at a time and one thread: equal files on every run"
     )
-    how.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder (default: biomedclip.path of the YAML)")
+    how.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     how.add_argument("--devices", type=int, default=1, help="processes on this node (default: %(default)s)")
     how.add_argument("--num_nodes", type=int, default=1, help="nodes, each with --devices (default: %(default)s)")

@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=Path("openimages_format_val.json"),
         help="annotations to validate on (default: %(default)s)",
     )
-    parser.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder (default: biomedclip.path of the YAML)")
+    parser.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
     parser.add_argument(
         "--cache_dir", type=Path, help="folder of cached features (default: feature_cache beside SAVE_PATH)"
     )

@@ -1,5 +1,6 @@
 """dataset_infer.py through its command line: what it draws on, what it leaves untouched, what it refuses."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 from tiny import TRAIN, infer, metas, record, whole
 
 from ldm.annotations import load_samples, scan_folder
+from ldm.dataset import lesion_diameter
 from ldm.images import read_image, write_png
 from ldm.inpainting import Inpainter
 
@@ -50,6 +52,15 @@ def test_default_draws_on_the_healthy_with_prompts_of_the_diseased(results: Path
     whole(results)
     kept = record(results)
     assert (kept["complete"], kept["pictures"], kept["rejected"], kept["changed_outside_pixels"]) == (True, 5, 0, 0)
+
+
+def test_masks_are_as_large_as_the_lesions_the_prompts_were_written_about(results: Path, world: Path) -> None:
+    samples = {sample.sample_id: sample for sample in load_samples(world / TRAIN)[0]}
+    for name, meta in metas(results).items():
+        source = lesion_diameter(samples[meta["prompt_from"]])
+        drawn = dataclasses.replace(samples[meta["parent_id"]], mask=results / name / "mask.png")
+        assert lesion_diameter(drawn) == pytest.approx(source, rel=0.25)  # a tenth either way, clipped by the vertebra
+        assert lesion_diameter(dataclasses.replace(drawn, anatomy=None)) is None
 
 
 def test_nothing_changes_outside_the_soft_mask(results: Path) -> None:

@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{split}_json", type=Path, help=f"annotations of a split (default: {default}, if there)")
     parser.add_argument("--config", type=Path, help="stage YAML: checks sizes, disk and memory against it")
     parser.add_argument("--ckpt", type=Path, help="checkpoint that --config shall start from")
-    parser.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder (default: biomedclip.path of the YAML)")
+    parser.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
     parser.add_argument("--save_path", type=Path, default=Path("."), help="where the run will be saved")
     parser.add_argument("--devices", type=int, default=1, help="devices that share a batch (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="processes that read files (default: one per core)")
