@@ -103,8 +103,17 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--like draws the same pictures again; --variants and --choose do not go with it")
     if args.variants < 1 or (args.limit is not None and args.limit < 1):
         raise UsageError("--variants and --limit: expected at least 1")
+    if args.exact and args.batch_size not in (None, 1):
+        raise UsageError("--exact draws one picture at a time; --batch_size does not go with it")
     if args.devices < 1 or args.num_nodes < 1:
         raise UsageError("--devices and --num_nodes: expected at least 1")
+
+
+def biomedclip_path(given: Path | None) -> Path | None:
+    """An absolute folder, so that a replay from elsewhere finds it; a hub id stays as it is."""
+    if given is None or str(given).startswith("hf-hub:"):
+        return given
+    return given.resolve()
 
 
 def resolve(args: argparse.Namespace):
@@ -117,15 +126,17 @@ def resolve(args: argparse.Namespace):
 
     check_flags(args)
     flags = {
-        "sampling.batch_size": 1 if args.exact else args.batch_size,
+        "sampling.batch_size": args.batch_size,
         "sampling.sampler": args.sampler,
         "sampling.steps": args.steps,
         "sampling.guidance_scale": args.guidance_scale,
         "sampling.guidance_interval": args.guidance_interval,
         "sampling.precision": args.precision,
-        "biomedclip.path": args.biomedclip and args.biomedclip.resolve(),
+        "biomedclip.path": biomedclip_path(args.biomedclip),
     }
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None] + args.overrides
+    if args.exact:
+        overrides.append("sampling.batch_size=1")
     if args.replay:
         from ldm.inference_plan import read_record
 
@@ -155,7 +166,7 @@ def check_replay(args: argparse.Namespace, config, digest: str) -> None:
         )
 
 
-def identity(config, tasks, digest: str) -> str:
+def identity(config, tasks, digest: str, exact: bool) -> str:
     """Fingerprint of everything that decides the pictures."""
     from ldm.dataset import sample_identity
     from ldm.files import fingerprint
@@ -166,7 +177,7 @@ def identity(config, tasks, digest: str) -> str:
         + ((sample_identity(task.source),) if task.source and not task.fixed_mask else ())
         for task in tasks
     ]
-    return fingerprint([digest, settings_of(config), plan])
+    return fingerprint([digest, settings_of(config), exact, plan])
 
 
 def main(args: argparse.Namespace) -> int:
@@ -188,7 +199,7 @@ def main(args: argparse.Namespace) -> int:
             raise UsageError(f"--output_dir {args.output_dir}: holds {image}, which is to be drawn on; give another")
     command = " ".join(shlex.quote(part) for part in ["python", *sys.argv])
     origin = Origin(args.ckpt.resolve(), digest, args.config.resolve(), overrides, args.exact, command)
-    session = InferenceRun(args.output_dir, identity(config, tasks, digest), origin, config)
+    session = InferenceRun(args.output_dir, identity(config, tasks, digest, args.exact), origin, config)
     before = session.begin(args.overwrite)
     if before and before.get("complete") and session.finished(tasks) == before["pictures"]:
         log.info("%s: already complete (%d pictures)", args.output_dir, before["pictures"])

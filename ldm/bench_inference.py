@@ -25,7 +25,7 @@ FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": [0.2, 0.8]}  # 
 
 def main(args: argparse.Namespace) -> int:
     """Measure and log one line per part: seconds of ours and of diffusers', and their ratio."""
-    config = load_config(args.config, [f"sampling.precision={args.precision}"])
+    config = load_config(args.config, [*args.overrides, f"sampling.precision={args.precision}"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     about = {

@@ -21,8 +21,9 @@ CLASSES = ("all", "healthy", "diseased")
 class Task:
     """One picture to draw: the sample to draw on, the variant, the sentence and the sample it came from.
 
-    ``fixed_mask``: draw in the sample's own mask and soft mask although it may be healthy (--like, --image, --replay,
-    a healthy sample with a ``soft_mask.png``). ``record``: the meta.json to write again (--replay).
+    ``source`` also decides the size of a healthy sample's lesion-shaped mask. ``fixed_mask``: draw in the sample's own
+    mask and soft mask although it may be healthy (--like, --image, --replay, a healthy sample with a
+    ``soft_mask.png``). ``record``: the meta.json to write again (--replay).
     """
 
     sample: Sample

@@ -54,7 +54,8 @@ def run_stage(args: argparse.Namespace, config: Config) -> int:
     check_preparation(source, config)
     if args.dry_run:
         return dry_run(args, config, data, source)
-    place = args.save_path.with_name(f".{args.save_path.name}.lock")
+    folder = args.save_path.resolve()
+    place = folder.with_name(f".{folder.name}.lock")
     busy = f"{args.save_path}: another run is training in this folder at this moment; give another --save_path"
     if is_first_process():
         with exclusive(place, busy):
@@ -241,7 +242,7 @@ def _run(args: argparse.Namespace, config: Config, data: Data, source: Checkpoin
     training = config.training
     records, keep = Records(args.save_path), KeepWork(args.save_path, training.save_every_minutes, training.keep_best)
     draws = training.pictures > 0 and training.objective == "diffusion"
-    callbacks = [records, *([Pictures(args.save_path, records)] if draws else []), WatchMovement(), keep]
+    callbacks = [records, WatchMovement(), keep, *([Pictures(args.save_path, records)] if draws else [])]
     trainer = make_trainer(args, config, callbacks)
     half, device = trainer.precision == "bf16-mixed", trainer.strategy.root_device
 

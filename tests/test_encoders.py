@@ -14,7 +14,7 @@ from downloads import FILES, phantom_download, put_in_hub_cache, read_by_open_cl
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_networks import noise, relative_error, scrambled
-from tiny import CLIP, MODELS, TRAIN, VAL, call
+from tiny import CLIP, MODELS, TRAIN, VAL, call, infer
 from torch import Tensor
 
 import ver_train
@@ -452,6 +452,11 @@ def test_hub_id_offline(hub: Path, world: Path, converted: Path, tmp_path: Path)
     with pytest.raises(MedSoftError, match=message):
         call(ver_train, *flags)
     assert not (tmp_path / "s" / "last.ckpt").exists()
+    with pytest.raises(MedSoftError, match=message):
+        infer(
+            converted, tmp_path / "out", "--data", world / "val", "--prompt", "x", "--biomedclip", f"hf-hub:{HUB_NAME}"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_hub_download_that_was_interrupted(download: Path, hub: Path) -> None:

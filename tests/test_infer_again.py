@@ -74,12 +74,26 @@ def test_interrupted_run_is_finished(
     assert (record(tmp_path / "out")["complete"], record(tmp_path / "out")["pictures"]) == (True, 5)
 
 
-@pytest.mark.parametrize("other", [["--seed", 1], ["--steps", 3], ["--prompt", "x"], ["sampling.differential=false"]])
+@pytest.mark.parametrize(
+    "other", [["--seed", 1], ["--steps", 3], ["--prompt", "x"], ["sampling.differential=false"], ["--exact"]]
+)
 def test_other_settings_are_refused(final: Path, results: Path, world: Path, other: list) -> None:
     before = (results / "inference.json").read_bytes()
     with pytest.raises(UsageError, match=r"holds the results of another run .*--overwrite"):
         infer(final, results, "--train_json", world / TRAIN, *other)
     assert (results / "inference.json").read_bytes() == before
+
+
+def test_changed_lesion_of_a_prompts_source_is_another_run(final: Path, world: Path, tmp_path: Path) -> None:
+    """It decides how large the mask is."""
+    shutil.copytree(world / "val", tmp_path / "val")
+    given = ["--data", world / "val", "--choose", "healthy", "--train_json", tmp_path / "val", "--limit", 1]
+    assert infer(final, tmp_path / "out", *given) == 0
+    (meta,) = metas(tmp_path / "out").values()
+    lesion = tmp_path / "val" / meta["prompt_from"] / "mask.png"
+    write_png(lesion, np.roll(read_image(lesion), 1, axis=0))
+    with pytest.raises(UsageError, match="holds the results of another run"):
+        infer(final, tmp_path / "out", *given)
 
 
 def test_changed_input_is_another_run(final: Path, world: Path, tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ def test_fault_in_one_of_two_processes_is_one_line(final: Path, world: Path, tmp
     ("flags", "message"),
     [
         (["--devices", "0"], "--devices and --num_nodes: expected at least 1"),
+        (["--exact", "--batch_size", "8"], "--exact draws one picture at a time; --batch_size does not go with it"),
         (["--sampler", "euler"], r"sampling\.sampler is 'euler', expected one of ddim, dpmpp_2m"),
         (["--precision", "fp8"], r"sampling\.precision is 'fp8', expected one of 32-true, bf16-true"),
         (["--guidance_interval", "0.8", "0.2"], r"sampling\.guidance_interval is \[0\.8, 0\.2\], expected two shares"),

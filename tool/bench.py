@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--steps", type=int, default=10, help="of whole pictures; 0 measures single calls only (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML (training, memory)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser
 
 
