@@ -53,7 +53,8 @@ class Checkpoint:
     @property
     def step(self) -> int | None:
         """Optimizer steps behind the weights, if the file says (ours, or Lightning's ``global_step``)."""
-        return self.about.get("step", self.rest.get("global_step"))
+        found = self.about.get("step", self.rest.get("global_step"))
+        return found if isinstance(found, int) else None
 
     @property
     def config(self) -> Config | None:
@@ -97,7 +98,7 @@ def _tensors_of(content: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
             state, inner = _tensors_of(content[name])
             if state:
                 return state, {**inner, **{key: value for key, value in content.items() if key != name}}
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     return state, {key: value for key, value in content.items() if key not in state}
 
 

@@ -247,7 +247,7 @@ def _verify_zip(path: Path) -> str:
                     while piece := handle.read(PIECE):
                         bar.update(len(piece))
             return f"CRC-32 of {len(archive.infolist())} records"
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:  # "encrypted" too
         raise MedSoftError(f"{path}: damaged, {record} ({error}); copy or download it again") from error
 
 

@@ -56,6 +56,25 @@ def flip_in_record(path: Path, ending: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- damage
 
 
+def test_record_marked_as_encrypted_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {"a": torch.ones(2)}}, path)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"PK\x01\x02")
+    content[place + 8] |= 1  # the flag in the table of contents
+    path.write_bytes(content)
+    with pytest.raises(MedSoftError, match=r"a\.ckpt: damaged, record .*encrypted"):
+        verify(path)
+
+
+def test_keys_that_are_no_names_are_no_tensors_of_ours(tmp_path: Path) -> None:
+    torch.save({0: torch.ones(2), "a": torch.ones(3), "global_step": 7.5}, tmp_path / "a.ckpt")
+    found = read_checkpoint(tmp_path / "a.ckpt")
+    assert list(found.state) == ["a"]
+    assert found.parts() == []
+    assert found.step is None
+
+
 def test_flipped_bit_in_a_tensor_is_found_and_named(tmp_path: Path) -> None:
     """torch.load reads such a file without a word: the CRC is looked at in conversion."""
     bad = tmp_path / "in.ckpt"
