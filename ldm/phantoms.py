@@ -5,7 +5,7 @@ however many others are made, and the healthy twin of a diseased phantom (``lesi
 for the lesion. Front (anterior) is left. Phantoms are made up and are no clinical evidence.
 
 How hard they are, measured by ``python tool/make_phantoms.py --calibrate`` (ResNet-18, 64 x 64 pixels, 320 test
-patients, 2 cores of an AMD EPYC): test AUC 0.924 with 35 diseased and 160 healthy patients, 0.967 with 700 and 700.
+patients, 2 cores of an AMD EPYC): test AUC 0.874 with 35 diseased and 160 healthy patients, 0.976 with 700 and 700.
 """
 
 import json
