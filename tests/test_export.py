@@ -177,9 +177,8 @@ def test_half_precision_file_names(theirs: Path, converted: Path, tmp_path: Path
         if form == "safetensors":
             save_file(state, file.with_suffix(".fp16.safetensors"))
         else:
-            torch.save(
-                state, file.with_name(file.stem.replace("model", "pytorch_model", file.stem == "model") + ".fp16.bin")
-            )
+            stem = {"model": "pytorch_model"}.get(file.stem, file.stem)
+            torch.save(state, file.with_name(f"{stem}.fp16.bin"))
     assert convert(theirs, tmp_path / "out.ckpt") == 0
     expected, found = read_checkpoint(converted).state, read_checkpoint(tmp_path / "out.ckpt").state
     assert all(torch.equal(value.half(), found[key].half()) for key, value in expected.items())
