@@ -150,13 +150,23 @@ def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
 
 
 def check_disjoint(sets: Sequence[ImageSet]) -> None:
-    """Raise MedSoftError, by name, when two sets share a patient or an identical picture."""
+    """Raise MedSoftError, by name, when two sets share a patient or an identical picture, or a picture was drawn on
+    a sample of another set."""
     rows = [
         Row(images.name, sample.sample_id, sample.patient_id, digest)
         for images in sets
         for sample, digest in zip(images.samples, images.hashes, strict=True)
     ]
     dataset_checks.check_disjoint(rows)
+    owners = {sample.sample_id: images.name for images in sets for sample in images.samples}
+    for images in sets:
+        own = {sample.sample_id for sample in images.samples}
+        for sample in images.samples:
+            if sample.parent_id in owners and sample.parent_id not in own:
+                raise MedSoftError(
+                    f"sample {sample.sample_id} of the {images.name} set was drawn on {sample.parent_id} of the "
+                    f"{owners[sample.parent_id]} set; a picture belongs to its parent's side: move it there"
+                )
 
 
 def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[ImageSet]) -> None:

@@ -170,6 +170,26 @@ def test_patient_on_both_sides_is_refused(world: dict, tmp_path: Path) -> None:
         run(world)
 
 
+@pytest.mark.parametrize(("child", "parent"), [("train", "test"), ("test", "train"), ("val", "train")])
+def test_picture_drawn_on_a_sample_of_another_set_is_refused(
+    world: dict, tmp_path: Path, child: str, parent: str
+) -> None:
+    """Pictures that were put among the real ones, without the patient that their parent belongs to."""
+    image = draw(np.random.default_rng(22), "osteolytic")
+    add_sample(tmp_path / child / "zz", "osteolytic", image, patient_id="unknown", parent_id=f"{parent}002")
+    with pytest.raises(
+        MedSoftError, match=f"sample zz of the {child} set was drawn on {parent}002 of the {parent} set"
+    ):
+        run(world)
+
+
+def test_synthetic_test_samples_are_noted(world: dict, tmp_path: Path) -> None:
+    meta = tmp_path / "test" / "test001" / "meta.json"
+    meta.write_text('{"patient_id": "someone", "synthetic": true}')
+    assert run(world) == 0
+    assert "1 of 8 test samples are synthetic" in metrics_of(world)["notes"][0]
+
+
 def test_identical_picture_in_train_and_test_is_refused(world: dict, tmp_path: Path) -> None:
     from PIL import Image
 
