@@ -73,7 +73,7 @@ def load_images(
     """
     from tqdm import tqdm
 
-    _require(name, source)
+    require_source(name, source)
     samples, rejects = load_samples(Path(source))
     kept, images, labels, hashes = [], [], [], []
     for sample in tqdm(samples, desc=f"reading {name}", leave=False, disable=None):
@@ -100,7 +100,8 @@ def load_images(
     return ImageSet(name, kept, np.stack(images), labels, hashes, rejects)
 
 
-def _require(name: str, source: str) -> None:
+def require_source(name: str, source: str) -> None:
+    """Raise MedSoftError, with what to put there, where the dataset that the key ``name`` names does not exist."""
     path = Path(source)
     if path.exists():
         return
@@ -289,10 +290,10 @@ def load_data(config: ClassifierConfig) -> Data:
     sources = {"train": config.train_json, "val": config.val_json, "test": config.test_json}
     for name, source in sources.items():
         if source:
-            _require(name, source)
+            require_source(name, source)
     duplicating = config.use_synthetic == DUPLICATE_REAL
     for folder in [] if duplicating else config.synthetic:
-        _require("synthetic", folder)
+        require_source("synthetic", folder)
     sizes = (config.img_size, config.task, config.channels)
     loaded = {n: load_images(n, s, *sizes) for n, s in sources.items() if s}
     train, val, test = loaded["train"], loaded["val"], loaded.get("test")

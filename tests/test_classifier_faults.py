@@ -1,5 +1,6 @@
 """What classifier.py refuses or reports, through its command line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,23 @@ def test_wrong_configurations_are_refused(world: dict, change: dict, message: st
     with pytest.raises(UsageError, match=message.replace("(", r"\(")):
         run(world | change)
     assert not Path(world["output_dir"], "metrics.json").exists()
+
+
+def test_folder_that_another_run_is_writing_is_left_alone(world: dict) -> None:
+    from ldm.locks import exclusive
+
+    with (
+        exclusive(Path(world["output_dir"], ".run.lock"), "free"),
+        pytest.raises(UsageError, match="another run is writing here at this moment"),
+    ):
+        run(world)
+    assert not list(Path(world["output_dir"]).iterdir())
+
+
+def test_file_in_the_place_of_the_output_folder_is_refused(world: dict) -> None:
+    Path(world["output_dir"]).write_text("a file")
+    with pytest.raises(UsageError, match="expected a folder for the results, found a file"):
+        run(world)
 
 
 def test_overrides_are_named_in_errors(world: dict) -> None:
@@ -229,6 +247,45 @@ def test_values_that_are_not_finite_stop_the_run(world: dict) -> None:
     with pytest.raises(MedSoftError, match=r"not finite|not a number"):
         run(world | {"lr": 1e30, "EPOCHS": 3})
     assert not Path(world["output_dir"], "classifier.safetensors").exists()
+
+
+class Malicious:
+    """A pickle that writes a file when it is loaded."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.target,))
+
+
+def test_malicious_pretrained_weights_are_not_run(world: dict, tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"conv1.weight": Malicious(tmp_path / "broken_in")}, tmp_path / "weights.pth")
+    with pytest.raises(MedSoftError, match="refused: not a file of plain tensors"):
+        run(world | {"pretrained": str(tmp_path / "weights.pth")})
+    assert not (tmp_path / "broken_in").exists()
+
+
+def test_blank_prompt_is_listed_and_skipped(world: dict, tmp_path: Path) -> None:
+    (tmp_path / "train" / "train001" / "prompt.txt").write_text("  \n")
+    assert run(world) == 3
+    (reject,) = rows_of(Path(world["output_dir"], "rejects.csv"))
+    assert reject["file"].endswith("prompt.txt")
+    assert metrics_of(world)["n_train_diseased"] == 5
+
+
+def test_byte_order_mark_in_the_json_is_read(world: dict, tmp_path: Path) -> None:
+    (tmp_path / "bom.json").write_text(json.dumps(world | {"Batch_Size": 1}), encoding="utf-8-sig")
+    with pytest.raises(UsageError, match=r"bom.json: Batch_Size must be at least 2"):
+        classifier.main(classifier.build_parser().parse_args([str(tmp_path / "bom.json")]))
+
+
+def test_missing_folder_to_predict_stops_before_training(world: dict, tmp_path: Path) -> None:
+    with pytest.raises(MedSoftError, match="nowhere: the folder that `predict` names does not exist"):
+        run(world | {"predict": [str(tmp_path / "nowhere")]})
+    assert not Path(world["output_dir"]).exists()
 
 
 @pytest.mark.parametrize(
