@@ -148,11 +148,10 @@ def _claim(config: ClassifierConfig, settings: dict[str, Any], run: str) -> None
     folder = config.output
     remove_partials(folder)
     present = [path for pattern in OWN_FILES for path in sorted(folder.glob(pattern))]
-    if present and not config.overwrite:
+    work = [path for path in present if path.name != "run.json"]  # a run that failed at its start leaves none
+    if work and not config.overwrite:
         if not (folder / "run.json").exists():
-            raise UsageError(
-                f"{present[0]}: already exists; set output_dir elsewhere, or overwrite: true to replace it"
-            )
+            raise UsageError(f"{work[0]}: already exists; set output_dir elsewhere, or overwrite: true to replace it")
         old = read_json(folder / "run.json")
         if old.get("run") == run:
             return

@@ -68,6 +68,8 @@ def check_model(model: str, pretrained: str | None) -> None:
 def _fetch(model: str, options: dict[str, int]) -> torch.nn.Module:
     import timm
 
+    log.info("fetching timm's weights of %s, unless they are in the hub's cache", model)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its attempts, without a network
     try:
         return timm.create_model(model, pretrained=True, **options)
     except Exception as error:  # whatever the hub's client and the network raise

@@ -119,7 +119,7 @@ def write_test(
         ("mistakes", "Worst mistakes", _mistakes_html(path, rows, test.images)),
     ]
     intro = (
-        "Research software, not for clinical use. The epoch was chosen on validation and the test set read once; "
+        f"Research software, not for clinical use. Epoch chosen by {metrics['chosen_by']}; the test set was read once; "
         f"P(disease) >= {metrics['threshold']:g} is called diseased. Intervals hold 95 % of "
         f"{metrics['resamples']} bootstrap resamples of the {metrics['n_test_patients']} test patients."
     )
