@@ -80,7 +80,11 @@ def load_images(
         label = label_of(sample, task)
         if need_label and not label:
             rejects.append(
-                Reject(sample.sample_id, sample.image.with_name("meta.json"), "diseased, but no lesion_type is given")
+                Reject(
+                    sample.sample_id,
+                    sample.image.with_name("meta.json"),
+                    "diseased, but its lesion_type is missing or healthy",
+                )
             )
             continue
         try:
@@ -125,7 +129,8 @@ def label_of(sample: Sample, task: str) -> str:
     """The class of a sample: healthy, diseased or its lesion type; "" where the lesion type is not known."""
     if sample.healthy:
         return HEALTHY
-    return DISEASED if task == "binary" else (sample.lesion_type or "").strip()
+    kind = (sample.lesion_type or "").strip()
+    return DISEASED if task == "binary" else "" if kind.lower() == HEALTHY else kind
 
 
 def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:

@@ -152,7 +152,7 @@ def test_class_with_one_sample_is_warned_about_and_trained(
     world: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = make_set(tmp_path / "rare", "rare", 5, 8, kinds=("healthy", "healthy", "healthy", "healthy", "osteolytic"))
-    assert run(world | {"train_json": str(folder)}) == 0
+    assert run(world | {"train_json": str(folder), "Batch_Size": 2}) == 0  # 5 samples: no batch of one is left over
     assert "train: only one sample of class diseased" in caplog.text
     assert metrics_of(world)["n_train_diseased"] == 1
 
@@ -266,11 +266,12 @@ def test_nothing_usable_left_stops(world: dict, tmp_path: Path) -> None:
         run(world)
 
 
-def test_type_task_rejects_diseased_without_type(world: dict, tmp_path: Path) -> None:
-    (tmp_path / "train" / "train001" / "meta.json").write_text("{}")
+@pytest.mark.parametrize("meta", ["{}", '{"lesion_type": " "}', '{"lesion_type": "Healthy"}'])
+def test_type_task_rejects_diseased_without_type(world: dict, tmp_path: Path, meta: str) -> None:
+    (tmp_path / "train" / "train001" / "meta.json").write_text(meta)
     assert run(world | {"task": "type"}) == 3
     rejects = rows_of(Path(world["output_dir"], "rejects.csv"))
-    assert "no lesion_type" in rejects[0]["reason"]
+    assert "lesion_type is missing or healthy" in rejects[0]["reason"]
 
 
 def test_values_that_are_not_finite_stop_the_run(world: dict) -> None:
