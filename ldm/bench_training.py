@@ -78,7 +78,8 @@ class Steps:
         net, prompts = self.stage.net, [PROMPT] * len(self.image)
         made = compute_features(net, self.clip, self.image, self.batch["mask"])
         found = {name: value.float() for kind in made.values() for name, value in kind.items()}
-        found["clip_text"] = self.clip.encode_text(prompts).float()
+        if "msc" in net.parts:
+            found["clip_text"] = self.clip.encode_text(prompts).float()
         if "text" in net.parts:
             found["text"] = net.cond_stage_model(prompts).float()
         return found
