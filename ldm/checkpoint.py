@@ -171,10 +171,15 @@ def parts_of(checkpoint: Checkpoint, parts: Iterable[str], config: Config, expec
         hint = _hint(checkpoint, parts, config)
         raise MedSoftError(f"{checkpoint.path}: does not fit this configuration: {'; '.join(problems)}. {hint}")
     check_architecture(checkpoint, parts, config)
-    bad = not_finite(offered)
-    if bad:
-        raise MedSoftError(f"{checkpoint.path}: {len(bad)} tensors hold NaN or infinite values, first {bad[0]}")
+    check_finite(offered, checkpoint.path)
     return offered
+
+
+def check_finite(state: dict[str, Tensor], path: str | Path) -> None:
+    """MedSoftError naming ``path`` and the first tensor of its ``state`` that holds NaN or infinite values."""
+    bad = not_finite(state)
+    if bad:
+        raise MedSoftError(f"{path}: {len(bad)} tensors hold NaN or infinite values, first {bad[0]}")
 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:

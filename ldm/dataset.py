@@ -156,7 +156,7 @@ def training_items(samples: Sequence[Sample], data: DataConfig) -> tuple[list[It
     for sample in samples:
         reason = drawable(sample)
         if reason:
-            rejects.append(Reject(sample.sample_id, str(sample.image), reason))
+            rejects.append(Reject(sample.sample_id, sample.image, reason))
         else:
             variants = data.healthy_masks if sample.healthy else data.diseased_crops
             items += [Item(sample, variant) for variant in range(variants)]

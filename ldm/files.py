@@ -173,6 +173,16 @@ def named_seed(*names: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
+def free_bytes(path: str | Path) -> int:
+    """What is free on the disk on which ``path`` lies, or will lie."""
+    return shutil.disk_usage(_existing(Path(path).absolute())).free
+
+
+def _existing(path: Path) -> Path:
+    """``path``, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def check_target(path: str | Path, size: int, *inputs: str | Path) -> None:
     """Before long work: raise unless ``path`` can be written, is none of ``inputs``, and ``size`` bytes have room.
 
@@ -182,12 +192,10 @@ def check_target(path: str | Path, size: int, *inputs: str | Path) -> None:
     for source in inputs:
         if Path(source).resolve() == path.resolve():
             raise UsageError(f"{path}: is also the input {source}; give another output path")
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing(path.absolute().parent)
     try:
         with tempfile.NamedTemporaryFile(prefix=PARTIAL_PREFIX, dir=folder):
-            free = shutil.disk_usage(folder).free
+            free = free_bytes(folder)
     except OSError as error:
         raise MedSoftError(f"{path}: cannot be written there ({folder}: {error.strerror or error})") from error
     if free < size:
