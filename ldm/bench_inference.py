@@ -77,11 +77,14 @@ def measure(config: Config, device: torch.device, args: argparse.Namespace) -> l
         name = f"picture, {args.steps} steps of DDIM with guidance"
         pictures = max(1, args.repeats // 4)
         compare(name, lambda: calls.our_picture(plain), lambda: calls.their_picture(args.steps), pictures, 1)
+    steps, reference = FAST["steps"], REFERENCE["steps"]
+    both = len(guided_steps(steps, FAST["guidance_interval"]))
     # Ours encodes the picture and the masked picture, diffusers the masked one alone.
-    both, steps = len(guided_steps(FAST["steps"], tuple(FAST["guidance_interval"]))), FAST["steps"]
-    ours = both * guided[0] + (steps - both) * prompted[0] + 2 * encoding[0] + decoding[0]
-    theirs = REFERENCE["steps"] * guided[1] + encoding[1] + decoding[1]
-    add(f"{steps} steps of 2M, {both} guided / {REFERENCE['steps']} of DDIM (sum of the calls)", ours, theirs)
+    ends, other_ends = 2 * encoding[0] + decoding[0], encoding[1] + decoding[1]
+    theirs = reference * guided[1] + other_ends
+    add(f"{reference} steps of DDIM with guidance (sum of the calls)", reference * guided[0] + ends, theirs)
+    fast = both * guided[0] + (steps - both) * prompted[0] + ends
+    add(f"{steps} steps of 2M, {both} guided / {reference} of DDIM (sum of the calls)", fast, theirs)
     return rows
 
 
