@@ -21,7 +21,7 @@ from ldm.checkpoint import Checkpoint, check_preparation, load_parts, read_check
 from ldm.config import Config, as_yaml, save_config
 from ldm.dataset import Item, StageData, sample_identity, training_items
 from ldm.dataset_checks import check_classes, check_disjoint, check_rejected, rows_of, warn_of_similar_prompts
-from ldm.devices import free_memory, is_first_on_node, is_first_process, resolve_precision
+from ldm.devices import free_memory, is_first_on_node, is_first_process, out_of_memory, resolve_precision
 from ldm.encoders import BiomedClip
 from ldm.errors import MedSoftError, UsageError
 from ldm.estimates import GIB, Disk, stage_disk, stage_memory
@@ -348,7 +348,7 @@ def _fit(
     except BaseException as error:
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)  # they would wait for this one for half an hour
-        if _out_of_memory(error):
+        if out_of_memory(error):
             raise MedSoftError(
                 f"out of memory at step {trainer.global_step} ({str(error).splitlines()[0]}); a smaller --batch_size "
                 "with training.accumulate, training.activation_checkpointing=true, --precision bf16-mixed help"
@@ -357,9 +357,3 @@ def _fit(
     keep.finish(trainer)
     log.info("%s: %d steps, complete", keep.path, trainer.global_step)
     return cli.SOME_REJECTED if data.rejects else cli.DONE
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
