@@ -123,15 +123,16 @@ def few(real: int, synthetic: int, dimensions: int) -> list[str]:
     said, fewest = [], min(real, synthetic)
     if fewest <= dimensions:
         said.append(
-            f"The Frechet distance is that of {fewest} pictures in {dimensions} dimensions: their covariance is singular, "
-            "and the number depends on how many they are more than on what they show. Compare it only with one of as "
-            f"many pictures; more than {dimensions} in each set are needed for more."
+            f"The Frechet distance is that of {fewest} pictures in {dimensions} dimensions: their covariance is "
+            "singular, and the number depends on how many they are more than on what they show. Compare it only with "
+            f"one of as many pictures; more than {dimensions} in each set are needed for more."
         )
     if fewest < 50:
         said.append(f"{fewest} pictures in the smaller set: kernel distance, density and coverage are rough.")
     if real <= 2 * (NEIGHBOURS + 1):
         said.append(
-            f"Density and coverage need more than {2 * (NEIGHBOURS + 1)} real pictures, {real} were given: not measured."
+            f"Density and coverage need more than {2 * (NEIGHBOURS + 1)} real pictures, {real} were given: not "
+            "measured."
         )
     return said
 
@@ -181,7 +182,7 @@ def text_agreement(clip: BiomedClip, lesions: Sequence[Lesion]) -> dict[str, Any
     kinds = [lesion.sample.lesion_type for lesion in lesions]
     texts = list(dict.fromkeys(prompts))
     place = torch.tensor([texts.index(prompt) for prompt in prompts])
-    kind_of = {prompt: kind for prompt, kind in zip(prompts, kinds, strict=True)}
+    kind_of = dict(zip(prompts, kinds, strict=True))
     cosines = image_embeddings(clip, batches(lesions)) @ text_embeddings(clip, texts).T  # (N, T)
     foreign = torch.tensor(
         [
@@ -284,7 +285,7 @@ def _lesion_features(clip: BiomedClip, lesions: Sequence[Lesion]) -> Tensor:
 def _nearest(
     lesions: Sequence[Lesion], features: Tensor, train: Sequence[Lesion], theirs: Tensor, name: str
 ) -> list[Neighbour]:
-    """Of each lesion, among training lesions of other patients (the parent's own patient has none but for real ones)."""
+    """Of each lesion its nearest training lesion; a training lesion's own patient does not count."""
     same = lesions is train
     cosines, found = features @ theirs.T, []
     for row, lesion in enumerate(tqdm(lesions, desc=name, leave=False, disable=None)):

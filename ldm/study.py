@@ -1,4 +1,4 @@
-"""What the cells of a study say together: means, paired differences, intervals, a plot and a careful sentence. No torch.
+"""What the cells of a study say together: means, paired differences, intervals, a plot, careful sentences. No torch.
 
 A cell is one classifier: (world, arm, ratio, seed). A world is the unit of chance: classifier seeds are averaged within
 it first, and intervals are Student's t over worlds.
@@ -208,8 +208,8 @@ def paragraph(study: Study) -> str:
             parts.append(_sentence(treatment, other, change))
     if compared.ratio is None:
         parts.append(
-            "The ratio was chosen in these very worlds, and other settings may have been: they suggest, and only worlds "
-            "that nothing was tuned on can confirm."
+            "The ratio was chosen in these very worlds, and other settings may have been: they suggest, and only "
+            "worlds that nothing was tuned on can confirm."
         )
     parts.append(
         "One comparison is the claim; all others are looks at the same worlds, and their intervals are not widened for "

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import tiny
+from tiny import evaluate
 
-import evaluate
 from ldm.errors import MedSoftError, UsageError
 from ldm.images import read_image, write_png
 from ldm.phantoms import write_dataset
@@ -51,19 +51,23 @@ def test_honest_samples_are_no_copies_and_like_real_ones(real: Path, honest: Pat
     assert run(real, honest, out) == 0
     numbers = found(out)
     assert numbers["pictures"] == {"real": 30, "synthetic": 40, "train": 30}
-    assert numbers["copies"]["count"] == 0 and json.loads((out / "copies.json").read_text()) == []
+    assert numbers["copies"]["count"] == 0
+    assert json.loads((out / "copies.json").read_text()) == []
     assert numbers["copies"]["nearer_than_95_percent_of_real"] < 0.25
-    assert numbers["extractor"]["dimensions"] == 64 and len(numbers["extractor"]["fingerprint"]) == 64
-    assert "30 pictures in 64 dimensions" in numbers["warnings"][0] and "rough" in numbers["warnings"][1]
+    assert numbers["extractor"]["dimensions"] == 64
+    assert len(numbers["extractor"]["fingerprint"]) == 64
+    assert "30 pictures in 64 dimensions" in numbers["warnings"][0]
+    assert "rough" in numbers["warnings"][1]
     for name, each in numbers["distances"].items():
-        assert each["low"] < each["value"] < each["high"], name
+        assert each["low"] <= each["value"] <= each["high"], name
     assert numbers["distances"]["coverage"]["value"] > 0.6
     # Own prompts fit better than those of other lesion types: the stand-in knows lesions.
     assert numbers["text"]["synthetic"]["own_is_closer"]["low"] > 0.5
     assert numbers["text"]["synthetic"]["difference"]["low"] > 0
     assert numbers["parents"] == numbers["parents"] | {"compared": 0, "without_parent": 40}
     page = (out / "report.html").read_text()
-    assert "Distances" in page and numbers["extractor"]["fingerprint"][:16] in page
+    assert "Distances" in page
+    assert numbers["extractor"]["fingerprint"][:16] in page
     for name in ("closest_pairs.png", "lesions.png"):
         assert cv2.imread(str(out / name)) is not None
     assert (out / "neighbours.csv").read_text().count("\n") == 41
@@ -78,7 +82,8 @@ def test_other_pictures_are_farther_away(real: Path, honest: Path, tmp_path: Pat
     assert run(real, blurred, tmp_path / "b") in (0, 3)
     near, far = (found(tmp_path / name)["distances"] for name in "ab")
     for name in ("frechet", "kernel"):
-        assert far[name]["value"] > 2 * near[name]["value"] and far[name]["low"] > near[name]["value"]
+        assert far[name]["value"] > 2 * near[name]["value"]
+        assert far[name]["low"] > near[name]["value"]
     assert far["coverage"]["value"] < near["coverage"]["value"]
     numbers = [found(tmp_path / name)["lesions"]["texture"] for name in "ab"]
     assert numbers[1]["wasserstein"] > numbers[0]["wasserstein"]
@@ -88,10 +93,10 @@ def paste(lesion: Path, healthy: Path, target: Path, rng: np.random.Generator) -
     """A training lesion in another patient's healthy spine, brighter, noisier and elsewhere: a memorised drawing."""
     shutil.copytree(healthy, target)
     source, mask = read_image(lesion / "image.png"), read_image(lesion / "mask.png") > 0
-    image, anatomy = read_image(target / "image.png"), read_image(target / "anatomy.png")
+    image, anatomy = read_image(target / "image.png").copy(), read_image(target / "anatomy.png")
     rows, columns = np.nonzero(mask)
     centre = np.argwhere(anatomy == 1).mean(axis=0)
-    down, right = (int(round(c - x.mean())) for c, x in zip(centre, (rows, columns), strict=True))
+    down, right = (round(c - x.mean()) for c, x in zip(centre, (rows, columns), strict=True))
     pixels = 0.8 * source[mask].astype(float) + 30 + rng.normal(0, 3, mask.sum())
     new = np.zeros(image.shape, np.uint8)
     image[rows + down, columns + right] = np.clip(pixels, 0, 255)
@@ -121,7 +126,8 @@ def test_planted_copies_are_caught_and_nothing_else(real: Path, honest: Path, tm
     before = {path.name for path in planted.iterdir()}
     assert run(real, planted, out, "--quarantine") == 3
     moved = {path.name for path in (tmp_path / "results_quarantine").iterdir()}
-    assert moved == set(expected) and {path.name for path in planted.iterdir()} == before - moved
+    assert moved == set(expected)
+    assert {path.name for path in planted.iterdir()} == before - moved
     assert run(real, planted, out, "--overwrite") == 0
 
 
@@ -129,12 +135,15 @@ def test_drawn_results_are_compared_with_their_parents(world: Path, results: Pat
     out = tmp_path / "out"
     assert run(world / "data", results, out, "--train_json", world / tiny.TRAIN) in (0, 3)
     numbers = found(out)
-    assert numbers["parents"]["compared"] == len(diseased(results)) and numbers["parents"]["without_parent"] == 0
+    assert numbers["parents"]["compared"] == len(diseased(results))
+    assert numbers["parents"]["without_parent"] == 0
     assert numbers["parents"]["outside"]["unchanged_pictures"] == 1.0
     assert numbers["parents"]["outside"]["ssim"]["value"] == pytest.approx(1, abs=1e-6)
     assert numbers["parents"]["outside"]["psnr"] is None  # nothing differs there
-    assert numbers["parents"]["inside"]["ssim"]["value"] < 0.95 and numbers["parents"]["inside"]["psnr"]["value"] < 40
-    assert any("not measured" in text for text in numbers["warnings"]) and "density" not in numbers["distances"]
+    assert numbers["parents"]["inside"]["ssim"]["value"] < 0.95
+    assert numbers["parents"]["inside"]["psnr"]["value"] < 40
+    assert any("not measured" in text for text in numbers["warnings"])
+    assert "density" not in numbers["distances"]
 
 
 def test_the_same_again_is_complete_and_others_need_overwrite(
@@ -147,7 +156,8 @@ def test_the_same_again_is_complete_and_others_need_overwrite(
         shutil.copytree(folder, few / folder.name)
     assert run(real, few, out) == 0
     made = (out / "evaluation.json").stat().st_mtime_ns
-    assert run(real, few, out) == 0 and "already complete" in caplog.text
+    assert run(real, few, out) == 0
+    assert "already complete" in caplog.text
     assert (out / "evaluation.json").stat().st_mtime_ns == made
     shutil.rmtree(few / diseased(few)[0].name)
     with pytest.raises(UsageError, match="holds the evaluation of other samples or settings; --overwrite replaces it"):
@@ -188,12 +198,12 @@ def test_wrong_usage_is_refused(real: Path, honest: Path, tmp_path: Path) -> Non
         run(real, honest, tmp_path / "out", "--train_json", tmp_path / "nowhere")
     with pytest.raises(UsageError, match="REAL and SYNTH are the same"):
         run(real, real, tmp_path / "out")
-    with pytest.raises(UsageError, match="unknown key data.sise"):
+    with pytest.raises(UsageError, match=r"unknown key data.sise"):
         run(real, honest, tmp_path / "out", "data.sise=3")
     (tmp_path / "file").write_text("[]")
     with pytest.raises(UsageError, match="file is a file; copies are moved out of a results folder"):
         run(real, tmp_path / "file", tmp_path / "out", "--quarantine")
-    with pytest.raises(UsageError, match="--output_dir .*file: expected a folder, found a file"):
+    with pytest.raises(UsageError, match=r"--output_dir .*file: expected a folder, found a file"):
         run(real, honest, tmp_path / "file")
     assert not (tmp_path / "out").exists()
 
@@ -205,10 +215,10 @@ def test_sources_without_lesions_and_other_encoders_are_refused(real: Path, hone
         run(real, healthy, tmp_path / "out")
     with pytest.raises(MedSoftError, match="healthy: expected at least 1 diseased samples"):
         run(real, honest, tmp_path / "out", "--train_json", healthy)
-    with pytest.raises(MedSoftError, match="biomedclip.grid is 10, the configuration expects 14"):
+    with pytest.raises(MedSoftError, match=r"biomedclip.grid is 10, the configuration expects 14"):
         run(real, honest, tmp_path / "out", "biomedclip.grid=14", "msc.width=768")
     with pytest.raises(MedSoftError, match="BiomedCLIP folder not found"):
-        run(real, honest, tmp_path / "out", "--biomedclip", tmp_path)
+        run(real, honest, tmp_path / "out", "--biomedclip", tmp_path / "none")
     assert not (tmp_path / "out").exists()
 
 

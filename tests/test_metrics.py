@@ -50,7 +50,9 @@ def test_frechet_distance_of_a_set_with_itself_is_0_and_grows_with_noise(count: 
     assert frechet_distance(first, first) < 1e-6 * spread
     noise = features(3, count)
     grown = [frechet_distance(first, first + level * noise) for level in (0.0, 0.1, 0.3, 1.0, 3.0)]
-    assert grown == sorted(grown) and grown[1] > 1e-4 * spread and grown[4] > spread
+    assert grown == sorted(grown)
+    assert grown[1] > 1e-4 * spread
+    assert grown[4] > spread
 
 
 def test_kernel_distance_is_the_unbiased_squared_mmd_of_a_cubic_kernel() -> None:
@@ -63,7 +65,8 @@ def test_kernel_distance_is_the_unbiased_squared_mmd_of_a_cubic_kernel() -> None
     own = sum((kernel(x, x).sum() - kernel(x, x).trace()) / (n * (n - 1)) for x in (first, second))
     assert kernel_distance(first, second) == pytest.approx(float(own - 2 * kernel(first, second).mean()), rel=1e-6)
     grown = [kernel_distance(first, first + shift) for shift in (0.0, 1.0, 3.0)]
-    assert grown == sorted(grown) and grown[0] < grown[2] / 100
+    assert grown == sorted(grown)
+    assert grown[0] < grown[2] / 100
     assert math.isfinite(kernel_distance(first, features(2, 17)))  # of another size
 
 
@@ -113,7 +116,8 @@ def test_mean_with_a_bootstrap_interval() -> None:
     found = mean_of(values.tolist())
     assert found.value == pytest.approx(values.mean())
     assert found.high - found.low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.2)
-    assert mean_of([]) is None and mean_of([2.0]).low is None
+    assert mean_of([]) is None
+    assert mean_of([2.0]).low is None
 
 
 # ------------------------------------------------------------------------------------------------------ likeness
@@ -126,7 +130,8 @@ def test_likeness_looks_at_the_region_only() -> None:
     second[:10] = rng.uniform(0, 1, (10, 40))
     region[20:] = True
     ssim, psnr = likeness(first, second, region)
-    assert ssim == pytest.approx(1, abs=1e-6) and psnr == math.inf
+    assert ssim == pytest.approx(1, abs=1e-6)
+    assert psnr == math.inf
     above = np.zeros_like(region)
     above[:10] = True
     ssim, psnr = likeness(first, second, above)

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import yaml
 from scipy import stats
+from tiny import make_phantoms, study
 
 import classifier
 import dataset_infer
@@ -30,9 +31,6 @@ from ldm.study import Cell, Comparison, Study, Treatment, interval, paragraph, r
 
 ROOT = tiny.ROOT
 SCRIPT = ROOT / "tool" / "study.py"
-
-import make_phantoms  # noqa: E402  (tiny puts tool/ on the path)
-import study  # noqa: E402
 
 SHIPPED = ("configs/study_phantom.yaml", "configs/study_phantom_confirmation.yaml")
 SMALL = {
@@ -81,6 +79,7 @@ GENERATOR = {"checkpoint": "a.ckpt", "model": "models/phantom.yaml"}
         ({"worlds": {"a/b": dict.fromkeys(("train_json", "val_json", "test_json"), "x")}}, "names of letters, digits"),
         ({"phantoms": {"healthy": 3}}, "phantoms: expected the keys diseased, fractions, healthy"),
         ({"phantoms": SMALL["phantoms"] | {"healthy": "8"}}, "phantoms: expected whole numbers of at least 0, found"),
+        ({"phantoms": SMALL["phantoms"] | {"fractions": 0.6}}, "phantoms.fractions: expected three shares, found 0.6"),
         ({"arms": {"real": {"uses": "mix"}}}, "arms.real: unknown key uses"),
         (
             {"arms": {"a": {"use": "mixed"}}},
@@ -118,10 +117,10 @@ def test_faults_of_a_study_are_named(write_study, change: dict[str, Any], messag
 
 
 def test_files_that_are_no_study(tmp_path: Path) -> None:
-    with pytest.raises(MedSoftError, match="nowhere.yaml: this study does not exist"):
+    with pytest.raises(MedSoftError, match=r"nowhere.yaml: this study does not exist"):
         study.load_design(tmp_path / "nowhere.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
-    with pytest.raises(UsageError, match="broken.yaml: not readable as YAML"):
+    with pytest.raises(UsageError, match=r"broken.yaml: not readable as YAML"):
         study.load_design(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UsageError, match="expected the keys name"):
@@ -132,9 +131,8 @@ def test_command_line_ends_with_one_line_and_code_2(write_study) -> None:
     path = write_study(colour=1)
     done = subprocess.run([sys.executable, SCRIPT, path], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert (
-        done.stderr.startswith(f"error: {path}: unknown key colour; known here: name") and done.stderr.count("\n") == 1
-    )
+    assert done.stderr.startswith(f"error: {path}: unknown key colour; known here: name")
+    assert done.stderr.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------- the plans
@@ -176,7 +174,8 @@ def test_development_confirmation_test_and_base_share_no_phantom_world() -> None
     assert max(map(int, seeds)) < 90_000  # the phantom base's worlds begin there
     ours, theirs = ({arm.name: arm for arm in design.arms} for design in designs)
     assert ours.keys() == theirs.keys()
-    assert designs[0].generators == designs[1].generators and designs[0].set == designs[1].set
+    assert designs[0].generators == designs[1].generators
+    assert designs[0].set == designs[1].set
 
 
 def test_generator_stages_start_where_they_must(write_study) -> None:
@@ -198,7 +197,8 @@ def test_generator_stages_start_where_they_must(write_study) -> None:
     }
     trained = [name for name, line in runs.items() if "data.feather=0" in line]
     assert trained == [*(Path(s.split()[0]).stem for s in given["g"]["stages"] if s != "merge"), "draw"]
-    assert "training.max_epochs=2" in runs["phantom_stage2_2"] and "--limit" in runs["draw"]
+    assert "training.max_epochs=2" in runs["phantom_stage2_2"]
+    assert "--limit" in runs["draw"]
 
 
 def test_worlds_of_annotation_files_are_used_as_they_are(write_study, world: Path) -> None:
@@ -259,13 +259,15 @@ def test_a_killed_study_goes_on_and_runs_each_cell_once(write_study, tmp_path: P
     for pid in [first.pid, *map(int, children)]:
         subprocess.run(["kill", "-9", str(pid)], check=True)
     first.wait(60)
-    assert first.returncode == -signal.SIGKILL and begun.exists()
+    assert first.returncode == -signal.SIGKILL
+    assert begun.exists()
     assert not (out / "study.md").exists()
 
     second = launch(path)
     said = second.communicate(timeout=300)[0]
     assert second.returncode == 0, said
-    assert "phantoms ... already done" in said and "study.md: 2 of 2 cells" in said
+    assert "phantoms ... already done" in said
+    assert "study.md: 2 of 2 cells" in said
     made = {file: file.stat().st_mtime_ns for file in out.glob("world_3/cells/*/metrics.json")}
     assert len(made) == 2
     rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
@@ -276,7 +278,8 @@ def test_a_killed_study_goes_on_and_runs_each_cell_once(write_study, tmp_path: P
 
     third = launch(path)
     said = third.communicate(timeout=120)[0]
-    assert third.returncode == 0 and said.count("already done") == 5
+    assert third.returncode == 0
+    assert said.count("already done") == 5
     assert {file: file.stat().st_mtime_ns for file in made} == made
 
 
@@ -286,7 +289,8 @@ def test_a_failing_cell_stops_the_study_with_its_code(write_study, world: Path, 
     done = launch(path)
     said = done.communicate(timeout=60)[0]
     assert done.returncode == 2
-    assert "error: step real_seed0 failed (exit code 2)" in said and f"go on with: python tool/study.py {path}" in said
+    assert "error: step real_seed0 failed (exit code 2)" in said
+    assert f"go on with: python tool/study.py {path}" in said
 
 
 def test_collecting_before_anything_ran_says_so(write_study) -> None:
@@ -394,7 +398,8 @@ def test_the_paragraph_says_what_the_interval_supports(gain: float, noise: float
 
 def test_one_world_or_none_shows_nothing() -> None:
     single = Study([c for c in made(0.3).cells if c.world == "w1"], Comparison("real", "duplicated", "ours"))
-    assert "a difference is not shown (one world)" in paragraph(single) and "is shown" not in paragraph(single)
+    assert "a difference is not shown (one world)" in paragraph(single)
+    assert "is shown" not in paragraph(single)
     assert paragraph(Study([], Comparison("real", "dup", "ours"))).startswith("Nothing can be said yet")
 
 
@@ -415,10 +420,10 @@ def test_metrics_that_are_none_of_a_tested_classifier_are_refused(tmp_path: Path
         {"test": {"f1": {"value": 1}}, "validation": {"auc": 1}},
     ):
         write_json(tmp_path / "metrics.json", content)
-        with pytest.raises(MedSoftError, match="metrics.json: not the metrics of a tested classifier"):
+        with pytest.raises(MedSoftError, match=r"metrics.json: not the metrics of a tested classifier"):
             read_cell(tmp_path, "w", Treatment("real"), 0)
     (tmp_path / "metrics.json").write_text("{")
-    with pytest.raises(MedSoftError, match="metrics.json: not valid JSON"):
+    with pytest.raises(MedSoftError, match=r"metrics.json: not valid JSON"):
         read_cell(tmp_path, "w", Treatment("real"), 0)
 
 
@@ -437,10 +442,7 @@ def test_the_report_holds_every_cell_and_the_difference(write_study, tmp_path: P
     assert len((out / "results.csv").read_text().splitlines()) == 1 + 3 * 2 * 2
     text = (out / "study.md").read_text()
     assert "| duplicated at 1 | real | +0.200 (+0.200 to +0.200) | 3 | higher |" in text
-    assert (
-        "12 of 12 cells are finished. Commit " in text
-        and "duplicated at 1 minus real, changes the test AUC by +0.200" in text
-    )
-    assert (out / "dose_response.png").read_bytes().startswith(b"\x89PNG") and "<table>" in (
-        out / "study.html"
-    ).read_text()
+    assert "12 of 12 cells are finished. Commit " in text
+    assert "duplicated at 1 minus real, changes the test AUC by +0.200" in text
+    assert (out / "dose_response.png").read_bytes().startswith(b"\x89PNG")
+    assert "<table>" in (out / "study.html").read_text()

@@ -4,7 +4,7 @@
 
 REAL and SYNTH are dataset folders or annotation files; their diseased samples are compared, each as the model's crop
 around its lesion. Into OUTPUT_DIR: evaluation.json, report.html, closest_pairs.png, lesions.png, neighbours.csv (the
-nearest training lesion of every synthetic one), copies.json, rejects.json. Exit code 3 when there are copies or rejects.
+nearest training lesion of every synthetic one), copies.json, rejects.json. Exit code 3: there are copies or rejects.
 """
 
 import argparse
@@ -261,61 +261,62 @@ def pair_sheet(pairs: "list[Neighbour]", threshold: float) -> "np.ndarray":
 
 def write_page(folder: Path, found: dict[str, Any], check: "CopyCheck") -> None:
     """report.html."""
-    from ldm.evaluation import MEASURES
     from ldm.files import write_text
     from ldm.report import image, page, table
 
-    warnings = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in found["warnings"])
-    extractor = found["extractor"]
-    named = html.escape(f"{extractor['name']} ({extractor['folder']}, SHA-256 {extractor['fingerprint'][:16]}…)")
-    distances = [[n, shown(d), d["between_halves_of_real"]] for n, d in found["distances"].items()]
-    parents = found["parents"]
-    likeness = [
-        [f"{key} {place}", shown(parents[place][key])] for place in ("outside", "inside") for key in ("ssim", "psnr")
-    ]
     texts = [[who, *(shown(each) for each in (known or {}).values())] for who, known in found["text"].items()]
-    rows = [
-        [
-            label,
-            *(", ".join(f"{q:.3f}" for q in found["lesions"][n][f"{who}_quartiles"]) for who in ("real", "synthetic")),
-        ]
-        + [found["lesions"][n]["wasserstein"]]
-        for n, label in MEASURES.items()
-    ]
-    numbers = copy_numbers(check)
+    numbers = [[name.replace("_", " "), value] for name, value in copy_numbers(check).items()]
     sections = [
-        (
-            "distances",
-            "Distances",
-            f"{warnings}{table(['', 'real and synthetic', 'two halves of the real ones'], distances)}"
-            f'<p class="note">Features: {named}. Intervals by half-samples.</p>',
-        ),
-        (
-            "parents",
-            "Against the parent",
-            table(
-                ["", "mean"],
-                [*likeness, ["unchanged outside, share of pictures", parents["outside"]["unchanged_pictures"]]],
-            )
-            + f'<p class="note">{parents["compared"]} pictures; {parents["without_parent"]} name no parent. PSNR in dB, of '
-            "pictures that differ there at all.</p>",
-        ),
+        ("distances", "Distances", distances_html(found)),
+        ("parents", "Against the parent", parents_html(found["parents"])),
         ("text", "Text and picture", table(["", "own prompt", "other prompts", "difference", "own is closer"], texts)),
-        (
-            "lesions",
-            "Lesions",
-            table(["quartiles", "real", "synthetic", "Wasserstein-1"], rows)
-            + image("lesions.png", "histograms", "plot"),
-        ),
-        (
-            "copies",
-            "Copies",
-            table(["", ""], [[name.replace("_", " "), value] for name, value in numbers.items()])
-            + image("closest_pairs.png", "closest pairs", "sheet"),
-        ),
+        ("lesions", "Lesions", lesions_html(found["lesions"]) + image("lesions.png", "histograms", "plot")),
+        ("copies", "Copies", table(["", ""], numbers) + image("closest_pairs.png", "closest pairs", "sheet")),
     ]
     counts = ", ".join(f"{count} {name}" for name, count in found["pictures"].items())
     write_text(folder / "report.html", page("Real and synthetic lesions", sections, f"Diseased samples: {counts}."))
+
+
+def distances_html(found: dict[str, Any]) -> str:
+    from ldm.report import table
+
+    warnings = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in found["warnings"])
+    known = found["extractor"]
+    named = html.escape(f"{known['name']} ({known['folder']}, SHA-256 {known['fingerprint'][:16]}…)")
+    rows = [[name, shown(each), each["between_halves_of_real"]] for name, each in found["distances"].items()]
+    shown_ = table(["", "real and synthetic", "two halves of the real ones"], rows)
+    return f'{warnings}{shown_}<p class="note">Features: {named}. Intervals by half-samples.</p>'
+
+
+def parents_html(found: dict[str, Any]) -> str:
+    from ldm.report import table
+
+    places = [(key, place) for place in ("outside", "inside") for key in ("ssim", "psnr")]
+    rows = [[f"{key} {place}", shown(found[place][key])] for key, place in places]
+    rows.append(["unchanged outside, share of pictures", found["outside"]["unchanged_pictures"]])
+    note = (
+        f"{found['compared']} pictures; {found['without_parent']} name no parent. PSNR in dB, of pictures that differ."
+    )
+    return f'{table(["", "mean"], rows)}<p class="note">{note}</p>'
+
+
+def lesions_html(found: dict[str, Any]) -> str:
+    from ldm.evaluation import MEASURES
+    from ldm.report import table
+
+    rows = [
+        [
+            label,
+            *(quartiles(found[name][f"{who}_quartiles"]) for who in ("real", "synthetic")),
+            found[name]["wasserstein"],
+        ]
+        for name, label in MEASURES.items()
+    ]
+    return table(["quartiles", "real", "synthetic", "Wasserstein-1"], rows)
+
+
+def quartiles(values: list[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def shown(estimate: dict[str, Any] | None) -> str:

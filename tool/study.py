@@ -3,9 +3,9 @@
     python tool/study.py configs/study_phantom.yaml
 
 A world is one set of patients (a phantom seed, or annotation files of yours), a generator one way of training and
-drawing, an arm one way of training the classifier, a cell one classifier. Every cell runs once; started again, the study
-goes on. Into the YAML's output_dir: results.csv (a row a cell), study.md and study.html (means, paired differences, what
-they support), dose_response.png. All paths are relative to the repository root.
+drawing, an arm one way of training the classifier, a cell one classifier. Every cell runs once; started again, the
+study goes on. Into the YAML's output_dir: results.csv (a row a cell), study.md and study.html (means, paired
+differences, what they support), dose_response.png. All paths are relative to the repository root.
 """
 
 import argparse
@@ -395,20 +395,20 @@ def parse_worlds(worlds: Any, phantoms: dict[str, Any], output_dir: str, where: 
     wanted = {*PHANTOM_COUNTS, "fractions"}
     if set(phantoms) != wanted:
         raise UsageError(f"{where}phantoms: expected the keys {', '.join(sorted(wanted))}, found {phantoms!r}")
-    counts = dict(
-        zip(PHANTOM_COUNTS, whole_numbers([phantoms[k] for k in PHANTOM_COUNTS], f"{where}phantoms: ", False))
-    )
-    return tuple(phantom_world(seed, counts, phantoms["fractions"], output_dir) for seed in seeds)
+    if not isinstance(phantoms["fractions"], list) or len(phantoms["fractions"]) != 3:
+        raise UsageError(f"{where}phantoms.fractions: expected three shares, found {phantoms['fractions']!r}")
+    whole_numbers([phantoms[key] for key in PHANTOM_COUNTS], f"{where}phantoms: ", different=False)
+    return tuple(phantom_world(seed, phantoms, output_dir) for seed in seeds)
 
 
-def phantom_world(seed: int, counts: dict[str, int], fractions: Any, output_dir: str) -> World:
+def phantom_world(seed: int, counts: dict[str, Any], output_dir: str) -> World:
     """Patients to train and validate on, split by patient, and many others to test on."""
     name, home = f"world_{seed}", f"{output_dir}/world_{seed}"
     make = ["tool/make_phantoms.py", "--output_dir"]
     own = [f"{home}/phantoms", "--seed", seed, "--healthy", counts["healthy"], "--diseased", counts["diseased"]]
     test = [f"{home}/test", "--seed", seed + TEST_WORLDS, "--healthy", counts["test_healthy"]]
     split = ["ver_openImagesDatasets.py", "--root_dir", f"{home}/phantoms", "--output_file", f"{home}/annotations.json"]
-    split += ["--fractions", *(fractions if isinstance(fractions, list) else [fractions])]
+    split += ["--fractions", *counts["fractions"]]
     steps = (
         command("phantoms", [*make, *map(str, own)], f"{home}/phantoms/phantoms.json"),
         command("prepare", [str(word) for word in split], f"{home}/annotations_train.json"),
