@@ -51,6 +51,7 @@ COPY_SIDE = 64  # pixels of the crops in which copies are looked for
 CANDIDATES = 10  # nearest training lesions whose pixels are compared
 REACH = 3  # pixels a lesion may have moved
 UNCALIBRATED = 0.95  # threshold without two training patients to compare
+FULLY = 0.999  # of a soft mask: the lesion without its feather, where a composite holds nothing of the original
 RING = 5  # pixels around a lesion that its contrast is measured against
 SSIM_REACH = 5  # half of SSIM's window
 
@@ -72,7 +73,7 @@ class Lesion:
         side = min(COPY_SIDE, self.image.shape[-1])
         grey = F.interpolate(self.image.mean(dim=0)[None, None], size=(side, side), mode="area")[0, 0]
         mask = F.adaptive_max_pool2d(self.mask[None], side)[0, 0]
-        return grey.numpy(), (mask >= 0.5).numpy()
+        return grey.numpy(), (mask >= FULLY).numpy()
 
 
 def read_lesions(samples: Sequence[Sample], data: DataConfig, name: str) -> tuple[list[Lesion], list[Reject]]:
@@ -279,7 +280,7 @@ def check_copies(clip: BiomedClip, synthetic: Sequence[Lesion], train: Sequence[
 def _lesion_features(clip: BiomedClip, lesions: Sequence[Lesion]) -> Tensor:
     """Features of the lesion with everything around it hidden, of length 1."""
     masks = [torch.stack([each.mask for each in lesions[i : i + BATCH]]) for i in range(0, len(lesions), BATCH)]
-    return F.normalize(crop_features(clip, batches(lesions), [mask < 0.5 for mask in masks]), dim=1)
+    return F.normalize(crop_features(clip, batches(lesions), [mask < FULLY for mask in masks]), dim=1)
 
 
 def _nearest(

@@ -90,14 +90,14 @@ def test_other_pictures_are_farther_away(real: Path, honest: Path, tmp_path: Pat
 
 
 def paste(lesion: Path, healthy: Path, target: Path, rng: np.random.Generator) -> None:
-    """A training lesion in another patient's healthy spine, brighter, noisier and elsewhere: a memorised drawing."""
+    """A training lesion in another patient's healthy spine, brighter, a little noisier and elsewhere: a memorised drawing."""
     shutil.copytree(healthy, target)
     source, mask = read_image(lesion / "image.png"), read_image(lesion / "mask.png") > 0
     image, anatomy = read_image(target / "image.png").copy(), read_image(target / "anatomy.png")
     rows, columns = np.nonzero(mask)
     centre = np.argwhere(anatomy == 1).mean(axis=0)
     down, right = (round(c - x.mean()) for c, x in zip(centre, (rows, columns), strict=True))
-    pixels = 0.8 * source[mask].astype(float) + 30 + rng.normal(0, 3, mask.sum())
+    pixels = 0.8 * source[mask].astype(float) + 30 + rng.normal(0, 1.5, mask.sum())
     new = np.zeros(image.shape, np.uint8)
     image[rows + down, columns + right] = np.clip(pixels, 0, 255)
     new[rows + down, columns + right] = 255

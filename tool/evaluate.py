@@ -238,6 +238,7 @@ def pair_sheet(pairs: "list[Neighbour]", threshold: float) -> "np.ndarray":
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
+    from ldm.evaluation import FULLY
     from ldm.report import colour
 
     gap, caption, head = 10, 24, 30
@@ -251,7 +252,7 @@ def pair_sheet(pairs: "list[Neighbour]", threshold: float) -> "np.ndarray":
         text = f"{words}: correlation {pair.correlation:.3f}, cosine {pair.cosine:.3f}; {pair.lesion.sample.sample_id}"
         draw.text((gap, top), text, "#c62828" if words == "COPY" else "#1c2733", ImageFont.load_default(14))
         crops = [lesion.image.mean(dim=0).numpy() / 2 + 0.5 for lesion in (pair.lesion, pair.match)]
-        masks = [lesion.mask[0].numpy() >= 0.5 for lesion in (pair.lesion, pair.match)]
+        masks = [lesion.mask[0].numpy() >= FULLY for lesion in (pair.lesion, pair.match)]
         alone = [np.where(mask, crop, 1.0) for crop, mask in zip(crops, masks, strict=True)]
         for column, crop in enumerate([*crops, *alone]):
             tile = Image.fromarray(colour(crop)).resize((TILE, TILE), Image.Resampling.NEAREST)
