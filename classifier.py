@@ -1,12 +1,19 @@
 """Train, test and apply the diagnosis classifier described by a JSON file."""
 
 import argparse
+import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import ver_openImagesDatasets
 from ldm import cli
 from ldm.errors import UsageError
 
+if TYPE_CHECKING:
+    from ldm.classifier_config import ClassifierConfig
+
+log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parent / "configs" / "classifier"
 
 
@@ -41,18 +48,38 @@ def find_config(name: str) -> Path:
     raise UsageError(f"{name}: no such configuration here; shipped in {CONFIGS}: {known}")
 
 
+def prepare_data(config: "ClassifierConfig") -> int:
+    """Where the three annotation files are missing and their folder holds samples, write them; returns an exit code.
+
+    That is ``ver_openImagesDatasets.py`` with its defaults, so the split is the one that command gives.
+    """
+    if not (config.train_json or "").endswith("_train.json"):
+        return cli.DONE
+    family = Path(config.train_json.removesuffix("_train.json") + ".json")
+    paths = ver_openImagesDatasets.output_paths(family)
+    named = {"train": config.train_json, "val": config.val_json, "test": config.test_json}
+    if any(path is None or Path(path) != paths[name] or paths[name].exists() for name, path in named.items()):
+        return cli.DONE
+    if family.parent == Path() or not any(family.parent.rglob("prompt.txt")):
+        return cli.DONE
+    log.info("%s: no annotation files yet; making them from its samples", family.parent)
+    flags = ["--root_dir", str(family.parent), "--output_file", str(family)]
+    return ver_openImagesDatasets.main(ver_openImagesDatasets.build_parser().parse_args(flags))
+
+
 def main(args: argparse.Namespace) -> int:
     """Run; 3 when some samples were rejected (listed in rejects.csv or predictions.json of the output folder)."""
-    from ldm.classifier_data import load_config
+    from ldm.classifier_config import load_config
 
     overrides = [*args.set, *(["overwrite=true"] if args.overwrite else [])]
     config = load_config(find_config(args.args), overrides)
+    prepared = prepare_data(config) if config.train else cli.DONE
 
     # Read by OpenMP when torch is loaded. Spinning threads make training ten times slower where cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from ldm.classification import run_classifier
 
-    return cli.SOME_REJECTED if run_classifier(config)["n_rejected"] else cli.DONE
+    return cli.SOME_REJECTED if run_classifier(config)["n_rejected"] else prepared
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """The diagnosis classifier: training with the epoch chosen on validation, one test, prediction."""
 
-import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
-import time
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,32 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ldm.annotations import Reject
-from ldm.classifier_data import ClassifierConfig, Data, ImageSet, load_config, load_data, load_images
-from ldm.classifier_network import augment, build_network, compute_logits, normalise, pick_device, to_input
-from ldm.classifier_report import REJECT_COLUMNS, macro_auc, measure, prediction_rows, write_csv, write_test
-from ldm.devices import autocast
+from ldm.classifier_config import ClassifierConfig, load_config
+from ldm.classifier_data import ImageSet, load_data, load_images
+from ldm.classifier_metrics import summarise
+from ldm.classifier_network import build_network, compute_features, compute_logits, pick_device
+from ldm.classifier_report import REJECT_COLUMNS, Scored, prediction_rows, write_csv, write_test
+from ldm.classifier_training import Trainer, reproducible
 from ldm.errors import MedSoftError, UsageError
-from ldm.files import (
-    atomic_file,
-    fingerprint,
-    named_seed,
-    read_json,
-    remove_partials,
-    sha256_file,
-    write_json,
-)
+from ldm.files import content_id, fingerprint, read_json, remove_partials, sha256_file, write_json
 
 __all__ = ["ClassifierConfig", "load_classifier", "load_config", "predict", "run_classifier", "train_classifier"]
 
 log = logging.getLogger(__name__)
 
-STATE_EVERY_SECONDS = 30.0  # a state of a whole run is large: a run shorter than this is simply started again
 OWN_FILES = (  # patterns of everything a run writes, and of what --overwrite removes
     *("run.json", "last.pt", "classifier.safetensors", "epoch_*.safetensors", "history.csv", "rejects.csv"),
-    *("metrics.json", "metrics.csv", "roc.png", "metrics_epoch_*", "roc_epoch_*"),
+    *("metrics.json", "metrics.csv", "metrics_epoch_*", "report.html", "report_epoch_*.html", "report*_files"),
     *("predictions_*.csv", "predictions.json"),
 )
 # The weights do not depend on these; what the dataset paths lead to is in the data's fingerprint.
@@ -65,6 +55,11 @@ class Classifier:
         logits = compute_logits(self.network, images, batch_size, self.device)
         return torch.softmax(logits.double(), 1).numpy()
 
+    def score(self, images: ImageSet) -> Scored:
+        """Probabilities and features of a set."""
+        features = compute_features(self.network, images, 64, self.device).numpy()
+        return Scored(images, self.probabilities(images), features)
+
 
 # --- public operations ------------------------------------------------------------------------------------------
 
@@ -88,17 +83,16 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
     """
     folder = config.output
     data = load_data(config)
-    for images in (data.train, data.synthetic, data.val, data.test):
-        if images is not None:
-            log.info("%s: %d samples %s", images.name, len(images), images.counts())
+    for images in data.sets:
+        log.info("%s: %d samples %s", images.name, len(images), images.counts())
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in IGNORED_KEYS}
-    run = fingerprint([settings, data.fingerprint()])
+    run = fingerprint([settings, content_id(config.pretrained), data.fingerprint()])
     _claim(config, settings, run)
     weights = folder / "classifier.safetensors"
     if not weights.exists():
-        with _reproducible():
+        with reproducible():
             Trainer(config, data, run).fit()
-    return _test(config, load_classifier(weights, config.GPU), weights, data.test, data.rejects)
+    return _test(config, load_classifier(weights, config.GPU), weights, data.test, data.rejects, data.synthetic)
 
 
 def predict(
@@ -111,7 +105,8 @@ def predict(
     """
     classifier = load_classifier(weights, gpu)
     saved = classifier.info["config"]
-    images = load_images(f"predict {source}", str(source), saved["img_size"], saved["task"], need_label=False)
+    sizes = (saved["img_size"], saved["task"], saved["channels"])
+    images = load_images(f"predict {source}", str(source), *sizes, need_label=False)
     rows = prediction_rows(images, classifier.probabilities(images, batch_size), classifier.classes)
     return rows, images.rejects
 
@@ -131,197 +126,11 @@ def load_classifier(weights: str | Path, gpu: str | list[int] | list[str] = "") 
         raise MedSoftError(
             f"{path}: not a classifier saved by classifier.py ({type(error).__name__}: {error})"
         ) from error
-    network = build_network(info["config"]["model"], len(info["classes"]))
+    saved = info["config"]
+    network = build_network(saved["model"], len(info["classes"]), saved["img_size"], saved["channels"])
     network.load_state_dict(state)
     device = pick_device(gpu)
     return Classifier(network.to(device, memory_format=torch.channels_last).eval(), info, device)
-
-
-# --- training ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _reproducible() -> Any:
-    """Same seed, same result: deterministic kernels; the caller's random state is put back."""
-    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
-
-
-def class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
-    """Loss weight of each class (K,): half of the total for healthy (class 0), the other half for the lesion types
-    in equal parts. However many types there are, an undecided network then says healthy and diseased equally often."""
-    shares = torch.full((n_classes,), 0.5 / (n_classes - 1))
-    shares[0] = 0.5
-    return len(labels) * shares / torch.bincount(labels, minlength=n_classes)
-
-
-class Trainer:
-    """One training run. Order, augmentation and initial weights are functions of (seed, epoch, sample), so a resumed
-    run computes what an unbroken one would."""
-
-    def __init__(self, config: ClassifierConfig, data: Data, run: str) -> None:
-        self.config, self.data, self.run = config, data, run
-        self.folder = config.output
-        extra = data.synthetic
-        sets = [data.train, *([extra] if extra else [])]
-        self.images = np.concatenate([images.images for images in sets])
-        self.names = [f"{images.name}/{sample.sample_id}" for images in sets for sample in images.samples]
-        self.labels = torch.tensor([data.classes.index(label) for images in sets for label in images.labels])
-        self.val_labels = torch.tensor([data.classes.index(label) for label in data.val.labels])
-        self.device = pick_device(config.GPU)
-        self.class_weights = class_weights(self.labels, len(data.classes)).to(self.device)
-        torch.manual_seed(named_seed(config.seed, "weights"))
-        network = build_network(config.model, len(data.classes), config.pretrained)
-        self.network = network.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
-        self.n_batches = math.ceil(len(self.labels) / config.Batch_Size)
-        self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None  # the chosen epoch so far: its history row and weights
-
-    def fit(self) -> None:
-        """Train what is missing, then write history.csv and classifier.safetensors (last: the sign of completion)."""
-        self._resume()
-        saved = time.monotonic()
-        for epoch in range(len(self.history) + 1, self.config.EPOCHS + 1):
-            train_loss = self._epoch(epoch)
-            val_loss, val_auc = self._validate()
-            row = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, "val_auc": val_auc}
-            self.history.append(row)
-            shown = "undefined" if val_auc is None else f"{val_auc:.3f}"
-            log.info(
-                "epoch %d/%d: train %.4f, val %.4f, val AUC %s", epoch, self.config.EPOCHS, train_loss, val_loss, shown
-            )
-            if self._is_chosen(row):
-                self.best = {"row": row, "weights": _copy(self.network)}
-            if self.config.save_epoch and epoch % self.config.save_epoch == 0:
-                self._save(self.folder / f"epoch_{epoch}.safetensors", row, _copy(self.network))
-            if epoch < self.config.EPOCHS and time.monotonic() - saved >= STATE_EVERY_SECONDS:
-                self._save_state()
-                saved = time.monotonic()
-        write_csv(self.folder / "history.csv", self.history)
-        self._save(self.folder / "classifier.safetensors", self.best["row"], self.best["weights"])
-        (self.folder / "last.pt").unlink(missing_ok=True)
-
-    def _epoch(self, epoch: int) -> float:
-        from tqdm import tqdm
-
-        seed, total = self.config.seed, 0.0
-        keys = [named_seed(seed, "order", epoch, name) for name in self.names]
-        torch.manual_seed(named_seed(seed, "dropout", epoch))
-        self.network.train()
-        batches = np.array_split(np.argsort(keys, kind="stable"), self.n_batches)  # equal sizes: never a batch of one
-        for number, rows in enumerate(tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=None)):
-            self._set_rate((epoch - 1) * self.n_batches + number)
-            draws = [
-                np.random.default_rng(named_seed(seed, "augment", epoch, self.names[i])).uniform(-1, 1, 6) for i in rows
-            ]
-            inputs = normalise(augment(to_input(self.images[rows], self.device), np.array(draws)))
-            targets = self.labels[torch.from_numpy(rows)].to(self.device)
-            with autocast(self.device):
-                logits = self.network(inputs)
-            loss = F.cross_entropy(logits.float(), targets, weight=self.class_weights)
-            if not torch.isfinite(loss):
-                names = ", ".join(self.names[i] for i in rows[:4])
-                raise MedSoftError(
-                    f"epoch {epoch}, step {number}: the loss is not finite (samples {names}...); lower lr"
-                )
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            total += loss.item() * len(rows)
-        return total / len(self.labels)
-
-    def _set_rate(self, step: int) -> None:
-        """Linear warm-up over the first twentieth of all steps, then cosine to zero."""
-        steps = self.config.EPOCHS * self.n_batches
-        warm = max(1, steps // 20)
-        rate = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * rate
-
-    def _validate(self) -> tuple[float, float | None]:
-        logits = compute_logits(self.network, self.data.val, 128, self.device)
-        loss = float(F.cross_entropy(logits, self.val_labels, weight=self.class_weights.cpu()))
-        if math.isnan(loss):
-            raise MedSoftError("the validation loss is not a number; lower lr")
-        return loss, macro_auc(self.val_labels.numpy(), torch.softmax(logits.double(), 1).numpy())
-
-    @property
-    def _chosen_by(self) -> str:
-        if self.config.test_epoch is not None:
-            return "test_epoch"
-        return "validation AUC" if self.history[0]["val_auc"] is not None else "validation loss"
-
-    def _is_chosen(self, row: dict[str, Any]) -> bool:
-        if self.config.test_epoch is not None:
-            return row["epoch"] == self.config.test_epoch
-        if row["val_auc"] is None and row["epoch"] == 1:
-            log.warning("validation holds one class: its AUC is undefined, the epoch is chosen by the validation loss")
-        return self.best is None or _quality(row) > _quality(self.best["row"])
-
-    def _save(self, path: Path, row: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
-        from safetensors.torch import save
-
-        diseased = sum(label != "healthy" for label in self.data.train.labels)
-        info = {
-            "config": {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("overwrite", "predict")},
-            "classes": self.data.classes,
-            "run": self.run,
-            "epoch": row["epoch"],
-            "chosen_by": self._chosen_by if path.name == "classifier.safetensors" else "test_epoch",
-            "train_loss": row["train_loss"],
-            "val_loss": row["val_loss"],
-            "val_auc": row["val_auc"],
-            "n_train_healthy": len(self.data.train) - diseased,
-            "n_train_diseased": diseased,
-            "n_synthetic": len(self.data.synthetic) if self.data.synthetic else 0,
-            "n_val": len(self.data.val),
-        }
-        with atomic_file(path) as handle:
-            handle.write(save(weights, metadata={"classifier": json.dumps(info)}))
-
-    def _save_state(self) -> None:
-        state = {
-            "run": self.run,
-            "history": self.history,
-            "best": self.best,
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        with atomic_file(self.folder / "last.pt") as handle:
-            torch.save(state, handle)
-
-    def _resume(self) -> None:
-        path = self.folder / "last.pt"
-        if not path.exists():
-            return
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self.network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.history, self.best, run = state["history"], state["best"], state["run"]
-        except Exception as error:
-            cure = "delete it to train from the start"
-            raise MedSoftError(f"{path}: this state cannot be read ({type(error).__name__}); {cure}") from error
-        if run != self.run:
-            raise UsageError(f"{path}: this state belongs to another run; set overwrite: true to train again")
-        log.info("going on after epoch %d", len(self.history))
-
-
-def _quality(row: dict[str, Any]) -> tuple[float, float]:
-    """Larger is better: the validation AUC, then the lower loss; an undefined AUC leaves the loss to decide."""
-    return (round(row["val_auc"] or 0.0, 6), -row["val_loss"])
-
-
-def _copy(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in network.state_dict().items()}
 
 
 # --- output folder ----------------------------------------------------------------------------------------------
@@ -349,7 +158,10 @@ def _claim(config: ClassifierConfig, settings: dict[str, Any], run: str) -> None
             f"{folder}: holds another run ({what}); set output_dir elsewhere, or overwrite: true to replace it"
         )
     for path in present:
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     write_json(folder / "run.json", {"run": run, "settings": settings})
 
 
@@ -359,6 +171,7 @@ def _test(
     weights: Path,
     test: ImageSet | None,
     rejects: Sequence[tuple[str, Reject]],
+    synthetic: ImageSet | None = None,
 ) -> dict[str, Any]:
     """Score the test set once and write the results; read them instead where they already answer this question."""
     folder, info = config.output, classifier.info
@@ -378,9 +191,9 @@ def _test(
     if test is None:
         metrics["notes"] = ["No test set was given."]
     else:
-        probabilities = classifier.probabilities(test)
-        metrics.update(measure(test, probabilities, classifier.classes, config.seed))
-        write_test(folder, test, probabilities, metrics, config.dataset, suffix)
+        scored = classifier.score(test)
+        metrics.update(summarise(test, scored.probabilities, classifier.classes, config.seed))
+        write_test(folder, metrics, scored, classifier.score(synthetic) if synthetic else None, suffix)
     write_csv(
         folder / "rejects.csv",
         [{"set": n, "sample_id": r.sample_id, "file": str(r.file), "reason": r.reason} for n, r in rejects],
@@ -394,12 +207,15 @@ def _test(
 
 def _tell(folder: Path, metrics: dict[str, Any]) -> None:
     log.info("epoch %d, chosen by %s", metrics["epoch"], metrics["chosen_by"])
-    if "auc" in metrics:
-        value = "undefined" if metrics["auc"] is None else f"{metrics['auc']:.3f}"
-        log.info("test AUC %s, %d samples (%d diseased)", value, metrics["n_test"], metrics["n_test_diseased"])
+    if "test" in metrics:
+        auc = metrics["test"]["auc"]
+        value = "undefined" if auc["value"] is None else f"{auc['value']:.3f}"
+        between = "" if auc["low"] is None else f" (95 % {auc['low']:.3f} to {auc['high']:.3f})"
+        counts = metrics["n_test"], metrics["n_test_diseased"]
+        log.info("test AUC %s%s, %d samples (%d diseased)", value, between, *counts)
     for note in metrics["notes"]:
         log.warning("%s", note)
-    log.info("results in %s", folder)
+    log.info("results in %s; look at report.html there", folder)
 
 
 def _test_saved(config: ClassifierConfig) -> dict[str, Any]:
@@ -407,14 +223,14 @@ def _test_saved(config: ClassifierConfig) -> dict[str, Any]:
     weights = _saved_weights(config)
     classifier = load_classifier(weights, config.GPU)
     saved = classifier.info["config"]
-    for key in ("img_size", "model", "task"):
+    for key in ("img_size", "model", "task", "channels"):
         if saved[key] != getattr(config, key):
             raise UsageError(
                 f"{weights}: trained with {key} {saved[key]!r}, the configuration says {getattr(config, key)!r}"
             )
     if not config.test_json:
         return {"n_rejected": 0, "already_complete": False, "classes": classifier.classes}
-    test = load_images("test", config.test_json, config.img_size, config.task)
+    test = load_images("test", config.test_json, config.img_size, config.task, config.channels)
     unknown = sorted(set(test.labels) - set(classifier.classes))
     if unknown:
         raise MedSoftError(f"{config.test_json}: lesion type {unknown[0]} is not a class of {weights}")

@@ -1,26 +1,21 @@
-"""What the classifier is told (its JSON) and what it sees (grey squares in memory), with the leak guards. No torch."""
+"""What the classifier sees: small pictures in memory, synthetic or repeated ones among them, and the leak guards.
+No torch."""
 
-import dataclasses
-import difflib
 import hashlib
-import json
 import logging
-import math
-import types
-import typing
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ldm import dataset_checks
 from ldm.annotations import Reject, Sample, load_samples
+from ldm.classifier_config import DUPLICATE_REAL, PRETRAIN, ClassifierConfig
 from ldm.dataset_checks import Row
-from ldm.errors import MedSoftError, UsageError
-from ldm.files import fingerprint, named_seed, read_json
+from ldm.errors import MedSoftError
+from ldm.files import fingerprint, named_seed
 
 log = logging.getLogger(__name__)
 
@@ -28,129 +23,13 @@ HEALTHY, DISEASED = "healthy", "diseased"
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's "L"
 
 
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """One classifier run. Field names are the JSON's keys; relative paths start at the working directory."""
-
-    img_size: int = 224  # side of the square the classifier sees, pixels
-    Batch_Size: int = 32
-    EPOCHS: int = 50
-    GPU: str | list[int] | list[str] = ""  # device ids; "" or [] = a GPU if there is one, "cpu" = none
-    dataset: str = "dataset"  # name in titles, and of the output folder where output_dir is null
-    train: bool = True  # false: only test and predict, with the saved classifier
-    test_epoch: int | None = None  # null = the epoch chosen on validation, n = epoch n
-    save_epoch: int = 0  # keep the weights of every n-th epoch; 0 = of the tested epoch only
-    train_json: str | None = None  # annotation JSON or dataset folder
-    val_json: str | None = None
-    test_json: str | None = None
-    synthetic: list[str] = field(default_factory=list)  # result folders of dataset_infer.py
-    ratio: float | None = None  # synthetic images per real diseased training image; null = all of them
-    output_dir: str | None = None  # null = classifier_results/<dataset>
-    seed: int = 0
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    model: str = "resnet18"  # any timm model
-    pretrained: str | None = None  # local weight file (safetensors, or a torch file of plain tensors)
-    task: str = "binary"  # binary = healthy / diseased, type = healthy / each lesion type
-    predict: list[str] = field(default_factory=list)  # dataset folders or JSONs to predict
-    overwrite: bool = False
-
-    @property
-    def output(self) -> Path:
-        """The folder that receives everything."""
-        return Path(self.output_dir) if self.output_dir else Path("classifier_results") / self.dataset
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ClassifierConfig:
-    """Read a classifier JSON, then ``key=value`` overrides (values in JSON; what is not JSON is text).
-
-    Raises UsageError naming file and key for an unknown key, a wrong type or a value out of range.
-    """
-    values = read_json(path, "classifier configuration")
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected a JSON object with keys such as img_size, found {type(values).__name__}")
-    sources = dict.fromkeys(values, str(path))
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--set {text}: not understood; write --set key=value, for instance --set EPOCHS=5")
-        try:
-            values[key] = json.loads(value)
-        except json.JSONDecodeError:
-            values[key] = value
-        sources[key] = f"--set {text}"
-    return config_from_dict(values, sources, str(path))
-
-
-def config_from_dict(values: dict[str, Any], sources: dict[str, str] | None = None, default: str = "config") -> Any:
-    """A checked ClassifierConfig; ``sources`` says where each key came from, for the messages."""
-    sources = sources or {}
-    kinds = {item.name: item.type for item in dataclasses.fields(ClassifierConfig)}
-    for key, value in values.items():
-        source = sources.get(key, default)
-        if key not in kinds:
-            by_lower = {name.lower(): name for name in kinds}
-            near = difflib.get_close_matches(key.lower(), by_lower, n=1)
-            hint = f"did you mean {by_lower[near[0]]}?" if near else f"known keys: {', '.join(kinds)}"
-            raise UsageError(f"{source}: unknown key {key}; {hint}")
-        if not _fits(value, kinds[key]):
-            raise UsageError(f"{source}: {key} must be {_expected(kinds[key])}, found {json.dumps(value)}")
-    config = ClassifierConfig(**values)
-    _check_ranges(config, sources, default)
-    return config
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if isinstance(kind, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind  # exact: true is not a number here
-
-
-def _expected(kind: Any) -> str:
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_expected(part) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is list:
-        return f"a list of {'texts' if typing.get_args(kind)[0] is str else 'whole numbers'}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
-    return names[kind]
-
-
-def _check_ranges(config: ClassifierConfig, sources: dict[str, str], default: str) -> None:
-    least = 2 if config.train else 1  # batch normalisation cannot be trained on one image
-    rules = [
-        ("img_size", 8 <= config.img_size <= 4096, "8 to 4096"),
-        ("Batch_Size", config.Batch_Size >= least, f"at least {least}{' for training' if config.train else ''}"),
-        ("EPOCHS", config.EPOCHS >= 1, "at least 1"),
-        ("save_epoch", config.save_epoch >= 0, "0 or more"),
-        ("ratio", config.ratio is None or config.ratio >= 0, "0 or more, or null"),
-        ("lr", config.lr > 0, "above 0"),
-        ("weight_decay", config.weight_decay >= 0, "0 or more"),
-        ("task", config.task in ("binary", "type"), '"binary" or "type"'),
-        ("dataset", config.dataset.strip() not in ("", ".", "..") and "/" not in config.dataset, "a plain name"),
-        ("test_epoch", config.test_epoch is None or config.test_epoch >= 1, "null or at least 1"),
-    ]
-    if config.train:
-        inside = config.test_epoch is None or config.test_epoch <= config.EPOCHS
-        rules.append(("test_epoch", inside, f"at most EPOCHS, which is {config.EPOCHS}"))
-        rules += [
-            (key, getattr(config, key) is not None, "the path of a dataset") for key in ("train_json", "val_json")
-        ]
-    for key, holds, expected in rules:
-        if not holds:
-            source = sources.get(key, default)
-            raise UsageError(f"{source}: {key} must be {expected}, found {json.dumps(getattr(config, key))}")
-
-
 # --- images -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class ImageSet:
-    """One set in memory: ``images`` uint8 (N, S, S); ``labels`` class names ("" = unknown); ``hashes`` of pixels."""
+    """One set in memory: ``images`` uint8 (N, S, S), or (N, S, S, 3) in colour; ``labels`` class names ("" = unknown);
+    ``hashes`` of pixels."""
 
     name: str
     samples: list[Sample]
@@ -163,9 +42,14 @@ class ImageSet:
         return len(self.samples)
 
     def subset(self, kept: Sequence[int]) -> "ImageSet":
-        """The samples at these positions, in this order."""
+        """The samples at these positions, in this order, repeated where a position is."""
         picked = [[values[i] for i in kept] for values in (self.samples, self.labels, self.hashes)]
         return ImageSet(self.name, picked[0], self.images[list(kept)], picked[1], picked[2], self.rejects)
+
+    @property
+    def diseased(self) -> list[int]:
+        """Positions of the samples that are not healthy."""
+        return [position for position, label in enumerate(self.labels) if label != HEALTHY]
 
     def fingerprint(self) -> str:
         """What this set holds: names, labels, patients and pixels."""
@@ -179,8 +63,10 @@ class ImageSet:
         return dict(sorted(Counter(self.labels).items()))
 
 
-def load_images(name: str, source: str, size: int, task: str, need_label: bool = True) -> ImageSet:
-    """Read every sample of a dataset folder or annotation JSON as a ``size`` x ``size`` grey picture.
+def load_images(
+    name: str, source: str, size: int, task: str, channels: str = "grey", need_label: bool = True
+) -> ImageSet:
+    """Read every sample of a dataset folder or annotation JSON as a ``size`` x ``size`` picture, grey or rgb.
 
     Samples that cannot be read, or that have no lesion type where ``task`` is "type" and ``need_label``, are listed
     in ``rejects`` and left out. Raises MedSoftError when the dataset is missing or nothing is left of it.
@@ -198,7 +84,7 @@ def load_images(name: str, source: str, size: int, task: str, need_label: bool =
             )
             continue
         try:
-            picture, digest = grey_square(sample, size)
+            picture, digest = square(sample, size, channels)
         except MedSoftError as error:
             rejects.append(Reject(sample.sample_id, sample.image, getattr(error, "reason", str(error))))
             continue
@@ -241,8 +127,8 @@ def label_of(sample: Sample, task: str) -> str:
     return DISEASED if task == "binary" else (sample.lesion_type or "").strip()
 
 
-def grey_square(sample: Sample, size: int) -> tuple[np.ndarray, str]:
-    """The picture the classifier sees, uint8 (size, size), and the SHA-256 of the file's decoded pixels."""
+def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
+    """The picture the classifier sees, uint8 (size, size) or (size, size, 3), and the SHA-256 of the file's pixels."""
     import cv2
 
     from ldm.images import read_image, to_unit, window_of
@@ -250,12 +136,14 @@ def grey_square(sample: Sample, size: int) -> tuple[np.ndarray, str]:
     pixels = read_image(sample.image)
     head = f"{pixels.shape}{pixels.dtype}".encode()
     digest = hashlib.sha256(head + np.ascontiguousarray(pixels).tobytes()).hexdigest()
-    grey = to_unit(pixels, window_of(pixels, sample.meta.get("window")))
-    if grey.ndim == 3:
-        grey = grey @ LUMINANCE
-    if grey.shape != (size, size):
-        grey = cv2.resize(grey, (size, size), interpolation=cv2.INTER_AREA)
-    return np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8), digest
+    unit = to_unit(pixels, window_of(pixels, sample.meta.get("window")))
+    if channels == "grey" and unit.ndim == 3:
+        unit = unit @ LUMINANCE
+    if channels == "rgb" and unit.ndim == 2:
+        unit = np.repeat(unit[..., None], 3, axis=2)
+    if unit.shape[:2] != (size, size):
+        unit = cv2.resize(unit, (size, size), interpolation=cv2.INTER_AREA)
+    return np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8), digest
 
 
 # --- leak guards ------------------------------------------------------------------------------------------------
@@ -272,7 +160,8 @@ def check_disjoint(sets: Sequence[ImageSet]) -> None:
 
 
 def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[ImageSet]) -> None:
-    """Raise MedSoftError when a synthetic picture descends from, or equals, a validation or test sample.
+    """Raise MedSoftError when a synthetic picture descends from, or equals, a validation or test sample, and when none
+    was drawn on a training sample: nobody could tell whose child such a set is.
 
     A parent name that occurs on both sides (two roots with equal folder names) is decided by the patient.
     """
@@ -280,7 +169,7 @@ def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[Imag
     held_ids = {s.sample_id: other.name for other in held_out for s in other.samples}
     held_patients = {s.patient_id: other.name for other in held_out for s in other.samples}
     held_hashes = {h: (o.name, s.sample_id) for o in held_out for h, s in zip(o.hashes, o.samples, strict=True)}
-    strangers = 0
+    strangers = []
     for sample, digest in zip(synthetic.samples, synthetic.hashes, strict=True):
         parent, patient = sample.parent_id, sample.patient_id
         ours = parent in own_ids and patient in own_patients
@@ -295,9 +184,21 @@ def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[Imag
                 f"synthetic sample {sample.sample_id} is pixel for pixel sample {held_hashes[digest][1]} of the "
                 f"{held_hashes[digest][0]} set; remove it"
             )
-        strangers += not ours
+        if not ours:
+            strangers.append(sample)
+    if strangers and len(strangers) == len(synthetic):
+        first = strangers[0]
+        raise MedSoftError(
+            f"{synthetic.name}: none of its {len(synthetic)} samples was drawn on a sample of the training set (the "
+            f"first, {first.sample_id}: parent {first.parent_id}, patient {first.patient_id}; training has for "
+            f"instance {train.samples[0].sample_id}, patient {train.samples[0].patient_id}); it belongs to another "
+            "dataset or an earlier split: draw on the samples of train_json"
+        )
     if strangers:
-        log.warning("%d of %d synthetic samples name no parent in the training set", strangers, len(synthetic))
+        log.warning(
+            "%s: %d of %d samples name no parent in the training set (the first: %s)",
+            *(synthetic.name, len(strangers), len(synthetic), strangers[0].sample_id),
+        )
 
 
 def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence[ImageSet]) -> ImageSet | None:
@@ -305,9 +206,12 @@ def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence
 
     Which ones is a function of the seed and their names only. Healthy samples in the folders are left out.
     """
-    parts = [load_images(f"synthetic {folder}", folder, config.img_size, config.task) for folder in config.synthetic]
+    sizes = (config.img_size, config.task, config.channels)
+    parts = [load_images(f"synthetic {folder}", folder, *sizes) for folder in config.synthetic]
     if not parts:
         return None
+    for part in parts:
+        check_children(part, train, held_out)
     pool = ImageSet(
         "synthetic",
         [sample for part in parts for sample in part.samples],
@@ -316,41 +220,58 @@ def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence
         [digest for part in parts for digest in part.hashes],
         [reject for part in parts for reject in part.rejects],
     )
-    check_children(pool, train, held_out)
-    diseased = [i for i, label in enumerate(pool.labels) if label != HEALTHY]
+    diseased = pool.diseased
     if len(diseased) < len(pool):
         log.info("%d healthy samples in the synthetic folders are left out", len(pool) - len(diseased))
     if config.ratio is not None:
-        wanted = round(config.ratio * sum(label != HEALTHY for label in train.labels))
+        wanted = round(config.ratio * len(train.diseased))
         if wanted > len(diseased):
             log.warning(
                 "ratio %g asks for %d synthetic images, %d exist: all are used", config.ratio, wanted, len(diseased)
             )
-        names = {i: (pool.samples[i].sample_id, pool.hashes[i]) for i in diseased}
-        diseased = sorted(sorted(diseased, key=lambda i: named_seed(config.seed, "synthetic", *names[i]))[:wanted])
+        diseased = sorted(_drawn(config.seed, "synthetic", pool, diseased)[:wanted])
     return pool.subset(diseased)
+
+
+def pick_duplicates(config: ClassifierConfig, train: ImageSet) -> ImageSet:
+    """Real diseased training pictures again, as many as ``ratio`` asks for: each equally often, the rest by seed."""
+    order = _drawn(config.seed, "duplicate", train, train.diseased)
+    wanted = round(config.ratio * len(order))
+    rounds, rest = divmod(wanted, len(order))
+    copies = train.subset([*order * rounds, *order[:rest]])
+    return ImageSet("duplicates", copies.samples, copies.images, copies.labels, copies.hashes, [])
+
+
+def _drawn(seed: int, purpose: str, images: ImageSet, positions: Sequence[int]) -> list[int]:
+    """``positions`` in an order that depends on the seed and the samples' names and pixels only."""
+    keys = {i: named_seed(seed, purpose, images.samples[i].sample_id, images.hashes[i]) for i in positions}
+    return sorted(positions, key=keys.get)
 
 
 @dataclass
 class Data:
-    """Everything one training run reads; ``synthetic`` is part of training only."""
+    """Everything one training run reads; ``synthetic`` and ``duplicates`` (of real ones) are for training only."""
 
     train: ImageSet
     val: ImageSet
     test: ImageSet | None
     synthetic: ImageSet | None
+    duplicates: ImageSet | None
     classes: list[str]
+
+    @property
+    def sets(self) -> list[ImageSet]:
+        """Those that there are."""
+        return [s for s in (self.train, self.synthetic, self.duplicates, self.val, self.test) if s is not None]
 
     @property
     def rejects(self) -> list[tuple[str, Reject]]:
         """(set, reject) of everything that was skipped."""
-        sets = [images for images in (self.train, self.val, self.test, self.synthetic) if images is not None]
-        return [(images.name, reject) for images in sets for reject in images.rejects]
+        return [(images.name, reject) for images in self.sets for reject in images.rejects]
 
     def fingerprint(self) -> str:
         """What the weights depend on (not the test set)."""
-        parts = [self.train.fingerprint(), self.val.fingerprint()]
-        return fingerprint([*parts, self.synthetic.fingerprint() if self.synthetic else None, self.classes])
+        return fingerprint([*(s.fingerprint() for s in self.sets if s is not self.test), self.classes])
 
 
 def load_data(config: ClassifierConfig) -> Data:
@@ -359,22 +280,30 @@ def load_data(config: ClassifierConfig) -> Data:
     for name, source in sources.items():
         if source:
             _require(name, source)
-    for folder in config.synthetic:
+    duplicating = config.use_synthetic == DUPLICATE_REAL
+    for folder in [] if duplicating else config.synthetic:
         _require("synthetic", folder)
-    loaded = {n: load_images(n, s, config.img_size, config.task) for n, s in sources.items() if s}
+    sizes = (config.img_size, config.task, config.channels)
+    loaded = {n: load_images(n, s, *sizes) for n, s in sources.items() if s}
     train, val, test = loaded["train"], loaded["val"], loaded.get("test")
     held_out = [images for images in (val, test) if images is not None]
     check_disjoint([train, *held_out])
-    synthetic = pick_synthetic(config, train, held_out)
     classes = class_names(config, train)
-    for images in [*held_out, *([synthetic] if synthetic else [])]:
+    synthetic = None if duplicating else pick_synthetic(config, train, held_out)
+    if config.use_synthetic == PRETRAIN and not synthetic:
+        raise MedSoftError(
+            f"use_synthetic pretrain needs synthetic diseased images, found none in {', '.join(config.synthetic)} at "
+            f"ratio {config.ratio}; draw some, or raise ratio"
+        )
+    data = Data(train, val, test, synthetic, pick_duplicates(config, train) if duplicating else None, classes)
+    for images in data.sets:
         for sample, label in zip(images.samples, images.labels, strict=True):
             if label not in classes:
                 raise MedSoftError(
                     f"{images.name} sample {sample.sample_id} has lesion type {label}, which the real training set "
                     f"does not have (classes: {', '.join(classes)}); add such samples to training or remove it"
                 )
-    return Data(train, val, test, synthetic, classes)
+    return data
 
 
 def class_names(config: ClassifierConfig, train: ImageSet) -> list[str]:

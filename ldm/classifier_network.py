@@ -4,43 +4,84 @@ import difflib
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ldm.classifier_config import HUB
 from ldm.classifier_data import ImageSet
 from ldm.errors import MedSoftError, UsageError
 
 log = logging.getLogger(__name__)
 
-MEAN, STD = 0.449, 0.226  # ImageNet's, averaged over colours
+CHANNELS = {"grey": 1, "rgb": 3}
 
 
-def build_network(model: str, n_classes: int, pretrained: str | None = None) -> torch.nn.Module:
-    """A timm network with one grey input channel; weights drawn at random or read from a local file."""
+def build_network(
+    model: str, n_classes: int, img_size: int = 224, channels: str = "grey", pretrained: str | None = None
+) -> torch.nn.Module:
+    """A timm network for grey or rgb squares; weights drawn at random, read from a local file, or timm's from the hub.
+
+    Raises UsageError for an unknown model or one without weights on the hub, MedSoftError for weights that cannot be
+    read or fetched.
+    """
     import timm
 
-    if not timm.is_model(model):
-        near = difflib.get_close_matches(model, timm.list_models(), n=3)
-        raise UsageError(f"model {model} is not known to timm" + (f"; near: {', '.join(near)}" if near else ""))
-    network = timm.create_model(model, pretrained=False, in_chans=1, num_classes=n_classes)
+    _check_name(model, pretrained)
+    options = {"in_chans": CHANNELS[channels], "num_classes": n_classes}
+    settings = timm.get_pretrained_cfg(model)
+    if settings is not None and settings.fixed_input_size:
+        options["img_size"] = img_size
+    try:
+        network = timm.create_model(model, pretrained=False, **options)
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, CHANNELS[channels], img_size, img_size))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"model {model} does not work at img_size {img_size}: {reason}") from error
+    if pretrained == HUB:
+        return _fetch(model, options)
     if pretrained:
-        _load_pretrained(network, Path(pretrained))
+        _load_pretrained(network, Path(pretrained), CHANNELS[channels])
     return network
 
 
-def _load_pretrained(network: torch.nn.Module, path: Path) -> None:
-    """Everything but the classification layer must fit; a three-channel stem is summed over its colours."""
+def _check_name(model: str, pretrained: str | None) -> None:
+    import timm
+
+    if not timm.is_model(model) or ("." in model and not timm.is_model_pretrained(model)):
+        tagged = timm.list_pretrained(model.split(".")[0] + ".*") if "." in model else []
+        near = difflib.get_close_matches(model, tagged or timm.list_models(), n=3) or tagged[:3]
+        raise UsageError(f"model {model} is not known to timm" + (f"; near: {', '.join(near)}" if near else ""))
+    if pretrained == HUB and not timm.is_model_pretrained(model):
+        raise UsageError(f"pretrained hub: timm has no weights of {model}; set pretrained to a file, or to null")
+
+
+def _fetch(model: str, options: dict[str, int]) -> torch.nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(model, pretrained=True, **options)
+    except Exception as error:  # whatever the hub's client and the network raise
+        raise MedSoftError(
+            f"pretrained hub: the weights of {model} could not be fetched ({type(error).__name__}); without a network, "
+            "download them elsewhere and set pretrained to that file, or set it to null"
+        ) from error
+
+
+def _load_pretrained(network: torch.nn.Module, path: Path, channels: int) -> None:
+    """Everything but the classification layer must fit; a colour stem is summed over its colours for grey pictures."""
     from timm.models import adapt_input_conv
 
     state = _read_weights(path)
-    settings = network.default_cfg
+    settings = network.pretrained_cfg
     stems = settings.get("first_conv") or ()
     for stem in (stems,) if isinstance(stems, str) else stems:
         if f"{stem}.weight" in state:
-            state[f"{stem}.weight"] = adapt_input_conv(1, state[f"{stem}.weight"])
+            state[f"{stem}.weight"] = adapt_input_conv(channels, state[f"{stem}.weight"])
     own = network.state_dict()
     heads = settings.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
@@ -100,24 +141,25 @@ def pick_device(gpu: str | list[int] | list[str]) -> torch.device:
 
 
 def to_input(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 (B, S, S) to float (B, 1, S, S) in [0, 1]."""
-    return torch.from_numpy(images).to(device).float().div_(255).unsqueeze(1)
+    """uint8 (B, S, S) or (B, S, S, 3) to float (B, C, S, S) in [0, 1]."""
+    unit = torch.from_numpy(images).to(device).float().div_(255)
+    return unit.unsqueeze(1) if unit.ndim == 3 else unit.permute(0, 3, 1, 2)
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    """(B, 1, S, S) in [0, 1] to the scale that ImageNet weights expect, channels last in memory."""
-    return ((images - MEAN) / STD).contiguous(memory_format=torch.channels_last)
+def normalise(images: torch.Tensor, network: torch.nn.Module) -> torch.Tensor:
+    """(B, C, S, S) in [0, 1] to the scale that the model's ImageNet weights expect, channels last in memory.
+
+    Grey pictures take the average over the colours.
+    """
+    mean, std = (images.new_tensor(network.pretrained_cfg[key]) for key in ("mean", "std"))
+    if images.shape[1] == 1:
+        mean, std = mean.mean(), std.mean()
+    return ((images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).contiguous(memory_format=torch.channels_last)
 
 
-@torch.inference_mode()
 def compute_logits(network: torch.nn.Module, images: ImageSet, batch_size: int, device: torch.device) -> torch.Tensor:
     """Logits (N, K) on the CPU; raises MedSoftError naming the first sample where they are not finite."""
-    network.eval()
-    pieces = [
-        network(normalise(to_input(images.images[start : start + batch_size], device))).float().cpu()
-        for start in range(0, len(images), batch_size)
-    ]
-    logits = torch.cat(pieces)
+    logits = _compute(network, network, images, batch_size, device)
     bad = (~torch.isfinite(logits).all(1)).nonzero().flatten().tolist()
     if bad:
         raise MedSoftError(
@@ -127,10 +169,36 @@ def compute_logits(network: torch.nn.Module, images: ImageSet, batch_size: int, 
     return logits
 
 
+def compute_features(network: torch.nn.Module, images: ImageSet, batch_size: int, device: torch.device) -> torch.Tensor:
+    """What the classification layer reads, (N, D) on the CPU."""
+
+    def features(pictures: torch.Tensor) -> torch.Tensor:
+        return network.forward_head(network.forward_features(pictures), pre_logits=True)
+
+    return _compute(network, features, images, batch_size, device)
+
+
+@torch.inference_mode()
+def _compute(
+    network: torch.nn.Module,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    images: ImageSet,
+    batch_size: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """``function`` of every picture, batch by batch, float32 on the CPU; the network is left in evaluation mode."""
+    network.eval()
+    pieces = [
+        function(normalise(to_input(images.images[start : start + batch_size], device), network)).float().cpu()
+        for start in range(0, len(images), batch_size)
+    ]
+    return torch.cat(pieces)
+
+
 def augment(images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
     """Shift (up to 6 %), rotate (up to 8 degrees), scale (up to 6 %), change gain (12 %) and offset (5 %); no flips.
 
-    ``images`` (B, 1, S, S) in [0, 1]; ``draws`` (B, 6) uniform in [-1, 1]. Edges are repeated, not blackened.
+    ``images`` (B, C, S, S) in [0, 1]; ``draws`` (B, 6) uniform in [-1, 1]. Edges are repeated, not blackened.
     """
     draw = torch.from_numpy(draws).float().to(images.device)
     angle, scale = draw[:, 0] * math.radians(8), 1 + 0.06 * draw[:, 1]

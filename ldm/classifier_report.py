@@ -1,120 +1,55 @@
-"""Numbers, tables and plots of a classifier's predictions. No torch."""
+"""Tables and the page of a classifier's test: numbers, curves, confusion matrix, features, mistakes. No torch."""
 
 import csv
+import html
 import io
 import logging
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.classifier_data import HEALTHY, ImageSet
-from ldm.files import atomic_file, named_seed, write_text
+from ldm.classifier_data import ImageSet
+from ldm.classifier_metrics import BINS, calibration_bins, disease_probability, label_indices, predicted_classes
+from ldm.files import named_seed, write_text
+from ldm.report import (
+    files_folder,
+    image,
+    loss_figure,
+    number,
+    page,
+    read_table,
+    roc_figure,
+    table,
+    write_image,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
-THRESHOLD = 0.5
-RESAMPLES = 500  # patients resampled for the interval of the AUC
 REJECT_COLUMNS = ["set", "sample_id", "file", "reason"]
+MISTAKES = 24  # shown, the most confident ones first
+PERPLEXITY = 30.0
+LEAST_POINTS, MOST_POINTS = 10, 2000  # of the map of features
+FACTS = (
+    *("dataset", "model", "task", "epoch", "chosen_by", "use_synthetic", "n_train_healthy", "n_train_diseased"),
+    *("n_synthetic_used", "n_duplicated", "n_val", "n_test", "n_test_diseased", "n_test_patients", "threshold"),
+)
 
 
-def auc(truth: np.ndarray, score: np.ndarray) -> float | None:
-    """Area under the ROC curve; None where ``truth`` (N,) holds one class only."""
-    from sklearn.metrics import roc_auc_score
+@dataclass
+class Scored:
+    """A set as the classifier sees it: ``probabilities`` (N, K) and ``features`` (N, D)."""
 
-    return None if len(np.unique(truth)) < 2 else float(roc_auc_score(truth, score))
-
-
-def macro_auc(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
-    """Mean one-against-rest AUC over the classes present; ``labels`` (N,) indices, ``probabilities`` (N, K)."""
-    values = [auc(labels == k, probabilities[:, k]) for k in range(probabilities.shape[1])]
-    defined = [value for value in values if value is not None]
-    return float(np.mean(defined)) if defined else None
-
-
-def auc_interval(truth: np.ndarray, score: np.ndarray, patients: Sequence[str], seed: int = 0) -> list[float] | None:
-    """95 % percentile bootstrap interval of the AUC, patients resampled with replacement; None where undefined."""
-    if len(np.unique(truth)) < 2:
-        return None
-    known = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}
-    owner = np.array([known[patient] for patient in patients])
-    rng = np.random.default_rng(named_seed(seed, "bootstrap"))
-    draws = rng.multinomial(len(known), np.full(len(known), 1 / len(known)), size=RESAMPLES)
-    weights = draws[:, owner].astype(np.float32)  # (resamples, N): how often each sample was drawn
-    positive, negative = score[truth][:, None], score[~truth][None, :]
-    wins = (positive > negative).astype(np.float32) + 0.5 * (positive == negative)  # the AUC is their weighted mean
-    pairs = weights[:, truth].sum(1) * weights[:, ~truth].sum(1)
-    won = ((weights[:, truth] @ wins) * weights[:, ~truth]).sum(1)
-    defined = pairs > 0  # a resample may hold one class only
-    if not defined.any():
-        return None
-    return [float(bound) for bound in np.percentile(won[defined] / pairs[defined], [2.5, 97.5])]
-
-
-def measure(images: ImageSet, probabilities: np.ndarray, classes: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """The test numbers: ``probabilities`` (N, K), column 0 = healthy. What is undefined is None, with a note.
-
-    Disease against health is decided at P(disease) >= 0.5; for lesion types the most probable class is named.
-    """
-    from sklearn.metrics import average_precision_score
-
-    labels = np.array([classes.index(label) for label in images.labels])
-    truth, score = labels > 0, disease_probability(probabilities)
-    called = score >= THRESHOLD
-    tp, fp = int(np.sum(called & truth)), int(np.sum(called & ~truth))
-    fn, tn = int(np.sum(~called & truth)), int(np.sum(~called & ~truth))
-    recall, specificity = _share(tp, tp + fn), _share(tn, tn + fp)
-    both = recall is not None and specificity is not None
-    numbers: dict[str, Any] = {
-        "auc": auc(truth, score),
-        "auc_ci95": auc_interval(truth, score, [s.patient_id for s in images.samples], seed),
-        "average_precision": float(average_precision_score(truth, score)) if both else None,
-        "accuracy": _share(tp + tn, len(truth)),
-        "balanced_accuracy": (recall + specificity) / 2 if both else None,
-        "precision": _share(tp, tp + fp),
-        "recall": recall,
-        "specificity": specificity,
-        "f1": _share(2 * tp, 2 * tp + fp + fn),
-        "threshold": THRESHOLD,
-        "tp": tp,
-        "fp": fp,
-        "fn": fn,
-        "tn": tn,
-        "n_test": len(images),
-        "n_test_diseased": int(truth.sum()),
-        "notes": [],
-    }
-    if not both:
-        only = "diseased" if truth.any() else "healthy"
-        numbers["notes"].append(f"The test set holds only {only} samples: the AUC is undefined.")
-    if numbers["precision"] is None:
-        numbers["notes"].append("No test sample was called diseased: the precision is undefined.")
-    if len(classes) > 2 or classes[1] != "diseased":
-        named = probabilities.argmax(1)
-        confusion = np.zeros((len(classes), len(classes)), dtype=int)
-        np.add.at(confusion, (labels, named), 1)
-        numbers["macro_auc"] = macro_auc(labels, probabilities)
-        numbers["type_accuracy"] = float(np.mean(labels == named))
-        numbers["confusion"] = confusion.tolist()  # rows: truth, columns: prediction, both in the order of classes
-    return numbers
-
-
-def disease_probability(probabilities: np.ndarray) -> np.ndarray:
-    """Sum over the classes other than healthy, from (N, K): keeps digits that 1 - P(healthy) would lose."""
-    return probabilities[:, 1:].sum(1)
-
-
-def predicted_class(row: np.ndarray, classes: Sequence[str]) -> str:
-    """Binary: diseased at P >= 0.5; by lesion type: the most probable class. ``row`` (K,)."""
-    if len(classes) == 2:
-        return classes[int(row[1] >= THRESHOLD)]
-    return classes[int(row.argmax())]
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+    images: ImageSet
+    probabilities: np.ndarray
+    features: np.ndarray
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -122,7 +57,7 @@ def _share(part: int, whole: int) -> float | None:
 
 def prediction_rows(images: ImageSet, probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
     """One row per sample, as in predictions_*.csv: who it is, what it is, what the classifier says."""
-    score = disease_probability(probabilities)
+    score, named = disease_probability(probabilities), predicted_classes(probabilities)
     rows = []
     for position, sample in enumerate(images.samples):
         rows.append(
@@ -135,7 +70,7 @@ def prediction_rows(images: ImageSet, probabilities: np.ndarray, classes: Sequen
                 "severity": sample.severity or "",
                 "label": images.labels[position],
                 "disease_probability": float(score[position]),
-                "predicted": predicted_class(probabilities[position], classes),
+                "predicted": classes[named[position]],
                 **{f"p_{name}": float(p) for name, p in zip(classes, probabilities[position], strict=True)},
             }
         )
@@ -151,37 +86,225 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
     write_text(path, buffer.getvalue())
 
 
-def write_roc(path: Path, title: str, truth: np.ndarray, score: np.ndarray, interval: list[float] | None) -> None:
-    """The ROC curve of P(disease); a picture that says so where it is undefined."""
-    from matplotlib.figure import Figure
+def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """metrics.json as one row: numbers and texts; ``<name>``, ``<name>_low``, ``<name>_high`` of each test number."""
+    row = {key: value for key, value in metrics.items() if not isinstance(value, list | dict)}
+    row |= {f"val_{name}": value for name, value in metrics["validation"].items()}
+    for name, entry in metrics["test"].items():
+        row |= {name: entry["value"], f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
+    return row
 
-    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    value = auc(truth, score)
-    if value is None:
-        axes.text(0.5, 0.5, "AUC undefined:\nthe test set holds one class", ha="center", va="center")
-    else:
-        from sklearn.metrics import roc_curve
 
-        false_rate, true_rate, _ = roc_curve(truth, score)
-        text = f"AUC {value:.3f}" + (f" (95 % {interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
-        axes.plot(false_rate, true_rate, color="tab:blue", label=text)
-        axes.legend(loc="lower right")
-    axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="1 - specificity", ylabel="recall", title=title, xlim=(0, 1), ylim=(0, 1.005), aspect="equal")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph of the dataset's name that the font lacks
-        with atomic_file(path) as handle:
-            figure.savefig(handle, format="png", dpi=120)
+# --- everything of one test -------------------------------------------------------------------------------------
 
 
 def write_test(
-    folder: Path, images: ImageSet, probabilities: np.ndarray, metrics: dict[str, Any], title: str, suffix: str = ""
+    folder: Path, metrics: dict[str, Any], test: Scored, synthetic: Scored | None = None, suffix: str = ""
 ) -> None:
-    """predictions_test.csv, roc.png and metrics.csv; the caller writes metrics.json last, as the sign of completion."""
-    write_csv(folder / f"predictions_test{suffix}.csv", prediction_rows(images, probabilities, metrics["classes"]))
-    truth = np.array([label != HEALTHY for label in images.labels])
-    write_roc(folder / f"roc{suffix}.png", title, truth, disease_probability(probabilities), metrics["auc_ci95"])
-    flat = {key: value for key, value in metrics.items() if not isinstance(value, list | dict)}
-    interval = metrics["auc_ci95"] or [None, None]
-    write_csv(folder / f"metrics{suffix}.csv", [{**flat, "auc_low": interval[0], "auc_high": interval[1]}])
+    """predictions_test.csv, metrics.csv and report.html; the caller writes metrics.json last, the sign of completion.
+
+    ``synthetic``: the synthetic pictures of the training, shown in the map of features only.
+    """
+    rows = prediction_rows(test.images, test.probabilities, metrics["classes"])
+    write_csv(folder / f"predictions_test{suffix}.csv", rows)
+    write_csv(folder / f"metrics{suffix}.csv", [flat_metrics(metrics)])
+    path = folder / f"report{suffix}.html"
+    shutil.rmtree(files_folder(path), ignore_errors=True)
+    sections = [
+        ("numbers", "Test numbers", _numbers_html(metrics)),
+        ("training", "Training", _training_html(folder, path)),
+        ("curves", "Curves", _curves_html(path, metrics, test)),
+        ("calibration", "Confusion and calibration", _calls_html(path, metrics, test)),
+        ("features", "Features", _features_html(path, metrics, test, synthetic)),
+        ("mistakes", "Worst mistakes", _mistakes_html(path, rows, test.images)),
+    ]
+    intro = (
+        "Research software, not for clinical use. The epoch was chosen on validation and the test set read once; "
+        f"P(disease) >= {metrics['threshold']:g} is called diseased. Intervals hold 95 % of "
+        f"{metrics['resamples']} bootstrap resamples of the {metrics['n_test_patients']} test patients."
+    )
+    write_text(path, page(f"Classifier: {metrics['dataset']}", sections, intro))
+
+
+def _numbers_html(metrics: Mapping[str, Any]) -> str:
+    notes = "".join(f'<p class="warning">{html.escape(note)}</p>' for note in metrics["notes"])
+    rows = [
+        (name.replace("_", " "), entry["value"], _interval(entry), metrics["validation"].get(name))
+        for name, entry in metrics["test"].items()
+    ]
+    numbers = table(["number", "test", "95 % interval", "validation"], rows)
+    facts = table(["this run", ""], [(key.replace("_", " "), metrics.get(key)) for key in FACTS])
+    return f'{notes}<div class="plots">{numbers}{facts}</div>'
+
+
+def _interval(entry: Mapping[str, Any]) -> str:
+    return number(None) if entry["low"] is None else f"{entry['low']:.3f} to {entry['high']:.3f}"
+
+
+def _training_html(folder: Path, path: Path) -> str:
+    history = folder / "history.csv"
+    if not history.exists():
+        return '<p class="note">No history.csv lies beside these weights.</p>'
+    rows = read_table(history, ("phase", "epoch", "train_loss", "val_loss"), "training log")
+    plots = []
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        figure = loss_figure([row for row in rows if row["phase"] == phase], phase)
+        plots.append(_plot(path, f"loss_{phase}", figure, f"loss of the phase {phase}"))
+    return f'<div class="plots">{"".join(plots)}</div>'
+
+
+def _curves_html(path: Path, metrics: Mapping[str, Any], test: Scored) -> str:
+    truth = label_indices(test.images, metrics["classes"]) > 0
+    score = disease_probability(test.probabilities)
+    if metrics["test"]["auc"]["value"] is None:
+        return '<p class="note">ROC and precision-recall curves are undefined: the test set holds one class.</p>'
+    pairs = ("roc", roc_figure({"test": (truth, score)})), ("pr", pr_figure(truth, score))
+    return f'<div class="plots">{"".join(_plot(path, name, figure, f"{name} curve") for name, figure in pairs)}</div>'
+
+
+def _calls_html(path: Path, metrics: Mapping[str, Any], test: Scored) -> str:
+    truth = label_indices(test.images, metrics["classes"]) > 0
+    figures = {
+        "confusion": confusion_figure(np.array(metrics["confusion"]), metrics["classes"]),
+        "reliability": reliability_figure(truth, disease_probability(test.probabilities)),
+    }
+    return f'<div class="plots">{"".join(_plot(path, name, figure, name) for name, figure in figures.items())}</div>'
+
+
+def _features_html(path: Path, metrics: Mapping[str, Any], test: Scored, synthetic: Scored | None) -> str:
+    names = [f"test: {label}" for label in test.images.labels]
+    features = [test.features]
+    if synthetic is not None:
+        names += [f"synthetic: {label}" for label in synthetic.images.labels]
+        features.append(synthetic.features)
+    kept = np.random.default_rng(named_seed("t-SNE", len(names))).permutation(len(names))[:MOST_POINTS]
+    points, perplexity = embed(np.concatenate(features)[kept])
+    if points is None:
+        text = f"The map of features is left out: t-SNE needs at least {LEAST_POINTS} pictures, there are {len(kept)}"
+        return f'<p class="note">{text} (those that the network does not tell apart count once).</p>'
+    figure = map_figure(points, [names[i] for i in kept])
+    text = (
+        f"t-SNE of what the last layer reads, {len(kept)} of {len(names)} pictures, perplexity {perplexity:g}. "
+        "Distances between groups and their sizes mean little in such a map."
+    )
+    return f'<p class="note">{text}</p><div class="plots">{_plot(path, "tsne", figure, "t-SNE of the features")}</div>'
+
+
+def _mistakes_html(path: Path, rows: Sequence[Mapping[str, Any]], images: ImageSet) -> str:
+    """The most confident wrong predictions: the picture as the network sees it, truth, prediction, P, prompt."""
+    wrong = [i for i, row in enumerate(rows) if row["predicted"] != row["label"]]
+    certainty = {i: rows[i][f"p_{rows[i]['predicted']}"] for i in wrong}
+    worst = sorted(wrong, key=lambda i: (-certainty[i], rows[i]["sample_id"]))[:MISTAKES]
+    if not worst:
+        return "<p>None: every test sample was named correctly.</p>"
+    cards = []
+    for place, i in enumerate(worst):
+        row = rows[i]
+        source = write_image(path, f"mistake_{place:02d}", images.images[i])
+        facts = (
+            f"{row['label']}, called {row['predicted']} with P {certainty[i]:.3f}",
+            " ".join(filter(None, (row["severity"], row["lesion_type"]))),
+            f"“{row['prompt']}”",
+            row["sample_id"],
+        )
+        caption = "<br>".join(html.escape(fact) for fact in facts if fact)
+        cards.append(f"<figure>{image(source, row['sample_id'])}<figcaption>{caption}</figcaption></figure>")
+    return (
+        f"<p>{len(worst)} of {len(wrong)} wrong ones, the most confident first.</p>"
+        f'<div class="panels">{"".join(cards)}</div>'
+    )
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+def _plot(path: Path, name: str, figure: "Figure", alt: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a glyph of a class's name that the font lacks
+        return image(write_image(path, name, figure), alt, "plot")
+
+
+def _axes(width: float = 4.6, height: float = 4.6) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained").add_subplot()
+
+
+def pr_figure(truth: np.ndarray, score: np.ndarray) -> "Figure":
+    """Precision over recall of P(disease), with the share of diseased samples as the level of chance."""
+    from sklearn.metrics import average_precision_score, precision_recall_curve
+
+    precision, recall, _ = precision_recall_curve(truth, score)
+    axes = _axes()
+    label = f"test: average precision {average_precision_score(truth, score):.3f}"
+    axes.plot(recall, precision, drawstyle="steps-post", label=label)
+    axes.axhline(truth.mean(), color="0.7", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.005), aspect="equal")
+    axes.legend(loc="lower left", fontsize=9)
+    axes.grid(alpha=0.25)
+    return axes.figure
+
+
+def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> "Figure":
+    """Counts (K, K), rows truth and columns prediction, coloured by the share of the row."""
+    shares = confusion / confusion.sum(1, keepdims=True).clip(1)
+    side = max(4.0, 0.75 * len(classes) + 2)
+    axes = _axes(side, side)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(confusion):
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=colour)
+    places = range(len(classes))
+    axes.set_xticks(places, classes, rotation=30, ha="right")
+    axes.set_yticks(places, classes)
+    axes.set(xlabel="predicted", ylabel="true")
+    return axes.figure
+
+
+def reliability_figure(truth: np.ndarray, score: np.ndarray) -> "Figure":
+    """Share of diseased samples over mean P(disease), one point per bin; its size grows with the samples in it."""
+    bins = calibration_bins(score)
+    filled = np.unique(bins)
+    counts = np.array([np.sum(bins == b) for b in filled])
+    axes = _axes()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
+    means = [[values[bins == b].mean() for b in filled] for values in (score, truth)]
+    axes.plot(*means, color="tab:blue", linewidth=1)
+    axes.scatter(*means, s=20 + 180 * counts / counts.max(), color="tab:blue", alpha=0.7)
+    for mean, share, count in zip(*means, counts, strict=True):
+        axes.annotate(str(count), (mean, share), textcoords="offset points", xytext=(8, -12), fontsize=8)
+    axes.set(xlabel=f"mean P(disease) of a bin (of {BINS})", ylabel="share diseased", xlim=(0, 1), ylim=(-0.05, 1.05))
+    axes.grid(alpha=0.25)
+    return axes.figure
+
+
+def embed(features: np.ndarray) -> tuple[np.ndarray | None, float]:
+    """t-SNE of features (N, D): points (N, 2) and the perplexity, lowered where N is small.
+
+    No points where fewer than LEAST_POINTS features differ: scikit-learn's t-SNE crashes when all are equal.
+    """
+    from sklearn.manifold import TSNE
+
+    centred = features.astype(np.float64) - features.mean(0)
+    scaled = centred / max(float(centred.std()), 1e-12)
+    distinct = len(np.unique(scaled.round(4), axis=0))
+    perplexity = min(PERPLEXITY, (distinct - 1) // 3)
+    if distinct < LEAST_POINTS:
+        return None, perplexity
+    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(scaled), perplexity
+
+
+def map_figure(points: np.ndarray, names: Sequence[str]) -> "Figure":
+    """Points (N, 2) coloured by class; circles are test samples, crosses synthetic ones."""
+    axes = _axes(6, 5)
+    groups = sorted(set(names), key=lambda name: (name.startswith("synthetic"), not name.endswith(": healthy"), name))
+    labels = list(dict.fromkeys(name.partition(": ")[2] for name in groups))
+    for name in groups:
+        rows = np.array([other == name for other in names])
+        kind, _, label = name.partition(": ")
+        colour = f"C{labels.index(label) % 10}"
+        marker = {"marker": "x", "linewidths": 1} if kind == "synthetic" else {"marker": "o", "linewidths": 0}
+        axes.scatter(*points[rows].T, s=22, alpha=0.75, color=colour, label=f"{name} ({rows.sum()})", **marker)
+    axes.set(xticks=[], yticks=[])
+    axes.legend(fontsize=8, loc="best")
+    return axes.figure

@@ -50,6 +50,6 @@ def test_pictures_train_the_classifier(
     (tmp_path / "args.json").write_text(json.dumps(settings))
     assert call(classifier, tmp_path / "args.json") == 0
     metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["n_synthetic"] == 5
+    assert metrics["n_synthetic_used"] == 5
     assert len((output / "predictions_results.csv").read_text().splitlines()) == 1 + 5
     assert len((output / "predictions_test.csv").read_text().splitlines()) == 1 + 4

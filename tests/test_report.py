@@ -99,9 +99,10 @@ def demo(tmp_path: Path) -> Path:
     for name, rows in judged.items():
         write_csv(out / "classifier_judge" / f"predictions_{name}.csv", rows)
     test = [{"label": "healthy", "disease_probability": 0.2}, {"label": "diseased", "disease_probability": 0.8}]
-    numbers = {"auc_ci95": [0.7, 0.9], "n_synthetic": 0, "n_test": 2}
-    for name, more in (("judge", {"auc": 0.99, "type_accuracy": 0.9}), ("real", {"auc": 0.8}), ("augmented", {})):
-        metrics = numbers | ({"auc": 0.85, "n_synthetic": 6} if name == "augmented" else more)
+    for name, auc, more in (("judge", 0.99, {"type_accuracy": 0.9}), ("real", 0.8, {}), ("augmented", 0.85, {})):
+        values = {"auc": auc, **more}
+        measured = {key: {"value": value, "low": 0.7, "high": 0.9} for key, value in values.items()}
+        metrics = {"test": measured, "n_synthetic_used": 6 if name == "augmented" else 0, "n_test": 2}
         write_csv(out / f"classifier_{name}" / "predictions_test.csv", test)
         (out / f"classifier_{name}" / "metrics.json").write_text(json.dumps(metrics))
     for stage in demo_report.STAGES:

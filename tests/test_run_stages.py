@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ldm.classifier_data import load_config
+from ldm.classifier_config import load_config
 from ldm.errors import MedSoftError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -38,7 +38,7 @@ NOT_EVIDENCE = (
 )
 CLASSIFIER_ROWS = (
     *("auc", "auc_ci95", "average_precision", "balanced_accuracy", "recall", "specificity", "precision", "f1"),
-    *("n_train_healthy", "n_train_diseased", "n_synthetic", "n_test", "n_test_diseased", "epoch"),
+    *("n_train_healthy", "n_train_diseased", "n_synthetic_used", "n_test", "n_test_diseased", "epoch"),
 )
 
 
@@ -130,8 +130,11 @@ def read_inputs(folder: Path) -> Inputs:
 
     def classifier(name: str, step: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
         metrics = read_json(_need(folder / name / "metrics.json", step))
+        if "test" not in metrics:
+            raise MedSoftError(f"{folder / name / 'metrics.json'}: holds no test numbers; {_again(step)}")
         columns = ("label", "disease_probability")
-        return metrics, read_table(_need(folder / name / "predictions_test.csv", step), columns, "predictions")
+        rows = read_table(_need(folder / name / "predictions_test.csv", step), columns, "predictions")
+        return _with_test_numbers(metrics), rows
 
     if not (folder / "stages.json").exists():
         raise MedSoftError(
@@ -156,6 +159,13 @@ def read_inputs(folder: Path) -> Inputs:
         inputs.drawn[name] = {(sample.parent_id, sample.meta.get("variant")): sample for sample in samples}
     _check_pairs(inputs)
     return inputs
+
+
+def _with_test_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The file's content with its test numbers by name, and the interval of the AUC as ``auc_ci95``."""
+    auc = metrics["test"]["auc"]
+    interval = None if auc["low"] is None else [auc["low"], auc["high"]]
+    return {**metrics, **{name: entry["value"] for name, entry in metrics["test"].items()}, "auc_ci95": interval}
 
 
 def _verdict(row: dict[str, str]) -> Verdict:
@@ -216,7 +226,7 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
         "changed_outside_pixels": _changed_outside(inputs),
         "auc_real": inputs.classifiers["real"].get("auc"),
         "auc_augmented": inputs.classifiers["augmented"].get("auc"),
-        "n_synthetic": inputs.classifiers["augmented"]["n_synthetic"],
+        "n_synthetic": inputs.classifiers["augmented"]["n_synthetic_used"],
         "minutes": round(sum(inputs.seconds.values()) / 60, 2),
         "judge": _judge_numbers(inputs),
         "by_type": _by_type(inputs, coarse),
