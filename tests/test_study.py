@@ -23,7 +23,7 @@ import dataset_infer
 import ver_openImagesDatasets
 import ver_train
 from ldm.annotations import load_samples
-from ldm.classifier_data import load_config as load_classifier_config
+from ldm.classifier_config import load_config as load_classifier_config
 from ldm.config import load_config
 from ldm.errors import MedSoftError, UsageError
 from ldm.files import write_json

@@ -151,7 +151,7 @@ def run_group(design: Design, group: Group, again: str) -> int:
     check_unchanged(design, group.world)
     for arm in dict.fromkeys(cell.arm for cell in group.cells if cell.arm.add):
         add_real(design, group.world, arm)
-    return run_steps(record, step_names(group.plan.steps), again)
+    return run_steps(record, step_names(group.plan.steps[len(group.world.steps) :]), again)
 
 
 def step_names(steps: tuple[Step, ...]) -> list[str]:
