@@ -107,15 +107,17 @@ def batches(lesions: Sequence[Lesion]) -> list[Tensor]:
 def set_distances(clip: BiomedClip, real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
     """Frechet, kernel, density and coverage with intervals, and what two halves of the real ones differ by."""
     features = [crop_features(clip, batches(lesions)) for lesions in (real, synthetic)]
-    measures = {"frechet": frechet_distance, "kernel": kernel_distance}
+    measures: dict[str, Any] = {"frechet": frechet_distance, "kernel": kernel_distance}
     if len(real) > 2 * (NEIGHBOURS + 1):
         measures |= {"density": density, "coverage": coverage}
     found: dict[str, Any] = {}
     for name, measure in tqdm(measures.items(), desc="distances", leave=False, disable=None):
-        found[name] = {
-            **dataclasses.asdict(by_halves(measure, *features)),
-            "between_halves_of_real": between_halves(measure, features[0]),
-        }
+        estimate = dataclasses.asdict(by_halves(measure, *features))
+        if name != "kernel" and estimate["low"] is not None:
+            estimate["low"] = max(estimate["low"], 0.0)
+        if name == "coverage" and estimate["high"] is not None:
+            estimate["high"] = min(estimate["high"], 1.0)
+        found[name] = {**estimate, "between_halves_of_real": between_halves(measure, features[0])}
     return found
 
 

@@ -124,7 +124,8 @@ def by_halves(measure: Callable[[Tensor, Tensor], float], first: Tensor, second:
     """``measure`` of two feature sets with an interval by half-samples (delete-half jackknife, Shao and Wu 1989).
 
     The spread of the number over random halves, drawn without replacement, is its standard error on the whole; the
-    interval is 1.96 of that to either side. None with fewer than 2 (k + 1) rows in a set.
+    interval is 1.96 of that to either side, and too wide (up to twice) where the two sets hardly differ. None with
+    fewer than 2 (k + 1) rows in a set.
     """
     value, least = measure(first, second), 2 * (NEIGHBOURS + 1)
     if min(len(first), len(second)) < least:

@@ -368,7 +368,7 @@ def plan(n_healthy: int, n_diseased: int, per_patient: int = 1) -> Iterator[tupl
         yield 2 * (n // per_patient) + 1, n % per_patient, kind, _SEVERITY_CYCLE[round_ % len(_SEVERITY_CYCLE)]
 
 
-def biomedclip_pairs(count: int = BIOMEDCLIP_PAIRS) -> Iterator[tuple[int, int, str | None, str | None]]:
+def biomedclip_pairs(count: int) -> Iterator[tuple[int, int, str | None, str | None]]:
     """What the BiomedCLIP stand-in has seen, as the first arguments of ``render_phantom``: one third is healthy."""
     for index in range(count):
         rng = np.random.default_rng(named_seed("pairs", index))
@@ -406,7 +406,7 @@ def write_dataset(
 def write_biomedclip_pairs(root: str | Path, overwrite: bool = False, progress: bool = False) -> bool:
     """Write every picture the BiomedCLIP stand-in was trained on as a dataset folder; else as ``write_dataset``."""
     arguments = {"version": VERSION, "biomedclip_pairs": BIOMEDCLIP_PAIRS}
-    return _write(Path(root), arguments, list(biomedclip_pairs()), overwrite, progress)
+    return _write(Path(root), arguments, list(biomedclip_pairs(BIOMEDCLIP_PAIRS)), overwrite, progress)
 
 
 def _write(root: Path, arguments: dict, items: list[tuple], overwrite: bool, progress: bool) -> bool:
