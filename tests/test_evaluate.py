@@ -90,7 +90,7 @@ def test_other_pictures_are_farther_away(real: Path, honest: Path, tmp_path: Pat
 
 
 def paste(lesion: Path, healthy: Path, target: Path, rng: np.random.Generator) -> None:
-    """A training lesion in another patient's healthy spine, brighter, a little noisier and elsewhere: a memorised drawing."""
+    """A training lesion in another patient's healthy spine, brighter, a little noisier and elsewhere: memorised."""
     shutil.copytree(healthy, target)
     source, mask = read_image(lesion / "image.png"), read_image(lesion / "mask.png") > 0
     image, anatomy = read_image(target / "image.png").copy(), read_image(target / "anatomy.png")
