@@ -191,21 +191,19 @@ def paragraph(study: Study) -> str:
     if ratio is None:
         return f"Nothing can be said yet: no cells of {compared.main} are finished."
     how = "fixed beforehand" if compared.ratio is not None else "the one with the best validation AUC of these worlds"
-    main, parts = Treatment(compared.main, ratio), [f"The ratio is {ratio:g} ({how})."]
-    claim = study.difference(main, Treatment(compared.control, ratio))
-    if claim is None:
-        parts.append(f"{main} and {compared.control} at the same ratio have no finished pair yet.")
-    else:
-        parts.append(_sentence(main, Treatment(compared.control, ratio), claim, "The main comparison, "))
-    against = study.difference(main, Treatment(compared.baseline))
-    if against is not None:
-        parts.append(_sentence(main, Treatment(compared.baseline), against, "Against nothing added, "))
-    copies = study.difference(Treatment(compared.control, ratio), Treatment(compared.baseline))
-    if copies is not None:
-        parts.append(_sentence(Treatment(compared.control, ratio), Treatment(compared.baseline), copies, "Repeating, "))
-    for treatment, other, change in study.differences():
-        if other.arm == compared.main and treatment.arm != compared.main:
-            parts.append(_sentence(treatment, other, change))
+    main, control, nothing = (
+        Treatment(compared.main, ratio),
+        Treatment(compared.control, ratio),
+        Treatment(compared.baseline),
+    )
+    parts = [f"The ratio is {ratio:g} ({how})."]
+    parts.append(
+        _sentence(study, main, control, "The main comparison, ") or f"{main} and {control}: no finished pair yet."
+    )
+    parts += [_sentence(study, main, nothing), _sentence(study, control, nothing)]
+    for other in study.treatments:
+        if other.arm not in (compared.main, compared.control, compared.baseline) and other.ratio is not None:
+            parts.append(_sentence(study, Treatment(compared.main, other.ratio), other))
     if compared.ratio is None:
         parts.append(
             "The ratio was chosen in these very worlds, and other settings may have been: they suggest, and only "
@@ -215,14 +213,19 @@ def paragraph(study: Study) -> str:
         "One comparison is the claim; all others are looks at the same worlds, and their intervals are not widened for "
         "their number."
     )
-    return " ".join(parts)
+    return " ".join(part for part in parts if part)
 
 
-def _sentence(first: Treatment, second: Treatment, change: Interval, lead: str = "") -> str:
+def _sentence(study: Study, first: Treatment, second: Treatment, lead: str = "") -> str:
+    """What one difference of the test AUC says; empty if there is none."""
+    change = study.difference(first, second)
+    if change is None:
+        return ""
     worlds = f"{change.worlds} world{'s' if change.worlds > 1 else ''}"
-    said = {"higher": "a gain", "lower": "a loss"}.get(change.verdict, "a difference")
-    shown = "is shown" if change.verdict in ("higher", "lower") else f"is {change.verdict}"
-    return f"{lead}{first} minus {second}, changes the test AUC by {change} over {worlds}: {said} {shown}."
+    said = {"higher": "a gain is shown", "lower": "a loss is shown"}.get(
+        change.verdict, f"a difference is {change.verdict}"
+    )
+    return f"{lead}{first} minus {second}: {change} of test AUC over {worlds}; {said}."
 
 
 # ------------------------------------------------------------------------------------------------------ tables, plot
@@ -259,32 +262,32 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def dose_figure(study: Study) -> "Figure":
-    """Mean test AUC over worlds by ratio, with intervals: main arm and control; the baseline as a band."""
+    """What main arm and control change against the baseline, by ratio: the paired difference with its interval.
+
+    Differences, since worlds differ more among each other than arms do within one.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.add_subplot()
-    baseline = study.mean(Treatment(study.comparison.baseline))
-    if baseline is not None:
-        axes.axhline(baseline.mean, color="0.45", linestyle="--", label=study.comparison.baseline)
-        if baseline.low is not None:
-            axes.axhspan(baseline.low, baseline.high, color="0.9")
-    every = sorted({*study.ratios(study.comparison.main), *study.ratios(study.comparison.control)})
-    for arm, colour, shift in (
-        (study.comparison.control, "tab:orange", -0.04),
-        (study.comparison.main, "tab:blue", 0.04),
-    ):
-        shown = [(every.index(r) + shift, study.mean(Treatment(arm, r))) for r in study.ratios(arm)]
-        shown = [(place, mean) for place, mean in shown if mean is not None]
+    compared, nothing = study.comparison, Treatment(study.comparison.baseline)
+    axes.axhline(0, color="0.45", linestyle="--", label=compared.baseline)
+    every = sorted({*study.ratios(compared.main), *study.ratios(compared.control)})
+    for arm, colour, shift in ((compared.control, "tab:orange", -0.04), (compared.main, "tab:blue", 0.04)):
+        found = [
+            (every.index(ratio) + shift, study.difference(Treatment(arm, ratio), nothing))
+            for ratio in study.ratios(arm)
+        ]
+        shown = [(place, change) for place, change in found if change is not None]
         if shown:
-            below, above = _error_bars([mean for _, mean in shown])
-            places, heights = [place for place, _ in shown], [mean.mean for _, mean in shown]
+            below, above = _error_bars([change for _, change in shown])
+            places, heights = [place for place, _ in shown], [change.mean for _, change in shown]
             axes.errorbar(places, heights, [below, above], color=colour, marker="o", capsize=3, label=arm)
     axes.set_xticks(range(len(every)), [f"{ratio:g}" for ratio in every])
-    axes.set(xlabel="images added per real diseased image", ylabel="test AUC (mean and 95 % over worlds)")
+    label = f"test AUC minus that of {compared.baseline}\n(mean and 95 % over worlds)"
+    axes.set(xlabel="images added per real diseased image", ylabel=label)
     axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=9)
+    axes.legend(fontsize=9)
     return figure
 
 

@@ -388,7 +388,7 @@ def test_the_paragraph_says_what_the_interval_supports(gain: float, noise: float
     found = made(gain, noise, ratio=1.0)
     text = paragraph(found)
     assert "The ratio is 1 (fixed beforehand)." in text
-    claim = text[text.index("The main comparison, ours at 1 minus duplicated at 1") :].split(": ", 1)[1]
+    claim = text[text.index("The main comparison, ours at 1 minus duplicated at 1: ") :].split("; ", 1)[1]
     change = found.difference(Treatment("ours", 1.0), Treatment("duplicated", 1.0))
     assert f"95 % {change.low:+.3f} to {change.high:+.3f}" in text
     assert claim[: claim.index(". ") + 1].endswith(said)
@@ -443,6 +443,8 @@ def test_the_report_holds_every_cell_and_the_difference(write_study, tmp_path: P
     text = (out / "study.md").read_text()
     assert "| duplicated at 1 | real | +0.200 (+0.200 to +0.200) | 3 | higher |" in text
     assert "12 of 12 cells are finished. Commit " in text
-    assert "duplicated at 1 minus real, changes the test AUC by +0.200" in text
+    assert (
+        "duplicated at 1 minus real: +0.200 (95 % +0.200 to +0.200) of test AUC over 3 worlds; a gain is shown." in text
+    )
     assert (out / "dose_response.png").read_bytes().startswith(b"\x89PNG")
     assert "<table>" in (out / "study.html").read_text()
