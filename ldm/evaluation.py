@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ldm.annotations import Reject, Sample
 from ldm.config import DataConfig
-from ldm.dataset import prepare
+from ldm.dataset import Picture, prepare
 from ldm.encoders import BiomedClip
 from ldm.errors import MedSoftError
 from ldm.images import to_unit
@@ -47,6 +47,7 @@ from ldm.report import read_picture
 log = logging.getLogger(__name__)
 
 BATCH = 64
+CROP_SIDE = 192  # pixels of the crops that are kept
 COPY_SIDE = 64  # pixels of the crops in which copies are looked for
 CANDIDATES = 10  # nearest training lesions whose pixels are compared
 REACH = 3  # pixels a lesion may have moved
@@ -58,55 +59,84 @@ SSIM_REACH = 5  # half of SSIM's window
 
 @dataclass(frozen=True, eq=False)
 class Lesion:
-    """A lesion as the networks see it: image (3, S, S) in [-1, 1], soft mask (1, S, S); and its native numbers."""
+    """What is kept of a lesion: small pictures, native numbers and BiomedCLIP's rows.
+
+    crop: uint8 grey, at most CROP_SIDE square, the model's crop; inside: bool of that size, the lesion without feather.
+    features: CLS token of the crop; alone: the same of the lesion with everything around it hidden, of length 1;
+    embedding: projected, of length 1.
+    """
 
     sample: Sample
-    image: Tensor
-    mask: Tensor
+    crop: np.ndarray
+    inside: np.ndarray
     diameter: float  # equivalent, native pixels
     contrast: float  # mean inside minus mean of a ring around, of the image's grey range
     texture: float  # standard deviation inside
+    features: Tensor
+    alone: Tensor
+    embedding: Tensor
 
     @cached_property
     def small(self) -> tuple[np.ndarray, np.ndarray]:
-        """Grey crop (COPY_SIDE or smaller, square) and bool lesion, for comparing pixels."""
-        side = min(COPY_SIDE, self.image.shape[-1])
-        grey = F.interpolate(self.image.mean(dim=0)[None, None], size=(side, side), mode="area")[0, 0]
-        mask = F.adaptive_max_pool2d(self.mask[None], side)[0, 0]
-        return grey.numpy(), (mask >= FULLY).numpy()
+        """crop and inside at COPY_SIDE or less, for comparing pixels."""
+        side = min(COPY_SIDE, len(self.crop))
+        mask = cv2.resize(self.inside.astype(np.uint8), (side, side), interpolation=cv2.INTER_AREA) > 0
+        return cv2.resize(self.crop, (side, side), interpolation=cv2.INTER_AREA).astype(float), mask
 
 
-def read_lesions(samples: Sequence[Sample], data: DataConfig, name: str) -> tuple[list[Lesion], list[Reject]]:
+def read_lesions(
+    samples: Sequence[Sample], data: DataConfig, clip: BiomedClip, name: str
+) -> tuple[list[Lesion], list[Reject]]:
     """The diseased samples among ``samples``; those that cannot be read come back as rejects."""
-    found, rejects = [], []
-    for sample in tqdm([s for s in samples if not s.healthy], desc=f"reading {name}", leave=False, disable=None):
+    found, rejects, waiting = [], [], []
+    diseased = [sample for sample in samples if not sample.healthy]
+    for sample in tqdm(diseased, desc=f"reading {name}", leave=False, disable=None):
         try:
-            picture = prepare(sample, data, 0, 0)
+            waiting.append((sample, prepare(sample, data, 0, 0)))
         except MedSoftError as error:
             rejects.append(Reject(sample.sample_id, sample.image, str(error)))
-            continue
-        unit = to_unit(picture.original, picture.levels)
-        grey = unit if unit.ndim == 2 else unit.mean(axis=2)
-        wide = cv2.dilate(picture.hard.astype(np.uint8), np.ones((2 * RING + 1,) * 2, np.uint8)) > 0
-        ring = wide & ~picture.hard
-        inside = grey[picture.hard]
-        contrast = float(inside.mean() - grey[ring].mean()) if ring.any() else 0.0
-        numbers = (equivalent_diameter(picture.hard), contrast, float(inside.std()))
-        found.append(Lesion(sample, picture.image, picture.mask, *numbers))
-    return found, rejects
+        if len(waiting) == BATCH:
+            found += _lesions(waiting, clip)
+            waiting = []
+    return found + (_lesions(waiting, clip) if waiting else []), rejects
 
 
-def batches(lesions: Sequence[Lesion]) -> list[Tensor]:
-    """Crops (B, 3, S, S)."""
-    return [torch.stack([each.image for each in lesions[i : i + BATCH]]) for i in range(0, len(lesions), BATCH)]
+def _lesions(read: Sequence[tuple[Sample, Picture]], clip: BiomedClip) -> list[Lesion]:
+    images = torch.stack([picture.image for _, picture in read])
+    masks = torch.stack([picture.mask for _, picture in read])
+    side = min(CROP_SIDE, images.shape[-1])
+    grey = F.interpolate(images.mean(dim=1, keepdim=True), size=(side, side), mode="area")
+    crops = ((grey + 1) * 127.5).round().clamp(0, 255).byte().squeeze(1).numpy()
+    inside = (F.adaptive_max_pool2d(masks, side) >= FULLY).squeeze(1).numpy()
+    alone = F.normalize(crop_features(clip, [images], [masks < FULLY]), dim=1)
+    rows = zip(crops, inside, crop_features(clip, [images]), alone, image_embeddings(clip, [images]), strict=True)
+    return [
+        Lesion(sample, crop, within, *_native_numbers(picture), features, own, embedding)
+        for (sample, picture), (crop, within, features, own, embedding) in zip(read, rows, strict=True)
+    ]
+
+
+def _native_numbers(picture: Picture) -> tuple[float, float, float]:
+    """Diameter, contrast and texture of a lesion at native size."""
+    unit = to_unit(picture.original, picture.levels)
+    grey = unit if unit.ndim == 2 else unit.mean(axis=2)
+    wide = cv2.dilate(picture.hard.astype(np.uint8), np.ones((2 * RING + 1,) * 2, np.uint8)) > 0
+    ring, inside = wide & ~picture.hard, grey[picture.hard]
+    contrast = float(inside.mean() - grey[ring].mean()) if ring.any() else 0.0
+    return equivalent_diameter(picture.hard), contrast, float(inside.std())
+
+
+def rows_of(lesions: Sequence[Lesion], name: str) -> Tensor:
+    """One of the lesions' rows as float64 (N, D)."""
+    return torch.stack([getattr(lesion, name) for lesion in lesions])
 
 
 # ------------------------------------------------------------------------------------------------------ distances
 
 
-def set_distances(clip: BiomedClip, real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
+def set_distances(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
     """Frechet, kernel, density and coverage with intervals, and what two halves of the real ones differ by."""
-    features = [crop_features(clip, batches(lesions)) for lesions in (real, synthetic)]
+    features = [rows_of(lesions, "features") for lesions in (real, synthetic)]
     measures: dict[str, Any] = {"frechet": frechet_distance, "kernel": kernel_distance}
     if len(real) > 2 * (NEIGHBOURS + 1):
         measures |= {"density": density, "coverage": coverage}
@@ -154,7 +184,12 @@ def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
         if not isinstance(lesion.sample.meta.get("parent_image"), str) or lesion.sample.soft_mask is None:
             orphans += 1
             continue
-        picture = read_picture(lesion.sample)
+        try:
+            picture = read_picture(lesion.sample)
+        except MedSoftError as error:
+            log.warning("not compared with its parent: %s", error)
+            orphans += 1
+            continue
         original, result = (x if x.ndim == 2 else x.mean(axis=2) for x in picture.shown())
         near = cv2.dilate((picture.soft > 0).astype(np.uint8), np.ones((2 * SSIM_REACH + 1,) * 2, np.uint8)) > 0
         equal += picture.changed_outside == 0
@@ -186,7 +221,7 @@ def text_agreement(clip: BiomedClip, lesions: Sequence[Lesion]) -> dict[str, Any
     texts = list(dict.fromkeys(prompts))
     place = torch.tensor([texts.index(prompt) for prompt in prompts])
     kind_of = dict(zip(prompts, kinds, strict=True))
-    cosines = image_embeddings(clip, batches(lesions)) @ text_embeddings(clip, texts).T  # (N, T)
+    cosines = rows_of(lesions, "embedding") @ text_embeddings(clip, texts).T  # (N, T)
     foreign = torch.tensor(
         [
             [text != prompt and not (kind and kind == kind_of[text]) for text in texts]
@@ -262,15 +297,14 @@ class CopyCheck:
         return sorted(self.neighbours, key=lambda each: (-each.correlation, each.lesion.sample.sample_id))
 
 
-def check_copies(clip: BiomedClip, synthetic: Sequence[Lesion], train: Sequence[Lesion]) -> CopyCheck:
+def check_copies(synthetic: Sequence[Lesion], train: Sequence[Lesion]) -> CopyCheck:
     """Compare every drawn lesion with all training lesions: first features of the lesion alone, then pixels.
 
     The rest of a synthetic picture is its parent's and says nothing, so only the lesion is looked at. A copy correlates
     more than halfway from the most alike lesions of two training patients to perfectly.
     """
-    theirs, ours = (_lesion_features(clip, lesions) for lesions in (train, synthetic))
-    between = _nearest(train, theirs, train, theirs, "training lesions")
-    found = _nearest(synthetic, ours, train, theirs, "copies")
+    between = _nearest(train, train, "training lesions")
+    found = _nearest(synthetic, train, "copies")
     if not between:
         return CopyCheck(found, UNCALIBRATED, None, None)
     closest = max(each.correlation for each in between)
@@ -279,18 +313,10 @@ def check_copies(clip: BiomedClip, synthetic: Sequence[Lesion], train: Sequence[
     return CopyCheck(found, (1 + closest) / 2, closest, nearer)
 
 
-def _lesion_features(clip: BiomedClip, lesions: Sequence[Lesion]) -> Tensor:
-    """Features of the lesion with everything around it hidden, of length 1."""
-    masks = [torch.stack([each.mask for each in lesions[i : i + BATCH]]) for i in range(0, len(lesions), BATCH)]
-    return F.normalize(crop_features(clip, batches(lesions), [mask < FULLY for mask in masks]), dim=1)
-
-
-def _nearest(
-    lesions: Sequence[Lesion], features: Tensor, train: Sequence[Lesion], theirs: Tensor, name: str
-) -> list[Neighbour]:
+def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> list[Neighbour]:
     """Of each lesion its nearest training lesion; a training lesion's own patient does not count."""
     same = lesions is train
-    cosines, found = features @ theirs.T, []
+    cosines, found = rows_of(lesions, "alone") @ rows_of(train, "alone").T, []
     for row, lesion in enumerate(tqdm(lesions, desc=name, leave=False, disable=None)):
         allowed = [
             column

@@ -77,10 +77,12 @@ def main(args: argparse.Namespace) -> int:
     if before is not None:
         log.info("%s: already complete", args.output_dir)
         return before
-    lesions = {name: read(each, config.data, name, rejects) for name, each in samples.items()}
+    lesions = {name: read(samples[name], config.data, clip, name, rejects) for name in ("real", "synthetic")}
+    own_train = sources["train"] != args.real
+    lesions["train"] = read(samples["train"], config.data, clip, "train", rejects) if own_train else lesions["real"]
     check_lesions(sources, lesions)
     found = measure(clip, lesions)
-    copies = check_copies(clip, lesions["synthetic"], lesions["train"])
+    copies = check_copies(lesions["synthetic"], lesions["train"])
     found |= {"copies": copy_numbers(copies), "sources": {name: str(path) for name, path in sources.items()}}
     found["run"] = run
     write_all(args.output_dir, found, copies, lesions, rejects)
@@ -115,11 +117,11 @@ def read_sources(sources: dict[str, Path]) -> tuple[dict[str, list], list]:
     return {name: read[path][0] for name, path in sources.items()}, [r for each in read.values() for r in each[1]]
 
 
-def read(samples: list, data: Any, name: str, rejects: list) -> "list[Lesion]":
+def read(samples: list, data: Any, clip: Any, name: str, rejects: list) -> "list[Lesion]":
     """The lesions of one source; adds to ``rejects``."""
     from ldm.evaluation import read_lesions
 
-    found, more = read_lesions(samples, data, name)
+    found, more = read_lesions(samples, data, clip, name)
     rejects += [reject for reject in more if reject not in rejects]
     return found
 
@@ -163,7 +165,7 @@ def measure(clip: Any, lesions: "dict[str, list[Lesion]]") -> dict[str, Any]:
             "dimensions": dimensions,
         },
         "warnings": few(len(real), len(synthetic), dimensions),
-        "distances": set_distances(clip, real, synthetic),
+        "distances": set_distances(real, synthetic),
         "parents": parent_likeness(synthetic),
         "text": {"real": text_agreement(clip, real), "synthetic": text_agreement(clip, synthetic)},
         "lesions": distributions(real, synthetic),
@@ -238,9 +240,6 @@ def pair_sheet(pairs: "list[Neighbour]", threshold: float) -> "np.ndarray":
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
-    from ldm.evaluation import FULLY
-    from ldm.report import colour
-
     gap, caption, head = 10, 24, 30
     sheet = Image.new("RGB", (4 * TILE + 5 * gap, head + len(pairs) * (TILE + caption + gap)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -251,11 +250,10 @@ def pair_sheet(pairs: "list[Neighbour]", threshold: float) -> "np.ndarray":
         words = "COPY" if pair.correlation >= threshold else "not a copy"
         text = f"{words}: correlation {pair.correlation:.3f}, cosine {pair.cosine:.3f}; {pair.lesion.sample.sample_id}"
         draw.text((gap, top), text, "#c62828" if words == "COPY" else "#1c2733", ImageFont.load_default(14))
-        crops = [lesion.image.mean(dim=0).numpy() / 2 + 0.5 for lesion in (pair.lesion, pair.match)]
-        masks = [lesion.mask[0].numpy() >= FULLY for lesion in (pair.lesion, pair.match)]
-        alone = [np.where(mask, crop, 1.0) for crop, mask in zip(crops, masks, strict=True)]
+        crops = [pair.lesion.crop, pair.match.crop]
+        alone = [np.where(each.inside, each.crop, 255) for each in (pair.lesion, pair.match)]
         for column, crop in enumerate([*crops, *alone]):
-            tile = Image.fromarray(colour(crop)).resize((TILE, TILE), Image.Resampling.NEAREST)
+            tile = Image.fromarray(crop.astype(np.uint8)).resize((TILE, TILE), Image.Resampling.NEAREST)
             sheet.paste(tile, (gap + column * (TILE + gap), top + caption))
     return np.asarray(sheet)
 
