@@ -168,11 +168,11 @@ def mean_of(values: Sequence[float], seed: int = 0) -> Estimate | None:
 def likeness(first: np.ndarray, second: np.ndarray, region: np.ndarray) -> tuple[float, float] | None:
     """SSIM (mean of its map) and PSNR in dB of two HxW images in [0, 1] within a bool region, by torchmetrics.
 
-    PSNR is infinite where they are equal. None for an empty region. SSIM's window has 11 x 11 pixels.
+    PSNR is infinite where they are equal. None for an empty region, and for images below SSIM's window, 11 x 11 pixels.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-    if not region.any():
+    if not region.any() or min(first.shape) < 11:
         return None
     a, b = (torch.from_numpy(np.ascontiguousarray(x)).double()[None, None] for x in (first, second))
     inside = torch.from_numpy(region)[None, None]

@@ -138,6 +138,7 @@ def test_likeness_looks_at_the_region_only() -> None:
     assert ssim < 0.3
     assert psnr == pytest.approx(-10 * math.log10(((first - second)[:10] ** 2).mean()), rel=1e-6)
     assert likeness(first, second, np.zeros_like(region)) is None
+    assert likeness(first[:10, :10], second[:10, :10], np.ones((10, 10), bool)) is None
 
 
 def blob(seed: int, at: tuple[int, int] = (20, 20), base: int = 0) -> tuple[np.ndarray, np.ndarray]:
