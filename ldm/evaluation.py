@@ -285,7 +285,7 @@ class CopyCheck:
     neighbours: list[Neighbour]
     threshold: float
     closest_real: float | None  # highest correlation between lesions of two training patients
-    nearer_than_real: float | None  # share nearer in features than 95 % of real ones are to another patient's
+    nearer_than_real: float | None  # share nearer in features than 95 % of the held-out real ones; None without these
 
     @property
     def copies(self) -> list[Neighbour]:
@@ -297,20 +297,23 @@ class CopyCheck:
         return sorted(self.neighbours, key=lambda each: (-each.correlation, each.lesion.sample.sample_id))
 
 
-def check_copies(synthetic: Sequence[Lesion], train: Sequence[Lesion]) -> CopyCheck:
+def check_copies(
+    synthetic: Sequence[Lesion], train: Sequence[Lesion], held_out: Sequence[Lesion] | None = None
+) -> CopyCheck:
     """Compare every drawn lesion with all training lesions: first features of the lesion alone, then pixels.
 
     The rest of a synthetic picture is its parent's and says nothing, so only the lesion is looked at. A copy correlates
-    more than halfway from the most alike lesions of two training patients to perfectly.
+    more than halfway from the most alike lesions of two training patients to perfectly. ``held_out``: real lesions the
+    generator has not seen, which tell how near an honest one is.
     """
     between = _nearest(train, train, "training lesions")
     found = _nearest(synthetic, train, "copies")
-    if not between:
-        return CopyCheck(found, UNCALIBRATED, None, None)
-    closest = max(each.correlation for each in between)
-    usual = float(np.percentile([each.cosine for each in between], 95))
-    nearer = float(np.mean([each.cosine > usual for each in found]))
-    return CopyCheck(found, (1 + closest) / 2, closest, nearer)
+    closest = max((each.correlation for each in between), default=None)
+    threshold = UNCALIBRATED if closest is None else (1 + closest) / 2
+    if held_out is None:
+        return CopyCheck(found, threshold, closest, None)
+    usual = np.percentile([each.cosine for each in _nearest(held_out, train, "held-out lesions")], 95)
+    return CopyCheck(found, threshold, closest, float(np.mean([each.cosine > usual for each in found])))
 
 
 def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> list[Neighbour]:

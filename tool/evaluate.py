@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     lesions["train"] = read(samples["train"], config.data, clip, "train", rejects) if own_train else lesions["real"]
     check_lesions(sources, lesions)
     found = measure(clip, lesions)
-    copies = check_copies(lesions["synthetic"], lesions["train"])
+    copies = check_copies(lesions["synthetic"], lesions["train"], lesions["real"] if own_train else None)
     found |= {"copies": copy_numbers(copies), "sources": {name: str(path) for name, path in sources.items()}}
     found["run"] = run
     write_all(args.output_dir, found, copies, lesions, rejects)
@@ -164,7 +164,7 @@ def measure(clip: Any, lesions: "dict[str, list[Lesion]]") -> dict[str, Any]:
             "fingerprint": clip.fingerprint,
             "dimensions": dimensions,
         },
-        "warnings": few(len(real), len(synthetic), dimensions),
+        "warnings": [*few(len(real), len(synthetic), dimensions), *seen_before(lesions)],
         "distances": set_distances(real, synthetic),
         "parents": parent_likeness(synthetic),
         "text": {"real": text_agreement(clip, real), "synthetic": text_agreement(clip, synthetic)},
@@ -172,12 +172,23 @@ def measure(clip: Any, lesions: "dict[str, list[Lesion]]") -> dict[str, Any]:
     }
 
 
+def seen_before(lesions: "dict[str, list[Lesion]]") -> list[str]:
+    """A sentence if REAL holds patients of another training set."""
+    if lesions["train"] is lesions["real"]:
+        return []
+    train, real = ({each.sample.patient_id for each in lesions[name]} for name in ("train", "real"))
+    shared = (
+        f"{len(train & real)} patients of REAL are also in the training set: it is no yardstick for what was not seen."
+    )
+    return [shared] if train & real else []
+
+
 def copy_numbers(check: "CopyCheck") -> dict[str, Any]:
     return {
         "count": len(check.copies),
         "threshold": check.threshold,
         "closest_pair_of_training_patients": check.closest_real,
-        "nearer_than_95_percent_of_real": check.nearer_than_real,
+        "nearer_than_95_percent_of_held_out": check.nearer_than_real,
     }
 
 
