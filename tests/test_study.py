@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import signal
 import statistics
@@ -27,6 +28,8 @@ from ldm.classifier_config import load_config as load_classifier_config
 from ldm.config import load_config
 from ldm.errors import MedSoftError, UsageError
 from ldm.files import write_json
+from ldm.images import read_image
+from ldm.locks import exclusive
 from ldm.study import Cell, Comparison, Study, Treatment, interval, paragraph, read_cell
 
 ROOT = tiny.ROOT
@@ -221,6 +224,22 @@ def test_annotation_files_that_changed_are_refused(write_study, world: Path, tmp
         study.check_unchanged(design, design.worlds[0])
 
 
+def test_annotation_files_that_are_missing_are_named(write_study, world: Path, tmp_path: Path) -> None:
+    files = {f"{split}_json": str(world / f"openimages_format_{split}.json") for split in ("train", "val")}
+    worlds = {"hospital": files | {"test_json": str(tmp_path / "no.json")}}
+    with pytest.raises(UsageError, match=r"world hospital: .*no.json does not exist; give its test annotations"):
+        tiny.call(study, write_study(worlds=worlds, phantoms=None))
+    assert not (tmp_path / "out" / "hospital").exists()
+
+
+def test_a_study_that_is_running_is_left_alone(write_study, tmp_path: Path) -> None:
+    with (
+        exclusive(tmp_path / "out" / "study.lock", "busy"),
+        pytest.raises(UsageError, match=r"out: this study is running already"),
+    ):
+        tiny.call(study, write_study())
+
+
 def test_added_real_images_join_the_training_annotations(write_study, world: Path, tmp_path: Path) -> None:
     extra = tmp_path / "extra"
     assert tiny.call(make_phantoms, "--output_dir", extra, "--seed", 77, "--healthy", 1, "--diseased", 2) == 0
@@ -302,6 +321,50 @@ def test_list_shows_the_steps_and_runs_nothing(write_study, tmp_path: Path, caps
     assert tiny.call(study, write_study(), "--list") == 0
     assert capsys.readouterr().out.count("(to do)") == 5
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_every_generator_of_the_shipped_study_trains_and_draws(write_study, tmp_path: Path) -> None:
+    """The shipped chains with one epoch a stage and two steps a drawing, then a cell of each arm."""
+    shipped = yaml.safe_load((ROOT / SHIPPED[0]).read_text())
+    generators = {
+        name: {"stages": [re.sub(r"max_epochs=\d+", "max_epochs=1", stage) for stage in each["stages"]]}
+        | {"set": [*each.get("set", []), "sampling.steps=2"]}
+        for name, each in shipped["generators"].items()
+    }
+    arms = {name: arm | ({"ratios": [1]} if "use" in arm else {}) for name, arm in shipped["arms"].items()}
+    del arms["clip_seen"]
+    given = {key: shipped[key] for key in ("checkpoint", "model", "compare")} | {"generators": generators, "arms": arms}
+    phantoms = {"healthy": 16, "diseased": 12, "fractions": [0.6, 0.4, 0], "test_healthy": 4, "test_diseased": 4}
+    done = launch(write_study(**given, phantoms=phantoms, draw="--seed 0 --limit 8"))
+    said = done.communicate(timeout=3600)[0]
+    assert done.returncode == 0, said[-2000:]
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines()))
+    assert [row["arm"] for row in rows] == list(arms)
+    counts = {row["arm"]: (int(row["n_synthetic_used"]), int(row["n_duplicated"])) for row in rows}
+    assert counts.pop("real") == (0, 0)
+    assert counts.pop("duplicated") == (0, 7)
+    assert set(counts.values()) == {(7, 0)}
+
+    # Same parents, prompts and masks for all; without feather nothing between drawn and kept.
+    pictures = {name: tmp_path / "out" / "world_3" / "generators" / name / "pictures" for name in generators}
+    metas = {name: tiny.metas(folder) for name, folder in pictures.items()}
+    for found in metas.values():
+        assert {name: (m["parent_id"], m["lesion_type"]) for name, m in found.items()} == {
+            name: (m["parent_id"], m["lesion_type"]) for name, m in metas["ours"].items()
+        }
+    levels = {name: set() for name in pictures}
+    for name, folder in pictures.items():
+        for path in folder.glob("*/soft_mask.png"):
+            levels[name] |= set(np.unique(read_image(path)).tolist())
+    assert levels["hard_mask"] == {0, 255}
+    assert len(levels["ours"]) > 10
+
+    # Without the MSC the third attention is as silent as after conversion.
+    trained = tiny.tensors(pictures["no_msc"].parent / "phantom_no_msc" / "last.ckpt")
+    silent = [value for key, value in trained.items() if ".attn3.to_out." in key and key.endswith("weight")]
+    assert silent
+    assert not any(value.any() for value in silent)
 
 
 # ----------------------------------------------------------------------------------------------------- what it says

@@ -25,6 +25,7 @@ from run_stages import ROOT, Plan, Record, Step, check_keys, hang_up_with_termin
 from ldm import cli
 from ldm.errors import MedSoftError, UsageError
 from ldm.files import content_id, read_json, read_text, write_json
+from ldm.locks import exclusive
 
 TEST_WORLDS = 10_000  # the test patients of phantom world n are those of phantom seed n + 10000
 USES = ("mix", "pretrain", "duplicate_real")
@@ -121,28 +122,26 @@ def main(args: argparse.Namespace) -> int:
     hang_up_with_terminal()
     design = load_design(args.study)
     groups = list(plan_groups(design))
+    once = Plan("study", design.output_dir, design.steps)
     if args.list:
-        return show(groups)
+        return show([once, *(group.plan for group in groups)])
     if args.collect:
         return report(design, groups)
     again = shlex.join(["python", "tool/study.py", str(args.study)])
-    if design.steps:
-        code = run_steps(load_record(Plan("study", design.output_dir, design.steps)), step_names(design.steps), again)
-        if code:
-            return code
-    for group in groups:
-        code = run_group(design, group, again)
-        if code:
-            return code
-        report(design, groups)
+    with exclusive(ROOT / design.folder("study.lock"), f"{design.output_dir}: this study is running already"):
+        code = run_steps(load_record(once), step_names(design.steps), again)
+        for group in groups:
+            code = code or run_group(design, groups, group, again)
+    if code:
+        return code
     rejecting = [g.plan.name for g in groups if cli.SOME_REJECTED in exit_codes(load_record(g.plan))]
     if rejecting:
         print(f"some inputs were rejected in: {', '.join(rejecting)} (listed beside their outputs)")
     return cli.SOME_REJECTED if rejecting else cli.DONE
 
 
-def run_group(design: Design, group: Group, again: str) -> int:
-    """Data first, then what is made from them in here, then generator and cells; 0, or the failed step's code."""
+def run_group(design: Design, groups: list[Group], group: Group, again: str) -> int:
+    """Data first, then what is made from them in here, generator and cells, report; 0, or the failed step's code."""
     print(f"--- {group.plan.name}", flush=True)
     record = load_record(group.plan)
     code = run_steps(record, step_names(group.world.steps), again)
@@ -151,7 +150,10 @@ def run_group(design: Design, group: Group, again: str) -> int:
     check_unchanged(design, group.world)
     for arm in dict.fromkeys(cell.arm for cell in group.cells if cell.arm.add):
         add_real(design, group.world, arm)
-    return run_steps(record, step_names(group.plan.steps[len(group.world.steps) :]), again)
+    code = run_steps(record, step_names(group.plan.steps[len(group.world.steps) :]), again)
+    if not code:
+        report(design, groups)
+    return code
 
 
 def step_names(steps: tuple[Step, ...]) -> list[str]:
@@ -162,18 +164,21 @@ def exit_codes(record: Record) -> list[int | None]:
     return [record.known(step).get("exit_code") for step in record.plan.steps]
 
 
-def show(groups: list[Group]) -> int:
+def show(plans: list[Plan]) -> int:
     """Print every step and whether it is done."""
-    for group in groups:
-        record = load_record(group.plan)
-        for step in group.plan.steps:
-            print(f"{group.plan.name}: {step.name} ({'done' if record.done(step) else 'to do'}): {step.run}")
+    for plan in plans:
+        record = load_record(plan)
+        for step in plan.steps:
+            print(f"{plan.name}: {step.name} ({'done' if record.done(step) else 'to do'}): {step.run}")
     return cli.DONE
 
 
 def check_unchanged(design: Design, world: World) -> None:
-    """UsageError if the world's annotation files are not those its finished cells were made from."""
+    """UsageError unless the world's annotation files are there, and those its finished cells were made from."""
     path = ROOT / design.folder(world.name, "world.json")
+    for name in ("train", "val", "test"):
+        if not (ROOT / getattr(world, name)).exists():
+            raise UsageError(f"world {world.name}: {getattr(world, name)} does not exist; give its {name} annotations")
     found = {name: content_id(ROOT / getattr(world, name)) for name in ("train", "val", "test")}
     known = read_json(path, "record of a world") if path.exists() else found
     for name, digest in found.items():
