@@ -146,7 +146,7 @@ def test_every_command_of_the_shipped_studies_is_one_its_script_accepts(name: st
     scripts = {f"{m.__name__}.py": m for m in (classifier, dataset_infer, ver_openImagesDatasets, ver_train)}
     scripts |= {f"tool/{m.__name__}.py": m for m in (make_phantoms, tiny.model_convert, tiny.tool_merge_for_stage2)}
     design = study.load_design(ROOT / name)
-    groups = list(study.plan_groups(design))
+    groups = [group for group in study.plan_groups(design) if group.world is design.worlds[-1]]
     seen = set()
     for step in [*design.steps, *(step for group in groups for step in group.plan.steps)]:
         python, script, *words = shlex.split(step.run)
