@@ -24,11 +24,10 @@ from ldm.generic_pictures import generic_picture, texture
 from ldm.images import Fit, to_unit
 from ldm.masks import TARGET_LABEL, Feather, Mask, lesion_shaped, soft_mask_for
 from ldm.model import MedSoftModel, hide
-from ldm.phantoms import LESION_TYPES, SEVERITIES, render_phantom
+from ldm.phantoms import BASE_WORLD, BIOMEDCLIP_PAIRS, biomedclip_pairs, render_phantom
 
 log = logging.getLogger(__name__)
 
-WORLD = 90_000  # phantom worlds from here on belong to the base alone; no demo or study uses them
 HEALTHY_WORDS = ("healthy", "a healthy spine", "a spine", "bone")
 CPU = torch.device("cpu")
 CHECKPOINT_NAME = "sd-phantom-inpainting.ckpt"
@@ -49,7 +48,7 @@ class PhantomBaseTrainer:
         """Crops (count * masks, 1, S, S) in [0, 1] around lesion-shaped masks in healthy spines, and the soft masks."""
         crops, softs = [], []
         for index in tqdm(range(count), desc="healthy spines", leave=False):
-            phantom = render_phantom(WORLD, index, None)
+            phantom = render_phantom(BASE_WORLD, index, None)
             for k in range(masks):
                 hard = lesion_shaped(phantom.anatomy == TARGET_LABEL, named_seed("base", index, k))
                 soft = soft_mask_for(Mask(hard.astype(np.float32)), self.feather)
@@ -211,7 +210,7 @@ class PhantomBaseTrainer:
         if (folder / "open_clip_pytorch_model.bin").exists() and not self.overwrite:
             log.info("BiomedCLIP stand-in: already trained (%s)", folder)
             return
-        images, prompts = self._clip_pairs(min(3000, steps * batch))
+        images, prompts = self._clip_pairs(min(BIOMEDCLIP_PAIRS, steps * batch))
         settings = self._write_clip_folder(folder, prompts)
         from open_clip.model import CustomTextCLIP
         from open_clip.tokenizer import HFTokenizer
@@ -252,13 +251,11 @@ class PhantomBaseTrainer:
     def _clip_pairs(self, count: int) -> tuple[Tensor, list[str]]:
         """Crops (count, 1, S, S) and their sentences: one third healthy, the rest of every type and severity."""
         crops, prompts = [], []
-        for index in tqdm(range(count), desc="image-sentence pairs", leave=False):
-            rng = np.random.default_rng(named_seed("pairs", index))
-            kind = None if index % 3 == 0 else LESION_TYPES[rng.integers(len(LESION_TYPES))]
-            phantom = render_phantom(WORLD + 1, index, kind, None if kind is None else SEVERITIES[rng.integers(3)])
+        for item in tqdm(list(biomedclip_pairs(count)), desc="image-sentence pairs", leave=False):
+            phantom = render_phantom(*item)
             hard = phantom.mask
-            if kind is None:
-                hard = lesion_shaped(phantom.anatomy == TARGET_LABEL, named_seed("pairs", index))
+            if phantom.healthy:
+                hard = lesion_shaped(phantom.anatomy == TARGET_LABEL, named_seed("pairs", item[1]))
             soft = soft_mask_for(Mask(hard.astype(np.float32)), self.feather)
             crops.append(self.fit.window(phantom.image.shape, soft).forward(to_unit(phantom.image)))
             prompts.append(phantom.prompt)

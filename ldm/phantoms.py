@@ -28,6 +28,8 @@ from ldm.phantom_lesions import LESION_TYPES, SEVERITIES, Body, draw_benign, dra
 __all__ = ["LESION_TYPES", "LEVELS", "SEVERITIES", "Phantom", "render_phantom", "sentence", "write_dataset"]
 
 LEVELS = ("T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5")
+BASE_WORLD = 90_000  # phantom worlds from here on belong to the phantom base alone; no demo or study uses them
+BIOMEDCLIP_PAIRS = 3000  # pictures that the BiomedCLIP stand-in was trained on
 INDEX_FILE = "phantoms.json"
 VERSION = 3  # raise it when the pictures change, so that a stored dataset is not taken for a new one
 log = logging.getLogger(__name__)
@@ -366,6 +368,14 @@ def plan(n_healthy: int, n_diseased: int, per_patient: int = 1) -> Iterator[tupl
         yield 2 * (n // per_patient) + 1, n % per_patient, kind, _SEVERITY_CYCLE[round_ % len(_SEVERITY_CYCLE)]
 
 
+def biomedclip_pairs(count: int) -> Iterator[tuple[int, int, str | None, str | None]]:
+    """What the BiomedCLIP stand-in has seen, as the first arguments of ``render_phantom``: one third is healthy."""
+    for index in range(count):
+        rng = np.random.default_rng(named_seed("pairs", index))
+        kind = None if index % 3 == 0 else LESION_TYPES[rng.integers(len(LESION_TYPES))]
+        yield BASE_WORLD + 1, index, kind, None if kind is None else SEVERITIES[rng.integers(3)]
+
+
 def write_dataset(
     root: str | Path,
     seed: int,
@@ -389,13 +399,24 @@ def write_dataset(
             f"{root}: expected counts of at least 0 (not both 0), per_patient of at least 1, seed of at "
             f"least 0; found {arguments}"
         )
+    items = [(seed, index, kind, severity, n) for index, n, kind, severity in plan(n_healthy, n_diseased, per_patient)]
+    return _write(root, arguments, items, overwrite, progress)
+
+
+def write_biomedclip_pairs(root: str | Path, overwrite: bool = False, progress: bool = False) -> bool:
+    """Write every picture the BiomedCLIP stand-in was trained on as a dataset folder; else as ``write_dataset``."""
+    arguments = {"version": VERSION, "biomedclip_pairs": BIOMEDCLIP_PAIRS}
+    return _write(Path(root), arguments, list(biomedclip_pairs(BIOMEDCLIP_PAIRS)), overwrite, progress)
+
+
+def _write(root: Path, arguments: dict, items: list[tuple], overwrite: bool, progress: bool) -> bool:
+    """Render every item (arguments of ``render_phantom``) into ``root``, unless that is done."""
     record = {"fingerprint": fingerprint(arguments), "arguments": arguments}
     if _prepare(root, record, overwrite):
         return False
-    items = list(plan(n_healthy, n_diseased, per_patient))
     done = {folder.name for folder in root.iterdir() if folder.is_dir()}
-    for index, image, kind, severity in tqdm(items, desc="phantoms", unit="image", disable=not progress):
-        phantom = render_phantom(seed, index, kind, severity, image)
+    for item in tqdm(items, desc="phantoms", unit="image", disable=not progress):
+        phantom = render_phantom(*item)
         if phantom.sample_id not in done:
             _write_sample(root, phantom)
     sync_folder(root)

@@ -10,7 +10,10 @@ import cv2
 import numpy as np
 import pytest
 
+from ldm import phantoms
+from ldm.annotations import load_samples
 from ldm.errors import UsageError
+from ldm.images import read_image
 from ldm.phantoms import LESION_TYPES, LEVELS, SEVERITIES, Phantom, plan, render_phantom, sentence, write_dataset
 
 SCRIPT = Path(__file__).resolve().parents[1] / "tool" / "make_phantoms.py"
@@ -272,3 +275,16 @@ def test_command_line_exit_codes_and_help_without_torch(tmp_path):
     )
     assert "--calibrate" in help_.stdout
     assert not any(line.split("|")[-1].strip() in ("torch", "cv2") for line in help_.stderr.splitlines())
+
+
+def test_what_the_biomedclip_stand_in_has_seen_can_be_written(script, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(phantoms, "BIOMEDCLIP_PAIRS", 7)
+    assert script.main(script.build_parser().parse_args(["--output_dir", str(tmp_path), "--seen_by_biomedclip"])) == 0
+    samples = {sample.sample_id: sample for sample in load_samples(tmp_path)[0]}
+    expected = [render_phantom(*item) for item in phantoms.biomedclip_pairs(7)]
+    assert samples.keys() == {phantom.sample_id for phantom in expected}
+    for phantom in expected:
+        assert np.array_equal(read_image(samples[phantom.sample_id].image), phantom.image)
+        assert samples[phantom.sample_id].prompt == phantom.prompt
+    assert [phantom.healthy for phantom in expected] == [True, False, False] * 2 + [True]
+    assert {phantom.seed for phantom in expected} == {90_001}  # of the phantom base alone

@@ -11,9 +11,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tool")]
 
+import evaluate  # noqa: E402, F401
 import export_diffusers  # noqa: E402
 import inspect_checkpoint  # noqa: E402
+import make_phantoms  # noqa: E402, F401
 import model_convert  # noqa: E402
+import study  # noqa: E402, F401
 import tool_merge_for_stage2  # noqa: E402
 
 import dataset_infer  # noqa: E402

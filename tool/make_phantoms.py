@@ -37,6 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--seed", type=int, default=0, help="the world: two seeds share no patient")
     made.add_argument("--per_patient", type=int, default=1, help="pictures of each patient")
+    made.add_argument(
+        "--seen_by_biomedclip",
+        action="store_true",
+        help="write the pictures that the BiomedCLIP stand-in was trained on instead",
+    )
     made.add_argument("--overwrite", action="store_true", help="replace a phantom dataset made with other arguments")
     made.add_argument("--sheet", type=Path, metavar="PNG", help="also write a contact sheet to look at")
     made.add_argument(
@@ -49,12 +54,15 @@ def main(args: argparse.Namespace) -> int:
     if args.output_dir is None and args.sheet is None and not args.calibrate:
         raise UsageError("nothing to do; give --output_dir DIR, --sheet PNG or --calibrate")
     if args.output_dir is not None:
-        from ldm.phantoms import write_dataset
+        from ldm.phantoms import write_biomedclip_pairs, write_dataset
 
-        made = write_dataset(
-            args.output_dir, args.seed, args.healthy, args.diseased, args.per_patient, args.overwrite, progress=True
-        )
-        count = f"{args.healthy} healthy and {args.diseased} diseased pictures, seed {args.seed}"
+        if args.seen_by_biomedclip:
+            made = write_biomedclip_pairs(args.output_dir, args.overwrite, progress=True)
+            count = "all that the BiomedCLIP stand-in has seen"
+        else:
+            counts = (args.healthy, args.diseased, args.per_patient)
+            made = write_dataset(args.output_dir, args.seed, *counts, args.overwrite, progress=True)
+            count = f"{args.healthy} healthy and {args.diseased} diseased pictures, seed {args.seed}"
         print(f"{args.output_dir}: {count}" if made else f"{args.output_dir}: already complete ({count})")
     if args.sheet is not None:
         write_sheet(args.sheet, args.seed)

@@ -31,6 +31,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -165,8 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Run what is to do; the exit code of the step that failed, 3 if a step rejected inputs, else 0."""
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal must not leave the step running alone
-        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+    hang_up_with_terminal()
     plan = load_plan(args.plan)
     if args.start and args.only:
         raise UsageError("--from and --only exclude each other; give one of them")
@@ -179,24 +179,41 @@ def main(args: argparse.Namespace) -> int:
     chosen = args.only or [step.name for step in plan.steps]
     if args.start:
         chosen = sorted(forced, key=chosen.index)
+    again = shlex.join(["python", "tool/run_stages.py", str(args.plan)])
+    return run_steps(record, chosen, again, forced, args.overwrite) or _summarise(record)
+
+
+def hang_up_with_terminal() -> None:
+    """End as after SIGTERM when the terminal closes: the running step must not be left alone."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+
+
+def run_steps(
+    record: Record, chosen: Collection[str], again: str, forced: Collection[str] = (), overwrite: bool = False
+) -> int:
+    """Run the chosen steps of a plan that are not done, and the forced ones; 0, or the code of the one that failed.
+
+    ``again`` is the command that goes on, for the message of a failure; ``overwrite`` is passed to the steps.
+    """
+    plan = record.plan
     for number, step in enumerate(plan.steps, 1):
         if step.name not in chosen:
             continue
         if step.name not in forced and record.done(step):
             print(f"{_count(plan, number)} {step.name} ... already done", flush=True)
             continue
-        code = run_step(record, step, number, args.overwrite)
+        code = run_step(record, step, number, overwrite)
         if code not in DONE_CODES:
-            again = shlex.join(["python", "tool/run_stages.py", str(args.plan)])
             replace = "; with --overwrite it replaces the work of other settings"
             print(
                 f"error: step {step.name} failed ({_outcome(code)}): {step.run}\n"
                 f"The steps before it are kept; put right what it says above and go on with: {again}"
-                f"{replace if code == cli.USAGE and not args.overwrite else ''}",
+                f"{replace if code == cli.USAGE and not overwrite else ''}",
                 file=sys.stderr,
             )
             return code
-    return _summarise(record)
+    return cli.DONE
 
 
 def _forced(plan: Plan, start: str | None, only: list[str] | None) -> set[str]:
@@ -220,19 +237,24 @@ def load_plan(path: Path) -> Plan:
         values = yaml.safe_load(read_text(found, "plan"))
     except yaml.YAMLError as error:
         raise UsageError(f"{found}: not readable as YAML ({' '.join(str(error).split())})") from error
-    _check_keys(values, {"name": str, "output_dir": str, "steps": list}, f"{found}: ")
-    if not values["steps"]:
-        raise UsageError(f"{found}: steps: expected at least one step, found none")
-    steps = tuple(_parse_step(item, f"{found}: step {number}") for number, item in enumerate(values["steps"], 1))
+    check_keys(values, {"name": str, "output_dir": str, "steps": list}, f"{found}: ")
+    return Plan(values["name"], values["output_dir"], parse_steps(values["steps"], f"{found}: "))
+
+
+def parse_steps(items: list[Any], where: str) -> tuple[Step, ...]:
+    """The steps of a plan from its YAML; UsageError, beginning with ``where``, for any fault."""
+    if not items:
+        raise UsageError(f"{where}steps: expected at least one step, found none")
+    steps = tuple(_parse_step(item, f"{where}step {number}") for number, item in enumerate(items, 1))
     names = [step.name for step in steps]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"{found}: two steps have the name {name}; names must differ")
-    return Plan(values["name"], values["output_dir"], steps)
+            raise UsageError(f"{where}two steps have the name {name}; names must differ")
+    return steps
 
 
 def _parse_step(item: Any, where: str) -> Step:
-    _check_keys(item, {"name": str, "run": str, "makes": list}, f"{where}: ", optional=("makes",))
+    check_keys(item, {"name": str, "run": str, "makes": list}, f"{where}: ", optional=("makes",))
     makes = item.get("makes", [])
     if not all(isinstance(path, str) and path.strip() for path in makes):
         raise UsageError(f"{where}: makes: expected a list of paths, found {makes!r}")
@@ -245,7 +267,8 @@ def _parse_step(item: Any, where: str) -> Step:
     return Step(item["name"], item["run"].strip(), tuple(makes))
 
 
-def _check_keys(values: Any, kinds: dict[str, type], where: str, optional: tuple[str, ...] = ()) -> None:
+def check_keys(values: Any, kinds: dict[str, type], where: str, optional: Collection[str] = ()) -> None:
+    """UsageError unless ``values`` is a mapping with these keys (texts not empty) and no other; ``where`` begins it."""
     if not isinstance(values, dict):
         raise UsageError(f"{where}expected the keys {', '.join(kinds)}, found {values!r}")
     for key in values:
@@ -255,7 +278,7 @@ def _check_keys(values: Any, kinds: dict[str, type], where: str, optional: tuple
         if key not in values and key in optional:
             continue
         if not isinstance(values.get(key), kind) or (kind is str and not values[key].strip()):
-            expected = "a list" if kind is list else "text that is not empty"
+            expected = {list: "a list", dict: "keys with values"}.get(kind, "text that is not empty")
             raise UsageError(f"{where}{key}: expected {expected}, found {values.get(key)!r}")
 
 

@@ -1,0 +1,513 @@
+"""tool/study.py and ldm/study.py: the YAML, the plans, resuming, intervals, the choice of the ratio, what is said."""
+
+import csv
+import json
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+from scipy import stats
+from tiny import make_phantoms, study
+
+import classifier
+import dataset_infer
+import ver_openImagesDatasets
+import ver_train
+from ldm.annotations import load_samples
+from ldm.classifier_config import load_config as load_classifier_config
+from ldm.config import load_config
+from ldm.errors import MedSoftError, UsageError
+from ldm.files import write_json
+from ldm.images import read_image
+from ldm.locks import exclusive
+from ldm.study import Cell, Comparison, Study, Treatment, interval, paragraph, read_cell
+
+ROOT = tiny.ROOT
+SCRIPT = ROOT / "tool" / "study.py"
+
+SHIPPED = ("configs/study_phantom.yaml", "configs/study_phantom_confirmation.yaml")
+SMALL = {
+    "name": "small",
+    "worlds": [3],
+    "seeds": [0],
+    "phantoms": {"healthy": 8, "diseased": 8, "fractions": [0.5, 0.5, 0], "test_healthy": 4, "test_diseased": 4},
+    "classifier": "configs/classifier/phantom.json",
+    "set": ["EPOCHS=1", "img_size=16", "Batch_Size=8"],
+    "arms": {"real": {}, "duplicated": {"use": "duplicate_real", "ratios": [1]}},
+    "compare": {"baseline": "real", "control": "duplicated", "main": "duplicated", "ratio": None},
+}
+
+
+@pytest.fixture
+def write_study(tmp_path: Path):
+    """``write_study(**changes)`` writes SMALL with these keys replaced (None removes one)."""
+
+    def write(**changes: Any) -> Path:
+        values = {"output_dir": str(tmp_path / "out"), **SMALL, **changes}
+        path = tmp_path / "study.yaml"
+        kept = {key: value for key, value in values.items() if value is not None}
+        path.write_text(yaml.safe_dump(kept, sort_keys=False))
+        return path
+
+    return write
+
+
+# ----------------------------------------------------------------------------------------------------- the YAML
+
+GENERATOR = {"checkpoint": "a.ckpt", "model": "models/phantom.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": 1}, "unknown key colour"),
+        ({"name": None}, "name: expected text that is not empty, found None"),
+        ({"seeds": 3}, "seeds: expected a list, found 3"),
+        ({"seeds": []}, r"seeds: expected whole numbers of at least 0, found \[\]"),
+        ({"seeds": [0, 0]}, "seeds: expected different numbers"),
+        ({"seeds": [0.5]}, "seeds: expected whole numbers"),
+        ({"worlds": None}, "worlds: expected phantom seeds, or names with annotation files; found None"),
+        ({"worlds": [10_000]}, "worlds: expected seeds below 10000, found 10000"),
+        ({"worlds": {"a": {"train_json": "x"}}}, "worlds.a: val_json: expected text that is not empty"),
+        ({"worlds": {"a/b": dict.fromkeys(("train_json", "val_json", "test_json"), "x")}}, "names of letters, digits"),
+        ({"phantoms": {"healthy": 3}}, "phantoms: expected the keys diseased, fractions, healthy"),
+        ({"phantoms": SMALL["phantoms"] | {"healthy": "8"}}, "phantoms: expected whole numbers of at least 0, found"),
+        ({"phantoms": SMALL["phantoms"] | {"fractions": 0.6}}, "phantoms.fractions: expected three shares, found 0.6"),
+        ({"arms": {"real": {"uses": "mix"}}}, "arms.real: unknown key uses"),
+        (
+            {"arms": {"a": {"use": "mixed"}}},
+            "arms.a: use: expected one of mix, pretrain, duplicate_real, found 'mixed'",
+        ),
+        (
+            {"arms": {"a": {"use": "mix", "ratios": [1]}}},
+            "arms.a: expected use: mix or pretrain together with a generator",
+        ),
+        ({"arms": {"a": {"use": "duplicate_real"}}}, "arms.a: expected ratios together with use"),
+        (
+            {"arms": {"a": {"use": "duplicate_real", "ratios": [0]}}},
+            "arms.a: ratios: expected numbers above 0, found 0",
+        ),
+        ({"arms": {"a": {"use": "duplicate_real", "ratios": [1, 1]}}}, "ratios: expected at least one, each once"),
+        ({"arms": {"a": {"set": [3]}}}, "arms.a: set: expected texts, found 3"),
+        ({"arms": {"a": {"generator": "g", "use": "mix", "ratios": [1]}}}, "generator: expected one of , found 'g'"),
+        ({"generators": {"g": {"stages": []}}}, "checkpoint: expected a path, since the generator g needs it"),
+        ({**GENERATOR, "generators": {"g": {"stage": []}}}, "generators.g: unknown key stage"),
+        ({**GENERATOR, "generators": {"g": {"stages": ["a.yaml", "merge"]}}}, "merge joins the two stages before it"),
+        ({**GENERATOR, "generators": {"g": {"stages": ["a.yaml", "b/a.yaml"]}}}, "two stages have the same YAML name"),
+        ({"compare": {"baseline": "real"}}, "compare: expected the keys baseline, control, main, ratio"),
+        ({"compare": SMALL["compare"] | {"main": "ours"}}, "compare.main: expected one of the arms real, duplicated"),
+        (
+            {"compare": SMALL["compare"] | {"ratio": 2}},
+            "compare.ratio: expected a ratio of duplicated or null, found 2",
+        ),
+        ({"steps": [{"name": "a", "runs": "x"}]}, "step 1: unknown key runs"),
+        ({"base": "study.yaml"}, "base: expected another study's YAML"),
+    ],
+)
+def test_faults_of_a_study_are_named(write_study, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        study.load_design(write_study(**change))
+
+
+def test_files_that_are_no_study(tmp_path: Path) -> None:
+    with pytest.raises(MedSoftError, match=r"nowhere.yaml: this study does not exist"):
+        study.load_design(tmp_path / "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(UsageError, match=r"broken.yaml: not readable as YAML"):
+        study.load_design(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(UsageError, match="expected the keys name"):
+        study.load_design(tmp_path / "list.yaml")
+
+
+def test_command_line_ends_with_one_line_and_code_2(write_study) -> None:
+    path = write_study(colour=1)
+    done = subprocess.run([sys.executable, SCRIPT, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {path}: unknown key colour; known here: name")
+    assert done.stderr.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------- the plans
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_command_of_the_shipped_studies_is_one_its_script_accepts(name: str) -> None:
+    scripts = {f"{m.__name__}.py": m for m in (classifier, dataset_infer, ver_openImagesDatasets, ver_train)}
+    scripts |= {f"tool/{m.__name__}.py": m for m in (make_phantoms, tiny.model_convert, tiny.tool_merge_for_stage2)}
+    design = study.load_design(ROOT / name)
+    groups = [group for group in study.plan_groups(design) if group.world is design.worlds[-1]]
+    seen = set()
+    for step in [*design.steps, *(step for group in groups for step in group.plan.steps)]:
+        python, script, *words = shlex.split(step.run)
+        assert python == "python"
+        args = scripts[script].build_parser().parse_intermixed_args(words)
+        if script == "classifier.py":
+            load_classifier_config(ROOT / args.args, args.set)
+        if script in ("ver_train.py", "dataset_infer.py"):
+            load_config(ROOT / args.config, args.overrides)
+        seen.add(script)
+    assert seen == set(scripts)
+
+
+def test_each_cell_of_the_shipped_study_is_planned_once() -> None:
+    design = study.load_design(ROOT / SHIPPED[0])
+    cells = [cell for group in study.plan_groups(design) for cell in group.cells]
+    assert len({cell.folder for cell in cells}) == len(cells) == 5 * 3 * (1 + 4 + 4 + 1 + 1 + 1 + 1 + 1)
+
+
+def test_development_confirmation_test_and_base_share_no_phantom_world() -> None:
+    designs = [study.load_design(ROOT / name) for name in SHIPPED]
+    seeds: list[str] = []
+    for design in designs:
+        for step in [step for world in design.worlds for step in world.steps if "make_phantoms" in step.run]:
+            line = shlex.split(step.run)
+            seeds.append(line[line.index("--seed") + 1])
+    assert len(set(seeds)) == len(seeds) == 20
+    assert max(map(int, seeds)) < 90_000  # the phantom base's worlds begin there
+    ours, theirs = ({arm.name: arm for arm in design.arms} for design in designs)
+    assert ours.keys() == theirs.keys()
+    assert designs[0].generators == designs[1].generators
+    assert designs[0].set == designs[1].set
+
+
+def test_generator_stages_start_where_they_must(write_study) -> None:
+    stages = ["models/phantom_stage1.yaml", "models/phantom_unet_only.yaml", "merge", "models/phantom_stage2_1.yaml"]
+    given = {
+        "g": {"stages": [*stages, "models/phantom_stage2_2.yaml training.max_epochs=2"], "set": ["data.feather=0"]}
+    }
+    arms = SMALL["arms"] | {"g": {"use": "mix", "generator": "g", "ratios": [1]}}
+    design = study.load_design(write_study(**GENERATOR, generators=given, arms=arms, draw="--limit 4"))
+    group = next(group for group in study.plan_groups(design) if group.plan.name == "world_3/g")
+    runs = {step.name: shlex.split(step.run) for step in group.plan.steps}
+    start = {name: Path(line[line.index("--ckpt") + 1]).parts[-2:] for name, line in runs.items() if "--ckpt" in line}
+    assert start == {
+        "phantom_stage1": ("g", "converted.ckpt"),
+        "phantom_unet_only": ("g", "converted.ckpt"),
+        "phantom_stage2_1": ("g", "merged.ckpt"),
+        "phantom_stage2_2": ("phantom_stage2_1", "last.ckpt"),
+        "draw": ("phantom_stage2_2", "last.ckpt"),
+    }
+    trained = [name for name, line in runs.items() if "data.feather=0" in line]
+    assert trained == [*(Path(s.split()[0]).stem for s in given["g"]["stages"] if s != "merge"), "draw"]
+    assert "training.max_epochs=2" in runs["phantom_stage2_2"]
+    assert "--limit" in runs["draw"]
+
+
+def test_worlds_of_annotation_files_are_used_as_they_are(write_study, world: Path) -> None:
+    files = {f"{split}_json": str(world / f"openimages_format_{split}.json") for split in ("train", "val", "test")}
+    design = study.load_design(write_study(worlds={"hospital": files}, phantoms=None))
+    (group,) = study.plan_groups(design)
+    assert [step.name for step in group.plan.steps] == ["real_seed0", "duplicated_1_seed0"]
+    assert f'test_json="{files["test_json"]}"' in shlex.split(group.plan.steps[0].run)
+
+
+def test_annotation_files_that_changed_are_refused(write_study, world: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "train.json"
+    copy.write_bytes((world / tiny.TRAIN).read_bytes())
+    files = {"train_json": str(copy), "val_json": str(world / tiny.VAL), "test_json": str(world / tiny.TEST)}
+    design = study.load_design(write_study(worlds={"hospital": files}, phantoms=None))
+    study.check_unchanged(design, design.worlds[0])
+    study.check_unchanged(design, design.worlds[0])
+    copy.write_text("[]")
+    with pytest.raises(UsageError, match=r"train.json: has changed since world hospital was begun; delete"):
+        study.check_unchanged(design, design.worlds[0])
+
+
+def test_annotation_files_that_are_missing_are_named(write_study, world: Path, tmp_path: Path) -> None:
+    files = {f"{split}_json": str(world / f"openimages_format_{split}.json") for split in ("train", "val")}
+    worlds = {"hospital": files | {"test_json": str(tmp_path / "no.json")}}
+    with pytest.raises(UsageError, match=r"world hospital: .*no.json does not exist; give its test annotations"):
+        tiny.call(study, write_study(worlds=worlds, phantoms=None))
+    assert not (tmp_path / "out" / "hospital").exists()
+
+
+def test_a_study_that_is_running_is_left_alone(write_study, tmp_path: Path) -> None:
+    with (
+        exclusive(tmp_path / "out" / "study.lock", "busy"),
+        pytest.raises(UsageError, match=r"out: this study is running already"),
+    ):
+        tiny.call(study, write_study())
+
+
+def test_added_real_images_join_the_training_annotations(write_study, world: Path, tmp_path: Path) -> None:
+    extra = tmp_path / "extra"
+    assert tiny.call(make_phantoms, "--output_dir", extra, "--seed", 77, "--healthy", 1, "--diseased", 2) == 0
+    files = {f"{split}_json": str(world / f"openimages_format_{split}.json") for split in ("train", "val", "test")}
+    arms = SMALL["arms"] | {"more": {"add": str(extra)}}
+    design = study.load_design(write_study(worlds={"hospital": files}, phantoms=None, arms=arms))
+    study.add_real(design, design.worlds[0], design.arms[-1])
+    added = load_samples(study.added_path(design, design.worlds[0], design.arms[-1]))[0]
+    names = [sample.sample_id for sample in added]
+    assert len(names) == len(set(names)) == len(load_samples(world / tiny.TRAIN)[0]) + 3
+    (group,) = study.plan_groups(design)
+    assert "train_more.json" in group.plan.steps[-1].run
+
+    missing = study.load_design(write_study(arms=SMALL["arms"] | {"more": {"add": str(tmp_path / "no")}}))
+    with pytest.raises(UsageError, match=r"arms.more.add: .*no does not exist"):
+        study.add_real(missing, missing.worlds[0], missing.arms[-1])
+
+
+# ----------------------------------------------------------------------------------------------------- running
+
+
+def launch(path: Path, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, path, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_a_killed_study_goes_on_and_runs_each_cell_once(write_study, tmp_path: Path) -> None:
+    path, out = write_study(), tmp_path / "out"
+    begun = out / "world_3" / "cells" / "real_seed0" / "run.json"
+    first = launch(path)
+    deadline = time.monotonic() + 120
+    while not begun.exists() and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.02)
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    for pid in [first.pid, *map(int, children)]:
+        subprocess.run(["kill", "-9", str(pid)], check=True)
+    first.wait(60)
+    assert first.returncode == -signal.SIGKILL
+    assert begun.exists()
+    assert not (out / "study.md").exists()
+
+    second = launch(path)
+    said = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, said
+    assert "phantoms ... already done" in said
+    assert "study.md: 2 of 2 cells" in said
+    made = {file: file.stat().st_mtime_ns for file in out.glob("world_3/cells/*/metrics.json")}
+    assert len(made) == 2
+    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert [(row["arm"], row["ratio"], row["seed"]) for row in rows] == [("real", "", "0"), ("duplicated", "1.0", "0")]
+    for row, file in zip(rows, sorted(made, reverse=True), strict=True):
+        assert float(row["auc"]) == json.loads(file.read_text())["test"]["auc"]["value"]
+    assert rows[1]["n_duplicated"] == "4"  # as many as there are diseased ones
+
+    third = launch(path)
+    said = third.communicate(timeout=120)[0]
+    assert third.returncode == 0
+    assert said.count("already done") == 5
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+
+
+def test_a_failing_cell_stops_the_study_with_its_code(write_study, world: Path, tmp_path: Path) -> None:
+    files = {f"{split}_json": str(world / f"openimages_format_{split}.json") for split in ("train", "val", "test")}
+    path = write_study(worlds={"hospital": files}, phantoms=None, set=["EPOCHS=none"])
+    done = launch(path)
+    said = done.communicate(timeout=60)[0]
+    assert done.returncode == 2
+    assert "error: step real_seed0 failed (exit code 2)" in said
+    assert f"go on with: python tool/study.py {path}" in said
+
+
+def test_collecting_before_anything_ran_says_so(write_study) -> None:
+    with pytest.raises(MedSoftError, match="none of the 2 cells is finished; run the study first"):
+        tiny.call(study, write_study(), "--collect")
+
+
+def test_list_shows_the_steps_and_runs_nothing(write_study, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert tiny.call(study, write_study(), "--list") == 0
+    assert capsys.readouterr().out.count("(to do)") == 5
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_every_generator_of_the_shipped_study_trains_and_draws(write_study, tmp_path: Path) -> None:
+    """The shipped chains with one epoch a stage and two steps a drawing, then a cell of each arm."""
+    shipped = yaml.safe_load((ROOT / SHIPPED[0]).read_text())
+    generators = {
+        name: {"stages": [re.sub(r"max_epochs=\d+", "max_epochs=1", stage) for stage in each["stages"]]}
+        | {"set": [*each.get("set", []), "sampling.steps=2"]}
+        for name, each in shipped["generators"].items()
+    }
+    arms = {name: arm | ({"ratios": [1]} if "use" in arm else {}) for name, arm in shipped["arms"].items()}
+    del arms["clip_seen"]
+    given = {key: shipped[key] for key in ("checkpoint", "model", "compare")} | {"generators": generators, "arms": arms}
+    phantoms = {"healthy": 16, "diseased": 12, "fractions": [0.6, 0.4, 0], "test_healthy": 4, "test_diseased": 4}
+    done = launch(write_study(**given, phantoms=phantoms, draw="--seed 0 --limit 8"))
+    said = done.communicate(timeout=3600)[0]
+    assert done.returncode == 0, said[-2000:]
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines()))
+    assert [row["arm"] for row in rows] == list(arms)
+    counts = {row["arm"]: (int(row["n_synthetic_used"]), int(row["n_duplicated"])) for row in rows}
+    assert counts.pop("real") == (0, 0)
+    assert counts.pop("duplicated") == (0, 7)
+    assert set(counts.values()) == {(7, 0)}
+
+    # Same parents, prompts and masks for all; without feather nothing between drawn and kept.
+    pictures = {name: tmp_path / "out" / "world_3" / "generators" / name / "pictures" for name in generators}
+    metas = {name: tiny.metas(folder) for name, folder in pictures.items()}
+    for found in metas.values():
+        assert {name: (m["parent_id"], m["lesion_type"]) for name, m in found.items()} == {
+            name: (m["parent_id"], m["lesion_type"]) for name, m in metas["ours"].items()
+        }
+    levels = {name: set() for name in pictures}
+    for name, folder in pictures.items():
+        for path in folder.glob("*/soft_mask.png"):
+            levels[name] |= set(np.unique(read_image(path)).tolist())
+    assert levels["hard_mask"] == {0, 255}
+    assert len(levels["ours"]) > 10
+
+    # Without the MSC the third attention is as silent as after conversion.
+    trained = tiny.tensors(pictures["no_msc"].parent / "phantom_no_msc" / "last.ckpt")
+    silent = [value for key, value in trained.items() if ".attn3.to_out." in key and key.endswith("weight")]
+    assert silent
+    assert not any(value.any() for value in silent)
+
+
+# ----------------------------------------------------------------------------------------------------- what it says
+
+SEEDS, WORLDS = (0, 1), ("w1", "w2", "w3")
+
+
+def cells(values: dict[tuple[str, float | None], list[list[float]]], validation: dict | None = None) -> list[Cell]:
+    """Cells from (arm, ratio) -> rows of worlds, columns of seeds; validation AUC by (arm, ratio), else 0.5."""
+    return [
+        Cell(w, Treatment(*key), s, {"auc": rows[i][j], "validation_auc": (validation or {}).get(key, 0.5)}, {})
+        for key, rows in values.items()
+        for i, w in enumerate(WORLDS[: len(rows)])
+        for j, s in enumerate(SEEDS[: len(rows[i])])
+    ]
+
+
+def made(gain: float, noise: float = 0.001, **compare: Any) -> Study:
+    """Three worlds of different difficulty: ours = duplicated + gain + noise."""
+    rng = np.random.default_rng(0)
+    levels = np.array([[0.7, 0.72], [0.8, 0.81], [0.9, 0.88]])
+    ours = (levels + gain + noise * rng.standard_normal(levels.shape)).tolist()
+    values = {("real", None): levels.tolist(), ("duplicated", 1.0): levels.tolist(), ("ours", 1.0): ours}
+    return Study(cells(values), Comparison("real", "duplicated", "ours", **compare))
+
+
+def test_interval_is_students_t_over_worlds() -> None:
+    values = [0.1, 0.25, 0.2, 0.05, 0.3]
+    found = interval(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, statistics.fmean(values), stats.sem(values))
+    assert (found.mean, found.low, found.high) == pytest.approx((statistics.fmean(values), low, high))
+    assert interval([0.3]).low is None
+
+
+def test_differences_are_paired_by_world_and_seed_then_averaged_by_world() -> None:
+    study_ = Study(
+        cells({("a", None): [[0.9, 0.8], [0.6, 0.6]], ("b", None): [[0.7], [0.5, 0.7]]}), Comparison("b", "b", "a")
+    )
+    found = study_.difference(Treatment("a"), Treatment("b"))
+    expected = interval([0.2, statistics.fmean([0.1, -0.1])])  # seed 1 of world 1 has no partner
+    assert (found.mean, found.low, found.worlds) == pytest.approx((expected.mean, expected.low, 2))
+    # As scipy has it, on complete pairs.
+    whole = made(0.01)
+    ours = [
+        statistics.fmean([c.values["auc"] for c in whole.cells if c.world == w and c.treatment.arm == "ours"])
+        for w in WORLDS
+    ]
+    theirs = [
+        statistics.fmean([c.values["auc"] for c in whole.cells if c.world == w and c.treatment.arm == "real"])
+        for w in WORLDS
+    ]
+    reference = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    found = whole.difference(Treatment("ours", 1.0), Treatment("real"))
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
+
+
+def test_the_ratio_is_chosen_on_validation_and_never_on_the_test_set() -> None:
+    values = {("ours", 0.5): [[0.6, 0.6]], ("ours", 1.0): [[0.9, 0.9]], ("ours", 3.0): [[0.7, 0.7]]}
+    validation = {("ours", 0.5): 0.8, ("ours", 1.0): 0.7, ("ours", 3.0): 0.8}
+    assert Study(cells(values, validation), Comparison("real", "dup", "ours")).chosen_ratio() == 0.5  # the smaller one
+    assert Study(cells(values, validation), Comparison("real", "dup", "ours", 3.0)).chosen_ratio() == 3.0
+    assert Study([], Comparison("real", "dup", "ours")).chosen_ratio() is None
+
+
+def test_the_ratio_is_chosen_over_runs_that_all_ratios_have() -> None:
+    values = {("ours", 1.0): [[0.5, 0.5], [0.5, 0.5]], ("ours", 3.0): [[0.5, 0.5]]}
+    both = cells(values, {("ours", 3.0): 0.6})
+    easier = [
+        Cell(c.world, c.treatment, c.seed, c.values | {"validation_auc": 0.99}, {}) if c.world == "w2" else c
+        for c in both
+    ]
+    assert Study(easier, Comparison("real", "dup", "ours")).chosen_ratio() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "said"),
+    [
+        (0.03, 0.001, "a gain is shown."),
+        (-0.03, 0.001, "a loss is shown."),
+        (0.001, 0.05, "a difference is not shown (the interval contains 0)."),
+    ],
+)
+def test_the_paragraph_says_what_the_interval_supports(gain: float, noise: float, said: str) -> None:
+    found = made(gain, noise, ratio=1.0)
+    text = paragraph(found)
+    assert "The ratio is 1 (fixed beforehand)." in text
+    claim = text[text.index("The main comparison, ours at 1 minus duplicated at 1: ") :].split("; ", 1)[1]
+    change = found.difference(Treatment("ours", 1.0), Treatment("duplicated", 1.0))
+    assert f"95 % {change.low:+.3f} to {change.high:+.3f}" in text
+    assert claim[: claim.index(". ") + 1].endswith(said)
+    assert "they suggest" not in text
+    assert "only worlds that nothing was tuned on can confirm" in paragraph(made(gain, noise))
+
+
+def test_one_world_or_none_shows_nothing() -> None:
+    single = Study([c for c in made(0.3).cells if c.world == "w1"], Comparison("real", "duplicated", "ours"))
+    assert "a difference is not shown (one world)" in paragraph(single)
+    assert "is shown" not in paragraph(single)
+    assert paragraph(Study([], Comparison("real", "dup", "ours"))).startswith("Nothing can be said yet")
+
+
+def test_cells_without_an_auc_are_left_out_and_counted() -> None:
+    found = made(0.01)
+    found.cells[0] = Cell("w1", Treatment("real"), 0, {"auc": None, "validation_auc": None}, {})
+    again = Study(found.cells, found.comparison)
+    assert len(again.undefined()) == 1
+    assert again.mean(Treatment("real")).mean == pytest.approx(statistics.fmean([0.72, 0.805, 0.89]))
+
+
+def test_metrics_that_are_none_of_a_tested_classifier_are_refused(tmp_path: Path) -> None:
+    assert read_cell(tmp_path, "w", Treatment("real"), 0) is None
+    for content in (
+        {"test": {}},
+        {"test": {"auc": {"value": 1.0}}},
+        [],
+        {"test": {"f1": {"value": 1}}, "validation": {"auc": 1}},
+    ):
+        write_json(tmp_path / "metrics.json", content)
+        with pytest.raises(MedSoftError, match=r"metrics.json: not the metrics of a tested classifier"):
+            read_cell(tmp_path, "w", Treatment("real"), 0)
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(MedSoftError, match=r"metrics.json: not valid JSON"):
+        read_cell(tmp_path, "w", Treatment("real"), 0)
+
+
+def test_the_report_holds_every_cell_and_the_difference(write_study, tmp_path: Path) -> None:
+    path = write_study(worlds=[3, 4, 5], seeds=[0, 1])
+    design = study.load_design(path)
+    for group in study.plan_groups(design):
+        for cell in group.cells:
+            value = (
+                0.5 + 0.1 * cell.seed + 0.2 * (cell.arm.name == "duplicated") + 0.01 * design.worlds.index(cell.world)
+            )
+            metrics = {"test": {"auc": {"value": value, "low": 0, "high": 1}}, "validation": {"auc": value, "loss": 1}}
+            write_json(Path(cell.folder) / "metrics.json", metrics | {"n_synthetic_used": 0, "n_duplicated": 2})
+    assert tiny.call(study, path, "--collect") == 0
+    out = tmp_path / "out"
+    assert len((out / "results.csv").read_text().splitlines()) == 1 + 3 * 2 * 2
+    text = (out / "study.md").read_text()
+    assert "| duplicated at 1 | real | +0.200 (+0.200 to +0.200) | 3 | higher |" in text
+    assert "12 of 12 cells are finished. Commit " in text
+    assert (
+        "duplicated at 1 minus real: +0.200 (95 % +0.200 to +0.200) of test AUC over 3 worlds; a gain is shown." in text
+    )
+    assert (out / "dose_response.png").read_bytes().startswith(b"\x89PNG")
+    assert "<table>" in (out / "study.html").read_text()
