@@ -22,7 +22,7 @@ import torch
 from ldm import cli
 from ldm.benchmark import random_biomedclip
 from ldm.config import Config, load_config
-from ldm.devices import half_is_fast
+from ldm.devices import resolve_precision
 from ldm.encoders import BiomedClip
 from ldm.errors import UsageError
 from ldm.estimates import GIB, fake_batch
@@ -42,7 +42,8 @@ class Steps:
 
     def __init__(self, config: Config, clip: BiomedClip, batch_size: int, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.device, self.clip, self.half = device, clip.to(device), half_is_fast()
+        self.device, self.clip = device, clip.to(device)
+        self.half = resolve_precision(config.training.precision) == "bf16-mixed"
         if self.half:  # as the other frozen networks: else they would be cast at every use
             halve_frozen(self.clip)
         net = MedSoftModel(config, config.training.builds)
@@ -161,12 +162,13 @@ def stage_configs(path: Path, overrides: list[str]) -> dict[str, Config]:
 def main(args: argparse.Namespace) -> int:
     """Measure the stages one after another; the numbers as text and, with --output, as JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = "bf16-mixed" if half_is_fast() else "float32"
+    configs = stage_configs(args.config, args.overrides)
+    precision = resolve_precision(next(iter(configs.values())).training.precision)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     log.info("%s, torch %s, %s, batch %d", where, torch.__version__, precision, args.batch_size)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for stage, config in stage_configs(args.config, args.overrides).items():
+        for stage, config in configs.items():
             clip = BiomedClip(random_biomedclip(config, Path(scratch)))
             times = measure(Steps(config, clip, args.batch_size, device), args.repeats)
             results += report(stage, times, args.batch_size)
