@@ -8,6 +8,7 @@ finishes what is missing; --replay makes one picture again from its meta.json.
 """
 
 import argparse
+import functools
 import logging
 import os
 import shlex
@@ -167,14 +168,15 @@ def check_replay(args: argparse.Namespace, config, digest: str) -> None:
 
 
 def identity(config, tasks, digest: str, exact: bool) -> str:
-    """Fingerprint of everything that decides the pictures."""
+    """Fingerprint of everything that decides the pictures; each file is read once, however many share it."""
     from ldm.dataset import sample_identity
-    from ldm.files import fingerprint
+    from ldm.files import content_id, fingerprint
     from ldm.inference import settings_of
 
+    content = functools.cache(content_id)
     plan = [
-        (sample_identity(task.sample), task.variant, task.prompt, task.seed, task.fixed_mask)
-        + ((sample_identity(task.source),) if task.source and not task.fixed_mask else ())
+        (sample_identity(task.sample, content), task.variant, task.prompt, task.seed, task.fixed_mask)
+        + ((sample_identity(task.source, content),) if task.source and not task.fixed_mask else ())
         for task in tasks
     ]
     return fingerprint([digest, settings_of(config), exact, plan])
@@ -200,6 +202,12 @@ def main(args: argparse.Namespace) -> int:
     command = " ".join(shlex.quote(part) for part in ["python", *sys.argv])
     origin = Origin(args.ckpt.resolve(), digest, args.config.resolve(), overrides, args.exact, command)
     session = InferenceRun(args.output_dir, identity(config, tasks, digest, args.exact), origin, config)
+    with session.alone():
+        return draw(args, session, tasks, rejects)
+
+
+def draw(args: argparse.Namespace, session, tasks, rejects) -> int:
+    """Draw what is missing, on as many processes as were asked for; the exit code."""
     before = session.begin(args.overwrite)
     if before and before.get("complete") and session.finished(tasks) == before["pictures"]:
         log.info("%s: already complete (%d pictures)", args.output_dir, before["pictures"])
@@ -213,7 +221,7 @@ def main(args: argparse.Namespace) -> int:
     session.processes.barrier()
     if args.exact:
         torch.set_num_threads(1)
-    return session.draw(tasks, rejects, lambda: load_inpainter(args.ckpt, config, session.processes.device))
+    return session.draw(tasks, rejects, lambda: load_inpainter(args.ckpt, session.config, session.processes.device))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ class Conditioning:
     semantic:  (B', N, D_sem) tokens for the third attention of the first B' <= B pictures; the others have zero tokens,
                for which that attention's output is its bias. None leaves the third attention out altogether.
     soft_mask: (B, 1, h, w) soft mask at latent size, 1 = to be drawn; None leaves the third attention ungated.
-    reuse:     keep the keys and values of text and semantic for further calls (the steps of a picture). Never while
-               gradients are wanted.
+    reuse:     keep the keys and values of text and semantic for further calls (the steps of a picture), and leave the
+               third attention out where every gate is closed. Never while gradients are wanted.
     """
 
     text: Tensor
@@ -29,6 +29,7 @@ class Conditioning:
     soft_mask: Tensor | None = None
     reuse: bool = False
     _gates: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _open: dict[int, Tensor | slice] = field(default_factory=dict)
     _kept: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def gate(self, height: int, width: int) -> Tensor | None:
@@ -39,6 +40,15 @@ class Conditioning:
             pooled = F.adaptive_max_pool2d(self.soft_mask, (height, width))
             self._gates[height, width] = rearrange(pooled, "b 1 h w -> b (h w) 1")
         return self._gates[height, width]
+
+    def open(self, gate: Tensor | None) -> Tensor | slice:
+        """Index of the tokens (of B, h*w, 1) at which any picture's gate is open; all of them unless ``reuse``."""
+        if gate is None or not self.reuse:
+            return slice(None)
+        if gate.shape[1] not in self._open:
+            found = (gate > 0).any(dim=2).any(dim=0).nonzero()[:, 0]
+            self._open[gate.shape[1]] = slice(None) if len(found) == gate.shape[1] else found
+        return self._open[gate.shape[1]]
 
     def keys_values(self, attention: "CrossAttention", tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of ``tokens`` in ``attention``, computed once if they are to be reused."""
@@ -132,15 +142,19 @@ class TransformerBlock(nn.Module):
     def _third(self, x: Tensor, cond: Conditioning, gate: Tensor | None) -> Tensor:
         if cond.semantic is None:
             return cond.spread(x)
-        steered = len(cond.semantic)
-        drawn = self.attn3(self.norm4(x[:steered]), cond.keys_values(self.attn3, cond.semantic))
-        if steered == len(cond.text):
-            return x + (drawn if gate is None else gate * drawn)
-        # Zero tokens have zero values (no bias there), so what comes out is the output projection's bias.
-        bias = self.attn3.to_out[0].bias
-        rest = bias.expand_as(x[:1]) if gate is None else gate[steered:] * bias
+        steered, place = len(cond.semantic), cond.open(gate)
+        drawn = self.attn3(self.norm4(x[:steered, place]), cond.keys_values(self.attn3, cond.semantic))
+        if steered < len(cond.text):
+            # Zero tokens have zero values (no bias there), so what comes out is the output projection's bias.
+            rest = self.attn3.to_out[0].bias.expand(len(cond.text) - steered, *drawn.shape[1:])
+            drawn = torch.cat([drawn, rest])
+        if gate is not None:
+            drawn = gate[:, place] * drawn
         x = cond.spread(x)
-        return torch.cat([x[:steered] + (drawn if gate is None else gate[:steered] * drawn), x[steered:] + rest])
+        if isinstance(place, slice):
+            return x + drawn
+        x[:, place] += drawn  # no gradients here, and x is this block's own
+        return x
 
 
 class SpatialTransformer(nn.Module):

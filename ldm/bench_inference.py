@@ -17,10 +17,12 @@ from ldm.config import Config, load_config
 from ldm.files import write_json
 from ldm.inpainting import DTYPES, for_drawing, latent_of, sample_latent
 from ldm.model import MedSoftModel, hide
+from ldm.samplers import guided_steps
 
 log = logging.getLogger(__name__)
 
-FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": [0.2, 0.8]}  # against 50 steps of DDIM with guidance
+REFERENCE = {"sampler": "ddim", "steps": 50, "guidance_interval": [0.0, 1.0]}  # diffusers' default, with guidance
+FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": [0.2, 0.8]}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -57,24 +59,32 @@ def measure(config: Config, device: torch.device, args: argparse.Namespace) -> l
     inputs = Inputs(config, device, args.batch_size)
     rows: list[dict[str, Any]] = []
 
-    def compare(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int, warm_up: int = 2) -> None:
-        mine, other = take_turns(ours, theirs, repeats, device, warm_up)
+    def add(name: str, mine: float, other: float) -> tuple[float, float]:
         rows.append({"what": name, "ours_s": mine, "theirs_s": other, "ratio": other / mine})
-        log.info("%-46s ours %.4f s, diffusers %.4f s, ratio %.2f", name, mine, other, other / mine)
+        log.info("%-52s ours %.4f s, diffusers %.4f s, ratio %.2f", name, mine, other, other / mine)
+        return mine, other
+
+    def compare(name: str, ours: Callable, theirs: Callable, repeats: int, warm_up: int = 2) -> tuple[float, float]:
+        return add(name, *take_turns(ours, theirs, repeats, device, warm_up))
 
     calls = Calls(model, pipeline, inputs, config)
-    compare("U-Net call with guidance", calls.ours, calls.theirs, args.repeats)
-    compare("U-Net call without the prompt's tokens", lambda: calls.ours(third=False), calls.theirs, args.repeats)
-    compare("decoded picture", calls.our_decoding, calls.their_decoding, args.repeats)
-    pictures = max(1, args.repeats // 4)
-    steps = args.steps
-    if steps:
-        plain = dataclasses.replace(config.sampling, sampler="ddim", steps=steps, guidance_interval=[0.0, 1.0])
-        name = f"picture, {steps} steps of DDIM with guidance"
-        compare(name, lambda: calls.our_picture(plain), lambda: calls.their_picture(steps), pictures, 1)
-        fast = dataclasses.replace(config.sampling, **{**FAST, "steps": max(1, round(steps * FAST["steps"] / 50))})
-        name = f"picture, {fast.steps} steps of 2M, partly guided / {steps} of DDIM"
-        compare(name, lambda: calls.our_picture(fast), lambda: calls.their_picture(steps), pictures, 0)
+    guided = compare("U-Net call with guidance", calls.ours, calls.theirs, args.repeats)
+    prompted = compare("U-Net call with the prompt alone", calls.ours_prompted, calls.theirs_prompted, args.repeats)
+    encoding = compare("encoded picture", calls.our_encoding, calls.their_encoding, args.repeats)
+    decoding = compare("decoded picture", calls.our_decoding, calls.their_decoding, args.repeats)
+    if args.steps:
+        plain = dataclasses.replace(config.sampling, **{**REFERENCE, "steps": args.steps})
+        name = f"picture, {args.steps} steps of DDIM with guidance"
+        pictures = max(1, args.repeats // 4)
+        compare(name, lambda: calls.our_picture(plain), lambda: calls.their_picture(args.steps), pictures, 1)
+    steps, reference = FAST["steps"], REFERENCE["steps"]
+    both = len(guided_steps(steps, FAST["guidance_interval"]))
+    # Ours encodes the picture and the masked picture, diffusers the masked one alone.
+    ends, other_ends = 2 * encoding[0] + decoding[0], encoding[1] + decoding[1]
+    theirs = reference * guided[1] + other_ends
+    add(f"{reference} steps of DDIM with guidance (sum of the calls)", reference * guided[0] + ends, theirs)
+    fast = both * guided[0] + (steps - both) * prompted[0] + ends
+    add(f"{steps} steps of 2M, {both} guided / {reference} of DDIM (sum of the calls)", fast, theirs)
     return rows
 
 
@@ -97,38 +107,50 @@ class Inputs:
 
 
 class Calls:
-    """What is compared, ours and theirs. Ours includes the third attention unless said otherwise."""
+    """What is compared, ours and theirs. Ours includes the third attention."""
 
     def __init__(self, model: MedSoftModel, pipeline: Any, inputs: Inputs, config: Config) -> None:
         self.model, self.pipeline, self.inputs, self.config = model, pipeline, inputs, config
         self.dtype = DTYPES[config.sampling.precision]
         self.latent_mask = model.latent_mask(inputs.mask)
         # A trained model is not silent; its third attention costs the same whatever its weights.
-        self.with_prompt, self.both = self.conditions(third=True)
-        _, self.without_third = self.conditions(third=False)
+        self.prompt_alone, self.both = self.conditions()
 
-    def conditions(self, third: bool) -> tuple[Conditioning, Conditioning]:
+    def conditions(self) -> tuple[Conditioning, Conditioning]:
         given, gate = self.inputs, self.latent_mask.to(self.dtype)
         text, empty, tokens = (each.to(self.dtype) for each in (given.text, given.empty, given.tokens))
-        alone = self.model.conditioning(gate, text, tokens if third else None, reuse=True)
-        both = self.model.conditioning(
-            torch.cat([gate, gate]), torch.cat([text, empty]), tokens if third else None, reuse=True
-        )
+        alone = self.model.conditioning(gate, text, tokens, reuse=True)
+        both = self.model.conditioning(torch.cat([gate, gate]), torch.cat([text, empty]), tokens, reuse=True)
         return alone, both
 
-    def ours(self, third: bool = True) -> Tensor:
+    def ours(self) -> Tensor:
+        return self._ours(self.both)
+
+    def ours_prompted(self) -> Tensor:
+        return self._ours(self.prompt_alone)
+
+    def _ours(self, conditioning: Conditioning) -> Tensor:
         given = self.inputs
         t = torch.tensor([501], device=given.noise.device)
         noisy = given.noise.to(self.dtype)
-        return self.model.denoise(
-            noisy, t, self.latent_mask.to(self.dtype), noisy, self.both if third else self.without_third
-        )
+        return self.model.denoise(noisy, t, self.latent_mask.to(self.dtype), noisy, conditioning)
 
     def theirs(self) -> Tensor:
+        return self._theirs([self.inputs.empty, self.inputs.text])
+
+    def theirs_prompted(self) -> Tensor:
+        return self._theirs([self.inputs.text])
+
+    def _theirs(self, texts: list[Tensor]) -> Tensor:
         given = self.inputs
         x = torch.cat([given.noise, self.latent_mask, given.noise], dim=1).to(self.dtype)
-        text = torch.cat([given.empty, given.text]).to(self.dtype)
-        return self.pipeline.unet(torch.cat([x, x]), 501, text).sample
+        return self.pipeline.unet(torch.cat([x] * len(texts)), 501, torch.cat(texts).to(self.dtype)).sample
+
+    def our_encoding(self) -> Tensor:
+        return latent_of(self.model, self.inputs.image, self.dtype)
+
+    def their_encoding(self) -> Tensor:
+        return self.pipeline.vae.encode(self.inputs.image.to(self.dtype)).latent_dist.mode()
 
     def our_decoding(self) -> Tensor:
         return self.model.decode(self.inputs.noise.to(self.dtype))
@@ -142,7 +164,7 @@ class Calls:
         given, model = self.inputs, self.model
         original = latent_of(model, given.image, self.dtype)
         masked = latent_of(model, hide(given.image, given.mask), self.dtype)
-        conditions = self.conditions(third=True)
+        conditions = self.conditions()
         latent = sample_latent(model, sampling, given.noise, self.latent_mask, masked, original, conditions)
         return model.decode(latent.to(self.dtype))
 

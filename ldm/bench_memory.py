@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ldm import cli
-from ldm.bench_training import stage_configs
+from ldm.bench_training import optimizer_of, optimizer_step, stage_configs
 from ldm.config import Config
 from ldm.devices import half_is_fast
 from ldm.estimates import GIB, Memory, fake_batch, fake_stage, stage_memory
@@ -76,19 +76,13 @@ def one_step(path: Path, stage: str, overrides: list[str], batch_size: int) -> d
     computed = stage_memory(config, batch_size, half).total
     start = time.perf_counter()
     made = fake_stage(config, half).to(device)
-    groups = [{"params": list(members.values()), "lr": config.training.rates[n]} for n, members in made.groups.items()]
-    optimizer = torch.optim.AdamW(groups, fused=True)
     batch = {name: value.to(device) for name, value in fake_batch(config, batch_size).items()}
     before = {key: value.detach().flatten()[:8].clone() for key, value in made.trained.items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        loss = made.losses(batch, 0.0)[0].mean()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(made.trained.values(), 1.0)
-    optimizer.step()
+    loss = optimizer_step(made, optimizer_of(made), batch, half)
     moved = sum(not torch.equal(value, made.trained[key].detach().flatten()[:8]) for key, value in before.items())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     seconds = time.perf_counter() - start
-    found = {"stage": stage, "peak": peak, "computed": computed, "seconds": seconds, "loss": float(loss.detach())}
+    found = {"stage": stage, "peak": peak, "computed": computed, "seconds": seconds, "loss": loss}
     return {**found, "tensors": len(before), "moved": moved}

@@ -9,15 +9,17 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
-from ldm.checkpoint import read_checkpoint
+from ldm.checkpoint import not_finite, read_checkpoint
+from ldm.checkpoint_files import save_pickle
 from ldm.cli import TERMINATED, Terminated
 from ldm.errors import MedSoftError
 from ldm.files import atomic_file, remove_partials
@@ -36,7 +38,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_file(path) as handle:
-            torch.save(checkpoint, _Honest(handle))
+            save_pickle(checkpoint, handle)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         found = read_checkpoint(path)
@@ -44,27 +46,6 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
-
-
-class _Honest:
-    """A file whose failed write comes out as that OSError; torch.save makes an internal error of a full disk."""
-
-    def __init__(self, handle: IO[bytes]) -> None:
-        self.handle = handle
-        self.failed: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        if self.failed is None:
-            try:
-                self.handle.write(data)
-            except OSError as error:
-                self.failed = error
-        return memoryview(data).nbytes  # torch goes on undisturbed; its flush at the end tells
-
-    def flush(self) -> None:
-        if self.failed is not None:
-            raise self.failed
-        self.handle.flush()
 
 
 class KeepWork(pl.Callback):
@@ -105,10 +86,13 @@ class KeepWork(pl.Callback):
             self._stop()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Stage) -> None:
-        self.save(trainer)
+        """Killed at any moment, the best weights of the epochs that ``last.ckpt`` has finished lie beside it."""
         loss = float(trainer.callback_metrics.get("val_loss", math.nan))
         if trainer.is_global_zero and self.keep_best and math.isfinite(loss):
+            self._refuse_broken(trainer)
             self._keep_if_best(pl_module, trainer.current_epoch, loss)
+        self.save(trainer)
+        self._drop_worse(trainer)
         self.stopping |= bool(pl_module.summed(torch.tensor([float(pl_module.stop_asked)], device=pl_module.device))[0])
         self._stop()
 
@@ -119,14 +103,17 @@ class KeepWork(pl.Callback):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write ``last.ckpt``, unless the step just taken has broken the weights: then stop, and keep the old file."""
-        for key, parameter in trainer.lightning_module.trained.items():
-            if not torch.isfinite(parameter).all():
-                raise MedSoftError(
-                    f"{key} holds NaN or infinite values after step {trainer.global_step}; the last good checkpoint is "
-                    "kept. Lower training.rates, or set training.clip_norm"
-                )
+        self._refuse_broken(trainer)
         trainer.save_checkpoint(self.path)
         self.saved, self.due = time.monotonic(), False
+
+    def _refuse_broken(self, trainer: pl.Trainer) -> None:
+        bad = not_finite(trainer.lightning_module.trained)
+        if bad:
+            raise MedSoftError(
+                f"{bad[0]} holds NaN or infinite values after step {trainer.global_step}; the last good checkpoint is "
+                "kept. Lower training.rates, or set training.clip_norm"
+            )
 
     def _save_inside_epoch(self, trainer: pl.Trainer, batches: int) -> None:
         """Save with the batch that just ended counted as done: Lightning counts it only after this hook."""
@@ -142,6 +129,7 @@ class KeepWork(pl.Callback):
         stage.about["complete"] = True
         if trainer.is_global_zero:
             self._write_weights(self.path, stage, trainer.global_step, trainer.current_epoch)
+        self._drop_worse(trainer)
         trainer.strategy.barrier()
 
     def _write_weights(self, path: Path, stage: Stage, step: int, epoch: int) -> None:
@@ -150,15 +138,15 @@ class KeepWork(pl.Callback):
             AtomicCheckpointIO().save_checkpoint({"state_dict": stage.state_dict(), "medsoft": about}, path)
 
     def _keep_if_best(self, stage: Stage, epoch: int, loss: float) -> None:
-        """Keep this epoch's weights if they are among the best so far; the new file is whole before one is deleted."""
+        """Write this epoch's weights if they are among the best so far."""
         mine = self.folder / f"best_epoch{epoch:04d}_loss{loss:.6g}.ckpt"
-        found = {path: path_loss for path in self.folder.iterdir() if (path_loss := _best_loss(path)) is not None}
-        found[mine] = loss
-        best = sorted(found, key=lambda path: (found[path], path.name))[: self.keep_best]
-        if mine in best and not mine.exists():
+        if mine in _best_first({*best_files(self.folder), mine})[: self.keep_best] and not mine.exists():
             self._write_weights(mine, stage, stage.global_step, epoch)
-        for path in found:
-            if path not in best:
+
+    def _drop_worse(self, trainer: pl.Trainer) -> None:
+        """Delete the weights of epochs that are no longer among the best."""
+        if trainer.is_global_zero and self.keep_best:
+            for path in best_files(self.folder)[self.keep_best :]:
                 path.unlink(missing_ok=True)
 
 
@@ -167,10 +155,13 @@ def _best_loss(path: Path) -> float | None:
     return float(matched.group(2)) if matched else None
 
 
+def _best_first(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (_best_loss(path), path.name))
+
+
 def best_files(folder: Path) -> list[Path]:
     """The weights of the best epochs in a run's folder, best first."""
-    found = [path for path in folder.iterdir() if _best_loss(path) is not None] if folder.is_dir() else []
-    return sorted(found, key=lambda path: (_best_loss(path), path.name))
+    return _best_first(path for path in folder.glob("best_*") if _best_loss(path) is not None)
 
 
 class WatchMovement(pl.Callback):

@@ -171,10 +171,15 @@ def parts_of(checkpoint: Checkpoint, parts: Iterable[str], config: Config, expec
         hint = _hint(checkpoint, parts, config)
         raise MedSoftError(f"{checkpoint.path}: does not fit this configuration: {'; '.join(problems)}. {hint}")
     check_architecture(checkpoint, parts, config)
-    bad = not_finite(offered)
-    if bad:
-        raise MedSoftError(f"{checkpoint.path}: {len(bad)} tensors hold NaN or infinite values, first {bad[0]}")
+    check_finite(offered, checkpoint.path)
     return offered
+
+
+def check_finite(state: dict[str, Tensor], path: str | Path) -> None:
+    """MedSoftError naming ``path`` and the first tensor of its ``state`` that holds NaN or infinite values."""
+    bad = not_finite(state)
+    if bad:
+        raise MedSoftError(f"{path}: {len(bad)} tensors hold NaN or infinite values, first {bad[0]}")
 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
@@ -277,17 +282,20 @@ def _hint(checkpoint: Checkpoint, parts: list[str], config: Config) -> str:
     return "Use the YAML it was made for, or convert it again with tool/model_convert.py"
 
 
-def already_made(path: str | Path, run: str, overwrite: bool) -> bool:
-    """True if ``path`` is the finished output of this very run (its fingerprint says so).
+def already_made(path: str | Path, overwrite: bool, **made: str) -> bool:
+    """True if ``path`` is a finished output that says ``made`` of itself (fingerprints by name).
 
-    Raises UsageError if ``path`` is a folder, or exists, was made otherwise and may not be replaced.
+    Conversion and merging ask twice: for ``asked`` (command, sizes of the inputs, architecture) before gigabytes are
+    read, and for ``run`` (their SHA-256 instead of sizes) after. Raises UsageError if ``path`` is a folder, or exists,
+    was made otherwise and may not be replaced.
     """
     if Path(path).is_dir():
         raise UsageError(f"{path}: is a folder; give the name of a file to write")
     if overwrite or not Path(path).exists():
         return False
     try:
-        same = read_checkpoint(path).about.get("run") == run
+        about = read_checkpoint(path).about
+        same = all(about.get(name) == value for name, value in made.items())
     except MedSoftError:
         same = False
     if not same:

@@ -15,13 +15,14 @@ import torch
 
 from ldm.annotations import Reject
 from ldm.classifier_config import ClassifierConfig, load_config
-from ldm.classifier_data import ImageSet, load_data, load_images
+from ldm.classifier_data import ImageSet, load_data, load_images, require_source
 from ldm.classifier_metrics import summarise
-from ldm.classifier_network import build_network, compute_features, compute_logits, pick_device
+from ldm.classifier_network import build_network, check_model, compute_features, compute_logits, pick_device
 from ldm.classifier_report import REJECT_COLUMNS, Scored, prediction_rows, write_csv, write_test
 from ldm.classifier_training import Trainer, reproducible
 from ldm.errors import MedSoftError, UsageError
 from ldm.files import content_id, fingerprint, read_json, remove_partials, sha256_file, write_json
+from ldm.locks import exclusive
 
 __all__ = ["ClassifierConfig", "load_classifier", "load_config", "predict", "run_classifier", "train_classifier"]
 
@@ -69,8 +70,9 @@ def run_classifier(config: ClassifierConfig) -> dict[str, Any]:
 
     Returns the content of metrics.json plus ``n_rejected`` and ``already_complete``.
     """
+    names = _prediction_names(config.predict)
     metrics = train_classifier(config) if config.train else _test_saved(config)
-    for source, name in _prediction_names(config.predict).items():
+    for source, name in names.items():
         metrics["n_rejected"] += _predict_folder(config, source, name)
     return metrics
 
@@ -82,17 +84,22 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
     leaking data and for non-finite numbers, UsageError when the folder holds another run and ``overwrite`` is false.
     """
     folder = config.output
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: expected a folder for the results, found a file; set output_dir elsewhere")
+    check_model(config.model, config.pretrained)  # before minutes of reading
     data = load_data(config)
     for images in data.sets:
         log.info("%s: %d samples %s", images.name, len(images), images.counts())
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in IGNORED_KEYS}
     run = fingerprint([settings, content_id(config.pretrained), data.fingerprint()])
-    _claim(config, settings, run)
-    weights = folder / "classifier.safetensors"
-    if not weights.exists():
-        with reproducible():
-            Trainer(config, data, run).fit()
-    return _test(config, load_classifier(weights, config.GPU), weights, data.test, data.rejects, data.synthetic)
+    busy = f"{folder}: another run is writing here at this moment; set output_dir elsewhere"
+    with exclusive(folder / ".run.lock", busy):
+        _claim(config, settings, run)
+        weights = folder / "classifier.safetensors"
+        if not weights.exists():
+            with reproducible():
+                Trainer(config, data, run).fit()
+        return _test(config, load_classifier(weights, config.GPU), weights, data.test, data.rejects, data.synthetic)
 
 
 def predict(
@@ -139,15 +146,12 @@ def load_classifier(weights: str | Path, gpu: str | list[int] | list[str] = "") 
 def _claim(config: ClassifierConfig, settings: dict[str, Any], run: str) -> None:
     """Make the output folder this run's: go on in it, clear it with ``overwrite``, or raise UsageError."""
     folder = config.output
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder}: expected a folder for the results, found a file; set output_dir elsewhere")
     remove_partials(folder)
     present = [path for pattern in OWN_FILES for path in sorted(folder.glob(pattern))]
-    if present and not config.overwrite:
+    work = [path for path in present if path.name != "run.json"]  # a run that failed at its start leaves none
+    if work and not config.overwrite:
         if not (folder / "run.json").exists():
-            raise UsageError(
-                f"{present[0]}: already exists; set output_dir elsewhere, or overwrite: true to replace it"
-            )
+            raise UsageError(f"{work[0]}: already exists; set output_dir elsewhere, or overwrite: true to replace it")
         old = read_json(folder / "run.json")
         if old.get("run") == run:
             return
@@ -252,9 +256,10 @@ def _saved_weights(config: ClassifierConfig) -> Path:
 
 
 def _prediction_names(sources: Sequence[str]) -> dict[str, str]:
-    """Folder or JSON -> the name in its predictions_<name>.csv; two equal names are refused."""
+    """Folder or JSON -> the name in its predictions_<name>.csv; missing sources and two equal names are refused."""
     names: dict[str, str] = {}
     for source in sources:
+        require_source("predict", source)
         name = Path(source).resolve().name.removesuffix(".json")
         if name in names.values() or name == "test":
             raise UsageError(f"predict: {source} would be written to predictions_{name}.csv, which is taken; rename it")

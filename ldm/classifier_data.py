@@ -73,14 +73,18 @@ def load_images(
     """
     from tqdm import tqdm
 
-    _require(name, source)
+    require_source(name, source)
     samples, rejects = load_samples(Path(source))
     kept, images, labels, hashes = [], [], [], []
     for sample in tqdm(samples, desc=f"reading {name}", leave=False, disable=None):
         label = label_of(sample, task)
         if need_label and not label:
             rejects.append(
-                Reject(sample.sample_id, sample.image.with_name("meta.json"), "diseased, but no lesion_type is given")
+                Reject(
+                    sample.sample_id,
+                    sample.image.with_name("meta.json"),
+                    "diseased, but its lesion_type is missing or healthy",
+                )
             )
             continue
         try:
@@ -100,7 +104,8 @@ def load_images(
     return ImageSet(name, kept, np.stack(images), labels, hashes, rejects)
 
 
-def _require(name: str, source: str) -> None:
+def require_source(name: str, source: str) -> None:
+    """Raise MedSoftError, with what to put there, where the dataset that the key ``name`` names does not exist."""
     path = Path(source)
     if path.exists():
         return
@@ -124,7 +129,8 @@ def label_of(sample: Sample, task: str) -> str:
     """The class of a sample: healthy, diseased or its lesion type; "" where the lesion type is not known."""
     if sample.healthy:
         return HEALTHY
-    return DISEASED if task == "binary" else (sample.lesion_type or "").strip()
+    kind = (sample.lesion_type or "").strip()
+    return DISEASED if task == "binary" else "" if kind.lower() == HEALTHY else kind
 
 
 def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
@@ -150,13 +156,23 @@ def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
 
 
 def check_disjoint(sets: Sequence[ImageSet]) -> None:
-    """Raise MedSoftError, by name, when two sets share a patient or an identical picture."""
+    """Raise MedSoftError, by name, when two sets share a patient or an identical picture, or a picture was drawn on
+    a sample of another set."""
     rows = [
         Row(images.name, sample.sample_id, sample.patient_id, digest)
         for images in sets
         for sample, digest in zip(images.samples, images.hashes, strict=True)
     ]
     dataset_checks.check_disjoint(rows)
+    owners = {sample.sample_id: images.name for images in sets for sample in images.samples}
+    for images in sets:
+        own = {sample.sample_id for sample in images.samples}
+        for sample in images.samples:
+            if sample.parent_id in owners and sample.parent_id not in own:
+                raise MedSoftError(
+                    f"sample {sample.sample_id} of the {images.name} set was drawn on {sample.parent_id} of the "
+                    f"{owners[sample.parent_id]} set; a picture belongs to its parent's side: move it there"
+                )
 
 
 def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[ImageSet]) -> None:
@@ -279,10 +295,10 @@ def load_data(config: ClassifierConfig) -> Data:
     sources = {"train": config.train_json, "val": config.val_json, "test": config.test_json}
     for name, source in sources.items():
         if source:
-            _require(name, source)
+            require_source(name, source)
     duplicating = config.use_synthetic == DUPLICATE_REAL
     for folder in [] if duplicating else config.synthetic:
-        _require("synthetic", folder)
+        require_source("synthetic", folder)
     sizes = (config.img_size, config.task, config.channels)
     loaded = {n: load_images(n, s, *sizes) for n, s in sources.items() if s}
     train, val, test = loaded["train"], loaded["val"], loaded.get("test")

@@ -55,7 +55,7 @@ def summarise(images: ImageSet, probabilities: np.ndarray, classes: Sequence[str
         "fn": int(np.sum(~called & truth)),
         "tn": int(np.sum(~called & ~truth)),
         "confusion": confusion.tolist(),  # rows: truth, columns: prediction, both in the order of classes
-        "notes": _notes(measured, truth, len(set(patients))),
+        "notes": _notes(images, measured, truth, len(set(patients))),
     }
 
 
@@ -64,8 +64,13 @@ def label_indices(images: ImageSet, classes: Sequence[str]) -> np.ndarray:
     return np.array([classes.index(label) for label in images.labels])
 
 
-def _notes(measured: Mapping[str, Mapping[str, Any]], truth: np.ndarray, n_patients: int) -> list[str]:
+def _notes(
+    images: ImageSet, measured: Mapping[str, Mapping[str, Any]], truth: np.ndarray, n_patients: int
+) -> list[str]:
     notes = []
+    synthetic = sum(sample.synthetic for sample in images.samples)
+    if synthetic:
+        notes.append(f"{synthetic} of {len(images)} test samples are synthetic: this is no test on real images alone.")
     if len(np.unique(truth)) < 2:
         only = "diseased" if truth.any() else "healthy"
         notes.append(f"The test set holds only {only} samples: the AUC is undefined.")

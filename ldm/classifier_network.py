@@ -30,7 +30,7 @@ def build_network(
     """
     import timm
 
-    _check_name(model, pretrained)
+    check_model(model, pretrained)
     options = {"in_chans": CHANNELS[channels], "num_classes": n_classes}
     settings = timm.get_pretrained_cfg(model)
     if settings is not None and settings.fixed_input_size:
@@ -49,7 +49,8 @@ def build_network(
     return network
 
 
-def _check_name(model: str, pretrained: str | None) -> None:
+def check_model(model: str, pretrained: str | None) -> None:
+    """Raise UsageError for a model that timm does not know or has no weights of, MedSoftError for a missing file."""
     import timm
 
     if not timm.is_model(model) or ("." in model and not timm.is_model_pretrained(model)):
@@ -58,11 +59,17 @@ def _check_name(model: str, pretrained: str | None) -> None:
         raise UsageError(f"model {model} is not known to timm" + (f"; near: {', '.join(near)}" if near else ""))
     if pretrained == HUB and not timm.is_model_pretrained(model):
         raise UsageError(f"pretrained hub: timm has no weights of {model}; set pretrained to a file, or to null")
+    if pretrained and pretrained != HUB and not Path(pretrained).is_file():
+        raise MedSoftError(
+            f"{pretrained}: the file that `pretrained` names does not exist; set it to null to start at random"
+        )
 
 
 def _fetch(model: str, options: dict[str, int]) -> torch.nn.Module:
     import timm
 
+    log.info("fetching timm's weights of %s, unless they are in the hub's cache", model)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its attempts, without a network
     try:
         return timm.create_model(model, pretrained=True, **options)
     except Exception as error:  # whatever the hub's client and the network raise
@@ -100,10 +107,6 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise MedSoftError(
-            f"{path}: the file that `pretrained` names does not exist; set it to null to start at random"
-        )
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)

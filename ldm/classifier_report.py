@@ -112,14 +112,14 @@ def write_test(
     shutil.rmtree(files_folder(path), ignore_errors=True)
     sections = [
         ("numbers", "Test numbers", _numbers_html(metrics)),
-        ("training", "Training", _training_html(folder, path)),
+        ("training", "Training", _training_html(folder, path, metrics["epoch"])),
         ("curves", "Curves", _curves_html(path, metrics, test)),
         ("calibration", "Confusion and calibration", _calls_html(path, metrics, test)),
         ("features", "Features", _features_html(path, metrics, test, synthetic)),
         ("mistakes", "Worst mistakes", _mistakes_html(path, rows, test.images)),
     ]
     intro = (
-        "Research software, not for clinical use. The epoch was chosen on validation and the test set read once; "
+        f"Research software, not for clinical use. Epoch chosen by {metrics['chosen_by']}; the test set was read once; "
         f"P(disease) >= {metrics['threshold']:g} is called diseased. Intervals hold 95 % of "
         f"{metrics['resamples']} bootstrap resamples of the {metrics['n_test_patients']} test patients."
     )
@@ -141,15 +141,17 @@ def _interval(entry: Mapping[str, Any]) -> str:
     return number(None) if entry["low"] is None else f"{entry['low']:.3f} to {entry['high']:.3f}"
 
 
-def _training_html(folder: Path, path: Path) -> str:
+def _training_html(folder: Path, path: Path, chosen: int) -> str:
     history = folder / "history.csv"
     if not history.exists():
         return '<p class="note">No history.csv lies beside these weights.</p>'
-    rows = read_table(history, ("phase", "epoch", "train_loss", "val_loss"), "training log")
+    rows = read_table(history, ("phase", "epoch", "train_loss", "val_loss", "val_auc"), "training log")
     plots = []
     for phase in dict.fromkeys(row["phase"] for row in rows):
         figure = loss_figure([row for row in rows if row["phase"] == phase], phase)
         plots.append(_plot(path, f"loss_{phase}", figure, f"loss of the phase {phase}"))
+    figure = auc_figure([row for row in rows if row["phase"] == "train" and row["val_auc"]], chosen)
+    plots.append(_plot(path, "val_auc", figure, "validation AUC by epoch"))
     return f'<div class="plots">{"".join(plots)}</div>'
 
 
@@ -187,7 +189,7 @@ def _features_html(path: Path, metrics: Mapping[str, Any], test: Scored, synthet
         f"t-SNE of what the last layer reads, {len(kept)} of {len(names)} pictures, perplexity {perplexity:g}. "
         "Distances between groups and their sizes mean little in such a map."
     )
-    return f'<p class="note">{text}</p><div class="plots">{_plot(path, "tsne", figure, "t-SNE of the features")}</div>'
+    return f'<div class="plots">{_plot(path, "tsne", figure, "t-SNE of the features")}<p class="note">{text}</p></div>'
 
 
 def _mistakes_html(path: Path, rows: Sequence[Mapping[str, Any]], images: ImageSet) -> str:
@@ -228,6 +230,17 @@ def _axes(width: float = 4.6, height: float = 4.6) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
+
+
+def auc_figure(rows: Sequence[Mapping[str, str]], chosen: int) -> "Figure":
+    """Validation AUC by epoch, rows of history.csv where it is defined; the chosen epoch is marked."""
+    axes = _axes(5, 3.2)
+    axes.plot([int(row["epoch"]) for row in rows], [float(row["val_auc"]) for row in rows], color="tab:orange")
+    axes.axvline(chosen, color="0.6", linestyle="--", linewidth=1, label=f"chosen: epoch {chosen}")
+    axes.set(title="train", xlabel="epoch", ylabel="validation AUC")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.25)
+    return axes.figure
 
 
 def pr_figure(truth: np.ndarray, score: np.ndarray) -> "Figure":

@@ -147,8 +147,9 @@ class Trainer:
         rows, names = self._order(phase, moment)
         torch.manual_seed(named_seed(self.config.seed, "dropout", moment))
         self.network.train()
-        total, n_batches = 0.0, math.ceil(len(rows) / self.config.Batch_Size)
-        batches = np.array_split(np.arange(len(rows)), n_batches)  # of equal sizes: never a batch of one
+        n_batches = min(math.ceil(len(rows) / self.config.Batch_Size), len(rows) // 2)
+        batches = np.array_split(np.arange(len(rows)), n_batches)  # of equal sizes, never of one: that has no variance
+        total = 0.0
         for number, places in enumerate(tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=None)):
             self._set_rate((epoch - 1) * n_batches + number, phase.epochs * n_batches)
             keys = [named_seed(self.config.seed, "augment", moment, names[place]) for place in places]

@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,14 @@ class Picture:
     mask: Tensor
 
 
-def sample_identity(sample: Sample) -> list:
-    """Everything about a sample that decides what is learned from it or drawn on it, for a run's fingerprint."""
+def sample_identity(sample: Sample, content: Callable[[Path | None], str | None] = content_id) -> list:
+    """Everything about a sample that decides what is learned from it or drawn on it, for a run's fingerprint.
+
+    ``content`` gives a file's SHA-256, perhaps one that it remembers.
+    """
     files = (sample.image, sample.mask, sample.soft_mask, sample.anatomy)
     extra = (sample.meta.get("window"), sample.meta.get("spacing_mm"))
-    return [sample.sample_id, sample.prompt, sample.box, extra, [content_id(path) for path in files]]
+    return [sample.sample_id, sample.prompt, sample.box, extra, [content(path) for path in files]]
 
 
 def drawable(sample: Sample) -> str | None:
@@ -71,13 +75,13 @@ MOST_SHIFT = 0.125  # of a training crop, as a share of its side, in either dire
 
 
 def prepare(
-    sample: Sample, data: DataConfig, seed: int, variant: int, training: bool = False, like: Sample | None = None
+    sample: Sample, data: DataConfig, seed: int, variant: int, training: bool = False, diameter: float | None = None
 ) -> Picture:
     """Read one sample and bring it to the model's square.
 
     A diseased sample uses its own mask; in ``training``, its variants from 1 on are crops shifted by up to an eighth
     of their side. A healthy one gets a lesion-shaped mask inside its vertebra. Masks and shifts are functions of
-    (seed, sample_id, variant) alone; ``like`` is a diseased sample whose lesion's size a healthy one's mask gets (see
+    (seed, sample_id, variant) alone; ``diameter`` is the size of a healthy one's mask, within a tenth (see
     ``lesion_diameter``). Raises MedSoftError naming the sample's file when something is wrong with it.
     """
     reason = drawable(sample)
@@ -88,8 +92,7 @@ def prepare(
         region = region_for(sample, original.shape)
         if region is None:
             raise MedSoftError(f"{sample.sample_id}: no vertebra is marked in {sample.anatomy or sample.mask}")
-        size = like and lesion_diameter(like)
-        sizes = (0.9 * size, 1.1 * size) if size else DIAMETERS
+        sizes = (0.9 * diameter, 1.1 * diameter) if diameter else DIAMETERS
         drawn = lesion_shaped(region, named_seed("lesion-shaped", seed, sample.sample_id, variant), sizes)
         return fit_picture(sample, original, Mask(drawn.astype(np.float32)), data)
     own = read_mask(sample.mask, original.shape)
@@ -156,7 +159,7 @@ def training_items(samples: Sequence[Sample], data: DataConfig) -> tuple[list[It
     for sample in samples:
         reason = drawable(sample)
         if reason:
-            rejects.append(Reject(sample.sample_id, str(sample.image), reason))
+            rejects.append(Reject(sample.sample_id, sample.image, reason))
         else:
             variants = data.healthy_masks if sample.healthy else data.diseased_crops
             items += [Item(sample, variant) for variant in range(variants)]

@@ -26,6 +26,12 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """True if the device or the machine had no memory left for what was asked."""
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return full or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 def half_is_fast() -> bool:
     """True if this machine multiplies bfloat16 in hardware: a GPU from Ampere on, or a CPU with AVX-512 BF16."""
     if torch.cuda.is_available():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.checkpoint import NEW_IN_UNET, PREFIXES, read_tensors
 from ldm.checkpoint_files import save_safetensors
-from ldm.config import Config
+from ldm.config import Config, DiffusionConfig, TextEncoderConfig
 from ldm.errors import MedSoftError
 from ldm.files import atomic_file, read_json, write_json
 from ldm.sd_layouts import Source
@@ -139,8 +139,23 @@ def from_folder(folder: Path, config: Config, expected: dict[str, Tensor]) -> So
             key = name if part == OURS else ours.get((part, _current(part, name)), f"{part}/{name}")
             state[key] = _fitted(value, expected.get(key))
     notes = [f"diffusers folder: {', '.join(file.relative_to(folder).as_posix() for file in files_of(folder))}"]
-    mine = folder / OURS / "config.json"
-    return Source(folder, state, notes, read_json(mine, "MedSoft configuration") if mine.is_file() else None)
+    return Source(folder, state, notes, _own_configuration(folder / OURS / "config.json"))
+
+
+def _own_configuration(path: Path) -> dict[str, Any] | None:
+    """What our export says about itself, checked; None where there is none."""
+    if not path.is_file():
+        return None
+    found = read_json(path, "MedSoft configuration")
+    found = found if isinstance(found, dict) else {}
+    parts = found.get("parts")
+    known = isinstance(parts, list) and parts and all(part in PREFIXES for part in parts)
+    if not isinstance(found.get("about"), dict) or not known:
+        raise MedSoftError(
+            f"{path}: expected `about` (a dictionary) and `parts` (some of {', '.join(PREFIXES)}) as "
+            f"tool/export_diffusers.py writes them; export again, or delete {path.parent} to convert the base alone"
+        )
+    return found
 
 
 def _current(part: str, name: str) -> str:
@@ -194,8 +209,6 @@ def write_folder(folder: Path, state: dict[str, Tensor], ours: dict[str, Any], c
 
 def _configurations(config: Config) -> dict[str, dict[str, Any]]:
     """What diffusers and transformers need to build the same networks; all else is their default."""
-    unet, vae, text, noise = config.unet, config.autoencoder, config.text_encoder, config.diffusion
-    cross = [level in unet.attention_levels for level in range(len(unet.channel_mult))]
     return {
         "model_index.json": {
             "_class_name": "StableDiffusionInpaintPipeline",
@@ -210,57 +223,76 @@ def _configurations(config: Config) -> dict[str, dict[str, Any]]:
             "image_encoder": [None, None],
             "requires_safety_checker": False,
         },
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel",
-            "sample_size": config.latent_size,
-            "in_channels": unet.in_channels,
-            "out_channels": unet.out_channels,
-            "block_out_channels": [unet.model_channels * mult for mult in unet.channel_mult],
-            "layers_per_block": unet.num_res_blocks,
-            "down_block_types": ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in cross],
-            "up_block_types": ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(cross)],
-            "attention_head_dim": unet.num_heads,  # diffusers means the number of heads here
-            "cross_attention_dim": unet.context_dim,
-        },
-        "vae/config.json": {
-            "_class_name": "AutoencoderKL",
-            "sample_size": config.data.image_size,
-            "in_channels": vae.in_channels,
-            "out_channels": vae.in_channels,
-            "latent_channels": vae.latent_channels,
-            "block_out_channels": [vae.channels * mult for mult in vae.channel_mult],
-            "layers_per_block": vae.num_res_blocks,
-            "down_block_types": ["DownEncoderBlock2D"] * len(vae.channel_mult),
-            "up_block_types": ["UpDecoderBlock2D"] * len(vae.channel_mult),
-            "scaling_factor": noise.latent_scale,
-        },
-        "text_encoder/config.json": {
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.width,
-            "intermediate_size": 4 * text.width,
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "max_position_embeddings": text.max_length,
-            "projection_dim": text.width,
-            "hidden_act": "quick_gelu",
-            "bos_token_id": 49406,
-            "eos_token_id": 49407,
-            "pad_token_id": 49407,
-        },
-        "scheduler/scheduler_config.json": {
-            "_class_name": "DDIMScheduler",
-            "num_train_timesteps": noise.timesteps,
-            "beta_start": noise.beta_start,
-            "beta_end": noise.beta_end,
-            "beta_schedule": "scaled_linear",
-            "prediction_type": "epsilon",
-            "timestep_spacing": "leading",
-            "steps_offset": 1,
-            "set_alpha_to_one": False,
-            "clip_sample": False,
-        },
+        "unet/config.json": _unet_configuration(config),
+        "vae/config.json": _autoencoder_configuration(config),
+        "text_encoder/config.json": _text_configuration(config.text_encoder),
+        "scheduler/scheduler_config.json": _scheduler_configuration(config.diffusion),
+    }
+
+
+def _unet_configuration(config: Config) -> dict[str, Any]:
+    unet = config.unet
+    cross = [level in unet.attention_levels for level in range(len(unet.channel_mult))]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": config.latent_size,
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
+        "block_out_channels": [unet.model_channels * mult for mult in unet.channel_mult],
+        "layers_per_block": unet.num_res_blocks,
+        "down_block_types": ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in cross],
+        "up_block_types": ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(cross)],
+        "attention_head_dim": unet.num_heads,  # diffusers means the number of heads here
+        "cross_attention_dim": unet.context_dim,
+    }
+
+
+def _autoencoder_configuration(config: Config) -> dict[str, Any]:
+    vae = config.autoencoder
+    return {
+        "_class_name": "AutoencoderKL",
+        "sample_size": config.data.image_size,
+        "in_channels": vae.in_channels,
+        "out_channels": vae.in_channels,
+        "latent_channels": vae.latent_channels,
+        "block_out_channels": [vae.channels * mult for mult in vae.channel_mult],
+        "layers_per_block": vae.num_res_blocks,
+        "down_block_types": ["DownEncoderBlock2D"] * len(vae.channel_mult),
+        "up_block_types": ["UpDecoderBlock2D"] * len(vae.channel_mult),
+        "scaling_factor": config.diffusion.latent_scale,
+    }
+
+
+def _text_configuration(text: TextEncoderConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.width,
+        "intermediate_size": 4 * text.width,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "max_position_embeddings": text.max_length,
+        "projection_dim": text.width,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 49407,
+    }
+
+
+def _scheduler_configuration(noise: DiffusionConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": noise.timesteps,
+        "beta_start": noise.beta_start,
+        "beta_end": noise.beta_end,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+        "clip_sample": False,
     }
 
 

@@ -4,7 +4,7 @@ disk and memory. Each check yields Findings; nothing is written and nothing is t
 import hashlib
 import logging
 import os
-import shutil
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ldm.annotations import Sample, load_samples
 from ldm.config import Config
 from ldm.dataset_checks import check_classes, leaks, rows_of, similar_prompts
 from ldm.errors import MedSoftError
-from ldm.files import read_text
+from ldm.files import free_bytes, read_text
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def look(sample: Sample) -> Look:
     try:
         image = read_image(sample.image)
     except MedSoftError as error:
-        return Look(sample.sample_id, (("sample", str(sample.image), _cause(error, sample.image)),))
+        return Look(sample.sample_id, (("sample", str(sample.image), error.cause(sample.image)),))
     digest = hashlib.sha256(f"{image.shape}{image.dtype}".encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
     seen: dict[str, Any] = {"digest": digest, "shape": image.shape, "depth": 8 * image.dtype.itemsize}
     if image.min() == image.max():
@@ -99,10 +99,6 @@ def _mask_faults(sample: Sample, mask: Any) -> list[tuple[str, str, str]]:
     return []
 
 
-def _cause(error: MedSoftError, path: Path) -> str:
-    return getattr(error, "reason", None) or str(error).removeprefix(f"{path}: ")
-
-
 # ------------------------------------------------------------------------------------------------------- data
 
 
@@ -119,10 +115,14 @@ def check_data(sets: dict[str, Path], workers: int | None = None) -> Iterator[Fi
             yield Finding("sample", str(reject.file), reject.reason)
     everyone = [sample for group in members.values() for sample in group]
     looks: dict[str, list[Look]] = {}
+    start = time.perf_counter()
     for name, group in members.items():
         looks[name] = _look_at(group, name, workers)
         for seen in looks[name]:
             yield from (Finding(*fault) for fault in seen.faults)
+    seconds = time.perf_counter() - start
+    words = (len(everyone), seconds, 60 * len(everyone) / max(seconds, 1e-9))
+    log.info("every file of %d samples decoded in %.1f s (%.0f samples a minute)", *words)
     for name, group in members.items():
         yield from _about(name, group, looks[name])
     rows = []
@@ -194,7 +194,7 @@ def check_prompts(samples: Iterable[Sample]) -> Iterator[Finding]:
                 if read_text(file).strip() != sample.prompt.strip():
                     yield Finding("warning", str(file), "is not what the annotation file says; prepare the data again")
             except MedSoftError as error:
-                yield Finding("warning", str(file), _cause(error, file))
+                yield Finding("warning", str(file), error.cause(file))
     for group in similar_prompts(samples):
         shown = " | ".join(map(repr, group[:4]))
         yield Finding("warning", "prompts", f"nearly the same, learned as different ones: {shown}")
@@ -248,7 +248,7 @@ def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Ite
     """Whether the checkpoint and the BiomedCLIP folder fit the configuration."""
     import torch
 
-    from ldm.checkpoint import check_preparation, compare, read_checkpoint
+    from ldm.checkpoint import check_finite, check_preparation, compare, read_checkpoint
     from ldm.encoders import BiomedClip
     from ldm.model import MedSoftModel
     from ldm.training import frozen_tensors, training_groups
@@ -265,9 +265,7 @@ def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Ite
             problems = compare(net.state_dict(), frozen_tensors(source, config))
             if problems:
                 raise MedSoftError(f"{ckpt}: does not fit the configuration: {'; '.join(problems)}")
-            broken = [key for key, value in source.state.items() if not torch.isfinite(value).all()]
-            if broken:
-                raise MedSoftError(f"{ckpt}: {len(broken)} tensors hold NaN or infinite values, first {broken[0]}")
+            check_finite(source.state, ckpt)
         if biomedclip:
             clip = BiomedClip(config.biomedclip.path)
             clip.check(config.biomedclip)
@@ -293,7 +291,7 @@ def check_room(config: Config, sets: dict[str, Path], save_path: Path, devices: 
         except MedSoftError:
             continue  # said where the data is looked at
     disk = stage_disk(config, cache_size(config, items))
-    free = shutil.disk_usage(next(p for p in (save_path.absolute(), *save_path.absolute().parents) if p.exists())).free
+    free = free_bytes(save_path)
     if free < disk.total:
         words = f"{free / GIB:.1f} GiB are free, the run and its features take up to {disk.total / GIB:.1f} GiB"
         yield Finding("error" if free < 2 * disk.last else "warning", str(save_path), words)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import Checkpoint, compare, read_tensors
+from ldm.checkpoint import Checkpoint, check_finite, compare, read_tensors
 from ldm.config import BiomedClipConfig, TextEncoderConfig
 from ldm.errors import MedSoftError
 from ldm.files import read_json, sha256_file
@@ -254,9 +254,7 @@ class BiomedClip(nn.Module):
         problems = compare(made.state_dict(), state)
         if problems:
             raise MedSoftError(f"{weights_file}: does not fit open_clip_config.json beside it: {'; '.join(problems)}")
-        broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
-        if broken:
-            raise MedSoftError(f"{weights_file}: {len(broken)} tensors hold NaN or infinite values, first {broken[0]}")
+        check_finite(state, weights_file)
         made.load_state_dict(state, strict=True)
         return made
 

@@ -9,6 +9,11 @@ class MedSoftError(Exception):
     """
 
     exit_code = 1
+    reason: str | None = None  # the sentence without the file's name, where it is kept apart
+
+    def cause(self, path: object) -> str:
+        """The sentence without ``path`` in front of it."""
+        return self.reason or str(self).removeprefix(f"{path}: ")
 
 
 class UsageError(MedSoftError):

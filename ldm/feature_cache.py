@@ -100,7 +100,7 @@ class FeatureCache:
                     self._file(item, kind)
                 known.append(item)
             except MedSoftError as error:
-                rejects.append(Reject(item.sample.sample_id, item.sample.image, _reason(error, item)))
+                rejects.append(Reject(item.sample.sample_id, item.sample.image, error.cause(item.sample.image)))
         return known, rejects
 
     def _item_kinds(self) -> list[str]:
@@ -126,7 +126,7 @@ class FeatureCache:
             try:
                 ready.append((item, prepare(item.sample, self.config.data, MASK_SEED, item.variant, training=True)))
             except MedSoftError as error:
-                rejects.append(Reject(item.sample.sample_id, item.sample.image, _reason(error, item)))
+                rejects.append(Reject(item.sample.sample_id, item.sample.image, error.cause(item.sample.image)))
         if not ready:
             return rejects
         device = self.clip.image_mean.device
@@ -238,10 +238,6 @@ def compute_features(
         moments = {"latent_mean": posterior.mean, "latent_logvar": posterior.logvar}
         found["latents"] = {**moments, "masked_latent": masked, "mask": mask}
     return found
-
-
-def _reason(error: MedSoftError, item: Item) -> str:
-    return getattr(error, "reason", None) or str(error).removeprefix(f"{item.sample.image}: ")
 
 
 def _files(item: Item) -> list[Path | None]:

@@ -51,25 +51,33 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` to fill; it replaces ``path`` only if the block succeeds.
 
-    An OSError (full disk, missing rights) becomes a MedSoftError that names the folder.
+    A folder that was there is moved aside, and goes only when the new one is in its place; if that fails it comes back
+    (after a crash between the two, with the next call). An OSError (full disk, missing rights) becomes a MedSoftError
+    that names the folder.
     """
     path = Path(path)
-    partial = path.parent / f"{PARTIAL_PREFIX}{path.name}"
+    partial, before = (path.parent / f"{PARTIAL_PREFIX}{path.name}{end}" for end in ("", ".before"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        if before.exists() and not path.exists():
+            os.replace(before, path)
         partial.mkdir(parents=True)
         yield partial
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, before)
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
+        if before.exists() and not path.exists():
+            os.replace(before, path)
         raise MedSoftError(
-            f"{path}: could not be written ({error.strerror or error}); free some space or choose another "
-            "--output_dir, then run the same command again"
+            f"{path}: could not be written ({error.strerror or error}); nothing was changed there. Free some space or "
+            "choose another --output_dir, then run the same command again"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(before, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -165,6 +173,16 @@ def named_seed(*names: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
+def free_bytes(path: str | Path) -> int:
+    """What is free on the disk on which ``path`` lies, or will lie."""
+    return shutil.disk_usage(_existing(Path(path).absolute())).free
+
+
+def _existing(path: Path) -> Path:
+    """``path``, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def check_target(path: str | Path, size: int, *inputs: str | Path) -> None:
     """Before long work: raise unless ``path`` can be written, is none of ``inputs``, and ``size`` bytes have room.
 
@@ -174,12 +192,10 @@ def check_target(path: str | Path, size: int, *inputs: str | Path) -> None:
     for source in inputs:
         if Path(source).resolve() == path.resolve():
             raise UsageError(f"{path}: is also the input {source}; give another output path")
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing(path.absolute().parent)
     try:
         with tempfile.NamedTemporaryFile(prefix=PARTIAL_PREFIX, dir=folder):
-            free = shutil.disk_usage(folder).free
+            free = free_bytes(folder)
     except OSError as error:
         raise MedSoftError(f"{path}: cannot be written there ({folder}: {error.strerror or error})") from error
     if free < size:

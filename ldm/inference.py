@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,14 @@ from tqdm import tqdm
 
 from ldm import cli
 from ldm.annotations import HEALTHY, Reject, write_rejects
+from ldm.checks import FileError
 from ldm.config import ITEM_COUNTS, Config
+from ldm.devices import is_first_process, out_of_memory
 from ldm.errors import MedSoftError, UsageError
 from ldm.files import PARTIAL_PREFIX, atomic_folder, content_id, fingerprint, read_json, write_json, write_text
 from ldm.images import read_image, with_alpha, write_png
 from ldm.inference_plan import Task
+from ldm.locks import exclusive
 from ldm.masks import read_mask
 from ldm.processes import Processes
 
@@ -69,13 +73,21 @@ class InferenceRun:
         self.fresh = True  # nothing in the folder is this run's
         self._parents: dict[Path, str | None] = {}
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other commands out of the folder for the block; the first process does it for all of its run."""
+        _check_writable(self.folder)
+        folder = self.folder.resolve()
+        busy = f"{self.folder}: another run is drawing into this folder at this moment; give another --output_dir"
+        with exclusive(folder.with_name(f".{folder.name}.lock"), busy) if is_first_process() else nullcontext():
+            yield
+
     def begin(self, overwrite: bool) -> dict[str, Any] | None:
         """Returns the record of this same run if the folder holds one. Changes nothing: ``draw`` does.
 
         Another run's pictures are kept safe (UsageError) unless ``overwrite``, which lets ``draw`` replace them; its
         record alone, left by a run that failed before its first picture, is in nobody's way.
         """
-        _check_writable(self.folder)
         record = self.folder / "inference.json"
         before = read_json(record, "record of these results") if record.exists() else None
         found = [] if not self.folder.exists() else list(self.folder.iterdir())
@@ -129,7 +141,8 @@ class InferenceRun:
         absent = self.processes.share(absent)
         if len(absent) < len(tasks):
             log.info("%d of %d pictures are there already", len(tasks) - len(absent), len(tasks))
-        inpainter = load() if absent else None
+        with self._memory():
+            inpainter = load() if absent else None
         self.processes.barrier()  # all models are loaded: now the folder may change
         if first:
             self._claim()
@@ -138,7 +151,8 @@ class InferenceRun:
         mine = [tasks[k] for k in absent[self.processes.rank :: self.processes.size]]
         own, fault = [], None
         try:
-            own = self._draw_all(mine, inpainter) if inpainter else []
+            with self._memory():
+                own = self._draw_all(mine, inpainter) if inpainter else []
         except MedSoftError as error:
             fault = error
         found = self.processes.gather((own, fault))
@@ -153,6 +167,25 @@ class InferenceRun:
         finally:
             code = self.processes.share(code)
         return code
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """MedSoftError with the cure where the block runs out of memory."""
+        sampling = self.config.sampling
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            cures = [
+                *(["a smaller --batch_size"] if sampling.batch_size > 1 else []),
+                *(["--precision bf16-true"] if sampling.precision == "32-true" else []),
+            ]
+            raise MedSoftError(
+                f"out of memory with batches of {sampling.batch_size} in {sampling.precision} ({reason}); "
+                f"{' or '.join(cures) or 'a smaller model'} needs less; finished pictures are kept"
+            ) from error
 
     def _draw_all(self, tasks: Sequence[Task], inpainter: "Inpainter") -> list[Reject]:
         """Draw batch by batch; the next one is read and the last one written while the model works."""
@@ -198,7 +231,12 @@ class InferenceRun:
     def _picture(self, task: Task) -> "Picture | Reject":
         """What the networks see of one sample, or why it cannot be drawn on."""
         try:
-            picture = self._fitted(task)
+            diameter = self._diameter(task)
+        except FileError as error:
+            reason = f"{error.reason}; {task.name} is not drawn, as prompt and lesion size come from this sample"
+            return Reject(task.source.sample_id, error.path, reason)
+        try:
+            picture = self._fitted(task, diameter)
         except MedSoftError as error:
             return Reject(task.sample.sample_id, task.sample.image, str(error))
         marked = float(picture.hard.mean())
@@ -211,11 +249,18 @@ class InferenceRun:
             )
         return picture
 
-    def _fitted(self, task: Task) -> "Picture":
+    def _diameter(self, task: Task) -> float | None:
+        """The relative size of the lesion that a healthy sample's sentence was written about, None for any."""
+        from ldm.dataset import lesion_diameter
+
+        given = task.source is not None and task.sample.healthy and not task.fixed_mask
+        return lesion_diameter(task.source) if given else None
+
+    def _fitted(self, task: Task, diameter: float | None) -> "Picture":
         from ldm.dataset import fit_picture, prepare
 
         if not task.fixed_mask:
-            return prepare(task.sample, self.config.data, task.seed, task.variant, like=task.source)
+            return prepare(task.sample, self.config.data, task.seed, task.variant, diameter=diameter)
         original = read_image(task.sample.image)
         mask = read_mask(task.sample.mask, original.shape, soft=task.sample.mask == task.sample.soft_mask)
         if mask.empty:

@@ -321,6 +321,19 @@ def loss_figure(rows: Sequence[Mapping[str, str]], title: str) -> "Figure":
     return figure
 
 
+def validation_figure(stages: Mapping[str, Sequence[Mapping[str, str]]]) -> "Figure":
+    """Validation loss by epoch of each stage (name -> rows of its metrics.csv) side by side, each on its own scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.1 * len(stages), 2.7), layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True):
+        axes.plot(*_series(rows, "val_loss"), color="tab:orange", marker=".")
+        axes.set(title=name, xlabel="epoch")
+        axes.grid(alpha=0.25)
+    figure.supylabel("validation loss")
+    return figure
+
+
 def _series(rows: Sequence[Mapping[str, str]], column: str) -> tuple[list[float], list[float]]:
     filled = [row for row in rows if row.get(column)]
     return [float(row["epoch"]) for row in filled], [float(row[column]) for row in filled]

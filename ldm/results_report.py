@@ -110,9 +110,8 @@ main { display: grid; gap: 14px; padding-bottom: 40px; }
 article { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 14px;
   content-visibility: auto; contain-intrinsic-size: auto 260px; }
 article[hidden] { display: none; }
-article img, .heads { width: 100%; max-width: 960px; }
-article img { image-rendering: pixelated; }
-.heads { display: grid; grid-template-columns: repeat(4, 1fr); color: var(--soft); margin: 0; padding: 0 14px; }
+article img { width: 100%; max-width: 960px; image-rendering: pixelated; }
+.heads { display: grid; grid-template-columns: repeat(4, 1fr); color: var(--soft); margin: 0 15px; max-width: 960px; }
 """
 
 SCRIPT = """

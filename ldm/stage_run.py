@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import logging
 import os
-import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +21,12 @@ from ldm.checkpoint import Checkpoint, check_preparation, load_parts, read_check
 from ldm.config import Config, as_yaml, save_config
 from ldm.dataset import Item, StageData, sample_identity, training_items
 from ldm.dataset_checks import check_classes, check_disjoint, check_rejected, rows_of, warn_of_similar_prompts
-from ldm.devices import free_memory, is_first_on_node, is_first_process, resolve_precision
+from ldm.devices import free_memory, is_first_on_node, is_first_process, out_of_memory, resolve_precision
 from ldm.encoders import BiomedClip
 from ldm.errors import MedSoftError, UsageError
 from ldm.estimates import GIB, Disk, stage_disk, stage_memory
 from ldm.feature_cache import FeatureCache, cache_size
-from ldm.files import fingerprint, sha256_file
+from ldm.files import fingerprint, free_bytes, sha256_file
 from ldm.locks import exclusive
 from ldm.model import MedSoftModel
 from ldm.pictures import Pictures
@@ -68,11 +67,12 @@ class Data:
 
     def __init__(self, args: argparse.Namespace, config: Config) -> None:
         self.items: dict[str, list[Item]] = {}
-        self.rejects: list[Reject] = []
+        self.unreadable: list[Reject] = []  # counts against training.max_rejected
+        self.undrawable: list[Reject] = []  # sound, but nothing says where a lesion would be
         self.total = 0
         for split, path in (("train", args.train_json), ("val", args.val_json)):
             self.items[split] = self._read(split, path, config)
-        check_rejected(self.rejects, self.total, config.training.max_rejected)
+        check_rejected(self.unreadable, self.total, config.training.max_rejected)
         samples = {
             split: list({i.sample.sample_id: i.sample for i in self.items[split]}.values()) for split in self.items
         }
@@ -99,13 +99,16 @@ class Data:
         log.info(
             "%s: %d diseased and %d healthy samples of %d patients (%s)", split, sick, len(used) - sick, patients, path
         )
-        for reject in [*missing, *undrawable][:SHOWN_REJECTS]:
-            log.warning("skipped %s", reject)
-        if len(missing) + len(undrawable) > SHOWN_REJECTS:
-            log.warning("... %d more skipped", len(missing) + len(undrawable) - SHOWN_REJECTS)
-        self.rejects += missing
+        say_skipped([*missing, *undrawable])
+        self.unreadable += missing
+        self.undrawable += undrawable
         self.total += len(samples) + len(missing)
         return items
+
+    @property
+    def rejects(self) -> list[Reject]:
+        """Everything that was left out, for whatever reason."""
+        return [*self.unreadable, *self.undrawable]
 
     @property
     def all_items(self) -> list[Item]:
@@ -114,17 +117,22 @@ class Data:
     def leave_out(self, damaged: list[Reject], allowed: float) -> None:
         """Drop the samples that turned out to be unreadable; MedSoftError if they are too many."""
         damaged = list(dict.fromkeys(damaged))  # a healthy sample has several items
-        for reject in damaged[:SHOWN_REJECTS]:
-            log.warning("skipped %s", reject)
-        if len(damaged) > SHOWN_REJECTS:
-            log.warning("... %d more skipped", len(damaged) - SHOWN_REJECTS)
-        self.rejects = list(dict.fromkeys([*self.rejects, *damaged]))
-        check_rejected(self.rejects, self.total, allowed)
+        say_skipped(damaged)
+        self.unreadable = list(dict.fromkeys([*self.unreadable, *damaged]))
+        check_rejected(self.unreadable, self.total, allowed)
         gone = {str(reject.file) for reject in damaged}
         for split, members in self.items.items():
             self.items[split] = [item for item in members if str(item.sample.image) not in gone]
         if not all(self.items.values()):
             raise MedSoftError("nothing left to train or validate on; every sample was skipped (see above)")
+
+
+def say_skipped(rejects: list[Reject]) -> None:
+    """One line for each of the first ``rejects``, and how many more there are."""
+    for reject in rejects[:SHOWN_REJECTS]:
+        log.warning("skipped %s", reject)
+    if len(rejects) > SHOWN_REJECTS:
+        log.warning("... %d more skipped", len(rejects) - SHOWN_REJECTS)
 
 
 def identity(args: argparse.Namespace, config: Config, data: Data) -> str:
@@ -181,10 +189,7 @@ def announce(net: MedSoftModel, config: Config, source: Checkpoint) -> None:
 def state_disk(args: argparse.Namespace, config: Config, data: Data) -> Disk:
     """Say what the run will write; MedSoftError where not even two checkpoints fit."""
     disk = stage_disk(config, cache_size(config, data.all_items))
-    here = args.save_path
-    while not here.exists():
-        here = here.absolute().parent
-    free = shutil.disk_usage(here).free
+    free = free_bytes(args.save_path)
     log.info(
         "disk: at most %s (last.ckpt %s, twice while it is replaced; best epochs %s; features %s); %s free",
         *map(size, (disk.total, disk.last, disk.best, disk.features, free)),
@@ -343,7 +348,7 @@ def _fit(
     except BaseException as error:
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)  # they would wait for this one for half an hour
-        if _out_of_memory(error):
+        if out_of_memory(error):
             raise MedSoftError(
                 f"out of memory at step {trainer.global_step} ({str(error).splitlines()[0]}); a smaller --batch_size "
                 "with training.accumulate, training.activation_checkpointing=true, --precision bf16-mixed help"
@@ -352,9 +357,3 @@ def _fit(
     keep.finish(trainer)
     log.info("%s: %d steps, complete", keep.path, trainer.global_step)
     return cli.SOME_REJECTED if data.rejects else cli.DONE
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

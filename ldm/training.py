@@ -54,7 +54,7 @@ class Stage(pl.LightningModule):
             for parameter in members.values():
                 parameter.requires_grad_(True)
         if half_frozen:
-            self._halve_frozen()
+            halve_frozen(net)
         if "unet" in net.parts:
             net.unet.activation_checkpointing = config.training.activation_checkpointing
             if config.training.compile:
@@ -69,12 +69,6 @@ class Stage(pl.LightningModule):
         self.stop_asked = self.save_asked = False  # what this process wants
         self.stop_agreed = self.save_agreed = False  # what one of the processes wants
         self._sums = torch.zeros(3, dtype=torch.float64)
-
-    def _halve_frozen(self) -> None:
-        """Matrices and kernels only: autocast would cast them at every use; norms and biases stay as they are."""
-        for parameter in self.net.parameters():
-            if not parameter.requires_grad and parameter.ndim > 1:
-                parameter.data = parameter.data.to(torch.bfloat16)
 
     def train(self, mode: bool = True) -> "Stage":
         """The networks stay in evaluation mode: nothing here behaves differently in training."""
@@ -267,6 +261,13 @@ def training_groups(net: MedSoftModel, config: Config) -> dict[str, dict[str, nn
     if not groups:
         raise UsageError("training.rates: names no group, so nothing would be trained; give at least one of msc, attn3")
     return groups
+
+
+def halve_frozen(net: nn.Module) -> None:
+    """Matrices and kernels only: autocast would cast them at every use; norms and biases stay as they are."""
+    for parameter in net.parameters():
+        if not parameter.requires_grad and parameter.ndim > 1:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def frozen_tensors(checkpoint: Checkpoint, config: Config) -> dict[str, Tensor]:

@@ -100,6 +100,26 @@ def test_third_attention_is_skipped_for_zero_tokens_with_exactly_equal_results(g
     assert not torch.allclose(whole, block(x, Conditioning(text), gate), atol=1e-3)
 
 
+def test_third_attention_reads_no_token_behind_a_closed_gate() -> None:
+    """Two pictures with lesions in different corners: what is closed in both is not computed, with equal results."""
+    unet = scrambled(UNet(UNET))
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, 0, :2, :2], mask[1, 0, 6:, 5:] = 0.5, 1.0
+    x, t, text, tokens = noise(2, 9, 8, 8), torch.tensor([300]), noise(4, 77, 24), noise(2, 9, 16)
+    seen: list[tuple[int, ...]] = []
+    for name, module in unet.named_modules():
+        if name.endswith("norm4"):
+            module.register_forward_hook(lambda module, given, result: seen.append(tuple(result.shape[:2])))
+    expected = unet(x, t, Conditioning(text, tokens, torch.cat([mask, mask])))
+    assert {*seen} == {(2, 4 * 4)}
+    seen.clear()
+    found = unet(x, t, Conditioning(text, tokens, torch.cat([mask, mask]), reuse=True))
+    assert relative_error(found, expected) < 1e-6
+    assert {*seen} == {(2, 1 + 2)}
+    closed = unet(x, t, Conditioning(text, tokens, torch.zeros(4, 1, 8, 8), reuse=True))
+    assert torch.equal(closed, unet(x, t, Conditioning(text)))
+
+
 @pytest.mark.parametrize("levels", [[0, 1], [1], []])
 def test_two_conditions_share_what_comes_before_the_first_of_them(levels: list[int]) -> None:
     from dataclasses import replace

@@ -148,7 +148,6 @@ def test_other_archives_are_named(tmp_path: Path, kind: str) -> None:
         read_checkpoint(tmp_path / "in.ckpt")
 
 
-FOREIGN = {"a": torch.ones(3), "b": np.float64(1)}
 FORMS = {
     "ckpt": lambda path: write_checkpoint(path, STATE, {"stage": "x"}),
     "safetensors": lambda path: write_checkpoint(path.with_suffix(".safetensors"), STATE, {"stage": "x"}),

@@ -72,6 +72,7 @@ def test_saved_epoch_can_be_tested_without_training(learned: dict) -> None:
     other = json.loads((Path(learned["output_dir"]) / "metrics_epoch_4.json").read_text())
     assert other["epoch"] == 4
     assert metrics_of(learned) == before
+    assert (Path(learned["output_dir"]) / "report_epoch_4.html").exists()
     with pytest.raises(MedSoftError, match=r"epoch 3 was not saved \(saved: \[4, 8\]\)"):
         run(learned | {"train": False, "test_epoch": 3})
     with pytest.raises(UsageError, match="trained with img_size 32"):

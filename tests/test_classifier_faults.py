@@ -1,5 +1,6 @@
 """What classifier.py refuses or reports, through its command line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,53 @@ def test_wrong_configurations_are_refused(world: dict, change: dict, message: st
     with pytest.raises(UsageError, match=message.replace("(", r"\(")):
         run(world | change)
     assert not Path(world["output_dir"], "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (b"cut short", MedSoftError, r"last.pt: this state cannot be read .*delete it to train from the start"),
+        ("another", UsageError, r"last.pt: this state belongs to another run"),
+    ],
+)
+def test_state_that_cannot_be_taken_up_is_named(
+    world: dict, monkeypatch: pytest.MonkeyPatch, content: object, error: type, message: str
+) -> None:
+    import torch
+
+    from ldm import classifier_training
+
+    def stopped(trainer: classifier_training.Trainer) -> None:
+        if isinstance(content, bytes):
+            (trainer.folder / "last.pt").write_bytes(content)
+            raise KeyboardInterrupt
+        state = {"run": content, "history": [], "best": None, "network": trainer.network.state_dict()}
+        torch.save(state, trainer.folder / "last.pt")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier_training.Trainer, "fit", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(world)
+    with pytest.raises(error, match=message):
+        run(world)
+
+
+def test_folder_that_another_run_is_writing_is_left_alone(world: dict) -> None:
+    from ldm.locks import exclusive
+
+    with (
+        exclusive(Path(world["output_dir"], ".run.lock"), "free"),
+        pytest.raises(UsageError, match="another run is writing here at this moment"),
+    ):
+        run(world)
+    assert not list(Path(world["output_dir"]).iterdir())
+
+
+def test_file_in_the_place_of_the_output_folder_is_refused(world: dict) -> None:
+    Path(world["output_dir"]).write_text("a file")
+    with pytest.raises(UsageError, match="expected a folder for the results, found a file"):
+        run(world)
 
 
 def test_overrides_are_named_in_errors(world: dict) -> None:
@@ -104,7 +152,7 @@ def test_class_with_one_sample_is_warned_about_and_trained(
     world: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = make_set(tmp_path / "rare", "rare", 5, 8, kinds=("healthy", "healthy", "healthy", "healthy", "osteolytic"))
-    assert run(world | {"train_json": str(folder)}) == 0
+    assert run(world | {"train_json": str(folder), "Batch_Size": 2}) == 0  # 5 samples: no batch of one is left over
     assert "train: only one sample of class diseased" in caplog.text
     assert metrics_of(world)["n_train_diseased"] == 1
 
@@ -170,6 +218,26 @@ def test_patient_on_both_sides_is_refused(world: dict, tmp_path: Path) -> None:
         run(world)
 
 
+@pytest.mark.parametrize(("child", "parent"), [("train", "test"), ("test", "train"), ("val", "train")])
+def test_picture_drawn_on_a_sample_of_another_set_is_refused(
+    world: dict, tmp_path: Path, child: str, parent: str
+) -> None:
+    """Pictures that were put among the real ones, without the patient that their parent belongs to."""
+    image = draw(np.random.default_rng(22), "osteolytic")
+    add_sample(tmp_path / child / "zz", "osteolytic", image, patient_id="unknown", parent_id=f"{parent}002")
+    with pytest.raises(
+        MedSoftError, match=f"sample zz of the {child} set was drawn on {parent}002 of the {parent} set"
+    ):
+        run(world)
+
+
+def test_synthetic_test_samples_are_noted(world: dict, tmp_path: Path) -> None:
+    meta = tmp_path / "test" / "test001" / "meta.json"
+    meta.write_text('{"patient_id": "someone", "synthetic": true}')
+    assert run(world) == 0
+    assert "1 of 8 test samples are synthetic" in metrics_of(world)["notes"][0]
+
+
 def test_identical_picture_in_train_and_test_is_refused(world: dict, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -198,17 +266,57 @@ def test_nothing_usable_left_stops(world: dict, tmp_path: Path) -> None:
         run(world)
 
 
-def test_type_task_rejects_diseased_without_type(world: dict, tmp_path: Path) -> None:
-    (tmp_path / "train" / "train001" / "meta.json").write_text("{}")
+@pytest.mark.parametrize("meta", ["{}", '{"lesion_type": " "}', '{"lesion_type": "Healthy"}'])
+def test_type_task_rejects_diseased_without_type(world: dict, tmp_path: Path, meta: str) -> None:
+    (tmp_path / "train" / "train001" / "meta.json").write_text(meta)
     assert run(world | {"task": "type"}) == 3
     rejects = rows_of(Path(world["output_dir"], "rejects.csv"))
-    assert "no lesion_type" in rejects[0]["reason"]
+    assert "lesion_type is missing or healthy" in rejects[0]["reason"]
 
 
 def test_values_that_are_not_finite_stop_the_run(world: dict) -> None:
     with pytest.raises(MedSoftError, match=r"not finite|not a number"):
         run(world | {"lr": 1e30, "EPOCHS": 3})
     assert not Path(world["output_dir"], "classifier.safetensors").exists()
+
+
+class Malicious:
+    """A pickle that writes a file when it is loaded."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.target,))
+
+
+def test_malicious_pretrained_weights_are_not_run(world: dict, tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"conv1.weight": Malicious(tmp_path / "broken_in")}, tmp_path / "weights.pth")
+    with pytest.raises(MedSoftError, match="refused: not a file of plain tensors"):
+        run(world | {"pretrained": str(tmp_path / "weights.pth")})
+    assert not (tmp_path / "broken_in").exists()
+
+
+def test_blank_prompt_is_listed_and_skipped(world: dict, tmp_path: Path) -> None:
+    (tmp_path / "train" / "train001" / "prompt.txt").write_text("  \n")
+    assert run(world) == 3
+    (reject,) = rows_of(Path(world["output_dir"], "rejects.csv"))
+    assert reject["file"].endswith("prompt.txt")
+    assert metrics_of(world)["n_train_diseased"] == 5
+
+
+def test_byte_order_mark_in_the_json_is_read(world: dict, tmp_path: Path) -> None:
+    (tmp_path / "bom.json").write_text(json.dumps(world | {"Batch_Size": 1}), encoding="utf-8-sig")
+    with pytest.raises(UsageError, match=r"bom.json: Batch_Size must be at least 2"):
+        classifier.main(classifier.build_parser().parse_args([str(tmp_path / "bom.json")]))
+
+
+def test_missing_folder_to_predict_stops_before_training(world: dict, tmp_path: Path) -> None:
+    with pytest.raises(MedSoftError, match="nowhere: the folder that `predict` names does not exist"):
+        run(world | {"predict": [str(tmp_path / "nowhere")]})
+    assert not Path(world["output_dir"]).exists()
 
 
 @pytest.mark.parametrize(
@@ -239,7 +347,7 @@ def test_hub_weights_without_a_network_say_what_to_do(world: dict, monkeypatch: 
         MedSoftError, match=r"weights of test_resnet could not be fetched .*set pretrained to that file"
     ):
         run(world | {"pretrained": "hub"})
-    assert not Path(world["output_dir"], "classifier.safetensors").exists()
+    assert run(world) == 0  # the folder is free for a run without them
 
 
 def test_foreign_file_as_saved_classifier_is_refused(world: dict) -> None:

@@ -36,7 +36,7 @@ def test_binary_numbers_agree_with_sklearn_and_torchmetrics() -> None:
         "specificity": sk.recall_score(~truth, ~called),
         "f1": sk.f1_score(truth, called),
     }
-    tensors = torch.from_numpy(score), torch.from_numpy(labels)
+    tensors = torch.from_numpy(score.copy()), torch.from_numpy(labels)
     expected["calibration_error"] = float(binary_calibration_error(*tensors, n_bins=BINS, norm="l1"))
     assert expected["specificity"] == pytest.approx(float(binary_specificity(*tensors)))
     assert point_values(labels, probabilities) == pytest.approx(expected, abs=1e-6)

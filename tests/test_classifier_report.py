@@ -57,7 +57,7 @@ def test_page_opens_from_disk_with_every_section(tested: dict) -> None:
     for source in page.images:
         assert read_image(folder / source).size, source
     plots = {Path(source).stem for source in page.images if "mistake" not in source}
-    assert plots == {"loss_train", "roc", "pr", "confusion", "reliability", "tsne"}
+    assert plots == {"loss_train", "val_auc", "roc", "pr", "confusion", "reliability", "tsne"}
     assert {path.stem for path in (folder / "report_files").iterdir()} == {Path(source).stem for source in page.images}
     assert "toy &amp; co" in page.text
     assert not re.search(r"(src|href)=\"(https?:)?//", page.text)

@@ -59,6 +59,8 @@ def test_configuration_of_a_checkpoint_is_checked_too() -> None:
 REFUSED = {
     "unknown key, nearest named": ("training: {bach_size: 4}", r"training\.bach_size; did you mean training\.batch_si"),
     "unknown section": ("optimiser: {lr: 1}", r"unknown key optimiser; known here: data, unet"),
+    "class by name": ("unet: {target: os.system, params: {command: id}}", r"unknown key unet\.target"),
+    "tag that builds an object": ("unet: !!python/object/apply:os.system [id]", r"not readable as YAML"),
     "wrong type": ("training: {batch_size: many}", r"training\.batch_size: .*many"),
     "fraction for a whole number": ("training: {max_epochs: 1.5}", r"training\.max_epochs"),
     "no value": ("data: {image_size: }", r"data\.image_size"),

@@ -106,6 +106,27 @@ def test_existing_output_needs_overwrite(tmp_path: Path) -> None:
     assert read_checkpoint(output).about["stage"] == "converted"
 
 
+def no_reading(*_: Any) -> None:
+    raise AssertionError("a file was read as a whole")
+
+
+@pytest.mark.parametrize("made_from", ["something else", "another seed"])
+def test_existing_output_is_refused_before_anything_large_is_read(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_from: str
+) -> None:
+    shutil.copy(SD if made_from == "something else" else converted, tmp_path / "out.ckpt")
+    monkeypatch.setattr("ldm.files.sha256_file", no_reading)
+    with pytest.raises(UsageError, match=r"out\.ckpt: already exists; .*--overwrite"):
+        convert(SD, tmp_path / "out.ckpt", "--seed", 5)
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_conversion_again_is_byte_identical(tmp_path: Path, suffix: str) -> None:
+    for name in ("a", "b"):
+        assert convert(SD, tmp_path / f"{name}.{suffix}") == 0
+    assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
 def test_output_may_not_be_the_input(tmp_path: Path) -> None:
     shutil.copy(SD, tmp_path / "sd.ckpt")
     (tmp_path / "link.ckpt").symlink_to(tmp_path / "sd.ckpt")
@@ -242,6 +263,7 @@ RELATIVES = {
         lambda state: {key.replace(".text_model.", "."): value for key, value in state.items()},
         "keys brought to the original",
     ),
+    "bfloat16": (lambda state: {key: value.bfloat16() for key, value in state.items()}, "torch.bfloat16 brought to"),
     "float64": (lambda state: {key: value.double() for key, value in state.items()}, "torch.float64 brought to"),
 }
 
@@ -254,7 +276,13 @@ def test_relative_gives_the_same(
     change, said = RELATIVES[name]
     torch.save({"state_dict": change(source)}, tmp_path / "in.ckpt")
     assert convert(tmp_path / "in.ckpt", tmp_path / "out.ckpt") == 0
-    assert not changed(tensors(converted), tensors(tmp_path / "out.ckpt"))
+    found = tensors(tmp_path / "out.ckpt")
+    if name == "bfloat16":
+        found = {key: value if is_new(key) else value.bfloat16() for key, value in found.items()}
+        expected = {key: value if is_new(key) else value.bfloat16() for key, value in tensors(converted).items()}
+    else:
+        expected = tensors(converted)
+    assert not changed(expected, found)
     assert said in caplog.text
 
 

@@ -1,6 +1,7 @@
 """tool/doctor.py through its command line: each fault it looks for is found and named."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def test_sound_data_and_checkpoint(
     code, found = findings(tmp_path, *given)
     assert (code, texts(found, "error"), texts(found, "sample")) == (0, "", "")
     assert "0 errors, 0 samples that cannot be used" in caplog.text
+    (said,) = [line for line in caplog.messages if "decoded in" in line]
+    count, seconds, rate = map(float, re.findall(r"[\d.]+", said))
+    assert count == 9 + 3 + 4
+    low, high = seconds - 0.05, seconds + 0.05  # they are rounded
+    assert rate * low - 1 <= 60 * count <= (rate + 1) * high
 
 
 def test_faults_of_single_samples(tmp_path: Path, write_sample: Any) -> None:
@@ -164,8 +170,6 @@ def test_training_set_without_lesions(tmp_path: Path, write_sample: Any) -> None
 def test_checkpoint_against_configuration(
     world: Path, converted: Path, tmp_path: Path, more: tuple[str, ...], message: str
 ) -> None:
-    import re
-
     given = ["--data", world / "val", "--config", MODELS / "phantom_stage1.yaml", "--ckpt", converted]
     more = tuple(word for word in more)
     if "rates" in more[0]:

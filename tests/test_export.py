@@ -1,8 +1,10 @@
 """tool/export_diffusers.py and the way back, with diffusers and transformers reading and writing the folders."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -166,6 +168,22 @@ def test_every_spelling_of_a_folder(theirs: Path, converted: Path, tmp_path: Pat
     assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_half_precision_file_names(theirs: Path, converted: Path, tmp_path: Path, form: str) -> None:
+    """The folder of the half-precision variant, with ``.fp16.`` in its names."""
+    for file in theirs.glob("*/*.safetensors"):
+        state = {key: value.half() for key, value in load_file(file).items()}
+        file.unlink()
+        if form == "safetensors":
+            save_file(state, file.with_suffix(".fp16.safetensors"))
+        else:
+            stem = {"model": "pytorch_model"}.get(file.stem, file.stem)
+            torch.save(state, file.with_name(f"{stem}.fp16.bin"))
+    assert convert(theirs, tmp_path / "out.ckpt") == 0
+    expected, found = read_checkpoint(converted).state, read_checkpoint(tmp_path / "out.ckpt").state
+    assert all(torch.equal(value.half(), found[key].half()) for key, value in expected.items())
+
+
 def no_text(folder: Path) -> None:
     shutil.rmtree(folder / "text_encoder")
 
@@ -202,6 +220,23 @@ def test_unfit_folder_is_refused(theirs: Path, tmp_path: Path, name: str) -> Non
     with pytest.raises(MedSoftError, match=message):
         convert(theirs, tmp_path / "out.ckpt")
     assert [file.name for file in tmp_path.iterdir()] == ["theirs"]
+
+
+FORMS = {
+    "a list": [],
+    "no parts": {"about": {}},
+    "unknown part": {"about": {}, "parts": ["unet", "vae"]},
+    "about is text": {"about": "x", "parts": ["unet"]},
+    "no part": {"about": {}, "parts": []},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_configuration_of_ours_that_was_edited(exported: Path, tmp_path: Path, form: str) -> None:
+    shutil.copytree(exported, tmp_path / "in")
+    (tmp_path / "in" / "medsoft" / "config.json").write_text(json.dumps(FORMS[form]))
+    with pytest.raises(MedSoftError, match=r"medsoft/config\.json: expected `about` .* and `parts`"):
+        convert(tmp_path / "in", tmp_path / "out.ckpt")
 
 
 def test_folder_of_ours_that_lost_a_file(exported: Path, tmp_path: Path) -> None:
@@ -257,6 +292,35 @@ def test_export_needs_a_whole_base(trained_like: Path, tmp_path: Path) -> None:
 def test_export_needs_to_know_the_configuration(tmp_path: Path) -> None:
     with pytest.raises(MedSoftError, match="does not say which configuration it has; convert it"):
         export(SD, tmp_path / "out")
+
+
+def test_export_that_fails_keeps_the_old_one(
+    converted: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rename of the new folder fails after the old one was moved aside: the old one comes back."""
+    shutil.copytree(exported, tmp_path / "out")
+    before = sorted(file.relative_to(exported) for file in exported.rglob("*"))
+    rename = os.replace
+
+    def failing(source: Any, target: Any) -> None:
+        if Path(target).name == "out" and not str(source).endswith(".before"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", failing)
+    with pytest.raises(MedSoftError, match=r"out: could not be written \(Input/output error\); nothing was changed"):
+        export(converted, tmp_path / "out", "--overwrite")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert sorted(file.relative_to(tmp_path / "out") for file in (tmp_path / "out").rglob("*")) == before
+
+
+def test_export_of_a_full_disk_is_complete_if_it_was(
+    trained_like: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    assert export(trained_like, exported) == 0
+    with pytest.raises(MedSoftError, match=r"exported: needs \d"):
+        export(trained_like, exported, "--overwrite")
 
 
 def test_interrupted_export_leaves_nothing(trained_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,51 @@ def test_other_encoder_weights_are_other_features(world: Path, cache: FeatureCac
     assert new.name.endswith(".latents.safetensors")
 
 
+@pytest.mark.parametrize(
+    "setting", ["data.feather=0.5", "data.feather_unit=pixels", "data.context=3", "data.fit=pad", "data.image_size=128"]
+)
+def test_another_preparation_is_other_features(world: Path, cache: FeatureCache, networks: tuple, setting: str) -> None:
+    _, model, clip = networks
+    items = items_of(world / "val", networks)
+    assert not cache.build(items)
+    before = set(cache.folder.rglob("*.safetensors"))
+    other = FeatureCache(cache.folder, load_config(MODELS / "phantom.yaml", [setting]), model, clip)
+    assert not other.build(items)
+    new = set(cache.folder.rglob("*.safetensors")) - before
+    assert Counter(file.suffixes[0] for file in new) == {".clip": len(items), ".latents": len(items)}
+    assert any(not torch.equal(cache.load(item)["mask"], other.load(item)["mask"]) for item in items)
+
+
+@pytest.mark.parametrize(
+    "setting", ["training.batch_size=2", "training.seed=5", "training.mask_weight=4", "data.healthy_masks=9"]
+)
+def test_settings_that_decide_no_feature_compute_nothing(
+    world: Path, cache: FeatureCache, networks: tuple, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    _, model, clip = networks
+    items = items_of(world / "val", networks)
+    cache.build(items)
+    monkeypatch.setattr(FeatureCache, "_write", lambda self, path, tensors: pytest.fail("computed again"))
+    other = FeatureCache(cache.folder, load_config(MODELS / "phantom.yaml", [setting]), model, clip)
+    assert other.build(items) == []
+    assert torch.equal(other.load(items[0])["seen"], cache.load(items[0])["seen"])
+
+
+def test_a_learning_rate_computes_nothing_and_a_feather_does(world: Path, converted: Path, tmp_path: Path) -> None:
+    """Through the command line: the features of three runs in one folder."""
+
+    def files(name: str, *given: str) -> dict[Path, int]:
+        more = ("--cache_dir", tmp_path / "features", *given)
+        assert train("stage1", converted, tmp_path / name, world, *more, batch_size=9) == 0
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / "features").rglob("*.safetensors")}
+
+    first = files("a")
+    assert files("b", "training.rates.msc=0.0001") == first
+    third = files("c", "data.feather=0.5")
+    assert {file: third[file] for file in first} == first
+    assert len(third) == 2 * len(first) - sum(file.name.endswith(".clip_text.safetensors") for file in first)
+
+
 def test_two_runs_at_once_compute_each_feature_once(
     world: Path, cache: FeatureCache, networks: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:

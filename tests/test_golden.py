@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from golden import golden, original, save_original
+from safetensors.torch import save_file
 from tiny import MODELS, ROOT, call, model_convert
 
 from ldm.checkpoint import NEW_IN_UNET, read_checkpoint, skeleton
@@ -134,6 +135,13 @@ def test_every_network_is_byte_equal(small: dict, tmp_path: Path, caplog: pytest
     assert "left: 2 (model_ema.decay, model_ema.num_updates): counters" in caplog.text
     for part, tensors in (("U-Net", 686), ("autoencoder", 248), ("text encoder", 196), ("third attention", 112)):
         assert f"  {part:<16} {tensors:5d} tensors" in caplog.text
+
+
+def test_safetensors_of_the_same(small: dict, tmp_path: Path) -> None:
+    """With `state_dict`'s keys at the top, as such files are."""
+    save_file({key: value.contiguous() for key, value in small.items()}, tmp_path / "sd-v1-5-inpainting.safetensors")
+    after = convert_small(tmp_path / "sd-v1-5-inpainting.safetensors", tmp_path / "out.safetensors")
+    assert same_bytes(small, after)
 
 
 def old_spelling(path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import PHANTOM, ROOT, TRAIN, edit, infer, metas, record, whole
 
+import ldm.files
 import ldm.inference
 from ldm.annotations import load_samples, scan_folder, write_annotations
 from ldm.errors import MedSoftError, UsageError
@@ -122,6 +123,20 @@ def test_changed_input_is_another_run(final: Path, world: Path, tmp_path: Path) 
     assert infer(final, tmp_path / "out", *given) == 0  # all is as it was
 
 
+def test_every_file_is_fingerprinted_once(
+    final: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many pictures share a sample or a prompt's source."""
+    plain, read = ldm.files.content_id, []
+    monkeypatch.setattr(ldm.files, "content_id", lambda path: read.append(path) or plain(path))
+    assert infer(final, tmp_path / "out", "--train_json", world / TRAIN, "--variants", 3, "--limit", 2) == 0
+    files = [path for path in read if path]
+    assert len(files) == len(set(files))
+    found = metas(tmp_path / "out").values()
+    assert {meta["parent_image"] for meta in found} < {str(path) for path in files}
+    assert len({meta["prompt_from"] for meta in found}) > 1
+
+
 def test_overwrite_replaces_the_results_of_another_run(final: Path, one: Path, tmp_path: Path) -> None:
     assert infer(final, tmp_path / "out", "--data", one, "--variants", 2) == 0
     (tmp_path / "out" / "notes.txt").write_text("not a result")
@@ -190,6 +205,49 @@ def test_failed_start_does_not_claim_the_folder(final: Path, one: Path, results:
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == before
 
 
+def test_two_commands_at_a_time_in_one_folder(
+    final: Path, world: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one draws, the second is refused, under whatever name it knows the folder; the first is not disturbed."""
+    given = ["--train_json", world / TRAIN, "--batch_size", 2]
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    plain, refused = Inpainter.draw, []
+
+    def draw(self: Inpainter, pictures: Any, jobs: Any) -> Any:
+        for second in ([tmp_path / "out", *given], [tmp_path / "link", *given, "--seed", 1, "--overwrite"]):
+            with pytest.raises(UsageError, match=r"another run is drawing into this folder .*another --output_dir"):
+                infer(final, *second)
+            refused.append(second)
+        return plain(self, pictures, jobs)
+
+    monkeypatch.setattr(Inpainter, "draw", draw)
+    assert infer(final, tmp_path / "out", *given) == 0
+    assert len(refused) == 2 * 3
+    assert set(metas(tmp_path / "out")) == set(metas(results))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}  # the lock is gone
+    assert infer(final, tmp_path / "link", *given) == 0
+
+
+def test_out_of_memory_is_one_line_and_the_rest_is_drawn_later(
+    final: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--data", world / "val", "--choose", "diseased"]
+    plain = MedSoftModel.denoise
+
+    def denoise(self: MedSoftModel, noisy: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(noisy) > 1:
+            torch.empty(1 << 55)  # more than any machine has: the allocator's own error
+        return plain(self, noisy, *rest)
+
+    monkeypatch.setattr(MedSoftModel, "denoise", denoise)
+    message = r"out of memory .*batches of 2 .*a smaller --batch_size or --precision bf16-true needs less"
+    with pytest.raises(MedSoftError, match=message):
+        infer(final, tmp_path / "out", *given, "--batch_size", 2)
+    whole(tmp_path / "out")
+    assert infer(final, tmp_path / "out", *given, "--batch_size", 1) == 0  # the same run, as the batch decides nothing
+    assert record(tmp_path / "out")["pictures"] == 2
+
+
 def test_full_disk_stops_with_one_message_and_the_rest_is_drawn_later(
     final: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +307,29 @@ def test_image_that_breaks_after_the_annotation_does_not_lose_its_batch(
     assert record(tmp_path / "out")["rejected"] == 1  # once, although it has two variants
     (reject,) = json.loads((tmp_path / "out" / "rejects.json").read_text())
     assert "mask.png" in reject["reason"]
+
+
+@pytest.mark.parametrize("file", ["mask.png", "anatomy.png"])
+def test_damaged_source_of_a_prompt_is_named_and_the_healthy_sample_is_not(
+    final: Path, world: Path, tmp_path: Path, file: str
+) -> None:
+    """How large the lesion of the sentence was cannot be told: that picture is left out, and the source is at fault."""
+    shutil.copytree(world / "train", tmp_path / "data")
+    write_annotations(tmp_path / "data.json", scan_folder(tmp_path / "data")[0])
+    given = ["--data", world / "train", "--train_json", tmp_path / "data.json", "--variants", 2]
+    assert infer(final, tmp_path / "sound", *given) == 0
+    sources = {name: meta["prompt_from"] for name, meta in metas(tmp_path / "sound").items()}
+    bad = min(sources.values())
+    bad_file = tmp_path / "data" / bad / file
+    bad_file.write_bytes(bad_file.read_bytes()[:60])
+    assert infer(final, tmp_path / "out", *given) == 3
+    assert set(metas(tmp_path / "out")) == {name for name, source in sources.items() if source != bad}
+    rejects = json.loads((tmp_path / "out" / "rejects.json").read_text())
+    lost = sorted(name for name, source in sources.items() if source == bad)
+    assert len(rejects) == len(lost) > 0
+    for reject, name in zip(sorted(rejects, key=lambda r: r["reason"]), lost, strict=True):
+        assert (reject["sample_id"], reject["file"]) == (bad, str(bad_file))
+        assert f"{name} is not drawn" in reject["reason"]
 
 
 def test_model_that_draws_nan_writes_nothing(

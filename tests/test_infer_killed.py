@@ -13,6 +13,8 @@ import torch
 from test_infer_scale import command, files_of
 from tiny import TRAIN, infer, whole
 
+PATIENCE = 300  # seconds for a start and a few pictures, on a machine that does other things too
+
 
 def start(final: Path, world: Path, folder: Path, variants: int) -> subprocess.Popen:
     given = ["--train_json", world / TRAIN, "--variants", variants, "--exact"]
@@ -38,14 +40,22 @@ def killed_run(final: Path, world: Path, folder: Path, variants: int, kills: int
         before = complete(folder / "out")
         until = min(before + rng.randint(1, max(1, total // (kills + 1))), total - 1)
         process = start(final, world, folder, variants)
+        deadline = time.monotonic() + PATIENCE
         while complete(folder / "out") < until and process.poll() is None:
+            if time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"{complete(folder / 'out')} of {until} pictures after {PATIENCE} s")
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
         for leftover in (folder / "out").glob("[!.]*__v*"):  # what is there under its own name is whole
             assert {file.name for file in leftover.iterdir()} >= {"image.png", "meta.json", "soft_mask.png"}
-    assert start(final, world, folder, variants).wait(1200) == 0
+    last = start(final, world, folder, variants)
+    try:
+        assert last.wait(1200) == 0
+    finally:
+        last.kill()
 
 
 @pytest.mark.parametrize(("variants", "kills"), [(2, 1), pytest.param(40, 10, marks=pytest.mark.slow)])

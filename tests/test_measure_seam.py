@@ -26,11 +26,15 @@ def test_soft_and_hard_composite_of_the_same_drawings(final: Path, world: Path, 
     assert measure(final, world / TEST, tmp_path / "seam.json") == 0
     found = json.loads((tmp_path / "seam.json").read_text())
     sick = [sample for sample in load_samples(world / TEST)[0] if not sample.healthy]
-    for name in ("result", "hard"):
-        assert found[name]["pictures"] == len(sick)
-        assert 0 < found[name]["low"] <= found[name]["value"] <= found[name]["high"]
-    # Two steps of a barely trained model draw anything but the real image: pasted hard, that shows.
-    assert found["result"]["value"] < found["hard"]["value"]
+    for border in ("band", "contour"):
+        for name in ("result", "hard"):
+            row = found[border][name]
+            assert row["pictures"] == len(sick)
+            assert 0 < row["low"] <= row["value"] <= row["high"]
+        # Two steps of a barely trained model draw anything but the real image: pasted hard, that shows.
+        assert found[border]["result"]["value"] < found[border]["hard"]["value"]
+    # The whole step of a hard paste is at the contour; the band spreads it over more neighbours.
+    assert found["contour"]["hard"]["value"] > found["band"]["hard"]["value"]
 
 
 def test_what_cannot_be_measured_is_refused(final: Path, world: Path, one: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """tool/tool_merge_for_stage2.py on damaged, stale, swapped and mismatched files. The plain merge: test_convert.py."""
 
 import os
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,30 @@ def test_again_is_byte_identical(pair: tuple[Path, Path], tmp_path: Path) -> Non
         assert merge(*pair, tmp_path / name) == 0
     assert (tmp_path / "a.ckpt").read_bytes() == (tmp_path / "b.ckpt").read_bytes()
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_existing_output_is_refused_before_anything_large_is_read(
+    pair: tuple[Path, Path], converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(converted, tmp_path / "out.ckpt")
+    monkeypatch.setattr("ldm.files.sha256_file", lambda _: pytest.fail("a file was read as a whole"))
+    with pytest.raises(UsageError, match=r"out\.ckpt: already exists; .*--overwrite"):
+        merge(*pair, tmp_path / "out.ckpt")
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_no_space_left_while_writing(pair: tuple[Path, Path], tmp_path: Path, suffix: str) -> None:
+    """A real limit on the size of a file: one message, nothing left behind, both inputs untouched."""
+    before = [path.read_bytes() for path in pair]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, hard))
+    try:
+        with pytest.raises(MedSoftError, match=rf"out\.{suffix}: could not be written \(File too large\); nothing was"):
+            merge(*pair, tmp_path / f"out.{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    assert [path.read_bytes() for path in pair] == before
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -27,9 +27,11 @@ RUN = {"batch_size": 1, "accumulate": 2, "max_epochs": 4, "ema_decay": 0.9, "sch
 RUN |= {"save_every_minutes": 0, "rates.msc": 0.003}
 STEPS = 20
 
-# Runs ver_train.py, and sends this process a signal in the call of ``target`` that follows ``after`` others.
+# Runs ver_train.py, and sends this process a signal in the call of a function that follows ``after`` others; only those
+# for which ``when`` holds are counted.
 CHILD = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell of a background job has it ignored
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
@@ -37,17 +39,21 @@ from ldm.{module} import {owner} as owner
 import ver_train
 from ldm import cli
 plain, count = owner.{method}, 0
-def counted(self, *given):
+def counted(self, *given, **named):
     global count
-    count += 1
+    count += bool({when})
     if count == {after} + 1:
         os.kill(os.getpid(), signal.{name})
-    return plain(self, *given)
+    return plain(self, *given, **named)
 owner.{method} = counted
 cli.run(ver_train.build_parser(), ver_train.main)
 """
 KILL_IN_STEP = {"module": "training", "owner": "Stage", "method": "training_step"}
+KILL_IN_VALIDATION = {"module": "training", "owner": "Stage", "method": "validation_step"}
 KILL_IN_CACHE = {"module": "feature_cache", "owner": "FeatureCache", "method": "_write"}
+KILL_BEFORE_CHECKPOINT = {"module": "callbacks", "owner": "AtomicCheckpointIO", "method": "save_checkpoint"}
+# A checkpoint's bytes are all written, under a temporary name.
+KILL_IN_CHECKPOINT = {"module": "files", "owner": "os", "method": "fsync", "when": "os.fstat(self).st_size > 1e6"}
 
 
 def command(converted: Path, world: Path, save_path: Path, stage: str = "stage1", **given: Any) -> list[str]:
@@ -60,7 +66,7 @@ def command(converted: Path, world: Path, save_path: Path, stage: str = "stage1"
 
 def run_and_signal(name: str, after: int, arguments: list[str], where: dict[str, str] = KILL_IN_STEP) -> int:
     """The exit code of ver_train.py in a process that sends itself a signal."""
-    code = CHILD.format(root=str(ROOT), after=after, name=name, **where)
+    code = CHILD.format(root=str(ROOT), after=after, name=name, **{"when": "True", **where})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, timeout=300).returncode
 
@@ -84,19 +90,29 @@ def test_the_run_has_twenty_steps_and_an_average(unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "after", "code", "first_step"),
+    ("name", "where", "after", "code", "first_step"),
     [
-        ("SIGKILL", 13, -signal.SIGKILL, 7),  # inside the second epoch, which has five steps of nine samples
-        ("SIGKILL", 14, -signal.SIGKILL, 7),  # inside an accumulated step: back to the step before
-        ("SIGTERM", 13, 143, 8),  # the step it is in is finished and kept
+        ("SIGKILL", KILL_IN_STEP, 13, -signal.SIGKILL, 7),  # inside the second epoch: five steps of nine samples
+        ("SIGKILL", KILL_IN_STEP, 14, -signal.SIGKILL, 7),  # inside an accumulated step: back to the step before
+        ("SIGTERM", KILL_IN_STEP, 13, 143, 8),  # the step it is in is finished and kept
+        ("SIGTERM", KILL_IN_VALIDATION, 4, 143, 10),  # of the second epoch, which is finished and kept
+        ("SIGINT", KILL_IN_STEP, 13, 130, 7),  # what was saved last is kept
     ],
 )
 def test_killed_and_resumed_is_bit_identical(
-    world: Path, converted: Path, unbroken: Path, tmp_path: Path, name: str, after: int, code: int, first_step: int
+    world: Path,
+    converted: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    name: str,
+    where: dict[str, str],
+    after: int,
+    code: int,
+    first_step: int,
 ) -> None:
     """Weights and the loss of every step: mid-epoch, with accumulation and a moving average."""
     folder = tmp_path / "run"
-    assert run_and_signal(name, after, command(converted, world, folder, **RUN)) == code
+    assert run_and_signal(name, after, command(converted, world, folder, **RUN), where) == code
     assert read_checkpoint(folder / "last.ckpt").about["step"] == first_step
     assert train("stage1", converted, folder, world, **RUN) == 0
     assert not changed(tensors(unbroken / "last.ckpt"), tensors(folder / "last.ckpt"))
@@ -119,6 +135,27 @@ def test_killed_while_features_are_computed(world: Path, converted: Path, tmp_pa
     assert call(ver_train, *given) == 0
     assert {file: file.stat().st_mtime_ns for file in kept} == times
     assert not [file for file in tmp_path.rglob(".*") if file.is_file()]  # neither locks nor half files
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_best_weights_survive_a_kill_between_two_files(
+    world: Path, converted: Path, tmp_path: Path, after: int
+) -> None:
+    """Whatever epochs last.ckpt has behind it, the weights of the best of them are there."""
+    folder, given = tmp_path / "run", {"batch_size": 9, "max_epochs": 3, "save_every_minutes": 1e6}
+    arguments = command(converted, world, folder, **given)
+    assert run_and_signal("SIGKILL", after, arguments, KILL_BEFORE_CHECKPOINT) == -signal.SIGKILL
+
+    def best_is_kept(epochs: int) -> None:
+        losses = [float(row["val_loss"]) for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
+        best = min(range(epochs), key=losses.__getitem__)
+        assert best in {read_checkpoint(path).about["epoch"] for path in folder.glob("best_*.ckpt")}
+
+    if (folder / "last.ckpt").exists():
+        best_is_kept(read_checkpoint(folder / "last.ckpt").about["epoch"] + 1)
+    assert call(ver_train, *arguments) == 0
+    best_is_kept(3)
+    assert len(list(folder.glob("best_*.ckpt"))) == 1
 
 
 # ------------------------------------------------------------------------------------------- killed while it writes
@@ -187,6 +224,20 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     kill_writers(tmp_path / "run" / "last.ckpt", tmp_path, 5)
 
 
+def test_orphan_of_a_kill_inside_a_write_is_removed_by_the_same_command(
+    world: Path, converted: Path, tmp_path: Path
+) -> None:
+    folder, given = tmp_path / "run", {"batch_size": 9, "max_epochs": 3, "keep_best": 0, "save_every_minutes": 1e6}
+    arguments = command(converted, world, folder, **given)
+    assert run_and_signal("SIGKILL", 1, arguments, KILL_IN_CHECKPOINT) == -signal.SIGKILL
+    (orphan,) = folder.glob(".partial-*")
+    assert orphan.stat().st_size > 1e6
+    assert read_checkpoint(folder / "last.ckpt").about["step"] == 1
+    assert call(ver_train, *arguments) == 0
+    assert not list(folder.glob(".partial-*"))
+    assert read_checkpoint(folder / "last.ckpt").about["step"] == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["same", "other"])
 def test_killed_while_writing_two_hundred_times(tmp_path: Path, where: str) -> None:
@@ -220,7 +271,7 @@ def test_full_disk_keeps_the_checkpoint_before(
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
         return plain(self, batch, batch_idx)
 
-    given = {"batch_size": 9, "max_epochs": 2, "save_every_minutes": 1e6}
+    given = {"batch_size": 9, "max_epochs": 2, "keep_best": 0, "save_every_minutes": 1e6}
     try:
         with monkeypatch.context() as patch:
             patch.setattr(Stage, "training_step", training_step)

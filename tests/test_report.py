@@ -178,7 +178,7 @@ def test_the_summary_holds_exactly_the_known_numbers(demo: Path) -> None:
 def test_the_report_parses_and_everything_it_shows_exists(demo: Path) -> None:
     run(demo)
     page = Page(demo / "report.html")
-    assert len(page.images) == 1 + 6 * 4 + 5 * 4 + 4 + 1
+    assert len(page.images) == 1 + 6 * 4 + 5 * 4 + 4 + 1 + 1
     for source in page.images:
         assert (demo / source).is_file()
         assert read_image(demo / source).ndim == 3
@@ -186,6 +186,8 @@ def test_the_report_parses_and_everything_it_shows_exists(demo: Path) -> None:
     assert "&lt;L0&gt;" in page.text
     assert "not clinical evidence" in page.text
     assert "http" not in page.text  # opens from disk, without a network
+    curves = read_image(demo / "report_files" / "validation.png")
+    assert curves.shape[1] > 4 * curves.shape[0]  # four stages side by side
     sheet = read_image(demo / "sheet.png")
     assert sheet.shape[1] == 3 * 288 + 4 * 12
     assert sheet.shape[0] > 5 * 288

@@ -202,6 +202,43 @@ def test_a_failing_step_stops_with_its_command_and_the_way_on(write_plan, tmp_pa
     assert recorded(tmp_path)[1]["seconds"] > spent
 
 
+def test_work_of_other_settings_is_replaced_only_when_asked(write_plan, tmp_path: Path, capfd) -> None:
+    """A step like ours: it refuses the folder of other settings, and with --overwrite starts again there."""
+    kept = tmp_path / "kept"
+    program = (
+        "import os, sys\n"
+        f"path, mine = {str(kept)!r}, sys.argv[1]\n"
+        "old = open(path).read() if os.path.exists(path) else mine\n"
+        "if old.split()[0] != mine and '--overwrite' not in sys.argv: sys.exit(2)\n"
+        "open(path, 'w').write(mine + (' goes on' if old == mine else ' anew'))\n"
+    )
+    after = {"name": "after", "run": touch(tmp_path / "after")}
+
+    def plan(setting: str) -> Path:
+        return write_plan({"name": "train", "run": shlex.join(["python", "-c", program, setting])}, after)
+
+    assert run(plan("a"), "--overwrite") == 0
+    assert kept.read_text() == "a goes on"  # nothing refused, nothing replaced
+    path = plan("b")
+    assert run(path) == 2
+    assert kept.read_text() == "a goes on"
+    errors = capfd.readouterr().err
+    assert f"python tool/run_stages.py {path}; with --overwrite it replaces the work of other settings" in errors
+    assert run(path, "--overwrite") == 0
+    assert kept.read_text() == "b anew"
+    assert "[1/2] train: once more, with --overwrite" in capfd.readouterr().out
+    assert (tmp_path / "after").read_text() == "x\nx\n"
+    assert run(path, "--overwrite") == 0
+    assert kept.read_text() == "b anew"  # done: not run again
+
+
+def test_a_mistake_in_a_command_stays_one_with_overwrite(write_plan, tmp_path: Path, capfd) -> None:
+    bad = touch(tmp_path / "bad", exit_code=2)
+    assert run(write_plan({"name": "bad", "run": bad}), "--overwrite") == 2
+    assert (tmp_path / "bad").read_text() == "x\nx\n"
+    assert "with --overwrite it replaces" not in capfd.readouterr().err
+
+
 def test_exit_3_goes_on_and_is_repeated_in_every_summary(write_plan, tmp_path: Path, capfd) -> None:
     last = tmp_path / "last"
     path = write_plan(

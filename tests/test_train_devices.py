@@ -50,6 +50,19 @@ def test_two_processes_compute_what_one_computes(world: Path, converted: Path, t
     assert run([*given, "--devices", "2"]).stdout.count("already complete (12 steps)") == 1  # one voice
 
 
+def test_two_processes_accumulate_as_one_does(world: Path, converted: Path, tmp_path: Path) -> None:
+    """Two batches a step; the epoch's last step has one batch only, of one sample, which two cannot share."""
+    given = RUN | {"accumulate": 2}
+    assert train("stage1", converted, tmp_path / "one", world, **given) == 0
+    found = run([*command(converted, world, tmp_path / "two", **given), "--devices", "2"])
+    assert found.returncode == 0, found.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 8
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
+    first, second = tensors(tmp_path / "one" / "last.ckpt"), tensors(tmp_path / "two" / "last.ckpt")
+    assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-4
+
+
 def test_torchrun_and_a_termination(world: Path, converted: Path, tmp_path: Path) -> None:
     """Both processes start at once: one computes the features, and SIGTERM to one of them stops both."""
     given = command(converted, world, tmp_path / "run", **RUN, save_every_minutes=0)

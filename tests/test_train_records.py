@@ -1,6 +1,7 @@
 """What a run says about itself: dry run, records, pictures, averages, warnings; and what it refuses to learn from."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tiny import MODELS, call, changed, tensors, train
 
+from ldm.annotations import load_samples, write_annotations
 from ldm.checkpoint import read_checkpoint
 from ldm.config import config_from_dict, load_config
 from ldm.errors import MedSoftError
@@ -88,6 +90,30 @@ def test_every_step_is_recorded(trained: dict) -> None:
     assert float(found[-1]["lr_unet"]) < 5e-4  # cosine
     epoch = rows(trained["stage2_2"].folder / "metrics.csv")[0]
     assert float(epoch["train_loss"]) == pytest.approx(np.mean([float(row["loss"]) for row in found]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("cosine", [1 / 3, 2 / 3 * 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),  # half a wave over six steps
+    ],
+)
+def test_learning_rates_warm_up_and_fall(
+    world: Path, converted: Path, tmp_path: Path, schedule: str, factors: list[float]
+) -> None:
+    given = {"warmup_steps": 3, "schedule": schedule, "max_epochs": 2, "rates.msc": 0.004}
+    assert train("stage1", converted, tmp_path / "s", world, **given) == 0
+    found = [float(row["lr_msc"]) for row in rows(tmp_path / "s" / "steps.csv")]
+    assert found == pytest.approx([0.004 * factor for factor in factors], rel=1e-6)
+
+
+def test_next_stage_starts_from_the_weights_of_the_one_before(trained: dict, world: Path, tmp_path: Path) -> None:
+    """With steps too small to change a float32, it validates to the number that the stage before ended with."""
+    still = {f"rates.{name}": 1e-30 for name in ("msc", "attn3", "unet")}
+    assert train("stage2_2", trained["stage2_1"].last, tmp_path / "s", world, batch_size=9, **still) == 0
+    before, after = (rows(folder / "metrics.csv")[-1] for folder in (trained["stage2_1"].folder, tmp_path / "s"))
+    assert float(after["val_loss"]) == pytest.approx(float(before["val_loss"]), rel=1e-5)
 
 
 def test_tensorboard_has_the_same_numbers(trained: dict) -> None:
@@ -233,6 +259,49 @@ def test_no_healthy_sample_is_warned_about_or_cannot_be_balanced(
     assert "has no healthy sample: the prompt `healthy` will not be learned" in caplog.text
 
 
+def test_sample_that_cannot_be_drawn_on_is_listed(
+    world: Path, converted: Path, tmp_path: Path, write_sample: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is sound, so it does not count as damage; the classifier can use it."""
+    (tmp_path / "data").mkdir()
+    for folder in (world / "train").iterdir():
+        (tmp_path / "data" / folder.name).symlink_to(folder)
+    bare = write_sample(tmp_path / "data" / "bare", prompt="healthy", mask=None)
+    given = ("--train_json", tmp_path / "data", "training.max_rejected=0")
+    for _ in range(2):  # trained, then complete already
+        assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=9) == 3
+        (reject,) = json.loads((tmp_path / "s" / "rejects.json").read_text())
+        assert (reject["sample_id"], reject["file"]) == ("bare", str(bare / "image.png"))
+        assert reject["reason"].startswith("healthy, and neither anatomy.png nor a mask nor a box says where")
+        assert "skipped " + reject["file"] in caplog.text
+    assert len(rows(tmp_path / "s" / "steps.csv")) == 1  # the other nine
+
+
+def test_one_corrupt_image_in_a_hundred_is_skipped_and_two_stop(
+    world: Path, converted: Path, tmp_path: Path, write_sample: Any
+) -> None:
+    """max_rejected is 1 %; the files are damaged after preparation, in two different ways."""
+    for split, members in (("train", range(90)), ("val", range(90, 100))):
+        for number in members:
+            image = np.random.default_rng(number).integers(0, 256, (20, 24), dtype=np.uint8)
+            write_sample(tmp_path / split / f"s{number:03}", image=image, meta={"patient_id": f"p{number}"})
+        write_annotations(tmp_path / f"{split}.json", load_samples(tmp_path / split)[0])
+    given = ["--train_json", tmp_path / "train.json", "--val_json", tmp_path / "val.json", "data.diseased_crops=1"]
+    given += ["--cache_dir", tmp_path / "features"]
+    first = tmp_path / "train" / "s007" / "image.png"
+    first.write_bytes(first.read_bytes()[:-200])
+    assert train("stage1", converted, tmp_path / "one", world, *given, batch_size=50) == 3
+    (reject,) = json.loads((tmp_path / "one" / "rejects.json").read_text())
+    assert (reject["sample_id"], reject["file"]) == ("s007", str(first))
+    assert "truncated" in reject["reason"]
+    assert [row["step"] for row in rows(tmp_path / "one" / "steps.csv")] == ["1", "2"]
+    (tmp_path / "val" / "s095" / "image.png").unlink()
+    expected = r"2 of 100 samples cannot be read, more than training\.max_rejected=0\.01 allows; the first: .*s095"
+    with pytest.raises(MedSoftError, match=expected):
+        train("stage1", converted, tmp_path / "two", world, *given, batch_size=50)
+    assert not (tmp_path / "two").exists()
+
+
 def test_similar_prompts_and_twins_are_said_in_preparation(
     tmp_path: Path, write_sample: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -252,3 +321,19 @@ def test_bench_of_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert call(bench, "training", *given, "--output", tmp_path / "b.json") == 0
     assert "stage1     features on the fly" in caplog.text
     assert "most memory" in caplog.text
+
+
+def test_bench_of_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    given = ("--config", MODELS / "phantom_unet_only.yaml", "--batch_size", 1)
+    assert call(bench, "memory", *given, "--output", tmp_path / "m.json") == 0
+    found = json.loads((tmp_path / "m.json").read_text())
+    kept = {(row["precision"], row["checkpointing"]): row["activations"] for row in found["computed"]}
+    assert len(kept) == 4
+    for precision in ("32-true", "bf16-mixed"):
+        assert kept[precision, True] < kept[precision, False] / 2
+        assert kept["bf16-mixed", False] < kept["32-true", False]
+    (step,) = found["measured"]
+    assert step["moved"] > 0
+    assert step["peak"] > step["computed"] > 0  # torch itself is in it
+    assert "| unet_only | 32-true | no | " in caplog.text

@@ -6,7 +6,8 @@
     python tool/bench.py memory --config models/mldm_v15.yaml --batch_size 1   # docs/memory.md; about 20 GB
 
 Both sides have the same weights, input, precision and threads, and take turns; the ratio is theirs / ours, so above 1
-ours is faster. Times are medians.
+ours is faster. Times are medians. The last lines of `inference` compare whole pictures by adding up the calls that each
+makes: 50 guided steps of DDIM on both sides, and our 20 of DPM-Solver++(2M) guided between 0.2 and 0.8 with their 50.
 """
 
 import argparse

@@ -415,13 +415,16 @@ def _controls_html(inputs: Inputs, path: Path) -> str:
 
 
 def _training_html(inputs: Inputs, path: Path) -> str:
-    from ldm.report import image, loss_figure, read_table, write_image
+    from ldm.report import image, loss_figure, read_table, validation_figure, write_image
 
-    plots = []
-    for stage in STAGES:
-        rows = read_table(inputs.folder / stage / "metrics.csv", ("epoch", "train_loss", "val_loss"), "training log")
-        plots.append(image(write_image(path, f"loss_{stage}", loss_figure(rows, stage)), f"loss of {stage}", "plot"))
-    return f'<div class="plots">{"".join(plots)}</div>'
+    columns = ("epoch", "train_loss", "val_loss")
+    stages = {stage: read_table(inputs.folder / stage / "metrics.csv", columns, "training log") for stage in STAGES}
+    whole = image(write_image(path, "validation", validation_figure(stages)), "validation loss of the stages", "sheet")
+    plots = [
+        image(write_image(path, f"loss_{stage}", loss_figure(rows, stage)), f"loss of {stage}", "plot")
+        for stage, rows in stages.items()
+    ]
+    return f'{whole}<div class="plots">{"".join(plots)}</div>'
 
 
 def _classifier_html(inputs: Inputs, path: Path) -> str:

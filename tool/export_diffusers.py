@@ -9,9 +9,7 @@ exported/medsoft/. tool/model_convert.py --input_path exported makes the checkpo
 
 import argparse
 import logging
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,7 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     from ldm.checkpoint import NAMES, parts_of, read_checkpoint, skeleton, summary, table
     from ldm.checkpoint_files import verify
-    from ldm.files import check_target, sha256_file
+    from ldm.diffusers_folder import write_folder
+    from ldm.files import atomic_folder, check_target, sha256_file
 
     checkpoint = read_checkpoint(args.ckpt)
     config, parts = checkpoint.config, checkpoint.parts()
@@ -46,60 +45,42 @@ def main(args: argparse.Namespace) -> int:
     if missing:
         raise MedSoftError(f"{args.ckpt}: holds no {', '.join(missing)}; a pipeline needs them. Merge it first")
     size = sum(row["bytes"] for row in summary(checkpoint.state).values())
-    check_target(args.output_dir, size, args.ckpt)
+    known = exported_from(args.output_dir)
+    check_target(args.output_dir, size if args.overwrite or not known else 0, args.ckpt)
     digest = sha256_file(args.ckpt)
-    if exported_before(args.output_dir, digest, args.overwrite):
+    if known and not args.overwrite:
+        if known != digest:
+            raise UsageError(
+                f"{args.output_dir}: holds the export of another file; give another path, or --overwrite to replace it"
+            )
         log.info("%s: already complete", args.output_dir)
         return cli.DONE
     log.info("checked: %s, %s", args.ckpt, verify(args.ckpt))
     state = parts_of(checkpoint, parts, config, skeleton(config, parts))
     origin = {"file": args.ckpt.name, "sha256": digest}
     ours = {"about": checkpoint.about, "parts": parts, "exported_from": origin}
-    write_whole(args.output_dir, state, ours, config)
+    with atomic_folder(args.output_dir.absolute()) as partial:
+        write_folder(partial, state, ours, config)
     for line in table(state):
         log.info("%s", line)
     log.info("written: %s", args.output_dir)
     return cli.DONE
 
 
-def exported_before(folder: Path, digest: str, overwrite: bool) -> bool:
-    """True if ``folder`` is the export of the checkpoint with this SHA-256 and may stay.
+def exported_from(folder: Path) -> str | None:
+    """SHA-256 of the checkpoint that ``folder`` is the export of; None where there is no folder.
 
-    UsageError if it is something else; ``overwrite`` replaces only what this command has written.
+    UsageError if it is something else: ``--overwrite`` replaces only what this command has written.
     """
     from ldm.diffusers_folder import OURS
     from ldm.files import read_json
 
     if not folder.exists():
-        return False
+        return None
     try:
-        found = read_json(folder / OURS / "config.json")["exported_from"]["sha256"]
+        return read_json(folder / OURS / "config.json")["exported_from"]["sha256"]
     except (MedSoftError, KeyError, TypeError) as error:
         raise UsageError(f"{folder}: already exists and was not exported by this command; give another path") from error
-    if found != digest and not overwrite:
-        raise UsageError(f"{folder}: holds the export of another file; give another path, or --overwrite to replace it")
-    return found == digest and not overwrite
-
-
-def write_whole(folder: Path, state, ours, config) -> None:
-    """Write beside ``folder`` and rename, so that it appears whole or not at all."""
-    from ldm.diffusers_folder import write_folder
-    from ldm.files import PARTIAL_PREFIX, sync_folder
-
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=folder.absolute().parent) as scratch:
-        made = Path(scratch) / "made"
-        made.mkdir()
-        try:
-            write_folder(made, state, ours, config)
-            if folder.exists():
-                os.replace(folder, Path(scratch) / "before")
-            os.replace(made, folder)
-            sync_folder(folder.absolute().parent)
-        except OSError as error:
-            raise MedSoftError(
-                f"{folder}: could not be written ({error.strerror or error}); nothing was changed there"
-            ) from error
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    from ldm.checkpoint import not_finite, read_checkpoint
+    from ldm.checkpoint import check_finite, read_checkpoint
     from ldm.checkpoint_files import verify
 
     checkpoint = read_checkpoint(args.ckpt)
@@ -40,9 +40,7 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         print_text(found, checkpoint.state)
-    bad = not_finite(checkpoint.state)
-    if bad:
-        raise MedSoftError(f"{args.ckpt}: {len(bad)} tensors hold NaN or infinite values, first {bad[0]}")
+    check_finite(checkpoint.state, args.ckpt)
     return cli.DONE
 
 

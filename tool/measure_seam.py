@@ -3,8 +3,9 @@
     python tool/measure_seam.py --ckpt stage2_2/last.ckpt --config models/mldm_v15.yaml \
         --data openimages_format_test.json --output seam.json
 
-The mean gradient in the mask's border (where its value changes) in the result, over that of the real image at the same
-place, with a 95 % interval over pictures. The control pastes the same drawing with a hard mask (soft >= 0.5).
+The mean gradient across the mask's border in the result, over that of the real image at the same place, with a 95 %
+interval over pictures. The control pastes the same drawing with a hard mask (soft >= 0.5). Of a soft mask the border is
+the band in which its value changes, or the contour where it crosses 0.5; both are measured.
 """
 
 import argparse
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("measure_seam")
 
+BORDERS = ("band", "contour")
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
@@ -43,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def gradients(inpainter: "Inpainter", samples: "list[Sample]", seed: int) -> dict[str, list[float]]:
-    """Mean gradient across each mask's border: in the real image, in the result, and in the hard composite."""
+def gradients(inpainter: "Inpainter", samples: "list[Sample]", seed: int) -> dict[str, dict[str, list[float]]]:
+    """Mean gradient across each mask's band and contour: in the real image, in the result, in the hard composite."""
     from tqdm import tqdm
 
     from ldm.dataset import prepare
@@ -52,7 +55,7 @@ def gradients(inpainter: "Inpainter", samples: "list[Sample]", seed: int) -> dic
     from ldm.inpainting import Job
     from ldm.seam import border_gradient, hard_composite
 
-    found: dict[str, list[float]] = {"real": [], "result": [], "hard": []}
+    found = {border: {"real": [], "result": [], "hard": []} for border in BORDERS}
     size = inpainter.config.sampling.batch_size
     for first in tqdm(range(0, len(samples), size), "redrawing", unit=" batches"):
         batch = samples[first : first + size]
@@ -64,10 +67,11 @@ def gradients(inpainter: "Inpainter", samples: "list[Sample]", seed: int) -> dic
             real = to_unit(picture.original, picture.levels)
             pasted = hard_composite(real, result.generated, picture.soft)
             values = [real, to_unit(result.pixels, picture.levels), pasted]
-            across = [border_gradient(value, picture.soft) for value in values]
-            if math.isfinite(across[0]):  # a mask that covers the picture has no border
-                for kept, value in zip(found.values(), across, strict=True):
-                    kept.append(value)
+            for border, soft in (("band", picture.soft), ("contour", picture.soft >= 0.5)):
+                across = [border_gradient(value, soft) for value in values]
+                if math.isfinite(across[0]):  # a mask that covers the picture has no border
+                    for kept, value in zip(found[border].values(), across, strict=True):
+                        kept.append(value)
     return found
 
 
@@ -86,15 +90,20 @@ def main(args: argparse.Namespace) -> int:
     if not sick:
         raise MedSoftError(f"{args.data}: has no diseased sample; they are redrawn in their own masks")
     found = gradients(load_inpainter(args.ckpt, config, start_processes(args.device, 1, 1).device), sick, args.seed)
-    if not any(found["real"]):
+    if not any(found["contour"]["real"]):
         raise MedSoftError(f"{args.data}: no mask has a border with a gradient in the real image")
-    ratios = {name: asdict(gradient_ratio(found[name], found["real"])) for name in ("result", "hard")}
+    ratios = {
+        border: {name: asdict(gradient_ratio(values[name], values["real"])) for name in ("result", "hard")}
+        for border, values in found.items()
+    }
     rows: dict[str, Any] = {**ratios, "data": str(args.data), "checkpoint_sha256": sha256_file(args.ckpt)}
     write_json(args.output, rows)
-    for name, text in (("result", "soft composite"), ("hard", "hard composite (control)")):
-        r = ratios[name]
-        log.info("%-25s %.3f of the real gradient, 95 %% [%.3f, %.3f]", text, r["value"], r["low"], r["high"])
-    log.info("%d pictures; %s", ratios["result"]["pictures"], args.output)
+    for border in BORDERS:
+        for name, text in (("result", "soft composite"), ("hard", "hard composite (control)")):
+            r = ratios[border][name]
+            shown = border, text, r["value"], r["low"], r["high"], r["pictures"]
+            log.info("%-8s %-25s %.3f of the real gradient, 95 %% [%.3f, %.3f], %d pictures", *shown)
+    log.info("%s", args.output)
     return cli.DONE
 
 

@@ -53,9 +53,12 @@ def main(args: argparse.Namespace) -> int:
     check_target(args.output_path, size if args.overwrite or not args.output_path.exists() else 0, args.input_path)
     source = read_source(args.input_path, config, expected)
     check_kind(source, config)
+    sizes = [file.stat().st_size for file in weight_files(args.input_path)]
+    asked = fingerprint(["convert", sizes, config.architecture(), args.seed])
+    already_made(args.output_path, args.overwrite, asked=asked)
     origin = origin_of(args.input_path)
     run = fingerprint(["convert", origin["sha256"], config.architecture(), args.seed])
-    if already_made(args.output_path, run, args.overwrite):
+    if already_made(args.output_path, args.overwrite, run=run):
         log.info("%s: already complete", args.output_path)
         return cli.DONE
     for file in weight_files(args.input_path):
@@ -63,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     state, new = convert(source, config, expected, args.seed)
     report(source, state, new)
     about = {"config": dataclasses.asdict(config), "stage": "converted", "step": 0}
-    about = {**(source.own["about"] if source.own else about), "origin": origin, "run": run}
+    about = {**(source.own["about"] if source.own else about), "origin": origin, "asked": asked, "run": run}
     write_checkpoint(args.output_path, state, about)
     log.info("written: %s", args.output_path)
     return cli.DONE

@@ -19,7 +19,6 @@ from ldm import cli
 
 BASE = ROOT / "models" / "mldm_v15.yaml"
 STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
-PARTS = {"unet": "U-Net", "autoencoder": "autoencoder", "text": "text encoder", "msc": "MSC"}
 
 # The network of microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224: model_cfg of its open_clip_config.json. The
 # sizes of its text tower, microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract, are BERT's defaults.
@@ -71,6 +70,7 @@ def document() -> str:
     """The whole Markdown text."""
     import torch
 
+    from ldm.checkpoint import NAMES
     from ldm.config import load_config
     from ldm.encoders import build_clip
     from ldm.model import MedSoftModel
@@ -81,10 +81,10 @@ def document() -> str:
         parts = [[name, f"{count / 1e6:.2f} M", f"{4 * count / 1e9:.2f} GB"] for name, count in parameters(model, clip)]
         calls = [[name, f"{count / 1e9:.1f}"] for name, count in operations(model, clip, config)]
     converted = sum(4 * count for _, count in parameters(model))
-    files = [["`ckpt_for_stage1.ckpt`, `ckpt_for_stage2.ckpt`", ", ".join(PARTS.values()), "", _gb(converted)]]
+    files = [["`ckpt_for_stage1.ckpt`, `ckpt_for_stage2.ckpt`", ", ".join(NAMES.values()), "", _gb(converted)]]
     for stage in STAGES:
         row = stage_sizes(BASE.with_name(f"{BASE.stem}_{stage}.yaml"))
-        built = ", ".join(PARTS[part] for part in row["parts"])
+        built = ", ".join(NAMES[part] for part in row["parts"])
         trained = f"{row['trained'] / 1e6:.2f} M"
         total = f"{_gb(row['weights'] + row['optimizer'])} ({_gb(row['weights'])} + {_gb(row['optimizer'])})"
         files.append([f"`last.ckpt` of {stage}", built, trained, total])

@@ -17,7 +17,9 @@ this script.
 
 A step is done when it ended with 0 or 3, everything it makes exists, no step before it has run since, and neither its
 command nor a file of models/ or configs/ that the command names (a YAML with its ``base:`` files) has changed. So a
-step that runs makes all after it run: they find out themselves whether anything is left to do. The seconds of a step
+step that runs makes all after it run: they find out themselves whether anything is left to do. A step that refuses
+(exit code 2) since its folder holds the work of other settings stops the plan; with --overwrite it is run once more
+with its own --overwrite. The seconds of a step
 are all that was spent on it with these settings; an "already complete" adds its moment to the real time.
 """
 
@@ -155,6 +157,9 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("plan", metavar="PLAN.yaml", type=Path, help="the plan, for instance configs/demo.yaml")
     made.add_argument("--from", dest="start", metavar="STEP", help="run this step and all after it, done or not")
     made.add_argument("--only", nargs="+", metavar="STEP", help="run these steps only, done or not")
+    made.add_argument(
+        "--overwrite", action="store_true", help="let a step replace what other settings have left, where it refuses to"
+    )
     made.add_argument("--list", action="store_true", help="show the steps and whether they are done; run nothing")
     return made
 
@@ -175,7 +180,7 @@ def main(args: argparse.Namespace) -> int:
     if args.start:
         chosen = sorted(forced, key=chosen.index)
     again = shlex.join(["python", "tool/run_stages.py", str(args.plan)])
-    return run_steps(record, chosen, again, forced) or _summarise(record)
+    return run_steps(record, chosen, again, forced, args.overwrite) or _summarise(record)
 
 
 def hang_up_with_terminal() -> None:
@@ -184,10 +189,12 @@ def hang_up_with_terminal() -> None:
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
 
 
-def run_steps(record: Record, chosen: Collection[str], again: str, forced: Collection[str] = ()) -> int:
+def run_steps(
+    record: Record, chosen: Collection[str], again: str, forced: Collection[str] = (), overwrite: bool = False
+) -> int:
     """Run the chosen steps of a plan that are not done, and the forced ones; 0, or the code of the one that failed.
 
-    ``again`` is the command that goes on, for the message of a failure.
+    ``again`` is the command that goes on, for the message of a failure; ``overwrite`` is passed to the steps.
     """
     plan = record.plan
     for number, step in enumerate(plan.steps, 1):
@@ -196,11 +203,13 @@ def run_steps(record: Record, chosen: Collection[str], again: str, forced: Colle
         if step.name not in forced and record.done(step):
             print(f"{_count(plan, number)} {step.name} ... already done", flush=True)
             continue
-        code = run_step(record, step, number)
+        code = run_step(record, step, number, overwrite)
         if code not in DONE_CODES:
+            replace = "; with --overwrite it replaces the work of other settings"
             print(
                 f"error: step {step.name} failed ({_outcome(code)}): {step.run}\n"
-                f"The steps before it are kept; put right what it says above and go on with: {again}",
+                f"The steps before it are kept; put right what it says above and go on with: {again}"
+                f"{replace if code == cli.USAGE and not overwrite else ''}",
                 file=sys.stderr,
             )
             return code
@@ -296,10 +305,12 @@ def load_record(plan: Plan) -> Record:
 # ----------------------------------------------------------------------------------------------------- running
 
 
-def run_step(record: Record, step: Step, number: int) -> int:
+def run_step(record: Record, step: Step, number: int, overwrite: bool = False) -> int:
     """Run one step, keep its outcome and return its exit code (128 + n when signal n ended it).
 
-    Raises MedSoftError if the program cannot be started, or if it succeeded without making what it should.
+    With ``overwrite`` a step that refuses is run again with ``--overwrite``: the step itself knows what is its own work
+    and what is that of other settings. Raises MedSoftError if the program cannot be started, or if it succeeded without
+    making what it should.
     """
     words = shlex.split(step.run)
     words[0] = sys.executable if words[0] == "python" else words[0]
@@ -308,6 +319,9 @@ def run_step(record: Record, step: Step, number: int) -> int:
     start, code = time.perf_counter(), cli.FAILED
     try:
         code = _run_child(words, step)
+        if overwrite and code == cli.USAGE:
+            print(f"{_count(record.plan, number)} {step.name}: once more, with --overwrite", flush=True)
+            code = _run_child([*words, "--overwrite"], step)
     except KeyboardInterrupt:
         code = cli.INTERRUPTED
         raise

@@ -13,8 +13,9 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("study", metavar="STUDY.yaml", type=Path, help="the study, e.g. configs/study_phantom.yaml")
     made.add_argument("--collect", action="store_true", help="run nothing; report the cells that are finished")
+    made.add_argument(
+        "--overwrite", action="store_true", help="let a step replace what other settings have left, where it refuses to"
+    )
     made.add_argument("--list", action="store_true", help="run nothing; show the steps and whether they are done")
     return made
 
@@ -128,10 +132,11 @@ def main(args: argparse.Namespace) -> int:
     if args.collect:
         return report(design, groups)
     again = shlex.join(["python", "tool/study.py", str(args.study)])
+    run = partial(run_steps, again=again, overwrite=args.overwrite)
     with exclusive(ROOT / design.folder("study.lock"), f"{design.output_dir}: this study is running already"):
-        code = run_steps(load_record(once), step_names(design.steps), again)
+        code = run(load_record(once), step_names(design.steps))
         for group in groups:
-            code = code or run_group(design, groups, group, again)
+            code = code or run_group(design, groups, group, run)
     if code:
         return code
     rejecting = [g.plan.name for g in groups if cli.SOME_REJECTED in exit_codes(load_record(g.plan))]
@@ -140,17 +145,17 @@ def main(args: argparse.Namespace) -> int:
     return cli.SOME_REJECTED if rejecting else cli.DONE
 
 
-def run_group(design: Design, groups: list[Group], group: Group, again: str) -> int:
+def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[Record, list[str]], int]) -> int:
     """Data first, then what is made from them in here, generator and cells, report; 0, or the failed step's code."""
     print(f"--- {group.plan.name}", flush=True)
     record = load_record(group.plan)
-    code = run_steps(record, step_names(group.world.steps), again)
+    code = run(record, step_names(group.world.steps))
     if code:
         return code
     check_unchanged(design, group.world)
     for arm in dict.fromkeys(cell.arm for cell in group.cells if cell.arm.add):
         add_real(design, group.world, arm)
-    code = run_steps(record, step_names(group.plan.steps[len(group.world.steps) :]), again)
+    code = run(record, step_names(group.plan.steps[len(group.world.steps) :]))
     if not code:
         report(design, groups)
     return code

@@ -47,11 +47,13 @@ def main(args: argparse.Namespace) -> int:
     check_target(args.output_path, size, args.stage1_path, args.input_path)
     controller, rest = read_checkpoint(args.stage1_path), read_checkpoint(args.input_path)
     check_roles(args, controller, rest, config)
+    asked = fingerprint(["merge", [c.path.stat().st_size for c in (controller, rest)], config.architecture()])
+    already_made(args.output_path, args.overwrite, asked=asked)
     digests = [sha256_file(controller.path), sha256_file(rest.path)]
     files = zip(("stage1_path", "input_path"), (controller, rest), digests, strict=True)
     sources = {flag: {"file": c.path.name, "sha256": digest} for flag, c, digest in files}
     run = fingerprint(["merge", digests, config.architecture()])
-    if already_made(args.output_path, run, args.overwrite):
+    if already_made(args.output_path, args.overwrite, run=run):
         log.info("%s: already complete", args.output_path)
         return cli.DONE
     known = [c.about["biomedclip"] for c in (controller, rest) if c.about.get("biomedclip")]
@@ -67,7 +69,8 @@ def main(args: argparse.Namespace) -> int:
         wanted = {key: value for key, value in expected.items() if key.startswith(prefixes)}
         state |= parts_of(source, parts, config, wanted)
     report(controller, rest, state)
-    about = {"config": dataclasses.asdict(config), "stage": "merged", "step": 0, "origin": sources, "run": run}
+    about = {"config": dataclasses.asdict(config), "stage": "merged", "step": 0, "origin": sources}
+    about |= {"asked": asked, "run": run}
     about |= {"biomedclip": known[0]} if known else {}
     write_checkpoint(args.output_path, {key: state[key] for key in expected}, about)
     log.info("written: %s", args.output_path)
