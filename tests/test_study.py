@@ -198,8 +198,8 @@ def test_generator_stages_start_where_they_must(write_study) -> None:
         "phantom_stage2_2": ("phantom_stage2_1", "last.ckpt"),
         "draw": ("phantom_stage2_2", "last.ckpt"),
     }
-    trained = [name for name, line in runs.items() if "data.feather=0" in line]
-    assert trained == [*(Path(s.split()[0]).stem for s in given["g"]["stages"] if s != "merge"), "draw"]
+    told = [name for name, line in runs.items() if "data.feather=0" in line]
+    assert told == ["convert", *(Path(s.split()[0]).stem for s in given["g"]["stages"]), "draw"]
     assert "training.max_epochs=2" in runs["phantom_stage2_2"]
     assert "--limit" in runs["draw"]
 

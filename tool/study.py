@@ -240,13 +240,15 @@ def generator_steps(design: Design, world: World, name: str) -> tuple[Step, ...]
     generator, home = design.generators[name], design.folder(world.name, "generators", name)
     start = f"{home}/converted.ckpt"
     convert = ["tool/model_convert.py", "--input_path", design.checkpoint, "--output_path", start]
-    steps = [command("convert", [*convert, "--config", design.model], start)]
+    steps = [command("convert", [*convert, "--config", design.model, *generator.set], start)]
     trained: list[str] = []
     for position, stage in enumerate(generator.stages):
         if stage == "merge":
             start = f"{home}/merged.ckpt"
             merge = ["tool/tool_merge_for_stage2.py", "--stage1_path", trained[0], "--input_path", trained[1]]
-            steps.append(command("merge", [*merge, "--output_path", start, "--config", design.model], start))
+            steps.append(
+                command("merge", [*merge, "--output_path", start, "--config", design.model, *generator.set], start)
+            )
             continue
         config, *overrides = shlex.split(stage)
         stem = Path(config).stem
