@@ -71,7 +71,7 @@ class MedicalSemanticController(nn.Module):
 
     def forward(self, seen: Tensor, seen_global: Tensor, text: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted patch tokens (B, N, D) and global token (B, D); see the module docstring for the inputs."""
-        soft = soft.unsqueeze(-1).to(seen.dtype)  # (B, N, 1)
+        soft = soft.unsqueeze(-1).to(self.mask_embedding.dtype)  # (B, N, 1)
         mask = torch.lerp(self.mask_embedding[0], self.mask_embedding[1], soft)  # (B, N, W)
         spatial = self.spatial_in(seen) + self.position + mask
         x = torch.cat([self.global_in(seen_global)[:, None], spatial, self.text_in(text)[:, None]], dim=1)

@@ -4,14 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from scipy.linalg import sqrtm
 from tiny import CLIP, PHANTOM, ROOT, call, metas
 
-from ldm.annotations import load_samples
-from ldm.config import load_config
-from ldm.encoders import BiomedClip
 from ldm.errors import MedSoftError, UsageError
 
 sys.path.append(str(ROOT / "tool"))
@@ -56,29 +51,6 @@ def test_same_pictures_with_both_settings(final: Path, world: Path, judge: Path,
     before = (tmp_path / "out" / "comparison.json").read_text()
     assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 2) == 0
     assert (tmp_path / "out" / "comparison.json").read_text() == before  # nothing was drawn again
-
-
-def test_frechet_distance_is_the_textbooks(world: Path) -> None:
-    """Against the formula in NumPy and SciPy, on features taken here."""
-    import torch
-
-    from ldm.dataset import prepare
-
-    config, clip = load_config(PHANTOM), BiomedClip(CLIP)
-    sick = [sample for sample in load_samples(world / "data")[0] if not sample.healthy]
-    first, second = sick[:4], sick[4:]
-
-    def moments(samples: list) -> tuple[np.ndarray, np.ndarray]:
-        crops = torch.stack([prepare(sample, config.data, 0, 0).image for sample in samples])
-        features = clip.encode_image(crops)[1].double().numpy()
-        return features.mean(axis=0), np.cov(features, rowvar=False)
-
-    (mean, cov), (other_mean, other_cov) = moments(first), moments(second)
-    expected = ((mean - other_mean) ** 2).sum() + np.trace(cov + other_cov - 2 * sqrtm(cov @ other_cov).real)
-    measure = compare_samplers.frechet_to(first, clip, config)
-    assert measure(second) == pytest.approx(expected, rel=1e-3)
-    assert measure(second) == pytest.approx(expected, rel=1e-3)  # one measurement does not leak into the next
-    assert abs(measure(first)) < 1e-3 * expected
 
 
 def test_no_worse_means_within_the_spread_of_the_seeds() -> None:

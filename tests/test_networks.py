@@ -193,6 +193,17 @@ def test_controller_sees_how_much_of_a_patch_is_drawn() -> None:
     assert torch.allclose(msc(*inputs, torch.ones(2, 16))[0], outputs[1][0], atol=1e-5)
 
 
+def test_frozen_msc_in_half_precision_takes_full_inputs() -> None:
+    """As in a bf16-mixed stage that uses the MSC but does not train it."""
+    clip = BiomedClipConfig(grid=4, token_dim=8, text_dim=6)
+    msc = MedicalSemanticController(MSCConfig(width=32, layers=1, heads=4), clip)
+    inputs = torch.randn(2, 16, 8), torch.randn(2, 8), torch.randn(2, 6), torch.rand(2, 16)
+    whole = msc(*inputs)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = msc.bfloat16()(*inputs)[0]
+    assert torch.allclose(halved.float(), whole, atol=0.05 * float(whole.abs().max()))
+
+
 @pytest.mark.parametrize("weight", [0.0, 3.0])
 def test_diffusion_loss_formula(weight: float) -> None:
     predicted, truth = noise(2, 4, 3, 3), noise(2, 4, 3, 3, seed=1)

@@ -26,6 +26,8 @@ from ldm import cli
 from ldm.errors import MedSoftError, UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ldm.annotations import Sample
     from ldm.config import Config
     from ldm.encoders import BiomedClip
@@ -65,34 +67,15 @@ def draw(args: argparse.Namespace, prompts: Path, folder: Path, seed: int, setti
     dataset_infer.main(dataset_infer.build_parser().parse_intermixed_args(words))
 
 
-def frechet_to(real: "list[Sample]", clip: "BiomedClip", config: "Config") -> Any:
-    """A function: Frechet distance of the crops of drawn samples to those of ``real``, in BiomedCLIP's CLS tokens."""
+def features(samples: "list[Sample]", clip: "BiomedClip", config: "Config") -> "Tensor":
+    """BiomedCLIP's CLS tokens (N, D) of the samples' crops, as the model sees them."""
     import torch
-    from torchmetrics.image.fid import FrechetInceptionDistance
 
     from ldm.dataset import prepare
+    from ldm.metrics import crop_features
 
-    class Features(torch.nn.Module):
-        num_features = config.biomedclip.token_dim
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return clip.encode_image(images)[1]
-
-    distance = FrechetInceptionDistance(Features(), reset_real_features=False)
-
-    def add(samples: "list[Sample]", is_real: bool) -> None:
-        size = config.sampling.batch_size
-        for first in range(0, len(samples), size):
-            crops = [prepare(sample, config.data, 0, 0).image for sample in samples[first : first + size]]
-            distance.update(torch.stack(crops), real=is_real)
-
-    def measure(drawn: "list[Sample]") -> float:
-        distance.reset()
-        add(drawn, False)
-        return float(distance.compute())
-
-    add(real, True)
-    return measure
+    crops = torch.stack([prepare(sample, config.data, 0, 0).image for sample in samples])
+    return crop_features(clip, crops.split(config.sampling.batch_size))
 
 
 def judged(judge: Path, source: Path) -> dict[str, float]:
@@ -127,6 +110,7 @@ def main(args: argparse.Namespace) -> int:
     from ldm.config import load_config
     from ldm.encoders import BiomedClip
     from ldm.files import read_json, write_json
+    from ldm.metrics import frechet_distance
 
     if args.seeds < 2:
         raise UsageError("--seeds: expected at least 2; their spread is what the difference is compared with")
@@ -139,14 +123,16 @@ def main(args: argparse.Namespace) -> int:
         raise MedSoftError(f"{args.data}: {len(real)} diseased samples that are not subtle; expected at least 2")
     prompts = args.output_dir / "prompts.json"
     write_annotations(prompts, real)
-    frechet = frechet_to(real, BiomedClip(config.biomedclip.path), config)
+    clip = BiomedClip(config.biomedclip.path)
+    of_real = features(real, clip, config)
     runs: dict[str, list[dict[str, float]]] = {"reference": [], "fast": []}
     for seed in range(args.seeds):
         for name, setting in (("reference", REFERENCE), ("fast", FAST)):
             folder = args.output_dir / f"{name}_seed{seed}"
             draw(args, prompts, folder, seed, setting)
             record = read_json(folder / "inference.json")
-            found = {"frechet_distance": frechet(load_samples(folder)[0]), **judged(args.judge, folder)}
+            distance = frechet_distance(of_real, features(load_samples(folder)[0], clip, config))
+            found = {"frechet_distance": distance, **judged(args.judge, folder)}
             runs[name].append({**found, "seconds_per_picture": record["seconds"] / record["pictures"]})
             log.info("%s, seed %d: %s", name, seed, {key: round(value, 4) for key, value in runs[name][-1].items()})
     compared = verdicts(**runs)
