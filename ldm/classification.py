@@ -133,7 +133,8 @@ def load_classifier(weights: str | Path, gpu: str | list[int] | list[str] = "") 
         raise MedSoftError(
             f"{path}: not a classifier saved by classifier.py ({type(error).__name__}: {error})"
         ) from error
-    saved = info["config"]
+    # Keys that classifiers saved before do not have stand for what was done then, which is their default.
+    saved = info["config"] = {**dataclasses.asdict(ClassifierConfig()), **info["config"]}
     network = build_network(saved["model"], len(info["classes"]), saved["img_size"], saved["channels"])
     network.load_state_dict(state)
     device = pick_device(gpu)

@@ -149,6 +149,7 @@ class SamplingConfig:
     # From which to which share of the steps guidance acts (0 = the first, noisiest step). Outside, the prompt alone
     # steers, at half the cost.
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    guidance_rescale: float = 0.0  # share by which guidance's gain in contrast inside the mask is taken back, 0 to 1
     eta: float = 0.0  # 0 = deterministic DDIM, 1 = as noisy as ancestral sampling
     differential: bool = True  # soft mask released over the steps (differential schedule)
     precision: str = "32-true"  # or bf16-true: U-Net and autoencoder in bfloat16, the latent in float32
@@ -312,6 +313,8 @@ def _validate(config: Config, source: str | Path) -> None:
     interval = config.sampling.guidance_interval
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         refuse("sampling.guidance_interval", interval, "two shares of the steps, [from, to], rising from 0 to 1")
+    if not 0 <= config.sampling.guidance_rescale <= 1:
+        refuse("sampling.guidance_rescale", config.sampling.guidance_rescale, "a share from 0 to 1")
     if config.sampling.eta and config.sampling.sampler != "ddim":
         refuse("sampling.eta", config.sampling.eta, f"0 with sampling.sampler={config.sampling.sampler}")
     latent, rest = divmod(config.data.image_size, config.autoencoder.factor)

@@ -16,7 +16,7 @@ from ldm.diffusion import named_generator, picture_noise
 from ldm.encoders import BiomedClip
 from ldm.images import composite, to_unit
 from ldm.model import MedSoftModel, hidden_region, hide
-from ldm.samplers import SAMPLERS, DifferentialMask, guided_steps
+from ldm.samplers import SAMPLERS, DifferentialMask, guided_steps, rescaled
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
@@ -171,7 +171,11 @@ def sample_latent(
         if index not in guided:
             return eps
         prompted, plain = eps.chunk(2)
-        return plain + scale * (prompted - plain)
+        eps = plain + scale * (prompted - plain)
+        if not sampling.guidance_rescale:
+            return eps
+        alpha = float(net.schedule.alphas_cumprod[t])
+        return rescaled(eps, prompted, x, alpha, mask, sampling.guidance_rescale)
 
     differential = None if original is None else DifferentialMask(mask, original, noise)
     draw = SAMPLERS[sampling.sampler]

@@ -66,6 +66,22 @@ def test_predicts_folders_and_through_the_library(learned: dict) -> None:
     assert [float(row["disease_probability"]) for row in written] == [row["disease_probability"] for row in rows]
 
 
+def test_classifier_saved_before_a_key_existed_is_read(learned: dict, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from ldm.classification import predict
+
+    saved = Path(learned["output_dir"]) / "classifier.safetensors"
+    with safe_open(saved, "pt") as handle:
+        info = json.loads(handle.metadata()["classifier"])
+        state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    info["config"].pop("channels")
+    save_file(state, tmp_path / "old.safetensors", {"classifier": json.dumps(info)})
+    expected, _ = predict(saved, learned["predict"][0], gpu="cpu")
+    assert predict(tmp_path / "old.safetensors", learned["predict"][0], gpu="cpu")[0] == expected
+
+
 def test_saved_epoch_can_be_tested_without_training(learned: dict) -> None:
     before = metrics_of(learned)
     assert run(learned | {"train": False, "test_epoch": 4, "predict": []}) == 0

@@ -80,6 +80,7 @@ REFUSED = {
     "rate of zero": ("training: {rates: {msc: 0}}", r"training\.rates\.msc is 0\.0, expected a learning rate above 0"),
     "batch of zero": ("training: {batch_size: 0}", r"training\.batch_size is 0, expected at least 1"),
     "too many steps": ("sampling: {steps: 2000}", r"sampling\.steps is 2000"),
+    "rescale above one": ("sampling: {guidance_rescale: 1.5}", r"sampling\.guidance_rescale is 1\.5, expected a share"),
     "drop-out of one": ("training: {condition_dropout: 1.0}", r"training\.condition_dropout"),
     "size that does not divide": ("data: {image_size: 500}", r"data\.image_size is 500, expected a multiple of 64"),
     "size of zero": ("data: {image_size: 0}", r"data\.image_size is 0"),

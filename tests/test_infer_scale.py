@@ -283,6 +283,7 @@ def test_samplers_steps_scale_and_interval_all_matter(final: Path, one: Path, tm
         "scale": ["--guidance_scale", 2],
         "early": ["--guidance_interval", 0, 0.5],
         "never": ["--guidance_interval", 1, 1],
+        "rescale": ["sampling.guidance_rescale=0"],
         "eta": ["sampling.eta=1"],
     }
     found = {}

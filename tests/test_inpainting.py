@@ -18,7 +18,11 @@ from ldm.diffusion import picture_noise
 from ldm.inpainting import Inpainter, Job, load_inpainter
 from ldm.model import hide
 
-OFF = [*(f"{section}.{switch}=false" for section, switch in SWITCHES), "sampling.differential=false"]
+OFF = [
+    "sampling.guidance_rescale=0",
+    *(f"{section}.{switch}=false" for section, switch in SWITCHES),
+    "sampling.differential=false",
+]
 JOBS = [Job(3, "a", 0, "severe osteolytic lesion"), Job(3, "b", 0, "haemangioma of the L2 vertebra")]
 
 

@@ -26,7 +26,10 @@ PROMPTS = ["severe osteolytic lesion of the L3 vertebra", "Métastase ostéoblas
 def config() -> Config:
     """Phantom sizes with what diffusers does not have switched off: soft border, differential mask."""
     off = ["data.fit=resize", "data.feather=0", "sampling.differential=false"]
-    return load_config(MODELS / "phantom.yaml", [*off, "sampling.steps=10", "sampling.guidance_scale=7.5"])
+    return load_config(
+        MODELS / "phantom.yaml",
+        [*off, "sampling.steps=10", "sampling.guidance_scale=7.5", "sampling.guidance_rescale=0"],
+    )
 
 
 @pytest.fixture(scope="module")

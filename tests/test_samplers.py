@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from torch import Tensor
 from ldm import config, samplers
 from ldm.config import DiffusionConfig
 from ldm.diffusion import NoiseSchedule, picture_noise
-from ldm.samplers import DifferentialMask, ddim, dpmpp_2m, guided_steps, leading_timesteps
+from ldm.samplers import DifferentialMask, ddim, dpmpp_2m, guided_steps, leading_timesteps, rescaled
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.0120, "beta_schedule": "scaled_linear"}
 BOTH = pytest.mark.parametrize("sampler", [ddim, dpmpp_2m])
@@ -163,6 +164,28 @@ def test_guidance_interval_is_a_share_of_the_steps(steps: int, interval: list[fl
         share = index / steps
         if min(abs(share - edge) for edge in interval) > 1e-6:
             assert (index in chosen) == (interval[0] <= share < interval[1])
+
+
+def test_rescaled_guidance_has_the_contrast_of_the_prompt_alone() -> None:
+    """NumPy's weighted deviation of x_0 inside the mask; what lies outside the mask does not count."""
+    x, prompted, plain, mask = (torch.randn(2, 4, 8, 8), *torch.randn(2, 2, 4, 8, 8), torch.rand(2, 1, 8, 8))
+    mask[:, :, :3] = 0
+    guided, alpha = plain + 7.5 * (prompted - plain), 0.3
+
+    def contrast(eps: torch.Tensor) -> list[float]:
+        clean = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+        weights = mask.expand_as(clean).double().numpy()
+        means = [np.average(a, weights=w) for a, w in zip(clean.double().numpy(), weights, strict=True)]
+        spreads = zip(clean.double().numpy(), means, weights, strict=True)
+        return [float(np.average((a - m) ** 2, weights=w) ** 0.5) for a, m, w in spreads]
+
+    assert torch.allclose(rescaled(guided, prompted, x, alpha, mask, 0.0), guided, atol=1e-5)
+    assert contrast(guided)[0] > 2 * contrast(prompted)[0]
+    assert contrast(rescaled(guided, prompted, x, alpha, mask, 1.0)) == pytest.approx(contrast(prompted), rel=1e-4)
+    half = [(a + b) / 2 for a, b in zip(contrast(guided), contrast(prompted), strict=True)]
+    assert contrast(rescaled(guided, prompted, x, alpha, mask, 0.5)) == pytest.approx(half, rel=1e-4)
+    one = rescaled(guided[1:], prompted[1:], x[1:], alpha, mask[1:], 0.7)
+    assert torch.allclose(one, rescaled(guided, prompted, x, alpha, mask, 0.7)[1:], atol=1e-5)
 
 
 def test_picture_noise_depends_on_names_only() -> None:
