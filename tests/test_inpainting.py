@@ -19,9 +19,9 @@ from ldm.inpainting import Inpainter, Job, load_inpainter
 from ldm.model import hide
 
 OFF = [
-    "sampling.guidance_rescale=0",
     *(f"{section}.{switch}=false" for section, switch in SWITCHES),
     "sampling.differential=false",
+    "sampling.guidance_rescale=0",
 ]
 JOBS = [Job(3, "a", 0, "severe osteolytic lesion"), Job(3, "b", 0, "haemangioma of the L2 vertebra")]
 
