@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ldm import plans
 from ldm.classifier_config import load_config
 from ldm.errors import MedSoftError, UsageError
 
@@ -137,7 +138,7 @@ def test_what_comes_after_a_step_that_ran_stays_to_do_when_the_run_breaks_off(wr
 def test_a_changed_file_that_the_command_names_runs_the_step_again(
     write_plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(plans, "ROOT", tmp_path)
     (tmp_path / "configs" / "classifier").mkdir(parents=True)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "a.yaml").write_text("# first\nbase: 'below.yaml'  # the sizes\nkey: 1\n")

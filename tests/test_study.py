@@ -232,12 +232,24 @@ def test_annotation_files_that_are_missing_are_named(write_study, world: Path, t
     assert not (tmp_path / "out" / "hospital").exists()
 
 
-def test_a_study_that_is_running_is_left_alone(write_study, tmp_path: Path) -> None:
-    with (
-        exclusive(tmp_path / "out" / "study.lock", "busy"),
-        pytest.raises(UsageError, match=r"out: this study is running already"),
-    ):
-        tiny.call(study, write_study())
+def test_a_world_that_is_running_is_left_alone_while_another_runs(write_study, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compare = {"baseline": "real", "control": "real", "main": "other", "ratio": None}
+    path = write_study(worlds=[3, 4], arms={"real": {}, "other": {}}, compare=compare)
+    with exclusive(out / "world_3.lock", "busy"):
+        with pytest.raises(UsageError, match=r"out/world_3.lock: this world is running already"):
+            tiny.call(study, path)
+        assert not (out / "world_3" / "cells").exists()
+        assert tiny.call(study, path, "--worlds", "world_4") == 0
+    assert sorted(file.parent.name for file in out.rglob("metrics.json")) == ["other_seed0", "real_seed0"]
+    assert {row["world"] for row in csv.DictReader((out / "results.csv").read_text().splitlines())} == {"world_4"}
+    assert tiny.call(study, path) == 0
+    assert len(list(csv.DictReader((out / "results.csv").read_text().splitlines()))) == 4
+
+
+def test_a_world_that_the_study_does_not_have_is_named(write_study) -> None:
+    with pytest.raises(UsageError, match="--worlds world_7: no such world in this study; it has world_3"):
+        tiny.call(study, write_study(), "--worlds", "world_7")
 
 
 def test_added_real_images_join_the_training_annotations(write_study, world: Path, tmp_path: Path) -> None:

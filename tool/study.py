@@ -9,103 +9,22 @@ differences, what they support), dose_response.png. All paths are relative to th
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-
-from run_stages import ROOT, Plan, Record, Step, check_keys, hang_up_with_terminal, load_record, parse_steps, run_steps
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import cli
 from ldm.errors import MedSoftError, UsageError
-from ldm.files import content_id, read_json, read_text, write_json
+from ldm.files import content_id, read_json, write_json
 from ldm.locks import exclusive
-
-TEST_WORLDS = 10_000  # the test patients of phantom world n are those of phantom seed n + 10000
-USES = ("mix", "pretrain", "duplicate_real")
-PHANTOM_COUNTS = ("healthy", "diseased", "test_healthy", "test_diseased")
-
-
-@dataclass(frozen=True)
-class World:
-    """One set of patients: its annotation files or folders and, for phantoms, the steps that make them."""
-
-    name: str
-    train: str
-    val: str
-    test: str
-    steps: tuple[Step, ...] = ()
-
-
-@dataclass(frozen=True)
-class Generator:
-    """One way of training: stages in order (YAML and overrides, or ``merge``), and overrides for all of them."""
-
-    stages: tuple[str, ...]
-    set: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way of training the classifier; ``add``: a dataset of real images that joins the training set."""
-
-    name: str
-    use: str | None = None
-    generator: str | None = None
-    ratios: tuple[float | None, ...] = (None,)
-    set: tuple[str, ...] = ()
-    add: str | None = None
-
-
-@dataclass(frozen=True)
-class Design:
-    """A study's YAML, checked."""
-
-    name: str
-    output_dir: str
-    worlds: tuple[World, ...]
-    seeds: tuple[int, ...]
-    generators: dict[str, Generator]
-    arms: tuple[Arm, ...]
-    classifier: str
-    set: tuple[str, ...]
-    compare: dict[str, Any]
-    checkpoint: str = ""
-    model: str = ""
-    draw: str = ""
-    steps: tuple[Step, ...] = ()
-
-    def folder(self, *parts: str) -> str:
-        """A path below the output folder, as it stands in commands."""
-        return "/".join([self.output_dir, *parts])
-
-
-@dataclass(frozen=True)
-class CellStep:
-    """One cell and the step that runs it."""
-
-    world: World
-    arm: Arm
-    ratio: float | None
-    seed: int
-    folder: str
-    step: Step
-
-
-@dataclass(frozen=True)
-class Group:
-    """The arms of a world that use the same generator (or none), as one plan: data, generator, cells."""
-
-    plan: Plan
-    world: World
-    cells: tuple[CellStep, ...]
+from ldm.plans import ROOT, Plan, Record, Step, hang_up_with_terminal, load_record, run_steps
+from ldm.study_design import Arm, Design, Group, World, added_path, load_design, plan_groups
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -118,6 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="let a step replace what other settings have left, where it refuses to"
     )
     made.add_argument("--list", action="store_true", help="run nothing; show the steps and whether they are done")
+    made.add_argument(
+        "--worlds",
+        nargs="+",
+        metavar="WORLD",
+        help="run these worlds only, e.g. world_0 world_1; other processes may run others at the same time",
+    )
     return made
 
 
@@ -133,16 +58,36 @@ def main(args: argparse.Namespace) -> int:
         return report(design, groups)
     again = shlex.join(["python", "tool/study.py", str(args.study)])
     run = partial(run_steps, again=again, overwrite=args.overwrite)
-    with exclusive(ROOT / design.folder("study.lock"), f"{design.output_dir}: this study is running already"):
-        code = run(load_record(once), step_names(design.steps))
-        for group in groups:
+    mine = choose(groups, args.worlds)
+    with ExitStack() as locks:
+        for world in dict.fromkeys(group.world.name for group in mine):
+            path = design.folder(f"{world}.lock")
+            locks.enter_context(exclusive(ROOT / path, f"{path}: this world is running already"))
+        with whole_study(design):
+            code = run(load_record(once), step_names(design.steps))
+        for group in mine:
             code = code or run_group(design, groups, group, run)
     if code:
         return code
-    rejecting = [g.plan.name for g in groups if cli.SOME_REJECTED in exit_codes(load_record(g.plan))]
+    rejecting = [g.plan.name for g in mine if cli.SOME_REJECTED in exit_codes(load_record(g.plan))]
     if rejecting:
         print(f"some inputs were rejected in: {', '.join(rejecting)} (listed beside their outputs)")
     return cli.SOME_REJECTED if rejecting else cli.DONE
+
+
+def choose(groups: list[Group], worlds: list[str] | None) -> list[Group]:
+    """The groups of the worlds asked for, or all; UsageError for a world that the study does not have."""
+    known = list(dict.fromkeys(group.world.name for group in groups))
+    for name in worlds or ():
+        if name not in known:
+            raise UsageError(f"--worlds {name}: no such world in this study; it has {', '.join(known)}")
+    return [group for group in groups if not worlds or group.world.name in worlds]
+
+
+def whole_study(design: Design) -> AbstractContextManager[None]:
+    """For what is the whole study's, not a world's: one process at a time, and the others wait."""
+    path = design.folder("study.lock")
+    return exclusive(ROOT / path, f"{path}: another process is at it; waiting", wait=True)
 
 
 def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[Record, list[str]], int]) -> int:
@@ -157,7 +102,8 @@ def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[
         add_real(design, group.world, arm)
     code = run(record, step_names(group.plan.steps[len(group.world.steps) :]))
     if not code:
-        report(design, groups)
+        with whole_study(design):
+            report(design, groups)
     return code
 
 
@@ -196,10 +142,6 @@ def check_unchanged(design: Design, world: World) -> None:
         write_json(path, found)
 
 
-def added_path(design: Design, world: World, arm: Arm) -> str:
-    return design.folder(world.name, f"train_{arm.name}.json")
-
-
 def add_real(design: Design, world: World, arm: Arm) -> None:
     """Write the training annotations of the world with those of ``arm.add`` behind them, if they are not there yet."""
     from ldm.annotations import load_samples, write_annotations
@@ -211,80 +153,6 @@ def add_real(design: Design, world: World, arm: Arm) -> None:
         raise UsageError(f"arms.{arm.name}.add: {arm.add} does not exist; name a dataset folder or annotation JSON")
     samples = [sample for source in (world.train, arm.add) for sample in load_samples(ROOT / source)[0]]
     write_annotations(path, samples)
-
-
-# ------------------------------------------------------------------------------------------------------- plans
-
-
-def plan_groups(design: Design) -> Iterator[Group]:
-    """Groups in the order of their first arm, each for all worlds before the next."""
-    used = dict.fromkeys(arm.generator for arm in design.arms)
-    for generator in used:
-        arms = [arm for arm in design.arms if arm.generator == generator]
-        for world in design.worlds:
-            name, *home = (f"{world.name}/{generator}", "generators", generator) if generator else (world.name,)
-            cells = tuple(
-                plan_cell(design, world, arm, ratio, seed)
-                for seed in design.seeds  # another seed comes last: then nothing before it runs again
-                for arm in arms
-                for ratio in arm.ratios
-            )
-            made = generator_steps(design, world, generator) if generator else ()
-            steps = (*world.steps, *made, *(cell.step for cell in cells))
-            yield Group(Plan(name, design.folder(world.name, *home), steps), world, cells)
-
-
-def generator_steps(design: Design, world: World, name: str) -> tuple[Step, ...]:
-    """Convert, train the stages in order, draw. What stands before ``merge`` starts from the converted checkpoint,
-    what stands behind it from the checkpoint before it."""
-    generator, home = design.generators[name], design.folder(world.name, "generators", name)
-    start = f"{home}/converted.ckpt"
-    convert = ["tool/model_convert.py", "--input_path", design.checkpoint, "--output_path", start]
-    steps = [command("convert", [*convert, "--config", design.model, *generator.set], start)]
-    trained: list[str] = []
-    for position, stage in enumerate(generator.stages):
-        if stage == "merge":
-            start = f"{home}/merged.ckpt"
-            merge = ["tool/tool_merge_for_stage2.py", "--stage1_path", trained[0], "--input_path", trained[1]]
-            steps.append(
-                command("merge", [*merge, "--output_path", start, "--config", design.model, *generator.set], start)
-            )
-            continue
-        config, *overrides = shlex.split(stage)
-        stem = Path(config).stem
-        train = ["ver_train.py", "--ckpt", start, "--config", config, "--save_path", f"{home}/{stem}"]
-        train += ["--train_json", world.train, "--val_json", world.val]
-        train += ["--cache_dir", design.folder(world.name, "feature_cache"), *overrides, *generator.set]
-        trained.append(f"{home}/{stem}/last.ckpt")
-        steps.append(command(stem, train, trained[-1]))
-        start = start if "merge" in generator.stages[position:] else trained[-1]
-    draw = ["dataset_infer.py", "--ckpt", start, "--config", design.model, "--output_dir", f"{home}/pictures"]
-    draw += ["--train_json", world.train, *shlex.split(design.draw), *generator.set]
-    return (*steps, command("draw", draw, f"{home}/pictures/inference.json"))
-
-
-def plan_cell(design: Design, world: World, arm: Arm, ratio: float | None, seed: int) -> CellStep:
-    """One classifier; its folder names arm, ratio and seed."""
-    label = arm.name if ratio is None else f"{arm.name}_{ratio:g}"
-    folder = design.folder(world.name, "cells", f"{label}_seed{seed}")
-    values = {
-        "train_json": added_path(design, world, arm) if arm.add else world.train,
-        "val_json": world.val,
-        "test_json": world.test,
-        "output_dir": folder,
-        "seed": seed,
-    }
-    if arm.use:
-        values |= {"use_synthetic": arm.use, "ratio": ratio}
-    if arm.generator:
-        values["synthetic"] = [design.folder(world.name, "generators", arm.generator, "pictures")]
-    given = [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *design.set, *arm.set]
-    words = ["classifier.py", design.classifier, *(word for each in given for word in ("--set", each))]
-    return CellStep(world, arm, ratio, seed, folder, command(f"{label}_seed{seed}", words, f"{folder}/metrics.json"))
-
-
-def command(name: str, words: list[str], makes: str) -> Step:
-    return Step(name, shlex.join(["python", *words]), (makes,))
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -330,175 +198,6 @@ def generator_seconds(groups: list[Group]) -> dict[str, float]:
         if made and all(record.done(step) for step in made):
             found[group.plan.name] = sum(record.known(step)["seconds"] for step in made)
     return found
-
-
-# ------------------------------------------------------------------------------------------------------- the YAML
-
-
-def load_design(path: Path) -> Design:
-    """Read a study, looked up in the working directory, then in the repository; UsageError for any fault in it."""
-    found = path if path.is_file() or path.is_absolute() else ROOT / path
-    values, where = read_layers(found), f"{found}: "
-    texts = dict.fromkeys(("name", "output_dir", "classifier", "checkpoint", "model", "draw"), str)
-    lists = dict.fromkeys(("seeds", "set", "steps"), list)
-    sections = dict.fromkeys(("arms", "compare", "generators", "phantoms"), dict)
-    optional = ("checkpoint", "model", "draw", "set", "steps", "generators", "phantoms")
-    worlds = values.pop("worlds", None) if isinstance(values, dict) else None
-    check_keys(values, texts | lists | sections, where, optional)
-    values = {"set": [], "steps": [], "generators": {}, "phantoms": {}} | values
-    values = place(values, values["output_dir"])
-    for name in values["generators"]:
-        for key in ("checkpoint", "model"):
-            if key not in values:
-                raise UsageError(f"{where}{key}: expected a path, since the generator {name} needs it; found none")
-    arms = tuple(parse_arm(name, item, values["generators"], where) for name, item in values["arms"].items())
-    return Design(
-        **{key: values[key] for key in texts if key in values},
-        worlds=parse_worlds(worlds, values["phantoms"], values["output_dir"], where),
-        seeds=tuple(whole_numbers(values["seeds"], f"{where}seeds: ")),
-        generators={name: parse_generator(name, item, where) for name, item in values["generators"].items()},
-        arms=arms,
-        set=words(values["set"], f"{where}set: "),
-        compare=parse_compare(values["compare"], arms, where),
-        steps=parse_steps(values["steps"], where) if values["steps"] else (),
-    )
-
-
-def read_layers(path: Path) -> Any:
-    """The YAML's keys over those of its ``base:``."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(read_text(path, "study"))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict) or "base" not in values:
-        return values
-    base = values.pop("base")
-    if not isinstance(base, str) or (path.parent / base).resolve() == path.resolve():
-        raise UsageError(f"{path}: base: expected another study's YAML, found {base!r}")
-    below = read_layers(path.parent / base)
-    return {**below, **values} if isinstance(below, dict) else below
-
-
-def place(value: Any, output_dir: str) -> Any:
-    """``value`` with {output_dir} replaced in all its texts."""
-    if isinstance(value, dict):
-        return {key: place(each, output_dir) for key, each in value.items()}
-    if isinstance(value, list):
-        return [place(each, output_dir) for each in value]
-    return value.replace("{output_dir}", output_dir) if isinstance(value, str) else value
-
-
-def parse_worlds(worlds: Any, phantoms: dict[str, Any], output_dir: str, where: str) -> tuple[World, ...]:
-    """Phantom worlds from a list of seeds, or others from annotation files by name."""
-    if isinstance(worlds, dict) and worlds:
-        keys = ("train_json", "val_json", "test_json")
-        for name, files in worlds.items():
-            check_keys(files, dict.fromkeys(keys, str), f"{where}worlds.{name}: ")
-        return tuple(World(plain(name, f"{where}worlds"), *map(files.get, keys)) for name, files in worlds.items())
-    if not isinstance(worlds, list) or not worlds:
-        raise UsageError(f"{where}worlds: expected phantom seeds, or names with annotation files; found {worlds!r}")
-    seeds = whole_numbers(worlds, f"{where}worlds: ")
-    if max(seeds) >= TEST_WORLDS:
-        raise UsageError(
-            f"{where}worlds: expected seeds below {TEST_WORLDS}, found {max(seeds)}; others are test worlds"
-        )
-    wanted = {*PHANTOM_COUNTS, "fractions"}
-    if set(phantoms) != wanted:
-        raise UsageError(f"{where}phantoms: expected the keys {', '.join(sorted(wanted))}, found {phantoms!r}")
-    if not isinstance(phantoms["fractions"], list) or len(phantoms["fractions"]) != 3:
-        raise UsageError(f"{where}phantoms.fractions: expected three shares, found {phantoms['fractions']!r}")
-    whole_numbers([phantoms[key] for key in PHANTOM_COUNTS], f"{where}phantoms: ", different=False)
-    return tuple(phantom_world(seed, phantoms, output_dir) for seed in seeds)
-
-
-def phantom_world(seed: int, counts: dict[str, Any], output_dir: str) -> World:
-    """Patients to train and validate on, split by patient, and many others to test on."""
-    name, home = f"world_{seed}", f"{output_dir}/world_{seed}"
-    make = ["tool/make_phantoms.py", "--output_dir"]
-    own = [f"{home}/phantoms", "--seed", seed, "--healthy", counts["healthy"], "--diseased", counts["diseased"]]
-    test = [f"{home}/test", "--seed", seed + TEST_WORLDS, "--healthy", counts["test_healthy"]]
-    split = ["ver_openImagesDatasets.py", "--root_dir", f"{home}/phantoms", "--output_file", f"{home}/annotations.json"]
-    split += ["--fractions", *counts["fractions"]]
-    steps = (
-        command("phantoms", [*make, *map(str, own)], f"{home}/phantoms/phantoms.json"),
-        command("prepare", [str(word) for word in split], f"{home}/annotations_train.json"),
-        command(
-            "test", [*make, *map(str, test), "--diseased", str(counts["test_diseased"])], f"{home}/test/phantoms.json"
-        ),
-    )
-    return World(name, f"{home}/annotations_train.json", f"{home}/annotations_val.json", f"{home}/test", steps)
-
-
-def parse_generator(name: str, item: Any, where: str) -> Generator:
-    check_keys(item, {"stages": list, "set": list}, f"{where}generators.{plain(name, where)}: ", ("set",))
-    here = f"{where}generators.{name}.stages: "
-    stages = words(item["stages"], here)
-    if "merge" in stages and (stages.index("merge") != 2 or stages.count("merge") > 1):
-        raise UsageError(f"{here}merge joins the two stages before it; expected it once, as the third")
-    stems = [Path(stage.split()[0]).stem for stage in stages]
-    if len(set(stems)) < len(stems):
-        raise UsageError(f"{here}two stages have the same YAML name ({', '.join(stems)}); names must differ")
-    return Generator(stages, words(item.get("set", []), f"{where}generators.{name}.set: "))
-
-
-def parse_arm(name: str, item: Any, generators: dict[str, Any], where: str) -> Arm:
-    here = f"{where}arms.{plain(name, where)}: "
-    kinds = {"use": str, "generator": str, "ratios": list, "set": list, "add": str}
-    check_keys(item, kinds, here, tuple(kinds))
-    use, generator, ratios = item.get("use"), item.get("generator"), item.get("ratios")
-    if use is not None and use not in USES:
-        raise UsageError(f"{here}use: expected one of {', '.join(USES)}, found {use!r}")
-    if generator is not None and generator not in generators:
-        raise UsageError(f"{here}generator: expected one of {', '.join(generators)}, found {generator!r}")
-    if (generator is not None) != (use in ("mix", "pretrain")):
-        raise UsageError(f"{here}expected use: mix or pretrain together with a generator; found {item!r}")
-    if (ratios is None) != (use is None):
-        raise UsageError(f"{here}expected ratios together with use; found {item!r}")
-    for ratio in ratios or ():
-        if type(ratio) not in (int, float) or not ratio > 0:
-            raise UsageError(f"{here}ratios: expected numbers above 0, found {ratio!r}")
-    if ratios == [] or len(set(ratios or ())) < len(ratios or ()):
-        raise UsageError(f"{here}ratios: expected at least one, each once; found {ratios!r}")
-    given = tuple(float(ratio) for ratio in ratios) if ratios else (None,)
-    return Arm(name, use, generator, given, words(item.get("set", []), f"{here}set: "), item.get("add"))
-
-
-def parse_compare(item: dict[str, Any], arms: tuple[Arm, ...], where: str) -> dict[str, Any]:
-    """Names of the arms to compare, and the ratio or None."""
-    here, names = f"{where}compare", [arm.name for arm in arms]
-    if set(item) != {"baseline", "control", "main", "ratio"}:
-        raise UsageError(f"{here}: expected the keys baseline, control, main, ratio; found {item!r}")
-    for key in ("baseline", "control", "main"):
-        if item[key] not in names:
-            raise UsageError(f"{here}.{key}: expected one of the arms {', '.join(names)}, found {item[key]!r}")
-    main = arms[names.index(item["main"])]
-    if item["ratio"] is not None and item["ratio"] not in main.ratios:
-        raise UsageError(f"{here}.ratio: expected a ratio of {main.name} or null, found {item['ratio']!r}")
-    return {**item, "ratio": None if item["ratio"] is None else float(item["ratio"])}
-
-
-def words(items: list[Any], where: str) -> tuple[str, ...]:
-    for item in items:
-        if not isinstance(item, str) or not item.strip():
-            raise UsageError(f"{where}expected texts, found {item!r}")
-    return tuple(items)
-
-
-def whole_numbers(items: list[Any], where: str, different: bool = True) -> list[int]:
-    if not items or not all(type(item) is int and item >= 0 for item in items):
-        raise UsageError(f"{where}expected whole numbers of at least 0, found {items!r}")
-    if different and len(set(items)) < len(items):
-        raise UsageError(f"{where}expected different numbers, found {items!r}")
-    return items
-
-
-def plain(name: Any, where: str) -> str:
-    """A name that can be a folder's."""
-    if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
-        raise UsageError(f"{where}: expected names of letters, digits, - and _, found {name!r}")
-    return name
 
 
 if __name__ == "__main__":
