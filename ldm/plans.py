@@ -98,6 +98,15 @@ class Record:
     def done(self, step: Step) -> bool:
         return self.known(step).get("exit_code") in DONE_CODES and not step.missing
 
+    def outdated(self, step: Step, before: Collection[Step]) -> bool:
+        """Whether what the step left is not the plan's: made with other settings, or older than one of ``before``."""
+        if step.name not in self.entries:
+            return False
+        known = {each: self.entries[each.name] for each in (*before, step) if each.name in self.entries}
+        if any(entry["fingerprint"] != each.fingerprint for each, entry in known.items()):
+            return True
+        return any(entry["finished"] > known[step]["finished"] for entry in known.values())
+
     def begin(self, step: Step) -> None:
         """Before a step runs: it and all after it are no longer done, whatever happens to this process."""
         for later in self.plan.steps[self.plan.steps.index(step) :]:

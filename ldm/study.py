@@ -52,6 +52,11 @@ class Cell:
         """What makes it this cell and no other."""
         return self.world, self.treatment, self.seed
 
+    @property
+    def added(self) -> int | None:
+        """Images that joined the real ones: drawn, or repeated. None where the metrics do not say."""
+        return None if None in self.counts.values() or not self.counts else sum(self.counts.values())
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -170,6 +175,17 @@ class Study:
                     found.append((treatment, other, change))
         return found
 
+    def uneven(self) -> list[str]:
+        """Cells in which another number of images was added than in their control at that ratio, in words."""
+        added = {cell.key: cell.added for cell in self.cells}
+        found = []
+        for (world, treatment, seed), number in added.items():
+            control = Treatment(self.comparison.control, treatment.ratio)
+            other = added.get((world, control, seed))
+            if None not in (treatment.ratio, number, other) and number != other:
+                found.append(f"{world}, seed {seed}: {number} in {treatment}, {other} in {control}")
+        return found
+
     def undefined(self) -> list[Cell]:
         """Cells whose test AUC is undefined: their test set holds one class."""
         return [cell for cell in self.cells if cell.values.get(AUC) is None]
@@ -189,7 +205,7 @@ def paragraph(study: Study) -> str:
     """What the cells support and what they do not, in sentences that follow from the intervals alone."""
     compared, ratio = study.comparison, study.chosen_ratio()
     if ratio is None:
-        return f"Nothing can be said yet: no cells of {compared.main} are finished."
+        return f"Nothing can be said yet: no finished cell of {compared.main} has a validation AUC."
     how = "fixed beforehand" if compared.ratio is not None else "the one with the best validation AUC of these worlds"
     main, control, nothing = (
         Treatment(compared.main, ratio),
@@ -327,11 +343,9 @@ def write_report(
     name: str,
     study: Study,
     seconds: Mapping[Any, float | None],
-    planned: int,
-    generators: Mapping[str, float],
-    commit: str,
+    notes: Sequence[str],
 ) -> None:
-    """results.csv, dose_response.png, study.md and study.html in ``folder``; ``planned``: cells of the whole study."""
+    """results.csv, dose_response.png, study.md and study.html in ``folder``; ``notes``: how they came about."""
     from ldm.classifier_report import write_csv
     from ldm.files import atomic_file, write_text
     from ldm.report import page, table
@@ -344,13 +358,18 @@ def write_report(
     heads = (["arm", "worlds", *(SHOWN[metric] for metric in shown)], ["", "minus", "test AUC", "worlds", "verdict"])
     tables = (mean_rows(study, shown), difference_rows(study))
     notes = [
-        f"{len(study.cells)} of {planned} cells are finished. Commit {commit}; {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
-        f"Time: {timing(seconds, generators)}",
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
+        *notes,
         "Means over worlds, the classifier seeds averaged first; in brackets 95 % intervals, Student's t over worlds. "
         "Differences are paired by world and seed.",
     ]
     if study.undefined():
         notes.append(f"{len(study.undefined())} cells have no test AUC: their test set holds one class.")
+    if uneven := study.uneven():
+        notes.append(
+            f"In {len(uneven)} cells another number of images was added than in the control, which is unfair (the "
+            f"first: {uneven[0]}); give `draw` a larger --limit, or --variants."
+        )
     said = paragraph(study)
     parts = [f"# Study: {name}", *notes, said, "## Means", markdown_table(heads[0], tables[0])]
     parts += ["## Differences", markdown_table(heads[1], tables[1]), "![AUC by ratio](dose_response.png)"]

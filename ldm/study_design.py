@@ -147,22 +147,27 @@ def generator_steps(design: Design, world: World, name: str) -> tuple[Step, ...]
 
 def plan_cell(design: Design, world: World, arm: Arm, ratio: float | None, seed: int) -> CellStep:
     """One classifier; its folder names arm, ratio and seed."""
-    label = arm.name if ratio is None else f"{arm.name}_{ratio:g}"
-    folder = design.folder(world.name, "cells", f"{label}_seed{seed}")
+    name = f"{label(arm, ratio)}_seed{seed}"
+    folder = design.folder(world.name, "cells", name)
+    drawn = [design.folder(world.name, "generators", arm.generator, "pictures")] if arm.generator else []
     values = {
         "train_json": added_path(design, world, arm) if arm.add else world.train,
         "val_json": world.val,
         "test_json": world.test,
         "output_dir": folder,
         "seed": seed,
+        "synthetic": drawn,  # always said, so that the classifier's JSON cannot add pictures to an arm
+        "use_synthetic": arm.use or "mix",
+        "ratio": ratio,
     }
-    if arm.use:
-        values |= {"use_synthetic": arm.use, "ratio": ratio}
-    if arm.generator:
-        values["synthetic"] = [design.folder(world.name, "generators", arm.generator, "pictures")]
     given = [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *design.set, *arm.set]
     words = ["classifier.py", design.classifier, *(word for each in given for word in ("--set", each))]
-    return CellStep(world, arm, ratio, seed, folder, command(f"{label}_seed{seed}", words, f"{folder}/metrics.json"))
+    return CellStep(world, arm, ratio, seed, folder, command(name, words, f"{folder}/metrics.json"))
+
+
+def label(arm: Arm, ratio: float | None) -> str:
+    """Names the arm's cells at this ratio."""
+    return arm.name if ratio is None else f"{arm.name}_{ratio:g}"
 
 
 def command(name: str, words: list[str], makes: str) -> Step:
@@ -189,6 +194,11 @@ def load_design(path: Path) -> Design:
             if key not in values:
                 raise UsageError(f"{where}{key}: expected a path, since the generator {name} needs it; found none")
     arms = tuple(parse_arm(name, item, values["generators"], where) for name, item in values["arms"].items())
+    labels = [label(arm, ratio) for arm in arms for ratio in arm.ratios]
+    for each in labels:
+        if labels.count(each) > 1:
+            raise UsageError(f"{where}arms: two arms have cells of the name {each}; rename one of them")
+    command_words(values.get("draw", ""), f"{where}draw: ")
     return Design(
         **{key: values[key] for key in texts if key in values},
         worlds=parse_worlds(worlds, values["phantoms"], values["output_dir"], where),
@@ -201,8 +211,8 @@ def load_design(path: Path) -> Design:
     )
 
 
-def read_layers(path: Path) -> Any:
-    """The YAML's keys over those of its ``base:``."""
+def read_layers(path: Path, above: tuple[Path, ...] = ()) -> Any:
+    """The YAML's keys over those of its ``base:``; ``above``: the files that are based on it."""
     import yaml
 
     try:
@@ -212,9 +222,10 @@ def read_layers(path: Path) -> Any:
     if not isinstance(values, dict) or "base" not in values:
         return values
     base = values.pop("base")
-    if not isinstance(base, str) or (path.parent / base).resolve() == path.resolve():
+    above = (*above, path.resolve())
+    if not isinstance(base, str) or (path.parent / base).resolve() in above:
         raise UsageError(f"{path}: base: expected another study's YAML, found {base!r}")
-    below = read_layers(path.parent / base)
+    below = read_layers(path.parent / base, above)
     return {**below, **values} if isinstance(below, dict) else below
 
 
@@ -274,7 +285,7 @@ def parse_generator(name: str, item: Any, where: str) -> Generator:
     stages = words(item["stages"], here)
     if "merge" in stages and (stages.index("merge") != 2 or stages.count("merge") > 1):
         raise UsageError(f"{here}merge joins the two stages before it; expected it once, as the third")
-    stems = [Path(stage.split()[0]).stem for stage in stages]
+    stems = [Path(command_words(stage, here)[0]).stem for stage in stages]
     if len(set(stems)) < len(stems):
         raise UsageError(f"{here}two stages have the same YAML name ({', '.join(stems)}); names must differ")
     return Generator(stages, words(item.get("set", []), f"{where}generators.{name}.set: "))
@@ -310,10 +321,28 @@ def parse_compare(item: dict[str, Any], arms: tuple[Arm, ...], where: str) -> di
     for key in ("baseline", "control", "main"):
         if item[key] not in names:
             raise UsageError(f"{here}.{key}: expected one of the arms {', '.join(names)}, found {item[key]!r}")
-    main = arms[names.index(item["main"])]
+    baseline, control, main = (arms[names.index(item[key])] for key in ("baseline", "control", "main"))
+    if baseline.use is not None:
+        raise UsageError(f"{here}.baseline: expected an arm without ratios, found {baseline.name}")
+    if main.use is None:
+        raise UsageError(f"{here}.main: expected an arm with ratios, found {main.name}")
     if item["ratio"] is not None and item["ratio"] not in main.ratios:
         raise UsageError(f"{here}.ratio: expected a ratio of {main.name} or null, found {item['ratio']!r}")
+    needed = main.ratios if item["ratio"] is None else (float(item["ratio"]),)
+    if not set(needed) <= set(control.ratios):
+        asked = ", ".join(f"{ratio:g}" for ratio in needed)
+        raise UsageError(
+            f"{here}.control: expected an arm with the ratios {asked} of {main.name}, found {control.name}"
+        )
     return {**item, "ratio": None if item["ratio"] is None else float(item["ratio"])}
+
+
+def command_words(text: str, where: str) -> list[str]:
+    """The words of a part of a command; UsageError if a quote is left open."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{where}not understood as part of a command ({error}): {text}") from error
 
 
 def words(items: list[Any], where: str) -> tuple[str, ...]:

@@ -1,8 +1,11 @@
 """tool/compare_samplers.py on phantoms: what it measures, what it says, and what it refuses."""
 
 import json
+import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import CLIP, PHANTOM, ROOT, call, metas
@@ -46,11 +49,31 @@ def test_same_pictures_with_both_settings(final: Path, world: Path, judge: Path,
             masks = [tmp_path / "out" / f"{kind}_seed{seed}" / name / "mask.png" for kind in ("reference", "fast")]
             assert masks[0].read_bytes() == masks[1].read_bytes()
         for runs in found["seeds"].values():
-            assert runs[seed]["seconds_per_picture"] > 0
             assert 0 <= runs[seed]["prompt_agreement"] <= 1
     before = (tmp_path / "out" / "comparison.json").read_text()
     assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 2) == 0
     assert (tmp_path / "out" / "comparison.json").read_text() == before  # nothing was drawn again
+
+
+def test_pictures_that_one_setting_could_not_draw_are_left_out_of_both(
+    final: Path, world: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = compare_samplers.draw
+
+    def half_drawn(args: Namespace, prompts: Path, folder: Path, seed: int, setting: dict[str, Any]) -> int:
+        code = drawn(args, prompts, folder, seed, setting)
+        if folder.name == "fast_seed1":
+            shutil.rmtree(next(folder.glob("*__v0")))
+            return 3
+        return code
+
+    monkeypatch.setattr(compare_samplers, "draw", half_drawn)
+    assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 3) == 3
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["settings"]["pictures"] == 2 * (3 + 2)
+    assert "sampling.steps=2" in found["settings"]["overrides"]
+    with pytest.raises(MedSoftError, match=r"fast_seed1: 1 pictures in common; expected at least 2; draw more"):
+        compare(final, world / "train", judge, tmp_path / "few", "--seeds", 2, "--limit", 2)
 
 
 def test_no_worse_means_within_the_spread_of_the_seeds() -> None:

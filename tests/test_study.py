@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from ldm.errors import MedSoftError, UsageError
 from ldm.files import write_json
 from ldm.images import read_image
 from ldm.locks import exclusive
+from ldm.plans import Plan, Record, Step
 
 ROOT = tiny.ROOT
 SCRIPT = ROOT / "tool" / "study.py"
@@ -110,6 +112,24 @@ GENERATOR = {"checkpoint": "a.ckpt", "model": "models/phantom.yaml"}
         ),
         ({"steps": [{"name": "a", "runs": "x"}]}, "step 1: unknown key runs"),
         ({"base": "study.yaml"}, "base: expected another study's YAML"),
+        ({"compare": SMALL["compare"] | {"main": "real"}}, "compare.main: expected an arm with ratios, found real"),
+        (
+            {"compare": SMALL["compare"] | {"baseline": "duplicated"}},
+            "compare.baseline: expected an arm without ratios, found duplicated",
+        ),
+        (
+            {
+                "arms": SMALL["arms"] | {"twice": {"use": "duplicate_real", "ratios": [1, 2]}},
+                "compare": SMALL["compare"] | {"main": "twice"},
+            },
+            "compare.control: expected an arm with the ratios 1, 2 of twice, found duplicated",
+        ),
+        ({"arms": SMALL["arms"] | {"duplicated_1": {}}}, "two arms have cells of the name duplicated_1; rename one"),
+        ({"draw": "--prompt 'osteolytic"}, "draw: not understood as part of a command .No closing quotation"),
+        (
+            {**GENERATOR, "generators": {"g": {"stages": ["a.yaml training.rates='{"]}}},
+            "generators.g.stages: not understood as part of a command",
+        ),
     ],
 )
 def test_faults_of_a_study_are_named(write_study, change: dict[str, Any], message: str) -> None:
@@ -123,6 +143,10 @@ def test_files_that_are_no_study(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(UsageError, match=r"broken.yaml: not readable as YAML"):
         study.load_design(tmp_path / "broken.yaml")
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {other}.yaml")
+    with pytest.raises(UsageError, match=r"two.yaml: base: expected another study's YAML, found 'one.yaml'"):
+        study.load_design(tmp_path / "one.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UsageError, match="expected the keys name"):
         study.load_design(tmp_path / "list.yaml")
@@ -219,11 +243,27 @@ def test_annotation_files_that_changed_are_refused(write_study, world: Path, tmp
     copy.write_bytes((world / tiny.TRAIN).read_bytes())
     files = {"train_json": str(copy), "val_json": str(world / tiny.VAL), "test_json": str(world / tiny.TEST)}
     design = study.load_design(write_study(worlds={"hospital": files}, phantoms=None))
-    study.check_unchanged(design, design.worlds[0])
-    study.check_unchanged(design, design.worlds[0])
+    study.check_unchanged(design, design.worlds[0], [])
+    study.check_unchanged(design, design.worlds[0], [])
     copy.write_text("[]")
-    with pytest.raises(UsageError, match=r"train.json: has changed since world hospital was begun; delete"):
-        study.check_unchanged(design, design.worlds[0])
+    with pytest.raises(UsageError, match=r"train .*train.json: has changed since world hospital was begun; delete"):
+        study.check_unchanged(design, design.worlds[0], [])
+
+
+def test_dataset_folders_that_changed_are_refused(write_study, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "test", tmp_path / "patients")
+    files = {"train_json": str(world / tiny.TRAIN), "val_json": str(world / tiny.VAL)}
+    worlds = {"hospital": files | {"test_json": str(tmp_path / "patients")}}
+    arms = SMALL["arms"] | {"more": {"add": str(tmp_path / "patients")}}
+    design = study.load_design(write_study(worlds=worlds, phantoms=None, arms=arms))
+    study.check_unchanged(design, design.worlds[0], [])
+    study.check_unchanged(design, design.worlds[0], [design.arms[-1]])
+    other = study.load_design(write_study(worlds=worlds, phantoms=None, arms=arms | {"more": {"add": str(world)}}))
+    with pytest.raises(UsageError, match=r"arms.more.add .*: has changed since world hospital was begun"):
+        study.check_unchanged(other, other.worlds[0], [other.arms[-1]])
+    shutil.rmtree(next(path for path in (tmp_path / "patients").iterdir() if path.is_dir()))
+    with pytest.raises(UsageError, match=r"test .*patients: has changed since world hospital was begun"):
+        study.check_unchanged(design, design.worlds[0], [])
 
 
 def test_annotation_files_that_are_missing_are_named(write_study, world: Path, tmp_path: Path) -> None:
@@ -236,14 +276,13 @@ def test_annotation_files_that_are_missing_are_named(write_study, world: Path, t
 
 def test_a_world_that_is_running_is_left_alone_while_another_runs(write_study, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    compare = {"baseline": "real", "control": "real", "main": "other", "ratio": None}
-    path = write_study(worlds=[3, 4], arms={"real": {}, "other": {}}, compare=compare)
+    path = write_study(worlds=[3, 4])
     with exclusive(out / "world_3.lock", "busy"):
         with pytest.raises(UsageError, match=r"out/world_3.lock: this world is running already"):
             tiny.call(study, path)
         assert not (out / "world_3" / "cells").exists()
         assert tiny.call(study, path, "--worlds", "world_4") == 0
-    assert sorted(file.parent.name for file in out.rglob("metrics.json")) == ["other_seed0", "real_seed0"]
+    assert sorted(file.parent.name for file in out.rglob("metrics.json")) == ["duplicated_1_seed0", "real_seed0"]
     assert {row["world"] for row in csv.DictReader((out / "results.csv").read_text().splitlines())} == {"world_4"}
     assert tiny.call(study, path) == 0
     assert len(list(csv.DictReader((out / "results.csv").read_text().splitlines()))) == 4
@@ -267,9 +306,26 @@ def test_added_real_images_join_the_training_annotations(write_study, world: Pat
     (group,) = study.plan_groups(design)
     assert "train_more.json" in group.plan.steps[-1].run
 
-    missing = study.load_design(write_study(arms=SMALL["arms"] | {"more": {"add": str(tmp_path / "no")}}))
+    files["train_json"] = str(world / tiny.TRAIN)
+    missing = study.load_design(
+        write_study(
+            worlds={"hospital": files}, phantoms=None, arms=SMALL["arms"] | {"more": {"add": str(tmp_path / "no")}}
+        )
+    )
     with pytest.raises(UsageError, match=r"arms.more.add: .*no does not exist"):
-        study.add_real(missing, missing.worlds[0], missing.arms[-1])
+        study.check_unchanged(missing, missing.worlds[0], [missing.arms[-1]])
+
+
+def test_added_images_that_cannot_be_read_are_listed(write_study, world: Path, tmp_path: Path) -> None:
+    extra = tmp_path / "extra"
+    assert tiny.call(make_phantoms, "--output_dir", extra, "--seed", 77, "--healthy", 1, "--diseased", 2) == 0
+    next(extra.glob("*/image.png")).write_bytes(b"no picture")
+    files = {f"{split}_json": str(world / f"openimages_format_{split}.json") for split in ("train", "val", "test")}
+    arms = SMALL["arms"] | {"more": {"add": str(extra)}}
+    path = write_study(worlds={"hospital": files}, phantoms=None, arms=arms)
+    for _ in range(2):  # also when nothing is left to do
+        assert tiny.call(study, path) == 3
+    assert len(json.loads((tmp_path / "out" / "hospital" / "train_more.rejects.json").read_text())) == 1
 
 
 # ----------------------------------------------------------------------------------------------------- running
@@ -326,8 +382,41 @@ def test_a_failing_cell_stops_the_study_with_its_code(write_study, world: Path, 
     assert f"go on with: python tool/study.py {path}" in said
 
 
+def test_cells_of_other_settings_are_left_out_and_counted(write_study, tmp_path: Path) -> None:
+    assert tiny.call(study, write_study()) == 0
+    changed = SMALL["arms"] | {"duplicated": SMALL["arms"]["duplicated"] | {"set": ["lr=0.01"]}}
+    path = write_study(arms=changed)
+    assert tiny.call(study, path, "--collect") == 0
+    assert [row["arm"] for row in rows_of(tmp_path / "out")] == ["real"]
+    said = (tmp_path / "out" / "study.md").read_text()
+    assert "1 of 2 cells are finished; left out, as other settings or an older generator made them: 1." in said
+    assert tiny.call(study, write_study(set=[*SMALL["set"], "lr=0.01"]), "--list") == 0
+    with pytest.raises(MedSoftError, match=r"out: 0 of 2 cells are finished; left out, .*: 2; run the study first"):
+        tiny.call(study, write_study(set=[*SMALL["set"], "lr=0.01"]), "--collect")
+
+
+def test_a_cell_is_outdated_once_its_generator_was_made_anew() -> None:
+    made, cell = Step("train", "python train"), Step("cell", "python cell")
+    record = Record(Plan("p", "nowhere", (made, cell)))
+    assert not record.outdated(cell, [made])  # nothing is known of it
+    entries = {
+        step.name: {"fingerprint": step.fingerprint, "finished": f"2026-01-0{day}"}
+        for step, day in ((made, 1), (cell, 2))
+    }
+    record.entries = entries
+    assert not record.outdated(cell, [made])
+    entries["train"]["finished"] = "2026-01-03"
+    assert record.outdated(cell, [made])
+    entries["train"] |= {"finished": "2026-01-01", "fingerprint": "other settings"}
+    assert record.outdated(cell, [made])
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+
+
 def test_collecting_before_anything_ran_says_so(write_study) -> None:
-    with pytest.raises(MedSoftError, match="none of the 2 cells is finished; run the study first"):
+    with pytest.raises(MedSoftError, match="0 of 2 cells are finished; run the study first"):
         tiny.call(study, write_study(), "--collect")
 
 
@@ -396,7 +485,7 @@ def test_the_report_holds_every_cell_and_the_difference(write_study, tmp_path: P
     assert len((out / "results.csv").read_text().splitlines()) == 1 + 3 * 2 * 2
     text = (out / "study.md").read_text()
     assert "| duplicated at 1 | real | +0.200 (+0.200 to +0.200) | 3 | higher |" in text
-    assert "12 of 12 cells are finished. Commit " in text
+    assert "12 of 12 cells are finished. Reported at commit " in text
     assert (
         "duplicated at 1 minus real: +0.200 (95 % +0.200 to +0.200) of test AUC over 3 worlds; a gain is shown." in text
     )

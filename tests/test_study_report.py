@@ -10,7 +10,7 @@ from scipy import stats
 
 from ldm.errors import MedSoftError
 from ldm.files import write_json
-from ldm.study import Cell, Comparison, Study, Treatment, interval, paragraph, read_cell
+from ldm.study import Cell, Comparison, Study, Treatment, interval, paragraph, read_cell, write_report
 
 SEEDS, WORLDS = (0, 1), ("w1", "w2", "w3")
 
@@ -131,3 +131,29 @@ def test_metrics_that_are_none_of_a_tested_classifier_are_refused(tmp_path: Path
     (tmp_path / "metrics.json").write_text("{")
     with pytest.raises(MedSoftError, match=r"metrics.json: not valid JSON"):
         read_cell(tmp_path, "w", Treatment("real"), 0)
+
+
+def test_another_number_of_added_images_than_in_the_control_is_said(tmp_path: Path) -> None:
+    found = [
+        Cell(
+            "w1",
+            Treatment(arm, ratio),
+            0,
+            {"auc": 0.5, "validation_auc": 0.5},
+            {"n_synthetic_used": drawn, "n_duplicated": again},
+        )
+        for arm, ratio, drawn, again in (
+            ("real", None, 0, 0),
+            ("duplicated", 3.0, 0, 30),
+            ("ours", 3.0, 28, 0),
+            ("base", 3.0, 30, 0),
+        )
+    ]
+    uneven = Study(found, Comparison("real", "duplicated", "ours"))
+    assert uneven.uneven() == ["w1, seed 0: 28 in ours at 3, 30 in duplicated at 3"]
+    write_report(tmp_path, "s", uneven, {}, [])
+    said = (
+        "In 1 cells another number of images was added than in the control, which is unfair (the first: w1, seed 0: 28"
+    )
+    assert said in (tmp_path / "study.md").read_text()
+    assert not Study([each for each in found if each.treatment.arm != "ours"], uneven.comparison).uneven()

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import cli
 from ldm.errors import MedSoftError, UsageError
-from ldm.files import content_id, read_json, write_json
+from ldm.files import content_id, fingerprint, read_json, write_json
 from ldm.locks import exclusive
 from ldm.plans import ROOT, Plan, Record, Step, hang_up_with_terminal, load_record, run_steps
 from ldm.study_design import Arm, Design, Group, World, added_path, load_design, plan_groups
@@ -69,7 +69,9 @@ def main(args: argparse.Namespace) -> int:
             code = code or run_group(design, groups, group, run)
     if code:
         return code
-    rejecting = [g.plan.name for g in mine if cli.SOME_REJECTED in exit_codes(load_record(g.plan))]
+    rejecting = [plan.name for plan in (once, *(g.plan for g in mine)) if cli.SOME_REJECTED in exit_codes(plan)]
+    lists = [rejects_of(design, group.world, arm) for group in mine for arm in adding(group)]
+    rejecting += [str(path) for path in lists if path.exists()]
     if rejecting:
         print(f"some inputs were rejected in: {', '.join(rejecting)} (listed beside their outputs)")
     return cli.SOME_REJECTED if rejecting else cli.DONE
@@ -97,8 +99,8 @@ def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[
     code = run(record, step_names(group.world.steps))
     if code:
         return code
-    check_unchanged(design, group.world)
-    for arm in dict.fromkeys(cell.arm for cell in group.cells if cell.arm.add):
+    check_unchanged(design, group.world, adding(group))
+    for arm in adding(group):
         add_real(design, group.world, arm)
     code = run(record, step_names(group.plan.steps[len(group.world.steps) :]))
     if not code:
@@ -111,8 +113,9 @@ def step_names(steps: tuple[Step, ...]) -> list[str]:
     return [step.name for step in steps]
 
 
-def exit_codes(record: Record) -> list[int | None]:
-    return [record.known(step).get("exit_code") for step in record.plan.steps]
+def exit_codes(plan: Plan) -> list[int | None]:
+    record = load_record(plan)
+    return [record.known(step).get("exit_code") for step in plan.steps]
 
 
 def show(plans: list[Plan]) -> int:
@@ -124,58 +127,93 @@ def show(plans: list[Plan]) -> int:
     return cli.DONE
 
 
-def check_unchanged(design: Design, world: World) -> None:
-    """UsageError unless the world's annotation files are there, and those its finished cells were made from."""
+def check_unchanged(design: Design, world: World, added: list[Arm]) -> None:
+    """UsageError unless the world's annotations, and the real images that arms add, are those its cells were made from.
+
+    Of a file the content is compared, of a dataset folder the names and sizes of its files.
+    """
     path = ROOT / design.folder(world.name, "world.json")
-    for name in ("train", "val", "test"):
-        if not (ROOT / getattr(world, name)).exists():
-            raise UsageError(f"world {world.name}: {getattr(world, name)} does not exist; give its {name} annotations")
-    found = {name: content_id(ROOT / getattr(world, name)) for name in ("train", "val", "test")}
-    known = read_json(path, "record of a world") if path.exists() else found
+    sources = {name: getattr(world, name) for name in ("train", "val", "test")}
+    for name, source in sources.items():
+        if not (ROOT / source).exists():
+            raise UsageError(f"world {world.name}: {source} does not exist; give its {name} annotations")
+    for arm in added:
+        sources[f"arms.{arm.name}.add"] = arm.add
+        if not (ROOT / arm.add).exists():
+            raise UsageError(f"arms.{arm.name}.add: {arm.add} does not exist; name a dataset folder or annotation JSON")
+    found = {name: source_id(ROOT / source) for name, source in sources.items()}
+    known = read_json(path, "record of a world") if path.exists() else {}
     for name, digest in found.items():
-        if known.get(name) != digest:
+        if known.get(name) not in (None, digest):
             raise UsageError(
-                f"{getattr(world, name)}: has changed since world {world.name} was begun; delete "
+                f"{name} {sources[name]}: has changed since world {world.name} was begun; delete "
                 f"{design.folder(world.name)}, or give the study another output_dir"
             )
-    if not path.exists():
-        write_json(path, found)
+    if known != {**known, **found}:
+        write_json(path, {**known, **found})
+
+
+def source_id(path: Path) -> str | None:
+    """Changes with a file's content, or with the names and sizes of the files in a folder."""
+    if not path.is_dir():
+        return content_id(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return fingerprint([[file.relative_to(path).as_posix(), file.stat().st_size] for file in files])
+
+
+def adding(group: Group) -> list[Arm]:
+    """The arms of the group that add real images."""
+    return list(dict.fromkeys(cell.arm for cell in group.cells if cell.arm.add))
+
+
+def rejects_of(design: Design, world: World, arm: Arm) -> Path:
+    return (ROOT / added_path(design, world, arm)).with_suffix(".rejects.json")
 
 
 def add_real(design: Design, world: World, arm: Arm) -> None:
-    """Write the training annotations of the world with those of ``arm.add`` behind them, if they are not there yet."""
-    from ldm.annotations import load_samples, write_annotations
+    """Write the training annotations of the world with those of ``arm.add`` behind them, if they are not there yet.
+
+    What of ``arm.add`` cannot be read is listed beside them, in ``<name>.rejects.json``.
+    """
+    from ldm.annotations import load_samples, write_annotations, write_rejects
 
     path = ROOT / added_path(design, world, arm)
     if path.exists():
         return
-    if not (ROOT / arm.add).exists():
-        raise UsageError(f"arms.{arm.name}.add: {arm.add} does not exist; name a dataset folder or annotation JSON")
-    samples = [sample for source in (world.train, arm.add) for sample in load_samples(ROOT / source)[0]]
-    write_annotations(path, samples)
+    (own, _), (more, rejects) = load_samples(ROOT / world.train), load_samples(ROOT / arm.add)
+    write_rejects(rejects_of(design, world, arm), rejects)
+    write_annotations(path, [*own, *more])
 
 
 # ------------------------------------------------------------------------------------------------------- report
 
 
 def report(design: Design, groups: list[Group]) -> int:
-    """Write the report of all finished cells; MedSoftError if there is none."""
-    from ldm.study import Comparison, Study, Treatment, read_cell, write_report
+    """Write the report of all finished cells of these settings; MedSoftError if there is none."""
+    from ldm.study import Comparison, Study, Treatment, read_cell, timing, write_report
 
-    cells, seconds = [], {}
+    cells, seconds, outdated = [], {}, 0
     for group in groups:
         record = load_record(group.plan)
+        before = group.plan.steps[: len(group.plan.steps) - len(group.cells)]
         for each in group.cells:
+            if record.outdated(each.step, before):
+                outdated += 1
+                continue
             found = read_cell(ROOT / each.folder, each.world.name, Treatment(each.arm.name, each.ratio), each.seed)
             if found is not None:
                 cells.append(found)
                 seconds[found.key] = record.known(each.step).get("seconds")
     planned = sum(len(group.cells) for group in groups)
+    state = f"{len(cells)} of {planned} cells are finished"
+    if outdated:
+        state += f"; left out, as other settings or an older generator made them: {outdated}"
     if not cells:
-        raise MedSoftError(f"{design.output_dir}: none of the {planned} cells is finished; run the study first")
+        raise MedSoftError(f"{design.output_dir}: {state}; run the study first")
     study = Study(cells, Comparison(**design.compare))
-    write_report(ROOT / design.output_dir, design.name, study, seconds, planned, generator_seconds(groups), commit())
-    print(f"{design.folder('study.md')}: {len(cells)} of {planned} cells", flush=True)
+    notes = [f"{state}. Reported at commit {commit()}.", f"Time: {timing(seconds, generator_seconds(groups))}"]
+    write_report(ROOT / design.output_dir, design.name, study, seconds, notes)
+    print(f"{design.folder('study.md')}: {state}", flush=True)
     return cli.DONE
 
 
