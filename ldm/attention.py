@@ -149,7 +149,7 @@ class TransformerBlock(nn.Module):
             rest = self.attn3.to_out[0].bias.expand(len(cond.text) - steered, *drawn.shape[1:])
             drawn = torch.cat([drawn, rest])
         if gate is not None:
-            drawn = gate[:, place] * drawn
+            drawn = gate[:, place].to(drawn.dtype) * drawn
         x = cond.spread(x)
         if isinstance(place, slice):
             return x + drawn

@@ -120,6 +120,15 @@ def test_third_attention_reads_no_token_behind_a_closed_gate() -> None:
     assert torch.equal(closed, unet(x, t, Conditioning(text)))
 
 
+def test_half_precision_stays_half_behind_the_gate() -> None:
+    """A float32 gate must not turn the residual stream, and all that follows in the block, back into float32."""
+    block = scrambled(TransformerBlock(dim=32, heads=4, text_dim=24, semantic_dim=16))
+    x, text, tokens = (each.bfloat16() for each in (noise(2, 6, 32), noise(2, 5, 24), noise(2, 9, 16)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = block(x, Conditioning(text, tokens), torch.rand(2, 6, 1))
+    assert found.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("levels", [[0, 1], [1], []])
 def test_two_conditions_share_what_comes_before_the_first_of_them(levels: list[int]) -> None:
     from dataclasses import replace
