@@ -29,12 +29,12 @@ def test_inference_measures_both_sides(tmp_path: Path, caplog: pytest.LogCapture
     ]
     assert names[5:] == [
         "50 steps of DDIM with guidance (sum of the calls)",
-        "20 steps of 2M, 12 guided / 50 of DDIM (sum of the calls)",
+        "20 steps of 2M, 17 guided / 50 of DDIM (sum of the calls)",
     ]
     guided, prompted, encoding, decoding, _, equal, fast = found["measured"]
     ends = 2 * encoding["ours_s"] + decoding["ours_s"]
     assert equal["ours_s"] == pytest.approx(50 * guided["ours_s"] + ends)
-    assert fast["ours_s"] == pytest.approx(12 * guided["ours_s"] + 8 * prompted["ours_s"] + ends)
+    assert fast["ours_s"] == pytest.approx(17 * guided["ours_s"] + 3 * prompted["ours_s"] + ends)
     for row in (equal, fast):
         assert row["theirs_s"] == pytest.approx(50 * guided["theirs_s"] + encoding["theirs_s"] + decoding["theirs_s"])
     for row in found["measured"]:
