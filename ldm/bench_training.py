@@ -1,8 +1,9 @@
 """Training speed: items per second of each stage, with the cache, the freezing and the precision each on and off.
 
 The variants of a stage take turns on the same networks (random weights) and the same items, so their ratios hold on a
-machine that does other things too. One step is forward, backward, clipping and AdamW, as in training; a step with
-features on the fly runs the frozen encoders first, in the step's own precision.
+machine that does other things too. One step is forward, backward, clipping and AdamW, as in training. A step with
+features on the fly runs the frozen encoders first: in float32, which gives the features that the cache holds, or, which
+is cheaper and less exact, in the step's bfloat16.
 """
 
 import argparse
@@ -13,9 +14,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,8 +38,16 @@ STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
 PROMPT = "osteolytic lesion with a pathological fracture of the vertebral body"
 
 
+class Variant(NamedTuple):
+    """How a step differs from the step as trained."""
+
+    around: Callable[[], AbstractContextManager]  # what it prepares is not timed
+    half: bool  # the step in bfloat16 and float32 (mixed), else all in float32
+    encoders: torch.dtype | None = None  # of the encoders that run in the step; None: features come from the cache
+
+
 class Steps:
-    """A stage on one device, with steps in four variants."""
+    """A stage on one device, with steps in several variants."""
 
     def __init__(self, config: Config, clip: BiomedClip, batch_size: int, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -57,22 +66,29 @@ class Steps:
         self.batch["mask"] = (self.batch["mask"] > 0.9).float()
         self.image = torch.rand(batch_size, 3, config.data.image_size, config.data.image_size, device=device) * 2 - 1
 
-    def variants(self) -> dict[str, Callable]:
-        """Name -> context manager around a step; what it prepares is not timed."""
-        found = {"as trained": _nothing, "features on the fly": _nothing}
-        if any(not value.requires_grad for value in self._step_parameters()):
-            found["nothing frozen"] = self._unfrozen
+    def variants(self) -> dict[str, Variant]:
+        """By name. Features on the fly are those that the cache holds, or cheaper ones of encoders in bfloat16."""
+        found = {"as trained": Variant(nullcontext, self.half)}
         if self.half:
-            found["float32"] = self._whole
+            found["features on the fly"] = Variant(self._float32_encoders, True, torch.float32)
+            found["features on the fly, bf16"] = Variant(nullcontext, True, torch.bfloat16)
+        else:
+            found["features on the fly"] = Variant(nullcontext, False, torch.float32)
+        if any(not value.requires_grad for value in self._step_parameters()):
+            found["nothing frozen"] = Variant(self._unfrozen, self.half)
+        if self.half and self._frozen_kernels():
+            found["other layout of kernels"] = Variant(self._other_layout, True)
+        if self.half:
+            found["float32"] = Variant(self._float32_step, False)
         return found
 
-    def step(self, fly: bool, half: bool) -> None:
+    def step(self, variant: Variant) -> None:
         """One optimizer step."""
         batch = self.batch
-        if fly:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+        if variant.encoders:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=variant.encoders == torch.bfloat16):
                 batch = {**batch, **self._encoded()}
-        optimizer_step(self.stage, self.optimizer, batch, half)
+        optimizer_step(self.stage, self.optimizer, batch, variant.half)
 
     @torch.no_grad()
     def _encoded(self) -> dict[str, torch.Tensor]:
@@ -99,19 +115,37 @@ class Steps:
             value.requires_grad_(False)
             value.grad = None
 
+    def _frozen_kernels(self) -> list[torch.nn.Parameter]:
+        return [value for value in self._step_parameters() if value.ndim == 4 and not value.requires_grad]
+
     @contextmanager
-    def _whole(self) -> Iterator[None]:
-        halved = [value for value in self.stage.net.parameters() if value.dtype == torch.bfloat16]
-        for value in halved:
-            value.data = value.data.float()
+    def _other_layout(self) -> Iterator[None]:
+        """Channels last where halve_frozen leaves kernels contiguous, and the other way round."""
+        kernels = self._frozen_kernels()
+        last = all(value.is_contiguous(memory_format=torch.channels_last) for value in kernels)
+        for value in kernels:
+            value.data = value.to(memory_format=torch.contiguous_format if last else torch.channels_last)
         yield
-        for value in halved:
-            value.data = value.data.to(torch.bfloat16)
+        halve_frozen(self.stage.net)
+
+    def _float32_encoders(self) -> AbstractContextManager:
+        net = self.stage.net
+        homes = {"autoencoder": "first_stage_model", "text": "cond_stage_model"}
+        return _in_float32(self.clip, *(getattr(net, home) for part, home in homes.items() if part in net.parts))
+
+    def _float32_step(self) -> AbstractContextManager:
+        return _in_float32(self.stage.net)
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
+def _in_float32(*networks: torch.nn.Module) -> Iterator[None]:
+    """The block sees the halved weights as they are without halving."""
+    for value in (value for network in networks for value in network.parameters()):
+        if value.dtype == torch.bfloat16:
+            value.data = value.data.to(torch.float32, memory_format=torch.contiguous_format)
     yield
+    for network in networks:
+        halve_frozen(network)
 
 
 def optimizer_of(stage: Stage) -> torch.optim.Optimizer:
@@ -127,7 +161,7 @@ def optimizer_step(stage: Stage, optimizer: torch.optim.Optimizer, batch: dict[s
     with torch.autocast(stage.device.type, torch.bfloat16, enabled=half):
         loss = stage.losses(batch, 0.0)[0].mean()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(stage.trained.values(), stage.config.training.clip_norm)
+    stage.clip(stage.gradient_norms()[1])
     optimizer.step()
     if stage.device.type == "cuda":
         torch.cuda.synchronize()
@@ -138,10 +172,10 @@ def measure(steps: Steps, repeats: int, warm_up: int = 1) -> dict[str, list[tupl
     """(seconds, seconds of all cores) of each step of each variant, after the warm-up; the variants take turns."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps.variants()}
     for turn in range(repeats + warm_up):
-        for name, around in steps.variants().items():
-            with around():
+        for name, variant in steps.variants().items():
+            with variant.around():
                 start, cores = time.perf_counter(), time.process_time()
-                steps.step(name == "features on the fly", steps.half and name != "float32")
+                steps.step(variant)
                 elapsed = time.perf_counter() - start, time.process_time() - cores
             if turn >= warm_up:
                 found[name].append(elapsed)
@@ -196,5 +230,5 @@ def report(stage: str, times: dict[str, list[tuple[float, float]]], batch_size: 
         row = {"stage": stage, "variant": name, "items_per_second": speed, "ratio": ratio, "ratio_of_core_time": cores}
         rows.append({**row, "seconds": [seconds for seconds, _ in taken]})
         words = (stage, name, speed, ratio, cores)
-        log.info("%-10s %-20s %8.3f items/s   %5.2f times as long (%.2f in core time)", *words)
+        log.info("%-10s %-26s %8.3f items/s   %5.2f times as long (%.2f in core time)", *words)
     return rows

@@ -134,6 +134,7 @@ class TrainingConfig:
     workers: int = 0  # data-loader processes
     save_every_minutes: float = 10.0
     keep_best: int = 1  # how many of the best epochs' weights are kept beside last.ckpt
+    val_draws: int = 1  # fixed noises and time steps with which each validation sample is seen
     pictures: int = 2  # fixed validation items that are drawn now and then; 0 = none
     max_rejected: float = 0.01  # training stops when a larger share of the samples cannot be read
     seed: int = 0
@@ -356,6 +357,7 @@ def _validate_ranges(config: Config, refuse: Any) -> None:
         "training.ema_decay": (0, 0.999999),
         "training.save_every_minutes": (0, None),
         "training.keep_best": (0, None),
+        "training.val_draws": (1, None),
         "training.pictures": (0, None),
         "training.max_rejected": (0, 1),
         "sampling.steps": (1, highest),

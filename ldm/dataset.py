@@ -171,7 +171,8 @@ class StageData(Dataset):
 
     Indexed by (epoch, sample number, repeat, weight); time step, noise, posterior sample, drop-out coin and the choice
     among a sample's masks or crops are functions of (seed, epoch, sample_id, repeat). ``fixed`` ignores the epoch, so
-    that a validation number changes only with the model. ``weight`` is handed on (see EpochOrder).
+    that a validation number changes only with the model, and spreads the time steps of a sample's ``val_draws`` repeats
+    evenly over the schedule. ``weight`` is handed on (see EpochOrder).
     """
 
     def __init__(self, items: Sequence[Item], features: Any, training: TrainingConfig, fixed: bool) -> None:
@@ -200,7 +201,8 @@ class StageData(Dataset):
             shape = found["latent_mean"].shape
             found["posterior_noise"] = torch.randn(shape, generator=generator)
             found["noise"] = torch.randn(shape, generator=generator)
-            found["t"] = torch.rand((), generator=generator)  # share of the schedule
+            t = torch.rand((), generator=generator)  # share of the schedule
+            found["t"] = (repeat + t) / self.training.val_draws if self.fixed else t
             found["coin"] = torch.rand((), generator=generator)
         return {**found, "sample_id": sample_id, "weight": torch.tensor(weight)}
 
@@ -211,7 +213,7 @@ class EpochOrder(Sampler):
     The global batch is the same however many processes share it. Where they cannot share the last one equally, a
     sample is repeated with weight 0 and the others weigh so much that the mean over all processes is the mean over the
     batch; else every weight is 1. ``start`` skips what an interrupted epoch has already seen (in samples of this
-    process), once. Balancing (see ``balanced_uses``) concerns the shuffled order only.
+    process), once. Balancing (see ``balanced_uses``) concerns the shuffled order only, ``val_draws`` the other one.
     """
 
     def __init__(self, data: StageData, training: TrainingConfig, shuffle: bool, rank: int = 0, world: int = 1) -> None:
@@ -230,7 +232,8 @@ class EpochOrder(Sampler):
     def _uses(self) -> list[tuple[int, int]]:
         if self.training.balance and self.shuffle:
             return balanced_uses(self.data, self.training, self.epoch)
-        return [(number, 0) for number in range(len(self.data))]
+        draws = 1 if self.shuffle else self.training.val_draws
+        return [(number, draw) for number in range(len(self.data)) for draw in range(draws)]
 
     def __iter__(self) -> Iterator[tuple[int, int, int, float]]:
         uses = self._uses()

@@ -39,6 +39,16 @@ def half_is_fast() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def kernel_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The memory layout in which the U-Net's kernels of ``dtype`` are fastest on ``device`` (measured).
+
+    Channels last on a GPU and, in bfloat16, on a CPU with AMX (8 to 10 % of a call or training step); on a CPU without
+    AMX it costs up to a third.
+    """
+    amx = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return torch.channels_last if device.type == "cuda" or amx else torch.contiguous_format
+
+
 def resolve_precision(name: str) -> str:
     """``auto`` -> bf16-mixed or 32-true for this machine; Lightning's own names stay."""
     return ("bf16-mixed" if half_is_fast() else "32-true") if name == "auto" else name

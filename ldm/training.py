@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from ldm.checkpoint import PREFIXES, Checkpoint
 from ldm.config import Config
 from ldm.dataset import EpochOrder, StageData
+from ldm.devices import kernel_layout
 from ldm.diffusion import diffusion_loss
 from ldm.errors import MedSoftError, UsageError
 from ldm.model import MedSoftModel
@@ -213,18 +214,27 @@ class Stage(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradient norms of each group, and clipping by the norm of all: Lightning refuses to clip for fused AdamW."""
         self.learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        gradients = {name: [p.grad for p in members.values()] for name, members in self.groups.items()}
-        norms = {name: get_total_norm([g for g in found if g is not None]) for name, found in gradients.items()}
-        total = get_total_norm(list(norms.values()))
+        norms, total = self.gradient_norms()
         if not torch.isfinite(total) and self.trainer.precision != "16-mixed":  # whose scaler leaves such a step out
             raise MedSoftError(
                 f"a gradient became {float(total)} at step {self.global_step} (samples "
                 f"{self._named(self.window_ids)}); the last good checkpoint is kept. Lower training.rates, or look at "
                 "these samples"
             )
-        if self.config.training.clip_norm:
-            clip_grads_with_norm_(self.trained.values(), self.config.training.clip_norm, total)
+        self.clip(total)
         self.grad_norms = {name: float(value) for name, value in norms.items()}
+
+    def gradient_norms(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The norm of each group's gradients, and of all."""
+        gradients = {name: [p.grad for p in members.values()] for name, members in self.groups.items()}
+        norms = {name: get_total_norm([g for g in found if g is not None]) for name, found in gradients.items()}
+        return norms, get_total_norm(list(norms.values()))
+
+    def clip(self, total: Tensor) -> None:
+        """Scale gradients whose norm is ``total`` down to ``training.clip_norm``, if it is larger (0: never)."""
+        most = self.config.training.clip_norm
+        if most and total > most:  # else each of them would be multiplied by one
+            clip_grads_with_norm_(self.trained.values(), most, total)
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -264,10 +274,17 @@ def training_groups(net: MedSoftModel, config: Config) -> dict[str, dict[str, nn
 
 
 def halve_frozen(net: nn.Module) -> None:
-    """Matrices and kernels only: autocast would cast them at every use; norms and biases stay as they are."""
+    """Matrices and kernels only: autocast would cast them at every use; norms and biases stay as they are.
+
+    Kernels get the memory layout in which the CPU convolves them fastest. For training on a GPU that is not measured.
+    """
+    layout = torch.contiguous_format
+    if not torch.cuda.is_available():
+        layout = kernel_layout(torch.device("cpu"), torch.bfloat16)
     for parameter in net.parameters():
         if not parameter.requires_grad and parameter.ndim > 1:
-            parameter.data = parameter.data.to(torch.bfloat16)
+            own = layout if parameter.ndim == 4 else torch.contiguous_format
+            parameter.data = parameter.data.to(torch.bfloat16, memory_format=own)
 
 
 def frozen_tensors(checkpoint: Checkpoint, config: Config) -> dict[str, Tensor]:

@@ -324,6 +324,27 @@ def test_a_last_batch_that_cannot_be_shared_has_the_same_mean(stage_data: Any) -
         assert np.mean(means) == pytest.approx(expected)
 
 
+def test_validation_sees_each_sample_at_times_spread_over_the_schedule(stage_data: Any) -> None:
+    data = stage_data(fixed=True)
+    data.training = replace(data.training, val_draws=1)
+    once = {key[1]: float(data[key]["t"]) for key in EpochOrder(data, data.training, shuffle=False)}
+    data.training = replace(data.training, val_draws=4)
+    order = EpochOrder(data, data.training, shuffle=False)
+    seen = list(order)
+    assert len(order) == len(seen) == 4 * 9
+    order.set_epoch(1)
+    times: dict[int, list[float]] = {}
+    for key, later in zip(seen, order, strict=True):
+        item = data[key]
+        assert torch.equal(item["noise"], data[later]["noise"])  # the same in every epoch
+        times.setdefault(key[1], []).append(float(item["t"]))
+    assert all([int(4 * t) for t in found] == [0, 1, 2, 3] for found in times.values())
+    assert len(once) == 9
+    assert max(once.values()) > 0.5  # one draw: anywhere in the schedule
+    assert all(found[0] == pytest.approx(once[number] / 4) for number, found in times.items())
+    assert len(uses(stage_data(), 1, 0, balance=False, val_draws=4)) == 9  # training is not concerned
+
+
 def test_resumed_order_is_the_rest_of_the_order(stage_data: Any) -> None:
     data = stage_data()
     for rank in (0, 1):

@@ -15,7 +15,7 @@ from ldm.errors import UsageError
 
 # Nine samples in batches of four: the third batch is one sample, which two processes cannot share. Four epochs make
 # twelve steps.
-RUN = {"batch_size": 4, "max_epochs": 4, "rates.msc": 0.001, "ema_decay": 0.9}
+RUN = {"batch_size": 4, "max_epochs": 4, "rates.msc": 0.001, "ema_decay": 0.9, "val_draws": 3}
 
 
 def losses(folder: Path) -> list[float]:

@@ -315,17 +315,30 @@ def test_similar_prompts_and_twins_are_said_in_preparation(
     assert "are the same picture, pixel for pixel; remove one of them" in caplog.text
 
 
-@pytest.mark.parametrize(("precision", "variants"), [("32-true", 2), ("bf16-mixed", 3)])
-def test_bench_of_training(tmp_path: Path, caplog: pytest.LogCaptureFixture, precision: str, variants: int) -> None:
+HALF = ["features on the fly, bf16", "nothing frozen", "other layout of kernels", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "more"),
+    [
+        ("stage1", "32-true", []),
+        ("stage1", "bf16-mixed", [HALF[0], HALF[-1]]),
+        ("unet_only", "bf16-mixed", HALF),
+        ("unet_only", "32-true", ["nothing frozen"]),
+    ],
+)
+def test_bench_of_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stage: str, precision: str, more: list[str]
+) -> None:
     caplog.set_level("INFO")
-    given = ("--config", MODELS / "phantom_stage1.yaml", "--batch_size", 1, "--repeats", 1)
+    given = ("--config", MODELS / f"phantom_{stage}.yaml", "--batch_size", 1, "--repeats", 1)
     assert call(bench, "training", *given, "--output", tmp_path / "b.json", f"training.precision={precision}") == 0
     found = json.loads((tmp_path / "b.json").read_text())
     names = [row["variant"] for row in found["stages"]]
-    assert names == ["as trained", "features on the fly", "float32"][:variants]
+    assert names == ["as trained", "features on the fly", *more]
     assert found["precision"] == precision
     assert all(row["ratio"] > 0 and row["ratio_of_core_time"] > 0 for row in found["stages"])
-    assert "stage1     features on the fly" in caplog.text
+    assert f"{stage:10} features on the fly" in caplog.text
     assert "most memory" in caplog.text
 
 

@@ -36,6 +36,7 @@ PLAIN = {
     "training.weight_decay": 0,
     "training.max_epochs": 1,
     "training.batch_size": 3,
+    "training.val_draws": 1,
     "training.balance": "false",
     "data.healthy_masks": 2,
     "data.diseased_crops": 2,
