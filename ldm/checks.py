@@ -8,6 +8,7 @@ from ldm.errors import MedSoftError
 
 MAX_PIXELS = 80_000_000  # refused from the header; below the number from which Pillow itself starts to warn
 
+TAIL = 1024  # bytes at a file's end that are looked at
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _IMAGE_MAGIC = {
     PNG_SIGNATURE: "PNG",
@@ -36,6 +37,9 @@ class FileError(MedSoftError):
         self.path = Path(path)
         self.reason = reason
 
+    def cause(self, path: object) -> str:
+        return self.reason if self.path == Path(str(path)) else str(self)
+
 
 def read_image_bytes(path: str | Path) -> tuple[bytes, str]:
     """The bytes of an image file and its kind ("PNG", "JPEG", "BMP", "TIFF"), told from the content, not the name.
@@ -59,6 +63,22 @@ def read_image_bytes(path: str | Path) -> tuple[bytes, str]:
     if kind == "PNG":
         check_png(path, data)
     return data, kind
+
+
+def check_ends(path: str | Path) -> None:
+    """A quick look at an image file: FileError if it is missing or unreadable, if its first bytes are not those of an
+    image, or if it is a PNG without its end. What lies between is seen when it is decoded."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as handle:
+            kind = sniff(path, handle.read(512))
+            handle.seek(0, 2)
+            handle.seek(max(0, handle.tell() - TAIL))
+            ended = b"IEND" in handle.read()
+    except OSError as error:
+        raise FileError(path, f"could not be read ({error.strerror or error})") from error
+    if kind == "PNG" and not ended:
+        read_image_bytes(path)  # says what is wrong with it
 
 
 def sniff(path: Path, head: bytes) -> str:

@@ -17,7 +17,7 @@ SWITCHES = (("unet", "soft_mask_channel"), ("unet", "soft_mask_attention"), ("ms
 SAMPLERS = ("ddim", "dpmpp_2m")
 SAMPLING_PRECISIONS = ("32-true", "bf16-true")
 ITEM_COUNTS = ("healthy_masks", "diseased_crops")  # of DataConfig: how many items are learned from, not how they look
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")  # weights and optimizer stay float32 in all of them
 
 
 @dataclass
@@ -119,7 +119,7 @@ class TrainingConfig:
     batch_size: int = 16
     max_epochs: int = 20
     accumulate: int = 1  # batches per optimizer step
-    precision: str = "auto"  # bf16-mixed where the device multiplies it fast, else 32-true; or Lightning's names
+    precision: str = "auto"  # bf16-mixed where the device multiplies it fast, else 32-true; or one of PRECISIONS
     weight_decay: float = 0.01
     warmup_steps: int = 0
     schedule: str = "constant"  # or cosine (to zero at the last step)
@@ -134,7 +134,7 @@ class TrainingConfig:
     workers: int = 0  # data-loader processes
     save_every_minutes: float = 10.0
     keep_best: int = 1  # how many of the best epochs' weights are kept beside last.ckpt
-    val_draws: int = 1  # fixed noises and time steps with which each validation sample is seen
+    val_draws: int = 1  # how often each validation sample is seen, with other fixed noise, time step, mask or crop
     pictures: int = 2  # fixed validation items that are drawn now and then; 0 = none
     max_rejected: float = 0.01  # training stops when a larger share of the samples cannot be read
     seed: int = 0

@@ -171,8 +171,8 @@ class StageData(Dataset):
 
     Indexed by (epoch, sample number, repeat, weight); time step, noise, posterior sample, drop-out coin and the choice
     among a sample's masks or crops are functions of (seed, epoch, sample_id, repeat). ``fixed`` ignores the epoch, so
-    that a validation number changes only with the model, and spreads the time steps of a sample's ``val_draws`` repeats
-    evenly over the schedule. ``weight`` is handed on (see EpochOrder).
+    that a validation number changes only with the model, and spreads a sample's ``val_draws`` repeats evenly over the
+    schedule and over its masks or crops. ``weight`` is handed on (see EpochOrder).
     """
 
     def __init__(self, items: Sequence[Item], features: Any, training: TrainingConfig, fixed: bool) -> None:
@@ -195,7 +195,8 @@ class StageData(Dataset):
         use = ("val", 0, repeat) if self.fixed else ("train", epoch, repeat)
         generator = named_generator(self.training.seed, *use, sample_id)
         choices = self.by_sample[sample_id]
-        item = choices[int(torch.randint(len(choices), (), generator=generator))]
+        chosen = int(torch.randint(len(choices), (), generator=generator))
+        item = choices[repeat % len(choices) if self.fixed else chosen]
         found = self.features.load(item)
         if "latent_mean" in found:
             shape = found["latent_mean"].shape

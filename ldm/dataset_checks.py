@@ -2,13 +2,16 @@
 classes and prompts. No file is decoded here; no torch."""
 
 import logging
+import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from ldm.annotations import Reject, Sample
+from ldm.checks import FileError, check_ends
 from ldm.errors import MedSoftError
 
 log = logging.getLogger(__name__)
@@ -83,6 +86,22 @@ def check_rejected(rejects: Sequence[Reject], total: int, allowed: float) -> Non
             f"{count} of {total} samples cannot be read, more than training.max_rejected={allowed:g} allows; the "
             f"first: {rejects[0]}. Look at the data with tool/doctor.py, or prepare it again"
         )
+
+
+def damaged_files(samples: Sequence[Sample]) -> list[Reject]:
+    """The samples with a file whose beginning or end shows that it cannot be read (see ``check_ends``)."""
+
+    def look(sample: Sample) -> Reject | None:
+        for path in (sample.image, sample.mask, sample.soft_mask, sample.anatomy):
+            try:
+                if path is not None:
+                    check_ends(path)
+            except FileError as error:
+                return Reject(sample.sample_id, error.path, error.reason)
+        return None
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return [reject for reject in pool.map(look, samples) if reject is not None]
 
 
 def similar_prompts(samples: Iterable[Sample]) -> list[list[str]]:

@@ -40,10 +40,10 @@ def half_is_fast() -> bool:
 
 
 def kernel_layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """The memory layout in which the U-Net's kernels of ``dtype`` are fastest on ``device`` (measured).
+    """The memory layout in which the U-Net's kernels of ``dtype`` are fastest on ``device``.
 
-    Channels last on a GPU and, in bfloat16, on a CPU with AMX (8 to 10 % of a call or training step); on a CPU without
-    AMX it costs up to a third.
+    Channels last on a GPU, as its libraries want it, and, in bfloat16, on a CPU with AMX (measured: 8 to 10 % of a call
+    or training step); on a CPU without AMX it costs up to a third.
     """
     amx = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     return torch.channels_last if device.type == "cuda" or amx else torch.contiguous_format

@@ -46,12 +46,11 @@ class Look:
     shape: tuple[int, ...] = ()
     depth: int = 0  # bits
     covered: float = 0.0  # share of the image that the mask marks
-    contrast: float | None = None  # brightness inside the mask minus around it, in units of the image's spread
 
 
 def look(sample: Sample) -> Look:
     """Decode all files of a sample."""
-    from ldm.images import read_image, to_unit, window_of
+    from ldm.images import read_image
     from ldm.masks import read_anatomy, read_mask
 
     faults: list[tuple[str, str, str]] = []
@@ -74,10 +73,6 @@ def look(sample: Sample) -> Look:
     if mask is not None and not sample.healthy:
         faults += _mask_faults(sample, mask)
         seen["covered"] = float(mask.hard.mean())
-        grey = to_unit(image, window_of(image, sample.meta.get("window")))
-        grey = grey.mean(axis=2) if grey.ndim == 3 else grey
-        if mask.hard.any() and not mask.hard.all() and grey.std() > 0:
-            seen["contrast"] = float((grey[mask.hard].mean() - grey[~mask.hard].mean()) / grey.std())
     return Look(sample.sample_id, tuple(faults), **seen)
 
 

@@ -195,8 +195,8 @@ class FeatureCache:
     def _key(self, item: Item, kind: str) -> str:
         sample = item.sample
         content = [self._content(path) if path else None for path in _files(item)]
-        # The sample's name decides masks and shifted crops; its prompt only decides whether it is healthy.
-        name = sample.sample_id if sample.healthy or item.variant else None
+        # The sample's name decides masks and shifted crops, its prompt only which of the two it gets.
+        name = (sample.sample_id, sample.healthy) if sample.healthy or item.variant else None
         extra = {key: sample.meta.get(key) for key in ("window", "spacing_mm")}
         data = {key: value for key, value in asdict(self.config.data).items() if key not in ITEM_COUNTS}
         return fingerprint([FORMAT, content, name, item.variant, list(sample.box), extra, data, kind, self.kinds[kind]])

@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 
 from ldm.dataset import StageData
 from ldm.diffusion import picture_noise
+from ldm.files import remove_partials
 from ldm.images import write_png
 from ldm.records import Records
 from ldm.samplers import ddim
@@ -27,6 +28,8 @@ class Pictures(pl.Callback):
         self.folder, self.records = folder / "pictures", records
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Stage) -> None:
+        if trainer.is_global_zero:
+            remove_partials(self.folder)
         self.data: StageData = trainer.val_dataloaders.dataset
         self.numbers = fixed_items(self.data, pl_module.config.training.pictures)
 

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytorch_lightning as pl
 from tqdm import tqdm
 
 from ldm.config import GROUPS
+from ldm.errors import MedSoftError
 from ldm.files import write_text
 from ldm.training import Stage
 
@@ -87,8 +89,14 @@ class Records(pl.Callback):
         row |= {f"lr_{name}": value for name, value in pl_module.learning_rates.items()}
         row |= {f"grad_norm_{name}": value for name, value in pl_module.grad_norms.items()}
         row["items_per_second"] = items / elapsed
-        self.rows.write(as_csv(STEPS, [{key: repr(value) for key, value in row.items()}]))
-        self.rows.flush()
+        try:
+            self.rows.write(as_csv(STEPS, [{key: repr(value) for key, value in row.items()}]))
+            self.rows.flush()
+        except OSError as error:
+            raise MedSoftError(
+                f"{self.folder / 'steps.csv'}: could not be written ({error.strerror or error}); the last checkpoint "
+                "is kept, and the same command goes on from there"
+            ) from error
         for name in STEPS[2:]:
             if name in row:
                 self.board.add_scalar(f"train/{name}", row[name], self.step)
@@ -128,7 +136,8 @@ class Records(pl.Callback):
     def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-            self.rows.close()
+            with suppress(OSError):  # a full disk has been reported
+                self.rows.close()
             self.board.close()
 
 

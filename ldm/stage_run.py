@@ -20,7 +20,14 @@ from ldm.callbacks import AtomicCheckpointIO, KeepWork, WatchMovement, best_file
 from ldm.checkpoint import Checkpoint, check_preparation, load_parts, read_checkpoint
 from ldm.config import Config, as_yaml, save_config
 from ldm.dataset import Item, StageData, sample_identity, training_items
-from ldm.dataset_checks import check_classes, check_disjoint, check_rejected, rows_of, warn_of_similar_prompts
+from ldm.dataset_checks import (
+    check_classes,
+    check_disjoint,
+    check_rejected,
+    damaged_files,
+    rows_of,
+    warn_of_similar_prompts,
+)
 from ldm.devices import free_memory, is_first_on_node, is_first_process, out_of_memory, resolve_precision
 from ldm.encoders import BiomedClip
 from ldm.errors import MedSoftError, UsageError
@@ -39,7 +46,7 @@ REJECTS = "rejects.json"
 SHOWN_REJECTS = 5
 
 # What does not decide the weights, and may differ when a run is resumed.
-FREE_SETTINGS = ("workers", "save_every_minutes", "keep_best", "pictures", "max_rejected")
+FREE_SETTINGS = ("workers", "save_every_minutes", "keep_best", "pictures", "max_rejected", "val_draws")
 
 
 def run_stage(args: argparse.Namespace, config: Config) -> int:
@@ -90,6 +97,11 @@ class Data:
 
     def _read(self, split: str, path: Path, config: Config) -> list[Item]:
         samples, missing = load_samples(path)
+        damaged = damaged_files(samples)
+        missing += damaged
+        names = {reject.sample_id for reject in damaged}
+        total = len(samples) + len(missing) - len(damaged)
+        samples = [sample for sample in samples if sample.sample_id not in names]
         items, undrawable = training_items(samples, config.data)
         if not items:
             raise MedSoftError(f"{path}: no sample can be used for training ({len(samples)} read, all without a mask)")
@@ -102,7 +114,7 @@ class Data:
         say_skipped([*missing, *undrawable])
         self.unreadable += missing
         self.undrawable += undrawable
-        self.total += len(samples) + len(missing)
+        self.total += total
         return items
 
     @property
@@ -151,6 +163,8 @@ def previous_run(args: argparse.Namespace, run: str) -> Checkpoint | None:
     if last.resolve() == args.ckpt.resolve():
         raise UsageError(f"--ckpt {args.ckpt}: lies in --save_path and would be overwritten; give another --save_path")
     if not last.exists():
+        if not args.overwrite:
+            _refuse_to_lose_best(args.save_path, run)
         return None
     try:
         found = read_checkpoint(last)
@@ -168,6 +182,17 @@ def previous_run(args: argparse.Namespace, run: str) -> Checkpoint | None:
             "or --overwrite to start again there"
         )
     return None
+
+
+def _refuse_to_lose_best(folder: Path, run: str) -> None:
+    """UsageError for best weights without a ``last.ckpt``, unless this run was killed in its first epoch."""
+    for path in best_files(folder):
+        about = read_checkpoint(path).about
+        if about.get("run") != run or about.get("epoch"):
+            raise UsageError(
+                f"{path}: best weights of a run whose last.ckpt is gone; --ckpt {path} and another --save_path start "
+                "from them, --overwrite deletes them and starts again"
+            )
 
 
 # ------------------------------------------------------------------------------------------------ what it will take
@@ -353,6 +378,8 @@ def _fit(
                 f"out of memory at step {trainer.global_step} ({str(error).splitlines()[0]}); a smaller --batch_size "
                 "with training.accumulate, training.activation_checkpointing=true, --precision bf16-mixed help"
             ) from error
+        if isinstance(error, MedSoftError) and "\nOriginal Traceback" in str(error):  # from a data-loader process
+            raise MedSoftError(str(error).strip().rsplit("\n", 1)[-1].split(": ", 1)[-1]) from error
         raise
     keep.finish(trainer)
     log.info("%s: %d steps, complete", keep.path, trainer.global_step)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,7 +116,8 @@ class Stage(pl.LightningModule):
             return loss, masked_cosine(tokens.detach(), batch["true"], soft)
         deviation = torch.exp(0.5 * batch["latent_logvar"])
         latent = self.net.scaled(batch["latent_mean"] + deviation * batch["posterior_noise"])
-        t = (batch["t"] * self.net.schedule.timesteps).long()
+        steps = self.net.schedule.timesteps
+        t = (batch["t"] * steps).long().clamp(max=steps - 1)  # a share just below 1 may be rounded up
         noisy = self.net.schedule.add_noise(latent, batch["noise"], t)
         semantic = self.semantic(batch)
         kept = (batch["coin"] >= dropout).float()[:, None, None]  # one coin drops text and MSC tokens together
@@ -318,9 +320,16 @@ def loader(data: StageData, config: Config, shuffle: bool, rank: int = 0, world:
         batch_size=config.training.batch_size // world,
         sampler=order,
         num_workers=workers,
+        worker_init_fn=_ignore_signals,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A cluster signals every process of a job; the one that trains decides what happens, and ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def resume_position(checkpoint_rest: dict[str, Any]) -> tuple[int, int]:

@@ -132,6 +132,45 @@ def test_changed_file_is_computed_again(
     assert not torch.equal(before["seen"], again.load(item)["seen"])
 
 
+def test_sample_that_turns_healthy_is_computed_again(cache: FeatureCache, world: Path, networks: tuple) -> None:
+    """Its files stay, but a healthy one has lesion-shaped masks, a diseased one shifted crops: none may be mixed up."""
+    diseased = [item for item in items_of(world / "val", networks) if not item.sample.healthy][:4]
+    healthy = [replace(item, sample=replace(item.sample, prompt="healthy")) for item in diseased]
+    assert len({item.name for item in diseased}) == 4
+    later = fresh(cache)
+    cache.build(diseased)
+    later.build(healthy)
+    for before, after in zip(diseased, healthy, strict=True):
+        assert not torch.equal(cache.load(before)["mask"], later.load(after)["mask"])
+    other = [replace(item, sample=replace(item.sample, prompt="another lesion")) for item in diseased]
+    before = set(cache.folder.rglob("*.clip.safetensors"))
+    fresh(cache).build(other)
+    assert set(cache.folder.rglob("*.clip.safetensors")) == before
+
+
+def test_cached_sentences_equal_direct_computation(world: Path, tmp_path: Path, networks: tuple, trained: dict) -> None:
+    from ldm.checkpoint import load_parts, read_checkpoint
+
+    config, _, clip = networks
+    model = MedSoftModel(config, ["text"]).eval()
+    load_parts(model, read_checkpoint(trained["stage2_1"].last), ["text"], config)
+    cache = FeatureCache(tmp_path / "features", config, model, clip)
+    items = items_of(world / "val", networks)
+    cache.build(items)
+    with torch.no_grad():
+        for item in items:
+            found, prompts = cache.load(item), [item.sample.prompt]
+            assert torch.allclose(found["text"], model.cond_stage_model(prompts)[0], atol=1e-5)
+            assert torch.allclose(found["clip_text"], clip.encode_text(prompts)[0], atol=1e-5)
+        assert torch.allclose(cache.empty_text(), model.cond_stage_model([""]), atol=1e-5)
+        before = set(cache.folder.rglob("*.safetensors"))
+        next(model.cond_stage_model.parameters()).add_(1)
+    FeatureCache(cache.folder, config, model, clip).build(items)
+    new = set(cache.folder.rglob("*.safetensors")) - before
+    prompts = {item.sample.prompt for item in items} | {""}
+    assert Counter(file.suffixes[0] for file in new) == {".text": len(prompts)}
+
+
 def test_features_damaged_while_training_are_named(world: Path, cache: FeatureCache, networks: tuple) -> None:
     item = items_of(world / "val", networks)[0]
     cache.build([item])
@@ -341,6 +380,8 @@ def test_validation_sees_each_sample_at_times_spread_over_the_schedule(stage_dat
     assert all([int(4 * t) for t in found] == [0, 1, 2, 3] for found in times.values())
     assert len(once) == 9
     assert max(once.values()) > 0.5  # one draw: anywhere in the schedule
+    variants = [float(data[0, 0, draw, 1.0]["latent_mean"][0, 0, 0]) for draw in range(5)]
+    assert variants == [0, 1, 2, 3, 0]  # and over the sample's masks or crops
     assert all(found[0] == pytest.approx(once[number] / 4) for number, found in times.items())
     assert len(uses(stage_data(), 1, 0, balance=False, val_draws=4)) == 9  # training is not concerned
 

@@ -1,10 +1,13 @@
-"""One training stage without a run: frozen weights in half precision, and clipping."""
+"""One training stage without a run: its loss, clipping, and frozen weights in half precision."""
 
 import pytest
 import torch
 from tiny import MODELS
 
+from ldm.attention import Conditioning
 from ldm.config import load_config
+from ldm.devices import kernel_layout
+from ldm.estimates import fake_batch
 from ldm.model import MedSoftModel
 from ldm.training import Stage
 
@@ -42,3 +45,47 @@ def test_gradients_are_scaled_down_to_the_norm_of_the_yaml(most: float, norm: fl
     stage.clip(total)
     for key, value in stage.trained.items():
         torch.testing.assert_close(value.grad, before[key] * norm, rtol=1e-4, atol=0)
+
+
+def test_kernel_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert kernel_layout(gpu, torch.float32) == kernel_layout(gpu, torch.bfloat16) == torch.channels_last
+        assert kernel_layout(cpu, torch.float32) == torch.contiguous_format
+        assert kernel_layout(cpu, torch.bfloat16) == (torch.channels_last if amx else torch.contiguous_format)
+
+
+def test_diffusion_loss_of_a_batch() -> None:
+    """By hand: latents from moments, one coin for sentence and tokens, the soft mask as channel, gate and weight."""
+    torch.manual_seed(0)
+    config = load_config(MODELS / "phantom_stage2_2.yaml", ["training.mask_weight=2"])
+    net = MedSoftModel(config, ["unet", "msc"])
+    for value in net.parameters():
+        torch.nn.init.normal_(value, std=0.05)
+    empty = torch.randn(1, 77, config.text_encoder.width)
+    stage = Stage(config, net, {}, {}, empty)
+    batch = fake_batch(config, 3)
+    batch["coin"] = torch.tensor([0.05, 0.5, 0.1])
+    batch["t"] = torch.tensor([0.0, 0.5, 1.0 - 2**-25])  # which is 1 in float32
+    with torch.no_grad():
+        found, cosine = stage.losses(batch, dropout=0.1)
+        assert cosine is None
+        latent = batch["latent_mean"] + (batch["latent_logvar"] / 2).exp() * batch["posterior_noise"]
+        alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2, 0)
+        alpha = alphas[[0, 500, 999]].float()[:, None, None, None]
+        noisy = alpha.sqrt() * 0.18215 * latent + (1 - alpha).sqrt() * batch["noise"]
+        mask = torch.nn.functional.max_pool2d(batch["mask"], config.data.image_size // config.latent_size)
+        patches = torch.nn.functional.adaptive_max_pool2d(batch["mask"], config.biomedclip.grid).flatten(1)
+        tokens, _ = net.msc(batch["seen"], batch["seen_global"], batch["clip_text"], patches)
+        mixed = patches[..., None] * tokens + (1 - patches[..., None]) * batch["seen"]
+        side = config.biomedclip.grid
+        square = mixed.transpose(1, 2).reshape(3, -1, side, side)
+        pooled = torch.nn.functional.avg_pool2d(square, 2).flatten(2).transpose(1, 2)
+        text = torch.cat([empty, batch["text"][1:]])  # the first coin only is below 0.1
+        pooled = torch.cat([torch.zeros_like(pooled[:1]), pooled[1:]])
+        inputs = torch.cat([noisy, mask, batch["masked_latent"]], dim=1)
+        predicted = net.unet(inputs, torch.tensor([0, 500, 999]), Conditioning(text, pooled, mask))
+        weight = (1 + 2 * mask).expand_as(predicted)
+        expected = (weight * (predicted - batch["noise"]) ** 2).flatten(1).sum(1) / weight.flatten(1).sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
