@@ -26,7 +26,7 @@ from ldm.config import Config, load_config
 from ldm.devices import resolve_precision
 from ldm.encoders import BiomedClip
 from ldm.errors import UsageError
-from ldm.estimates import GIB, fake_batch
+from ldm.estimates import GIB, fake_batch, step_operations
 from ldm.feature_cache import compute_features
 from ldm.files import write_json
 from ldm.model import MedSoftModel
@@ -205,7 +205,7 @@ def main(args: argparse.Namespace) -> int:
         for stage, config in configs.items():
             clip = BiomedClip(random_biomedclip(config, Path(scratch)))
             times = measure(Steps(config, clip, args.batch_size, device), args.repeats)
-            results += report(stage, times, args.batch_size)
+            results += report(stage, times, args.batch_size, step_operations(config, args.batch_size))
             gc.collect()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
@@ -216,10 +216,13 @@ def main(args: argparse.Namespace) -> int:
     return cli.DONE
 
 
-def report(stage: str, times: dict[str, list[tuple[float, float]]], batch_size: int) -> list[dict[str, Any]]:
+def report(
+    stage: str, times: dict[str, list[tuple[float, float]]], batch_size: int, operations: int
+) -> list[dict[str, Any]]:
     """Log the rows of a stage: items per second, and how many times faster a step as trained is.
 
-    The second ratio is that of the cores' own time, which other programs on the machine disturb less.
+    The second ratio is that of the cores' own time, which other programs on the machine disturb less. Last, the
+    floating-point ``operations`` of a step as trained per second.
     """
     rows = []
     for name, taken in times.items():
@@ -231,4 +234,7 @@ def report(stage: str, times: dict[str, list[tuple[float, float]]], batch_size: 
         rows.append({**row, "seconds": [seconds for seconds, _ in taken]})
         words = (stage, name, speed, ratio, cores)
         log.info("%-10s %-26s %8.3f items/s   %5.2f times as long (%.2f in core time)", *words)
+    trained = rows[0]
+    trained["operations_per_second"] = operations * trained["items_per_second"] / batch_size
+    log.info("%-10s %.3f TFLOP/s as trained", stage, trained["operations_per_second"] / 1e12)
     return rows

@@ -70,6 +70,20 @@ def stage_disk(config: Config, features: int) -> Disk:
     return Disk(weights + state, best, features)
 
 
+def step_operations(config: Config, batch: int) -> int:
+    """Floating-point operations of the forward and the backward pass of a step, two for each multiplication that is
+    added. What activation checkpointing or fused attention compute once more is not counted."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = replace(config, training=replace(config.training, activation_checkpointing=False))
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), counter:
+        fake_stage(config, False).losses(fake_batch(config, batch), 0.0)[0].mean().backward()
+    return counter.get_total_flops()
+
+
 def fake_stage(config: Config, half: bool) -> Stage:
     """The stage with the networks that a step runs; under FakeTensorMode it weighs nothing."""
     config = replace(config, training=replace(config.training, compile=False))

@@ -14,7 +14,7 @@ from ldm.annotations import load_samples, write_annotations
 from ldm.checkpoint import read_checkpoint
 from ldm.config import config_from_dict, load_config
 from ldm.errors import MedSoftError
-from ldm.estimates import fake_batch, fake_stage, stage_disk, stage_memory
+from ldm.estimates import fake_batch, fake_stage, stage_disk, stage_memory, step_operations
 from ldm.images import read_image
 from ldm.training import Stage
 
@@ -339,7 +339,28 @@ def test_bench_of_training(
     assert found["precision"] == precision
     assert all(row["ratio"] > 0 and row["ratio_of_core_time"] > 0 for row in found["stages"])
     assert f"{stage:10} features on the fly" in caplog.text
+    assert found["stages"][0]["operations_per_second"] > 0
+    assert f"{stage:10} " in caplog.text
+    assert "TFLOP/s as trained" in caplog.text
     assert "most memory" in caplog.text
+
+
+def test_operations_of_a_step() -> None:
+    """Stage 1 against the sizes of its layers; more batches and more trained layers count, recomputation does not."""
+    config = load_config(MODELS / "phantom_stage1.yaml", [])
+    width, count, batch, clip = config.msc.width, config.biomedclip.grid**2 + 2, 3, config.biomedclip
+    layer = 12 * width**2 * count + 2 * count**2 * width  # matrices; scores and their sums
+    inputs = (clip.token_dim * width + width**2) * (count - 1) + clip.text_dim * width + width**2
+    outputs = clip.token_dim * width * (count - 1)
+    forward = 2 * batch * (config.msc.layers * layer + inputs + outputs)
+    first = (
+        2 * batch * (clip.token_dim * width * (count - 1) + clip.text_dim * width)
+    )  # need no gradient of their input
+    assert step_operations(config, batch) == 3 * forward - first
+    small, large = (load_config(MODELS / f"phantom_{stage}.yaml", []) for stage in ("stage2_1", "stage2_2"))
+    again = load_config(MODELS / "phantom_stage2_2.yaml", ["training.activation_checkpointing=true"])
+    assert step_operations(small, 1) < step_operations(large, 1) == step_operations(again, 1)
+    assert step_operations(large, 2) == 2 * step_operations(large, 1)
 
 
 def test_bench_of_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
