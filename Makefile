@@ -47,7 +47,7 @@ demo: $(INSTALLED) ## Run the whole method on phantoms; report in demo_output/re
 test: lint ## Check the style and run the tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS)
 
-test-full: lint ## Run all tests, the true-size ones too (13 GB of memory, 25 GB of disk)
+test-full: lint ## Run all tests, the true-size ones too (24 GB of memory, 40 GB of disk)
 	$(PYTHON) -m pytest -m ""
 
 lint: $(INSTALLED) ## Check the style only
