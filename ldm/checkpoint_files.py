@@ -282,11 +282,11 @@ def _verify_safetensors(path: Path) -> str:
 
 
 def save_pickle(content: Any, handle: BinaryIO) -> None:
-    """``torch.save`` in which a disk that is full stays the OSError it is (torch makes a RuntimeError of it)."""
+    """``torch.save`` in which a full disk or an interruption stays what it is (torch makes a RuntimeError of it)."""
     try:
         torch.save(content, handle)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
+        if isinstance(error.__context__, OSError | KeyboardInterrupt | SystemExit):
             raise error.__context__ from None
         raise
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ldm.checkpoint_files import save_pickle
 from ldm.classifier_config import PRETRAIN, ClassifierConfig
 from ldm.classifier_data import HEALTHY, Data, ImageSet
 from ldm.classifier_metrics import label_indices, point_values
@@ -253,7 +254,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
         }
         with atomic_file(self.folder / "last.pt") as handle:
-            torch.save(state, handle)
+            save_pickle(state, handle)
 
     def _resume(self) -> dict[str, Any] | None:
         """Take up the saved state, if there is one; returns it."""

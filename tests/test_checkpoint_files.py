@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from tiny import SD, convert
 
 from ldm.checkpoint import read_checkpoint, write_checkpoint
-from ldm.checkpoint_files import verify
+from ldm.checkpoint_files import save_pickle, verify
+from ldm.cli import Terminated
 from ldm.errors import MedSoftError
 
 STATE = {
@@ -321,6 +322,20 @@ def test_no_space_left_while_writing(tmp_path: Path, suffix: str) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, Terminated])
+def test_interrupted_while_writing(fault: type[BaseException]) -> None:
+    """torch makes a RuntimeError of it, and the command would end as if something was wrong."""
+
+    class Interrupted(io.BytesIO):
+        def write(self, content: Any) -> int:
+            if self.tell() > 1000:
+                raise fault
+            return super().write(content)
+
+    with pytest.raises(fault):
+        save_pickle({"weights": torch.zeros(10_000)}, Interrupted())
 
 
 def test_damaged_metadata_is_named(tmp_path: Path) -> None:

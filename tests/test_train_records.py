@@ -296,7 +296,7 @@ def test_one_corrupt_image_in_a_hundred_is_skipped_and_two_stop(
     assert "truncated" in reject["reason"]
     assert [row["step"] for row in rows(tmp_path / "one" / "steps.csv")] == ["1", "2"]
     (tmp_path / "val" / "s095" / "image.png").unlink()
-    expected = r"2 of 100 samples cannot be read, more than training\.max_rejected=0\.01 allows; the first: .*s095"
+    expected = r"2 of 100 samples cannot be read, more than training\.max_rejected=0\.01 allows; the first: .*s007"
     with pytest.raises(MedSoftError, match=expected):
         train("stage1", converted, tmp_path / "two", world, *given, batch_size=50)
     assert not (tmp_path / "two").exists()
