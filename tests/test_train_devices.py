@@ -64,17 +64,15 @@ def test_two_processes_accumulate_as_one_does(world: Path, converted: Path, tmp_
 
 
 def test_two_processes_train_the_unet_as_one_does(trained: dict, world: Path, tmp_path: Path) -> None:
-    """With pictures, which the first process draws, and a mixture of precisions in a second run."""
-    source, given = trained["unet_only"].source, {"batch_size": 4, "pictures": 1, "rates.attn3": 0.001}
+    """With pictures, which the first process draws."""
+    source, given = trained["unet_only"].source, {"batch_size": 9, "pictures": 1, "rates.attn3": 0.001}
     assert train("unet_only", source, tmp_path / "one", world, "sampling.steps=2", **given) == 0
-    for name, precision in (("two", "32-true"), ("half", "bf16-mixed")):
-        words = command(source, world, tmp_path / name, "unet_only", **given)
-        found = run([*words, "sampling.steps=2", "--devices", "2", "--precision", precision])
-        assert found.returncode == 0, found.stderr
-        assert (tmp_path / name / "pictures" / "epoch_0000.png").is_file()
-    one, two, half = (losses(tmp_path / name) for name in ("one", "two", "half"))
-    assert one == pytest.approx(two, abs=1e-5)
-    assert one == pytest.approx(half, rel=0.05)
+    given["batch_size"] = 18  # of nine samples: the same batch, which two can share
+    words = command(source, world, tmp_path / "two", "unet_only", **given)
+    found = run([*words, "sampling.steps=2", "--devices", "2"])
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "two" / "pictures" / "epoch_0000.png").is_file()
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
 
 
 def test_torchrun_and_a_termination(world: Path, converted: Path, tmp_path: Path) -> None:
