@@ -346,7 +346,7 @@ def test_bench_of_training(
 
 
 def test_operations_of_a_step() -> None:
-    """Stage 1 against the sizes of its layers; more batches and more trained layers count, recomputation does not."""
+    """Stage 1 against the sizes of its layers; twice the batch counts twice, recomputation does not count."""
     config = load_config(MODELS / "phantom_stage1.yaml", [])
     width, count, batch, clip = config.msc.width, config.biomedclip.grid**2 + 2, 3, config.biomedclip
     layer = 12 * width**2 * count + 2 * count**2 * width  # matrices; scores and their sums
@@ -357,10 +357,9 @@ def test_operations_of_a_step() -> None:
         2 * batch * (clip.token_dim * width * (count - 1) + clip.text_dim * width)
     )  # need no gradient of their input
     assert step_operations(config, batch) == 3 * forward - first
-    small, large = (load_config(MODELS / f"phantom_{stage}.yaml", []) for stage in ("stage2_1", "stage2_2"))
-    again = load_config(MODELS / "phantom_stage2_2.yaml", ["training.activation_checkpointing=true"])
-    assert step_operations(small, 1) < step_operations(large, 1) == step_operations(again, 1)
-    assert step_operations(large, 2) == 2 * step_operations(large, 1)
+    plain = load_config(MODELS / "phantom_unet_only.yaml", [])
+    again = load_config(MODELS / "phantom_unet_only.yaml", ["training.activation_checkpointing=true"])
+    assert 2 * step_operations(plain, 1) == step_operations(again, 2)
 
 
 def test_bench_of_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
