@@ -171,6 +171,17 @@ def test_cached_sentences_equal_direct_computation(world: Path, tmp_path: Path, 
     assert Counter(file.suffixes[0] for file in new) == {".text": len(prompts)}
 
 
+def test_damaged_mask_is_named_beside_its_image(
+    world: Path, cache: FeatureCache, networks: tuple, tmp_path: Path
+) -> None:
+    folder = next(path.parent for path in (world / "val").glob("*/mask.png"))
+    shutil.copytree(folder, tmp_path / "data" / folder.name)
+    item, *_ = items_of(tmp_path / "data", networks)
+    item.sample.mask.write_bytes(b"<html>not found</html>")
+    (reject,) = cache.build([item])
+    assert str(reject).startswith(f"{item.sample.image}: {item.sample.mask}: not an image")
+
+
 def test_features_damaged_while_training_are_named(world: Path, cache: FeatureCache, networks: tuple) -> None:
     item = items_of(world / "val", networks)[0]
     cache.build([item])

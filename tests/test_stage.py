@@ -7,6 +7,7 @@ from tiny import MODELS
 from ldm.attention import Conditioning
 from ldm.config import load_config
 from ldm.devices import kernel_layout
+from ldm.errors import UsageError
 from ldm.estimates import fake_batch
 from ldm.model import MedSoftModel
 from ldm.training import Stage
@@ -45,6 +46,12 @@ def test_gradients_are_scaled_down_to_the_norm_of_the_yaml(most: float, norm: fl
     stage.clip(total)
     for key, value in stage.trained.items():
         torch.testing.assert_close(value.grad, before[key] * norm, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["bf16-true", "16-true", "64-true"])
+def test_precision_in_which_weights_are_not_float32(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"training\.precision.*{name}"):
+        load_config(MODELS / "phantom_stage1.yaml", [f"training.precision={name}"])
 
 
 def test_kernel_layout(monkeypatch: pytest.MonkeyPatch) -> None:
