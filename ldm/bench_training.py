@@ -30,7 +30,7 @@ from ldm.estimates import GIB, fake_batch, step_operations
 from ldm.feature_cache import compute_features
 from ldm.files import write_json
 from ldm.model import MedSoftModel
-from ldm.training import Stage, halve_frozen
+from ldm.training import Stage, for_steps
 
 log = logging.getLogger("bench")
 
@@ -54,8 +54,8 @@ class Steps:
         self.device, self.clip = device, clip.to(device)
         self.half = resolve_precision(config.training.precision) == "bf16-mixed"
         if self.half:  # as the other frozen networks: else they would be cast at every use
-            halve_frozen(self.clip)
-        net = MedSoftModel(config, config.training.builds)
+            for_steps(self.clip, True)
+        net = MedSoftModel(config, config.training.builds).to(device)
         empty = None
         if "text" in net.parts:
             with torch.no_grad():
@@ -120,13 +120,13 @@ class Steps:
 
     @contextmanager
     def _other_layout(self) -> Iterator[None]:
-        """Channels last where halve_frozen leaves kernels contiguous, and the other way round."""
+        """Channels last where for_steps leaves kernels contiguous, and the other way round."""
         kernels = self._frozen_kernels()
         last = all(value.is_contiguous(memory_format=torch.channels_last) for value in kernels)
         for value in kernels:
             value.data = value.to(memory_format=torch.contiguous_format if last else torch.channels_last)
         yield
-        halve_frozen(self.stage.net)
+        for_steps(self.stage.net, self.half)
 
     def _float32_encoders(self) -> AbstractContextManager:
         net = self.stage.net
@@ -140,12 +140,12 @@ class Steps:
 @contextmanager
 def _in_float32(*networks: torch.nn.Module) -> Iterator[None]:
     """The block sees the halved weights as they are without halving."""
-    for value in (value for network in networks for value in network.parameters()):
-        if value.dtype == torch.bfloat16:
-            value.data = value.data.to(torch.float32, memory_format=torch.contiguous_format)
+    for network in networks:
+        network.float()
+        for_steps(network, False)
     yield
     for network in networks:
-        halve_frozen(network)
+        for_steps(network, True)
 
 
 def optimizer_of(stage: Stage) -> torch.optim.Optimizer:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from ldm.errors import MedSoftError
@@ -282,7 +283,11 @@ def _verify_safetensors(path: Path) -> str:
 
 
 def save_pickle(content: Any, handle: BinaryIO) -> None:
-    """``torch.save`` in which a full disk or an interruption stays what it is (torch makes a RuntimeError of it)."""
+    """``torch.save`` in which a full disk or an interruption stays what it is (torch makes a RuntimeError of it).
+
+    Tensors are written as plain ones of the CPU, so that ``torch.load`` reads them where there is no GPU.
+    """
+    content = tree_map_only(Tensor, lambda value: value.cpu().contiguous(), content)
     try:
         torch.save(content, handle)
     except RuntimeError as error:

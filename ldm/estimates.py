@@ -34,6 +34,7 @@ def stage_memory(config: Config, batch: int, half: bool) -> Memory:
     """Memory of a stage for ``batch`` items per device, with ``half`` in bf16-mixed. Nothing is allocated."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    config = replace(config, training=replace(config.training, compile=False))
     with FakeTensorMode():
         stage = fake_stage(config, half)
         trained = sum(value.numel() for value in stage.trained.values())
@@ -77,7 +78,7 @@ def step_operations(config: Config, batch: int) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = replace(config, training=replace(config.training, activation_checkpointing=False))
+    config = replace(config, training=replace(config.training, activation_checkpointing=False, compile=False))
     counter = FlopCounterMode(display=False)
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), counter:
         fake_stage(config, False).losses(fake_batch(config, batch), 0.0)[0].mean().backward()
@@ -86,7 +87,6 @@ def step_operations(config: Config, batch: int) -> int:
 
 def fake_stage(config: Config, half: bool) -> Stage:
     """The stage with the networks that a step runs; under FakeTensorMode it weighs nothing."""
-    config = replace(config, training=replace(config.training, compile=False))
     net = MedSoftModel(config, [part for part in config.training.builds if part in STEP_PARTS])
     empty = torch.zeros(1, config.text_encoder.max_length, config.text_encoder.width)
     return Stage(config, net, {}, {}, empty, half)

@@ -55,12 +55,11 @@ class Stage(pl.LightningModule):
         for members in self.groups.values():
             for parameter in members.values():
                 parameter.requires_grad_(True)
-        if half_frozen:
-            halve_frozen(net)
+        for_steps(net, half_frozen)
         if "unet" in net.parts:
             net.unet.activation_checkpointing = config.training.activation_checkpointing
-            if config.training.compile:
-                net.unet.compile()
+        if config.training.compile:
+            compile_networks(net)
         self.trained = {key: value for members in self.groups.values() for key, value in members.items()}
         decay = config.training.ema_decay
         self.average = {key: value.detach().clone() for key, value in self.trained.items()} if decay else None
@@ -70,6 +69,7 @@ class Stage(pl.LightningModule):
         self.learning_rates: dict[str, float] = {}
         self.stop_asked = self.save_asked = False  # what this process wants
         self.stop_agreed = self.save_agreed = False  # what one of the processes wants
+        self.largest = 0  # items in the largest batch so far
         self._sums = torch.zeros(3, dtype=torch.float64)
 
     def train(self, mode: bool = True) -> "Stage":
@@ -80,9 +80,8 @@ class Stage(pl.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         frozen = {key: value for key, value in self.frozen.items() if key not in self.trained}
-        return {key: value.float() for key, value in frozen.items()} | {
-            key: value.detach().float() for key, value in self.trained.items()
-        }
+        state = {**frozen, **{key: value.detach() for key, value in self.trained.items()}}
+        return {key: value.float() for key, value in state.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], strict: bool = True, assign: bool = False) -> None:
@@ -108,6 +107,16 @@ class Stage(pl.LightningModule):
 
     def losses(self, batch: dict[str, Any], dropout: float) -> tuple[Tensor, Tensor | None]:
         """(loss of each sample (B,), cosine on masked patches (B,) or None) for a batch of StageData."""
+        if not self.config.training.compile:
+            return self._losses(batch, dropout)
+        # Compiling takes minutes: once, for full training batches. An epoch's last, smaller one and validation run as
+        # they are.
+        self.largest = max(self.largest, len(batch["mask"]))
+        whole = torch.is_grad_enabled() and len(batch["mask"]) == self.largest
+        with torch.compiler.set_stance("default" if whole else "force_eager"):
+            return self._losses(batch, dropout)
+
+    def _losses(self, batch: dict[str, Any], dropout: float) -> tuple[Tensor, Tensor | None]:
         if self.config.training.objective == "msc":
             tokens, global_token, soft = self.net.controller_tokens(
                 batch["seen"], batch["seen_global"], batch["clip_text"], batch["mask"]
@@ -213,6 +222,13 @@ class Stage(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Moments from a checkpoint lie as the device that saved them laid its kernels: bring them to this one's."""
+        for parameter, kept in self.trainer.optimizers[0].state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in kept and kept[name].stride() != parameter.stride():
+                    kept[name] = torch.empty_like(parameter).copy_(kept[name])
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradient norms of each group, and clipping by the norm of all: Lightning refuses to clip for fused AdamW."""
         self.learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
@@ -275,18 +291,26 @@ def training_groups(net: MedSoftModel, config: Config) -> dict[str, dict[str, nn
     return groups
 
 
-def halve_frozen(net: nn.Module) -> None:
-    """Matrices and kernels only: autocast would cast them at every use; norms and biases stay as they are.
+def compile_networks(net: MedSoftModel) -> None:
+    """``torch.compile`` of the networks that a step runs.
 
-    Kernels get the memory layout in which the CPU convolves them fastest. For training on a GPU that is not measured.
+    Left alone, Inductor gives up channels last for convolutions of which one has twice as many channels in as out.
     """
-    layout = torch.contiguous_format
-    if not torch.cuda.is_available():
-        layout = kernel_layout(torch.device("cpu"), torch.bfloat16)
+    for part in STEP_PARTS:
+        if part in net.parts:
+            getattr(net, part).compile(dynamic=False, options={"force_layout_optimization": True})
+
+
+def for_steps(net: nn.Module, half: bool) -> None:
+    """Bring the weights into the type and the memory layout in which training steps are fastest on their device.
+
+    ``half``: frozen matrices and kernels in bfloat16, as autocast would cast them at every use; norms and biases stay.
+    """
     for parameter in net.parameters():
-        if not parameter.requires_grad and parameter.ndim > 1:
-            own = layout if parameter.ndim == 4 else torch.contiguous_format
-            parameter.data = parameter.data.to(torch.bfloat16, memory_format=own)
+        if parameter.ndim > 1:
+            dtype = torch.bfloat16 if half and not parameter.requires_grad else parameter.dtype
+            layout = kernel_layout(parameter.device, dtype) if parameter.ndim == 4 else torch.contiguous_format
+            parameter.data = parameter.data.to(dtype, memory_format=layout)
 
 
 def frozen_tensors(checkpoint: Checkpoint, config: Config) -> dict[str, Tensor]:

@@ -1,15 +1,20 @@
 """tool/bench.py at phantom size."""
 
 import json
+import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tool"))
 
 import bench  # noqa: E402
+
+from ldm.errors import UsageError  # noqa: E402
 
 
 def test_inference_measures_both_sides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -41,3 +46,42 @@ def test_inference_measures_both_sides(tmp_path: Path, caplog: pytest.LogCapture
         assert row["ratio"] == pytest.approx(row["theirs_s"] / row["ours_s"])
         assert row["ours_s"] > 0
         assert any(line.startswith(row["what"]) for line in caplog.messages)
+
+
+def test_batches_of_each_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    flags = ["batches", "--config", str(ROOT / "models" / "phantom.yaml"), "--sizes", "1,3", "--repeats", "2"]
+    assert bench.main(bench.build_parser().parse_args([*flags, "--output", str(tmp_path / "bench.json")])) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    rows = found["steps"]
+    assert [row["stage"] for row in rows[::2]] == ["stage1", "unet_only", "stage2_1", "stage2_2"]
+    assert [row["batch"] for row in rows] == [1, 3] * 4
+    for one, three in zip(rows[::2], rows[1::2], strict=True):
+        assert three["operations"] == 3 * one["operations"] > 0
+        assert len(three["seconds"]) == 2
+        line = next(line for line in caplog.messages if line.startswith(f"| {three['stage']} | no | 3 |"))
+        speed = statistics.median(three["seconds"])
+        assert f"| {1000 * speed:.1f} | {3 / speed:.2f} |" in line
+
+
+def test_batches_until_memory_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def full(stage: Any, optimizer: Any, batch: dict, half: bool) -> float:
+        if len(batch["mask"]) > 3:
+            raise torch.OutOfMemoryError("full")
+        return 0.0
+
+    monkeypatch.setattr("ldm.bench_batches.optimizer_step", full)
+    flags = ["batches", "--config", str(ROOT / "models" / "phantom_stage1.yaml"), "--repeats", "1"]
+    assert bench.main(bench.build_parser().parse_args([*flags, "--output", str(tmp_path / "bench.json")])) == 0
+    assert [row["batch"] for row in json.loads((tmp_path / "bench.json").read_text())["steps"]] == [1, 2]
+    assert "| stage1 | batch 4: out of memory |" in caplog.text
+
+
+def test_batch_sizes_that_are_none() -> None:
+    flags = ["batches", "--config", str(ROOT / "models" / "phantom_stage1.yaml"), "--sizes", "8,many"]
+    with pytest.raises(UsageError, match=r"--sizes 8,many: expected batch sizes with commas"):
+        bench.main(bench.build_parser().parse_args(flags))

@@ -207,7 +207,7 @@ ATTACKS = {
     "posix.system": lambda trace: Calls(os.system, f"touch {trace}"),
     "eval": lambda trace: Calls(builtins.eval, f"open({str(trace)!r}, 'w')"),
     "subprocess.Popen": lambda trace: Calls(subprocess.Popen, ["touch", str(trace)]),
-    "io.open": lambda trace: Calls(io.open, str(trace), "w"),
+    f"{io.open.__module__}.open": lambda trace: Calls(io.open, str(trace), "w"),
     "torch.hub.load": lambda trace: Calls(torch.hub.load, str(trace), "model", "github"),
     "numpy.fromfile": lambda trace: Calls(np.fromfile, str(trace)),
     "pytorch_lightning.utilities.seed.isolate_rng": lambda trace: Calls(lightning_utility()),

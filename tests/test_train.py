@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import MODELS, ROOT, STAGES, call, changed, edit, tensors, train, ver_train
+from tiny import MODELS, ROOT, STAGES, call, changed, edit, on_cpu, tensors, train, ver_train
 
 import dataset_infer
 from ldm import cli
@@ -227,6 +227,7 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("how", "after", "accumulate", "code", "step"),
     [

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_never_lose_work import command
-from tiny import ROOT, changed, tensors, train
+from tiny import ROOT, changed, on_cpu, tensors, train
 
 from ldm.annotations import load_samples, write_annotations
 from ldm.callbacks import best_files
@@ -51,6 +52,37 @@ def test_settings_that_decide_no_weight_may_change(world: Path, converted: Path,
     assert len(steps(tmp_path / "b")) == 6
     with pytest.raises(UsageError, match="belongs to a run with other data, settings"):
         train("stage1", converted, tmp_path / "b", world, **SHORT | {"rates.msc": 0.002})
+
+
+@pytest.mark.parametrize("first", [torch.channels_last, torch.contiguous_format])
+def test_resumed_where_kernels_lie_otherwise_in_memory(
+    trained: dict, world: Path, tmp_path: Path, first: torch.memory_format
+) -> None:
+    """Begun on a device that wants kernels channels last, gone on with where they do not lie so, and vice versa."""
+    given = {"max_epochs": 2, "save_every_minutes": 0, "rates.unet": 0.001}
+    second = torch.contiguous_format if first == torch.channels_last else torch.channels_last
+    plain = Stage.training_step
+
+    def stumbles(self: Stage, batch: dict, batch_idx: int) -> Any:
+        if self.global_step == 3:
+            raise OSError("the power is gone")
+        return plain(self, batch, batch_idx)
+
+    start, folder = trained["stage2_1"].last, tmp_path / "s"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.training.kernel_layout", lambda *_: first)
+        assert train("stage2_2", start, tmp_path / "whole", world, **given) == 0
+        patch.setattr(Stage, "training_step", stumbles)
+        with pytest.raises(OSError, match="power"):
+            train("stage2_2", start, folder, world, **given)
+    assert all(value.is_contiguous() for value in tensors(folder / "last.ckpt").values())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.training.kernel_layout", lambda *_: second)
+        assert train("stage2_2", start, folder, world, **given) == 0
+    found, whole = tensors(folder / "last.ckpt"), tensors(tmp_path / "whole" / "last.ckpt")
+    for key, value in tensors(start).items():
+        moved = (whole[key] - value).norm()
+        assert (found[key] - whole[key]).norm() <= 0.02 * moved + 1e-6, key
 
 
 def test_best_weights_without_their_run_are_not_deleted(world: Path, converted: Path, tmp_path: Path) -> None:
@@ -107,7 +139,7 @@ def test_features_lost_under_a_worker_are_one_line(
     [
         (signal.SIGTERM, 143, ["training.workers=2"]),
         (signal.SIGINT, 130, ["training.workers=2"]),
-        (signal.SIGTERM, 143, ["--devices", "2"]),
+        pytest.param(signal.SIGTERM, 143, ["--devices", "2"], marks=on_cpu),
     ],
 )
 def test_signal_to_every_process(

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from test_never_lose_work import command
-from tiny import ROOT, tensors, train
+from tiny import ROOT, on_cpu, tensors, train
 
 from ldm.checkpoint import read_checkpoint
 from ldm.errors import UsageError
 
 # Nine samples in batches of four: the third batch is one sample, which two processes cannot share. Four epochs make
 # twelve steps.
+pytestmark = on_cpu
 RUN = {"batch_size": 4, "max_epochs": 4, "rates.msc": 0.001, "ema_decay": 0.9, "val_draws": 3}
 
 

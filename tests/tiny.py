@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,8 @@ SD = MODELS / "phantom_base" / "sd-phantom-inpainting.ckpt"
 PHANTOM = MODELS / "phantom.yaml"
 TRAIN, VAL, TEST = (f"openimages_format_{name}.json" for name in ("train", "val", "test"))
 STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="bit for bit, or on two devices: on the CPU")
 
 # Plain steps at the full rate from the first one on, so that what is trained moves, and nothing decays on its own.
 PLAIN = {

@@ -3,6 +3,7 @@
     python tool/bench.py inference                                   # phantom size, seconds
     python tool/bench.py inference --config models/mldm_v15.yaml     # true size, random weights, minutes, about 8 GB
     python tool/bench.py training --config models/phantom.yaml       # the four stages: cache, freezing, precision
+    python tool/bench.py batches --config models/mldm_v15.yaml       # a GPU: steps of 1, 2, 4 ... items until full
     python tool/bench.py memory --config models/mldm_v15.yaml --batch_size 1   # docs/memory.md; about 20 GB
 
 Both sides have the same weights, input, precision and threads, and take turns; the ratio is theirs / ours, so above 1
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm import cli
 
 # Each measurement is the `main(args)` of ldm/bench_<name>.py.
-MEASUREMENTS = ("inference", "training", "memory")
+MEASUREMENTS = ("inference", "training", "batches", "memory")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     inference.add_argument(
         "--steps", type=int, default=10, help="of whole pictures; 0 measures single calls only (default: %(default)s)"
     )
+    batches = parser.add_argument_group("batches")
+    batches.add_argument("--sizes", help="batch sizes, such as 1,8,32 (default: 1, 2, 4 ... until memory is full)")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser
