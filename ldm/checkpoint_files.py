@@ -285,9 +285,9 @@ def _verify_safetensors(path: Path) -> str:
 def save_pickle(content: Any, handle: BinaryIO) -> None:
     """``torch.save`` in which a full disk or an interruption stays what it is (torch makes a RuntimeError of it).
 
-    Tensors are written as plain ones of the CPU, so that ``torch.load`` reads them where there is no GPU.
+    Tensors are written as ones of the CPU, so that a plain ``torch.load`` reads them where there is no GPU.
     """
-    content = tree_map_only(Tensor, lambda value: value.cpu().contiguous(), content)
+    content = tree_map_only(Tensor, Tensor.cpu, content)
     try:
         torch.save(content, handle)
     except RuntimeError as error:

@@ -131,7 +131,7 @@ class TrainingConfig:
     ema_decay: float = 0.0  # 0 = off; else validation and the finished checkpoint use the weights' moving average
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of U-Net and MSC
-    workers: int = 0  # data-loader processes
+    workers: int = -1  # data-loader processes per device; -1: two beside a GPU, none beside a CPU
     save_every_minutes: float = 10.0
     keep_best: int = 1  # how many of the best epochs' weights are kept beside last.ckpt
     val_draws: int = 1  # how often each validation sample is seen, with other fixed noise, time step, mask or crop
@@ -352,7 +352,7 @@ def _validate_ranges(config: Config, refuse: Any) -> None:
         "training.warmup_steps": (0, None),
         "training.mask_weight": (0, None),
         "training.clip_norm": (0, None),
-        "training.workers": (0, None),
+        "training.workers": (-1, None),
         "training.condition_dropout": (0, 0.99),
         "training.ema_decay": (0, 0.999999),
         "training.save_every_minutes": (0, None),

@@ -81,7 +81,7 @@ class Stage(pl.LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         frozen = {key: value for key, value in self.frozen.items() if key not in self.trained}
         state = {**frozen, **{key: value.detach() for key, value in self.trained.items()}}
-        return {key: value.float() for key, value in state.items()}
+        return {key: value.float().contiguous() for key, value in state.items()}  # however this device lays them
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], strict: bool = True, assign: bool = False) -> None:
@@ -339,6 +339,8 @@ def loader(data: StageData, config: Config, shuffle: bool, rank: int = 0, world:
     order = EpochOrder(data, config.training, shuffle, rank, world)
     order.start = start
     workers = config.training.workers
+    if workers < 0:  # a GPU would wait while its own process reads
+        workers = 2 if torch.cuda.is_available() else 0
     return DataLoader(
         data,
         batch_size=config.training.batch_size // world,

@@ -6,11 +6,12 @@ from tiny import MODELS
 
 from ldm.attention import Conditioning
 from ldm.config import load_config
+from ldm.dataset import StageData
 from ldm.devices import kernel_layout
 from ldm.errors import UsageError
 from ldm.estimates import fake_batch
 from ldm.model import MedSoftModel
-from ldm.training import Stage
+from ldm.training import Stage, loader
 
 
 @pytest.mark.parametrize("amx", [False, True])
@@ -96,3 +97,11 @@ def test_diffusion_loss_of_a_batch() -> None:
         weight = (1 + 2 * mask).expand_as(predicted)
         expected = (weight * (predicted - batch["noise"]) ** 2).flatten(1).sum(1) / weight.flatten(1).sum(1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("asked", "gpu", "workers"), [(-1, False, 0), (-1, True, 2), (0, True, 0), (3, False, 3)])
+def test_processes_that_read_features(monkeypatch: pytest.MonkeyPatch, asked: int, gpu: bool, workers: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    config = load_config(MODELS / "phantom_stage1.yaml", [f"training.workers={asked}", "training.balance=false"])
+    made = loader(StageData([], None, config.training, fixed=False), config, shuffle=True)
+    assert (made.num_workers, made.persistent_workers, made.pin_memory) == (workers, workers > 0, gpu)

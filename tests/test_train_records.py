@@ -13,6 +13,7 @@ from tiny import MODELS, call, changed, tensors, train
 from ldm.annotations import load_samples, write_annotations
 from ldm.checkpoint import read_checkpoint
 from ldm.config import config_from_dict, load_config
+from ldm.devices import out_of_memory
 from ldm.errors import MedSoftError
 from ldm.estimates import fake_batch, fake_stage, stage_disk, stage_memory, step_operations
 from ldm.images import read_image
@@ -213,6 +214,12 @@ def test_out_of_memory_is_one_line(world: Path, converted: Path, tmp_path: Path)
             MedSoftError, match=r"out of memory at step 0 .*a smaller --batch_size with training\.accum"
         ):
             train("stage1", converted, tmp_path / "s", world)
+
+
+@pytest.mark.parametrize(("said", "full"), [("CUDA driver error: out of memory", True), ("shapes differ", False)])
+def test_what_counts_as_out_of_memory(said: str, full: bool) -> None:
+    """Triton and cuBLAS ask the driver themselves, and fail with errors of their own."""
+    assert out_of_memory(RuntimeError(said)) == full
 
 
 def test_compiled_unet_trains_like_the_plain_one(
