@@ -73,7 +73,7 @@ def one_step(path: Path, stage: str, overrides: list[str], batch_size: int) -> d
     config: Config = stage_configs(path, overrides)[stage]
     config.training.activation_checkpointing = True
     device, half = torch.device("cuda" if torch.cuda.is_available() else "cpu"), half_is_fast()
-    computed = stage_memory(config, batch_size, half).total
+    computed = stage_memory(config, batch_size, half, device.type).total
     start = time.perf_counter()
     made = fake_stage(config, half).to(device)
     batch = {name: value.to(device) for name, value in fake_batch(config, batch_size).items()}

@@ -292,7 +292,7 @@ def check_room(config: Config, sets: dict[str, Path], save_path: Path, devices: 
         yield Finding("error" if free < 2 * disk.last else "warning", str(save_path), words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = resolve_precision(config.training.precision) == "bf16-mixed"
-    needed = stage_memory(config, max(1, config.training.batch_size // devices), half).total
+    needed = stage_memory(config, max(1, config.training.batch_size // devices), half, device.type).total
     if needed > free_memory(device):
         words = f"a step needs about {needed / GIB:.1f} GiB, {free_memory(device) / GIB:.1f} GiB are free"
         help_with = "a smaller batch_size with accumulate, activation_checkpointing, --precision bf16-mixed"

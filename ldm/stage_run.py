@@ -229,7 +229,7 @@ def state_disk(args: argparse.Namespace, config: Config, data: Data) -> Disk:
 
 def state_memory(config: Config, device: torch.device, half: bool, batch: int) -> None:
     """Say what a training step needs, and warn where it will not fit."""
-    memory = stage_memory(config, batch, half)
+    memory = stage_memory(config, batch, half, device.type)
     free = free_memory(device)
     parts = [f"{name} {size(getattr(memory, name))}" for name in memory.__dataclass_fields__ if getattr(memory, name)]
     log.info("memory on %s: about %s (%s); %s free", device.type, size(memory.total), ", ".join(parts), size(free))

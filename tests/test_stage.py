@@ -99,6 +99,7 @@ def test_diffusion_loss_of_a_batch() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
 @pytest.mark.parametrize(("asked", "gpu", "workers"), [(-1, False, 0), (-1, True, 2), (0, True, 0), (3, False, 3)])
 def test_processes_that_read_features(monkeypatch: pytest.MonkeyPatch, asked: int, gpu: bool, workers: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)

@@ -70,6 +70,12 @@ def test_memory_estimate_is_what_autograd_keeps() -> None:
     assert stage_memory(config, 2, half=False).activations < estimate.activations / 2
 
 
+def test_memory_estimate_for_a_gpu() -> None:
+    """Against what an NVIDIA H200 allocated (`bench.py batches`, docs/memory.md): 69.5 GiB."""
+    config = load_config(MODELS / "mldm_v15_unet_only.yaml", [])
+    assert stage_memory(config, 64, half=True, device="cuda").total / 2**30 == pytest.approx(69.5, rel=0.05)
+
+
 @pytest.mark.parametrize("stage", ["stage1", "unet_only"])
 def test_disk_estimate_covers_what_is_written(trained: dict, stage: str) -> None:
     run = trained[stage]
