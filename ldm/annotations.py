@@ -356,10 +356,12 @@ class _Record:
     values: Any
 
     def error(self, key: str, expected: str) -> MedSoftError:
+        """What is wrong with ``key``, as an error to raise."""
         found = repr(self.values[key]) if key in self.values else "nothing"
         return MedSoftError(f"{self.path}: record {self.index}, key {key!r}: expected {expected}, found {found[:80]}")
 
     def text(self, key: str, required: bool = False) -> str | None:
+        """The text under ``key``; None if there is none and it is not required."""
         value = self.values.get(key)
         if value is None and not required:
             return None
@@ -368,6 +370,7 @@ class _Record:
         return value
 
     def file(self, key: str, folder: Path, required: bool = False) -> Path | None:
+        """The path under ``key``, seen from ``folder``."""
         value = self.text(key, required)
         if not value:
             return None
@@ -376,6 +379,7 @@ class _Record:
         return Path(os.path.normpath(folder / value))
 
     def box(self) -> tuple[float, float, float, float]:
+        """x, y, width and height as fractions of the image, in [0, 1]."""
         value = self.values.get("box")
         numbers = isinstance(value, list) and len(value) == 4 and all(_is_number(number) for number in value)
         if not numbers or min(value) < 0 or value[0] + value[2] > 1 + 1e-6 or value[1] + value[3] > 1 + 1e-6:

@@ -99,6 +99,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> (..., hidden)."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -111,6 +112,7 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(0.0), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> (..., dim)."""
         return self.net(x)
 
 
@@ -134,6 +136,7 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(dim) for _ in range(4))
 
     def forward(self, x: Tensor, cond: Conditioning, gate: Tensor | None) -> Tensor:
+        """x (B, L, dim), gate (B, L, 1) or None for an open one -> (B, L, dim), one row per row of the text."""
         x = x + self.attn1(self.norm1(x))
         x = self._third(x, cond, gate)  # one row per row of the text from here on
         x = x + self.attn2(self.norm2(x), cond.keys_values(self.attn2, cond.text))

@@ -44,6 +44,7 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
@@ -57,6 +58,7 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
         h = self.norm(x)
         q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c").contiguous() for layer in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)
@@ -71,6 +73,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H / 2, W / 2)."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -82,6 +85,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, 2 H, 2 W)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -95,6 +99,7 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
@@ -108,6 +113,7 @@ class Level(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C_out, H, W), or half or twice as high and wide."""
         for block in self.block:
             x = block(x)
         for name in ("downsample", "upsample"):
@@ -134,6 +140,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] -> mean and log-variance before ``quant_conv``."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -158,6 +165,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], cfg.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """z (B, 4, h, w) after ``post_quant_conv`` -> image (B, 3, h * f, w * f), about [-1, 1]."""
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)

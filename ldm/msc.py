@@ -28,6 +28,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, W) -> (B, L, W)."""
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N + 2, W / heads)
         x = x + self.proj(rearrange(attended, "b h n d -> b n (h d)"))

@@ -88,6 +88,7 @@ class Record:
 
     @property
     def path(self) -> Path:
+        """The JSON file it is kept in."""
         return ROOT / self.plan.output_dir / STATE_FILE
 
     def known(self, step: Step) -> dict[str, Any]:
@@ -96,6 +97,7 @@ class Record:
         return entry if entry.get("fingerprint") == step.fingerprint else {}
 
     def done(self, step: Step) -> bool:
+        """Whether the step ended well with its present command and settings, and its outputs are there."""
         return self.known(step).get("exit_code") in DONE_CODES and not step.missing
 
     def outdated(self, step: Step, before: Collection[Step]) -> bool:
@@ -289,6 +291,7 @@ def _stop(child: subprocess.Popen, signum: int) -> None:
 
 
 def count(plan: Plan, number: int) -> str:
+    """Step ``number`` of all: [3/19]."""
     return f"[{number}/{len(plan.steps)}]"
 
 

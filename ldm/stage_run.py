@@ -124,6 +124,7 @@ class Data:
 
     @property
     def all_items(self) -> list[Item]:
+        """Items to train on, then those to validate on."""
         return [*self.items["train"], *self.items["val"]]
 
     def leave_out(self, damaged: list[Reject], allowed: float) -> None:

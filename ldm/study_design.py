@@ -113,6 +113,7 @@ def plan_groups(design: Design) -> Iterator[Group]:
 
 
 def added_path(design: Design, world: World, arm: Arm) -> str:
+    """The JSON of the pictures that an arm adds to the training set."""
     return design.folder(world.name, f"train_{arm.name}.json")
 
 
@@ -171,6 +172,7 @@ def label(arm: Arm, ratio: float | None) -> str:
 
 
 def command(name: str, words: list[str], makes: str) -> Step:
+    """A step that runs ``python`` with these words and leaves ``makes``."""
     return Step(name, shlex.join(["python", *words]), (makes,))
 
 
@@ -280,6 +282,7 @@ def phantom_world(seed: int, counts: dict[str, Any], output_dir: str) -> World:
 
 
 def parse_generator(name: str, item: Any, where: str) -> Generator:
+    """The generator ``name`` of a study YAML; UsageError that says where it is wrong."""
     check_keys(item, {"stages": list, "set": list}, f"{where}generators.{plain(name, where)}: ", ("set",))
     here = f"{where}generators.{name}.stages: "
     stages = words(item["stages"], here)
@@ -292,6 +295,7 @@ def parse_generator(name: str, item: Any, where: str) -> Generator:
 
 
 def parse_arm(name: str, item: Any, generators: dict[str, Any], where: str) -> Arm:
+    """The arm ``name`` of a study YAML; UsageError that says where it is wrong."""
     here = f"{where}arms.{plain(name, where)}: "
     kinds = {"use": str, "generator": str, "ratios": list, "set": list, "add": str}
     check_keys(item, kinds, here, tuple(kinds))
@@ -346,6 +350,7 @@ def command_words(text: str, where: str) -> list[str]:
 
 
 def words(items: list[Any], where: str) -> tuple[str, ...]:
+    """The items, which must be texts that are not blank."""
     for item in items:
         if not isinstance(item, str) or not item.strip():
             raise UsageError(f"{where}expected texts, found {item!r}")
@@ -353,6 +358,7 @@ def words(items: list[Any], where: str) -> tuple[str, ...]:
 
 
 def whole_numbers(items: list[Any], where: str, different: bool = True) -> list[int]:
+    """The items, which must be whole numbers of at least 0 and, unless told otherwise, ``different``."""
     if not items or not all(type(item) is int and item >= 0 for item in items):
         raise UsageError(f"{where}expected whole numbers of at least 0, found {items!r}")
     if different and len(set(items)) < len(items):

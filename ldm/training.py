@@ -79,6 +79,7 @@ class Stage(pl.LightningModule):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Every tensor of the stage in float32, trained or not, whatever its type and layout in memory."""
         frozen = {key: value for key, value in self.frozen.items() if key not in self.trained}
         state = {**frozen, **{key: value.detach() for key, value in self.trained.items()}}
         return {key: value.float().contiguous() for key, value in state.items()}  # however this device lays them
@@ -145,6 +146,7 @@ class Stage(pl.LightningModule):
         return self.net.semantic(batch["seen"], inside, batch["mask"])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The mean loss of this process's share; MedSoftError, in all processes, if the global batch's is not finite."""
         losses, _ = self.losses(batch, self.config.training.condition_dropout)
         weight = batch["weight"].to(losses)
         loss = (weight * losses).mean()
@@ -203,6 +205,7 @@ class Stage(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------ optimizer
 
     def configure_optimizers(self) -> dict[str, Any]:
+        """Fused AdamW with a learning rate per group, and its schedule by steps."""
         training = self.config.training
         groups = [
             {"params": list(members.values()), "lr": training.rates[name], "name": name}

@@ -33,6 +33,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, C, H, W), time embedding emb (B, D) -> (B, C_out, H, W)."""
         h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]  # (B, C_out, H, W)
         return self.skip_connection(x) + self.out_layers(h)
 
@@ -45,6 +46,7 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H / 2, W / 2)."""
         return self.op(x)
 
 
@@ -56,6 +58,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, 2 H, 2 W)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -63,6 +66,7 @@ class Block(nn.Sequential):
     """A row of layers, each called with what it needs: (x), (x, emb) or (x, conditioning)."""
 
     def forward(self, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, C, H, W), time embedding (B, D) or (1, D) -> x of the last layer."""
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -127,6 +131,7 @@ class UNet(nn.Module):
         return block(x, emb, cond)
 
     def forward(self, x: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, 9, h, w), timesteps (B,) or (1,) -> predicted noise (B, 4, h, w); see the class."""
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))  # (B, 4 * channels)
         kept = []
         for block in self.input_blocks:
