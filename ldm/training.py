@@ -146,7 +146,7 @@ class Stage(pl.LightningModule):
         return self.net.semantic(batch["seen"], inside, batch["mask"])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The mean loss of this process's share; MedSoftError, in all processes, if the global batch's is not finite."""
+        """The mean loss of this process's share; MedSoftError if that of the global batch is not finite."""
         losses, _ = self.losses(batch, self.config.training.condition_dropout)
         weight = batch["weight"].to(losses)
         loss = (weight * losses).mean()
