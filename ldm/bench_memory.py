@@ -29,13 +29,14 @@ COLUMNS = ("parameters", "gradients", "optimizer", "activations", "total")
 def main(args: argparse.Namespace) -> int:
     """Log the Markdown tables; with --output the numbers as JSON too."""
     stages = stage_configs(args.config, args.overrides)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     results: list[dict[str, Any]] = []
     log.info("| stage | precision | checkpointing | %s |\n|%s", " | ".join(COLUMNS), "---|" * (3 + len(COLUMNS)))
     for stage, config in stages.items():
         for half in (False, True):
             for again in (False, True):
                 config.training.activation_checkpointing = again
-                memory = stage_memory(config, args.batch_size, half)
+                memory = stage_memory(config, args.batch_size, half, device)
                 precision = "bf16-mixed" if half else "32-true"
                 log.info(
                     "| %s | %s | %s | %s |", stage, precision, "yes" if again else "no", " | ".join(_shown(memory))
@@ -71,12 +72,12 @@ def _shown(memory: Memory) -> list[str]:
 def one_step(path: Path, stage: str, overrides: list[str], batch_size: int) -> dict[str, Any]:
     """Build the stage and take one optimizer step; {"stage", "peak", "computed", "seconds"}, memory in bytes."""
     config: Config = stage_configs(path, overrides)[stage]
-    config.training.activation_checkpointing = True
+    config.training.activation_checkpointing, config.training.compile = True, False
     device, half = torch.device("cuda" if torch.cuda.is_available() else "cpu"), half_is_fast()
     computed = stage_memory(config, batch_size, half, device.type).total
     start = time.perf_counter()
-    made = fake_stage(config, half).to(device)
-    batch = {name: value.to(device) for name, value in fake_batch(config, batch_size).items()}
+    with device:
+        made, batch = fake_stage(config, half).to(device), fake_batch(config, batch_size)
     before = {key: value.detach().flatten()[:8].clone() for key, value in made.trained.items()}
     loss = optimizer_step(made, optimizer_of(made), batch, half)
     moved = sum(not torch.equal(value, made.trained[key].detach().flatten()[:8]) for key, value in before.items())

@@ -37,6 +37,9 @@ class AtomicCheckpointIO(CheckpointIO):
     """Lightning's checkpoints through our own safe reader and atomic writer."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Weights are written as plain tensors of the CPU, whatever device trains and however it lays them."""
+        weights = {key: value.cpu().contiguous() for key, value in checkpoint["state_dict"].items()}
+        checkpoint = {**checkpoint, "state_dict": weights}
         with atomic_file(path) as handle:
             save_pickle(checkpoint, handle)
 

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from ldm.errors import MedSoftError
@@ -283,11 +282,7 @@ def _verify_safetensors(path: Path) -> str:
 
 
 def save_pickle(content: Any, handle: BinaryIO) -> None:
-    """``torch.save`` in which a full disk or an interruption stays what it is (torch makes a RuntimeError of it).
-
-    Tensors are written as ones of the CPU, so that a plain ``torch.load`` reads them where there is no GPU.
-    """
-    content = tree_map_only(Tensor, Tensor.cpu, content)
+    """``torch.save`` in which a full disk or an interruption stays what it is (torch makes a RuntimeError of it)."""
     try:
         torch.save(content, handle)
     except RuntimeError as error:

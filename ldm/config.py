@@ -130,7 +130,7 @@ class TrainingConfig:
     balance_by: str = "class"  # class (healthy, diseased), or prompt (every distinct sentence)
     ema_decay: float = 0.0  # 0 = off; else validation and the finished checkpoint use the weights' moving average
     activation_checkpointing: bool = False
-    compile: bool = False  # torch.compile of U-Net and MSC
+    compile: bool = False  # torch.compile of the U-Net
     workers: int = -1  # data-loader processes per device; -1: two beside a GPU, none beside a CPU
     save_every_minutes: float = 10.0
     keep_best: int = 1  # how many of the best epochs' weights are kept beside last.ckpt

@@ -29,7 +29,7 @@ def free_memory(device: torch.device) -> int:
 def out_of_memory(error: BaseException) -> bool:
     """True if the device or the machine had no memory left for what was asked."""
     full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    said = ("can't allocate memory", "out of memory")  # the CPU's allocator; the driver, when it is not torch that asks
+    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the CPU's allocator, the driver, a library
     return full or (isinstance(error, RuntimeError) and any(words in str(error) for words in said))
 
 

@@ -37,7 +37,7 @@ class Pictures(pl.Callback):
         epoch, epochs = trainer.current_epoch, trainer.max_epochs
         if not trainer.is_global_zero or ((epoch + 1) % max(1, epochs // TIMES) and epoch + 1 < epochs):
             return
-        with trainer.precision_plugin.forward_context(), pl_module.averaged():
+        with trainer.precision_plugin.forward_context(), pl_module.averaged(), pl_module.uncompiled():
             rows = self._draw(pl_module)
         picture = (rows.clamp(-1, 1).add(1).mul(127.5).round()).to(torch.uint8).cpu().numpy()
         write_png(self.folder / f"epoch_{epoch:04d}.png", np.ascontiguousarray(picture))

@@ -5,7 +5,7 @@ import math
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -58,8 +58,8 @@ class Stage(pl.LightningModule):
         for_steps(net, half_frozen)
         if "unet" in net.parts:
             net.unet.activation_checkpointing = config.training.activation_checkpointing
-        if config.training.compile:
-            compile_networks(net)
+            if config.training.compile:
+                net.unet.compile(dynamic=False)
         self.trained = {key: value for members in self.groups.values() for key, value in members.items()}
         decay = config.training.ema_decay
         self.average = {key: value.detach().clone() for key, value in self.trained.items()} if decay else None
@@ -69,7 +69,6 @@ class Stage(pl.LightningModule):
         self.learning_rates: dict[str, float] = {}
         self.stop_asked = self.save_asked = False  # what this process wants
         self.stop_agreed = self.save_agreed = False  # what one of the processes wants
-        self.largest = 0  # items in the largest batch so far
         self._sums = torch.zeros(3, dtype=torch.float64)
 
     def train(self, mode: bool = True) -> "Stage":
@@ -82,7 +81,7 @@ class Stage(pl.LightningModule):
         """Every tensor of the stage in float32, trained or not, whatever its type and layout in memory."""
         frozen = {key: value for key, value in self.frozen.items() if key not in self.trained}
         state = {**frozen, **{key: value.detach() for key, value in self.trained.items()}}
-        return {key: value.float().contiguous() for key, value in state.items()}  # however this device lays them
+        return {key: value.float() for key, value in state.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], strict: bool = True, assign: bool = False) -> None:
@@ -108,16 +107,6 @@ class Stage(pl.LightningModule):
 
     def losses(self, batch: dict[str, Any], dropout: float) -> tuple[Tensor, Tensor | None]:
         """(loss of each sample (B,), cosine on masked patches (B,) or None) for a batch of StageData."""
-        if not self.config.training.compile:
-            return self._losses(batch, dropout)
-        # Compiling takes minutes: once, for full training batches. An epoch's last, smaller one and validation run as
-        # they are.
-        self.largest = max(self.largest, len(batch["mask"]))
-        whole = torch.is_grad_enabled() and len(batch["mask"]) == self.largest
-        with torch.compiler.set_stance("default" if whole else "force_eager"):
-            return self._losses(batch, dropout)
-
-    def _losses(self, batch: dict[str, Any], dropout: float) -> tuple[Tensor, Tensor | None]:
         if self.config.training.objective == "msc":
             tokens, global_token, soft = self.net.controller_tokens(
                 batch["seen"], batch["seen_global"], batch["clip_text"], batch["mask"]
@@ -136,6 +125,10 @@ class Stage(pl.LightningModule):
         predicted = self.net.predict_noise(noisy, t, mask, batch["masked_latent"], text, semantic * kept)
         return diffusion_loss(predicted, batch["noise"], mask, self.config.training.mask_weight), None
 
+    def uncompiled(self) -> AbstractContextManager:
+        """The block runs the U-Net as it is. Compiling takes minutes: once is enough, for full training batches."""
+        return torch.compiler.set_stance("force_eager") if self.config.training.compile else nullcontext()
+
     def semantic(self, batch: dict[str, Any]) -> Tensor:
         """The tokens of the third attention (B, N / 4, D), as this stage makes them."""
         inside = batch["true"]
@@ -147,7 +140,10 @@ class Stage(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The mean loss of this process's share; MedSoftError if that of the global batch is not finite."""
-        losses, _ = self.losses(batch, self.config.training.condition_dropout)
+        training = self.config.training
+        whole = len(batch["mask"]) == training.batch_size // self.trainer.world_size
+        with nullcontext() if whole else self.uncompiled():
+            losses, _ = self.losses(batch, training.condition_dropout)
         weight = batch["weight"].to(losses)
         loss = (weight * losses).mean()
         real = float((weight > 0).sum())
@@ -186,7 +182,8 @@ class Stage(pl.LightningModule):
         self._swap()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        losses, cosine = self.losses(batch, dropout=0.0)
+        with self.uncompiled():
+            losses, cosine = self.losses(batch, dropout=0.0)
         real = (batch["weight"] > 0).to(losses)
         sums = [
             (losses * real).sum(),
@@ -230,7 +227,7 @@ class Stage(pl.LightningModule):
         for parameter, kept in self.trainer.optimizers[0].state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in kept and kept[name].stride() != parameter.stride():
-                    kept[name] = torch.empty_like(parameter).copy_(kept[name])
+                    kept[name] = _laid_as(parameter, kept[name])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradient norms of each group, and clipping by the norm of all: Lightning refuses to clip for fused AdamW."""
@@ -276,7 +273,7 @@ class Stage(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.average is not None:
             kept = checkpoint["average"]
-            self.average = {key: kept[key].to(value.device, copy=True) for key, value in self.trained.items()}
+            self.average = {key: _laid_as(value, kept[key]) for key, value in self.trained.items()}
 
     def on_fit_start(self) -> None:
         if self.average is not None:
@@ -294,14 +291,9 @@ def training_groups(net: MedSoftModel, config: Config) -> dict[str, dict[str, nn
     return groups
 
 
-def compile_networks(net: MedSoftModel) -> None:
-    """``torch.compile`` of the networks that a step runs.
-
-    Left alone, Inductor gives up channels last for convolutions of which one has twice as many channels in as out.
-    """
-    for part in STEP_PARTS:
-        if part in net.parts:
-            getattr(net, part).compile(dynamic=False, options={"force_layout_optimization": True})
+def _laid_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy of ``value`` on the device and in the memory layout of ``parameter``."""
+    return torch.empty_like(parameter).copy_(value)
 
 
 def for_steps(net: nn.Module, half: bool) -> None:
@@ -350,7 +342,7 @@ def loader(data: StageData, config: Config, shuffle: bool, rank: int = 0, world:
         sampler=order,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
-        persistent_workers=workers > 0,
+        persistent_workers=workers > 0 and shuffle,  # those of validation are gone while training goes on
         pin_memory=torch.cuda.is_available(),
     )
 

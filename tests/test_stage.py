@@ -106,3 +106,5 @@ def test_processes_that_read_features(monkeypatch: pytest.MonkeyPatch, asked: in
     config = load_config(MODELS / "phantom_stage1.yaml", [f"training.workers={asked}", "training.balance=false"])
     made = loader(StageData([], None, config.training, fixed=False), config, shuffle=True)
     assert (made.num_workers, made.persistent_workers, made.pin_memory) == (workers, workers > 0, gpu)
+    made = loader(StageData([], None, config.training, fixed=True), config, shuffle=False)
+    assert (made.num_workers, made.persistent_workers) == (workers, False)

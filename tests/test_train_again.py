@@ -54,13 +54,9 @@ def test_settings_that_decide_no_weight_may_change(world: Path, converted: Path,
         train("stage1", converted, tmp_path / "b", world, **SHORT | {"rates.msc": 0.002})
 
 
-@pytest.mark.parametrize("first", [torch.channels_last, torch.contiguous_format])
-def test_resumed_where_kernels_lie_otherwise_in_memory(
-    trained: dict, world: Path, tmp_path: Path, first: torch.memory_format
-) -> None:
-    """Begun on a device that wants kernels channels last, gone on with where they do not lie so, and vice versa."""
-    given = {"max_epochs": 2, "save_every_minutes": 0, "rates.unet": 0.001}
-    second = torch.contiguous_format if first == torch.channels_last else torch.channels_last
+def test_resumed_where_kernels_lie_otherwise_in_memory(trained: dict, world: Path, tmp_path: Path) -> None:
+    """Begun on a device that wants kernels channels last, gone on with where they do not lie so."""
+    given = {"max_epochs": 2, "save_every_minutes": 0, "rates.unet": 0.001, "ema_decay": 0.9}
     plain = Stage.training_step
 
     def stumbles(self: Stage, batch: dict, batch_idx: int) -> Any:
@@ -70,15 +66,13 @@ def test_resumed_where_kernels_lie_otherwise_in_memory(
 
     start, folder = trained["stage2_1"].last, tmp_path / "s"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.training.kernel_layout", lambda *_: first)
+        patch.setattr("ldm.training.kernel_layout", lambda *_: torch.channels_last)
         assert train("stage2_2", start, tmp_path / "whole", world, **given) == 0
         patch.setattr(Stage, "training_step", stumbles)
         with pytest.raises(OSError, match="power"):
             train("stage2_2", start, folder, world, **given)
     assert all(value.is_contiguous() for value in tensors(folder / "last.ckpt").values())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.training.kernel_layout", lambda *_: second)
-        assert train("stage2_2", start, folder, world, **given) == 0
+    assert train("stage2_2", start, folder, world, **given) == 0
     found, whole = tensors(folder / "last.ckpt"), tensors(tmp_path / "whole" / "last.ckpt")
     for key, value in tensors(start).items():
         moved = (whole[key] - value).norm()
