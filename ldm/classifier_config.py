@@ -127,7 +127,9 @@ def _expected(kind: Any) -> str:
 def _check_ranges(config: ClassifierConfig, sources: dict[str, str], default: str) -> None:
     least = 2 if config.train else 1  # batch normalisation cannot be trained on one image
     rules = [
-        ("img_size", 8 <= config.img_size <= 4096, "8 to 4096"),
+        # Below 32 a ResNet halves a map of one pixel. The gradient of that convolution is now and then garbage in
+        # bfloat16 on CPUs with AMX (torch 2.14).
+        ("img_size", 32 <= config.img_size <= 4096, "32 to 4096"),
         ("Batch_Size", config.Batch_Size >= least, f"at least {least}{' for training' if config.train else ''}"),
         ("EPOCHS", config.EPOCHS >= 1, "at least 1"),
         ("save_epoch", config.save_epoch >= 0, "0 or more"),

@@ -42,7 +42,7 @@ SMALL = {
     "seeds": [0],
     "phantoms": {"healthy": 8, "diseased": 8, "fractions": [0.5, 0.5, 0], "test_healthy": 4, "test_diseased": 4},
     "classifier": "configs/classifier/phantom.json",
-    "set": ["EPOCHS=1", "img_size=16", "Batch_Size=8"],
+    "set": ["EPOCHS=1", "img_size=32", "Batch_Size=8"],
     "arms": {"real": {}, "duplicated": {"use": "duplicate_real", "ratios": [1]}},
     "compare": {"baseline": "real", "control": "duplicated", "main": "duplicated", "ratio": None},
 }
