@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.attention import attend
 from ldm.config import BiomedClipConfig, MSCConfig
 
 
@@ -30,7 +31,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, W) -> (B, L, W)."""
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N + 2, W / heads)
+        attended = attend(q, k, v)  # (B, heads, N + 2, W / heads)
         x = x + self.proj(rearrange(attended, "b h n d -> b n (h d)"))
         return x + self.mlp(self.norm2(x))
 

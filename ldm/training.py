@@ -79,9 +79,7 @@ class Stage(pl.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Every tensor of the stage in float32, trained or not, whatever its type and layout in memory."""
-        frozen = {key: value for key, value in self.frozen.items() if key not in self.trained}
-        state = {**frozen, **{key: value.detach() for key, value in self.trained.items()}}
-        return {key: value.float() for key, value in state.items()}
+        return {key: value.detach().float() for key, value in {**self.frozen, **self.trained}.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], strict: bool = True, assign: bool = False) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_networks import UNET, noise, relative_error, scrambled
 from torch import nn
 
-from ldm.attention import Conditioning, CrossAttention, TransformerBlock
+from ldm.attention import Conditioning, CrossAttention, TransformerBlock, attend
 from ldm.msc import patch_mask
 from ldm.unet import UNet
 
@@ -152,3 +152,15 @@ def test_channels_last_changes_nothing() -> None:
     expected = unet(x, t, cond)
     unet.to(memory_format=torch.channels_last)
     assert relative_error(unet(x.contiguous(memory_format=torch.channels_last), t, cond), expected) < 1e-5
+
+
+def test_attention_of_narrow_heads_is_float32_on_a_cpu() -> None:
+    """Also under autocast, which would run it in bfloat16; what goes in and comes out keeps its type."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, 16).bfloat16() for length in (20, 9, 9))
+    exact = torch.softmax(q.double() @ k.double().mT / 4, dim=-1) @ v.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(q, k, v)
+    assert found.dtype == torch.bfloat16
+    rounded = (found == exact.bfloat16()).float().mean()  # but where a sum lies between two values
+    assert rounded > 0.99
