@@ -36,7 +36,7 @@ class Memory:
 def stage_memory(config: Config, batch: int, half: bool, device: str = "cpu") -> Memory:
     """Memory of a stage for ``batch`` items per device, with ``half`` in bf16-mixed. Nothing is allocated.
 
-    ``device`` is cpu or cuda, whose autocast runs the norms in float32 and so keeps a third more.
+    ``device`` is cpu or cuda, whose autocast runs the norms in float32 and so keeps a third more of the U-Net's.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
