@@ -1,7 +1,8 @@
 """Training steps of growing batches: time, throughput, share of the chip's speed, memory.
 
 Random weights and cached features; a step is forward, backward, clipping and fused AdamW, as in training, compiled if
-``training.compile`` says so. The chip's speed is that of a large matrix product in bfloat16, measured first.
+``training.compile`` says so; a GPU is handed the next one before the loss is read. The chip's speed is that of a large
+matrix product in bfloat16, measured first.
 """
 
 import argparse
@@ -10,15 +11,16 @@ import logging
 import platform
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from ldm import cli
-from ldm.bench_training import optimizer_of, optimizer_step, stage_configs
+from ldm.bench_training import optimizer_step, stage_configs
 from ldm.config import Config
-from ldm.devices import out_of_memory, resolve_precision
+from ldm.devices import on_host, out_of_memory, resolve_precision, steps_behind
 from ldm.errors import UsageError
 from ldm.estimates import GIB, fake_batch, fake_stage, step_operations
 from ldm.files import write_json
@@ -95,16 +97,21 @@ def sweep(
 
 
 def measure(config: Config, batch: int, repeats: int, device: torch.device, half: bool) -> dict[str, Any]:
-    """Seconds of the first step and of ``repeats`` later ones, and on a GPU the most memory that was allocated."""
+    """Seconds of the first step and of ``repeats`` later ones, and on a GPU the most memory that was allocated.
+
+    A later step's time is that from one loss read to the next.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with device:
         stage = fake_stage(config, half).to(device)
         items = fake_batch(config, batch)
-    optimizer, times = optimizer_of(stage), []
+    optimizer, times, losses = stage.adamw(), [], deque()
     for _ in range(1 + WARM_UP + repeats):
         start = time.perf_counter()
-        optimizer_step(stage, optimizer, items, half)
+        losses.append(on_host(optimizer_step(stage, optimizer, items, half)))
+        while len(losses) > steps_behind(device):
+            losses.popleft()()
         times.append(time.perf_counter() - start)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return {"batch": batch, "first": times[0], "seconds": times[1 + WARM_UP :], "memory": memory}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ldm import cli
-from ldm.bench_training import optimizer_of, optimizer_step, stage_configs
+from ldm.bench_training import optimizer_step, stage_configs
 from ldm.config import Config
 from ldm.devices import half_is_fast
 from ldm.estimates import GIB, Memory, fake_batch, fake_stage, stage_memory
@@ -79,7 +79,7 @@ def one_step(path: Path, stage: str, overrides: list[str], batch_size: int) -> d
     with device:
         made, batch = fake_stage(config, half).to(device), fake_batch(config, batch_size)
     before = {key: value.detach().flatten()[:8].clone() for key, value in made.trained.items()}
-    loss = optimizer_step(made, optimizer_of(made), batch, half)
+    loss = float(optimizer_step(made, made.adamw(), batch, half))
     moved = sum(not torch.equal(value, made.trained[key].detach().flatten()[:8]) for key, value in before.items())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":

@@ -61,7 +61,7 @@ class Steps:
             with torch.no_grad():
                 empty = net.cond_stage_model([""])
         self.stage = Stage(config, net, {}, {}, empty, self.half).to(device)
-        self.optimizer = optimizer_of(self.stage)
+        self.optimizer = self.stage.adamw()
         self.batch = {name: value.to(device) for name, value in fake_batch(config, batch_size).items()}
         self.batch["mask"] = (self.batch["mask"] > 0.9).float()
         self.image = torch.rand(batch_size, 3, config.data.image_size, config.data.image_size, device=device) * 2 - 1
@@ -89,6 +89,8 @@ class Steps:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=variant.encoders == torch.bfloat16):
                 batch = {**batch, **self._encoded()}
         optimizer_step(self.stage, self.optimizer, batch, variant.half)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     @torch.no_grad()
     def _encoded(self) -> dict[str, torch.Tensor]:
@@ -148,24 +150,18 @@ def _in_float32(*networks: torch.nn.Module) -> Iterator[None]:
         for_steps(network, True)
 
 
-def optimizer_of(stage: Stage) -> torch.optim.Optimizer:
-    """AdamW on what the stage trains, as in training."""
-    rates = stage.config.training.rates
-    groups = [{"params": list(members.values()), "lr": rates[name]} for name, members in stage.groups.items()]
-    return torch.optim.AdamW(groups, fused=True)
+def optimizer_step(stage: Stage, optimizer: torch.optim.Optimizer, batch: dict[str, Any], half: bool) -> torch.Tensor:
+    """Forward, backward, clipping and the optimizer on one batch of cached features, as in training; the loss.
 
-
-def optimizer_step(stage: Stage, optimizer: torch.optim.Optimizer, batch: dict[str, Any], half: bool) -> float:
-    """Forward, backward, clipping and the optimizer on one batch of cached features, as in training; the loss."""
+    A GPU may still be computing when this returns.
+    """
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(stage.device.type, torch.bfloat16, enabled=half):
         loss = stage.losses(batch, 0.0)[0].mean()
     loss.backward()
     stage.clip(stage.gradient_norms()[1])
     optimizer.step()
-    if stage.device.type == "cuda":
-        torch.cuda.synchronize()
-    return float(loss.detach())
+    return loss.detach()
 
 
 def measure(steps: Steps, repeats: int, warm_up: int = 1) -> dict[str, list[tuple[float, float]]]:

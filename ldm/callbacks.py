@@ -60,7 +60,7 @@ class KeepWork(pl.Callback):
     def __init__(self, folder: Path, minutes: float, keep_best: int) -> None:
         self.folder, self.seconds, self.keep_best = folder, 60 * minutes, keep_best
         self.path = folder / "last.ckpt"
-        self.stopping = self.due = False
+        self.stopping = False
 
     def setup(self, trainer: pl.Trainer, pl_module: Stage, stage: str) -> None:
         if trainer.is_global_zero:
@@ -82,9 +82,9 @@ class KeepWork(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.stopping |= pl_module.stop_agreed
-        self.due |= pl_module.save_agreed or self.stopping
+        due = pl_module.save_agreed or self.stopping
         # Between two optimizer steps of an accumulated batch there are gradients that no checkpoint holds.
-        if self.due and (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
+        if due and (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
             self._save_inside_epoch(trainer, batch_idx + 1)
             self._stop()
 
@@ -108,7 +108,7 @@ class KeepWork(pl.Callback):
         """Write ``last.ckpt``, unless the step just taken has broken the weights: then stop, and keep the old file."""
         self._refuse_broken(trainer)
         trainer.save_checkpoint(self.path)
-        self.saved, self.due = time.monotonic(), False
+        self.saved, trainer.lightning_module.save_agreed = time.monotonic(), False
 
     def _refuse_broken(self, trainer: pl.Trainer) -> None:
         bad = not_finite(trainer.lightning_module.trained)

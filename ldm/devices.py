@@ -1,9 +1,11 @@
 """What the machine can do, and which of several processes this is."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def is_first_process() -> bool:
@@ -58,3 +60,23 @@ def resolve_precision(name: str) -> str:
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 for matrix products and convolutions where that is fast; weights and sums stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=half_is_fast())
+
+
+def steps_behind(device: torch.device) -> int:
+    """How many training steps later the numbers of a step are read: the host may hand a GPU the next one meanwhile."""
+    return 1 if device.type == "cuda" else 0
+
+
+def on_host(values: Tensor) -> Callable[[], Tensor]:
+    """Start copying ``values`` to the CPU; what comes back waits for the copy, and for nothing that is queued later."""
+    copy = values.detach().to("cpu", non_blocking=True)
+    if values.device.type != "cuda":
+        return lambda: copy
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return wait

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldm.config import GROUPS
 from ldm.errors import MedSoftError
 from ldm.files import write_text
-from ldm.training import Stage
+from ldm.training import Stage, Step
 
 log = logging.getLogger(__name__)
 
@@ -76,19 +76,28 @@ class Records(pl.Callback):
             return
         self.step = trainer.global_step
         pl_module.update_average()
-        window, pl_module.window, pl_module.window_ids = pl_module.window, [], []
-        items = sum(count for _, count in window)
-        self.loss_sum += sum(loss * count for loss, count in window)
+        if trainer.is_last_batch or pl_module.save_agreed or pl_module.stop_agreed:  # a checkpoint may follow
+            pl_module.read(0)
+        steps, pl_module.steps = pl_module.steps, []
+        if not steps:
+            return
+        items = sum(count for step in steps for _, count in step.batches)
+        elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
+        for step in steps:
+            self.loss_sum += sum(loss * count for loss, count in step.batches)
         self.items += items
         self.timed_items += items
-        elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
-        if self.bar is None:
-            return
-        loss = sum(loss for loss, _ in window) / len(window)
-        row = {"epoch": trainer.current_epoch, "step": self.step, "loss": loss}
-        row |= {f"lr_{name}": value for name, value in pl_module.learning_rates.items()}
-        row |= {f"grad_norm_{name}": value for name, value in pl_module.grad_norms.items()}
-        row["items_per_second"] = items / elapsed
+        if self.bar is not None:
+            for step in steps:
+                self._write(step, items / elapsed)
+            self.bar.update(steps[-1].step - self.bar.n)
+
+    def _write(self, step: Step, items_per_second: float) -> None:
+        loss = sum(loss for loss, _ in step.batches) / len(step.batches)
+        row = {"epoch": step.epoch, "step": step.step, "loss": loss}
+        row |= {f"lr_{name}": value for name, value in step.learning_rates.items()}
+        row |= {f"grad_norm_{name}": value for name, value in step.grad_norms.items()}
+        row["items_per_second"] = items_per_second
         try:
             self.rows.write(as_csv(STEPS, [{key: repr(value) for key, value in row.items()}]))
             self.rows.flush()
@@ -99,9 +108,8 @@ class Records(pl.Callback):
             ) from error
         for name in STEPS[2:]:
             if name in row:
-                self.board.add_scalar(f"train/{name}", row[name], self.step)
-        self.bar.update(self.step - self.bar.n)
-        self.bar.set_postfix(epoch=trainer.current_epoch, loss=f"{loss:.4f}", refresh=False)
+                self.board.add_scalar(f"train/{name}", row[name], step.step)
+        self.bar.set_postfix(epoch=step.epoch, loss=f"{loss:.4f}", refresh=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Stage) -> None:
         if self.bar is None:

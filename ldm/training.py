@@ -4,9 +4,10 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from ldm.checkpoint import PREFIXES, Checkpoint
 from ldm.config import Config
 from ldm.dataset import EpochOrder, StageData
-from ldm.devices import kernel_layout
+from ldm.devices import kernel_layout, on_host, steps_behind
 from ldm.diffusion import diffusion_loss
 from ldm.errors import MedSoftError, UsageError
 from ldm.model import MedSoftModel
@@ -29,6 +30,26 @@ STEP_PARTS = ("unet", "msc")  # what a training step runs; the other parts only 
 EMA_WARM_UP = 10  # steps: the average follows closely at first, when it holds the starting weights
 
 
+class Taken(NamedTuple):
+    """An optimizer step whose numbers may still be on their way from the device."""
+
+    step: int  # optimizer steps before it
+    epoch: int
+    learning_rates: dict[str, float]
+    batches: list[tuple[list[str], Tensor]]  # this process's (sample ids, losses), for each batch of the step
+    numbers: Callable[[], Tensor]  # of each batch (loss, items, stop, save), then the norm of each group, then of all
+
+
+class Step(NamedTuple):
+    """What is known of an optimizer step. Loss and items are those of the global batches."""
+
+    step: int  # optimizer steps, this one counted
+    epoch: int
+    learning_rates: dict[str, float]
+    grad_norms: dict[str, float]
+    batches: list[tuple[float, int]]  # (mean loss, items)
+
+
 class Stage(pl.LightningModule):
     """Trains the groups named in ``config.training.rates`` of a MedSoftModel on cached features.
 
@@ -36,6 +57,9 @@ class Stage(pl.LightningModule):
     whole stage, under the checkpoint's names: what is trained comes from ``net``, what is frozen from ``frozen``, the
     tensors of the first checkpoint, as they were. So frozen weights may lie in memory in half precision
     (``half_frozen``) or not at all. What is not trained has no gradients.
+
+    A step never waits for a GPU: its numbers (loss, norms, what other processes want) are read while the next one is
+    computed, and ``read(0)`` waits for all of them. On a CPU they are read before the weights change.
     """
 
     def __init__(
@@ -63,13 +87,11 @@ class Stage(pl.LightningModule):
         self.trained = {key: value for members in self.groups.values() for key, value in members.items()}
         decay = config.training.ema_decay
         self.average = {key: value.detach().clone() for key, value in self.trained.items()} if decay else None
-        self.window: list[tuple[float, int]] = []  # (loss, items) of the global batches since the last optimizer step
-        self.window_ids: list[str] = []  # this process's samples in the window
-        self.grad_norms: dict[str, float] = {}
-        self.learning_rates: dict[str, float] = {}
+        self.batches: list[tuple[list[str], Tensor, Tensor]] = []  # since the last step: (ids, losses, numbers)
+        self.taken: deque[Taken] = deque()
+        self.steps: list[Step] = []  # read, and not yet recorded
         self.stop_asked = self.save_asked = False  # what this process wants
         self.stop_agreed = self.save_agreed = False  # what one of the processes wants
-        self._sums = torch.zeros(3, dtype=torch.float64)
 
     def train(self, mode: bool = True) -> "Stage":
         """The networks stay in evaluation mode: nothing here behaves differently in training."""
@@ -137,46 +159,28 @@ class Stage(pl.LightningModule):
         return self.net.semantic(batch["seen"], inside, batch["mask"])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The mean loss of this process's share; MedSoftError if that of the global batch is not finite."""
+        """The mean loss of this process's share."""
         training = self.config.training
         whole = len(batch["mask"]) == training.batch_size // self.trainer.world_size
         with nullcontext() if whole else self.uncompiled():
             losses, _ = self.losses(batch, training.condition_dropout)
         weight = batch["weight"].to(losses)
         loss = (weight * losses).mean()
-        real = float((weight > 0).sum())
         # One exchange tells all processes the loss of the global batch, its size, and what one of them wants.
-        wants = torch.tensor([real, self.stop_asked, self.save_asked], dtype=torch.float64, device=self.device)
-        told = self.summed(torch.cat([loss.detach().double()[None], wants])).tolist()
-        whole, items = told[0] / self.trainer.world_size, int(told[1])
-        if not math.isfinite(whole):
-            self._stop_at(whole, batch, losses)
-        self.window.append((whole, items))
-        self.window_ids += batch["sample_id"]
-        self.stop_agreed, self.save_agreed = told[2] > 0, told[3] > 0
+        wants = torch.tensor([self.stop_asked, self.save_asked], dtype=torch.float64)
+        told = torch.stack([loss.detach().double(), (weight > 0).double().sum()])
+        told = self.summed(torch.cat([told, wants.to(self.device, non_blocking=True)]))
+        self.batches.append((batch["sample_id"], losses.detach(), told))
         return loss
 
     def summed(self, values: Tensor) -> Tensor:
-        """The sum of every process's ``values``."""
-        return self.trainer.strategy.reduce(values, reduce_op="sum") if self.trainer.world_size > 1 else values
-
-    def _stop_at(self, loss: float, batch: dict[str, Any], losses: Tensor) -> None:
-        wrong = [name for name, value in zip(batch["sample_id"], losses, strict=True) if not torch.isfinite(value)]
-        raise MedSoftError(
-            f"the loss became {loss} at step {self.global_step} (samples {self._named(wrong)}); the last good "
-            "checkpoint is kept. Lower training.rates, or look at these samples"
-        )
-
-    def _named(self, sample_ids: list[str]) -> str:
-        """A few of all processes' ``sample_ids``."""
+        """The sum of every process's ``values``. Lightning's own would wait for the device."""
         if self.trainer.world_size > 1:
-            shares: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(shares, sample_ids)
-            sample_ids = [name for share in shares for name in share]
-        return ", ".join(sample_ids[:4])
+            torch.distributed.all_reduce(values)
+        return values
 
     def on_validation_epoch_start(self) -> None:
-        self._sums.zero_()
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._swap()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -188,11 +192,11 @@ class Stage(pl.LightningModule):
             (torch.zeros_like(losses) if cosine is None else cosine * real).sum(),
             real.sum(),
         ]
-        self._sums += torch.stack([value.double().cpu() for value in sums])
+        self._sums += torch.stack(sums)
 
     def on_validation_epoch_end(self) -> None:
         self._swap()
-        loss, cosine, count = self.summed(self._sums.to(self.device)).tolist()
+        loss, cosine, count = self.summed(self._sums).tolist()
         self.log("val_loss", loss / count)
         if self.config.training.objective == "msc":
             self.log("val_cosine", cosine / count)
@@ -202,13 +206,8 @@ class Stage(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """Fused AdamW with a learning rate per group, and its schedule by steps."""
         training = self.config.training
-        groups = [
-            {"params": list(members.values()), "lr": training.rates[name], "name": name}
-            for name, members in self.groups.items()
-        ]
-        # A fused step makes no temporary copies. With a gradient scaler it would also hide the unscaled gradients.
-        fused = self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=fused)
+        # With a gradient scaler a fused step would hide the unscaled gradients.
+        optimizer = self.adamw(fused=self.trainer.precision != "16-mixed")
         total = max(1, self.trainer.estimated_stepping_batches)
 
         def factor(step: int) -> float:
@@ -220,6 +219,15 @@ class Stage(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def adamw(self, fused: bool = True) -> torch.optim.AdamW:
+        """AdamW with a learning rate per group; a fused step makes no temporary copies."""
+        training = self.config.training
+        groups = [
+            {"params": list(members.values()), "lr": training.rates[name], "name": name}
+            for name, members in self.groups.items()
+        ]
+        return torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=fused)
+
     def on_train_start(self) -> None:
         """Moments from a checkpoint lie as the device that saved them laid its kernels: bring them to this one's."""
         for parameter, kept in self.trainer.optimizers[0].state.items():
@@ -229,16 +237,52 @@ class Stage(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradient norms of each group, and clipping by the norm of all: Lightning refuses to clip for fused AdamW."""
-        self.learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         norms, total = self.gradient_norms()
-        if not torch.isfinite(total) and self.trainer.precision != "16-mixed":  # whose scaler leaves such a step out
-            raise MedSoftError(
-                f"a gradient became {float(total)} at step {self.global_step} (samples "
-                f"{self._named(self.window_ids)}); the last good checkpoint is kept. Lower training.rates, or look at "
-                "these samples"
-            )
         self.clip(total)
-        self.grad_norms = {name: float(value) for name, value in norms.items()}
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        numbers = [told for _, _, told in self.batches] + [torch.stack([*norms.values(), total]).double()]
+        shares = [(ids, losses) for ids, losses, _ in self.batches]
+        self.taken.append(Taken(self.global_step, self.current_epoch, rates, shares, on_host(torch.cat(numbers))))
+        self.batches = []
+        self.read(steps_behind(self.device))
+
+    def read(self, behind: int) -> None:
+        """Read the numbers of the steps taken but the last ``behind``; MedSoftError where one is not finite."""
+        while len(self.taken) > behind:
+            taken = self.taken.popleft()
+            found = taken.numbers()
+            split = 4 * len(taken.batches)
+            batches, norms = found[:split].view(-1, 4).tolist(), found[split:].tolist()
+            world = self.trainer.world_size
+            self._refuse_not_finite(taken, [loss / world for loss, *_ in batches], norms[-1])
+            self.stop_agreed |= any(stop > 0 for _, _, stop, _ in batches)
+            self.save_agreed |= any(save > 0 for *_, save in batches)
+            means = [(loss / world, int(items)) for loss, items, *_ in batches]
+            named = dict(zip(self.groups, norms, strict=False))
+            self.steps.append(Step(taken.step + 1, taken.epoch, taken.learning_rates, named, means))
+
+    def _refuse_not_finite(self, taken: Taken, batch_losses: list[float], norm: float) -> None:
+        """MedSoftError if a loss of the global batches or the norm of all gradients is not finite."""
+        wrong = next((loss for loss in batch_losses if not math.isfinite(loss)), None)
+        if wrong is not None:
+            each = [(name, value) for ids, losses in taken.batches for name, value in zip(ids, losses, strict=True)]
+            what, ids = f"the loss became {wrong}", [name for name, value in each if not torch.isfinite(value)]
+        elif not math.isfinite(norm) and self.trainer.precision != "16-mixed":  # whose scaler leaves such a step out
+            what, ids = f"a gradient became {norm}", [name for ids, _ in taken.batches for name in ids]
+        else:
+            return
+        raise MedSoftError(
+            f"{what} at step {taken.step} (samples {self._named(ids)}); the last good checkpoint is kept. Lower "
+            "training.rates, or look at these samples"
+        )
+
+    def _named(self, sample_ids: list[str]) -> str:
+        """A few of all processes' ``sample_ids``."""
+        if self.trainer.world_size > 1:
+            shares: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(shares, sample_ids)
+            sample_ids = [name for share in shares for name in share]
+        return ", ".join(sample_ids[:4])
 
     def gradient_norms(self) -> tuple[dict[str, Tensor], Tensor]:
         """The norm of each group's gradients, and of all."""
@@ -249,7 +293,8 @@ class Stage(pl.LightningModule):
     def clip(self, total: Tensor) -> None:
         """Scale gradients whose norm is ``total`` down to ``training.clip_norm``, if it is larger (0: never)."""
         most = self.config.training.clip_norm
-        if most and total > most:  # else each of them would be multiplied by one
+        # To look at the norm would make a GPU's step wait; a CPU's then multiplies nothing by one.
+        if most and (total.is_cuda or total > most):
             clip_grads_with_norm_(self.trained.values(), most, total)
 
     @torch.no_grad()

@@ -68,10 +68,10 @@ def test_batches_until_memory_is_full(
 ) -> None:
     caplog.set_level("INFO")
 
-    def full(stage: Any, optimizer: Any, batch: dict, half: bool) -> float:
+    def full(stage: Any, optimizer: Any, batch: dict, half: bool) -> torch.Tensor:
         if len(batch["mask"]) > 3:
             raise torch.OutOfMemoryError("full")
-        return 0.0
+        return torch.zeros(())
 
     monkeypatch.setattr("ldm.bench_batches.optimizer_step", full)
     flags = ["batches", "--config", str(ROOT / "models" / "phantom_stage1.yaml"), "--repeats", "1"]

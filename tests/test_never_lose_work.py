@@ -35,6 +35,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell of a backg
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
+import ldm.training
 from ldm.{module} import {owner} as owner
 import ver_train
 from ldm import cli
@@ -46,6 +47,8 @@ def counted(self, *given, **named):
         os.kill(os.getpid(), signal.{name})
     return plain(self, *given, **named)
 owner.{method} = counted
+if {behind}:
+    ldm.training.steps_behind = lambda device: {behind}
 cli.run(ver_train.build_parser(), ver_train.main)
 """
 KILL_IN_STEP = {"module": "training", "owner": "Stage", "method": "training_step"}
@@ -64,9 +67,11 @@ def command(converted: Path, world: Path, save_path: Path, stage: str = "stage1"
     return [str(word) for word in (*paths, "--biomedclip", CLIP, *(f"{key}={value}" for key, value in values.items()))]
 
 
-def run_and_signal(name: str, after: int, arguments: list[str], where: dict[str, str] = KILL_IN_STEP) -> int:
+def run_and_signal(
+    name: str, after: int, arguments: list[str], where: dict[str, str] = KILL_IN_STEP, behind: int = 0
+) -> int:
     """The exit code of ver_train.py in a process that sends itself a signal."""
-    code = CHILD.format(root=str(ROOT), after=after, name=name, **{"when": "True", **where})
+    code = CHILD.format(root=str(ROOT), after=after, name=name, behind=behind, **{"when": "True", **where})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, timeout=300).returncode
 
@@ -127,7 +132,7 @@ def test_interrupted_twice_and_resumed_is_bit_identical(
 ) -> None:
     """An impatient user: the second Ctrl-C comes while the first is being dealt with."""
     folder = tmp_path / "run"
-    code = CHILD.format(root=str(ROOT), after=STEPS * 2, name="SIGINT", **{"when": "True", **KILL_IN_STEP})
+    code = CHILD.format(root=str(ROOT), after=STEPS * 2, name="SIGINT", behind=0, **{"when": "True", **KILL_IN_STEP})
     words = [sys.executable, "-c", code, *command(converted, world, folder, **RUN)]
     with subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
         while not (folder / "steps.csv").is_file() or len(rows(folder)) < 3:

@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     write_json(args.output_dir / "summary.json", summary)
     for key, (words, _) in bars(summary).items():
         verdict = "MISSED" if key in summary["missed"] else "met"
-        log.info("%-32s %-8s expected %s: %s", key, _short(summary[key]), words, verdict)
+        log.info("%-32s %-8s expected %s: %s", key, _shown(summary, key), words, verdict)
     aucs = _short(summary["auc_real"]), _short(summary["auc_augmented"])
     log.info("AUC with real images only %s, with synthetic ones too %s", *aucs)
     log.info("report in %s", args.output_dir / "report.html")
@@ -68,6 +68,10 @@ def _short(value: Any) -> str:
     from ldm.report import number
 
     return number(value)
+
+
+def _shown(summary: dict[str, Any], key: str) -> str:
+    return f"{summary[key]:.1f}" if key == "minutes" else _short(summary[key])
 
 
 # ------------------------------------------------------------------------------------------------------ inputs
@@ -346,7 +350,7 @@ def _summary_html(summary: dict[str, Any]) -> str:
     for key, (words, _) in bars(summary).items():
         missed = key in summary["missed"]
         mark = f'<span class="{"missed" if missed else "met"}">{"missed" if missed else "met"}</span>'
-        cells = (f"<code>{key}</code>", html.escape(meanings[key]), f"<b>{_short(summary[key])}</b>", words, mark)
+        cells = (f"<code>{key}</code>", html.escape(meanings[key]), f"<b>{_shown(summary, key)}</b>", words, mark)
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     beside = {
         "subtle lesions called diseased": summary["subtle_detection_rate"],
@@ -358,7 +362,7 @@ def _summary_html(summary: dict[str, Any]) -> str:
     }
     said = " · ".join(f"{html.escape(key)}: <b>{_short(value)}</b>" for key, value in beside.items())
     return (
-        f'<p class="warning">{html.escape(NOT_EVIDENCE)}</p><p>Rates over the {summary["n_moderate_severe"]} pictures '
+        f"<p>Rates over the {summary['n_moderate_severe']} pictures "
         f"drawn with prompts of moderate and severe lesions ({summary['n_subtle']} subtle ones stand below the table). "
         "The judge is a classifier of healthy and each lesion type, trained on real phantoms only, of patients that no "
         "other part has seen; it calls a picture diseased when a lesion is its most probable class.</p>"
