@@ -110,7 +110,7 @@ def measure(config: Config, batch: int, repeats: int, device: torch.device, half
     for _ in range(1 + WARM_UP + repeats):
         start = time.perf_counter()
         losses.append(on_host(optimizer_step(stage, optimizer, items, half)))
-        while len(losses) > steps_behind(device):
+        while len(losses) > (steps_behind(device) if times else 0):
             losses.popleft()()
         times.append(time.perf_counter() - start)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None

@@ -74,6 +74,8 @@ class KeepWork(pl.Callback):
 
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, asked)  # Lightning's own handler exchanges messages inside a signal
+        # Which it asks the other processes about before each batch, and waits for their devices.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Stage, batch: Any, batch_idx: int) -> None:
         pl_module.save_asked = trainer.is_global_zero and time.monotonic() - self.saved > self.seconds

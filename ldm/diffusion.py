@@ -14,13 +14,17 @@ class NoiseSchedule:
     """
 
     def __init__(self, cfg: DiffusionConfig) -> None:
-        roots = torch.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.timesteps, dtype=torch.float32)
+        ends = cfg.beta_start**0.5, cfg.beta_end**0.5
+        roots = torch.linspace(*ends, cfg.timesteps, dtype=torch.float32, device="cpu")
         self.alphas_cumprod = torch.cumprod(1.0 - roots.square(), dim=0)
         self.timesteps = cfg.timesteps
+        self._beside_latents = self.alphas_cumprod  # a copy on their device: a training step does not wait for another
 
     def add_noise(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(a_t) z + sqrt(1 - a_t) e: latent and noise (B, C, h, w), integer t (B,)."""
-        alpha = self.alphas_cumprod.to(latent.device)[t].to(latent.dtype)[:, None, None, None]
+        if self._beside_latents.device != latent.device:
+            self._beside_latents = self.alphas_cumprod.to(latent.device)
+        alpha = self._beside_latents[t].to(latent.dtype)[:, None, None, None]
         return alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
 
 

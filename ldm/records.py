@@ -78,6 +78,10 @@ class Records(pl.Callback):
         pl_module.update_average()
         if trainer.is_last_batch or pl_module.save_agreed or pl_module.stop_agreed:  # a checkpoint may follow
             pl_module.read(0)
+        self._record(pl_module)
+
+    def _record(self, pl_module: Stage) -> None:
+        """Write down the steps whose numbers have been read."""
         steps, pl_module.steps = pl_module.steps, []
         if not steps:
             return
@@ -139,6 +143,8 @@ class Records(pl.Callback):
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Stage, exception: BaseException) -> None:
+        with suppress(MedSoftError):  # a full disk has been reported
+            self._record(pl_module)  # up to the step that went wrong
         self._close()
 
     def _close(self) -> None:

@@ -233,7 +233,7 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
 .card { border-top: 1px solid var(--line); padding: 16px 0 6px; }
 .card:first-of-type { border-top: 0; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 10px; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 14px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 14px; }
 .plots > * { min-width: 0; }
 figure { margin: 0; }
 figcaption, .facts, .note { color: var(--soft); font-size: 0.87rem; }
@@ -244,7 +244,7 @@ img.sheet { width: auto; max-width: 100%; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 0.93rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; }
 .warning { border-left: 4px solid #d99a00; background: #fff8e6; padding: 10px 14px; border-radius: 6px; }
 .met { color: var(--good); font-weight: 600; } .missed { color: var(--bad); font-weight: 600; }
 """

@@ -376,8 +376,9 @@ def _fit(
             trainer.strategy.launcher.kill(signal.SIGKILL)  # they would wait for this one for half an hour
         if out_of_memory(error):
             raise MedSoftError(
-                f"out of memory at step {trainer.global_step} ({str(error).splitlines()[0]}); a smaller --batch_size "
-                "with training.accumulate, training.activation_checkpointing=true, --precision bf16-mixed help"
+                f"out of memory in step {trainer.global_step + 1} ({str(error).splitlines()[0]}); a smaller "
+                "--batch_size with training.accumulate, training.activation_checkpointing=true, --precision bf16-mixed "
+                "help"
             ) from error
         if isinstance(error, MedSoftError) and "\nOriginal Traceback" in str(error):  # from a data-loader process
             raise MedSoftError(str(error).strip().rsplit("\n", 1)[-1].split(": ", 1)[-1]) from error

@@ -33,7 +33,7 @@ EMA_WARM_UP = 10  # steps: the average follows closely at first, when it holds t
 class Taken(NamedTuple):
     """An optimizer step whose numbers may still be on their way from the device."""
 
-    step: int  # optimizer steps before it
+    step: int  # counted from 1
     epoch: int
     learning_rates: dict[str, float]
     batches: list[tuple[list[str], Tensor]]  # this process's (sample ids, losses), for each batch of the step
@@ -43,7 +43,7 @@ class Taken(NamedTuple):
 class Step(NamedTuple):
     """What is known of an optimizer step. Loss and items are those of the global batches."""
 
-    step: int  # optimizer steps, this one counted
+    step: int  # counted from 1
     epoch: int
     learning_rates: dict[str, float]
     grad_norms: dict[str, float]
@@ -58,7 +58,7 @@ class Stage(pl.LightningModule):
     tensors of the first checkpoint, as they were. So frozen weights may lie in memory in half precision
     (``half_frozen``) or not at all. What is not trained has no gradients.
 
-    A step never waits for a GPU: its numbers (loss, norms, what other processes want) are read while the next one is
+    A step does not wait for a GPU: its numbers (loss, norms, what other processes want) are read while the next one is
     computed, and ``read(0)`` waits for all of them. On a CPU they are read before the weights change.
     """
 
@@ -167,9 +167,9 @@ class Stage(pl.LightningModule):
         weight = batch["weight"].to(losses)
         loss = (weight * losses).mean()
         # One exchange tells all processes the loss of the global batch, its size, and what one of them wants.
-        wants = torch.tensor([self.stop_asked, self.save_asked], dtype=torch.float64)
-        told = torch.stack([loss.detach().double(), (weight > 0).double().sum()])
-        told = self.summed(torch.cat([told, wants.to(self.device, non_blocking=True)]))
+        mean = loss.detach().double()
+        wants = [mean.new_full((), asked) for asked in (self.stop_asked, self.save_asked)]  # no copy from the host
+        told = self.summed(torch.stack([mean, (weight > 0).double().sum(), *wants]))
         self.batches.append((batch["sample_id"], losses.detach(), told))
         return loss
 
@@ -242,7 +242,7 @@ class Stage(pl.LightningModule):
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         numbers = [told for _, _, told in self.batches] + [torch.stack([*norms.values(), total]).double()]
         shares = [(ids, losses) for ids, losses, _ in self.batches]
-        self.taken.append(Taken(self.global_step, self.current_epoch, rates, shares, on_host(torch.cat(numbers))))
+        self.taken.append(Taken(self.global_step + 1, self.current_epoch, rates, shares, on_host(torch.cat(numbers))))
         self.batches = []
         self.read(steps_behind(self.device))
 
@@ -259,7 +259,7 @@ class Stage(pl.LightningModule):
             self.save_agreed |= any(save > 0 for *_, save in batches)
             means = [(loss / world, int(items)) for loss, items, *_ in batches]
             named = dict(zip(self.groups, norms, strict=False))
-            self.steps.append(Step(taken.step + 1, taken.epoch, taken.learning_rates, named, means))
+            self.steps.append(Step(taken.step, taken.epoch, taken.learning_rates, named, means))
 
     def _refuse_not_finite(self, taken: Taken, batch_losses: list[float], norm: float) -> None:
         """MedSoftError if a loss of the global batches or the norm of all gradients is not finite."""
@@ -272,7 +272,7 @@ class Stage(pl.LightningModule):
         else:
             return
         raise MedSoftError(
-            f"{what} at step {taken.step} (samples {self._named(ids)}); the last good checkpoint is kept. Lower "
+            f"{what} in step {taken.step} (samples {self._named(ids)}); the last good checkpoint is kept. Lower "
             "training.rates, or look at these samples"
         )
 
@@ -286,14 +286,16 @@ class Stage(pl.LightningModule):
 
     def gradient_norms(self) -> tuple[dict[str, Tensor], Tensor]:
         """The norm of each group's gradients, and of all."""
-        gradients = {name: [p.grad for p in members.values()] for name, members in self.groups.items()}
-        norms = {name: get_total_norm([g for g in found if g is not None]) for name, found in gradients.items()}
+        norms = {}
+        for name, members in self.groups.items():
+            found = [parameter.grad for parameter in members.values() if parameter.grad is not None]
+            norms[name] = get_total_norm(found) if found else torch.zeros((), device=self.device)
         return norms, get_total_norm(list(norms.values()))
 
     def clip(self, total: Tensor) -> None:
         """Scale gradients whose norm is ``total`` down to ``training.clip_norm``, if it is larger (0: never)."""
         most = self.config.training.clip_norm
-        # To look at the norm would make a GPU's step wait; a CPU's then multiplies nothing by one.
+        # A GPU would wait for a look at the norm. On a CPU gradients that need no clipping are left alone.
         if most and (total.is_cuda or total > most):
             clip_grads_with_norm_(self.trained.values(), most, total)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CLIP, MODELS, PLAIN, ROOT, TRAIN, VAL, call, changed, tensors, train, ver_train
+from tiny import CLIP, MODELS, PLAIN, ROOT, TRAIN, VAL, call, changed, on_cpu, tensors, train, ver_train
 
 from ldm.checkpoint import read_checkpoint
 from ldm.errors import MedSoftError, UsageError
@@ -94,6 +94,7 @@ def test_the_run_has_twenty_steps_and_an_average(unbroken: Path) -> None:
     assert read_checkpoint(unbroken / "last.ckpt").about["averaged"] is True
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("name", "where", "after", "code", "first_step"),
     [
@@ -127,6 +128,7 @@ def test_killed_and_resumed_is_bit_identical(
     assert [row[:5] for row in csv.reader(ours)] == [row[:5] for row in csv.reader(theirs)]
 
 
+@on_cpu
 def test_interrupted_twice_and_resumed_is_bit_identical(
     world: Path, converted: Path, unbroken: Path, tmp_path: Path
 ) -> None:

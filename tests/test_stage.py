@@ -7,7 +7,7 @@ from tiny import MODELS
 from ldm.attention import Conditioning
 from ldm.config import load_config
 from ldm.dataset import StageData
-from ldm.devices import kernel_layout
+from ldm.devices import kernel_layout, on_host
 from ldm.errors import UsageError
 from ldm.estimates import fake_batch
 from ldm.model import MedSoftModel
@@ -108,3 +108,14 @@ def test_processes_that_read_features(monkeypatch: pytest.MonkeyPatch, asked: in
     assert (made.num_workers, made.persistent_workers, made.pin_memory) == (workers, workers > 0, gpu)
     made = loader(StageData([], None, config.training, fixed=True), config, shuffle=False)
     assert (made.num_workers, made.persistent_workers) == (workers, False)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_numbers_on_their_way_to_the_host(device: str) -> None:
+    values = torch.arange(4.0, device=device, requires_grad=True)
+    found = on_host(values * 3)
+    assert found().tolist() == [0, 3, 6, 9]
+    assert not found().requires_grad

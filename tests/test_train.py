@@ -291,7 +291,7 @@ def test_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
         monkeypatch.setattr("ldm.training.msc_loss", lambda tokens, *rest: tokens.mean((1, 2)) * float("nan"))
 
     interrupt(monkeypatch, 3, spoil)
-    with pytest.raises(MedSoftError, match=r"the loss became nan at step 3 \(samples w5p\d+"):
+    with pytest.raises(MedSoftError, match=r"the loss became nan in step 4 \(samples w5p\d+"):
         train("stage1", converted, tmp_path / "s", world, max_epochs=2)
     assert about(tmp_path / "s" / "last.ckpt")["step"] == 3
     assert all(torch.isfinite(value).all() for value in tensors(tmp_path / "s" / "last.ckpt").values())

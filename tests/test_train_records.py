@@ -202,7 +202,7 @@ def test_gradient_that_is_not_a_number(world: Path, converted: Path, tmp_path: P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stage, "training_step", training_step)
         with pytest.raises(
-            MedSoftError, match=r"a gradient became nan at step 2 \(samples w5p\d+.*last good checkpoint"
+            MedSoftError, match=r"a gradient became nan in step 3 \(samples w5p\d+.*last good checkpoint"
         ):
             train("stage1", converted, tmp_path / "s", world, save_every_minutes=0)
     found = tensors(tmp_path / "s" / "last.ckpt")
@@ -217,7 +217,7 @@ def test_out_of_memory_is_one_line(world: Path, converted: Path, tmp_path: Path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stage, "training_step", training_step)
         with pytest.raises(
-            MedSoftError, match=r"out of memory at step 0 .*a smaller --batch_size with training\.accum"
+            MedSoftError, match=r"out of memory in step 1 .*a smaller --batch_size with training\.accum"
         ):
             train("stage1", converted, tmp_path / "s", world)
 

@@ -340,7 +340,7 @@ def _summary_html(summary: dict[str, Any]) -> str:
     meanings = {
         "lesion_detection_rate": "synthetic images that the judge calls diseased",
         "parent_detection_rate": "their healthy originals that it calls diseased",
-        "healthy_redraw_detection_rate": "the same images redrawn in the same masks with the prompt `healthy`",
+        "healthy_redraw_detection_rate": 'the same images redrawn in the same masks with the prompt "healthy"',
         "prompt_agreement": "the judge's most probable lesion type is the one of the prompt",
         "base_prompt_agreement": "the same for the base model before any stage",
         "changed_outside_pixels": "pixels outside the soft mask that differ from the original, all pictures",
@@ -414,7 +414,10 @@ def _controls_html(inputs: Inputs, path: Path) -> str:
                 },
             )
 
-    note = '<p class="note">The same image, mask and noise: with its prompt, with `healthy`, and by the base model.</p>'
+    note = (
+        '<p class="note">The same image, mask and noise: with its prompt, with the prompt &quot;healthy&quot;, and by '
+        "the base model.</p>"
+    )
     return note + write_cards(path, "control", cards())
 
 
@@ -428,7 +431,8 @@ def _training_html(inputs: Inputs, path: Path) -> str:
         image(write_image(path, f"loss_{stage}", loss_figure(rows, stage)), f"loss of {stage}", "plot")
         for stage, rows in stages.items()
     ]
-    return f'{whole}<div class="plots">{"".join(plots)}</div>'
+    said = '<p class="note">Validation loss of each epoch; below, beside the training loss of the same epoch.</p>'
+    return f'{said}{whole}<div class="plots">{"".join(plots)}</div>'
 
 
 def _classifier_html(inputs: Inputs, path: Path) -> str:
@@ -457,7 +461,8 @@ def _judge_html(summary: dict[str, Any]) -> str:
     own = table(["on real phantoms", ""], [[key, _interval(value)] for key, value in summary["judge"].items()])
     kinds = summary["by_type"]
     columns = list(next(iter(kinds.values())))
-    each = table(["lesion type", *columns], [[kind, *(row[c] for c in columns)] for kind, row in kinds.items()])
+    heads = ["lesion type", *(column.replace("_", " ") for column in columns)]
+    each = table(heads, [[kind, *(row[c] for c in columns)] for kind, row in kinds.items()])
     return f"{own}<h3>Moderate and severe prompts by lesion type</h3>{each}"
 
 
