@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,24 @@ def write_sample() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads() -> Iterator[None]:
+    """``--exact`` leaves one thread behind: the tests of the next file have all of them again."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_thread(_threads: None) -> None:
+    """For files that compare, bit for bit, with what another process computes in one thread."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 # ------------------------------------------------------------------------- the commands on phantoms, each stage once

@@ -139,13 +139,9 @@ def test_like_redraws_the_same_masks_with_another_prompt(
 
 
 def test_like_draws_the_same_with_the_seed_of_the_results(final: Path, world: Path, tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    try:
-        given = ["--data", world / "val", "--choose", "healthy", "--train_json", world / TRAIN]
-        assert infer(final, tmp_path / "first", *given, "--seed", 5, "--exact") == 0
-        assert infer(final, tmp_path / "again", "--like", tmp_path / "first", "--exact") == 0
-    finally:
-        torch.set_num_threads(threads)
+    given = ["--data", world / "val", "--choose", "healthy", "--train_json", world / TRAIN]
+    assert infer(final, tmp_path / "first", *given, "--seed", 5, "--exact") == 0
+    assert infer(final, tmp_path / "again", "--like", tmp_path / "first", "--exact") == 0
     ((name, before),) = metas(tmp_path / "first").items()
     ((_, meta),) = metas(tmp_path / "again").items()
     assert meta["seed"] == before["seed"] == 5
@@ -208,12 +204,8 @@ def test_batch_size_does_not_change_the_picture(
 
 
 def test_exact_gives_equal_files(final: Path, world: Path, tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    try:
-        for name in ("a", "b"):
-            given = ["--data", world / "val", "--choose", "diseased", "--exact"]
-            assert infer(final, tmp_path / name, *given) == 0
-    finally:
-        torch.set_num_threads(threads)
+    for name in ("a", "b"):
+        given = ["--data", world / "val", "--choose", "diseased", "--exact"]
+        assert infer(final, tmp_path / name, *given) == 0
     for file in sorted((tmp_path / "a").glob("*/*")):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from test_infer_scale import command, files_of
 from tiny import TRAIN, infer, whole
 
@@ -64,11 +63,7 @@ def test_killed_and_restarted_gives_the_files_of_the_unbroken_run(
 ) -> None:
     killed_run(final, world, tmp_path / "killed", variants, kills)
     given = ["--train_json", world / TRAIN, "--variants", variants, "--exact"]
-    threads = torch.get_num_threads()
-    try:
-        assert infer(final, tmp_path / "unbroken", *given) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert infer(final, tmp_path / "unbroken", *given) == 0
     broken, unbroken = files_of(tmp_path / "killed" / "out"), files_of(tmp_path / "unbroken")
     assert len(unbroken) == 5 * 5 * variants
     whole(tmp_path / "killed" / "out")

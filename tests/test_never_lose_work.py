@@ -22,6 +22,8 @@ from ldm.files import remove_partials
 from ldm.locks import exclusive
 from ldm.training import Stage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Twenty steps: ten batches of one sample, two a step, four epochs, with a moving average of the weights.
 RUN = {"batch_size": 1, "accumulate": 2, "max_epochs": 4, "ema_decay": 0.9, "schedule": "cosine"}
 RUN |= {"save_every_minutes": 0, "rates.msc": 0.003}
