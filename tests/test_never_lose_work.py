@@ -98,13 +98,17 @@ def test_the_run_has_twenty_steps_and_an_average(unbroken: Path) -> None:
 
 @on_cpu
 @pytest.mark.parametrize(
-    ("name", "where", "after", "code", "first_step"),
+    ("name", "where", "after", "code", "first_step", "behind"),
     [
-        ("SIGKILL", KILL_IN_STEP, 13, -signal.SIGKILL, 7),  # inside the second epoch: five steps of nine samples
-        ("SIGKILL", KILL_IN_STEP, 14, -signal.SIGKILL, 7),  # inside an accumulated step: back to the step before
-        ("SIGTERM", KILL_IN_STEP, 13, 143, 8),  # the step it is in is finished and kept
-        ("SIGTERM", KILL_IN_VALIDATION, 4, 143, 10),  # of the second epoch, which is finished and kept
-        ("SIGINT", KILL_IN_STEP, 13, 130, 7),  # what was saved last is kept
+        ("SIGKILL", KILL_IN_STEP, 13, -signal.SIGKILL, 7, 0),  # inside the second epoch: five steps of nine samples
+        ("SIGKILL", KILL_IN_STEP, 14, -signal.SIGKILL, 7, 0),  # inside an accumulated step: back to the step before
+        ("SIGTERM", KILL_IN_STEP, 13, 143, 8, 0),  # the step it is in is finished and kept
+        ("SIGTERM", KILL_IN_VALIDATION, 4, 143, 10, 0),  # of the second epoch, which is finished and kept
+        ("SIGINT", KILL_IN_STEP, 13, 130, 7, 0),  # what was saved last is kept
+        # With the numbers of a step read while the next one is computed, as on a GPU.
+        ("SIGKILL", KILL_IN_STEP, 13, -signal.SIGKILL, 7, 1),
+        ("SIGTERM", KILL_IN_STEP, 13, 143, 9, 1),  # what the eighth step was told is known in the ninth
+        ("SIGTERM", KILL_IN_STEP, 17, 143, 10, 1),  # the epoch's last step
     ],
 )
 def test_killed_and_resumed_is_bit_identical(
@@ -112,16 +116,19 @@ def test_killed_and_resumed_is_bit_identical(
     converted: Path,
     unbroken: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     name: str,
     where: dict[str, str],
     after: int,
     code: int,
     first_step: int,
+    behind: int,
 ) -> None:
     """Weights and the loss of every step: mid-epoch, with accumulation and a moving average."""
     folder = tmp_path / "run"
-    assert run_and_signal(name, after, command(converted, world, folder, **RUN), where) == code
+    assert run_and_signal(name, after, command(converted, world, folder, **RUN), where, behind) == code
     assert read_checkpoint(folder / "last.ckpt").about["step"] == first_step
+    monkeypatch.setattr("ldm.training.steps_behind", lambda device: behind)
     assert train("stage1", converted, folder, world, **RUN) == 0
     assert not changed(tensors(unbroken / "last.ckpt"), tensors(folder / "last.ckpt"))
     assert rows(folder) == rows(unbroken)

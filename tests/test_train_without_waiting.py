@@ -1,9 +1,11 @@
-"""Steps whose numbers are read while the next one is computed, as on a GPU: nothing is lost, and nothing waits."""
+"""Steps whose numbers are read while the next one is computed, as on a GPU: nothing is lost, and nothing waits.
+
+Such runs that are killed and resumed are in test_never_lose_work.py.
+"""
 
 import csv
 import logging
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
-from test_never_lose_work import KILL_IN_STEP, RUN, STEPS, command, rows, run_and_signal
+from test_never_lose_work import RUN, STEPS, command, rows
 from tiny import MODELS, ROOT, changed, on_cpu, tensors, train
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,16 +27,8 @@ from ldm.errors import MedSoftError
 from ldm.estimates import fake_batch, fake_stage
 from ldm.training import Stage
 
-pytestmark = [on_cpu, pytest.mark.usefixtures("one_thread")]
+pytestmark = on_cpu
 BREAK = 5  # the call of training_step in which something becomes infinite: the first batch of the third step
-
-
-@pytest.fixture(scope="module")
-def at_once(world: Path, converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in which each step's numbers are read before the weights change."""
-    folder = tmp_path_factory.mktemp("at_once") / "run"
-    assert train("stage1", converted, folder, world, **RUN) == 0
-    return folder
 
 
 def epochs(folder: Path) -> list[list[str]]:
@@ -47,44 +41,16 @@ def read_later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_read_later_is_the_same_run(
-    at_once: Path, world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    at_once = tmp_path / "at_once"  # each step's numbers are read before the weights change
+    assert train("stage1", converted, at_once, world, **RUN) == 0
     read_later(monkeypatch)
     assert train("stage1", converted, tmp_path / "run", world, **RUN) == 0
     assert not changed(tensors(at_once / "last.ckpt"), tensors(tmp_path / "run" / "last.ckpt"))
     assert rows(tmp_path / "run") == rows(at_once)
     assert epochs(tmp_path / "run") == epochs(at_once)
     assert len(rows(at_once)) == STEPS
-
-
-@pytest.mark.parametrize(
-    ("name", "where", "after", "code", "first_step"),
-    [
-        ("SIGKILL", KILL_IN_STEP, 13, -signal.SIGKILL, 7),
-        ("SIGTERM", KILL_IN_STEP, 13, 143, 9),  # of eight steps the last is known when the ninth is handed over
-        ("SIGTERM", KILL_IN_STEP, 17, 143, 10),  # in the epoch's last step
-    ],
-)
-def test_read_later_killed_and_resumed_is_bit_identical(
-    at_once: Path,
-    world: Path,
-    converted: Path,
-    tmp_path: Path,
-    name: str,
-    where: dict[str, str],
-    after: int,
-    code: int,
-    first_step: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder = tmp_path / "run"
-    assert run_and_signal(name, after, command(converted, world, folder, **RUN), where, behind=1) == code
-    assert read_checkpoint(folder / "last.ckpt").about["step"] == first_step
-    read_later(monkeypatch)
-    assert train("stage1", converted, folder, world, **RUN) == 0
-    assert not changed(tensors(at_once / "last.ckpt"), tensors(folder / "last.ckpt"))
-    assert rows(folder) == rows(at_once)
-    assert epochs(folder) == epochs(at_once)
 
 
 CHILD = """
