@@ -252,13 +252,13 @@ class Stage(pl.LightningModule):
             taken = self.taken.popleft()
             found = taken.numbers()
             split = 4 * len(taken.batches)
-            batches, norms = found[:split].view(-1, 4).tolist(), found[split:].tolist()
+            batches, (*norms, total) = found[:split].view(-1, 4).tolist(), found[split:].tolist()
             world = self.trainer.world_size
-            self._refuse_not_finite(taken, [loss / world for loss, *_ in batches], norms[-1])
+            self._refuse_not_finite(taken, [loss / world for loss, *_ in batches], total)
             self.stop_agreed |= any(stop > 0 for _, _, stop, _ in batches)
             self.save_agreed |= any(save > 0 for *_, save in batches)
             means = [(loss / world, int(items)) for loss, items, *_ in batches]
-            named = dict(zip(self.groups, norms, strict=False))
+            named = dict(zip(self.groups, norms, strict=True))
             self.steps.append(Step(taken.step, taken.epoch, taken.learning_rates, named, means))
 
     def _refuse_not_finite(self, taken: Taken, batch_losses: list[float], norm: float) -> None:
