@@ -5,7 +5,7 @@
 .DELETE_ON_ERROR:
 
 JOBS ?= 2
-ALL_STAGES := tests/test_true_size_training.py# takes nearly all of 24 GB: in a process of its own
+ALL_STAGES := tests/true_size/test_true_size_training.py# takes nearly all of 24 GB: in a process of its own
 PYTHON3 ?= python3
 
 # Succeeds if every package of requirements.txt is installed and not older than its floor. Imports none of them.
@@ -55,6 +55,7 @@ test-full: lint ## Run all tests, the true-size ones too (24 GB of memory, 40 GB
 lint: $(INSTALLED) ## Check the style only
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	"$(dir $(PYTHON))lint-imports" --no-cache
 
 bench: $(INSTALLED) ## Measure the speed of this machine
 	$(PYTHON) tool/bench.py inference

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ver_openImagesDatasets
-from ldm import cli
-from ldm.errors import UsageError
+from ldm.core import cli
+from ldm.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from ldm.classifier_config import ClassifierConfig
+    from ldm.classifier.config import ClassifierConfig
 
 log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parent / "configs" / "classifier"
@@ -69,7 +69,7 @@ def prepare_data(config: "ClassifierConfig") -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Run; 3 when some samples were rejected (listed in rejects.csv or predictions.json of the output folder)."""
-    from ldm.classifier_config import load_config
+    from ldm.classifier.config import load_config
 
     overrides = [*args.set, *(["overwrite=true"] if args.overwrite else [])]
     config = load_config(find_config(args.args), overrides)
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
 
     # Read by OpenMP when torch is loaded. Spinning threads make training ten times slower where cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from ldm.classification import run_classifier
+    from ldm.classifier.run import run_classifier
 
     return cli.SOME_REJECTED if run_classifier(config)["n_rejected"] else prepared
 

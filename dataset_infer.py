@@ -15,8 +15,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from ldm import cli
-from ldm.errors import UsageError
+from ldm.core import cli
+from ldm.core.errors import UsageError
 
 log = logging.getLogger("dataset_infer")
 
@@ -139,7 +139,7 @@ def resolve(args: argparse.Namespace):
     if args.exact:
         overrides.append("sampling.batch_size=1")
     if args.replay:
-        from ldm.inference_plan import read_record
+        from ldm.inference.tasks import read_record
 
         record = read_record(args.replay)
         args.ckpt = args.ckpt or Path(record["checkpoint"])
@@ -151,10 +151,10 @@ def resolve(args: argparse.Namespace):
 
 def check_replay(args: argparse.Namespace, config, digest: str) -> None:
     """MedSoftError unless checkpoint and settings are those the picture was drawn with."""
-    from ldm.errors import MedSoftError
-    from ldm.files import fingerprint
-    from ldm.inference import settings_of
-    from ldm.inference_plan import read_record
+    from ldm.core.errors import MedSoftError
+    from ldm.core.files import fingerprint
+    from ldm.inference.run import settings_of
+    from ldm.inference.tasks import read_record
 
     record = read_record(args.replay)
     if digest != record["checkpoint_sha256"]:
@@ -169,9 +169,9 @@ def check_replay(args: argparse.Namespace, config, digest: str) -> None:
 
 def identity(config, tasks, digest: str, exact: bool) -> str:
     """Fingerprint of everything that decides the pictures; each file is read once, however many share it."""
-    from ldm.dataset import sample_identity
-    from ldm.files import content_id, fingerprint
-    from ldm.inference import settings_of
+    from ldm.core.files import content_id, fingerprint
+    from ldm.data.preparation import sample_identity
+    from ldm.inference.run import settings_of
 
     content = functools.cache(content_id)
     plan = [
@@ -186,10 +186,10 @@ def main(args: argparse.Namespace) -> int:
     config, overrides = resolve(args)
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         logging.disable(logging.INFO)  # one process speaks for all
-    from ldm.checkpoint import sniff
-    from ldm.files import sha256_file
-    from ldm.inference import InferenceRun, Origin
-    from ldm.inference_plan import plan_tasks
+    from ldm.checkpoints.checkpoint import sniff
+    from ldm.core.files import sha256_file
+    from ldm.inference.run import InferenceRun, Origin
+    from ldm.inference.tasks import plan_tasks
 
     sniff(args.ckpt)
     digest = sha256_file(args.ckpt)
@@ -214,8 +214,8 @@ def draw(args: argparse.Namespace, session, tasks, rejects) -> int:
         return cli.SOME_REJECTED if before["rejected"] else cli.DONE
     import torch
 
-    from ldm.inpainting import load_inpainter
-    from ldm.processes import start_processes
+    from ldm.core.distributed import start_processes
+    from ldm.inference.inpainter import load_inpainter
 
     session.processes = start_processes(args.device, args.devices, args.num_nodes)
     session.processes.barrier()

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm import cli
-from ldm.errors import MedSoftError, UsageError
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
 
 if TYPE_CHECKING:
-    from ldm.annotations import Reject, Sample
+    from ldm.data.samples import Reject, Sample
 
 log = logging.getLogger(__name__)
 SHOWN_REJECTS = 20
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Scan, split, write; returns the exit code."""
-    from ldm.annotations import scan_folder, split_by_patient, write_annotations, write_rejects
+    from ldm.data.annotations import scan_folder, split_by_patient, write_annotations, write_rejects
 
     paths = output_paths(args.output_file)
     split_by_patient([], args.seed, args.fractions)  # wrong fractions show before minutes of reading
@@ -79,9 +79,9 @@ def _report_rejects(rejects: "Sequence[Reject]") -> None:
 
 
 def _summarise(groups: "dict[str, list[Sample]]", rejects: "Sequence[Reject]", paths: dict[str, Path]) -> None:
-    from ldm.annotations import shown
-    from ldm.dataset_checks import leaks, rows_of, warn_of_similar_prompts
-    from ldm.files import content_id
+    from ldm.core.files import content_id
+    from ldm.data.checks import leaks, rows_of, warn_of_similar_prompts
+    from ldm.data.samples import shown
 
     log.info("%-6s %8s %8s %9s %9s  %s", "", "samples", "healthy", "diseased", "patients", "file")
     for name, group in groups.items():

@@ -10,8 +10,8 @@ import argparse
 import os
 from pathlib import Path
 
-from ldm import cli
-from ldm.errors import UsageError
+from ldm.core import cli
+from ldm.core.errors import UsageError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,7 +72,7 @@ def resolve(args: argparse.Namespace):
 
 def main(args: argparse.Namespace) -> int:
     config = resolve(args)
-    from ldm.stage_run import run_stage
+    from ldm.training.run import run_stage
 
     return run_stage(args, config)
 

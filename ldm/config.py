@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import UsageError
+from ldm.core.errors import UsageError
 
 PARTS = ("unet", "autoencoder", "text", "biomedclip", "msc")
 GROUPS = ("msc", "attn3", "unet")
@@ -213,7 +213,7 @@ def config_from_dict(values: dict[str, Any], source: str) -> Config:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML, atomically."""
-    from ldm.files import write_text
+    from ldm.core.files import write_text
 
     write_text(path, as_yaml(config))
 

@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-from ldm.images import write_png
+from ldm.data.images import write_png
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     import ver_openImagesDatasets
-    from ldm.annotations import load_samples
-    from ldm.phantoms import write_dataset
+    from ldm.data.annotations import load_samples
+    from ldm.phantom.spines import write_dataset
 
     folder = tmp_path_factory.mktemp("world")
     write_dataset(folder / "data", 5, 8, 8)
@@ -120,7 +120,7 @@ def trained(world: Path, converted: Path) -> dict[str, Trained]:
     """The published order with the shipped phantom YAMLs, three steps a stage: convert, 1, 2.1, merge, 2.3, 2.4."""
     import tiny
 
-    from ldm.training import Stage
+    from ldm.training.stage import Stage
 
     runs: dict[str, Trained] = {}
 

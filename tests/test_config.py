@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ldm.config import Config, config_from_dict, load_config, save_config
-from ldm.errors import UsageError
+from ldm.core.errors import UsageError
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 SHIPPED = sorted(MODELS.glob("*.yaml"))

@@ -47,7 +47,7 @@ PLAIN = {
 
 
 def call(module: ModuleType, *argv: Any) -> int:
-    """The command's exit code, run in this process; arguments parsed as ``ldm.cli.run`` does."""
+    """The command's exit code, run in this process; arguments parsed as ``ldm.core.cli.run`` does."""
     return module.main(module.build_parser().parse_intermixed_args([str(word) for word in argv]))
 
 

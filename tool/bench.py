@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
+from ldm.core import cli
 
-# Each measurement is the `main(args)` of ldm/bench_<name>.py.
+# Each measurement is the `main(args)` of ldm/bench/<name>.py.
 MEASUREMENTS = ("inference", "training", "batches", "memory")
 
 
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    return importlib.import_module(f"ldm.bench_{args.what}").main(args)
+    return importlib.import_module(f"ldm.bench.{args.what}").main(args)
 
 
 if __name__ == "__main__":

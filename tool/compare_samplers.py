@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dataset_infer
-from ldm import cli
-from ldm.errors import MedSoftError, UsageError
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm.annotations import Sample
     from ldm.config import Config
-    from ldm.encoders import BiomedClip
+    from ldm.data.samples import Sample
+    from ldm.networks.biomedclip import BiomedClip
 
 log = logging.getLogger("compare_samplers")
 
@@ -70,7 +70,7 @@ def draw(args: argparse.Namespace, prompts: Path, folder: Path, seed: int, setti
 
 def common(folders: "list[Path]") -> "list[list[Sample]]":
     """The samples of each folder, those left out that any of them lacks."""
-    from ldm.annotations import load_samples
+    from ldm.data.annotations import load_samples
 
     found = [load_samples(folder)[0] for folder in folders]
     names = set.intersection(*({sample.sample_id for sample in samples} for samples in found))
@@ -85,8 +85,8 @@ def features(samples: "list[Sample]", clip: "BiomedClip", config: "Config") -> "
     """BiomedCLIP's CLS tokens (N, D) of the samples' crops, as the model sees them."""
     import torch
 
-    from ldm.dataset import prepare
-    from ldm.metrics import crop_features
+    from ldm.data.preparation import prepare
+    from ldm.evaluation.metrics import crop_features
 
     crops = torch.stack([prepare(sample, config.data, 0, 0).image for sample in samples])
     return crop_features(clip, crops.split(config.sampling.batch_size))
@@ -94,7 +94,7 @@ def features(samples: "list[Sample]", clip: "BiomedClip", config: "Config") -> "
 
 def judged(judge: Path, source: Path, samples: "list[Sample]") -> dict[str, float]:
     """What the judge says about these diseased samples of ``source``: share called diseased, and of the right type."""
-    from ldm.classification import predict
+    from ldm.classifier.run import predict
 
     names = {sample.sample_id for sample in samples}
     rows = [row for row in predict(judge, source)[0] if row["sample_id"] in names]
@@ -120,12 +120,12 @@ def verdicts(reference: list[dict[str, float]], fast: list[dict[str, float]]) ->
 
 
 def main(args: argparse.Namespace) -> int:
-    from ldm.annotations import load_samples, write_annotations
-    from ldm.bench_inference import FAST, REFERENCE
+    from ldm.bench.inference import FAST, REFERENCE
     from ldm.config import load_config
-    from ldm.encoders import BiomedClip
-    from ldm.files import write_json
-    from ldm.metrics import frechet_distance
+    from ldm.core.files import write_json
+    from ldm.data.annotations import load_samples, write_annotations
+    from ldm.evaluation.metrics import frechet_distance
+    from ldm.networks.biomedclip import BiomedClip
 
     if args.seeds < 2:
         raise UsageError("--seeds: expected at least 2; their spread is what the difference is compared with")

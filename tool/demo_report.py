@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
-from ldm.errors import MedSoftError
-from ldm.files import read_json, write_json, write_text
+from ldm.core import cli
+from ldm.core.errors import MedSoftError
+from ldm.core.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
-    from ldm.annotations import Sample
+    from ldm.data.samples import Sample
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _short(value: Any) -> str:
-    from ldm.report import number
+    from ldm.reports.pages import number
 
     return number(value)
 
@@ -130,7 +130,7 @@ def _need(path: Path, step: str) -> Path:
 
 def read_inputs(folder: Path) -> Inputs:
     """Read what the report needs from the demo's folder; MedSoftError naming the step to run for what is missing."""
-    from ldm.report import read_results, read_table
+    from ldm.reports.pages import read_results, read_table
 
     def classifier(name: str, step: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
         metrics = read_json(_need(folder / name / "metrics.json", step))
@@ -274,7 +274,7 @@ def _changed_outside(inputs: Inputs) -> int:
     """Counted from the files of all three folders, not taken from what dataset_infer.py reports."""
     from tqdm import tqdm
 
-    from ldm.report import read_picture
+    from ldm.reports.pages import read_picture
 
     samples = [sample for drawn in inputs.drawn.values() for sample in drawn.values()]
     return sum(read_picture(sample).changed_outside for sample in tqdm(samples, "comparing pixels", disable=None))
@@ -316,7 +316,7 @@ def _by_type(inputs: Inputs, coarse: Sequence[Any]) -> dict[str, dict[str, Any]]
 
 def write_report(inputs: Inputs, summary: dict[str, Any]) -> None:
     """Write report.html with its images, and sheet.png."""
-    from ldm.report import image, page, read_picture, take_turns, write_sheet
+    from ldm.reports.pages import image, page, read_picture, take_turns, write_sheet
 
     path, results = inputs.folder / "report.html", inputs.drawn["results"]
     coarse = [sample for sample in results.values() if sample.severity in COARSE]
@@ -372,7 +372,7 @@ def _summary_html(summary: dict[str, Any]) -> str:
 
 
 def _samples_html(inputs: Inputs, path: Path) -> str:
-    from ldm.report import facts, read_picture, take_turns, write_cards
+    from ldm.reports.pages import facts, read_picture, take_turns, write_cards
 
     def cards() -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         for sample in take_turns(list(inputs.drawn["results"].values()), SHOWN):
@@ -389,7 +389,7 @@ def _samples_html(inputs: Inputs, path: Path) -> str:
 
 
 def _controls_html(inputs: Inputs, path: Path) -> str:
-    from ldm.report import read_picture, take_turns, write_cards
+    from ldm.reports.pages import read_picture, take_turns, write_cards
 
     def cards() -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         coarse = [sample for sample in inputs.drawn["results"].values() if sample.severity in COARSE]
@@ -422,7 +422,7 @@ def _controls_html(inputs: Inputs, path: Path) -> str:
 
 
 def _training_html(inputs: Inputs, path: Path) -> str:
-    from ldm.report import image, loss_figure, read_table, validation_figure, write_image
+    from ldm.reports.pages import image, loss_figure, read_table, validation_figure, write_image
 
     columns = ("epoch", "train_loss", "val_loss")
     stages = {stage: read_table(inputs.folder / stage / "metrics.csv", columns, "training log") for stage in STAGES}
@@ -436,7 +436,7 @@ def _training_html(inputs: Inputs, path: Path) -> str:
 
 
 def _classifier_html(inputs: Inputs, path: Path) -> str:
-    from ldm.report import image, roc_figure, table, write_image
+    from ldm.reports.pages import image, roc_figure, table, write_image
 
     names = {"real": "real images only", "augmented": "with synthetic images"}
     curves = {
@@ -456,7 +456,7 @@ def _interval(value: Any) -> Any:
 
 
 def _judge_html(summary: dict[str, Any]) -> str:
-    from ldm.report import table
+    from ldm.reports.pages import table
 
     own = table(["on real phantoms", ""], [[key, _interval(value)] for key, value in summary["judge"].items()])
     kinds = summary["by_type"]
@@ -467,7 +467,7 @@ def _judge_html(summary: dict[str, Any]) -> str:
 
 
 def _time_html(inputs: Inputs) -> str:
-    from ldm.report import table
+    from ldm.reports.pages import table
 
     rows = [[name, f"{seconds:.1f}"] for name, seconds in inputs.seconds.items()]
     total = f"{sum(inputs.seconds.values()):.1f}"

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
-from ldm.errors import UsageError
+from ldm.core import cli
+from ldm.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from ldm.doctor import Finding
+    from ldm.training.doctor import Finding
 
 log = logging.getLogger("doctor")
 
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     said = ", ".join(f"{counts[level]} {words}" for level, words in LEVELS.items())
     log.info("%s (%.0f s)", said, time.monotonic() - start)
     if args.output:
-        from ldm.files import write_json
+        from ldm.core.files import write_json
 
         write_json(args.output, [vars(finding) for finding in found])
     return cli.FAILED if counts["error"] else cli.SOME_REJECTED if counts["sample"] else cli.DONE
@@ -87,7 +87,7 @@ def data_sets(args: argparse.Namespace) -> dict[str, Path]:
 
 def findings(args: argparse.Namespace, sets: dict[str, Path]) -> "Iterator[Finding]":
     """All checks that the arguments allow; the quick ones first."""
-    from ldm import doctor
+    from ldm.training import doctor
 
     yield from doctor.check_installation()
     if args.config:

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
-from ldm.errors import MedSoftError, UsageError
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from ldm.evaluation import CopyCheck, Lesion, Neighbour
+    from ldm.evaluation.lesions import CopyCheck, Lesion, Neighbour
 
 log = logging.getLogger("evaluate")
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,10 +61,10 @@ def main(args: argparse.Namespace) -> int:
 
     given = [f"biomedclip.path={args.biomedclip}"] if args.biomedclip else []
     config = load_config(args.config, [*given, *args.overrides])
-    from ldm.dataset import sample_identity
-    from ldm.encoders import BiomedClip
-    from ldm.evaluation import check_copies, quarantine
-    from ldm.files import fingerprint
+    from ldm.core.files import fingerprint
+    from ldm.data.preparation import sample_identity
+    from ldm.evaluation.lesions import check_copies, quarantine
+    from ldm.networks.biomedclip import BiomedClip
 
     sources = {"real": args.real, "synthetic": args.synthetic, "train": args.train_json or args.real}
     samples, rejects = read_sources(sources)
@@ -111,7 +111,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def read_sources(sources: dict[str, Path]) -> tuple[dict[str, list], list]:
     """The samples of each source, diseased or not, and what cannot be read; one that stands for two is read once."""
-    from ldm.annotations import load_samples
+    from ldm.data.annotations import load_samples
 
     read = {path: load_samples(path) for path in dict.fromkeys(sources.values())}
     return {name: read[path][0] for name, path in sources.items()}, [r for each in read.values() for r in each[1]]
@@ -119,7 +119,7 @@ def read_sources(sources: dict[str, Path]) -> tuple[dict[str, list], list]:
 
 def read(samples: list, data: Any, clip: Any, name: str, rejects: list) -> "list[Lesion]":
     """The lesions of one source; adds to ``rejects``."""
-    from ldm.evaluation import read_lesions
+    from ldm.evaluation.lesions import read_lesions
 
     found, more = read_lesions(samples, data, clip, name)
     rejects += [reject for reject in more if reject not in rejects]
@@ -137,7 +137,7 @@ def check_lesions(sources: dict[str, Path], lesions: "dict[str, list[Lesion]]") 
 
 def previous(args: argparse.Namespace, run: str) -> int | None:
     """The exit code of the same evaluation, if it is there already; UsageError if another one is."""
-    from ldm.files import read_json
+    from ldm.core.files import read_json
 
     path = args.output_dir / "evaluation.json"
     if not path.exists() or args.overwrite:
@@ -152,7 +152,7 @@ def previous(args: argparse.Namespace, run: str) -> int | None:
 
 def measure(clip: Any, lesions: "dict[str, list[Lesion]]") -> dict[str, Any]:
     """Everything but copies."""
-    from ldm.evaluation import distributions, few, parent_likeness, set_distances, text_agreement
+    from ldm.evaluation.lesions import distributions, few, parent_likeness, set_distances, text_agreement
 
     real, synthetic = lesions["real"], lesions["synthetic"]
     dimensions = clip.clip.visual.trunk.num_features
@@ -199,10 +199,10 @@ def write_all(
     folder: Path, found: dict[str, Any], check: "CopyCheck", lesions: "dict[str, list[Lesion]]", rejects: list
 ) -> None:
     """All files; evaluation.json last, as the sign of completion."""
-    from ldm.annotations import write_rejects
-    from ldm.classifier_report import write_csv
-    from ldm.files import atomic_file, write_json
-    from ldm.images import write_png
+    from ldm.core.files import atomic_file, write_json
+    from ldm.core.tables import write_csv
+    from ldm.data.annotations import write_rejects
+    from ldm.data.images import write_png
 
     (folder / "evaluation.json").unlink(missing_ok=True)
     write_csv(folder / "neighbours.csv", [neighbour_row(each, check.threshold) for each in check.ranked])
@@ -233,7 +233,7 @@ def lesion_figure(real: "list[Lesion]", synthetic: "list[Lesion]") -> "Figure":
     import numpy as np
     from matplotlib.figure import Figure
 
-    from ldm.evaluation import MEASURES
+    from ldm.evaluation.lesions import MEASURES
 
     figure = Figure(figsize=(10, 3), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
@@ -271,8 +271,8 @@ def pair_sheet(pairs: "list[Neighbour]", threshold: float) -> "np.ndarray":
 
 def write_page(folder: Path, found: dict[str, Any], check: "CopyCheck") -> None:
     """report.html."""
-    from ldm.files import write_text
-    from ldm.report import image, page, table
+    from ldm.core.files import write_text
+    from ldm.reports.pages import image, page, table
 
     texts = [[who, *(shown(each) for each in (known or {}).values())] for who, known in found["text"].items()]
     numbers = [[name.replace("_", " "), value] for name, value in copy_numbers(check).items()]
@@ -288,7 +288,7 @@ def write_page(folder: Path, found: dict[str, Any], check: "CopyCheck") -> None:
 
 
 def distances_html(found: dict[str, Any]) -> str:
-    from ldm.report import table
+    from ldm.reports.pages import table
 
     warnings = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in found["warnings"])
     known = found["extractor"]
@@ -299,7 +299,7 @@ def distances_html(found: dict[str, Any]) -> str:
 
 
 def parents_html(found: dict[str, Any]) -> str:
-    from ldm.report import table
+    from ldm.reports.pages import table
 
     places = [(key, place) for place in ("outside", "inside") for key in ("ssim", "psnr")]
     rows = [[f"{key} {place}", shown(found[place][key])] for key, place in places]
@@ -311,8 +311,8 @@ def parents_html(found: dict[str, Any]) -> str:
 
 
 def lesions_html(found: dict[str, Any]) -> str:
-    from ldm.evaluation import MEASURES
-    from ldm.report import table
+    from ldm.evaluation.lesions import MEASURES
+    from ldm.reports.pages import table
 
     rows = [
         [

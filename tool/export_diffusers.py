@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
-from ldm.errors import MedSoftError, UsageError
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
 
 log = logging.getLogger("export_diffusers")
 
@@ -30,10 +30,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    from ldm.checkpoint import NAMES, parts_of, read_checkpoint, skeleton, summary, table
-    from ldm.checkpoint_files import verify
-    from ldm.diffusers_folder import write_folder
-    from ldm.files import atomic_folder, check_target, sha256_file
+    from ldm.checkpoints.checkpoint import NAMES, parts_of, read_checkpoint, summary, table
+    from ldm.checkpoints.files import verify
+    from ldm.conversion.diffusers_folder import write_folder
+    from ldm.core.files import atomic_folder, check_target, sha256_file
+    from ldm.networks.model import skeleton
 
     checkpoint = read_checkpoint(args.ckpt)
     config, parts = checkpoint.config, checkpoint.parts()
@@ -72,8 +73,8 @@ def exported_from(folder: Path) -> str | None:
 
     UsageError if it is something else: ``--overwrite`` replaces only what this command has written.
     """
-    from ldm.diffusers_folder import OURS
-    from ldm.files import read_json
+    from ldm.conversion.diffusers_folder import OURS
+    from ldm.core.files import read_json
 
     if not folder.exists():
         return None

@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ldm import cli
-from ldm.errors import MedSoftError
+from ldm.core import cli
+from ldm.core.errors import MedSoftError
 
 log = logging.getLogger("inspect_checkpoint")
 
@@ -30,8 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    from ldm.checkpoint import check_finite, read_checkpoint
-    from ldm.checkpoint_files import verify
+    from ldm.checkpoints.checkpoint import check_finite, read_checkpoint
+    from ldm.checkpoints.files import verify
 
     checkpoint = read_checkpoint(args.ckpt)
     integrity = verify(args.ckpt)
@@ -46,8 +46,8 @@ def main(args: argparse.Namespace) -> int:
 
 def describe(checkpoint, integrity: str) -> dict:
     """Everything this command prints, as plain values."""
-    from ldm.checkpoint import PREFIXES, summary
-    from ldm.checkpoint_files import sniff
+    from ldm.checkpoints.checkpoint import PREFIXES, summary
+    from ldm.checkpoints.files import sniff
 
     about = checkpoint.about
     return {
@@ -70,8 +70,8 @@ def describe(checkpoint, integrity: str) -> dict:
 
 def fits(checkpoint) -> dict[str, list[str]]:
     """The shipped YAMLs whose sizes this file has, and those whose stage can start from it."""
-    from ldm.checkpoint import skeleton
     from ldm.config import load_config
+    from ldm.networks.model import skeleton
 
     configs = {
         path.relative_to(ROOT).as_posix(): load_config(path) for path in sorted((ROOT / "models").glob("*.yaml"))
@@ -93,7 +93,7 @@ def fits(checkpoint) -> dict[str, list[str]]:
 
 def part_states(checkpoint, config, expected) -> dict[str, str]:
     """For each part in the file: whole, unconverted (a U-Net without third attention), or other (does not fit)."""
-    from ldm.checkpoint import NEW_IN_UNET, PREFIXES, check_architecture, compare
+    from ldm.checkpoints.checkpoint import NEW_IN_UNET, PREFIXES, check_architecture, compare
 
     states = {}
     for part in checkpoint.parts():
@@ -113,7 +113,7 @@ def part_states(checkpoint, config, expected) -> dict[str, str]:
 
 def print_text(found: dict, state) -> None:
     """The description as lines of text."""
-    from ldm.checkpoint import NAMES, table
+    from ldm.checkpoints.checkpoint import NAMES, table
 
     log.info("%s: %s, %.3f GB", found["file"], found["kind"], found["bytes"] / 1e9)
     log.info("integrity: %s", found["integrity"])

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
-from ldm.errors import UsageError
+from ldm.core import cli
+from ldm.core.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     if args.output_dir is None and args.sheet is None and not args.calibrate:
         raise UsageError("nothing to do; give --output_dir DIR, --sheet PNG or --calibrate")
     if args.output_dir is not None:
-        from ldm.phantoms import write_biomedclip_pairs, write_dataset
+        from ldm.phantom.spines import write_biomedclip_pairs, write_dataset
 
         if args.seen_by_biomedclip:
             made = write_biomedclip_pairs(args.output_dir, args.overwrite, progress=True)
@@ -77,8 +77,8 @@ def write_sheet(path: Path, seed: int, columns: int = 9) -> None:
     import cv2
     import numpy as np
 
-    from ldm.files import atomic_file
-    from ldm.phantoms import LESION_TYPES, SEVERITIES, render_phantom
+    from ldm.core.files import atomic_file
+    from ldm.phantom.spines import LESION_TYPES, SEVERITIES, render_phantom
 
     rows = []
     for row, kind in enumerate((None, *LESION_TYPES)):
@@ -101,7 +101,7 @@ def calibrate(seed: int) -> str:
     from sklearn.metrics import roc_auc_score
     from tqdm import tqdm
 
-    from ldm.phantoms import SEVERITIES, plan
+    from ldm.phantom.spines import SEVERITIES, plan
 
     start = time.perf_counter()
     with tqdm(desc="steps", total=FEW_RUNS * _steps(*FEW) + _steps(*MANY)) as bar:
@@ -134,7 +134,7 @@ def _pictures(seed: int, healthy: int, diseased: int) -> "tuple[torch.Tensor, np
     import numpy as np
     import torch
 
-    from ldm.phantoms import plan, render_phantom
+    from ldm.phantom.spines import plan, render_phantom
 
     shown = [render_phantom(seed, index, kind, severity, n) for index, n, kind, severity in plan(healthy, diseased)]
     small = [cv2.resize(phantom.image, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for phantom in shown]
@@ -149,7 +149,7 @@ def _train(
     import timm
     import torch
 
-    from ldm.devices import autocast
+    from ldm.core.devices import autocast
 
     torch.manual_seed(seed)
     network = timm.create_model("resnet18", in_chans=1, num_classes=2).train()

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
-from ldm.errors import MedSoftError, UsageError
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ldm.annotations import Sample
-    from ldm.masks import Mask
+    from ldm.data.masks import Mask
+    from ldm.data.samples import Sample
 
 log = logging.getLogger("make_soft_masks")
 
@@ -89,7 +89,7 @@ def check(args: argparse.Namespace) -> None:
 
 def read_boxes(path: Path) -> dict[str, list[list[float]]]:
     """sample_id -> boxes; MedSoftError naming the sample for anything that is not a box inside the image."""
-    from ldm.files import read_json
+    from ldm.core.files import read_json
 
     found = read_json(path, "list of boxes")
     if not isinstance(found, dict) or not found:
@@ -116,8 +116,8 @@ def mask_of(sample: "Sample", shape: tuple[int, ...], args: argparse.Namespace, 
     """The mask to soften; MedSoftError if the sample has nothing to make it from."""
     import numpy as np
 
-    from ldm.files import named_seed
-    from ldm.masks import Mask, box_region, lesion_shaped, read_anatomy, read_mask, region_for
+    from ldm.core.files import named_seed
+    from ldm.data.masks import Mask, box_region, lesion_shaped, read_anatomy, read_mask, region_for
 
     if args.source == "lesion":
         vertebra = region_for(sample, shape)
@@ -150,8 +150,8 @@ def write_sample(folder: Path, sample: "Sample", hard: "np.ndarray", soft: "np.n
     """The sample with its new masks, whole or not at all."""
     import numpy as np
 
-    from ldm.files import atomic_folder, write_json, write_text
-    from ldm.images import write_png
+    from ldm.core.files import atomic_folder, write_json, write_text
+    from ldm.data.images import write_png
 
     known = {key: getattr(sample, key) for key in ("patient_id", "parent_id", "lesion_type", "level", "severity")}
     meta = {key: value for key, value in known.items() if value is not None} | sample.meta
@@ -169,9 +169,10 @@ def main(args: argparse.Namespace) -> int:
     check(args)
     from tqdm import tqdm
 
-    from ldm.annotations import Reject, load_samples, write_rejects
-    from ldm.images import read_image
-    from ldm.masks import Feather, soft_mask_for
+    from ldm.data.annotations import load_samples, write_rejects
+    from ldm.data.images import read_image
+    from ldm.data.masks import Feather, soft_mask_for
+    from ldm.data.samples import Reject
 
     boxes = read_boxes(args.boxes) if args.boxes else {}
     samples, rejects = load_samples(args.data)
@@ -204,8 +205,8 @@ def main(args: argparse.Namespace) -> int:
 
 def begin(args: argparse.Namespace, samples: "list[Sample]", boxes: Mapping[str, Any]) -> str:
     """The fingerprint of this run; results of another one are refused, or removed with --overwrite."""
-    from ldm.dataset import sample_identity
-    from ldm.files import PARTIAL_PREFIX, fingerprint, read_json, write_json
+    from ldm.core.files import PARTIAL_PREFIX, fingerprint, read_json, write_json
+    from ldm.data.preparation import sample_identity
 
     record = args.output_dir / "soft_masks.json"
     flags = {key: value for key, value in vars(args).items() if key not in ("output_dir", "overwrite", "debug")}
@@ -229,7 +230,7 @@ def begin(args: argparse.Namespace, samples: "list[Sample]", boxes: Mapping[str,
 
 def finish(args: argparse.Namespace, run: str, written: int, rejected: int) -> None:
     """Record and say how many masks there are."""
-    from ldm.files import write_json
+    from ldm.core.files import write_json
 
     write_json(
         args.output_dir / "soft_masks.json",

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
-from ldm.errors import MedSoftError, UsageError
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
 
 if TYPE_CHECKING:
-    from ldm.annotations import Sample
-    from ldm.inpainting import Inpainter
+    from ldm.data.samples import Sample
+    from ldm.inference.inpainter import Inpainter
 
 log = logging.getLogger("measure_seam")
 
@@ -50,10 +50,10 @@ def gradients(inpainter: "Inpainter", samples: "list[Sample]", seed: int) -> dic
     """Mean gradient across each mask's band and contour: in the real image, in the result, in the hard composite."""
     from tqdm import tqdm
 
-    from ldm.dataset import prepare
-    from ldm.images import to_unit
-    from ldm.inpainting import Job
-    from ldm.seam import border_gradient, hard_composite
+    from ldm.data.images import to_unit
+    from ldm.data.preparation import prepare
+    from ldm.data.seam import border_gradient, hard_composite
+    from ldm.inference.inpainter import Job
 
     found = {border: {"real": [], "result": [], "hard": []} for border in BORDERS}
     size = inpainter.config.sampling.batch_size
@@ -76,12 +76,12 @@ def gradients(inpainter: "Inpainter", samples: "list[Sample]", seed: int) -> dic
 
 
 def main(args: argparse.Namespace) -> int:
-    from ldm.annotations import load_samples
     from ldm.config import load_config
-    from ldm.files import sha256_file, write_json
-    from ldm.inpainting import load_inpainter
-    from ldm.processes import start_processes
-    from ldm.seam import gradient_ratio
+    from ldm.core.distributed import start_processes
+    from ldm.core.files import sha256_file, write_json
+    from ldm.data.annotations import load_samples
+    from ldm.data.seam import gradient_ratio
+    from ldm.inference.inpainter import load_inpainter
 
     config = load_config(args.config, args.overrides)
     if args.limit is not None and args.limit < 1:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
-from ldm.errors import MedSoftError
+from ldm.core import cli
+from ldm.core.errors import MedSoftError
 
 log = logging.getLogger("model_convert")
 
@@ -41,11 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from ldm.checkpoint import already_made, skeleton, write_checkpoint
-    from ldm.checkpoint_files import verify
+    from ldm.checkpoints.checkpoint import already_made, write_checkpoint
+    from ldm.checkpoints.files import verify
     from ldm.config import load_config
-    from ldm.files import check_target, fingerprint
-    from ldm.sd_layouts import check_kind
+    from ldm.conversion.sd_layouts import check_kind
+    from ldm.core.files import check_target, fingerprint
+    from ldm.networks.model import skeleton
 
     config = load_config(args.config, args.overrides)
     expected = skeleton(config)
@@ -73,10 +74,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def read_source(path: Path, config, expected):
-    """The input's tensors under our keys (``ldm.sd_layouts.Source``), whatever kind of file or folder it is."""
-    from ldm.checkpoint import PREFIXES, read_checkpoint
-    from ldm.diffusers_folder import from_folder
-    from ldm.sd_layouts import from_checkpoint
+    """The input's tensors under our keys (a ``sd_layouts.Source``), whatever kind of file or folder it is."""
+    from ldm.checkpoints.checkpoint import PREFIXES, read_checkpoint
+    from ldm.conversion.diffusers_folder import from_folder
+    from ldm.conversion.sd_layouts import from_checkpoint
 
     if path.is_dir():
         return from_folder(path, config, expected)
@@ -85,14 +86,14 @@ def read_source(path: Path, config, expected):
 
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the input's tensors."""
-    from ldm.diffusers_folder import files_of
+    from ldm.conversion.diffusers_folder import files_of
 
     return files_of(path) if path.is_dir() else [path]
 
 
 def origin_of(path: Path) -> dict:
     """Name and SHA-256 of the input; of a folder, those of its weight files and one over them all."""
-    from ldm.files import fingerprint, sha256_file
+    from ldm.core.files import fingerprint, sha256_file
 
     if not path.is_dir():
         return {"file": path.name, "sha256": sha256_file(path)}
@@ -106,7 +107,7 @@ def convert(source, config, expected, seed: int):
     A folder that we exported gives exactly what it has; from all others the weights become float32, as the networks
     are trained, and third attention and MSC are new.
     """
-    from ldm.checkpoint import PREFIXES, compare, not_finite
+    from ldm.checkpoints.checkpoint import PREFIXES, compare, not_finite
 
     if source.own is None:
         fresh = new_parameters(config, seed)
@@ -136,10 +137,10 @@ def new_parameters(config, seed: int):
     """First values of what Stable Diffusion does not have: attn3 and norm4 of every block, and the MSC."""
     import torch
 
-    from ldm.attention import CrossAttention, TransformerBlock
-    from ldm.checkpoint import PREFIXES
-    from ldm.msc import MedicalSemanticController
-    from ldm.unet import UNet
+    from ldm.checkpoints.checkpoint import PREFIXES
+    from ldm.networks.attention import CrossAttention, TransformerBlock
+    from ldm.networks.msc import MedicalSemanticController
+    from ldm.networks.unet import UNet
 
     torch.manual_seed(seed)
     with torch.device("meta"):
@@ -157,8 +158,8 @@ def new_parameters(config, seed: int):
 
 def report(source, state, new: list[str]) -> None:
     """Print what was taken, what is new, what was left behind and why."""
-    from ldm.checkpoint import table
-    from ldm.sd_layouts import left_behind
+    from ldm.checkpoints.checkpoint import table
+    from ldm.conversion.sd_layouts import left_behind
 
     for note in source.notes:
         log.info("note: %s", note)

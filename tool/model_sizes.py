@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ldm import cli
+from ldm.core import cli
 
 BASE = ROOT / "models" / "mldm_v15.yaml"
 STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     text = document()
     if args.output:
-        from ldm.files import write_text
+        from ldm.core.files import write_text
 
         write_text(args.output, text)
     else:
@@ -70,10 +70,10 @@ def document() -> str:
     """The whole Markdown text."""
     import torch
 
-    from ldm.checkpoint import NAMES
+    from ldm.checkpoints.checkpoint import NAMES
     from ldm.config import load_config
-    from ldm.encoders import build_clip
-    from ldm.model import MedSoftModel
+    from ldm.networks.biomedclip import build_clip
+    from ldm.networks.model import MedSoftModel
 
     with torch.device("meta"), torch.no_grad():
         config = load_config(BASE)
@@ -132,7 +132,7 @@ def stage_sizes(path: Path) -> dict[str, Any]:
     import torch
 
     from ldm.config import load_config
-    from ldm.model import MedSoftModel
+    from ldm.networks.model import MedSoftModel
 
     config = load_config(path)
     with torch.device("meta"):
@@ -148,7 +148,7 @@ def operations(model: Any, clip: Any, config: Any) -> list[tuple[str, int]]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ldm.attention import Conditioning
+    from ldm.networks.attention import Conditioning
 
     def counted(call: Callable[[], Any]) -> int:
         with FlopCounterMode(display=False) as counter:

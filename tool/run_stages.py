@@ -30,10 +30,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
-from ldm.errors import UsageError
-from ldm.files import read_text
-from ldm.plans import ROOT, Plan, Record, check_keys, count, hang_up_with_terminal, load_record, parse_steps, run_steps
+from ldm.core import cli
+from ldm.core.errors import UsageError
+from ldm.core.files import read_text
+from ldm.workflow.plans import (
+    ROOT,
+    Plan,
+    Record,
+    check_keys,
+    count,
+    hang_up_with_terminal,
+    load_record,
+    parse_steps,
+    run_steps,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

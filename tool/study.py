@@ -19,12 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
-from ldm.errors import MedSoftError, UsageError
-from ldm.files import content_id, fingerprint, read_json, write_json
-from ldm.locks import exclusive
-from ldm.plans import ROOT, Plan, Record, Step, hang_up_with_terminal, load_record, run_steps
-from ldm.study_design import Arm, Design, Group, World, added_path, load_design, plan_groups
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import content_id, fingerprint, read_json, write_json
+from ldm.core.locks import exclusive
+from ldm.workflow.plans import ROOT, Plan, Record, Step, hang_up_with_terminal, load_record, run_steps
+from ldm.workflow.study_design import Arm, Design, Group, World, added_path, load_design, plan_groups
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -175,7 +175,7 @@ def add_real(design: Design, world: World, arm: Arm) -> None:
 
     What of ``arm.add`` cannot be read is listed beside them, in ``<name>.rejects.json``.
     """
-    from ldm.annotations import load_samples, write_annotations, write_rejects
+    from ldm.data.annotations import load_samples, write_annotations, write_rejects
 
     path = ROOT / added_path(design, world, arm)
     if path.exists():
@@ -190,7 +190,7 @@ def add_real(design: Design, world: World, arm: Arm) -> None:
 
 def report(design: Design, groups: list[Group]) -> int:
     """Write the report of all finished cells of these settings; MedSoftError if there is none."""
-    from ldm.study import Comparison, Study, Treatment, read_cell, timing, write_report
+    from ldm.workflow.study_results import Comparison, Study, Treatment, read_cell, timing, write_report
 
     cells, seconds, outdated = [], {}, 0
     for group in groups:

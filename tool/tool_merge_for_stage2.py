@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
-from ldm.errors import MedSoftError, UsageError
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
 
 log = logging.getLogger("tool_merge_for_stage2")
 
@@ -35,10 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from ldm.checkpoint import PREFIXES, already_made, parts_of, read_checkpoint, skeleton, write_checkpoint
-    from ldm.checkpoint_files import verify
+    from ldm.checkpoints.checkpoint import PREFIXES, already_made, parts_of, read_checkpoint, write_checkpoint
+    from ldm.checkpoints.files import verify
     from ldm.config import load_config
-    from ldm.files import check_target, fingerprint, sha256_file
+    from ldm.core.files import check_target, fingerprint, sha256_file
+    from ldm.networks.model import skeleton
 
     config = load_config(args.config, args.overrides)
     expected = skeleton(config)
@@ -79,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
 
 def check_roles(args: argparse.Namespace, controller, rest, config) -> None:
     """Refuse swapped arguments and files prepared otherwise; warn of unexpected stages and of older files."""
-    from ldm.checkpoint import check_preparation
+    from ldm.checkpoints.checkpoint import check_preparation
 
     made = (controller.about.get("stage"), rest.about.get("stage"))
     has_msc = ("msc" in controller.parts(), "msc" in rest.parts())
@@ -100,7 +101,7 @@ def check_roles(args: argparse.Namespace, controller, rest, config) -> None:
 
 def warn_of_newer(checkpoint) -> None:
     """Warn of a ``last-v1.ckpt`` (and so on) beside the file that is newer: Lightning's second run in one folder."""
-    from ldm.checkpoint import read_checkpoint
+    from ldm.checkpoints.checkpoint import read_checkpoint
 
     age = checkpoint.path.stat().st_mtime
     for other in sorted(checkpoint.path.parent.glob("last-v*.ckpt")):
@@ -126,7 +127,7 @@ def _clock(seconds: float) -> str:
 
 def report(controller, rest, state) -> None:
     """Print which part comes from which file, and what of the files is left out."""
-    from ldm.checkpoint import NAMES, table
+    from ldm.checkpoints.checkpoint import NAMES, table
 
     for line in table(state):
         source = controller if line.startswith(NAMES["msc"]) else rest

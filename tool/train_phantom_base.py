@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import cli
+from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     from ldm.config import load_config
-    from ldm.phantom_base import PhantomBaseTrainer
+    from ldm.phantom.base_training import PhantomBaseTrainer
 
     trainer = PhantomBaseTrainer(load_config(args.config), args.output_dir, args.seed, args.overwrite)
     if "autoencoder" in args.parts:

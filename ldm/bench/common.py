@@ -1,0 +1,118 @@
+"""What the speed measurements share: the same networks in diffusers, and two calls that take turns."""
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.config import Config
+from ldm.core.files import write_json
+from ldm.networks.model import MedSoftModel
+
+PHANTOM_CLIP = Path(__file__).resolve().parents[2] / "models" / "phantom_base" / "biomedclip"
+
+
+def diffusers_twins(model: MedSoftModel, config: Config) -> tuple[Any, Any]:
+    """UNet2DConditionModel and AutoencoderKL of the same sizes, with the model's weights, on its device."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+
+    state = {key: value for key, value in model.state_dict().items() if ".attn3." not in key and ".norm4." not in key}
+    widths = [config.unet.model_channels * mult for mult in config.unet.channel_mult]
+    cross = [level in config.unet.attention_levels for level in range(len(widths))]
+    unet = UNet2DConditionModel(
+        sample_size=config.latent_size,
+        in_channels=config.unet.in_channels,
+        block_out_channels=widths,
+        layers_per_block=config.unet.num_res_blocks,
+        down_block_types=["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in cross],
+        up_block_types=["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(cross)],
+        attention_head_dim=config.unet.num_heads,
+        cross_attention_dim=config.unet.context_dim,
+    )
+    unet.load_state_dict(convert_ldm_unet_checkpoint(state, dict(unet.config)))
+    levels = len(config.autoencoder.channel_mult)
+    vae = AutoencoderKL(
+        block_out_channels=[config.autoencoder.channels * mult for mult in config.autoencoder.channel_mult],
+        layers_per_block=config.autoencoder.num_res_blocks,
+        latent_channels=config.autoencoder.latent_channels,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+    )
+    vae.load_state_dict(convert_ldm_vae_checkpoint(state, dict(vae.config)))
+    device = next(model.parameters()).device
+    return unet.to(device).eval(), vae.to(device).eval()
+
+
+def diffusers_pipeline(model: MedSoftModel, config: Config) -> Any:
+    """StableDiffusionInpaintPipeline of the same weights with DDIM, for text-encoder states given as prompt_embeds."""
+    from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+
+    unet, vae = diffusers_twins(model, config)
+    vae.register_to_config(scaling_factor=config.diffusion.latent_scale)
+    noise = config.diffusion
+    scheduler = DDIMScheduler(
+        num_train_timesteps=noise.timesteps,
+        beta_start=noise.beta_start,
+        beta_end=noise.beta_end,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    made = StableDiffusionInpaintPipeline(
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def take_turns(
+    first: Callable, second: Callable, repeats: int, device: torch.device, warm_up: int = 2
+) -> tuple[float, float]:
+    """Median seconds of two calls that alternate, after ``warm_up`` rounds that are not counted."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for index in range(repeats + warm_up):
+        for call, kept in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if index >= warm_up:
+                kept.append(time.perf_counter() - start)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def random_biomedclip(config: Config, scratch: Path) -> Path:
+    """A folder with a BiomedCLIP of the size that ``config`` asks for: the phantoms', or one of the released sizes with
+    random weights (0.8 GB), made in ``scratch``."""
+    target = scratch / "biomedclip"
+    if config.biomedclip.token_dim != 768:  # a phantom's
+        return PHANTOM_CLIP
+    if target.is_dir():
+        return target
+    from open_clip.model import CustomTextCLIP
+
+    shutil.copytree(PHANTOM_CLIP, target, ignore=shutil.ignore_patterns("*.bin", "config.json"))
+    text = {"hf_model_name": str(target), "hf_model_pretrained": False, "hf_proj_type": "mlp", "context_length": 256}
+    text["hf_pooler_type"] = "cls_last_hidden_state_pooler"
+    vision = {"timm_model_name": "vit_base_patch16_224", "timm_model_pretrained": False, "timm_pool": ""}
+    vision |= {"timm_proj": "linear", "image_size": 224}
+    settings = {"embed_dim": config.biomedclip.text_dim, "vision_cfg": vision, "text_cfg": text}
+    bert = {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12}
+    write_json(target / "config.json", bert | {"num_attention_heads": 12, "intermediate_size": 3072})
+    write_json(target / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": {}})
+    clip = CustomTextCLIP(settings["embed_dim"], vision, text)
+    torch.save(clip.state_dict(), target / "open_clip_pytorch_model.bin")
+    return target

@@ -1,0 +1,89 @@
+"""Memory of each stage: what is computed from the networks' shapes, and what one optimizer step really takes.
+
+The step runs in a process of its own, with random weights and cached features, with activation checkpointing; nothing
+but the networks of a step is there, as in training.
+"""
+
+import argparse
+import logging
+import multiprocessing
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.bench.training import optimizer_step, stage_configs
+from ldm.config import Config
+from ldm.core import cli
+from ldm.core.devices import half_is_fast
+from ldm.core.files import write_json
+from ldm.training.estimates import GIB, Memory, fake_batch, fake_stage, stage_memory
+
+log = logging.getLogger("bench")
+
+COLUMNS = ("parameters", "gradients", "optimizer", "activations", "total")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Log the Markdown tables; with --output the numbers as JSON too."""
+    stages = stage_configs(args.config, args.overrides)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results: list[dict[str, Any]] = []
+    log.info("| stage | precision | checkpointing | %s |\n|%s", " | ".join(COLUMNS), "---|" * (3 + len(COLUMNS)))
+    for stage, config in stages.items():
+        for half in (False, True):
+            for again in (False, True):
+                config.training.activation_checkpointing = again
+                memory = stage_memory(config, args.batch_size, half, device)
+                precision = "bf16-mixed" if half else "32-true"
+                log.info(
+                    "| %s | %s | %s | %s |", stage, precision, "yes" if again else "no", " | ".join(_shown(memory))
+                )
+                results.append({"stage": stage, "precision": precision, "checkpointing": again, **vars(memory)})
+    measured = []
+    log.info("")
+    log.info("| stage | one step, measured | computed | seconds |\n|---|---|---|---|")
+    for stage in stages:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # its peak is its own
+            row = pool.apply(one_step, (args.config, stage, args.overrides, args.batch_size))
+        measured.append(row)
+        words = (stage, row["peak"] / GIB, row["computed"] / GIB, row["seconds"])
+        log.info("| %s | %.2f | %.2f | %.0f |", *words)
+    log.info("in GiB, batch %d; measured: the most that the process ever held (%s)", args.batch_size, _where())
+    if args.output:
+        write_json(
+            args.output, {"where": _where(), "batch_size": args.batch_size, "computed": results, "measured": measured}
+        )
+    return cli.DONE
+
+
+def _where() -> str:
+    precision = "bf16-mixed" if half_is_fast() else "32-true"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{device}, {precision}, activation checkpointing, torch {torch.__version__}"
+
+
+def _shown(memory: Memory) -> list[str]:
+    return [f"{getattr(memory, name) / GIB:.2f}" for name in COLUMNS]
+
+
+def one_step(path: Path, stage: str, overrides: list[str], batch_size: int) -> dict[str, Any]:
+    """Build the stage and take one optimizer step; {"stage", "peak", "computed", "seconds"}, memory in bytes."""
+    config: Config = stage_configs(path, overrides)[stage]
+    config.training.activation_checkpointing, config.training.compile = True, False
+    device, half = torch.device("cuda" if torch.cuda.is_available() else "cpu"), half_is_fast()
+    computed = stage_memory(config, batch_size, half, device.type).total
+    start = time.perf_counter()
+    with device:
+        made, batch = fake_stage(config, half).to(device), fake_batch(config, batch_size)
+    before = {key: value.detach().flatten()[:8].clone() for key, value in made.trained.items()}
+    loss = float(optimizer_step(made, made.adamw(), batch, half))
+    moved = sum(not torch.equal(value, made.trained[key].detach().flatten()[:8]) for key, value in before.items())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    seconds = time.perf_counter() - start
+    found = {"stage": stage, "peak": peak, "computed": computed, "seconds": seconds, "loss": loss}
+    return {**found, "tensors": len(before), "moved": moved}

@@ -1,0 +1,236 @@
+"""Training speed: items per second of each stage, with the cache, the freezing and the precision each on and off.
+
+The variants of a stage take turns on the same networks (random weights) and the same items, so their ratios hold on a
+machine that does other things too. One step is forward, backward, clipping and AdamW, as in training. A step with
+features on the fly runs the frozen encoders first: in float32, which gives the features that the cache holds, or, which
+is cheaper and less exact, in the step's bfloat16.
+"""
+
+import argparse
+import gc
+import logging
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ldm.bench.common import random_biomedclip
+from ldm.config import Config, load_config
+from ldm.core import cli
+from ldm.core.devices import resolve_precision
+from ldm.core.errors import UsageError
+from ldm.core.files import write_json
+from ldm.networks.biomedclip import BiomedClip
+from ldm.networks.model import MedSoftModel
+from ldm.training.estimates import GIB, fake_batch, step_operations
+from ldm.training.feature_cache import compute_features
+from ldm.training.stage import Stage, for_steps
+
+log = logging.getLogger("bench")
+
+STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
+PROMPT = "osteolytic lesion with a pathological fracture of the vertebral body"
+
+
+class Variant(NamedTuple):
+    """How a step differs from the step as trained."""
+
+    around: Callable[[], AbstractContextManager]  # what it prepares is not timed
+    half: bool  # the step in bfloat16 and float32 (mixed), else all in float32
+    encoders: torch.dtype | None = None  # of the encoders that run in the step; None: features come from the cache
+
+
+class Steps:
+    """A stage on one device, with steps in several variants."""
+
+    def __init__(self, config: Config, clip: BiomedClip, batch_size: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.device, self.clip = device, clip.to(device)
+        self.half = resolve_precision(config.training.precision) == "bf16-mixed"
+        if self.half:  # as the other frozen networks: else they would be cast at every use
+            for_steps(self.clip, True)
+        net = MedSoftModel(config, config.training.builds).to(device)
+        empty = None
+        if "text" in net.parts:
+            with torch.no_grad():
+                empty = net.cond_stage_model([""])
+        self.stage = Stage(config, net, {}, {}, empty, self.half).to(device)
+        self.optimizer = self.stage.adamw()
+        self.batch = {name: value.to(device) for name, value in fake_batch(config, batch_size).items()}
+        self.batch["mask"] = (self.batch["mask"] > 0.9).float()
+        self.image = torch.rand(batch_size, 3, config.data.image_size, config.data.image_size, device=device) * 2 - 1
+
+    def variants(self) -> dict[str, Variant]:
+        """By name. Features on the fly are those that the cache holds, or cheaper ones of encoders in bfloat16."""
+        found = {"as trained": Variant(nullcontext, self.half)}
+        if self.half:
+            found["features on the fly"] = Variant(self._float32_encoders, True, torch.float32)
+            found["features on the fly, bf16"] = Variant(nullcontext, True, torch.bfloat16)
+        else:
+            found["features on the fly"] = Variant(nullcontext, False, torch.float32)
+        if any(not value.requires_grad for value in self._step_parameters()):
+            found["nothing frozen"] = Variant(self._unfrozen, self.half)
+        if self.half and self._frozen_kernels():
+            found["other layout of kernels"] = Variant(self._other_layout, True)
+        if self.half:
+            found["float32"] = Variant(self._float32_step, False)
+        return found
+
+    def step(self, variant: Variant) -> None:
+        """One optimizer step."""
+        batch = self.batch
+        if variant.encoders:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=variant.encoders == torch.bfloat16):
+                batch = {**batch, **self._encoded()}
+        optimizer_step(self.stage, self.optimizer, batch, variant.half)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.no_grad()
+    def _encoded(self) -> dict[str, torch.Tensor]:
+        net, prompts = self.stage.net, [PROMPT] * len(self.image)
+        made = compute_features(net, self.clip, self.image, self.batch["mask"])
+        found = {name: value.float() for kind in made.values() for name, value in kind.items()}
+        if "msc" in net.parts:
+            found["clip_text"] = self.clip.encode_text(prompts).float()
+        if "text" in net.parts:
+            found["text"] = net.cond_stage_model(prompts).float()
+        return found
+
+    def _step_parameters(self) -> list[torch.nn.Parameter]:
+        """Of the networks that a step differentiates through."""
+        return [value for key, value in self.stage.net.named_parameters() if key.startswith(("model.", "msc."))]
+
+    @contextmanager
+    def _unfrozen(self) -> Iterator[None]:
+        frozen = [value for value in self._step_parameters() if not value.requires_grad]
+        for value in frozen:
+            value.requires_grad_(True)
+        yield
+        for value in frozen:
+            value.requires_grad_(False)
+            value.grad = None
+
+    def _frozen_kernels(self) -> list[torch.nn.Parameter]:
+        return [value for value in self._step_parameters() if value.ndim == 4 and not value.requires_grad]
+
+    @contextmanager
+    def _other_layout(self) -> Iterator[None]:
+        """Channels last where for_steps leaves kernels contiguous, and the other way round."""
+        kernels = self._frozen_kernels()
+        last = all(value.is_contiguous(memory_format=torch.channels_last) for value in kernels)
+        for value in kernels:
+            value.data = value.to(memory_format=torch.contiguous_format if last else torch.channels_last)
+        yield
+        for_steps(self.stage.net, self.half)
+
+    def _float32_encoders(self) -> AbstractContextManager:
+        net = self.stage.net
+        homes = {"autoencoder": "first_stage_model", "text": "cond_stage_model"}
+        return _in_float32(self.clip, *(getattr(net, home) for part, home in homes.items() if part in net.parts))
+
+    def _float32_step(self) -> AbstractContextManager:
+        return _in_float32(self.stage.net)
+
+
+@contextmanager
+def _in_float32(*networks: torch.nn.Module) -> Iterator[None]:
+    """The block sees the halved weights as they are without halving."""
+    for network in networks:
+        network.float()
+        for_steps(network, False)
+    yield
+    for network in networks:
+        for_steps(network, True)
+
+
+def optimizer_step(stage: Stage, optimizer: torch.optim.Optimizer, batch: dict[str, Any], half: bool) -> torch.Tensor:
+    """Forward, backward, clipping and the optimizer on one batch of cached features, as in training; the loss.
+
+    A GPU may still be computing when this returns.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(stage.device.type, torch.bfloat16, enabled=half):
+        loss = stage.losses(batch, 0.0)[0].mean()
+    loss.backward()
+    stage.clip(stage.gradient_norms()[1])
+    optimizer.step()
+    return loss.detach()
+
+
+def measure(steps: Steps, repeats: int, warm_up: int = 1) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, seconds of all cores) of each step of each variant, after the warm-up; the variants take turns."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps.variants()}
+    for turn in range(repeats + warm_up):
+        for name, variant in steps.variants().items():
+            with variant.around():
+                start, cores = time.perf_counter(), time.process_time()
+                steps.step(variant)
+                elapsed = time.perf_counter() - start, time.process_time() - cores
+            if turn >= warm_up:
+                found[name].append(elapsed)
+    return found
+
+
+def stage_configs(path: Path, overrides: list[str]) -> dict[str, Config]:
+    """The stage that a YAML names, or the four stages that stand beside a YAML without one."""
+    config = load_config(path, overrides)
+    if config.training.stage:
+        return {config.training.stage: config}
+    found = {stage: path.with_name(f"{path.stem}_{stage}.yaml") for stage in STAGES}
+    if not all(file.is_file() for file in found.values()):
+        raise UsageError(f"{path}: names no stage, and {path.stem}_{STAGES[0]}.yaml and the others are not beside it")
+    return {stage: load_config(file, overrides) for stage, file in found.items()}
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure the stages one after another; the numbers as text and, with --output, as JSON."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    configs = stage_configs(args.config, args.overrides)
+    precision = resolve_precision(next(iter(configs.values())).training.precision)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    log.info("%s, torch %s, %s, batch %d", where, torch.__version__, precision, args.batch_size)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for stage, config in configs.items():
+            clip = BiomedClip(random_biomedclip(config, Path(scratch)))
+            times = measure(Steps(config, clip, args.batch_size, device), args.repeats)
+            results += report(stage, times, args.batch_size, step_operations(config, args.batch_size))
+            gc.collect()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    log.info("most memory: %.1f GiB", peak / GIB)
+    if args.output:
+        write_json(args.output, {"where": where, "precision": precision, "peak_bytes": peak, "stages": results})
+    return cli.DONE
+
+
+def report(
+    stage: str, times: dict[str, list[tuple[float, float]]], batch_size: int, operations: int
+) -> list[dict[str, Any]]:
+    """Log the rows of a stage: items per second, and how many times faster a step as trained is.
+
+    The second ratio is that of the cores' own time, which other programs on the machine disturb less. Last, the
+    floating-point ``operations`` of a step as trained per second.
+    """
+    rows = []
+    for name, taken in times.items():
+        # Turn by turn: both steps of a pair ran at about the same moment.
+        pairs = list(zip(taken, times["as trained"], strict=True))
+        ratio, cores = (statistics.median(other[k] / ours[k] for other, ours in pairs) for k in (0, 1))
+        speed = batch_size / statistics.median(seconds for seconds, _ in taken)
+        row = {"stage": stage, "variant": name, "items_per_second": speed, "ratio": ratio, "ratio_of_core_time": cores}
+        rows.append({**row, "seconds": [seconds for seconds, _ in taken]})
+        words = (stage, name, speed, ratio, cores)
+        log.info("%-10s %-26s %8.3f items/s   %5.2f times as long (%.2f in core time)", *words)
+    trained = rows[0]
+    trained["operations_per_second"] = operations * trained["items_per_second"] / batch_size
+    log.info("%-10s %.3f TFLOP/s as trained", stage, trained["operations_per_second"] / 1e12)
+    return rows

@@ -1,0 +1,337 @@
+"""What the classifier sees: small pictures in memory, synthetic or repeated ones among them, and the leak guards.
+No torch."""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ldm.classifier.config import DUPLICATE_REAL, PRETRAIN, ClassifierConfig
+from ldm.core.errors import MedSoftError
+from ldm.core.files import fingerprint, named_seed
+from ldm.data import checks as dataset_checks
+from ldm.data.annotations import load_samples
+from ldm.data.checks import Row
+from ldm.data.samples import Reject, Sample
+
+log = logging.getLogger(__name__)
+
+HEALTHY, DISEASED = "healthy", "diseased"
+LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's "L"
+
+
+# --- images -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImageSet:
+    """One set in memory: ``images`` uint8 (N, S, S), or (N, S, S, 3) in colour; ``labels`` class names ("" = unknown);
+    ``hashes`` of pixels."""
+
+    name: str
+    samples: list[Sample]
+    images: np.ndarray
+    labels: list[str]
+    hashes: list[str]
+    rejects: list[Reject]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def subset(self, kept: Sequence[int]) -> "ImageSet":
+        """The samples at these positions, in this order, repeated where a position is."""
+        picked = [[values[i] for i in kept] for values in (self.samples, self.labels, self.hashes)]
+        return ImageSet(self.name, picked[0], self.images[list(kept)], picked[1], picked[2], self.rejects)
+
+    @property
+    def diseased(self) -> list[int]:
+        """Positions of the samples that are not healthy."""
+        return [position for position, label in enumerate(self.labels) if label != HEALTHY]
+
+    def fingerprint(self) -> str:
+        """What this set holds: names, labels, patients and pixels."""
+        rows = [
+            [s.sample_id, s.patient_id, c, h] for s, c, h in zip(self.samples, self.labels, self.hashes, strict=True)
+        ]
+        return fingerprint(rows)
+
+    def counts(self) -> dict[str, int]:
+        """Samples per class."""
+        return dict(sorted(Counter(self.labels).items()))
+
+
+def load_images(
+    name: str, source: str, size: int, task: str, channels: str = "grey", need_label: bool = True
+) -> ImageSet:
+    """Read every sample of a dataset folder or annotation JSON as a ``size`` x ``size`` picture, grey or rgb.
+
+    Samples that cannot be read, or that have no lesion type where ``task`` is "type" and ``need_label``, are listed
+    in ``rejects`` and left out. Raises MedSoftError when the dataset is missing or nothing is left of it.
+    """
+    from tqdm import tqdm
+
+    require_source(name, source)
+    samples, rejects = load_samples(Path(source))
+    kept, images, labels, hashes = [], [], [], []
+    for sample in tqdm(samples, desc=f"reading {name}", leave=False, disable=None):
+        label = label_of(sample, task)
+        if need_label and not label:
+            rejects.append(
+                Reject(
+                    sample.sample_id,
+                    sample.image.with_name("meta.json"),
+                    "diseased, but its lesion_type is missing or healthy",
+                )
+            )
+            continue
+        try:
+            picture, digest = square(sample, size, channels)
+        except MedSoftError as error:
+            rejects.append(Reject(sample.sample_id, sample.image, getattr(error, "reason", str(error))))
+            continue
+        kept.append(sample)
+        images.append(picture)
+        labels.append(label)
+        hashes.append(digest)
+    for reject in rejects:
+        log.warning("%s: %s skipped: %s", name, reject.sample_id, reject.reason)
+    if not kept:
+        first = f"; the first: {rejects[0].sample_id}: {rejects[0].reason}" if rejects else ""
+        raise MedSoftError(f"{source}: the {name} set has no usable sample ({len(rejects)} rejected{first})")
+    return ImageSet(name, kept, np.stack(images), labels, hashes, rejects)
+
+
+def require_source(name: str, source: str) -> None:
+    """Raise MedSoftError, with what to put there, where the dataset that the key ``name`` names does not exist."""
+    path = Path(source)
+    if path.exists():
+        return
+    key = f"{name}_json" if name in ("train", "val", "test") else name
+    if path.suffix.lower() != ".json":
+        raise MedSoftError(f"{path}: the folder that `{key}` names does not exist; point it elsewhere: --set {key}=...")
+    stem = path.stem
+    for ending in ("_train", "_val", "_test"):
+        stem = stem.removesuffix(ending)
+    command = (
+        f"python ver_openImagesDatasets.py --root_dir {path.parent} --output_file {path.with_name(stem + '.json')}"
+    )
+    raise MedSoftError(
+        f"{path}: the annotation file that `{key}` names does not exist; put the data into {path.parent} (one "
+        f"folder per image with image.png, mask.png, prompt.txt and, for the patient, meta.json) and make it with "
+        f"`{command}`, or point it elsewhere: --set {key}=PATH (an annotation JSON or a dataset folder)"
+    )
+
+
+def label_of(sample: Sample, task: str) -> str:
+    """The class of a sample: healthy, diseased or its lesion type; "" where the lesion type is not known."""
+    if sample.healthy:
+        return HEALTHY
+    kind = (sample.lesion_type or "").strip()
+    return DISEASED if task == "binary" else "" if kind.lower() == HEALTHY else kind
+
+
+def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
+    """The picture the classifier sees, uint8 (size, size) or (size, size, 3), and the SHA-256 of the file's pixels."""
+    import cv2
+
+    from ldm.data.images import read_image, to_unit, window_of
+
+    pixels = read_image(sample.image)
+    head = f"{pixels.shape}{pixels.dtype}".encode()
+    digest = hashlib.sha256(head + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+    unit = to_unit(pixels, window_of(pixels, sample.meta.get("window")))
+    if channels == "grey" and unit.ndim == 3:
+        unit = unit @ LUMINANCE
+    if channels == "rgb" and unit.ndim == 2:
+        unit = np.repeat(unit[..., None], 3, axis=2)
+    if unit.shape[:2] != (size, size):
+        unit = cv2.resize(unit, (size, size), interpolation=cv2.INTER_AREA)
+    return np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8), digest
+
+
+# --- leak guards ------------------------------------------------------------------------------------------------
+
+
+def check_disjoint(sets: Sequence[ImageSet]) -> None:
+    """Raise MedSoftError, by name, when two sets share a patient or an identical picture, or a picture was drawn on
+    a sample of another set."""
+    rows = [
+        Row(images.name, sample.sample_id, sample.patient_id, digest)
+        for images in sets
+        for sample, digest in zip(images.samples, images.hashes, strict=True)
+    ]
+    dataset_checks.check_disjoint(rows)
+    owners = {sample.sample_id: images.name for images in sets for sample in images.samples}
+    for images in sets:
+        own = {sample.sample_id for sample in images.samples}
+        for sample in images.samples:
+            if sample.parent_id in owners and sample.parent_id not in own:
+                raise MedSoftError(
+                    f"sample {sample.sample_id} of the {images.name} set was drawn on {sample.parent_id} of the "
+                    f"{owners[sample.parent_id]} set; a picture belongs to its parent's side: move it there"
+                )
+
+
+def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[ImageSet]) -> None:
+    """Raise MedSoftError when a synthetic picture descends from, or equals, a validation or test sample, and when none
+    was drawn on a training sample: nobody could tell whose child such a set is.
+
+    A parent name that occurs on both sides (two roots with equal folder names) is decided by the patient.
+    """
+    own_ids, own_patients = {s.sample_id for s in train.samples}, {s.patient_id for s in train.samples}
+    held_ids = {s.sample_id: other.name for other in held_out for s in other.samples}
+    held_patients = {s.patient_id: other.name for other in held_out for s in other.samples}
+    held_hashes = {h: (o.name, s.sample_id) for o in held_out for h, s in zip(o.hashes, o.samples, strict=True)}
+    strangers = []
+    for sample, digest in zip(synthetic.samples, synthetic.hashes, strict=True):
+        parent, patient = sample.parent_id, sample.patient_id
+        ours = parent in own_ids and patient in own_patients
+        side = held_patients.get(patient) or held_patients.get(parent) or held_ids.get(parent)
+        if side and (patient in held_patients or not ours):
+            raise MedSoftError(
+                f"synthetic sample {sample.sample_id} was drawn on {parent or 'an unknown parent'}, patient {patient} "
+                f"in the {side} set; only children of training patients may be added: draw on training samples"
+            )
+        if digest in held_hashes:
+            raise MedSoftError(
+                f"synthetic sample {sample.sample_id} is pixel for pixel sample {held_hashes[digest][1]} of the "
+                f"{held_hashes[digest][0]} set; remove it"
+            )
+        if not ours:
+            strangers.append(sample)
+    if strangers and len(strangers) == len(synthetic):
+        first = strangers[0]
+        raise MedSoftError(
+            f"{synthetic.name}: none of its {len(synthetic)} samples was drawn on a sample of the training set (the "
+            f"first, {first.sample_id}: parent {first.parent_id}, patient {first.patient_id}; training has for "
+            f"instance {train.samples[0].sample_id}, patient {train.samples[0].patient_id}); it belongs to another "
+            "dataset or an earlier split: draw on the samples of train_json"
+        )
+    if strangers:
+        log.warning(
+            "%s: %d of %d samples name no parent in the training set (the first: %s)",
+            *(synthetic.name, len(strangers), len(synthetic), strangers[0].sample_id),
+        )
+
+
+def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence[ImageSet]) -> ImageSet | None:
+    """The synthetic diseased pictures that join the training set: ``ratio`` per real diseased one, seeded.
+
+    Which ones is a function of the seed and their names only. Healthy samples in the folders are left out.
+    """
+    sizes = (config.img_size, config.task, config.channels)
+    parts = [load_images(f"synthetic {folder}", folder, *sizes) for folder in config.synthetic]
+    if not parts:
+        return None
+    for part in parts:
+        check_children(part, train, held_out)
+    pool = ImageSet(
+        "synthetic",
+        [sample for part in parts for sample in part.samples],
+        np.concatenate([part.images for part in parts]),
+        [label for part in parts for label in part.labels],
+        [digest for part in parts for digest in part.hashes],
+        [reject for part in parts for reject in part.rejects],
+    )
+    diseased = pool.diseased
+    if len(diseased) < len(pool):
+        log.info("%d healthy samples in the synthetic folders are left out", len(pool) - len(diseased))
+    if config.ratio is not None:
+        wanted = round(config.ratio * len(train.diseased))
+        if wanted > len(diseased):
+            log.warning(
+                "ratio %g asks for %d synthetic images, %d exist: all are used", config.ratio, wanted, len(diseased)
+            )
+        diseased = sorted(_drawn(config.seed, "synthetic", pool, diseased)[:wanted])
+    return pool.subset(diseased)
+
+
+def pick_duplicates(config: ClassifierConfig, train: ImageSet) -> ImageSet:
+    """Real diseased training pictures again, as many as ``ratio`` asks for: each equally often, the rest by seed."""
+    order = _drawn(config.seed, "duplicate", train, train.diseased)
+    wanted = round(config.ratio * len(order))
+    rounds, rest = divmod(wanted, len(order))
+    copies = train.subset([*order * rounds, *order[:rest]])
+    return ImageSet("duplicates", copies.samples, copies.images, copies.labels, copies.hashes, [])
+
+
+def _drawn(seed: int, purpose: str, images: ImageSet, positions: Sequence[int]) -> list[int]:
+    """``positions`` in an order that depends on the seed and the samples' names and pixels only."""
+    keys = {i: named_seed(seed, purpose, images.samples[i].sample_id, images.hashes[i]) for i in positions}
+    return sorted(positions, key=keys.get)
+
+
+@dataclass
+class Data:
+    """Everything one training run reads; ``synthetic`` and ``duplicates`` (of real ones) are for training only."""
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet | None
+    synthetic: ImageSet | None
+    duplicates: ImageSet | None
+    classes: list[str]
+
+    @property
+    def sets(self) -> list[ImageSet]:
+        """Those that there are."""
+        return [s for s in (self.train, self.synthetic, self.duplicates, self.val, self.test) if s is not None]
+
+    @property
+    def rejects(self) -> list[tuple[str, Reject]]:
+        """(set, reject) of everything that was skipped."""
+        return [(images.name, reject) for images in self.sets for reject in images.rejects]
+
+    def fingerprint(self) -> str:
+        """What the weights depend on (not the test set)."""
+        return fingerprint([*(s.fingerprint() for s in self.sets if s is not self.test), self.classes])
+
+
+def load_data(config: ClassifierConfig) -> Data:
+    """Read, check and label all sets of a training run; raises MedSoftError for leaks and for missing classes."""
+    sources = {"train": config.train_json, "val": config.val_json, "test": config.test_json}
+    for name, source in sources.items():
+        if source:
+            require_source(name, source)
+    duplicating = config.use_synthetic == DUPLICATE_REAL
+    for folder in [] if duplicating else config.synthetic:
+        require_source("synthetic", folder)
+    sizes = (config.img_size, config.task, config.channels)
+    loaded = {n: load_images(n, s, *sizes) for n, s in sources.items() if s}
+    train, val, test = loaded["train"], loaded["val"], loaded.get("test")
+    held_out = [images for images in (val, test) if images is not None]
+    check_disjoint([train, *held_out])
+    classes = class_names(config, train)
+    synthetic = None if duplicating else pick_synthetic(config, train, held_out)
+    if config.use_synthetic == PRETRAIN and not synthetic:
+        raise MedSoftError(
+            f"use_synthetic pretrain needs synthetic diseased images, found none in {', '.join(config.synthetic)} at "
+            f"ratio {config.ratio}; draw some, or raise ratio"
+        )
+    data = Data(train, val, test, synthetic, pick_duplicates(config, train) if duplicating else None, classes)
+    for images in data.sets:
+        for sample, label in zip(images.samples, images.labels, strict=True):
+            if label not in classes:
+                raise MedSoftError(
+                    f"{images.name} sample {sample.sample_id} has lesion type {label}, which the real training set "
+                    f"does not have (classes: {', '.join(classes)}); add such samples to training or remove it"
+                )
+    return data
+
+
+def class_names(config: ClassifierConfig, train: ImageSet) -> list[str]:
+    """``healthy`` first, then ``diseased`` or the lesion types by name; all must occur in the real training set."""
+    counts = train.counts()
+    if HEALTHY not in counts or len(counts) < 2:
+        raise MedSoftError(
+            f"{config.train_json}: training needs healthy and diseased samples, found {counts}; a healthy sample's "
+            "prompt.txt says `healthy`"
+        )
+    for label, count in counts.items():
+        if count == 1:
+            log.warning("train: only one sample of class %s", label)
+    return [HEALTHY, *(label for label in counts if label != HEALTHY)]

@@ -1,0 +1,213 @@
+"""The classifier's network: timm by name, local weights, the device, what goes in and what comes out."""
+
+import difflib
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ldm.classifier.config import HUB
+from ldm.classifier.data import ImageSet
+from ldm.core.errors import MedSoftError, UsageError
+
+log = logging.getLogger(__name__)
+
+CHANNELS = {"grey": 1, "rgb": 3}
+
+
+def build_network(
+    model: str, n_classes: int, img_size: int = 224, channels: str = "grey", pretrained: str | None = None
+) -> torch.nn.Module:
+    """A timm network for grey or rgb squares; weights drawn at random, read from a local file, or timm's from the hub.
+
+    Raises UsageError for an unknown model or one without weights on the hub, MedSoftError for weights that cannot be
+    read or fetched.
+    """
+    import timm
+
+    check_model(model, pretrained)
+    options = {"in_chans": CHANNELS[channels], "num_classes": n_classes}
+    settings = timm.get_pretrained_cfg(model)
+    if settings is not None and settings.fixed_input_size:
+        options["img_size"] = img_size
+    try:
+        network = timm.create_model(model, pretrained=False, **options)
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, CHANNELS[channels], img_size, img_size))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"model {model} does not work at img_size {img_size}: {reason}") from error
+    if pretrained == HUB:
+        return _fetch(model, options)
+    if pretrained:
+        _load_pretrained(network, Path(pretrained), CHANNELS[channels])
+    return network
+
+
+def check_model(model: str, pretrained: str | None) -> None:
+    """Raise UsageError for a model that timm does not know or has no weights of, MedSoftError for a missing file."""
+    import timm
+
+    if not timm.is_model(model) or ("." in model and not timm.is_model_pretrained(model)):
+        tagged = timm.list_pretrained(model.split(".")[0] + ".*") if "." in model else []
+        near = difflib.get_close_matches(model, tagged or timm.list_models(), n=3) or tagged[:3]
+        raise UsageError(f"model {model} is not known to timm" + (f"; near: {', '.join(near)}" if near else ""))
+    if pretrained == HUB and not timm.is_model_pretrained(model):
+        raise UsageError(f"pretrained hub: timm has no weights of {model}; set pretrained to a file, or to null")
+    if pretrained and pretrained != HUB and not Path(pretrained).is_file():
+        raise MedSoftError(
+            f"{pretrained}: the file that `pretrained` names does not exist; set it to null to start at random"
+        )
+
+
+def _fetch(model: str, options: dict[str, int]) -> torch.nn.Module:
+    import timm
+
+    log.info("fetching timm's weights of %s, unless they are in the hub's cache", model)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its attempts, without a network
+    try:
+        return timm.create_model(model, pretrained=True, **options)
+    except Exception as error:  # whatever the hub's client and the network raise
+        raise MedSoftError(
+            f"pretrained hub: the weights of {model} could not be fetched ({type(error).__name__}); without a network, "
+            "download them elsewhere and set pretrained to that file, or set it to null"
+        ) from error
+
+
+def _load_pretrained(network: torch.nn.Module, path: Path, channels: int) -> None:
+    """Everything but the classification layer must fit; a colour stem is summed over its colours for grey pictures."""
+    from timm.models import adapt_input_conv
+
+    state = _read_weights(path)
+    settings = network.pretrained_cfg
+    stems = settings.get("first_conv") or ()
+    for stem in (stems,) if isinstance(stems, str) else stems:
+        if f"{stem}.weight" in state:
+            state[f"{stem}.weight"] = adapt_input_conv(channels, state[f"{stem}.weight"])
+    own = network.state_dict()
+    heads = settings.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    new = {key for key in own if key.startswith(tuple(f"{head}." for head in heads))}
+    missing = [key for key in own if key not in new and key not in state]
+    wrong = [key for key in state if key not in new and (key not in own or own[key].shape != state[key].shape)]
+    if missing or wrong:
+        raise MedSoftError(
+            f"{path}: these weights do not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{len(wrong)} unknown or of another shape ({', '.join(wrong[:3])}); give weights of the same timm model"
+        )
+    network.load_state_dict({**own, **{key: value for key, value in state.items() if key not in new}})
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
+        raise MedSoftError(f"{path}: not readable as weights ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # torch raises pickle.UnpicklingError, whose text is a page
+        raise MedSoftError(f"{path}: refused: not a file of plain tensors ({type(error).__name__})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise MedSoftError(f"{path}: expected a dictionary of tensors")
+    if not all(bool(torch.isfinite(value).all()) for value in state.values()):
+        raise MedSoftError(f"{path}: these weights hold values that are not finite")
+    return state
+
+
+def pick_device(gpu: str | list[int] | list[str]) -> torch.device:
+    """The device named by the ``GPU`` key: "cpu", ids as list or "0,1" (the first is used), or automatic."""
+    names = [name.strip() for name in gpu.split(",")] if isinstance(gpu, str) else [str(name) for name in gpu]
+    names = [name for name in names if name]
+    if not names:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if names == ["cpu"]:
+        return torch.device("cpu")
+    if not all(name.isdigit() for name in names):
+        raise UsageError(f'GPU must hold device numbers such as "0", or "cpu", found {json.dumps(gpu)}')
+    if int(names[0]) >= torch.cuda.device_count():
+        raise MedSoftError(
+            f'GPU {names[0]} is not on this machine ({torch.cuda.device_count()} seen); set GPU to "" or "cpu"'
+        )
+    if len(names) > 1:
+        log.info("GPU names %d devices; one is enough here, %s is used", len(names), names[0])
+    return torch.device("cuda", int(names[0]))
+
+
+def to_input(images: np.ndarray, device: torch.device) -> torch.Tensor:
+    """uint8 (B, S, S) or (B, S, S, 3) to float (B, C, S, S) in [0, 1]."""
+    unit = torch.from_numpy(images).to(device).float().div_(255)
+    return unit.unsqueeze(1) if unit.ndim == 3 else unit.permute(0, 3, 1, 2)
+
+
+def normalise(images: torch.Tensor, network: torch.nn.Module) -> torch.Tensor:
+    """(B, C, S, S) in [0, 1] to the scale that the model's ImageNet weights expect, channels last in memory.
+
+    Grey pictures take the average over the colours.
+    """
+    mean, std = (images.new_tensor(network.pretrained_cfg[key]) for key in ("mean", "std"))
+    if images.shape[1] == 1:
+        mean, std = mean.mean(), std.mean()
+    return ((images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).contiguous(memory_format=torch.channels_last)
+
+
+def compute_logits(network: torch.nn.Module, images: ImageSet, batch_size: int, device: torch.device) -> torch.Tensor:
+    """Logits (N, K) on the CPU; raises MedSoftError naming the first sample where they are not finite."""
+    logits = _compute(network, network, images, batch_size, device)
+    bad = (~torch.isfinite(logits).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise MedSoftError(
+            f"the classifier gives values that are not finite for {len(bad)} {images.name} samples (first: "
+            f"{images.samples[bad[0]].sample_id}); lower lr, or train again"
+        )
+    return logits
+
+
+def compute_features(network: torch.nn.Module, images: ImageSet, batch_size: int, device: torch.device) -> torch.Tensor:
+    """What the classification layer reads, (N, D) on the CPU."""
+
+    def features(pictures: torch.Tensor) -> torch.Tensor:
+        return network.forward_head(network.forward_features(pictures), pre_logits=True)
+
+    return _compute(network, features, images, batch_size, device)
+
+
+@torch.inference_mode()
+def _compute(
+    network: torch.nn.Module,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    images: ImageSet,
+    batch_size: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """``function`` of every picture, batch by batch, float32 on the CPU; the network is left in evaluation mode."""
+    network.eval()
+    pieces = [
+        function(normalise(to_input(images.images[start : start + batch_size], device), network)).float().cpu()
+        for start in range(0, len(images), batch_size)
+    ]
+    return torch.cat(pieces)
+
+
+def augment(images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    """Shift (up to 6 %), rotate (up to 8 degrees), scale (up to 6 %), change gain (12 %) and offset (5 %); no flips.
+
+    ``images`` (B, C, S, S) in [0, 1]; ``draws`` (B, 6) uniform in [-1, 1]. Edges are repeated, not blackened.
+    """
+    draw = torch.from_numpy(draws).float().to(images.device)
+    angle, scale = draw[:, 0] * math.radians(8), 1 + 0.06 * draw[:, 1]
+    cos, sin, shift = torch.cos(angle) * scale, torch.sin(angle) * scale, 0.12 * draw[:, 2:4]  # 2 = the full side
+    rows = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(-1, 2, 3)
+    grid = F.affine_grid(rows, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    gain, offset = 1 + 0.12 * draw[:, 4], 0.05 * draw[:, 5]
+    return (moved * gain.view(-1, 1, 1, 1) + offset.view(-1, 1, 1, 1)).clamp_(0, 1)

@@ -1,0 +1,292 @@
+"""The diagnosis classifier: training with the epoch chosen on validation, one test, prediction."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm.classifier.config import ClassifierConfig, load_config
+from ldm.classifier.data import ImageSet, load_data, load_images, require_source
+from ldm.classifier.metrics import summarise
+from ldm.classifier.network import build_network, check_model, compute_features, compute_logits, pick_device
+from ldm.classifier.report import REJECT_COLUMNS, Scored, prediction_rows, write_test
+from ldm.classifier.training import Trainer, reproducible
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import content_id, fingerprint, read_json, remove_partials, sha256_file, write_json
+from ldm.core.locks import exclusive
+from ldm.core.tables import write_csv
+from ldm.data.samples import Reject
+
+__all__ = ["ClassifierConfig", "load_classifier", "load_config", "predict", "run_classifier", "train_classifier"]
+
+log = logging.getLogger(__name__)
+
+OWN_FILES = (  # patterns of everything a run writes, and of what --overwrite removes
+    *("run.json", "last.pt", "classifier.safetensors", "epoch_*.safetensors", "history.csv", "rejects.csv"),
+    *("metrics.json", "metrics.csv", "metrics_epoch_*", "report.html", "report_epoch_*.html", "report*_files"),
+    *("predictions_*.csv", "predictions.json"),
+)
+# The weights do not depend on these; what the dataset paths lead to is in the data's fingerprint.
+IGNORED_KEYS = ("GPU", "overwrite", "predict", "train", "dataset", "output_dir")
+IGNORED_KEYS += ("train_json", "val_json", "test_json", "synthetic")
+
+
+@dataclass
+class Classifier:
+    """A trained network in evaluation mode, and what was saved with it."""
+
+    network: torch.nn.Module
+    info: dict[str, Any]  # config, classes, epoch, run (fingerprint) and the training summary
+    device: torch.device
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of the outputs, healthy first."""
+        return self.info["classes"]
+
+    def probabilities(self, images: ImageSet, batch_size: int = 64) -> np.ndarray:
+        """Softmax of the logits, float64 (N, K); raises MedSoftError naming a sample whose logits are not finite."""
+        logits = compute_logits(self.network, images, batch_size, self.device)
+        return torch.softmax(logits.double(), 1).numpy()
+
+    def score(self, images: ImageSet) -> Scored:
+        """Probabilities and features of a set."""
+        features = compute_features(self.network, images, 64, self.device).numpy()
+        return Scored(images, self.probabilities(images), features)
+
+
+# --- public operations ------------------------------------------------------------------------------------------
+
+
+def run_classifier(config: ClassifierConfig) -> dict[str, Any]:
+    """What ``classifier.py`` does: train (or reuse the saved weights), test once, predict the listed folders.
+
+    Returns the content of metrics.json plus ``n_rejected`` and ``already_complete``.
+    """
+    names = _prediction_names(config.predict)
+    metrics = train_classifier(config) if config.train else _test_saved(config)
+    for source, name in names.items():
+        metrics["n_rejected"] += _predict_folder(config, source, name)
+    return metrics
+
+
+def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
+    """Train, choose the epoch on validation, score the test set once, write everything into ``config.output``.
+
+    An interrupted run goes on from its last state; a complete one is only read. Raises MedSoftError for missing or
+    leaking data and for non-finite numbers, UsageError when the folder holds another run and ``overwrite`` is false.
+    """
+    folder = config.output
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: expected a folder for the results, found a file; set output_dir elsewhere")
+    check_model(config.model, config.pretrained)  # before minutes of reading
+    data = load_data(config)
+    for images in data.sets:
+        log.info("%s: %d samples %s", images.name, len(images), images.counts())
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in IGNORED_KEYS}
+    run = fingerprint([settings, content_id(config.pretrained), data.fingerprint()])
+    busy = f"{folder}: another run is writing here at this moment; set output_dir elsewhere"
+    with exclusive(folder / ".run.lock", busy):
+        _claim(config, settings, run)
+        weights = folder / "classifier.safetensors"
+        if not weights.exists():
+            with reproducible():
+                Trainer(config, data, run).fit()
+        return _test(config, load_classifier(weights, config.GPU), weights, data.test, data.rejects, data.synthetic)
+
+
+def predict(
+    weights: str | Path, source: str | Path, batch_size: int = 64, gpu: str | list[int] | list[str] = ""
+) -> tuple[list[dict[str, Any]], list[Reject]]:
+    """Predict a dataset folder or annotation JSON with saved weights; writes nothing.
+
+    Returns the rows of predictions_*.csv (keys sample_id, patient_id, parent_id, prompt, lesion_type, severity, label,
+    disease_probability, predicted, p_<class>...) and the samples that could not be read.
+    """
+    classifier = load_classifier(weights, gpu)
+    saved = classifier.info["config"]
+    sizes = (saved["img_size"], saved["task"], saved["channels"])
+    images = load_images(f"predict {source}", str(source), *sizes, need_label=False)
+    rows = prediction_rows(images, classifier.probabilities(images, batch_size), classifier.classes)
+    return rows, images.rejects
+
+
+def load_classifier(weights: str | Path, gpu: str | list[int] | list[str] = "") -> Classifier:
+    """Read a .safetensors file that this module wrote; anything else is refused with a MedSoftError."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(weights)
+    if not path.is_file():
+        raise MedSoftError(f"{path}: there is no saved classifier; run the same configuration with train: true first")
+    try:
+        with safe_open(path, "pt") as handle:
+            info = json.loads((handle.metadata() or {})["classifier"])
+            state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise MedSoftError(
+            f"{path}: not a classifier saved by classifier.py ({type(error).__name__}: {error})"
+        ) from error
+    # Keys that classifiers saved before do not have stand for what was done then, which is their default.
+    saved = info["config"] = {**dataclasses.asdict(ClassifierConfig()), **info["config"]}
+    network = build_network(saved["model"], len(info["classes"]), saved["img_size"], saved["channels"])
+    network.load_state_dict(state)
+    device = pick_device(gpu)
+    return Classifier(network.to(device, memory_format=torch.channels_last).eval(), info, device)
+
+
+# --- output folder ----------------------------------------------------------------------------------------------
+
+
+def _claim(config: ClassifierConfig, settings: dict[str, Any], run: str) -> None:
+    """Make the output folder this run's: go on in it, clear it with ``overwrite``, or raise UsageError."""
+    folder = config.output
+    remove_partials(folder)
+    present = [path for pattern in OWN_FILES for path in sorted(folder.glob(pattern))]
+    work = [path for path in present if path.name != "run.json"]  # a run that failed at its start leaves none
+    if work and not config.overwrite:
+        if not (folder / "run.json").exists():
+            raise UsageError(f"{work[0]}: already exists; set output_dir elsewhere, or overwrite: true to replace it")
+        old = read_json(folder / "run.json")
+        if old.get("run") == run:
+            return
+        before = old.get("settings", {})
+        changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
+        what = ", ".join(changed) or "the training data have changed"
+        raise UsageError(
+            f"{folder}: holds another run ({what}); set output_dir elsewhere, or overwrite: true to replace it"
+        )
+    for path in present:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    write_json(folder / "run.json", {"run": run, "settings": settings})
+
+
+def _test(
+    config: ClassifierConfig,
+    classifier: Classifier,
+    weights: Path,
+    test: ImageSet | None,
+    rejects: Sequence[tuple[str, Reject]],
+    synthetic: ImageSet | None = None,
+) -> dict[str, Any]:
+    """Score the test set once and write the results; read them instead where they already answer this question."""
+    folder, info = config.output, classifier.info
+    suffix = "" if config.train or config.test_epoch is None else f"_epoch_{config.test_epoch}"
+    path = folder / f"metrics{suffix}.json"
+    question = fingerprint([sha256_file(weights), test.fingerprint() if test else None, config.dataset, config.seed])
+    if path.exists() and not (config.overwrite and not config.train):
+        old = read_json(path)
+        if old.get("evaluation") == question:
+            log.info("%s: already complete", folder)
+            return {**old, "n_rejected": len(rejects), "already_complete": True}
+        if not config.overwrite:
+            raise UsageError(f"{path}: holds the results of another test; set overwrite: true to replace them")
+    path.unlink(missing_ok=True)  # until everything beside it is new
+    metrics = {key: value for key, value in info.items() if key not in ("config", "run")}
+    metrics = {"dataset": config.dataset, "model": info["config"]["model"], "task": info["config"]["task"], **metrics}
+    if test is None:
+        metrics["notes"] = ["No test set was given."]
+    else:
+        scored = classifier.score(test)
+        metrics.update(summarise(test, scored.probabilities, classifier.classes, config.seed))
+        write_test(folder, metrics, scored, classifier.score(synthetic) if synthetic else None, suffix)
+    write_csv(
+        folder / "rejects.csv",
+        [{"set": n, "sample_id": r.sample_id, "file": str(r.file), "reason": r.reason} for n, r in rejects],
+        REJECT_COLUMNS,
+    )
+    metrics["evaluation"] = question
+    write_json(path, metrics)
+    _tell(folder, metrics)
+    return {**metrics, "n_rejected": len(rejects), "already_complete": False}
+
+
+def _tell(folder: Path, metrics: dict[str, Any]) -> None:
+    log.info("epoch %d, chosen by %s", metrics["epoch"], metrics["chosen_by"])
+    if "test" in metrics:
+        auc = metrics["test"]["auc"]
+        value = "undefined" if auc["value"] is None else f"{auc['value']:.3f}"
+        between = "" if auc["low"] is None else f" (95 % {auc['low']:.3f} to {auc['high']:.3f})"
+        counts = metrics["n_test"], metrics["n_test_diseased"]
+        log.info("test AUC %s%s, %d samples (%d diseased)", value, between, *counts)
+    for note in metrics["notes"]:
+        log.warning("%s", note)
+    log.info("results in %s; look at report.html there", folder)
+
+
+def _test_saved(config: ClassifierConfig) -> dict[str, Any]:
+    """``train: false``: test the saved classifier, or epoch ``test_epoch``, without training."""
+    weights = _saved_weights(config)
+    classifier = load_classifier(weights, config.GPU)
+    saved = classifier.info["config"]
+    for key in ("img_size", "model", "task", "channels"):
+        if saved[key] != getattr(config, key):
+            raise UsageError(
+                f"{weights}: trained with {key} {saved[key]!r}, the configuration says {getattr(config, key)!r}"
+            )
+    if not config.test_json:
+        return {"n_rejected": 0, "already_complete": False, "classes": classifier.classes}
+    test = load_images("test", config.test_json, config.img_size, config.task, config.channels)
+    unknown = sorted(set(test.labels) - set(classifier.classes))
+    if unknown:
+        raise MedSoftError(f"{config.test_json}: lesion type {unknown[0]} is not a class of {weights}")
+    return _test(config, classifier, weights, test, [("test", reject) for reject in test.rejects])
+
+
+def _saved_weights(config: ClassifierConfig) -> Path:
+    folder = config.output
+    chosen = folder / "classifier.safetensors"
+    if config.test_epoch is None:
+        return chosen
+    path = folder / f"epoch_{config.test_epoch}.safetensors"
+    if path.exists():
+        return path
+    if chosen.exists() and load_classifier(chosen, "cpu").info["epoch"] == config.test_epoch:
+        return chosen
+    epochs = sorted(int(p.stem[6:]) for p in folder.glob("epoch_*.safetensors") if p.stem[6:].isdigit())
+    raise MedSoftError(f"{path}: epoch {config.test_epoch} was not saved (saved: {epochs or 'none'}); see save_epoch")
+
+
+def _prediction_names(sources: Sequence[str]) -> dict[str, str]:
+    """Folder or JSON -> the name in its predictions_<name>.csv; missing sources and two equal names are refused."""
+    names: dict[str, str] = {}
+    for source in sources:
+        require_source("predict", source)
+        name = Path(source).resolve().name.removesuffix(".json")
+        if name in names.values() or name == "test":
+            raise UsageError(f"predict: {source} would be written to predictions_{name}.csv, which is taken; rename it")
+        names[source] = name
+    return names
+
+
+def _predict_folder(config: ClassifierConfig, source: str, name: str) -> int:
+    """Write predictions_<name>.csv; returns how many samples were rejected."""
+    rows, rejects = predict(_saved_weights(config), source, gpu=config.GPU)
+    record_path = config.output / "predictions.json"
+    record = read_json(record_path) if record_path.exists() else {}
+    where = os.path.abspath(source)
+    if record.get(name, {}).get("source", where) != where and not config.overwrite:
+        raise UsageError(
+            f"predictions_{name}.csv already holds {record[name]['source']}; rename {source}, or set overwrite"
+        )
+    diseased = sum(row["predicted"] != "healthy" for row in rows)
+    write_csv(config.output / f"predictions_{name}.csv", rows)
+    record[name] = {
+        "source": where,
+        "n": len(rows),
+        "n_called_diseased": diseased,
+        "rejected": [{"sample_id": r.sample_id, "file": str(r.file), "reason": r.reason} for r in rejects],
+    }
+    write_json(record_path, record)
+    log.info("%s: %d of %d called diseased", source, diseased, len(rows))
+    return len(rejects)

@@ -1,0 +1,208 @@
+"""Files that appear whole or not at all, and fingerprints of what they hold. No torch here."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ldm.core.errors import MedSoftError, UsageError
+
+PARTIAL_PREFIX = ".partial-"
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path`` for writing bytes; it becomes ``path`` only if the block succeeds.
+
+    The bytes are on the disk (fsync) before the rename, and the rename itself is made durable, so a crash at any
+    moment leaves either the old file or the new one. The parent folder is created. An OSError (full disk, missing
+    rights) becomes a MedSoftError that names the file.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+        sync_folder(path.parent)
+    except OSError as error:
+        raise MedSoftError(
+            f"{path}: could not be written ({error.strerror or error}); nothing was changed there"
+        ) from error
+    finally:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` to fill; it replaces ``path`` only if the block succeeds.
+
+    A folder that was there is moved aside, and goes only when the new one is in its place; if that fails it comes back
+    (after a crash between the two, with the next call). An OSError (full disk, missing rights) becomes a MedSoftError
+    that names the folder.
+    """
+    path = Path(path)
+    partial, before = (path.parent / f"{PARTIAL_PREFIX}{path.name}{end}" for end in ("", ".before"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if before.exists() and not path.exists():
+            os.replace(before, path)
+        partial.mkdir(parents=True)
+        yield partial
+        if path.exists():
+            os.replace(path, before)
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if before.exists() and not path.exists():
+            os.replace(before, path)
+        raise MedSoftError(
+            f"{path}: could not be written ({error.strerror or error}); nothing was changed there. Free some space or "
+            "choose another --output_dir, then run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(before, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable (fsync of the directory)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partials(folder: Path) -> int:
+    """Delete what an interrupted ``atomic_file`` left in ``folder``; returns how many files that were."""
+    count = 0
+    if folder.is_dir():
+        for orphan in folder.glob(PARTIAL_PREFIX + "*"):
+            if orphan.is_file():
+                orphan.unlink()
+                count += 1
+    return count
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_file(path) as handle:
+        handle.write(text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented UTF-8 JSON, atomically. NaN is refused: it is not JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_text(path: str | Path, what: str = "file") -> str:
+    """Read UTF-8 text (a byte-order mark is accepted); any fault becomes a MedSoftError naming file and cause."""
+    path = Path(path)
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise MedSoftError(f"{path}: this {what} does not exist") from error
+    except IsADirectoryError as error:
+        raise MedSoftError(f"{path}: expected a {what}, found a folder") from error
+    except UnicodeDecodeError as error:
+        raise MedSoftError(
+            f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start}); save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise MedSoftError(f"{path}: this {what} could not be read ({error.strerror or error})") from error
+
+
+def read_json(path: str | Path, what: str = "JSON file") -> Any:
+    """Read a JSON file; a syntax error names the line and column."""
+    text = read_text(path, what)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MedSoftError(
+            f"{path}: not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})"
+        ) from error
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal, read in pieces of 4 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while piece := handle.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def content_id(path: str | Path | None) -> str | None:
+    """SHA-256 of a file for a run's fingerprint; None for no file or an unreadable one (reported where it is used)."""
+    try:
+        return sha256_file(path) if path else None
+    except OSError:
+        return None
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON-able value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def named_seed(*names: object) -> int:
+    """A 63-bit seed that depends only on the names given: randomness is a function of names, never of order."""
+    text = "\x1f".join(str(name) for name in names)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def free_bytes(path: str | Path) -> int:
+    """What is free on the disk on which ``path`` lies, or will lie."""
+    return shutil.disk_usage(_existing(Path(path).absolute())).free
+
+
+def _existing(path: Path) -> Path:
+    """``path``, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def check_target(path: str | Path, size: int, *inputs: str | Path) -> None:
+    """Before long work: raise unless ``path`` can be written, is none of ``inputs``, and ``size`` bytes have room.
+
+    Nothing is left behind. Parent folders that are missing are made when the file is written.
+    """
+    path = Path(path)
+    for source in inputs:
+        if Path(source).resolve() == path.resolve():
+            raise UsageError(f"{path}: is also the input {source}; give another output path")
+    folder = _existing(path.absolute().parent)
+    try:
+        with tempfile.NamedTemporaryFile(prefix=PARTIAL_PREFIX, dir=folder):
+            free = free_bytes(folder)
+    except OSError as error:
+        raise MedSoftError(f"{path}: cannot be written there ({folder}: {error.strerror or error})") from error
+    if free < size:
+        raise MedSoftError(f"{path}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on that disk; make room")
+
+
+def refuse_existing(path: str | Path, overwrite: bool) -> None:
+    """Raise a UsageError if ``path`` exists and may not be replaced."""
+    if Path(path).exists() and not overwrite:
+        raise UsageError(f"{path}: already exists; give another path, or --overwrite to replace it")

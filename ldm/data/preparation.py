@@ -1,0 +1,134 @@
+"""From samples to what the networks see."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.config import DataConfig
+from ldm.core.errors import MedSoftError
+from ldm.core.files import content_id, named_seed
+from ldm.data.images import Fit, Window, extents, read_image, to_unit, window_of
+from ldm.data.masks import (
+    DIAMETERS,
+    TARGET_LABEL,
+    Feather,
+    Mask,
+    lesion_shaped,
+    read_anatomy,
+    read_mask,
+    region_for,
+    soft_mask_for,
+    soft_mask_of,
+)
+from ldm.data.samples import Sample
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A sample at native size and as the networks see it.
+
+    original: HxW or HxWx3 pixels as in the file; levels: its (low, high) window to [0, 1]; hard: bool HxW lesion
+    region; soft: float32 HxW soft mask; window: the square the model sees. image: (3, S, S) in [-1, 1]; mask: soft,
+    (1, S, S) in [0, 1].
+    """
+
+    original: np.ndarray
+    levels: tuple[float, float]
+    hard: np.ndarray
+    soft: np.ndarray
+    window: Window
+    image: Tensor
+    mask: Tensor
+
+
+def sample_identity(sample: Sample, content: Callable[[Path | None], str | None] = content_id) -> list:
+    """Everything about a sample that decides what is learned from it or drawn on it, for a run's fingerprint.
+
+    ``content`` gives a file's SHA-256, perhaps one that it remembers.
+    """
+    files = (sample.image, sample.mask, sample.soft_mask, sample.anatomy)
+    extra = (sample.meta.get("window"), sample.meta.get("spacing_mm"))
+    return [sample.sample_id, sample.prompt, sample.box, extra, [content(path) for path in files]]
+
+
+def drawable(sample: Sample) -> str | None:
+    """Why a lesion cannot be drawn on this sample, or None if it can (judged without opening a file)."""
+    if not sample.healthy and sample.mask is None:
+        return "a diseased sample without a mask"
+    if sample.healthy and sample.anatomy is None and sample.mask is None and not any(sample.box):
+        return "healthy, and neither anatomy.png nor a mask nor a box says where the vertebra is"
+    return None
+
+
+MOST_SHIFT = 0.125  # of a training crop, as a share of its side, in either direction
+
+
+def prepare(
+    sample: Sample, data: DataConfig, seed: int, variant: int, training: bool = False, diameter: float | None = None
+) -> Picture:
+    """Read one sample and bring it to the model's square.
+
+    A diseased sample uses its own mask; in ``training``, its variants from 1 on are crops shifted by up to an eighth
+    of their side. A healthy one gets a lesion-shaped mask inside its vertebra. Masks and shifts are functions of
+    (seed, sample_id, variant) alone; ``diameter`` is the size of a healthy one's mask, within a tenth (see
+    ``lesion_diameter``). Raises MedSoftError naming the sample's file when something is wrong with it.
+    """
+    reason = drawable(sample)
+    if reason:
+        raise MedSoftError(f"{sample.sample_id}: {reason}")
+    original = read_image(sample.image)
+    if sample.healthy:
+        region = region_for(sample, original.shape)
+        if region is None:
+            raise MedSoftError(f"{sample.sample_id}: no vertebra is marked in {sample.anatomy or sample.mask}")
+        sizes = (0.9 * diameter, 1.1 * diameter) if diameter else DIAMETERS
+        drawn = lesion_shaped(region, named_seed("lesion-shaped", seed, sample.sample_id, variant), sizes)
+        return fit_picture(sample, original, Mask(drawn.astype(np.float32)), data)
+    own = read_mask(sample.mask, original.shape)
+    if own.empty:
+        raise MedSoftError(f"{sample.mask}: diseased, but the mask is empty")
+    offset = (0.0, 0.0)
+    if training and variant > 0:
+        rng = np.random.default_rng(named_seed("crop", seed, sample.sample_id, variant))
+        offset = tuple(rng.uniform(-MOST_SHIFT, MOST_SHIFT, 2))
+    return fit_picture(sample, original, own, data, offset)
+
+
+def lesion_diameter(sample: Sample) -> float | None:
+    """Equivalent diameter of a sample's lesion, relative to the smaller side of its vertebra in ``anatomy.png``.
+
+    None where no vertebra is marked or there is no lesion: only a vertebra tells the size of a lesion in other images.
+    """
+    if sample.anatomy is None or sample.mask is None:
+        return None
+    lesion = read_mask(sample.mask).hard
+    vertebra = read_anatomy(sample.anatomy, lesion.shape) == TARGET_LABEL
+    if not vertebra.any() or not lesion.any():
+        return None
+    smaller = min(last - first for first, last in extents(vertebra))
+    return 2 * math.sqrt(np.count_nonzero(lesion) / math.pi) / smaller
+
+
+def fit_picture(
+    sample: Sample, original: np.ndarray, mask: Mask, data: DataConfig, offset: tuple[float, float] = (0.0, 0.0)
+) -> Picture:
+    """Put an image and the mask to draw in together; a diseased sample's ``soft_mask.png`` is used as it is.
+
+    ``offset`` moves the crop (see ``Fit.window``).
+    """
+    feather = Feather(data.feather, data.feather_unit)
+    if sample.soft_mask is not None and not sample.healthy:
+        soft = soft_mask_of(sample, original.shape, feather)
+    else:
+        soft = soft_mask_for(mask, feather, sample.meta.get("spacing_mm"))
+    window = Fit(data.fit, data.image_size, data.context).window(original.shape, soft, offset)
+    levels = window_of(original, sample.meta.get("window"))
+    seen = window.forward(to_unit(original, levels)) * 2 - 1
+    seen = np.repeat(seen[..., None], 3, axis=2) if seen.ndim == 2 else seen  # the networks read RGB
+    image = torch.from_numpy(np.ascontiguousarray(seen.transpose(2, 0, 1)))
+    return Picture(original, levels, mask.hard, soft, window, image, torch.from_numpy(window.forward_mask(soft))[None])

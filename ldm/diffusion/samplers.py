@@ -1,0 +1,173 @@
+"""DDIM and DPM-Solver++(2M) with the differential soft mask: plain functions that share a signature.
+
+code          DDIM (Song et al.)                      DPM-Solver++ (Lu et al.)
+----          ------------------                      ------------------------
+x             x_t                                     x_t
+eps           epsilon_theta(x_t)                      epsilon_theta(x_t)
+alpha         alpha_t (cumulative product)            alpha_t squared
+clean         predicted x_0                           x_theta(x_t, t)
+sigma         sigma_t, equation 16, scaled by eta
+lambda_       -                                       half the logarithm of the signal-to-noise ratio
+
+Both visit the same time steps: leading spacing, offset 1 (Stable Diffusion 1.x).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.schedule import NoiseSchedule
+
+Predict = Callable[[Tensor, int, int], Tensor]  # (x, t, index of the step) -> eps
+OnStep = Callable[[int, Tensor], None]
+
+
+def leading_timesteps(total: int, steps: int) -> list[int]:
+    """``steps`` time steps from noisy to clean, evenly spaced from the start, offset by one (SD 1.x's spacing)."""
+    stride = total // steps
+    return [index * stride + 1 for index in reversed(range(steps))]
+
+
+@dataclass(frozen=True)
+class DifferentialMask:
+    """Keeps latent cells on the input's own diffusion path until their soft value says they may be drawn.
+
+    soft: (B, 1, h, w) soft mask at latent size; original: (B, C, h, w) scaled mode of the unmasked input's latent;
+    noise: (B, C, h, w) the picture's initial noise. A cell of value s is released at progress >= 1 - s; until then
+    it is sqrt(alpha) * original + sqrt(1 - alpha) * noise.
+    """
+
+    soft: Tensor
+    original: Tensor
+    noise: Tensor
+
+    def released(self, progress: float) -> Tensor:
+        """bool (B, 1, h, w): the cells that may be drawn at this progress (0 = first step)."""
+        return self.soft >= 1 - progress - 1e-6
+
+    def held(self, x: Tensor, alpha: float, progress: float) -> Tensor:
+        """``x`` with the cells that are not yet released put back on the input's path."""
+        path = alpha**0.5 * self.original + (1 - alpha) ** 0.5 * self.noise
+        return torch.where(self.released(progress), x, path)
+
+    def finished(self, x: Tensor, steps: int) -> Tensor:
+        """``x`` with the cells that none of the ``steps`` was allowed to draw put exactly on the input."""
+        return torch.where(self.released(1 - 1 / steps), x, self.original)
+
+
+def ddim(
+    predict: Predict,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    steps: int,
+    eta: float = 0.0,
+    differential: DifferentialMask | None = None,
+    step_noise: Callable[[int], Tensor] | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Draw latents from ``noise`` (B, C, h, w) with ``predict(x, t, index) -> eps``; returns the same shape.
+
+    The final alpha is alphas_cumprod[0]. ``eta`` > 0 needs ``step_noise(index)``, the standard normal noise of that
+    step. ``on_step(index, x)`` is called after each step.
+    """
+    if eta > 0 and step_noise is None:
+        raise ValueError("eta > 0 needs step_noise")
+    alphas = schedule.alphas_cumprod.tolist()
+    timesteps = leading_timesteps(schedule.timesteps, steps)
+    x = noise
+    for index, t in enumerate(timesteps):
+        alpha = alphas[t]
+        alpha_next = alphas[timesteps[index + 1]] if index + 1 < steps else alphas[0]
+        if differential is not None:
+            x = differential.held(x, alpha, index / steps)
+        eps = predict(x, t, index)
+        clean = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+        sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
+        x = alpha_next**0.5 * clean + (1 - alpha_next - sigma**2) ** 0.5 * eps
+        if sigma > 0:
+            x = x + sigma * step_noise(index)
+        if on_step is not None:
+            on_step(index, x)
+    return x if differential is None else differential.finished(x, steps)
+
+
+def dpmpp_2m(
+    predict: Predict,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    steps: int,
+    eta: float = 0.0,
+    differential: DifferentialMask | None = None,
+    step_noise: Callable[[int], Tensor] | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M), midpoint, as ``ddim``: second order from the second step on, first order in the last.
+
+    The last step ends on the predicted clean latent. In the history a cell that is still held is the input's own
+    latent. It is deterministic: ``eta`` other than 0 is refused.
+    """
+    if eta != 0:
+        raise ValueError("DPM-Solver++(2M) is deterministic: eta has to be 0")
+    alphas = schedule.alphas_cumprod.tolist()
+    timesteps = leading_timesteps(schedule.timesteps, steps)
+    x, before, lambda_before = noise, None, 0.0
+    for index, t in enumerate(timesteps):
+        alpha = alphas[t]
+        lambda_ = _half_log_ratio(alpha)
+        if differential is not None:
+            x = differential.held(x, alpha, index / steps)
+        eps = predict(x, t, index)
+        clean = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+        if differential is not None:
+            clean = torch.where(differential.released(index / steps), clean, differential.original)
+        if index + 1 == steps:
+            x = clean
+        else:
+            alpha_next = alphas[timesteps[index + 1]]
+            h = _half_log_ratio(alpha_next) - lambda_
+            target = clean
+            if before is not None:
+                ratio = (lambda_ - lambda_before) / h
+                target = clean + (clean - before) / (2 * ratio)
+            x = ((1 - alpha_next) / (1 - alpha)) ** 0.5 * x - alpha_next**0.5 * math.expm1(-h) * target
+        before, lambda_before = clean, lambda_
+        if on_step is not None:
+            on_step(index, x)
+    return x if differential is None else differential.finished(x, steps)
+
+
+def _half_log_ratio(alpha: float) -> float:
+    return 0.5 * math.log(alpha / (1 - alpha))
+
+
+SAMPLERS = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
+
+
+def guided_steps(steps: int, interval: tuple[float, float]) -> range:
+    """The indices of the steps at which guidance acts: those whose share index / steps is in [from, to)."""
+    first, last = interval
+    return range(math.ceil(first * steps - 1e-9), math.ceil(last * steps - 1e-9))
+
+
+def rescaled(guided: Tensor, prompted: Tensor, x: Tensor, alpha: float, mask: Tensor, share: float) -> Tensor:
+    """Guided noise, changed so that guidance adds less contrast: eps (B, C, h, w), float32.
+
+    Guidance also raises the standard deviation of what it draws. The predicted x_0 is multiplied so that its deviation
+    inside the soft ``mask`` (B, 1, h, w) goes back to that under the prompt alone, by ``share`` (1: wholly). Lin et al.
+    2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", equations 15 and 16, which rescale the whole
+    prediction; here it is x_0 and the region that is drawn.
+    """
+    signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+    clean, plain = ((x - noise * eps) / signal for eps in (guided, prompted))
+    factor = _deviation(plain, mask) / _deviation(clean, mask).clamp_min(1e-6)
+    return (x - signal * clean * (1 + share * (factor - 1))) / noise
+
+
+def _deviation(value: Tensor, mask: Tensor) -> Tensor:
+    """Standard deviation over channels and cells, weighted by the mask: (B, 1, 1, 1)."""
+    weight = mask / (mask.sum((1, 2, 3), keepdim=True) * value.shape[1])
+    mean = (weight * value).sum((1, 2, 3), keepdim=True)
+    return (weight * (value - mean) ** 2).sum((1, 2, 3), keepdim=True).sqrt()

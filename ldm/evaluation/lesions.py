@@ -1,0 +1,347 @@
+"""Real lesions against synthetic ones: everything ``tool/evaluate.py`` measures, from two lists of samples.
+
+What is compared is the model's crop around each lesion (the YAML's ``data`` block), as the networks see it: a whole
+synthetic picture is its parent's but for the lesion.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.config import DataConfig
+from ldm.core.errors import MedSoftError
+from ldm.data.images import to_unit
+from ldm.data.masks import equivalent_diameter
+from ldm.data.preparation import Picture, prepare
+from ldm.data.samples import Reject, Sample
+from ldm.evaluation.metrics import (
+    NEIGHBOURS,
+    Estimate,
+    between_halves,
+    by_halves,
+    correlation,
+    coverage,
+    crop_features,
+    density,
+    frechet_distance,
+    image_embeddings,
+    kernel_distance,
+    likeness,
+    mean_of,
+    text_embeddings,
+)
+from ldm.networks.biomedclip import BiomedClip
+from ldm.reports.pages import read_picture
+
+log = logging.getLogger(__name__)
+
+BATCH = 64
+CROP_SIDE = 192  # pixels of the crops that are kept
+COPY_SIDE = 64  # pixels of the crops in which copies are looked for
+CANDIDATES = 10  # nearest training lesions whose pixels are compared
+REACH = 3  # pixels a lesion may have moved
+UNCALIBRATED = 0.95  # threshold without two training patients to compare
+FULLY = 0.999  # of a soft mask: the lesion without its feather, where a composite holds nothing of the original
+RING = 5  # pixels around a lesion that its contrast is measured against
+SSIM_REACH = 5  # half of SSIM's window
+
+
+@dataclass(frozen=True, eq=False)
+class Lesion:
+    """What is kept of a lesion: small pictures, native numbers and BiomedCLIP's rows.
+
+    crop: uint8 grey, at most CROP_SIDE square, the model's crop; inside: bool of that size, the lesion without feather.
+    features: CLS token of the crop; alone: the same of the lesion with everything around it hidden, of length 1;
+    embedding: projected, of length 1.
+    """
+
+    sample: Sample
+    crop: np.ndarray
+    inside: np.ndarray
+    diameter: float  # equivalent, native pixels
+    contrast: float  # mean inside minus mean of a ring around, of the image's grey range
+    texture: float  # standard deviation inside
+    features: Tensor
+    alone: Tensor
+    embedding: Tensor
+
+    @cached_property
+    def small(self) -> tuple[np.ndarray, np.ndarray]:
+        """crop and inside at COPY_SIDE or less, for comparing pixels."""
+        side = min(COPY_SIDE, len(self.crop))
+        mask = cv2.resize(self.inside.astype(np.uint8), (side, side), interpolation=cv2.INTER_AREA) > 0
+        return cv2.resize(self.crop, (side, side), interpolation=cv2.INTER_AREA).astype(float), mask
+
+
+def read_lesions(
+    samples: Sequence[Sample], data: DataConfig, clip: BiomedClip, name: str
+) -> tuple[list[Lesion], list[Reject]]:
+    """The diseased samples among ``samples``; those that cannot be read come back as rejects."""
+    found, rejects, waiting = [], [], []
+    diseased = [sample for sample in samples if not sample.healthy]
+    for sample in tqdm(diseased, desc=f"reading {name}", leave=False, disable=None):
+        try:
+            waiting.append((sample, prepare(sample, data, 0, 0)))
+        except MedSoftError as error:
+            rejects.append(Reject(sample.sample_id, sample.image, str(error)))
+        if len(waiting) == BATCH:
+            found += _lesions(waiting, clip)
+            waiting = []
+    return found + (_lesions(waiting, clip) if waiting else []), rejects
+
+
+def _lesions(read: Sequence[tuple[Sample, Picture]], clip: BiomedClip) -> list[Lesion]:
+    images = torch.stack([picture.image for _, picture in read])
+    masks = torch.stack([picture.mask for _, picture in read])
+    side = min(CROP_SIDE, images.shape[-1])
+    grey = F.interpolate(images.mean(dim=1, keepdim=True), size=(side, side), mode="area")
+    crops = ((grey + 1) * 127.5).round().clamp(0, 255).byte().squeeze(1).numpy()
+    inside = (F.adaptive_max_pool2d(masks, side) >= FULLY).squeeze(1).numpy()
+    alone = F.normalize(crop_features(clip, [images], [masks < FULLY]), dim=1)
+    rows = zip(crops, inside, crop_features(clip, [images]), alone, image_embeddings(clip, [images]), strict=True)
+    return [
+        Lesion(sample, crop, within, *_native_numbers(picture), features, own, embedding)
+        for (sample, picture), (crop, within, features, own, embedding) in zip(read, rows, strict=True)
+    ]
+
+
+def _native_numbers(picture: Picture) -> tuple[float, float, float]:
+    """Diameter, contrast and texture of a lesion at native size."""
+    unit = to_unit(picture.original, picture.levels)
+    grey = unit if unit.ndim == 2 else unit.mean(axis=2)
+    wide = cv2.dilate(picture.hard.astype(np.uint8), np.ones((2 * RING + 1,) * 2, np.uint8)) > 0
+    ring, inside = wide & ~picture.hard, grey[picture.hard]
+    contrast = float(inside.mean() - grey[ring].mean()) if ring.any() else 0.0
+    return equivalent_diameter(picture.hard), contrast, float(inside.std())
+
+
+def rows_of(lesions: Sequence[Lesion], name: str) -> Tensor:
+    """One of the lesions' rows as float64 (N, D)."""
+    return torch.stack([getattr(lesion, name) for lesion in lesions])
+
+
+# ------------------------------------------------------------------------------------------------------ distances
+
+
+def set_distances(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
+    """Frechet, kernel, density and coverage with intervals, and what two halves of the real ones differ by."""
+    features = [rows_of(lesions, "features") for lesions in (real, synthetic)]
+    measures: dict[str, Any] = {"frechet": frechet_distance, "kernel": kernel_distance}
+    if len(real) > 2 * (NEIGHBOURS + 1):
+        measures |= {"density": density, "coverage": coverage}
+    found: dict[str, Any] = {}
+    for name, measure in tqdm(measures.items(), desc="distances", leave=False, disable=None):
+        estimate = dataclasses.asdict(by_halves(measure, *features))
+        if name != "kernel" and estimate["low"] is not None:
+            estimate["low"] = max(estimate["low"], 0.0)
+        if name == "coverage" and estimate["high"] is not None:
+            estimate["high"] = min(estimate["high"], 1.0)
+        found[name] = {**estimate, "between_halves_of_real": between_halves(measure, features[0])}
+    return found
+
+
+def few(real: int, synthetic: int, dimensions: int) -> list[str]:
+    """What the numbers of pictures do not allow to conclude, in sentences."""
+    said, fewest = [], min(real, synthetic)
+    if fewest <= dimensions:
+        said.append(
+            f"The Frechet distance is that of {fewest} pictures in {dimensions} dimensions: their covariance is "
+            "singular, and the number depends on how many they are more than on what they show. Compare it only with "
+            f"one of as many pictures; more than {dimensions} in each set are needed for more."
+        )
+    if fewest < 50:
+        said.append(f"{fewest} pictures in the smaller set: kernel distance, density and coverage are rough.")
+    if real <= 2 * (NEIGHBOURS + 1):
+        said.append(
+            f"Density and coverage need more than {2 * (NEIGHBOURS + 1)} real pictures, {real} were given: not "
+            "measured."
+        )
+    return said
+
+
+# ------------------------------------------------------------------------------------------------------ parents
+
+
+def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
+    """SSIM and PSNR against the parent, outside the soft mask and on the lesion. PSNR: where pixels differ at all.
+
+    Outside: so far from the soft mask that SSIM's window does not reach it.
+    """
+    values: dict[str, dict[str, list[float]]] = {s: {"ssim": [], "psnr": []} for s in ("outside", "inside")}
+    equal, orphans = 0, 0
+    for lesion in tqdm(synthetic, desc="parents", leave=False, disable=None):
+        if not isinstance(lesion.sample.meta.get("parent_image"), str) or lesion.sample.soft_mask is None:
+            orphans += 1
+            continue
+        try:
+            picture = read_picture(lesion.sample)
+        except MedSoftError as error:
+            log.warning("not compared with its parent: %s", error)
+            orphans += 1
+            continue
+        original, result = (x if x.ndim == 2 else x.mean(axis=2) for x in picture.shown())
+        near = cv2.dilate((picture.soft > 0).astype(np.uint8), np.ones((2 * SSIM_REACH + 1,) * 2, np.uint8)) > 0
+        equal += picture.changed_outside == 0
+        for name, region in (("outside", ~near), ("inside", picture.soft >= 0.5)):
+            found = likeness(original, result, region)
+            if found is not None:
+                values[name]["ssim"].append(found[0])
+                values[name]["psnr"] += [found[1]] if np.isfinite(found[1]) else []
+    compared = len(synthetic) - orphans
+    summary = {name: {key: as_dict(mean_of(each)) for key, each in group.items()} for name, group in values.items()}
+    summary["outside"]["unchanged_pictures"] = equal / compared if compared else None
+    return {"compared": compared, "without_parent": orphans, **summary}
+
+
+def as_dict(estimate: Estimate | None) -> dict[str, Any] | None:
+    return None if estimate is None else dataclasses.asdict(estimate)
+
+
+# ------------------------------------------------------------------------------------------------------ text
+
+
+def text_agreement(clip: BiomedClip, lesions: Sequence[Lesion]) -> dict[str, Any] | None:
+    """Cosine of each crop with its own prompt and, on average, with others'; how often its own is the closer one.
+
+    Others': prompts with other words and, where both are known, of another lesion type. None without any such pair.
+    """
+    prompts = [lesion.sample.prompt for lesion in lesions]
+    kinds = [lesion.sample.lesion_type for lesion in lesions]
+    texts = list(dict.fromkeys(prompts))
+    place = torch.tensor([texts.index(prompt) for prompt in prompts])
+    kind_of = dict(zip(prompts, kinds, strict=True))
+    cosines = rows_of(lesions, "embedding") @ text_embeddings(clip, texts).T  # (N, T)
+    foreign = torch.tensor(
+        [
+            [text != prompt and not (kind and kind == kind_of[text]) for text in texts]
+            for prompt, kind in zip(prompts, kinds, strict=True)
+        ]
+    )
+    if not foreign.any():
+        return None
+    kept = foreign.any(dim=1)
+    own = cosines[torch.arange(len(lesions)), place][kept]
+    other, foreign = cosines[kept], foreign[kept].double()
+    mean_other = (other * foreign).sum(dim=1) / foreign.sum(dim=1)
+    wins = ((own[:, None] > other) * foreign).sum(dim=1) / foreign.sum(dim=1)
+    return {
+        "own": as_dict(mean_of(own.tolist())),
+        "others": as_dict(mean_of(mean_other.tolist())),
+        "difference": as_dict(mean_of((own - mean_other).tolist())),
+        "own_is_closer": as_dict(mean_of(wins.tolist())),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ distributions
+
+MEASURES = {"diameter": "equivalent diameter, pixels", "contrast": "mean inside - ring around", "texture": "std inside"}
+
+
+def distributions(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
+    """Quartiles of size, contrast and texture in both sets, and the Wasserstein-1 distance between them."""
+    from scipy.stats import wasserstein_distance
+
+    found = {}
+    for name in MEASURES:
+        both = [np.array([getattr(lesion, name) for lesion in lesions]) for lesions in (real, synthetic)]
+        quartiles = [[float(q) for q in np.percentile(values, (25, 50, 75))] for values in both]
+        found[name] = {
+            "real_quartiles": quartiles[0],
+            "synthetic_quartiles": quartiles[1],
+            "wasserstein": float(wasserstein_distance(*both)),
+        }
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ copies
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """The training lesion that a lesion looks most like. ``correlation``: of the pixels; ``cosine``: of the features of
+    the lesion alone, of its nearest neighbour there."""
+
+    lesion: Lesion
+    match: Lesion
+    correlation: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class CopyCheck:
+    """Nearest training lesions of every synthetic one, and the threshold from which it counts as a copy."""
+
+    neighbours: list[Neighbour]
+    threshold: float
+    closest_real: float | None  # highest correlation between lesions of two training patients
+    nearer_than_real: float | None  # share nearer in features than 95 % of the held-out real ones; None without these
+
+    @property
+    def copies(self) -> list[Neighbour]:
+        """Most alike first."""
+        return [each for each in self.ranked if each.correlation >= self.threshold]
+
+    @property
+    def ranked(self) -> list[Neighbour]:
+        return sorted(self.neighbours, key=lambda each: (-each.correlation, each.lesion.sample.sample_id))
+
+
+def check_copies(
+    synthetic: Sequence[Lesion], train: Sequence[Lesion], held_out: Sequence[Lesion] | None = None
+) -> CopyCheck:
+    """Compare every drawn lesion with all training lesions: first features of the lesion alone, then pixels.
+
+    The rest of a synthetic picture is its parent's and says nothing, so only the lesion is looked at. A copy correlates
+    more than halfway from the most alike lesions of two training patients to perfectly. ``held_out``: real lesions the
+    generator has not seen, which tell how near an honest one is.
+    """
+    between = _nearest(train, train, "training lesions")
+    found = _nearest(synthetic, train, "copies")
+    closest = max((each.correlation for each in between), default=None)
+    threshold = UNCALIBRATED if closest is None else (1 + closest) / 2
+    if held_out is None:
+        return CopyCheck(found, threshold, closest, None)
+    usual = np.percentile([each.cosine for each in _nearest(held_out, train, "held-out lesions")], 95)
+    return CopyCheck(found, threshold, closest, float(np.mean([each.cosine > usual for each in found])))
+
+
+def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> list[Neighbour]:
+    """Of each lesion its nearest training lesion; a training lesion's own patient does not count."""
+    same = lesions is train
+    cosines, found = rows_of(lesions, "alone") @ rows_of(train, "alone").T, []
+    for row, lesion in enumerate(tqdm(lesions, desc=name, leave=False, disable=None)):
+        allowed = [
+            column
+            for column, other in enumerate(train)
+            if not same or other.sample.patient_id != lesion.sample.patient_id
+        ]
+        if not allowed:
+            continue
+        order = sorted(allowed, key=lambda column: -float(cosines[row, column]))[:CANDIDATES]
+        grey, mask = lesion.small
+        scores = [correlation(grey, mask, *train[column].small, REACH) for column in order]
+        best = int(np.argmax(scores))
+        found.append(Neighbour(lesion, train[order[best]], scores[best], float(cosines[row, order[0]])))
+    return found
+
+
+def quarantine(copies: Sequence[Neighbour], folder: Path, target: Path) -> None:
+    """Move the sample folders of copies out of the synthetic folder into ``target``, keeping their relative paths."""
+    for each in copies:
+        home = each.lesion.sample.image.parent
+        goal = target / home.relative_to(folder.resolve())
+        if goal.exists():
+            raise MedSoftError(f"{goal}: is there already; move it away, then run again")
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        home.rename(goal)

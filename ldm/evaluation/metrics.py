@@ -1,0 +1,204 @@
+"""Numbers that compare two sets of pictures: distances of feature sets, density and coverage, likeness, copies.
+
+Features are BiomedCLIP's (``crop_features``), rows of float64 (N, D). Set distances get their interval by half-samples:
+resampling with replacement would put equal pictures into a set, which every nearest-neighbour or kernel number notices.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ldm.networks.biomedclip import BiomedClip
+
+NEIGHBOURS = 5  # k of density and coverage, as in their paper
+HALVES, DRAWS = 100, 2000  # resamplings of a set distance, of a mean
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval (None where it cannot be had)."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class _Given(nn.Module):
+    """torchmetrics takes an extractor; ours has run already."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.num_features = size
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+# ------------------------------------------------------------------------------------------------------ features
+
+
+@torch.no_grad()
+def crop_features(clip: "BiomedClip", images: Sequence[Tensor], hidden: Sequence[Tensor] | None = None) -> Tensor:
+    """BiomedCLIP's CLS token after the trunk's final norm, float64 (N, D).
+
+    ``images``: batches (B, 3, S, S) in [-1, 1]; ``hidden``: for each batch (B, 1, S, S), > 0 where nothing is seen.
+    """
+    hidden = [None] * len(images) if hidden is None else hidden
+    found = [clip.encode_image(image, gone)[1].double().cpu() for image, gone in zip(images, hidden, strict=True)]
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def image_embeddings(clip: "BiomedClip", images: Sequence[Tensor]) -> Tensor:
+    """Projected image embeddings of length 1, comparable with ``text_embeddings``: float64 (N, E)."""
+    found = [clip.clip.encode_image(clip.normalise(image)).double().cpu() for image in images]
+    return F.normalize(torch.cat(found), dim=1)
+
+
+def text_embeddings(clip: "BiomedClip", prompts: Sequence[str]) -> Tensor:
+    """Projected text embeddings of length 1, float64 (N, E)."""
+    return F.normalize(clip.encode_text(prompts).double().cpu(), dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------ set distances
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Frechet distance of two Gaussians fitted to features (N, D) and (M, D), N and M at least 2, by torchmetrics.
+
+    Heusel et al. 2017, squared as is usual. With fewer rows than D + 1 the covariances are singular: see ``few``.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Given(first.shape[1])).set_dtype(torch.float64)
+    metric.update(first.double(), real=True)
+    metric.update(second.double(), real=False)
+    return max(float(metric.compute()), 0.0)  # of equal sets it is 0 but for rounding
+
+
+def kernel_distance(first: Tensor, second: Tensor) -> float:
+    """Kernel distance (KID) of features (N, D), (M, D): unbiased squared MMD, cubic kernel, by torchmetrics.
+
+    Binkowski et al. 2018. The larger set is cut to the smaller one's size, taken in turns.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = min(len(first), len(second))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it keeps the features
+        metric = KernelInceptionDistance(feature=_Given(first.shape[1]), subsets=1, subset_size=size)
+    for features, real in ((first, True), (second, False)):
+        metric.update(features.double()[torch.linspace(0, len(features) - 1, size).round().long()], real=real)
+    return float(metric.compute()[0])
+
+
+def density(real: Tensor, other: Tensor, k: int = NEIGHBOURS) -> float:
+    """How many real neighbourhoods an ``other`` picture lies in, over k: 1 for the real distribution itself.
+
+    Naeem et al. 2020, "Reliable fidelity and diversity metrics". A real picture's neighbourhood is the ball to its
+    k-th nearest other real one. Needs more than k real rows.
+    """
+    return float(_inside(real, other, k).double().sum() / (k * len(other)))
+
+
+def coverage(real: Tensor, other: Tensor, k: int = NEIGHBOURS) -> float:
+    """Share of real neighbourhoods (see ``density``) that hold an ``other`` picture: 1 = all of the variety."""
+    return float(_inside(real, other, k).any(dim=1).double().mean())
+
+
+def _inside(real: Tensor, other: Tensor, k: int) -> Tensor:
+    """Bool (N, M): is the other picture within the real one's neighbourhood?"""
+    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest one is the picture itself
+    return torch.cdist(real, other) < radius[:, None]
+
+
+def by_halves(measure: Callable[[Tensor, Tensor], float], first: Tensor, second: Tensor, seed: int = 0) -> Estimate:
+    """``measure`` of two feature sets with an interval by half-samples (delete-half jackknife, Shao and Wu 1989).
+
+    The spread of the number over random halves, drawn without replacement, is its standard error on the whole; the
+    interval is 1.96 of that to either side, and too wide (up to twice) where the two sets hardly differ. None with
+    fewer than 2 (k + 1) rows in a set.
+    """
+    value, least = measure(first, second), 2 * (NEIGHBOURS + 1)
+    if min(len(first), len(second)) < least:
+        return Estimate(value)
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(HALVES):
+        halves = [x[torch.randperm(len(x), generator=generator)[: len(x) // 2]] for x in (first, second)]
+        found.append(measure(*halves))
+    half = 1.96 * float(np.std(found, ddof=1))
+    return Estimate(value, value - half, value + half)
+
+
+def between_halves(measure: Callable[[Tensor, Tensor], float], features: Tensor, seed: int = 0) -> float | None:
+    """Mean of ``measure`` between two random halves of one set: what two sets of one kind, so small, differ by."""
+    if len(features) < 4 * (NEIGHBOURS + 1):
+        return None
+    generator, found = torch.Generator().manual_seed(seed), []
+    for _ in range(HALVES // 5):
+        order = torch.randperm(len(features), generator=generator)
+        found.append(measure(features[order[: len(order) // 2]], features[order[len(order) // 2 :]]))
+    return float(np.mean(found))
+
+
+def mean_of(values: Sequence[float], seed: int = 0) -> Estimate | None:
+    """Mean with a bootstrap interval over pictures (percentiles); None for none, no interval for one."""
+    numbers = np.asarray(values, float)
+    if not len(numbers):
+        return None
+    if len(numbers) == 1:
+        return Estimate(float(numbers[0]))
+    chosen = np.random.default_rng(seed).integers(0, len(numbers), (DRAWS, len(numbers)))
+    low, high = np.percentile(numbers[chosen].mean(axis=1), (2.5, 97.5))
+    return Estimate(float(numbers.mean()), float(low), float(high))
+
+
+# ------------------------------------------------------------------------------------------------------ likeness
+
+
+def likeness(first: np.ndarray, second: np.ndarray, region: np.ndarray) -> tuple[float, float] | None:
+    """SSIM (mean of its map) and PSNR in dB of two HxW images in [0, 1] within a bool region, by torchmetrics.
+
+    PSNR is infinite where they are equal. None for an empty region, and for images below SSIM's window, 11 x 11 pixels.
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    if not region.any() or min(first.shape) < 11:
+        return None
+    a, b = (torch.from_numpy(np.ascontiguousarray(x)).double()[None, None] for x in (first, second))
+    inside = torch.from_numpy(region)[None, None]
+    _, full = structural_similarity_index_measure(a, b, data_range=1.0, return_full_image=True)
+    if torch.equal(a[inside], b[inside]):
+        return float(full[inside].mean()), math.inf
+    return float(full[inside].mean()), float(peak_signal_noise_ratio(a[inside], b[inside], data_range=1.0))
+
+
+def correlation(first: np.ndarray, mask: np.ndarray, second: np.ndarray, other: np.ndarray, reach: int) -> float:
+    """Highest correlation of two lesions' pixels: how much one looks like the other, whatever its brightness.
+
+    ``first`` (HxW) is compared within its bool ``mask`` with ``second`` around its own lesion ``other``, the lesions'
+    centres laid over each other and moved by up to ``reach`` pixels. 1 = equal but for brightness and contrast;
+    0 where there is nothing to correlate.
+    """
+    rows, columns = np.nonzero(mask)
+    if not len(rows) or not other.any():
+        return 0.0
+    there = np.argwhere(other).mean(axis=0) - (rows.mean(), columns.mean())
+    steps = np.arange(-reach, reach + 1)
+    down = (rows + round(there[0]) + steps[:, None])[:, None, :]  # (moves, 1, pixels)
+    right = (columns + round(there[1]) + steps[:, None])[None, :, :]
+    theirs = second[down.clip(0, second.shape[0] - 1), right.clip(0, second.shape[1] - 1)].reshape(-1, len(rows))
+    ours = first[rows, columns] - first[rows, columns].mean()
+    theirs = theirs - theirs.mean(axis=1, keepdims=True)
+    scale = np.sqrt((ours**2).sum() * (theirs**2).sum(axis=1))
+    found = np.divide(theirs @ ours, scale, out=np.zeros(len(theirs)), where=scale > 1e-9)
+    return float(found.max())

@@ -1,0 +1,183 @@
+"""Condition, sample, decode, composite: lesions drawn into one batch of pictures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.checkpoints.checkpoint import PREFIXES, check_preparation, load_parts, read_checkpoint
+from ldm.config import Config, SamplingConfig
+from ldm.core.devices import kernel_layout
+from ldm.data.images import composite, to_unit
+from ldm.data.preparation import Picture
+from ldm.diffusion.noise import named_generator, picture_noise
+from ldm.diffusion.samplers import SAMPLERS, DifferentialMask, guided_steps, rescaled
+from ldm.networks.attention import Conditioning
+from ldm.networks.biomedclip import BiomedClip
+from ldm.networks.model import MedSoftModel, hidden_region, hide
+
+DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to draw: the picture's name for its noise (seed, sample_id, variant) and the sentence."""
+
+    seed: int
+    sample_id: str
+    variant: int
+    prompt: str
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """One drawn picture.
+
+    pixels: like the picture's original, composited, or None if the model produced NaN or infinity; generated: float32
+    HxW(x3) in [0, 1], the same before compositing; fault: where the model produced the first value that is no number.
+    """
+
+    pixels: np.ndarray | None = None
+    generated: np.ndarray | None = None
+    fault: str | None = None
+
+
+class Inpainter:
+    """Draws with one model and one configuration (``config.sampling``)."""
+
+    def __init__(self, net: MedSoftModel, clip: BiomedClip, config: Config, device: torch.device | str = "cpu") -> None:
+        self.net, self.clip, self.config = net.to(device).eval(), clip.to(device), config
+        self.device = torch.device(device)
+        for_drawing(self.net, DTYPES[config.sampling.precision])
+
+    @torch.inference_mode()
+    def draw(self, pictures: Sequence[Picture], jobs: Sequence[Job]) -> list[Drawn]:
+        """Native-size results. Outside the soft mask's support every pixel equals the original's."""
+        image = torch.stack([picture.image for picture in pictures]).to(self.device)
+        soft_mask = torch.stack([picture.mask for picture in pictures]).to(self.device)
+        generated, faults = self.generate(image, soft_mask, jobs)  # (B, 3, S, S) in [-1, 1]
+        results = []
+        for picture, drawn, fault in zip(pictures, generated.cpu(), faults, strict=True):
+            if fault is not None:
+                results.append(Drawn(fault=fault))
+                continue
+            square = ((drawn + 1) / 2).permute(1, 2, 0).numpy()
+            native = picture.window.backward(square, to_unit(picture.original, picture.levels))
+            results.append(Drawn(composite(picture.original, native, picture.soft, picture.levels), native))
+        return results
+
+    def generate(self, image: Tensor, soft_mask: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, list[str | None]]:
+        """The model's square before compositing: image (B, 3, S, S), soft_mask (B, 1, S, S) -> (B, 3, S, S).
+
+        With it, for each picture, None or where its first value that is no number appeared.
+        """
+        sampling, net = self.config.sampling, self.net
+        dtype = DTYPES[sampling.precision]
+        mask = net.latent_mask(soft_mask)
+        masked = latent_of(net, hide(image, soft_mask), dtype)
+        original = latent_of(net, image, dtype) if sampling.differential else None
+        conditions = self._conditions(image, soft_mask, mask, [job.prompt for job in jobs])
+        shape = tuple(masked.shape[1:])
+        noise = torch.stack([picture_noise(*_name(job), shape) for job in jobs]).to(self.device)
+
+        def step_noise(index: int) -> Tensor:
+            drawn = [torch.randn(shape, generator=named_generator("step", index, *_name(job))) for job in jobs]
+            return torch.stack(drawn).to(self.device)
+
+        first_broken = torch.full((len(jobs),), -1, device=self.device)
+
+        def watch(index: int, x: Tensor) -> None:
+            broken = ~torch.isfinite(x).flatten(1).all(dim=1) & (first_broken < 0)
+            first_broken.masked_fill_(broken, index)
+
+        latent = sample_latent(net, sampling, noise, mask, masked, original, conditions, step_noise, watch)
+        # The latent is looked at before decoding: that clamps, and would hide infinity as white.
+        faults = [f"at sampling step {n + 1} of {sampling.steps}" if n >= 0 else None for n in first_broken.tolist()]
+        decoded = net.decode(latent.to(dtype)).float()
+        sound = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
+        return decoded, [f or (None if ok else "while decoding") for f, ok in zip(faults, sound, strict=True)]
+
+    def _conditions(
+        self, image: Tensor, soft_mask: Tensor, mask: Tensor, prompts: list[str]
+    ) -> tuple[Conditioning, Conditioning]:
+        """What steers the U-Net with the prompt alone, and with it and without it (empty prompt, zero tokens)."""
+        net, dtype = self.net, DTYPES[self.config.sampling.precision]
+        seen, seen_global = self.clip.encode_image(image, hidden_region(soft_mask))
+        inside, _, _ = net.controller_tokens(seen, seen_global, self.clip.encode_text(prompts), soft_mask)
+        semantic = net.semantic(seen, inside, soft_mask).to(dtype)
+        text = net.cond_stage_model(prompts).to(dtype)
+        empty = net.cond_stage_model([""]).expand(len(prompts), -1, -1).to(dtype)
+        gate = mask.to(dtype)
+        return (
+            net.conditioning(gate, text, semantic, reuse=True),
+            net.conditioning(torch.cat([gate, gate]), torch.cat([text, empty]), semantic, reuse=True),
+        )
+
+
+def load_inpainter(ckpt: str | Path, config: Config, device: str) -> Inpainter:
+    """The model of a final checkpoint with BiomedCLIP, checked against the configuration, ready to draw."""
+    clip = BiomedClip(config.biomedclip.path)
+    clip.check(config.biomedclip)
+    checkpoint = read_checkpoint(ckpt)
+    clip.check_same(checkpoint)
+    check_preparation(checkpoint, config)
+    net = MedSoftModel(config)
+    load_parts(net, checkpoint, list(PREFIXES), config)
+    return Inpainter(net, clip, config, device)
+
+
+def for_drawing(net: MedSoftModel, dtype: torch.dtype) -> None:
+    """U-Net and autoencoder in ``dtype`` and in the memory layout in which they are fastest."""
+    net.unet.to(dtype=dtype, memory_format=kernel_layout(next(net.unet.parameters()).device, dtype))
+    net.first_stage_model.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def latent_of(net: MedSoftModel, image: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scaled latent (B, 4, s, s), float32, of an image (B, 3, S, S): the posterior's mode."""
+    return net.scaled(net.encode(image.to(dtype, memory_format=torch.channels_last)).mode.float())
+
+
+def sample_latent(
+    net: MedSoftModel,
+    sampling: SamplingConfig,
+    noise: Tensor,
+    mask: Tensor,
+    masked: Tensor,
+    original: Tensor | None,
+    conditions: tuple[Conditioning, Conditioning],
+    step_noise: Callable[[int], Tensor] | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Draw scaled latents (B, 4, s, s) from ``noise`` with the sampler and the guidance of ``sampling``.
+
+    mask (B, 1, s, s); masked, original: scaled latents, the latter None for no differential mask; conditions: with the
+    prompt alone, and of 2 B rows, with the prompt and without it. The latent is float32, the U-Net of its own type.
+    """
+    with_prompt, both = conditions
+    dtype = next(net.unet.parameters()).dtype
+    inputs = mask.to(dtype), masked.to(dtype)
+    scale = sampling.guidance_scale
+    guided = guided_steps(sampling.steps, tuple(sampling.guidance_interval)) if scale != 1.0 else range(0)
+
+    def predict(x: Tensor, t: int, index: int) -> Tensor:
+        cond = both if index in guided else with_prompt
+        eps = net.denoise(x.to(dtype), torch.tensor([t], device=x.device), *inputs, cond).float()
+        if index not in guided:
+            return eps
+        prompted, plain = eps.chunk(2)
+        eps = plain + scale * (prompted - plain)
+        if not sampling.guidance_rescale:
+            return eps
+        alpha = float(net.schedule.alphas_cumprod[t])
+        return rescaled(eps, prompted, x, alpha, mask, sampling.guidance_rescale)
+
+    differential = None if original is None else DifferentialMask(mask, original, noise)
+    draw = SAMPLERS[sampling.sampler]
+    return draw(predict, noise, net.schedule, sampling.steps, sampling.eta, differential, step_noise, on_step)
+
+
+def _name(job: Job) -> tuple[int, str, int]:
+    return job.seed, job.sample_id, job.variant

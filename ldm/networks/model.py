@@ -1,0 +1,143 @@
+"""The networks put together. The one place that knows latent scale, channel order and mask polarity.
+
+Masks are soft, float in [0, 1], 1 = lesion region = to be drawn. Images are (B, 3, S, S) in [-1, 1].
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.checkpoints.checkpoint import PREFIXES
+from ldm.config import Config
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.networks.attention import Conditioning
+from ldm.networks.autoencoder import Autoencoder, Posterior
+from ldm.networks.msc import MedicalSemanticController, patch_mask, semantic_tokens
+from ldm.networks.text_encoder import TextEncoder
+from ldm.networks.unet import UNet
+
+TRAINABLE_PARTS = ("unet", "autoencoder", "text", "msc")
+
+
+def hidden_region(soft_mask: Tensor) -> Tensor:
+    """The hard lesion region, mask >= 0.5, as a boolean tensor of the mask's shape: what no network may see."""
+    return soft_mask >= 0.5
+
+
+def hide(image: Tensor, soft_mask: Tensor) -> Tensor:
+    """The image with the lesion region replaced by mid-grey, 0 in [-1, 1] (SD's training convention)."""
+    return image * (~hidden_region(soft_mask))
+
+
+class MedSoftModel(nn.Module):
+    """The parts a stage builds, under the names they have in a checkpoint.
+
+    ``parts`` is any of unet, autoencoder, text and msc; the others do not exist. BiomedCLIP stays outside: it is
+    frozen, never stored, and its features come in as tensors.
+    """
+
+    def __init__(self, config: Config, parts: Sequence[str] = TRAINABLE_PARTS) -> None:
+        super().__init__()
+        self.config = config
+        self.parts = [part for part in TRAINABLE_PARTS if part in parts]
+        self.schedule = NoiseSchedule(config.diffusion)
+        if "unet" in self.parts:
+            self.model = nn.ModuleDict({"diffusion_model": UNet(config.unet)})
+        if "autoencoder" in self.parts:
+            self.first_stage_model = Autoencoder(config.autoencoder)
+        if "text" in self.parts:
+            self.cond_stage_model = TextEncoder(config.text_encoder)
+        if "msc" in self.parts:
+            self.msc = MedicalSemanticController(config.msc, config.biomedclip)
+
+    def drop(self, parts: Sequence[str]) -> None:
+        """Give up parts that are not needed any more, and their memory."""
+        homes = {"unet": "model", "autoencoder": "first_stage_model", "text": "cond_stage_model", "msc": "msc"}
+        for part in parts:
+            if part in self.parts:
+                delattr(self, homes[part])
+                self.parts.remove(part)
+
+    @property
+    def unet(self) -> UNet:
+        """The U-Net, whose place in the model the checkpoint's names dictate."""
+        return self.model["diffusion_model"]
+
+    def encode(self, image: Tensor) -> Posterior:
+        """Posterior of the unscaled latent, (B, 4, s, s)."""
+        return self.first_stage_model.encode(image)
+
+    def scaled(self, latent: Tensor) -> Tensor:
+        """Unscaled latent -> what the U-Net works on (times 0.18215)."""
+        return latent * self.config.diffusion.latent_scale
+
+    def decode(self, scaled_latent: Tensor) -> Tensor:
+        """Scaled latent (B, 4, s, s) -> image (B, 3, S, S), clamped to [-1, 1]."""
+        return self.first_stage_model.decode(scaled_latent / self.config.diffusion.latent_scale).clamp(-1, 1)
+
+    def latent_mask(self, soft_mask: Tensor) -> Tensor:
+        """Soft mask (B, 1, S, S) at latent size (B, 1, s, s), by maximum."""
+        return F.adaptive_max_pool2d(soft_mask, self.config.latent_size)
+
+    def controller_tokens(
+        self, seen: Tensor, seen_global: Tensor, text: Tensor, soft_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The MSC's patch tokens (B, N, D) and global token (B, D), and the soft patch mask (B, N)."""
+        soft = patch_mask(soft_mask, self.config.biomedclip.grid)
+        mixing = soft if self.config.msc.soft_mask_mixing else hidden_region(soft)
+        tokens, global_token = self.msc(seen, seen_global, text, mixing)
+        return tokens, global_token, soft
+
+    def semantic(self, seen: Tensor, inside: Tensor, soft_mask: Tensor) -> Tensor:
+        """Tokens for the third attention (B, N / 4, D) from the seen and the inside tokens (B, N, D)."""
+        return semantic_tokens(seen, inside, patch_mask(soft_mask, self.config.biomedclip.grid))
+
+    def predict_noise(
+        self, noisy: Tensor, t: Tensor, mask: Tensor, masked_latent: Tensor, text: Tensor, semantic: Tensor | None
+    ) -> Tensor:
+        """The U-Net on [noisy latent, mask, masked-image latent]: (B, 4, s, s).
+
+        noisy and masked_latent: scaled, (B, 4, s, s); mask: (B, 1, s, s); text (B, 77, D); semantic (B, M, D) or None.
+        """
+        return self.denoise(noisy, t, mask, masked_latent, self.conditioning(mask, text, semantic))
+
+    def conditioning(self, mask: Tensor, text: Tensor, semantic: Tensor | None, reuse: bool = False) -> Conditioning:
+        """What steers the U-Net, with the mask (B, 1, s, s) as the gate of the third attention unless switched off.
+
+        ``reuse``: keys, values and gates are computed once and kept for all the steps of a picture.
+        """
+        return Conditioning(text, semantic, mask if self.config.unet.soft_mask_attention else None, reuse)
+
+    def denoise(self, noisy: Tensor, t: Tensor, mask: Tensor, masked_latent: Tensor, cond: Conditioning) -> Tensor:
+        """``predict_noise`` with a conditioning made before."""
+        channel = mask if self.config.unet.soft_mask_channel else hidden_region(mask).to(mask.dtype)
+        return self.unet(torch.cat([noisy, channel, masked_latent], dim=1), t, cond)  # (B, 9, s, s) -> (B, 4, s, s)
+
+    def groups(self, names: Sequence[str]) -> dict[str, dict[str, nn.Parameter]]:
+        """Parameters by group name: ``msc``, ``attn3`` (third attention, its norm), ``unet`` (the rest of the U-Net).
+
+        The MSC's global head has no part in the diffusion loss and is left out of ``msc`` under that objective.
+        """
+        found: dict[str, dict[str, nn.Parameter]] = {name: {} for name in names}
+        for key, parameter in self.named_parameters():
+            if key.startswith("msc."):
+                group = "msc"
+                if self.config.training.objective == "diffusion" and key.startswith("msc.global_head."):
+                    continue
+            elif key.startswith("model.diffusion_model."):
+                group = "attn3" if ".attn3." in key or ".norm4." in key else "unet"
+            else:
+                continue
+            if group in found:
+                found[group][key] = parameter
+        return found
+
+
+def skeleton(config: Config, parts: Iterable[str] = tuple(PREFIXES)) -> dict[str, Tensor]:
+    """Every key and shape that ``config`` asks of ``parts``, as tensors without memory (on the meta device)."""
+    pass
+
+    with torch.device("meta"):
+        return MedSoftModel(config, list(parts)).state_dict()

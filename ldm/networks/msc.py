@@ -1,0 +1,118 @@
+"""The Medical Semantic Controller (MSC): from the BiomedCLIP tokens of an image whose lesion is hidden, a soft patch
+mask and a sentence, it predicts the BiomedCLIP tokens the image would have with the lesion the sentence describes.
+
+Tensor names: N patches, D the width of BiomedCLIP's tokens, W the controller's own width.
+
+    seen          (B, N, D)  patch tokens of the masked image
+    seen_global   (B, D)     its CLS token
+    text          (B, D_t)   projected BiomedCLIP text embedding
+    soft          (B, N)     soft patch mask in [0, 1]: the maximum of the soft mask over each patch
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.config import BiomedClipConfig, MSCConfig
+from ldm.networks.attention import attend
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, W) -> (B, L, W)."""
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        attended = attend(q, k, v)  # (B, heads, N + 2, W / heads)
+        x = x + self.proj(rearrange(attended, "b h n d -> b n (h d)"))
+        return x + self.mlp(self.norm2(x))
+
+
+def _mlp(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(before, after), nn.GELU(), nn.Linear(after, after))
+
+
+class MedicalSemanticController(nn.Module):
+    """[global | spatial + position + mask embedding | text] -> transformer -> predicted patch and global tokens.
+
+    A soft patch value s mixes the two mask embeddings, (1 - s) * e0 + s * e1, so the controller sees how much of a
+    patch is to be drawn. At the default sizes it has about 170 million parameters.
+    """
+
+    def __init__(self, cfg: MSCConfig, clip: BiomedClipConfig) -> None:
+        super().__init__()
+        width = cfg.width
+        self.global_in, self.spatial_in = _mlp(clip.token_dim, width), _mlp(clip.token_dim, width)
+        self.text_in = _mlp(clip.text_dim, width)
+        self.position = nn.Parameter(torch.zeros(clip.grid**2, width))
+        self.mask_embedding = nn.Parameter(torch.zeros(2, width))  # e0: seen, e1: to be drawn
+        self.blocks = nn.ModuleList([Block(width, cfg.heads) for _ in range(cfg.layers)])
+        self.norm = nn.LayerNorm(width)
+        self.spatial_head = nn.Linear(width, clip.token_dim)
+        self.global_head = nn.Linear(width, clip.token_dim)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        nn.init.normal_(self.position, std=0.02)
+        nn.init.normal_(self.mask_embedding, std=0.02)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                # Residual branches start small, so that depth does not blow up the activations.
+                depth = max(1, len(self.blocks))
+                scale = (2 * depth) ** -0.5 if name.endswith((".proj", "mlp.2")) else 1.0
+                nn.init.normal_(module.weight, std=0.02 * scale if name.startswith("blocks") else 0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, seen: Tensor, seen_global: Tensor, text: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted patch tokens (B, N, D) and global token (B, D); see the module docstring for the inputs."""
+        soft = soft.unsqueeze(-1).to(self.mask_embedding.dtype)  # (B, N, 1)
+        mask = torch.lerp(self.mask_embedding[0], self.mask_embedding[1], soft)  # (B, N, W)
+        spatial = self.spatial_in(seen) + self.position + mask
+        x = torch.cat([self.global_in(seen_global)[:, None], spatial, self.text_in(text)[:, None]], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)  # (B, 1 + N + 1, W)
+        return self.spatial_head(x[:, 1:-1]), self.global_head(x[:, 0])
+
+
+def patch_mask(soft_mask: Tensor, grid: int) -> Tensor:
+    """Soft mask (B, 1, H, W) -> soft patch values (B, grid * grid): the maximum over each patch."""
+    return F.adaptive_max_pool2d(soft_mask, (grid, grid)).flatten(1)
+
+
+def semantic_tokens(seen: Tensor, inside: Tensor, soft: Tensor) -> Tensor:
+    """The tokens handed to the U-Net, the same way in every stage and at inference.
+
+    ``soft * inside + (1 - soft) * seen`` per patch, then average-pooled 2x2 on the patch grid.
+
+    seen, inside: (B, N, D) with N a square of an even number; soft: (B, N) in [0, 1]. Returns (B, N / 4, D).
+    """
+    mixed = torch.lerp(seen, inside.to(seen.dtype), soft.unsqueeze(-1).to(seen.dtype))  # half precision in training
+    side = int(mixed.shape[1] ** 0.5)
+    pooled = F.avg_pool2d(rearrange(mixed, "b (h w) d -> b d h w", h=side), 2)
+    return rearrange(pooled, "b d h w -> b (h w) d")
+
+
+def msc_loss(tokens: Tensor, target: Tensor, global_token: Tensor, global_target: Tensor, soft: Tensor) -> Tensor:
+    """Squared error on the patches, weighted by s and divided by sum(s), mean over channels; plus the global token's.
+
+    Dividing by the same weights that multiply keeps the loss of a one-patch lesion as large as that of a big one.
+    Shapes as in the module docstring; every sample needs some s > 0. Returns one value per sample: (B,).
+    """
+    patch_error = (tokens - target).float().square().mean(dim=-1)  # (B, N)
+    spatial = (patch_error * soft).sum(dim=1) / soft.sum(dim=1)
+    return spatial + (global_token - global_target).float().square().mean(dim=-1)
+
+
+def masked_cosine(tokens: Tensor, target: Tensor, soft: Tensor) -> Tensor:
+    """Cosine similarity of predicted and true patch tokens, averaged over the patches with weight s: (B,)."""
+    similarity = F.cosine_similarity(tokens.float(), target.float(), dim=-1)  # (B, N)
+    return (similarity * soft).sum(dim=1) / soft.sum(dim=1)

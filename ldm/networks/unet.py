@@ -1,0 +1,143 @@
+"""The U-Net of Stable Diffusion 1.5 (openai layout, inpainting input), with the third attention of attention.py.
+
+Parameter names equal those under ``model.diffusion_model.`` in ``sd-v1-5-inpainting.ckpt``, plus ``attn3`` and
+``norm4`` in each transformer block.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.config import UNetConfig
+from ldm.networks.attention import Conditioning, SpatialTransformer, timestep_embedding
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with the time embedding added between them."""
+
+    def __init__(self, channels: int, out_channels: int, emb_dim: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Dropout(0.0),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.out_layers[3].weight)
+        nn.init.zeros_(self.out_layers[3].bias)
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, C, H, W), time embedding emb (B, D) -> (B, C_out, H, W)."""
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]  # (B, C_out, H, W)
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Downsample(nn.Module):
+    """Halves height and width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H / 2, W / 2)."""
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, 2 H, 2 W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Block(nn.Sequential):
+    """A row of layers, each called with what it needs: (x), (x, emb) or (x, conditioning)."""
+
+    def forward(self, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, C, H, W), time embedding (B, D) or (1, D) -> x of the last layer."""
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, cond)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts the noise in a latent.
+
+    Call with ``x`` (B, 9, h, w) = [noisy latent, mask, masked-image latent], integer ``timesteps`` (B,), or (1,) for
+    all, and a Conditioning of B rows; returns (B, 4, h, w). h and w must be divisible by 2 ** (levels - 1).
+
+    With ``timesteps`` (1,) the Conditioning may have k B rows: k conditions for each picture, of which the layers
+    before the first one that reads them are computed once. Returns (k B, 4, h, w).
+    """
+
+    def __init__(self, cfg: UNetConfig) -> None:
+        super().__init__()
+        self.model_channels = cfg.model_channels
+        self.activation_checkpointing = False
+        emb_dim = 4 * cfg.model_channels
+        self.time_embed = nn.Sequential(nn.Linear(cfg.model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        widths = [cfg.model_channels * mult for mult in cfg.channel_mult]
+
+        def layers(channels: int, out_channels: int, attend: bool) -> list[nn.Module]:
+            made: list[nn.Module] = [ResBlock(channels, out_channels, emb_dim)]
+            if attend:
+                made.append(SpatialTransformer(out_channels, cfg.num_heads, cfg.context_dim, cfg.semantic_dim))
+            return made
+
+        channels = cfg.model_channels
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(cfg.in_channels, channels, 3, padding=1))])
+        skips = [channels]
+        for level, width in enumerate(widths):
+            for _ in range(cfg.num_res_blocks):
+                self.input_blocks.append(Block(*layers(channels, width, level in cfg.attention_levels)))
+                channels = width
+                skips.append(channels)
+            if level < len(widths) - 1:
+                self.input_blocks.append(Block(Downsample(channels)))
+                skips.append(channels)
+        self.middle_block = Block(*layers(channels, channels, True), ResBlock(channels, channels, emb_dim))
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for index in range(cfg.num_res_blocks + 1):
+                made = layers(channels + skips.pop(), width, level in cfg.attention_levels)
+                channels = width
+                if level > 0 and index == cfg.num_res_blocks:
+                    made.append(Upsample(channels))
+                self.output_blocks.append(Block(*made))
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, cfg.out_channels, 3, padding=1)
+        )
+
+    def _run(self, block: Block, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, emb, cond, use_reentrant=False)
+        return block(x, emb, cond)
+
+    def forward(self, x: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, 9, h, w), timesteps (B,) or (1,) -> predicted noise (B, 4, h, w); see the class."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))  # (B, 4 * channels)
+        kept = []
+        for block in self.input_blocks:
+            x = self._run(block, x, emb, cond)
+            kept.append(x)
+        x = self._run(self.middle_block, x, emb, cond)
+        for block in self.output_blocks:
+            x = self._run(block, torch.cat([x, cond.spread(kept.pop())], dim=1), emb, cond)
+        return self.out(x)

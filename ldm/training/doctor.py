@@ -1,0 +1,300 @@
+"""What tool/doctor.py looks at before a training: every file of the data, the splits, the checkpoint, the installation,
+disk and memory. Each check yields Findings; nothing is written and nothing is trained."""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm.config import Config
+from ldm.core.errors import MedSoftError
+from ldm.core.files import free_bytes, read_text
+from ldm.data.annotations import load_samples
+from ldm.data.checks import check_classes, leaks, rows_of, similar_prompts
+from ldm.data.samples import Sample
+
+log = logging.getLogger(__name__)
+
+HUGE_MASK = 0.5  # share of the image: more than that is hardly a lesion
+ODD_PROMPT = "\ufffd"  # what is left of a character in another encoding
+LONG_PROMPT = 300  # characters; the text encoder reads 75 tokens
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``level``: error (training would stop or learn something wrong), sample (one sample cannot be used), warning."""
+
+    level: str
+    where: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """What decoding one sample has shown: faults, and numbers for the statistics over the data set."""
+
+    sample_id: str
+    faults: tuple[tuple[str, str, str], ...]  # level, where, text
+    digest: str | None = None
+    shape: tuple[int, ...] = ()
+    depth: int = 0  # bits
+    covered: float = 0.0  # share of the image that the mask marks
+
+
+def look(sample: Sample) -> Look:
+    """Decode all files of a sample."""
+    from ldm.data.images import read_image
+    from ldm.data.masks import read_anatomy, read_mask
+
+    faults: list[tuple[str, str, str]] = []
+    try:
+        image = read_image(sample.image)
+    except MedSoftError as error:
+        return Look(sample.sample_id, (("sample", str(sample.image), error.cause(sample.image)),))
+    digest = hashlib.sha256(f"{image.shape}{image.dtype}".encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
+    seen: dict[str, Any] = {"digest": digest, "shape": image.shape, "depth": 8 * image.dtype.itemsize}
+    if image.min() == image.max():
+        faults.append(("warning", str(sample.image), f"every pixel is {image.min()}: an empty picture"))
+    try:
+        mask = read_mask(sample.mask, image.shape) if sample.mask else None
+        if sample.soft_mask:
+            read_mask(sample.soft_mask, image.shape, soft=True)
+        if sample.anatomy:
+            read_anatomy(sample.anatomy, image.shape)
+    except MedSoftError as error:
+        return Look(sample.sample_id, (*faults, ("sample", str(sample.image.parent), str(error))), **seen)
+    if mask is not None and not sample.healthy:
+        faults += _mask_faults(sample, mask)
+        seen["covered"] = float(mask.hard.mean())
+    return Look(sample.sample_id, tuple(faults), **seen)
+
+
+def _mask_faults(sample: Sample, mask: Any) -> list[tuple[str, str, str]]:
+    if mask.empty:
+        return [("sample", str(sample.mask), "the mask is empty (all zero), but the prompt names a lesion")]
+    covered = float(mask.hard.mean())
+    if covered > HUGE_MASK:
+        return [
+            (
+                "warning",
+                str(sample.mask),
+                f"marks {covered:.0%} of the image: inverted? 1 (white) is the lesion, 0 everything else",
+            )
+        ]
+    edge = np.concatenate([mask.hard[0], mask.hard[-1], mask.hard[:, 0], mask.hard[:, -1]]).mean()
+    if edge > HUGE_MASK:
+        return [("warning", str(sample.mask), "marks most of the image's border: inverted? 1 (white) is the lesion")]
+    return []
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+def check_data(sets: dict[str, Path], workers: int | None = None) -> Iterator[Finding]:
+    """Every file of the data sets (name -> dataset folder or annotation file), each split, and between them."""
+    members: dict[str, list[Sample]] = {}
+    for name, path in sets.items():
+        try:
+            members[name], rejects = load_samples(path)
+        except MedSoftError as error:
+            yield Finding("error", name, str(error))
+            continue
+        for reject in rejects:
+            yield Finding("sample", str(reject.file), reject.reason)
+    everyone = [sample for group in members.values() for sample in group]
+    looks: dict[str, list[Look]] = {}
+    start = time.perf_counter()
+    for name, group in members.items():
+        looks[name] = _look_at(group, name, workers)
+        for seen in looks[name]:
+            yield from (Finding(*fault) for fault in seen.faults)
+    seconds = time.perf_counter() - start
+    words = (len(everyone), seconds, 60 * len(everyone) / max(seconds, 1e-9))
+    log.info("every file of %d samples decoded in %.1f s (%.0f samples a minute)", *words)
+    for name, group in members.items():
+        yield from _about(name, group, looks[name])
+    rows = []
+    for name, group in members.items():
+        digests = {seen.sample_id: seen.digest for seen in looks[name] if seen.digest}
+        yield from _repeated(name, looks[name])
+        rows += rows_of(name, group, digests)
+    for leak in leaks(rows):
+        yield Finding("error", " and ".join(sets), leak)
+    yield from check_prompts(everyone)
+
+
+def _look_at(samples: list[Sample], name: str, workers: int | None) -> list[Look]:
+    count = workers or os.cpu_count() or 1
+    bar = {"desc": f"looking at {name}", "total": len(samples), "unit": " samples", "disable": None}
+    if count == 1 or len(samples) < 50:
+        return list(tqdm(map(look, samples), **bar))
+    with ProcessPoolExecutor(count) as pool:
+        return list(tqdm(pool.map(look, samples, chunksize=16), **bar))
+
+
+def _about(name: str, samples: list[Sample], looks: list[Look]) -> Iterator[Finding]:
+    """What can only be judged over a whole set: classes, depths, sizes, polarity."""
+    if name == "train":
+        try:
+            check_classes(name, samples, balance=False)
+        except MedSoftError as error:
+            yield Finding("error", name, str(error))
+    depths = {seen.depth for seen in looks if seen.depth}
+    if len(depths) > 1:
+        yield Finding("warning", name, "8- and 16-bit images are mixed; check that `window` in meta.json fits")
+    sizes = {seen.shape[:2] for seen in looks if seen.shape}
+    if len(sizes) > 1:
+        small, large = min(sizes, key=np.prod), max(sizes, key=np.prod)
+        if np.prod(large) > 16 * np.prod(small):
+            words = f"{small[1]} x {small[0]} to {large[1]} x {large[0]} pixels"
+            yield Finding("warning", name, f"sizes from {words}: lesions differ in scale; see `fit` in the YAML")
+    inverted = sum("inverted?" in text for seen in looks for _, _, text in seen.faults)
+    sick = sum(not sample.healthy for sample in samples)
+    if sick and inverted > sick / 2:
+        yield Finding("error", name, f"{inverted} of {sick} masks look inverted: 1 (white) must be the lesion")
+
+
+def _repeated(name: str, looks: list[Look]) -> Iterator[Finding]:
+    first: dict[str, str] = {}
+    for seen in looks:
+        twin = first.setdefault(seen.digest, seen.sample_id) if seen.digest else seen.sample_id
+        if twin != seen.sample_id:
+            yield Finding(
+                "warning", name, f"samples {twin} and {seen.sample_id} have the same picture, pixel for pixel"
+            )
+
+
+def check_prompts(samples: Iterable[Sample]) -> Iterator[Finding]:
+    """Empty, badly encoded, long and nearly equal prompts."""
+    samples = list(samples)
+    for sample in samples:
+        file = sample.image.parent / "prompt.txt"
+        if not sample.prompt.strip():
+            yield Finding("sample", str(file), "the prompt is empty")
+        if ODD_PROMPT in sample.prompt or any(ord(char) < 32 and char not in "\t\n\r" for char in sample.prompt):
+            yield Finding("warning", str(file), f"odd characters, saved in another encoding? {sample.prompt[:60]!r}")
+        if len(sample.prompt) > LONG_PROMPT:
+            yield Finding(
+                "warning", str(file), f"{len(sample.prompt)} characters: the text encoder reads 75 tokens only"
+            )
+        if file.is_file():
+            try:
+                if read_text(file).strip() != sample.prompt.strip():
+                    yield Finding("warning", str(file), "is not what the annotation file says; prepare the data again")
+            except MedSoftError as error:
+                yield Finding("warning", str(file), error.cause(file))
+    for group in similar_prompts(samples):
+        shown = " | ".join(map(repr, group[:4]))
+        yield Finding("warning", "prompts", f"nearly the same, learned as different ones: {shown}")
+
+
+# ------------------------------------------------------------------------------------------------------- machine
+
+
+def check_installation() -> Iterator[Finding]:
+    """torch and torchvision that do not fit each other, releases with known faults."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions: dict[str, str] = {}
+    for package in ("torch", "torchvision", "pytorch-lightning", "open_clip_torch", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            yield Finding("error", package, "is not installed: python -m pip install -r requirements.txt")
+    yield from check_versions(versions)
+    try:
+        import torchvision.ops
+
+        torchvision.ops.nms  # noqa: B018 (missing where the builds do not fit)
+    except Exception as error:  # whatever a broken installation raises
+        yield Finding("error", "torchvision", f"cannot be used with this torch ({error}); install both in one command")
+
+
+def check_versions(versions: dict[str, str]) -> Iterator[Finding]:
+    """Findings about the installed ``versions`` (package -> version, such as 2.14.1+cu130)."""
+
+    def number(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())
+
+    torch, vision = versions.get("torch", ""), versions.get("torchvision", "")
+    if torch and number(torch) < (2, 10):
+        yield Finding("error", "torch", f"{torch}: releases before 2.10 have a fault in safe loading; update")
+    if torch and vision:
+        if number(vision)[1:2] != (number(torch)[1] + 15,):
+            yield Finding("error", "torchvision", f"{vision} does not belong to torch {torch}; install both together")
+        builds = {text.partition("+")[2] for text in (torch, vision) if "+" in text}
+        if len(builds) > 1:
+            yield Finding("error", "torchvision", f"built for {vision}, torch for {torch}; install both together")
+    lightning = versions.get("pytorch-lightning", "")
+    if lightning and number(lightning) < (2, 6, 6):
+        yield Finding(
+            "error", "pytorch-lightning", f"{lightning}: older than 2.6.6, which closed a security hole; update"
+        )
+
+
+def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Iterator[Finding]:
+    """Whether the checkpoint and the BiomedCLIP folder fit the configuration."""
+    import torch
+
+    from ldm.checkpoints.checkpoint import check_finite, check_preparation, compare, read_checkpoint
+    from ldm.networks.biomedclip import BiomedClip
+    from ldm.networks.model import MedSoftModel
+    from ldm.training.stage import frozen_tensors, training_groups
+
+    source = None
+    try:
+        with torch.device("meta"):
+            net = MedSoftModel(config, config.training.builds)
+        if config.training.stage:
+            training_groups(net, config)
+        if ckpt:
+            source = read_checkpoint(ckpt)
+            check_preparation(source, config)
+            problems = compare(net.state_dict(), frozen_tensors(source, config))
+            if problems:
+                raise MedSoftError(f"{ckpt}: does not fit the configuration: {'; '.join(problems)}")
+            check_finite(source.state, ckpt)
+        if biomedclip:
+            clip = BiomedClip(config.biomedclip.path)
+            clip.check(config.biomedclip)
+            if source:
+                clip.check_same(source)
+    except MedSoftError as error:
+        yield Finding("error", str(ckpt or config.biomedclip.path), str(error))
+
+
+def check_room(config: Config, sets: dict[str, Path], save_path: Path, devices: int) -> Iterator[Finding]:
+    """Free disk and memory against what the stage will take."""
+    import torch
+
+    from ldm.core.devices import free_memory, resolve_precision
+    from ldm.training.dataset import training_items
+    from ldm.training.estimates import GIB, stage_disk, stage_memory
+    from ldm.training.feature_cache import cache_size
+
+    items = []
+    for path in sets.values():
+        try:
+            items += training_items(load_samples(path)[0], config.data)[0]
+        except MedSoftError:
+            continue  # said where the data is looked at
+    disk = stage_disk(config, cache_size(config, items))
+    free = free_bytes(save_path)
+    if free < disk.total:
+        words = f"{free / GIB:.1f} GiB are free, the run and its features take up to {disk.total / GIB:.1f} GiB"
+        yield Finding("error" if free < 2 * disk.last else "warning", str(save_path), words)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = resolve_precision(config.training.precision) == "bf16-mixed"
+    needed = stage_memory(config, max(1, config.training.batch_size // devices), half, device.type).total
+    if needed > free_memory(device):
+        words = f"a step needs about {needed / GIB:.1f} GiB, {free_memory(device) / GIB:.1f} GiB are free"
+        help_with = "a smaller batch_size with accumulate, activation_checkpointing, --precision bf16-mixed"
+        yield Finding("warning", device.type, f"{words}: {help_with}")

@@ -1,0 +1,154 @@
+"""What a training run will need, before it needs it: memory by kind, and disk."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ldm.checkpoints.checkpoint import PREFIXES
+from ldm.config import Config
+from ldm.networks.model import MedSoftModel
+from ldm.training.stage import STEP_PARTS, Stage
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device while a stage trains. ``activations``: what is kept for the backward pass, for one batch."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The sum; the allocator, temporary results and the libraries come on top."""
+        return self.parameters + self.gradients + self.optimizer + self.average + self.activations
+
+
+def stage_memory(config: Config, batch: int, half: bool, device: str = "cpu") -> Memory:
+    """Memory of a stage for ``batch`` items per device, with ``half`` in bf16-mixed. Nothing is allocated.
+
+    ``device`` is cpu or cuda, whose autocast runs the norms in float32 and so keeps a third more of the U-Net's.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = replace(config, training=replace(config.training, compile=False))
+    with FakeTensorMode():
+        stage = fake_stage(config, half)
+        trained = sum(value.numel() for value in stage.trained.values())
+        parameters = sum(value.numel() * value.element_size() for value in stage.net.parameters())
+        norms = NormsInFloat32() if half and device == "cuda" else nullcontext()
+        with norms:
+            activations = saved_bytes(stage, fake_batch(config, batch), half)
+    average = 4 * trained if config.training.ema_decay else 0
+    return Memory(parameters, 4 * trained, 8 * trained, average, activations)
+
+
+class NormsInFloat32(TorchFunctionMode):
+    """What a GPU's autocast does and a CPU's does not, for shapes that are computed without a GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.group_norm, F.layer_norm):
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run writes at most: checkpoints in the run's folder (one more is there while it is replaced)."""
+
+    last: int
+    best: int
+    features: int
+
+    @property
+    def total(self) -> int:
+        """The most that lies there at once."""
+        return 2 * self.last + self.best + self.features
+
+
+def stage_disk(config: Config, features: int) -> Disk:
+    """Disk of a stage's run; ``features`` are the bytes of its cached features."""
+    training = config.training
+    with torch.device("meta"):
+        net = MedSoftModel(config, training.builds)
+    prefixes = tuple(PREFIXES[part] for part in training.builds if part in PREFIXES)
+    weights = 4 * sum(value.numel() for key, value in net.state_dict().items() if key.startswith(prefixes))
+    trained = sum(value.numel() for members in net.groups(list(training.rates)).values() for value in members.values())
+    state = 8 * trained + (4 * trained if training.ema_decay else 0)
+    best = (training.keep_best + 1) * weights if training.keep_best else 0
+    return Disk(weights + state, best, features)
+
+
+def step_operations(config: Config, batch: int) -> int:
+    """Floating-point operations of the forward and the backward pass of a step, two for each multiplication that is
+    added. What activation checkpointing or fused attention compute once more is not counted."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = replace(config, training=replace(config.training, activation_checkpointing=False, compile=False))
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), counter:
+        fake_stage(config, False).losses(fake_batch(config, batch), 0.0)[0].mean().backward()
+    return counter.get_total_flops()
+
+
+def fake_stage(config: Config, half: bool) -> Stage:
+    """The stage with the networks that a step runs; under FakeTensorMode it weighs nothing."""
+    net = MedSoftModel(config, [part for part in config.training.builds if part in STEP_PARTS])
+    empty = torch.zeros(1, config.text_encoder.max_length, config.text_encoder.width)
+    return Stage(config, net, {}, {}, empty, half)
+
+
+def fake_batch(config: Config, batch: int) -> dict[str, Any]:
+    """Features of ``batch`` items, of the right shapes; random."""
+    side, tokens, width = config.latent_size, config.biomedclip.grid**2, config.biomedclip.token_dim
+    latent = (batch, config.autoencoder.latent_channels, side, side)
+    shapes = {
+        "mask": (batch, 1, config.data.image_size, config.data.image_size),
+        "seen": (batch, tokens, width),
+        "true": (batch, tokens, width),
+        "seen_global": (batch, width),
+        "true_global": (batch, width),
+        "clip_text": (batch, config.biomedclip.text_dim),
+        "text": (batch, config.text_encoder.max_length, config.text_encoder.width),
+        **dict.fromkeys(("latent_mean", "latent_logvar", "masked_latent", "posterior_noise", "noise"), latent),
+        **dict.fromkeys(("t", "coin"), (batch,)),
+    }
+    return {name: torch.rand(shape) for name, shape in shapes.items()}
+
+
+def saved_bytes(stage: Stage, batch: dict[str, Any], half: bool) -> int:
+    """Bytes that one forward pass keeps for the backward pass, parameters not counted.
+
+    With activation checkpointing the share of the block that is just computed again comes on top.
+    """
+    kept: dict[int, Tensor] = {}
+    own = {value.untyped_storage()._cdata for value in stage.net.parameters()}
+
+    def pack(value: Tensor) -> Tensor:
+        if value.untyped_storage()._cdata not in own:
+            kept[value.untyped_storage()._cdata] = value
+        return value
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, _same),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        loss = stage.losses(batch, 0.0)[0].mean()
+    total = sum(value.untyped_storage().nbytes() for value in kept.values())
+    del loss
+    return total
+
+
+def _same(value: Tensor) -> Tensor:
+    return value

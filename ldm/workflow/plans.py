@@ -1,0 +1,302 @@
+"""Plans: commands run in order, each one only if it is not done yet. What a step and a plan are: tool/run_stages.py."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import fingerprint, read_json, read_text, sha256_file, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE_FILE = "stages.json"
+DONE_CODES = (cli.DONE, cli.SOME_REJECTED)
+
+# What every step's environment gets, unless it is set already. glibc gives blocks of this size back to the kernel after
+# every operation and fetches them again for the next one: keeping them makes training on a CPU measurably faster.
+# Waiting OpenMP threads that sleep instead of spinning leave shared cores to whoever has work.
+CHILD_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a plan and the files or folders (relative to the repository root) it leaves."""
+
+    name: str
+    run: str
+    makes: tuple[str, ...] = ()
+
+    @cached_property  # what it was before the step ran, even if a file is edited meanwhile
+    def fingerprint(self) -> str:
+        """Changes with the command and with the repository's files that it names, and with nothing else."""
+        words = shlex.split(self.run)
+        return fingerprint([words, _named_files(words)])
+
+    @property
+    def missing(self) -> list[str]:
+        """What of ``makes`` does not exist."""
+        return [path for path in self.makes if not (ROOT / path).exists()]
+
+
+def _named_files(words: list[str]) -> dict[str, str]:
+    """SHA-256 of the files of models/ and configs/ that a command names, and of those a YAML is based on."""
+    folders = [os.path.realpath(ROOT / name) for name in ("models", "configs")]
+    values = [word.rpartition("=")[2] for word in words]
+    waiting = [os.path.realpath(start / value) for value in values for start in (ROOT, ROOT / "configs" / "classifier")]
+    found: dict[str, str] = {}
+    while waiting:
+        path = waiting.pop()
+        inside = any(path.startswith(folder + os.sep) for folder in folders)
+        if path in found or not inside or not os.path.isfile(path):
+            continue
+        found[path] = sha256_file(path)
+        if path.endswith((".yaml", ".yml")):  # not parsed: a faulty one is for the step itself to refuse
+            bases = re.findall(r"""^base:\s*["']?([^"'#\n]*[^"'#\s])""", read_text(path), re.MULTILINE)
+            waiting.extend(os.path.realpath(Path(path).parent / base) for base in bases)
+    return {os.path.relpath(path, os.path.realpath(ROOT)): digest for path, digest in found.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in order, and the folder (relative to the repository root) of their record."""
+
+    name: str
+    output_dir: str
+    steps: tuple[Step, ...]
+
+
+@dataclass
+class Record:
+    """What ``output_dir/stages.json`` knows about the plan's steps, by name."""
+
+    plan: Plan
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The JSON file it is kept in."""
+        return ROOT / self.plan.output_dir / STATE_FILE
+
+    def known(self, step: Step) -> dict[str, Any]:
+        """The step's entry if its command and settings are still the same, else an empty one."""
+        entry = self.entries.get(step.name, {})
+        return entry if entry.get("fingerprint") == step.fingerprint else {}
+
+    def done(self, step: Step) -> bool:
+        """Whether the step ended well with its present command and settings, and its outputs are there."""
+        return self.known(step).get("exit_code") in DONE_CODES and not step.missing
+
+    def outdated(self, step: Step, before: Collection[Step]) -> bool:
+        """Whether what the step left is not the plan's: made with other settings, or older than one of ``before``."""
+        if step.name not in self.entries:
+            return False
+        known = {each: self.entries[each.name] for each in (*before, step) if each.name in self.entries}
+        if any(entry["fingerprint"] != each.fingerprint for each, entry in known.items()):
+            return True
+        return any(entry["finished"] > known[step]["finished"] for entry in known.values())
+
+    def begin(self, step: Step) -> None:
+        """Before a step runs: it and all after it are no longer done, whatever happens to this process."""
+        for later in self.plan.steps[self.plan.steps.index(step) :]:
+            if later.name in self.entries:
+                self.entries[later.name]["exit_code"] = None
+        self._write()
+
+    def add(self, step: Step, seconds: float, exit_code: int) -> None:
+        """Keep the outcome of a run; its time adds to what was already spent on this step with these settings."""
+        self.entries[step.name] = {
+            "name": step.name,
+            "command": step.run,
+            "fingerprint": step.fingerprint,
+            "seconds": round(self.known(step).get("seconds", 0.0) + seconds, 2),
+            "exit_code": exit_code,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self._write()
+
+    def _write(self) -> None:
+        steps = [self.entries[s.name] for s in self.plan.steps if s.name in self.entries]
+        write_json(self.path, {"plan": self.plan.name, "steps": steps})
+
+
+def parse_steps(items: list[Any], where: str) -> tuple[Step, ...]:
+    """The steps of a plan from its YAML; UsageError, beginning with ``where``, for any fault."""
+    if not items:
+        raise UsageError(f"{where}steps: expected at least one step, found none")
+    steps = tuple(_parse_step(item, f"{where}step {number}") for number, item in enumerate(items, 1))
+    names = [step.name for step in steps]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{where}two steps have the name {name}; names must differ")
+    return steps
+
+
+def _parse_step(item: Any, where: str) -> Step:
+    check_keys(item, {"name": str, "run": str, "makes": list}, f"{where}: ", optional=("makes",))
+    makes = item.get("makes", [])
+    if not all(isinstance(path, str) and path.strip() for path in makes):
+        raise UsageError(f"{where}: makes: expected a list of paths, found {makes!r}")
+    try:
+        words = shlex.split(item["run"])
+    except ValueError as error:
+        raise UsageError(f"{where}: run: not understood as a command ({error}): {item['run']}") from error
+    if not words:
+        raise UsageError(f"{where}: run: expected a command, found nothing")
+    return Step(item["name"], item["run"].strip(), tuple(makes))
+
+
+def check_keys(values: Any, kinds: dict[str, type], where: str, optional: Collection[str] = ()) -> None:
+    """UsageError unless ``values`` is a mapping with these keys (texts not empty) and no other; ``where`` begins it."""
+    if not isinstance(values, dict):
+        raise UsageError(f"{where}expected the keys {', '.join(kinds)}, found {values!r}")
+    for key in values:
+        if key not in kinds:
+            raise UsageError(f"{where}unknown key {key}; known here: {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        if key not in values and key in optional:
+            continue
+        if not isinstance(values.get(key), kind) or (kind is str and not values[key].strip()):
+            expected = {list: "a list", dict: "keys with values"}.get(kind, "text that is not empty")
+            raise UsageError(f"{where}{key}: expected {expected}, found {values.get(key)!r}")
+
+
+def load_record(plan: Plan) -> Record:
+    """The record in the plan's output folder; empty without one. MedSoftError if it cannot be understood."""
+    record = Record(plan)
+    if not record.path.exists():
+        return record
+    stored = read_json(record.path, "record of finished steps")
+    try:
+        name, entries = stored["plan"], {entry["name"]: entry for entry in stored["steps"]}
+    except (TypeError, KeyError) as error:
+        raise MedSoftError(
+            f"{record.path}: not a record of finished steps; delete it to run all steps again"
+        ) from error
+    if name != plan.name:
+        raise UsageError(
+            f"{record.path}: belongs to the plan {name}, not {plan.name}; give the plans different folders"
+        )
+    record.entries = entries
+    return record
+
+
+# ----------------------------------------------------------------------------------------------------- running
+
+
+def hang_up_with_terminal() -> None:
+    """End as after SIGTERM when the terminal closes: the running step must not be left alone."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+
+
+def run_steps(
+    record: Record, chosen: Collection[str], again: str, forced: Collection[str] = (), overwrite: bool = False
+) -> int:
+    """Run the chosen steps of a plan that are not done, and the forced ones; 0, or the code of the one that failed.
+
+    ``again`` is the command that goes on, for the message of a failure; ``overwrite`` is passed to the steps.
+    """
+    plan = record.plan
+    for number, step in enumerate(plan.steps, 1):
+        if step.name not in chosen:
+            continue
+        if step.name not in forced and record.done(step):
+            print(f"{count(plan, number)} {step.name} ... already done", flush=True)
+            continue
+        code = run_step(record, step, number, overwrite)
+        if code not in DONE_CODES:
+            replace = "; with --overwrite it replaces the work of other settings"
+            print(
+                f"error: step {step.name} failed ({_outcome(code)}): {step.run}\n"
+                f"The steps before it are kept; put right what it says above and go on with: {again}"
+                f"{replace if code == cli.USAGE and not overwrite else ''}",
+                file=sys.stderr,
+            )
+            return code
+    return cli.DONE
+
+
+def run_step(record: Record, step: Step, number: int, overwrite: bool = False) -> int:
+    """Run one step, keep its outcome and return its exit code (128 + n when signal n ended it).
+
+    With ``overwrite`` a step that refuses is run again with ``--overwrite``: the step itself knows what is its own work
+    and what is that of other settings. Raises MedSoftError if the program cannot be started, or if it succeeded without
+    making what it should.
+    """
+    words = shlex.split(step.run)
+    words[0] = sys.executable if words[0] == "python" else words[0]
+    print(f"{count(record.plan, number)} {step.name}: {step.run}", flush=True)
+    record.begin(step)
+    start, code = time.perf_counter(), cli.FAILED
+    try:
+        code = _run_child(words, step)
+        if overwrite and code == cli.USAGE:
+            print(f"{count(record.plan, number)} {step.name}: once more, with --overwrite", flush=True)
+            code = _run_child([*words, "--overwrite"], step)
+    except KeyboardInterrupt:
+        code = cli.INTERRUPTED
+        raise
+    except cli.Terminated:
+        code = cli.TERMINATED
+        raise
+    finally:
+        seconds = time.perf_counter() - start
+        record.add(step, seconds, code)
+    if code in DONE_CODES:
+        if step.missing:
+            raise MedSoftError(f"step {step.name}: ended with {code}, but did not make {', '.join(step.missing)}")
+        rejected = " (some inputs were rejected)" if code == cli.SOME_REJECTED else ""
+        print(f"{count(record.plan, number)} {step.name} ... done in {seconds:.0f} s{rejected}", flush=True)
+    return code
+
+
+def _run_child(words: list[str], step: Step) -> int:
+    # A process group of its own: Ctrl-C reaches the child once, from here, and its own children with it.
+    try:
+        child = subprocess.Popen(words, cwd=ROOT, env={**CHILD_ENVIRONMENT, **os.environ}, process_group=0)
+    except OSError as error:
+        raise MedSoftError(f"step {step.name}: {words[0]} cannot be started ({error.strerror or error})") from error
+    try:
+        code = child.wait()
+    except (KeyboardInterrupt, cli.Terminated) as stop:
+        _stop(child, signal.SIGTERM if isinstance(stop, cli.Terminated) else signal.SIGINT)
+        raise
+    return code if code >= 0 else 128 - code
+
+
+def _stop(child: subprocess.Popen, signum: int) -> None:
+    """Pass a signal on and wait, so that the child can finish what it must; a second one from the user kills it."""
+    try:
+        os.killpg(child.pid, signum)
+        child.wait()
+    except ProcessLookupError:  # it ended by itself in the meantime
+        child.wait()
+    except (KeyboardInterrupt, cli.Terminated):
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def count(plan: Plan, number: int) -> str:
+    """Step ``number`` of all: [3/19]."""
+    return f"[{number}/{len(plan.steps)}]"
+
+
+def _outcome(code: int) -> str:
+    if code <= 128:
+        return f"exit code {code}"
+    name = signal.strsignal(code - 128) or f"signal {code - 128}"
+    return f"exit code {code}: {name}" + ("; often too little memory" if code == 128 + signal.SIGKILL else "")

@@ -1,0 +1,86 @@
+"""tool/bench.py at phantom size."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tool"))
+
+import bench  # noqa: E402
+
+from ldm.core.errors import UsageError  # noqa: E402
+
+
+def test_inference_measures_both_sides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    flags = ["inference", "--config", str(ROOT / "models" / "phantom.yaml"), "--batch_size", "1", "--repeats", "1"]
+    flags += ["--steps", "2", "--output", str(tmp_path / "bench.json"), "--precision", "bf16-true"]
+    assert bench.main(bench.build_parser().parse_args(flags)) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert (found["precision"], found["steps"], found["batch_size"]) == ("bf16-true", 2, 1)
+    names = [row["what"] for row in found["measured"]]
+    assert names[:5] == [
+        "U-Net call with guidance",
+        "U-Net call with the prompt alone",
+        "encoded picture",
+        "decoded picture",
+        "picture, 2 steps of DDIM with guidance",
+    ]
+    assert names[5:] == [
+        "50 steps of DDIM with guidance (sum of the calls)",
+        "20 steps of 2M, 17 guided / 50 of DDIM (sum of the calls)",
+    ]
+    guided, prompted, encoding, decoding, _, equal, fast = found["measured"]
+    ends = 2 * encoding["ours_s"] + decoding["ours_s"]
+    assert equal["ours_s"] == pytest.approx(50 * guided["ours_s"] + ends)
+    assert fast["ours_s"] == pytest.approx(17 * guided["ours_s"] + 3 * prompted["ours_s"] + ends)
+    for row in (equal, fast):
+        assert row["theirs_s"] == pytest.approx(50 * guided["theirs_s"] + encoding["theirs_s"] + decoding["theirs_s"])
+    for row in found["measured"]:
+        assert row["ratio"] == pytest.approx(row["theirs_s"] / row["ours_s"])
+        assert row["ours_s"] > 0
+        assert any(line.startswith(row["what"]) for line in caplog.messages)
+
+
+def test_batches_of_each_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    flags = ["batches", "--config", str(ROOT / "models" / "phantom_unet_only.yaml"), "--sizes", "1,3"]
+    flags += ["--repeats", "2"]
+    assert bench.main(bench.build_parser().parse_args([*flags, "--output", str(tmp_path / "bench.json")])) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    rows = found["steps"]
+    assert [(row["stage"], row["batch"]) for row in rows] == [("unet_only", 1), ("unet_only", 3)]
+    assert rows[1]["operations"] == 3 * rows[0]["operations"] > 0
+    assert len(rows[1]["seconds"]) == 2
+    line = next(line for line in caplog.messages if line.startswith("| unet_only | no | 3 |"))
+    speed = statistics.median(rows[1]["seconds"])
+    assert f"| {1000 * speed:.1f} | {3 / speed:.2f} |" in line
+
+
+def test_batches_until_memory_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def full(stage: Any, optimizer: Any, batch: dict, half: bool) -> torch.Tensor:
+        if len(batch["mask"]) > 3:
+            raise torch.OutOfMemoryError("full")
+        return torch.zeros(())
+
+    monkeypatch.setattr("ldm.bench.batches.optimizer_step", full)
+    flags = ["batches", "--config", str(ROOT / "models" / "phantom_stage1.yaml"), "--repeats", "1"]
+    assert bench.main(bench.build_parser().parse_args([*flags, "--output", str(tmp_path / "bench.json")])) == 0
+    assert [row["batch"] for row in json.loads((tmp_path / "bench.json").read_text())["steps"]] == [1, 2]
+    assert "| stage1 | batch 4: out of memory |" in caplog.text
+
+
+def test_batch_sizes_that_are_none() -> None:
+    flags = ["batches", "--config", str(ROOT / "models" / "phantom_stage1.yaml"), "--sizes", "8,many"]
+    with pytest.raises(UsageError, match=r"--sizes 8,many: expected batch sizes with commas"):
+        bench.main(bench.build_parser().parse_args(flags))

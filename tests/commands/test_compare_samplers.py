@@ -1,0 +1,102 @@
+"""tool/compare_samplers.py on phantoms: what it measures, what it says, and what it refuses."""
+
+import json
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import CLIP, PHANTOM, ROOT, call, metas
+
+from ldm.core.errors import MedSoftError, UsageError
+
+sys.path.append(str(ROOT / "tool"))
+
+import compare_samplers
+
+
+@pytest.fixture(scope="module")
+def judge(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of lesion types after one epoch."""
+    from ldm.classifier.data import ClassifierConfig
+    from ldm.classifier.run import train_classifier
+
+    folder = tmp_path_factory.mktemp("judge")
+    given = {"train_json": str(world / "train"), "val_json": str(world / "val"), "test_json": None, "task": "type"}
+    config = ClassifierConfig(img_size=32, Batch_Size=4, EPOCHS=1, GPU="cpu", output_dir=str(folder), **given)
+    train_classifier(config)
+    return folder / "classifier.safetensors"
+
+
+def compare(final: Path, data: Path, judge: Path, output: Path, *more: object) -> int:
+    given = ["--ckpt", final, "--config", PHANTOM, "--data", data, "--judge", judge, "--output_dir", output]
+    return call(compare_samplers, *given, "--device", "cpu", *more, f"biomedclip.path={CLIP}", "sampling.steps=2")
+
+
+def test_same_pictures_with_both_settings(final: Path, world: Path, judge: Path, tmp_path: Path) -> None:
+    assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 2) == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    folders = {f"{name}_seed{seed}" for name in ("reference", "fast") for seed in (0, 1)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*folders, "prompts.json", "comparison.json"}
+    for seed in (0, 1):
+        reference, fast = (metas(tmp_path / "out" / f"{name}_seed{seed}") for name in ("reference", "fast"))
+        assert len(reference) == 2
+        for name, meta in reference.items():  # the same sentence, mask and noise
+            assert all(meta[key] == fast[name][key] for key in ("seed", "variant", "parent_id", "prompt_from"))
+            assert meta["severity"] != "subtle"
+            masks = [tmp_path / "out" / f"{kind}_seed{seed}" / name / "mask.png" for kind in ("reference", "fast")]
+            assert masks[0].read_bytes() == masks[1].read_bytes()
+        for runs in found["seeds"].values():
+            assert 0 <= runs[seed]["prompt_agreement"] <= 1
+    before = (tmp_path / "out" / "comparison.json").read_text()
+    assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 2) == 0
+    assert (tmp_path / "out" / "comparison.json").read_text() == before  # nothing was drawn again
+
+
+def test_pictures_that_one_setting_could_not_draw_are_left_out_of_both(
+    final: Path, world: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = compare_samplers.draw
+
+    def half_drawn(args: Namespace, prompts: Path, folder: Path, seed: int, setting: dict[str, Any]) -> int:
+        code = drawn(args, prompts, folder, seed, setting)
+        if folder.name == "fast_seed1":
+            shutil.rmtree(next(folder.glob("*__v0")))
+            return 3
+        return code
+
+    monkeypatch.setattr(compare_samplers, "draw", half_drawn)
+    assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 3) == 3
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["settings"]["pictures"] == 2 * (3 + 2)
+    assert "sampling.steps=2" in found["settings"]["overrides"]
+    with pytest.raises(MedSoftError, match=r"fast_seed1: 1 pictures in common; expected at least 2; draw more"):
+        compare(final, world / "train", judge, tmp_path / "few", "--seeds", 2, "--limit", 2)
+
+
+def test_no_worse_means_within_the_spread_of_the_seeds() -> None:
+    def runs(*rows: tuple[float, float, float]) -> list[dict[str, float]]:
+        return [dict(zip(compare_samplers.MEASURES, row, strict=True)) for row in rows]
+
+    reference = runs((10.0, 0.90, 0.80), (12.0, 0.94, 0.84))
+    found = compare_samplers.verdicts(reference, runs((12.5, 0.87, 0.5), (13.5, 0.89, 0.5)))
+    assert {name: row["no_worse"] for name, row in found.items()} == {
+        "frechet_distance": True,  # 13 is worse than 11 by 2, the spread
+        "lesion_detection_rate": True,  # 0.88 is worse than 0.92 by 0.04
+        "prompt_agreement": False,
+    }
+    better = compare_samplers.verdicts(reference, runs((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)))
+    assert all(row["no_worse"] for row in better.values())
+    assert better["frechet_distance"]["spread"] == 2.0
+
+
+def test_what_cannot_be_compared_is_refused(final: Path, world: Path, one: Path, judge: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--seeds: expected at least 2"):
+        compare(final, world / "train", judge, tmp_path / "out", "--seeds", 1)
+    with pytest.raises(UsageError, match=r"nowhere\.safetensors: does not exist"):
+        compare(final, world / "train", tmp_path / "nowhere.safetensors", tmp_path / "out")
+    with pytest.raises(MedSoftError, match="diseased samples that are not subtle; expected at least 2"):
+        compare(final, one, judge, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

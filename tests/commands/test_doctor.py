@@ -1,0 +1,244 @@
+"""tool/doctor.py through its command line: each fault it looks for is found and named."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import CLIP, MODELS, TRAIN, VAL, call
+
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.data import checks as dataset_checks
+from ldm.data.annotations import load_samples, write_annotations
+from ldm.data.images import read_image, write_png
+from ldm.data.samples import Reject
+from ldm.training.doctor import check_versions
+
+import doctor  # isort: skip (tiny puts tool/ on the path)
+
+BODY = np.random.default_rng(0).integers(20, 200, (20, 24), dtype=np.uint8)
+
+
+def findings(tmp_path: Path, *given: Any) -> tuple[int, list[dict[str, str]]]:
+    code = call(doctor, *given, "--output", tmp_path / "findings.json", "--workers", 1)
+    return code, json.loads((tmp_path / "findings.json").read_text())
+
+
+def texts(found: list[dict[str, str]], level: str) -> str:
+    return "\n".join(f"{item['where']}: {item['text']}" for item in found if item["level"] == level)
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (20, 24), dtype=np.uint8)
+
+
+def test_sound_data_and_checkpoint(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.chdir(world)
+    given = ("--config", MODELS / "phantom_stage1.yaml", "--ckpt", converted, "--biomedclip", CLIP)
+    code, found = findings(tmp_path, *given)
+    assert (code, texts(found, "error"), texts(found, "sample")) == (0, "", "")
+    assert "0 errors, 0 samples that cannot be used" in caplog.text
+    (said,) = [line for line in caplog.messages if "decoded in" in line]
+    count, seconds, rate = map(float, re.findall(r"[\d.]+", said))
+    assert count == 9 + 3 + 4
+    low, high = seconds - 0.05, seconds + 0.05  # they are rounded
+    assert rate * low - 1 <= 60 * count <= (rate + 1) * high
+
+
+def test_faults_of_single_samples(tmp_path: Path, write_sample: Any) -> None:
+    data = tmp_path / "data"
+    for number in range(4):
+        write_sample(data / f"good{number}", prompt="lytic lesion", image=picture(number))
+    write_sample(data / "healthy", prompt="healthy", image=picture(9), mask=None)
+    cut = write_sample(data / "cut", image=picture(10)) / "image.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    write_sample(data / "empty", image=picture(11), mask=np.zeros((20, 24), np.uint8))
+    write_sample(data / "size", image=picture(12), mask=np.eye(30, dtype=np.uint8) * 255)
+    code, found = findings(tmp_path, "--data", data)
+    assert code == 3
+    said = texts(found, "sample")
+    assert "cut/image.png: truncated PNG" in said
+    assert "empty/mask.png: the mask is empty" in said
+    assert "size/mask.png: has 30 x 30 pixels, its image 24 x 20" in said
+    assert len(said.splitlines()) == 3
+
+
+def test_files_that_changed_after_preparation(tmp_path: Path, write_sample: Any) -> None:
+    """The annotation is read, but the files are not what they were."""
+    for number in range(3):
+        write_sample(tmp_path / "data" / f"s{number}", image=picture(number))
+    write_annotations(tmp_path / "train.json", load_samples(tmp_path / "data")[0])
+    (tmp_path / "data" / "s0" / "image.png").unlink()
+    mask = tmp_path / "data" / "s1" / "mask.png"
+    write_png(mask, np.zeros((20, 24), np.uint8))
+    (tmp_path / "data" / "s2" / "prompt.txt").write_text("sclerotic lesion")
+    code, found = findings(tmp_path, "--train_json", tmp_path / "train.json")
+    assert code == 3
+    assert "s0/image.png: the annotation names it" in texts(found, "sample")
+    assert "s1/mask.png: the mask is empty (all zero)" in texts(found, "sample")
+    assert "s2/prompt.txt: is not what the annotation file says" in texts(found, "warning")
+
+
+def test_inverted_and_huge_masks(tmp_path: Path, write_sample: Any) -> None:
+    inverted = np.full((20, 24), 255, np.uint8)
+    inverted[5:10, 8:16] = 0
+    for number in range(3):
+        write_sample(tmp_path / "data" / f"s{number}", image=picture(number), mask=inverted)
+    write_sample(tmp_path / "data" / "h", prompt="healthy", image=picture(7), mask=None)
+    code, found = findings(tmp_path, "--data", tmp_path / "data")
+    assert code == 1
+    assert "3 of 3 masks look inverted: 1 (white) must be the lesion" in texts(found, "error")
+    assert "s0/mask.png: marks 92% of the image: inverted?" in texts(found, "warning")
+
+
+def test_depths_sizes_and_empty_pictures(tmp_path: Path, write_sample: Any) -> None:
+    write_sample(tmp_path / "data" / "deep", image=BODY.astype(np.uint16) * 16)
+    mask = np.zeros((100, 120), np.uint8)
+    mask[40:50, 40:50] = 255
+    write_sample(tmp_path / "data" / "large", image=np.kron(BODY, np.ones((5, 5), np.uint8)), mask=mask)
+    write_sample(tmp_path / "data" / "flat", image=np.full((20, 24), 7, np.uint8))
+    code, found = findings(tmp_path, "--data", tmp_path / "data")
+    assert code == 0
+    said = texts(found, "warning")
+    assert "8- and 16-bit images are mixed" in said
+    assert "sizes from 24 x 20 to 120 x 100 pixels" in said
+    assert "flat/image.png: every pixel is 7" in said
+
+
+def test_prompts(tmp_path: Path, write_sample: Any) -> None:
+    prompts = ["lytic lesion of L3", "Lytic lesion of L3.", "caf\ufffd", "x" * 400]
+    for number, prompt in enumerate(prompts):
+        write_sample(tmp_path / "data" / f"s{number}", prompt=prompt, image=picture(number))
+    code, found = findings(tmp_path, "--data", tmp_path / "data")
+    said = texts(found, "warning")
+    assert code == 0
+    assert "nearly the same, learned as different ones: 'lytic lesion of L3' | 'Lytic lesion of L3.'" in said
+    assert "s2/prompt.txt: odd characters, saved in another encoding?" in said
+    assert "s3/prompt.txt: 400 characters: the text encoder reads 75 tokens only" in said
+
+
+def test_patients_and_pictures_on_both_sides(tmp_path: Path, write_sample: Any) -> None:
+    for split, patients in (("train", "ab"), ("val", "bc")):
+        for patient in patients:
+            folder = write_sample(
+                tmp_path / split / patient,
+                image=picture(ord(patient) + 10 * (split == "val")),
+                meta={"patient_id": patient},
+            )
+    shutil.copy(tmp_path / "train" / "a" / "image.png", folder / "image.png")
+    code, found = findings(tmp_path, "--train_json", tmp_path / "train", "--val_json", tmp_path / "val")
+    assert code == 1
+    said = texts(found, "error")
+    assert "patient b is in the train set and in the val set (sample b)" in said
+    assert "sample a of the train set and sample c of the val set are the same picture, pixel for pixel" in said
+
+
+def test_same_pixels_in_another_file_are_the_same_picture(tmp_path: Path, write_sample: Any) -> None:
+    import cv2
+
+    write_sample(tmp_path / "train" / "a", image=BODY)
+    folder = write_sample(tmp_path / "val" / "b", image=BODY)
+    cv2.imwrite(str(folder / "image.png"), BODY, [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    assert np.array_equal(read_image(folder / "image.png"), BODY)
+    assert (folder / "image.png").read_bytes() != (tmp_path / "train" / "a" / "image.png").read_bytes()
+    code, found = findings(tmp_path, "--train_json", tmp_path / "train", "--val_json", tmp_path / "val")
+    assert code == 1
+    assert "are the same picture" in texts(found, "error")
+
+
+def test_training_set_without_lesions(tmp_path: Path, write_sample: Any) -> None:
+    write_sample(tmp_path / "train" / "a", prompt="healthy", image=BODY, mask=None)
+    code, found = findings(tmp_path, "--train_json", tmp_path / "train")
+    assert code == 1
+    assert "all 1 samples that can be used are healthy" in texts(found, "error")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("msc.width=64",), r"does not fit the configuration: .*of another size"),
+        (("training.rates={unet: 0.1}",), r"training\.rates\.unet: no parameter of the parts msc"),
+        (("biomedclip.path=nowhere",), "nowhere"),
+    ],
+)
+def test_checkpoint_against_configuration(
+    world: Path, converted: Path, tmp_path: Path, more: tuple[str, ...], message: str
+) -> None:
+    given = ["--data", world / "val", "--config", MODELS / "phantom_stage1.yaml", "--ckpt", converted]
+    more = tuple(word for word in more)
+    if "rates" in more[0]:
+        config = tmp_path / "stage.yaml"
+        config.write_text(
+            f"base: {MODELS / 'phantom.yaml'}\ntraining: {{stage: stage1, builds: [biomedclip, msc], "
+            "objective: msc, rates: {unet: 0.1}}\n"
+        )
+        given[3], more = config, ()
+    code, found = findings(tmp_path, *given, *more)
+    assert code == 1
+    assert re.search(message, texts(found, "error"))
+
+
+def test_checkpoint_with_a_value_that_is_not_a_number(world: Path, converted: Path, tmp_path: Path) -> None:
+    content = torch.load(converted, weights_only=True)
+    content["state_dict"]["msc.position"][0] = float("inf")
+    torch.save(content, tmp_path / "broken.ckpt")
+    given = ("--data", world / "val", "--config", MODELS / "phantom_stage1.yaml", "--ckpt", tmp_path / "broken.ckpt")
+    code, found = findings(tmp_path, *given)
+    assert code == 1
+    assert "1 tensors hold NaN or infinite values, first msc.position" in texts(found, "error")
+
+
+def test_too_little_disk_and_memory(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    monkeypatch.setattr("ldm.core.devices.free_memory", lambda device: 1000)
+    given = ("--train_json", world / TRAIN, "--val_json", world / VAL, "--config", MODELS / "phantom_stage1.yaml")
+    code, found = findings(tmp_path, *given)
+    assert code == 1
+    assert "0.0 GiB are free, the run and its features take up to" in texts(found, "error")
+    assert "a step needs about 0.1 GiB, 0.0 GiB are free" in texts(found, "warning")
+
+
+@pytest.mark.parametrize(
+    ("versions", "expected"),
+    [
+        ({"torch": "2.14.1", "torchvision": "0.29.1"}, None),
+        ({"torch": "2.14.1", "torchvision": "0.28.0"}, "0.28.0 does not belong to torch 2.14.1"),
+        ({"torch": "2.14.1+cpu", "torchvision": "0.29.1+cu130"}, "built for 0.29.1+cu130, torch for 2.14.1+cpu"),
+        ({"torch": "2.9.0", "torchvision": "0.24.0"}, "releases before 2.10 have a fault in safe loading"),
+        ({"pytorch-lightning": "2.6.5"}, "older than 2.6.6, which closed a security hole"),
+    ],
+)
+def test_versions(versions: dict[str, str], expected: str | None) -> None:
+    found = [finding.text for finding in check_versions(versions)]
+    assert found == [] if expected is None else expected in "\n".join(found)
+
+
+def test_nothing_to_look_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no data to look at: give --data"):
+        call(doctor)
+    with pytest.raises(UsageError, match=r"--ckpt a\.ckpt: give the --config"):
+        call(doctor, "--ckpt", "a.ckpt")
+
+
+def test_missing_data_is_an_error(tmp_path: Path) -> None:
+    code, found = findings(tmp_path, "--data", tmp_path / "nowhere")
+    assert code == 1
+    assert "nowhere: does not exist" in texts(found, "error")
+
+
+@pytest.mark.parametrize(("bad", "total", "stops"), [(1, 1000, False), (10, 1000, False), (11, 1000, True)])
+def test_share_of_rejected_samples(bad: int, total: int, stops: bool) -> None:
+    rejects = [Reject(str(number), Path(f"{number}.png"), "truncated") for number in range(bad)]
+    if not stops:
+        dataset_checks.check_rejected(rejects, total, 0.01)
+        return
+    with pytest.raises(MedSoftError, match=r"11 of 1000 samples cannot be read, .*the first: 0\.png: truncated"):
+        dataset_checks.check_rejected(rejects, total, 0.01)

@@ -1,0 +1,252 @@
+"""tool/evaluate.py: honest samples, planted copies, drawn results, quarantine, running again, rejected inputs."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+from tiny import evaluate
+
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.data.images import read_image, write_png
+from ldm.phantom.spines import write_dataset
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 diseased phantoms, and some healthy ones that must not matter."""
+    folder = tmp_path_factory.mktemp("real") / "data"
+    write_dataset(folder, 11, 3, 30)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 phantoms of another world, in the place of synthetic pictures."""
+    folder = tmp_path_factory.mktemp("honest") / "pictures"
+    write_dataset(folder, 12, 2, 40)
+    return folder
+
+
+def run(real: Path, synthetic: Path, output: Path, *more: Any) -> int:
+    return tiny.call(
+        evaluate, real, synthetic, "--output_dir", output, "--config", tiny.PHANTOM, "--biomedclip", tiny.CLIP, *more
+    )
+
+
+def found(output: Path) -> dict[str, Any]:
+    return json.loads((output / "evaluation.json").read_text())
+
+
+def diseased(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/mask.png"))
+
+
+def test_honest_samples_are_no_copies_and_like_real_ones(real: Path, honest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(real, honest, out) == 0
+    numbers = found(out)
+    assert numbers["pictures"] == {"real": 30, "synthetic": 40, "train": 30}
+    assert numbers["copies"]["count"] == 0
+    assert json.loads((out / "copies.json").read_text()) == []
+    assert numbers["copies"]["nearer_than_95_percent_of_held_out"] is None  # nothing is held out
+    assert numbers["extractor"]["dimensions"] == 64
+    assert len(numbers["extractor"]["fingerprint"]) == 64
+    assert "30 pictures in 64 dimensions" in numbers["warnings"][0]
+    assert "rough" in numbers["warnings"][1]
+    for name, each in numbers["distances"].items():
+        assert each["low"] <= each["value"] <= each["high"], name
+    assert numbers["distances"]["coverage"]["value"] > 0.6
+    # Own prompts fit better than those of other lesion types: the stand-in knows lesions.
+    assert numbers["text"]["synthetic"]["own_is_closer"]["low"] > 0.5
+    assert numbers["text"]["synthetic"]["difference"]["low"] > 0
+    assert numbers["parents"] == numbers["parents"] | {"compared": 0, "without_parent": 40}
+    page = (out / "report.html").read_text()
+    assert "Distances" in page
+    assert numbers["extractor"]["fingerprint"][:16] in page
+    for name in ("closest_pairs.png", "lesions.png"):
+        assert cv2.imread(str(out / name)) is not None
+    assert (out / "neighbours.csv").read_text().count("\n") == 41
+
+
+def test_other_pictures_are_farther_away(real: Path, honest: Path, tmp_path: Path) -> None:
+    blurred = tmp_path / "blurred"
+    shutil.copytree(honest, blurred)
+    for folder in diseased(blurred):
+        write_png(folder / "image.png", cv2.GaussianBlur(read_image(folder / "image.png"), (0, 0), 4))
+    assert run(real, honest, tmp_path / "a") == 0
+    assert run(real, blurred, tmp_path / "b") in (0, 3)
+    near, far = (found(tmp_path / name)["distances"] for name in "ab")
+    for name in ("frechet", "kernel"):
+        assert far[name]["value"] > 2 * near[name]["value"]
+        assert far[name]["low"] > near[name]["value"]
+    assert far["coverage"]["value"] < near["coverage"]["value"]
+    numbers = [found(tmp_path / name)["lesions"]["texture"] for name in "ab"]
+    assert numbers[1]["wasserstein"] > numbers[0]["wasserstein"]
+
+
+def paste(lesion: Path, healthy: Path, target: Path, rng: np.random.Generator) -> None:
+    """A training lesion in another patient's healthy spine, brighter, a little noisier and elsewhere: memorised."""
+    shutil.copytree(healthy, target)
+    source, mask = read_image(lesion / "image.png"), read_image(lesion / "mask.png") > 0
+    image, anatomy = read_image(target / "image.png").copy(), read_image(target / "anatomy.png")
+    rows, columns = np.nonzero(mask)
+    centre = np.argwhere(anatomy == 1).mean(axis=0)
+    down, right = (round(c - x.mean()) for c, x in zip(centre, (rows, columns), strict=True))
+    pixels = 0.8 * source[mask].astype(float) + 30 + rng.normal(0, 1.5, mask.sum())
+    new = np.zeros(image.shape, np.uint8)
+    image[rows + down, columns + right] = np.clip(pixels, 0, 255)
+    new[rows + down, columns + right] = 255
+    write_png(target / "image.png", image)
+    write_png(target / "mask.png", new)
+    (target / "prompt.txt").write_text((lesion / "prompt.txt").read_text())
+
+
+def test_planted_copies_are_caught_and_nothing_else(real: Path, honest: Path, tmp_path: Path) -> None:
+    planted, rng = tmp_path / "results", np.random.default_rng(0)
+    shutil.copytree(honest, planted)
+    copied = diseased(real)[3:6]
+    for folder in copied:  # training images returned as "synthetic"
+        shutil.copytree(folder, planted / f"new_{folder.name}")
+    healthy = sorted(path.parent for path in honest.glob("*/image.png") if not (path.parent / "mask.png").exists())
+    for lesion, spine in zip(diseased(real)[7:9], healthy, strict=True):  # training lesions in other spines
+        paste(lesion, spine, planted / f"pasted_{lesion.name}", rng)
+    out = tmp_path / "out"
+    assert run(real, planted, out) == 3
+    listed = json.loads((out / "copies.json").read_text())
+    expected = {f"new_{folder.name}": folder.name for folder in copied}
+    expected |= {f"pasted_{folder.name}": folder.name for folder in diseased(real)[7:9]}
+    assert {each["sample_id"]: each["nearest"] for each in listed} == expected
+    assert all(each["correlation"] >= found(out)["copies"]["threshold"] for each in listed)
+
+    before = {path.name for path in planted.iterdir()}
+    assert run(real, planted, out, "--quarantine") == 3
+    moved = {path.name for path in (tmp_path / "results_quarantine").iterdir()}
+    assert moved == set(expected)
+    assert {path.name for path in planted.iterdir()} == before - moved
+    assert run(real, planted, out, "--overwrite") == 0
+
+
+def test_memorised_lesions_are_nearer_than_held_out_ones(real: Path, honest: Path, tmp_path: Path) -> None:
+    planted, fresh, out = tmp_path / "results", tmp_path / "fresh", tmp_path / "out"
+    write_dataset(fresh, 14, 0, 24)
+    for folder in diseased(real)[:4]:
+        shutil.copytree(folder, planted / folder.name)
+    assert run(honest, planted, out, "--train_json", real) == 3
+    assert found(out)["copies"]["nearer_than_95_percent_of_held_out"] == 1.0
+    assert run(honest, fresh, out, "--train_json", real, "--overwrite") == 0
+    assert found(out)["copies"]["nearer_than_95_percent_of_held_out"] < 0.25
+    assert not any("also in the training set" in text for text in found(out)["warnings"])
+
+
+def test_real_samples_that_were_trained_on_are_no_yardstick(real: Path, honest: Path, tmp_path: Path) -> None:
+    seen, out = tmp_path / "seen", tmp_path / "out"
+    for folder in [*diseased(real)[:2], *diseased(honest)[:3]]:
+        shutil.copytree(folder, seen / folder.name)
+    assert run(seen, honest, out, "--train_json", real) == 0
+    assert "2 patients of REAL are also in the training set" in " ".join(found(out)["warnings"])
+
+
+def test_drawn_results_are_compared_with_their_parents(world: Path, results: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(world / "data", results, out, "--train_json", world / tiny.TRAIN) in (0, 3)
+    numbers = found(out)
+    assert numbers["parents"]["compared"] == len(diseased(results))
+    assert numbers["parents"]["without_parent"] == 0
+    assert numbers["parents"]["outside"]["unchanged_pictures"] == 1.0
+    assert numbers["parents"]["outside"]["ssim"]["value"] == pytest.approx(1, abs=1e-6)
+    assert numbers["parents"]["outside"]["psnr"] is None  # nothing differs there
+    assert numbers["parents"]["inside"]["ssim"]["value"] < 0.95
+    assert numbers["parents"]["inside"]["psnr"]["value"] < 40
+    assert any("not measured" in text for text in numbers["warnings"])
+    assert "density" not in numbers["distances"]
+
+
+def test_the_same_again_is_complete_and_others_need_overwrite(
+    real: Path, honest: Path, tmp_path: Path, caplog: Any
+) -> None:
+    caplog.set_level("INFO")
+    out, few = tmp_path / "out", tmp_path / "few"
+    few.mkdir()
+    for folder in diseased(honest)[:3]:
+        shutil.copytree(folder, few / folder.name)
+    assert run(real, few, out) == 0
+    made = (out / "evaluation.json").stat().st_mtime_ns
+    assert run(real, few, out) == 0
+    assert "already complete" in caplog.text
+    assert (out / "evaluation.json").stat().st_mtime_ns == made
+    shutil.rmtree(few / diseased(few)[0].name)
+    with pytest.raises(UsageError, match="holds the evaluation of other samples or settings; --overwrite replaces it"):
+        run(real, few, out)
+    assert run(real, few, out, "--overwrite") == 0
+    assert found(out)["pictures"]["synthetic"] == 2
+
+
+def test_unreadable_samples_are_listed(real: Path, honest: Path, tmp_path: Path) -> None:
+    damaged, out = tmp_path / "damaged", tmp_path / "out"
+    for folder in diseased(honest)[:5]:
+        shutil.copytree(folder, damaged / folder.name)
+    broken, empty = diseased(damaged)[:2]
+    (broken / "image.png").write_bytes((broken / "image.png").read_bytes()[:200])
+    write_png(empty / "mask.png", np.zeros_like(read_image(empty / "mask.png")))
+    assert run(real, damaged, out) == 3
+    listed = json.loads((out / "rejects.json").read_text())
+    assert {Path(each["file"]).parent.name for each in listed} == {broken.name, empty.name}
+    assert found(out)["pictures"]["synthetic"] == 3
+
+
+def test_one_training_patient_leaves_the_threshold_uncalibrated(real: Path, honest: Path, tmp_path: Path) -> None:
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    shutil.copytree(diseased(real)[0], alone / "a")
+    assert run(real, honest, out, "--train_json", alone) == 0
+    assert found(out)["copies"] == {
+        "count": 0,
+        "threshold": 0.95,
+        "closest_pair_of_training_patients": None,
+        "nearer_than_95_percent_of_held_out": pytest.approx(0.05, abs=0.06),
+    }
+
+
+def test_wrong_usage_is_refused(real: Path, honest: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nowhere: does not exist; expected a dataset folder or an annotation file"):
+        run(tmp_path / "nowhere", honest, tmp_path / "out")
+    with pytest.raises(UsageError, match="nowhere: does not exist"):
+        run(real, honest, tmp_path / "out", "--train_json", tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="REAL and SYNTH are the same"):
+        run(real, real, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"unknown key data.sise"):
+        run(real, honest, tmp_path / "out", "data.sise=3")
+    (tmp_path / "file").write_text("[]")
+    with pytest.raises(UsageError, match="file is a file; copies are moved out of a results folder"):
+        run(real, tmp_path / "file", tmp_path / "out", "--quarantine")
+    with pytest.raises(UsageError, match=r"--output_dir .*file: expected a folder, found a file"):
+        run(real, honest, tmp_path / "file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_without_lesions_and_other_encoders_are_refused(real: Path, honest: Path, tmp_path: Path) -> None:
+    healthy = tmp_path / "healthy"
+    write_dataset(healthy, 13, 2, 0)
+    with pytest.raises(MedSoftError, match="healthy: expected at least 2 diseased samples with a mask, found 0"):
+        run(real, healthy, tmp_path / "out")
+    with pytest.raises(MedSoftError, match="healthy: expected at least 1 diseased samples"):
+        run(real, honest, tmp_path / "out", "--train_json", healthy)
+    with pytest.raises(MedSoftError, match=r"biomedclip.grid is 10, the configuration expects 14"):
+        run(real, honest, tmp_path / "out", "biomedclip.grid=14", "msc.width=768")
+    with pytest.raises(MedSoftError, match="BiomedCLIP folder not found"):
+        run(real, honest, tmp_path / "out", "--biomedclip", tmp_path / "none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_quarantine_loses_nothing(real: Path, honest: Path, tmp_path: Path) -> None:
+    results, copied = tmp_path / "results", diseased(real)[0]
+    for folder in [*diseased(honest)[:2], copied]:
+        shutil.copytree(folder, results / folder.name)
+    (tmp_path / "results_quarantine" / copied.name).mkdir(parents=True)
+    with pytest.raises(MedSoftError, match="is there already; move it away, then run again"):
+        run(real, results, tmp_path / "out", "--quarantine")
+    assert (results / copied.name / "image.png").exists()

@@ -1,0 +1,197 @@
+"""Starting a training again, and what may go wrong while it runs: settings, lost files, full disks, workers."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_never_lose_work import command
+from tiny import ROOT, changed, on_cpu, tensors, train
+
+from ldm.checkpoints.checkpoint import read_checkpoint
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.data.annotations import load_samples, write_annotations
+from ldm.training.callbacks import best_files
+from ldm.training.feature_cache import FeatureCache
+from ldm.training.stage import Stage
+
+SHORT = {"batch_size": 3, "max_epochs": 2, "rates.msc": 0.001}
+
+
+def steps(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "steps.csv").read_text().splitlines()))
+
+
+def test_settings_that_decide_no_weight_may_change(world: Path, converted: Path, tmp_path: Path) -> None:
+    """Stopped in the second epoch by a disk error, and gone on with other such settings: the weights are the same."""
+    plain = Stage.training_step
+
+    def stumbles(self: Stage, batch: dict, batch_idx: int) -> Any:
+        if self.global_step == 4:
+            raise OSError("the power is gone")
+        return plain(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "training_step", stumbles)
+        with pytest.raises(OSError, match="power"):
+            train("stage1", converted, tmp_path / "a", world, **SHORT)
+    other = {"workers": 1, "save_every_minutes": 5, "keep_best": 2, "pictures": 1, "max_rejected": 0.5, "val_draws": 2}
+    assert train("stage1", converted, tmp_path / "a", world, **SHORT, **other) == 0
+    assert train("stage1", converted, tmp_path / "b", world, **SHORT) == 0
+    assert len(steps(tmp_path / "a")) == len(steps(tmp_path / "b")) == 6
+    assert not changed(tensors(tmp_path / "a" / "last.ckpt"), tensors(tmp_path / "b" / "last.ckpt"))
+    assert train("stage1", converted, tmp_path / "b", world, **SHORT, **other) == 0  # already complete
+    assert len(steps(tmp_path / "b")) == 6
+    with pytest.raises(UsageError, match="belongs to a run with other data, settings"):
+        train("stage1", converted, tmp_path / "b", world, **SHORT | {"rates.msc": 0.002})
+
+
+def test_resumed_where_kernels_lie_otherwise_in_memory(trained: dict, world: Path, tmp_path: Path) -> None:
+    """Begun on a device that wants kernels channels last, gone on with where they do not lie so."""
+    given = {"max_epochs": 2, "save_every_minutes": 0, "rates.unet": 0.001, "ema_decay": 0.9}
+    plain = Stage.training_step
+
+    def stumbles(self: Stage, batch: dict, batch_idx: int) -> Any:
+        if self.global_step == 3:
+            raise OSError("the power is gone")
+        return plain(self, batch, batch_idx)
+
+    start, folder = trained["stage2_1"].last, tmp_path / "s"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.training.stage.kernel_layout", lambda *_: torch.channels_last)
+        assert train("stage2_2", start, tmp_path / "whole", world, **given) == 0
+        patch.setattr(Stage, "training_step", stumbles)
+        with pytest.raises(OSError, match="power"):
+            train("stage2_2", start, folder, world, **given)
+    assert all(value.is_contiguous() for value in tensors(folder / "last.ckpt").values())
+    assert train("stage2_2", start, folder, world, **given) == 0
+    found, whole = tensors(folder / "last.ckpt"), tensors(tmp_path / "whole" / "last.ckpt")
+    for key, value in tensors(start).items():
+        moved = (whole[key] - value).norm()
+        assert (found[key] - whole[key]).norm() <= 0.02 * moved + 1e-6, key
+
+
+def test_best_weights_without_their_run_are_not_deleted(world: Path, converted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert train("stage1", converted, folder, world, **SHORT) == 0
+    (best,) = best_files(folder)
+    assert read_checkpoint(best).about["epoch"] == 1
+    (folder / "last.ckpt").unlink()
+    with pytest.raises(UsageError, match=rf"{best.name}: best weights of a run whose last\.ckpt is gone; --ckpt .*"):
+        train("stage1", converted, folder, world, **SHORT)
+    assert best_files(folder) == [best]
+    assert train("stage1", converted, folder, world, "--overwrite", **SHORT) == 0
+    assert best_files(folder) == [best]  # of the new run: the same one
+
+
+def test_orphaned_pictures_are_removed(world: Path, trained: dict, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "pictures"
+    folder.mkdir(parents=True)
+    (folder / ".partial-epoch_0000.png-1").write_bytes(b"half a picture")
+    given = {"batch_size": 9, "pictures": 1}
+    assert train("unet_only", trained["unet_only"].source, folder.parent, world, "sampling.steps=2", **given) == 0
+    assert [file.name for file in folder.iterdir()] == ["epoch_0000.png"]
+
+
+def test_full_disk_beside_the_checkpoints(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *given: Any, **named: Any) -> io.TextIOBase:
+        return open("/dev/full", "a", encoding="utf-8")
+
+    monkeypatch.setattr("ldm.training.records.open", full, raising=False)
+    expected = r"steps\.csv: could not be written \(No space left on device\); the last checkpoint is kept"
+    with pytest.raises(MedSoftError, match=expected):
+        train("stage1", converted, tmp_path / "run", world, **SHORT)
+
+
+def test_features_lost_under_a_worker_are_one_line(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = FeatureCache._file
+
+    def gone(self: FeatureCache, item: Any, kind: str) -> Path:
+        path = plain(self, item, kind)
+        return path if self.model is not None else path.with_name("gone.safetensors")  # once the networks are given up
+
+    monkeypatch.setattr(FeatureCache, "_file", gone)
+    expected = r"^/[^\n]*gone\.safetensors: the cached features of [^\n]* are gone or damaged [^\n]*goes on$"
+    with pytest.raises(MedSoftError, match=expected):
+        train("stage1", converted, tmp_path / "run", world, **SHORT, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "more"),
+    [
+        (signal.SIGTERM, 143, ["training.workers=2"]),
+        (signal.SIGINT, 130, ["training.workers=2"]),
+        pytest.param(signal.SIGTERM, 143, ["--devices", "2"], marks=on_cpu),
+    ],
+)
+def test_signal_to_every_process(
+    world: Path, converted: Path, tmp_path: Path, number: signal.Signals, code: int, more: list[str]
+) -> None:
+    """A cluster, or Ctrl-C, reaches every process of the group."""
+    folder = tmp_path / "run"
+    given = {"batch_size": 2, "max_epochs": 200, "rates.msc": 0.001, "save_every_minutes": 0}
+    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); import runpy; "
+    start += f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'ver_train.py'; "
+    start += f"runpy.run_path({str(ROOT / 'ver_train.py')!r}, run_name='__main__')"
+    words = [sys.executable, "-c", start, *command(converted, world, folder, **given), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True) as run:
+        while not (folder / "steps.csv").is_file() or len(steps(folder)) < 12:
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.02)
+        os.killpg(run.pid, number)
+        _, errors = run.communicate(timeout=120)
+    assert run.returncode == code, errors
+    assert "Traceback" not in errors
+    found = read_checkpoint(folder / "last.ckpt").about["step"]
+    assert 11 <= found < 1000
+
+
+def test_clipping_takes_part_in_a_step(world: Path, converted: Path, tmp_path: Path) -> None:
+    """AdamW does not feel a gradient's length until it is as small as its epsilon, 1e-8."""
+    moved = {}
+    for most in (0, 1e-12):
+        folder = tmp_path / str(most)
+        assert train("stage1", converted, folder, world, batch_size=9, clip_norm=most, **{"rates.msc": 0.001}) == 0
+        before, after = tensors(converted), tensors(folder / "last.ckpt")
+        moved[most] = max(float((after[key] - before[key]).abs().max()) for key in after)
+        assert float(steps(folder)[0]["grad_norm_msc"]) > 1e-3  # as it was before
+    assert moved[0] == pytest.approx(0.001, rel=0.05)
+    assert moved[1e-12] < 1e-6
+
+
+def test_group_without_parameters(world: Path, converted: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"training\.rates\.attn3: no parameter of the parts .*msc is in it"):
+        train("stage1", converted, tmp_path / "run", world, **{"rates.attn3": 0.001})
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_cannot_be_read_show_before_any_network(
+    world: Path, tmp_path: Path, write_sample: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint does not even exist."""
+    samples, _ = load_samples(world / "train")
+    write_annotations(tmp_path / "train.json", samples)
+    records = json.loads((tmp_path / "train.json").read_text())
+    first, second = [record for record in records if record["mask_image"]][:2]
+    (tmp_path / "mask.png").write_bytes(b"<html>not found</html>")
+    (tmp_path / "image.png").write_bytes(Path(second["image"]).read_bytes()[:-40])
+    first["mask_image"], second["image"] = str(tmp_path / "mask.png"), str(tmp_path / "image.png")
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    expected = r"2 of 12 samples cannot be read, more than training\.max_rejected=0\.01 allows; the first: .*HTML page"
+    with pytest.raises(MedSoftError, match=expected):
+        train("stage1", tmp_path / "none.ckpt", tmp_path / "run", world, "--train_json", tmp_path / "train.json")
+    assert "mask.png: not an image" in caplog.text
+    assert "image.png: truncated PNG" in caplog.text

@@ -1,0 +1,122 @@
+"""Two processes on the CPU (gloo) against one, through the command line, with the same global batch."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_never_lose_work import command
+from tiny import ROOT, on_cpu, tensors, train
+
+from ldm.checkpoints.checkpoint import read_checkpoint
+from ldm.core.errors import UsageError
+
+# Nine samples in batches of four: the third batch is one sample, which two processes cannot share. Four epochs make
+# twelve steps.
+pytestmark = on_cpu
+RUN = {"batch_size": 4, "max_epochs": 4, "rates.msc": 0.001, "ema_decay": 0.9, "val_draws": 3}
+
+
+def losses(folder: Path) -> list[float]:
+    return [float(row["loss"]) for row in csv.DictReader((folder / "steps.csv").read_text().splitlines())]
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
+    kept = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, ROOT / "ver_train.py", *arguments], env=kept, capture_output=True, text=True, timeout=900
+    )
+
+
+def test_two_processes_compute_what_one_computes(world: Path, converted: Path, tmp_path: Path) -> None:
+    assert train("stage1", converted, tmp_path / "one", world, **RUN) == 0
+    given = command(converted, world, tmp_path / "two", **RUN)
+    given[given.index("--cache_dir") + 1] = str(tmp_path / "features")
+    found = run([*given, "--devices", "2"])
+    assert found.returncode == 0, found.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 12
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
+    ours, theirs = ((tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("one", "two"))
+    for a, b in zip(csv.DictReader(ours), csv.DictReader(theirs), strict=True):
+        for name in ("train_loss", "val_loss", "val_cosine"):
+            assert float(a[name]) == pytest.approx(float(b[name]), abs=1e-5)
+    first, second = tensors(tmp_path / "one" / "last.ckpt"), tensors(tmp_path / "two" / "last.ckpt")
+    assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-4
+    assert found.stderr.count("features:   0%") == 1  # one bar: one process computed them
+    assert found.stdout.count("already complete") == 0
+    assert not list((tmp_path / "two").glob(".partial-*"))
+    assert run([*given, "--devices", "2"]).stdout.count("already complete (12 steps)") == 1  # one voice
+
+
+def test_two_processes_accumulate_as_one_does(world: Path, converted: Path, tmp_path: Path) -> None:
+    """Two batches a step; the epoch's last step has one batch only, of one sample, which two cannot share."""
+    given = RUN | {"accumulate": 2}
+    assert train("stage1", converted, tmp_path / "one", world, **given) == 0
+    found = run([*command(converted, world, tmp_path / "two", **given), "--devices", "2"])
+    assert found.returncode == 0, found.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 8
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
+    first, second = tensors(tmp_path / "one" / "last.ckpt"), tensors(tmp_path / "two" / "last.ckpt")
+    assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-4
+
+
+def test_two_processes_train_the_unet_as_one_does(trained: dict, world: Path, tmp_path: Path) -> None:
+    """With pictures, which the first process draws."""
+    source, given = trained["unet_only"].source, {"batch_size": 9, "pictures": 1, "rates.attn3": 0.001}
+    assert train("unet_only", source, tmp_path / "one", world, "sampling.steps=2", **given) == 0
+    given["batch_size"] = 18  # of nine samples: the same batch, which two can share
+    words = command(source, world, tmp_path / "two", "unet_only", **given)
+    found = run([*words, "sampling.steps=2", "--devices", "2"])
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "two" / "pictures" / "epoch_0000.png").is_file()
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+
+
+def test_torchrun_and_a_termination(world: Path, converted: Path, tmp_path: Path) -> None:
+    """Both processes start at once: one computes the features, and SIGTERM to one of them stops both."""
+    given = command(converted, world, tmp_path / "run", **RUN, save_every_minutes=0)
+    given[given.index("--cache_dir") + 1] = str(tmp_path / "features")
+    stop = tmp_path / "stop.py"
+    stop.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from ldm.training.stage import Stage\n"
+        "import ver_train\n"
+        "from ldm import cli\n"
+        "plain = Stage.training_step\n"
+        "def training_step(self, batch, batch_idx):\n"
+        "    if self.global_step == 4 and os.environ['RANK'] == '1' and 'STOP' in os.environ:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return plain(self, batch, batch_idx)\n"
+        "Stage.training_step = training_step\n"
+        "cli.run(ver_train.build_parser(), ver_train.main)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(stop), *given]
+    launch += ["--devices", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(launch, env={**environment, "STOP": "1"}, capture_output=True, text=True, timeout=900)
+    assert found.returncode != 0
+    assert found.stderr.count("features:   0%") == 1  # one bar: one process computed them
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt").about["step"] == 5
+    assert not read_checkpoint(tmp_path / "run" / "last.ckpt").about.get("complete")
+    again = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=900)
+    assert again.returncode == 0, again.stderr
+    assert "features: 100%" not in again.stderr
+    assert train("stage1", converted, tmp_path / "one", world, **RUN) == 0
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "run")
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
+
+
+def test_a_batch_that_the_devices_cannot_share(world: Path, converted: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"training\.batch_size is 3, the batch over all devices; 2 devices cannot"):
+        train("stage1", converted, tmp_path / "s", world, "--devices", 2, "--dry_run", batch_size=3)
+
+
+@pytest.mark.parametrize("devices", ["none", "0"])
+def test_devices_that_are_not_there(world: Path, converted: Path, tmp_path: Path, devices: str) -> None:
+    with pytest.raises(UsageError, match=rf"--devices {devices} --num_nodes 1: "):
+        train("stage1", converted, tmp_path / "s", world, "--devices", devices, "--dry_run")

@@ -1,0 +1,204 @@
+"""Steps whose numbers are read while the next one is computed, as on a GPU: nothing is lost, and nothing waits.
+
+Such runs that are killed and resumed are in test_never_lose_work.py.
+"""
+
+import csv
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+from test_never_lose_work import RUN, STEPS, command, rows
+from tiny import MODELS, ROOT, changed, on_cpu, tensors, train
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ldm.training.stage
+from ldm.checkpoints.checkpoint import read_checkpoint
+from ldm.config import load_config
+from ldm.core.errors import MedSoftError
+from ldm.training.estimates import fake_batch, fake_stage
+from ldm.training.stage import Stage
+
+pytestmark = on_cpu
+BREAK = 5  # the call of training_step in which something becomes infinite: the first batch of the third step
+
+
+def epochs(folder: Path) -> list[list[str]]:
+    """Everything of metrics.csv that does not depend on the clock."""
+    return [row[:5] for row in csv.reader((folder / "metrics.csv").read_text().splitlines())]
+
+
+def read_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ldm.training.stage, "steps_behind", lambda device: 1)
+
+
+def test_read_later_is_the_same_run(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = tmp_path / "at_once"  # each step's numbers are read before the weights change
+    assert train("stage1", converted, at_once, world, **RUN) == 0
+    read_later(monkeypatch)
+    assert train("stage1", converted, tmp_path / "run", world, **RUN) == 0
+    assert not changed(tensors(at_once / "last.ckpt"), tensors(tmp_path / "run" / "last.ckpt"))
+    assert rows(tmp_path / "run") == rows(at_once)
+    assert epochs(tmp_path / "run") == epochs(at_once)
+    assert len(rows(at_once)) == STEPS
+
+
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import ldm.training.stage
+from ldm.callbacks import KeepWork
+from ldm.training import Stage
+import ver_train
+from ldm import cli
+ldm.training.stage.steps_behind = lambda device: 1
+step, save = Stage.training_step, KeepWork.save
+def training_step(self, batch, batch_idx):
+    if self.global_step == 4 and os.environ["RANK"] == "1" and os.environ["SPOIL"] == "stop":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if self.global_step == 4 and os.environ["RANK"] == "1" and os.environ["SPOIL"] == "loss":
+        batch = {{**batch, "true": batch["true"] * float("nan")}}
+    return step(self, batch, batch_idx)
+def checked(self, trainer):
+    assert not trainer.lightning_module.taken and not trainer.lightning_module.steps, "saved before it was read"
+    save(self, trainer)
+Stage.training_step, KeepWork.save = training_step, checked
+cli.run(ver_train.build_parser(), ver_train.main)
+"""
+
+
+def test_two_processes_that_read_later_agree(world: Path, converted: Path, tmp_path: Path) -> None:
+    """On when to save and to stop, and on what went wrong in one of them. Three steps an epoch."""
+    given = {"batch_size": 4, "max_epochs": 4, "rates.msc": 0.001, "ema_decay": 0.9}
+    child = tmp_path / "child.py"
+    child.write_text(CHILD.format(root=str(ROOT)))
+
+    def launch(name: str, spoil: str) -> subprocess.CompletedProcess:
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(child)]
+        words += [*command(converted, world, tmp_path / name, **given), "--devices", "2"]
+        kept = {**os.environ, "OMP_NUM_THREADS": "1", "SPOIL": spoil}
+        return subprocess.run(words, env=kept, capture_output=True, text=True, timeout=300)
+
+    stopped = launch("run", "stop")
+    assert stopped.returncode != 0
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt").about["step"] == 6, stopped.stderr
+    assert train("stage1", converted, tmp_path / "one", world, **given) == 0
+    one, two = ({row[1]: float(row[2]) for row in rows(tmp_path / name)} for name in ("one", "run"))
+    assert len(one) == 12
+    assert two == pytest.approx(dict(list(one.items())[:6]), abs=1e-5)
+    broken = launch("broken", "loss")
+    assert broken.returncode != 0
+    assert "the loss became nan in step 5 (samples w5p" in broken.stderr
+    assert read_checkpoint(tmp_path / "broken" / "last.ckpt").about["step"] == 3
+
+
+def test_lightning_still_asks_before_each_batch() -> None:
+    """What KeepWork takes away, since it would wait for the devices; once it is gone there, it can go here."""
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("later", [False, True])
+def test_what_is_not_finite_is_said_of_its_own_step(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, later: bool
+) -> None:
+    """Also where it was computed a step before it is read; the file is that of the steps before it."""
+    plain, calls, ids = Stage.training_step, [], []
+
+    def training_step(stage: Stage, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        calls.append(batch_idx)
+        if len(calls) == BREAK and what == "loss":
+            batch = {**batch, "true": batch["true"] * float("nan")}
+        if len(calls) in (BREAK, BREAK + 1):
+            ids.extend(batch["sample_id"])
+        loss = plain(stage, batch, batch_idx)
+        if len(calls) == BREAK and what == "gradient":
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(Stage, "training_step", training_step)
+    if later:
+        read_later(monkeypatch)
+    with pytest.raises(MedSoftError, match=rf"a? ?{what} became (nan|inf) in step 3 \(samples .*\); the last") as found:
+        train("stage1", converted, tmp_path / "run", world, **RUN)
+    said = ids[:1] if what == "loss" else ids
+    assert f"(samples {', '.join(said)})" in str(found.value)
+    assert len(calls) == (8 if later else 6)
+    kept = read_checkpoint(tmp_path / "run" / "last.ckpt")
+    assert kept.about["step"] == 2
+    assert all(value.isfinite().all() for value in kept.state.values())
+    assert len(rows(tmp_path / "run")) == 2
+
+
+class Waits(TorchDispatchMode):
+    """Collects copies between devices for which the host would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            if source.device != result.device and not (kwargs or {}).get("non_blocking"):
+                self.found.append(f"{source.device} to {result.device}: {tuple(source.shape)}")
+        return result
+
+
+def moved(stage: Stage) -> Stage:
+    """The stage on a GPU that is not there: Module.to refuses tensors without content."""
+    for module in stage.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                there = torch.nn.Parameter(torch.empty_like(value, device="cuda"), value.requires_grad)
+                module._parameters[name] = there
+        for name, value in module._buffers.items():
+            module._buffers[name] = None if value is None else torch.empty_like(value, device="cuda")
+    named = dict(stage.net.named_parameters())
+    stage.groups = {group: {key: named[key] for key in members} for group, members in stage.groups.items()}
+    stage.trained = {key: named[key] for key in stage.trained}
+    stage.average = {key: torch.empty_like(value) for key, value in stage.trained.items()}
+    return stage
+
+
+@pytest.mark.parametrize("stage", ["stage1", "unet_only", "stage2_1", "stage2_2"])
+def test_no_step_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """On tensors without content, whose values nobody can read: reading one would be an error here."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    config = load_config(MODELS / f"phantom_{stage}.yaml", ["training.ema_decay=0.9"])
+    monkeypatch.setattr(Stage, "device", torch.device("cuda"))
+    monkeypatch.setattr(ldm.training.stage, "on_host", lambda values: None)
+    monkeypatch.setattr(ldm.training.stage, "steps_behind", lambda device: 2)
+    size = config.training.batch_size
+    with FakeTensorMode():
+        made = moved(fake_stage(config, False))
+        with torch.device("cuda"):
+            batch = fake_batch(config, size) | {"weight": torch.ones(size), "sample_id": ["spine"] * size}
+        made.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        optimizer = made.adamw()
+        made.training_step(batch, 0)  # copies the noise schedule, once
+        with Waits() as waits:
+            for _ in range(2):
+                assert made.training_step(batch, 0).requires_grad
+                for value in made.trained.values():
+                    value.grad = torch.empty_like(value)  # a backward pass needs the driver
+                made.on_before_optimizer_step(optimizer)
+                optimizer.step()
+                made.update_average()
+                optimizer.zero_grad()
+        for value in next(iter(made.groups.values())).values():
+            value.grad = None
+        norms, total = made.gradient_norms()  # of a group without gradients too
+        assert {value.device.type for value in (*made.trained.values(), *norms.values(), total)} == {"cuda"}
+    assert not waits.found

@@ -1,0 +1,197 @@
+"""The noise schedule and the samplers, step by step against diffusers; the differential mask; the guidance interval."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_networks import noise
+from torch import Tensor
+
+from ldm import config
+from ldm.config import DiffusionConfig
+from ldm.diffusion import samplers
+from ldm.diffusion.noise import picture_noise
+from ldm.diffusion.samplers import DifferentialMask, ddim, dpmpp_2m, guided_steps, leading_timesteps, rescaled
+from ldm.diffusion.schedule import NoiseSchedule
+
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.0120, "beta_schedule": "scaled_linear"}
+BOTH = pytest.mark.parametrize("sampler", [ddim, dpmpp_2m])
+
+
+def diffusers_ddim(steps: int) -> Any:
+    from diffusers import DDIMScheduler
+
+    made = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **SCHEDULE)
+    made.set_timesteps(steps)
+    return made
+
+
+def diffusers_dpm(steps: int) -> Any:
+    """Its own defaults (2M, midpoint, lower order at the end); our time steps, as its leading spacing differs."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    made = DPMSolverMultistepScheduler(**SCHEDULE)
+    made.set_timesteps(timesteps=leading_timesteps(1000, steps))
+    return made
+
+
+def network(x: Tensor, t: int, index: int = 0) -> Tensor:
+    """Mixes neighbouring cells and depends on the time step."""
+    return torch.tanh(x.roll(1, dims=-1) + t / 1000)
+
+
+def cellwise(x: Tensor, t: int, index: int) -> Tensor:
+    """Each cell on its own, so that cells can be compared."""
+    return torch.tanh(x)
+
+
+def test_every_sampler_of_the_configuration_exists() -> None:
+    assert set(samplers.SAMPLERS) == set(config.SAMPLERS)
+
+
+def test_noise_schedule_agrees_with_diffusers() -> None:
+    ours, theirs = NoiseSchedule(DiffusionConfig()), diffusers_ddim(50)
+    assert torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-6)
+    z, e, t = noise(3, 4, 2, 2), noise(3, 4, 2, 2, seed=1), torch.tensor([0, 500, 999])
+    assert torch.allclose(ours.add_noise(z, e, t), theirs.add_noise(z, e, t), atol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "eta"), [(50, 0.0), (50, 1.0), (7, 0.5), (250, 0.0)])
+def test_ddim_agrees_with_diffusers_step_by_step(steps: int, eta: float) -> None:
+    theirs = diffusers_ddim(steps)
+    visited: list[tuple[int, Tensor]] = []
+
+    def predict(x: Tensor, t: int, index: int) -> Tensor:
+        visited.append((t, x.clone()))
+        return network(x, t)
+
+    def step_noise(index: int) -> Tensor:
+        return noise(2, 4, 2, 2, seed=100 + index)
+
+    last = ddim(predict, noise(2, 4, 2, 2), NoiseSchedule(DiffusionConfig()), steps, eta, step_noise=step_noise)
+    x = noise(2, 4, 2, 2)
+    assert [t for t, _ in visited] == theirs.timesteps.tolist()
+    for index, (t, ours) in enumerate(visited):
+        assert torch.allclose(ours, x, atol=1e-4), f"step {index}"
+        added = step_noise(index) if eta > 0 else None
+        x = theirs.step(network(x, t), t, x, eta=eta, variance_noise=added).prev_sample
+    assert torch.allclose(last, x, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 50])
+def test_dpm_solver_agrees_with_diffusers_step_by_step(steps: int) -> None:
+    theirs = diffusers_dpm(steps)
+    after: list[Tensor] = []
+    last = dpmpp_2m(
+        network, noise(2, 4, 2, 2), NoiseSchedule(DiffusionConfig()), steps, on_step=lambda _, x: after.append(x)
+    )
+    x = noise(2, 4, 2, 2)
+    assert len(theirs.timesteps) == len(after) == steps
+    for index, t in enumerate(theirs.timesteps):
+        x = theirs.step(network(x, int(t)), t, x).prev_sample
+        assert torch.allclose(after[index], x, atol=1e-4), f"step {index}"
+    assert torch.equal(last, after[-1])
+
+
+@BOTH
+def test_takes_every_number_of_steps_the_configuration_allows(sampler: Any) -> None:
+    short = DiffusionConfig(timesteps=10)
+    for steps in range(1, 10):
+        drawn = sampler(lambda x, t, index: 0.1 * x, noise(1, 4, 2, 2), NoiseSchedule(short), steps)
+        assert torch.isfinite(drawn).all(), steps
+
+
+def test_eta_asks_for_noise_and_is_not_for_dpm_solver() -> None:
+    with pytest.raises(ValueError, match="step_noise"):
+        ddim(cellwise, noise(1, 4, 2, 2), NoiseSchedule(DiffusionConfig()), 2, eta=1.0)
+    with pytest.raises(ValueError, match="deterministic"):
+        dpmpp_2m(cellwise, noise(1, 4, 2, 2), NoiseSchedule(DiffusionConfig()), 2, eta=0.5)
+
+
+@BOTH
+def test_differential_mask_releases_cells_by_their_soft_value(sampler: Any) -> None:
+    steps, schedule = 10, NoiseSchedule(DiffusionConfig())
+    soft = torch.tensor([0.0, 0.05, 0.25, 0.5, 1.0]).reshape(1, 1, 1, 5)
+    original, start = noise(1, 4, 1, 5, seed=3), noise(1, 4, 1, 5, seed=4)
+    seen: list[tuple[int, Tensor]] = []
+
+    def predict(x: Tensor, t: int, index: int) -> Tensor:
+        seen.append((t, x.clone()))
+        return cellwise(x, t, index)
+
+    free = sampler(predict, start, schedule, steps)
+    seen.clear()
+    held = sampler(predict, start, schedule, steps, differential=DifferentialMask(soft, original, start))
+
+    for index, (t, x) in enumerate(seen):
+        alpha = float(schedule.alphas_cumprod[t])
+        path = alpha**0.5 * original + (1 - alpha) ** 0.5 * start
+        for cell, value in enumerate(soft.flatten().tolist()):
+            on_path = torch.allclose(x[..., cell], path[..., cell], atol=1e-5)
+            # DPM-Solver++ takes a held cell for the input, so the step before its release still ends on the path.
+            last = index / steps if sampler is ddim else max(index - 1, 0) / steps
+            assert on_path == (last < 1 - value - 1e-6), (index, value)
+    assert torch.equal(held[..., :2], original[..., :2])  # never released: exactly the input
+    assert torch.allclose(held[..., 4], free[..., 4], atol=1e-6)  # free from the start
+    assert not torch.allclose(held[..., 2:4], original[..., 2:4], atol=1e-2)
+
+
+def test_dpm_solver_history_of_a_held_cell_is_the_input() -> None:
+    """The first free step of a cell is diffusers' second-order step from a history of x_0 = z_0."""
+    schedule, steps = NoiseSchedule(DiffusionConfig()), 4
+    soft = torch.full((1, 1, 1, 1), 0.5)  # free from the third of four steps on
+    original, start = noise(1, 4, 1, 1, seed=3), noise(1, 4, 1, 1, seed=4)
+    after: list[Tensor] = []
+    differential = DifferentialMask(soft, original, start)
+    dpmpp_2m(cellwise, start, schedule, steps, differential=differential, on_step=lambda _, x: after.append(x))
+    times = leading_timesteps(1000, steps)
+    theirs = diffusers_dpm(steps)
+    for index in range(3):
+        alpha = float(schedule.alphas_cumprod[times[index]])
+        x = alpha**0.5 * original + (1 - alpha) ** 0.5 * start
+        eps = start if index < 2 else cellwise(x, times[index], index)  # exactly the noise: x_0 is the input
+        expected = theirs.step(eps, times[index], x).prev_sample
+    assert torch.allclose(after[2], expected, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 60), st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted))
+def test_guidance_interval_is_a_share_of_the_steps(steps: int, interval: list[float]) -> None:
+    chosen = guided_steps(steps, tuple(interval))
+    assert list(guided_steps(steps, (0.0, 1.0))) == list(range(steps))
+    for index in range(steps):
+        share = index / steps
+        if min(abs(share - edge) for edge in interval) > 1e-6:
+            assert (index in chosen) == (interval[0] <= share < interval[1])
+
+
+def test_rescaled_guidance_has_the_contrast_of_the_prompt_alone() -> None:
+    """NumPy's weighted deviation of x_0 inside the mask; what lies outside the mask does not count."""
+    x, prompted, plain, mask = (torch.randn(2, 4, 8, 8), *torch.randn(2, 2, 4, 8, 8), torch.rand(2, 1, 8, 8))
+    mask[:, :, :3] = 0
+    guided, alpha = plain + 7.5 * (prompted - plain), 0.3
+
+    def contrast(eps: torch.Tensor) -> list[float]:
+        clean = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+        weights = mask.expand_as(clean).double().numpy()
+        means = [np.average(a, weights=w) for a, w in zip(clean.double().numpy(), weights, strict=True)]
+        spreads = zip(clean.double().numpy(), means, weights, strict=True)
+        return [float(np.average((a - m) ** 2, weights=w) ** 0.5) for a, m, w in spreads]
+
+    assert torch.allclose(rescaled(guided, prompted, x, alpha, mask, 0.0), guided, atol=1e-5)
+    assert contrast(guided)[0] > 2 * contrast(prompted)[0]
+    assert contrast(rescaled(guided, prompted, x, alpha, mask, 1.0)) == pytest.approx(contrast(prompted), rel=1e-4)
+    half = [(a + b) / 2 for a, b in zip(contrast(guided), contrast(prompted), strict=True)]
+    assert contrast(rescaled(guided, prompted, x, alpha, mask, 0.5)) == pytest.approx(half, rel=1e-4)
+    one = rescaled(guided[1:], prompted[1:], x[1:], alpha, mask[1:], 0.7)
+    assert torch.allclose(one, rescaled(guided, prompted, x, alpha, mask, 0.7)[1:], atol=1e-5)
+
+
+def test_picture_noise_depends_on_names_only() -> None:
+    first = picture_noise(0, "patient/a", 0, (4, 8, 8))
+    assert torch.equal(first, picture_noise(0, "patient/a", 0, (4, 8, 8)))
+    for other in ((1, "patient/a", 0), (0, "patient/b", 0), (0, "patient/a", 1)):
+        assert not torch.equal(first, picture_noise(*other, (4, 8, 8)))

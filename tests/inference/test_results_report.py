@@ -1,0 +1,197 @@
+"""report.html beside drawn pictures: what it shows, what it weighs, and how it looks in a browser."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_report import Page
+from tiny import TRAIN, infer, metas
+
+from ldm.data.images import read_image, write_png
+from ldm.data.seam import border_gradient, gradient_ratio, hard_composite
+from ldm.inference.gallery import PANELS, TILE, measures, write_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+class Cards(Page):
+    """Its articles too, with their prompt, image and text."""
+
+    def __init__(self, path: Path) -> None:
+        self.cards: list[dict] = []
+        super().__init__(path)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        super().handle_starttag(tag, attrs)
+        known = dict(attrs)
+        if tag == "article":
+            self.cards.append({"prompt": known["data-prompt"], "text": ""})
+        if tag == "img":
+            self.cards[-1] |= {"source": known["src"], "loading": known["loading"], "alt": known["alt"]}
+
+    def handle_data(self, data: str) -> None:
+        if "article" in self.open:
+            self.cards[-1]["text"] += data
+
+
+def drawn(folder: Path, number: int, parent: Path, prompt: str) -> None:
+    """One result by hand: a square of the parent brightened in full, beside a soft border."""
+    folder.mkdir(parents=True)
+    image = read_image(parent).copy()
+    soft = np.zeros(image.shape[:2], np.uint8)
+    soft[10:20, 10:20], soft[12:18, 12:18] = 100, 255
+    image[12:18, 12:18] = np.minimum(image[12:18, 12:18].astype(int) + 51, 255).astype(np.uint8)
+    write_png(folder / "image.png", image)
+    write_png(folder / "soft_mask.png", soft)
+    write_png(folder / "mask.png", np.where(soft == 255, soft, 0).astype(np.uint8))
+    (folder / "prompt.txt").write_text(prompt)
+    meta = {"parent_id": "p", "parent_image": str(parent), "seed": number, "variant": 0, "synthetic": True}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def test_every_run_leaves_a_report_of_its_pictures(results: Path) -> None:
+    page = Cards(results / "report.html")
+    found = metas(results)
+    assert len(page.cards) == len(found) == 5
+    for card, (name, meta) in zip(page.cards, found.items(), strict=True):
+        prompt = (results / name / "prompt.txt").read_text().strip()
+        assert card["prompt"] == prompt.lower()
+        assert prompt in card["text"]
+        assert card["loading"] == "lazy"
+        assert card["alt"] == f"{', '.join(PANELS)} of {name}"
+        assert f"seed {meta['seed']}" in card["text"]
+        assert "changed outside 0" in card["text"]
+        assert "seam " in card["text"]
+        assert "change inside 0." in card["text"]
+        assert read_image(results / card["source"]).shape == (TILE, 4 * TILE, 3)
+    assert all(source.startswith("report_files/") for source in page.images)
+    assert not page.links
+    assert "http" not in page.text
+
+
+def test_report_is_made_again_where_it_is_missing_and_kept_where_not(
+    final: object, world: Path, results: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(results, tmp_path / "out")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "report_files").iterdir()}
+    assert len(before) == 10
+    gone = min(before)
+    gone.unlink()
+    (tmp_path / "out" / "report_files" / "removed__v0.png").write_bytes(b"of a picture that is no longer there")
+    write_report(tmp_path / "out")
+    after = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "report_files").iterdir()}
+    assert set(after) == set(before)
+    changed = {file for file in before if after[file] != before[file]}
+    assert changed == {gone, gone.with_suffix(".png"), gone.with_suffix(".json")} & set(before)
+
+
+def test_the_numbers_are_those_of_the_pixels(tmp_path: Path) -> None:
+    from ldm.reports.pages import read_picture, read_results
+
+    write_png(tmp_path / "p.png", np.full((32, 32), 100, np.uint8))
+    drawn(tmp_path / "out" / "a__v0", 0, tmp_path / "p.png", "lytic <b>lesion</b>")
+    (picture,) = map(read_picture, read_results(tmp_path / "out"))
+    # 6 x 6 of the 6 x 6 pixels that are at least half soft are 0.2 brighter; the flat original has no gradient
+    assert measures(picture) == {"outside": 0, "seam": None, "inside": 0.2}
+    touched = picture.result.copy()
+    touched[0, 0] = 7
+    assert measures(dataclasses.replace(picture, result=touched))["outside"] == 1
+    write_report(tmp_path / "out")
+    page = Cards(tmp_path / "out" / "report.html")
+    assert page.cards[0]["prompt"] == "lytic <b>lesion</b>"
+    assert "&lt;b&gt;lesion" in page.text
+
+
+def test_two_thousand_pictures_make_a_light_page(tmp_path: Path) -> None:
+    """The page itself stays small, its pictures are loaded one by one; nothing but thumbnails lies beside it."""
+    write_png(tmp_path / "p.png", np.random.default_rng(0).integers(0, 200, (32, 32), dtype=np.uint8))
+    first = tmp_path / "out" / "s0000__v0"
+    drawn(first, 0, tmp_path / "p.png", "severe lytic lesion")
+    write_report(tmp_path / "out")
+    thumbnails = tmp_path / "out" / "report_files"
+    for number in range(1, 2000):  # copies: what is measured is the page, not the drawing
+        copy = tmp_path / "out" / f"s{number:04d}__v0"
+        copy.mkdir()
+        for file in first.iterdir():
+            (copy / file.name).hardlink_to(file)
+        for suffix in (".png", ".json"):
+            (thumbnails / f"{copy.name}{suffix}").hardlink_to(thumbnails / f"{first.name}{suffix}")
+    before = {file.name for file in thumbnails.iterdir()}
+    page = write_report(tmp_path / "out")
+    cards = Cards(page).cards
+    assert len(cards) == 2000
+    assert page.stat().st_size < 1_500_000  # 750 bytes a picture: no image is embedded
+    # A browser opens the page with the first pictures alone: one file each, of known size, when it comes into view.
+    assert len({card["source"] for card in cards}) == 2000
+    assert all(card["loading"] == "lazy" and (page.parent / card["source"]).is_file() for card in cards)
+    assert page.read_text().count(f'<img loading="lazy" width="{4 * TILE}" height="{TILE}"') == 2000
+    assert "content-visibility: auto" in page.read_text()
+    assert {file.name for file in thumbnails.iterdir()} == before  # nothing was drawn again
+    assert all(file.stat().st_size < 200_000 for file in thumbnails.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- the seam
+
+
+def test_border_gradient_by_hand() -> None:
+    unit = np.zeros((5, 6), np.float32)
+    unit[:, 3:] = 0.5
+    hard = np.zeros((5, 6), np.float32)
+    hard[1:4, 1:3] = 1
+    # 3 x 2 cells: 2 + 2 vertical steps of 0, 3 on the left of 0, 3 on the right of 0.5
+    assert border_gradient(unit, hard) == pytest.approx(3 * 0.5 / 10)
+    assert border_gradient(np.repeat(unit[..., None], 3, axis=2), hard) == pytest.approx(0.15)
+    soft = hard.copy()
+    soft[2, 2] = 0.5  # its two neighbours above and below, and the one on the left, are steps too
+    assert border_gradient(unit, soft) == pytest.approx(3 * 0.5 / 13)
+    assert np.isnan(border_gradient(unit, np.ones((5, 6))))
+
+
+def test_hard_composite_shows_at_the_border_and_the_soft_one_does_not() -> None:
+    rng = np.random.default_rng(0)
+    original = 0.5 + 0.01 * rng.standard_normal((64, 64))
+    generated = original + 0.2
+    axis = np.linspace(-1, 1, 64)
+    soft = np.clip(1.6 - 2 * np.hypot(*np.meshgrid(axis, axis)), 0, 1).round(2)
+    smooth = soft * generated + (1 - soft) * original
+    pasted = hard_composite(original, generated, soft)
+    assert np.array_equal(pasted[soft >= 0.5], generated[soft >= 0.5])
+    assert np.array_equal(pasted[soft < 0.5], original[soft < 0.5])
+    real = border_gradient(original, soft)
+    assert border_gradient(smooth, soft) < 1.2 * real
+    assert border_gradient(pasted, soft) > 1.3 * border_gradient(smooth, soft)
+
+
+def test_ratio_has_an_interval_over_pictures() -> None:
+    rng = np.random.default_rng(0)
+    real = rng.uniform(1, 2, 200)
+    found = gradient_ratio(1.1 * real + 0.05 * rng.standard_normal(200), real)
+    assert found.low < found.value < found.high
+    assert found.value == pytest.approx(1.1, abs=0.02)
+    assert 0.005 < found.high - found.low < 0.1
+    assert gradient_ratio(real, real).low == gradient_ratio(real, real).high == 1
+    assert found.pictures == 200
+
+
+# ------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_screenshot_shows_the_pictures(final: Path, world: Path, tmp_path: Path) -> None:
+    assert infer(final, tmp_path / "out", "--train_json", world / TRAIN, "--limit", 2) == 0
+    shot = tmp_path / "shot.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,900"]
+    page = (tmp_path / "out" / "report.html").as_uri()
+    subprocess.run([CHROMIUM, *flags, f"--screenshot={shot}", page], check=True, timeout=120, capture_output=True)
+    seen = read_image(shot)
+    strip = read_image(min((tmp_path / "out" / "report_files").glob("*.png")))
+    assert seen.shape[:2] == (900, 1100)
+    assert len(np.unique(seen.reshape(-1, 3), axis=0)) > 0.1 * len(np.unique(strip.reshape(-1, 3), axis=0))
+    counted = subprocess.run(
+        [CHROMIUM, *flags, "--dump-dom", page], check=True, timeout=120, capture_output=True, text=True
+    )
+    assert "2 pictures</span>" in counted.stdout  # the script ran

@@ -1,0 +1,76 @@
+"""The small world's pretrained models: the shipped ones, and the command that makes them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ROOT
+
+from ldm.checkpoints.checkpoint import PREFIXES, read_checkpoint
+from ldm.config import load_config
+from ldm.phantom.shapes import FILLS, SHAPES, generic_picture
+from ldm.phantom.spines import LESION_TYPES
+
+import train_phantom_base  # isort: skip (a script of tool/, which tiny.py puts on the path)
+
+SHIPPED = ROOT / "models" / "phantom_base"
+
+
+def test_shipped_base_is_small_and_loads_safely() -> None:
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20_000_000
+    content = torch.load(SHIPPED / "sd-phantom-inpainting.ckpt", weights_only=True)
+    assert all(value.dtype == torch.float16 for value in content["state_dict"].values())
+    assert read_checkpoint(SHIPPED / "sd-phantom-inpainting.ckpt").parts() == ["unet", "autoencoder", "text"]
+
+
+def test_shipped_base_has_sd_keys_only() -> None:
+    state = read_checkpoint(SHIPPED / "sd-phantom-inpainting.ckpt").state
+    assert not [key for key in state if ".attn3." in key or ".norm4." in key or key.startswith(PREFIXES["msc"])]
+    assert state["model.diffusion_model.input_blocks.0.0.weight"].shape[1] == 9
+
+
+def test_generic_pictures_use_no_word_of_a_lesion() -> None:
+    import numpy as np
+
+    words = {word for name in LESION_TYPES for word in name.split("-")} | {"lesion", "vertebral", "body", "severe"}
+    for seed in range(300):
+        picture, mask, sentence = generic_picture(np.random.default_rng(seed))
+        assert not words & set(sentence.split())
+        assert picture.shape == mask.shape == (64, 64)
+        assert mask.any()
+        assert 0 <= picture.min() <= picture.max() <= 1
+    assert not words & {word for name in (*SHAPES, *FILLS) for word in name.split()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base after one step of each part."""
+    folder = tmp_path_factory.mktemp("base")
+    run(folder)
+    return folder
+
+
+def run(folder: Path, *flags: str) -> int:
+    steps = ["--autoencoder_steps", "1", "--clip_steps", "1", "--unet_steps", "1"]
+    given = ["--output_dir", str(folder), "--config", str(ROOT / "models/phantom.yaml"), *steps, *flags]
+    return train_phantom_base.main(train_phantom_base.build_parser().parse_args(given))
+
+
+def test_command_makes_files_of_the_shipped_format(made: Path) -> None:
+    theirs = read_checkpoint(SHIPPED / "sd-phantom-inpainting.ckpt").state
+    ours = read_checkpoint(made / "sd-phantom-inpainting.ckpt").state
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    shipped = {path.name for path in (SHIPPED / "biomedclip").iterdir()}
+    assert {path.name for path in (made / "biomedclip").iterdir()} == shipped
+    from ldm.networks.biomedclip import BiomedClip
+
+    BiomedClip(made / "biomedclip").check(load_config(ROOT / "models/phantom.yaml").biomedclip)
+    parts = {line.split(",")[0] for line in (made / "training_log.csv").read_text().splitlines()[1:]}
+    assert parts == {"autoencoder", "clip", "unet"}
+
+
+def test_finished_parts_are_not_trained_again(made: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()}
+    assert run(made) == 0
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()} == before

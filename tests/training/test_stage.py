@@ -1,0 +1,121 @@
+"""One training stage without a run: its loss, clipping, and frozen weights in half precision."""
+
+import pytest
+import torch
+from tiny import MODELS
+
+from ldm.config import load_config
+from ldm.core.devices import kernel_layout, on_host
+from ldm.core.errors import UsageError
+from ldm.networks.attention import Conditioning
+from ldm.networks.model import MedSoftModel
+from ldm.training.dataset import StageData
+from ldm.training.estimates import fake_batch
+from ldm.training.stage import Stage, loader
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_halved_kernels_lie_as_the_cpu_reads_them_fastest(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    config = load_config(MODELS / "phantom_unet_only.yaml", [])
+    net = MedSoftModel(config, ["unet"])
+    before = {key: value.detach().clone() for key, value in net.named_parameters()}
+    stage = Stage(config, net, {}, {}, torch.zeros(1, 77, config.text_encoder.width), half_frozen=True)
+    layouts = set()
+    for key, value in net.named_parameters():
+        halved = key not in stage.trained and value.ndim > 1
+        assert value.dtype == (torch.bfloat16 if halved else torch.float32)
+        assert torch.equal(value, before[key].to(value.dtype))
+        if halved and value.ndim == 4 and min(value.shape[1:]) > 1:  # of others both layouts are the same
+            layouts.add(value.is_contiguous(memory_format=torch.channels_last))
+    assert layouts == {amx}
+
+
+@pytest.mark.parametrize(("most", "norm"), [(0.5, 0.5), (2.0, 1.0), (0.0, 1.0)])
+def test_gradients_are_scaled_down_to_the_norm_of_the_yaml(most: float, norm: float) -> None:
+    torch.manual_seed(0)
+    config = load_config(MODELS / "phantom_stage1.yaml", [f"training.clip_norm={most}"])
+    stage = Stage(config, MedSoftModel(config, ["msc"]), {}, {}, None)
+    count = sum(value.numel() for value in stage.trained.values())
+    for value in stage.trained.values():
+        value.grad = torch.where(torch.rand_like(value) > 0.5, 1.0, -1.0) / count**0.5
+    before = {key: value.grad.clone() for key, value in stage.trained.items()}
+    norms, total = stage.gradient_norms()
+    assert float(total) == pytest.approx(1.0, rel=1e-4)
+    assert float(norms["msc"]) == float(total)
+    stage.clip(total)
+    for key, value in stage.trained.items():
+        torch.testing.assert_close(value.grad, before[key] * norm, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["bf16-true", "16-true", "64-true"])
+def test_precision_in_which_weights_are_not_float32(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"training\.precision.*{name}"):
+        load_config(MODELS / "phantom_stage1.yaml", [f"training.precision={name}"])
+
+
+def test_kernel_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert kernel_layout(gpu, torch.float32) == kernel_layout(gpu, torch.bfloat16) == torch.channels_last
+        assert kernel_layout(cpu, torch.float32) == torch.contiguous_format
+        assert kernel_layout(cpu, torch.bfloat16) == (torch.channels_last if amx else torch.contiguous_format)
+
+
+def test_diffusion_loss_of_a_batch() -> None:
+    """By hand: latents from moments, one coin for sentence and tokens, the soft mask as channel, gate and weight."""
+    torch.manual_seed(0)
+    config = load_config(MODELS / "phantom_stage2_2.yaml", ["training.mask_weight=2"])
+    net = MedSoftModel(config, ["unet", "msc"])
+    for value in net.parameters():
+        torch.nn.init.normal_(value, std=0.05)
+    empty = torch.randn(1, 77, config.text_encoder.width)
+    stage = Stage(config, net, {}, {}, empty)
+    batch = fake_batch(config, 3)
+    batch["coin"] = torch.tensor([0.05, 0.5, 0.1])
+    batch["t"] = torch.tensor([0.0, 0.5, 1.0 - 2**-25])  # which is 1 in float32
+    with torch.no_grad():
+        found, cosine = stage.losses(batch, dropout=0.1)
+        assert cosine is None
+        latent = batch["latent_mean"] + (batch["latent_logvar"] / 2).exp() * batch["posterior_noise"]
+        alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2, 0)
+        alpha = alphas[[0, 500, 999]].float()[:, None, None, None]
+        noisy = alpha.sqrt() * 0.18215 * latent + (1 - alpha).sqrt() * batch["noise"]
+        mask = torch.nn.functional.max_pool2d(batch["mask"], config.data.image_size // config.latent_size)
+        patches = torch.nn.functional.adaptive_max_pool2d(batch["mask"], config.biomedclip.grid).flatten(1)
+        tokens, _ = net.msc(batch["seen"], batch["seen_global"], batch["clip_text"], patches)
+        mixed = patches[..., None] * tokens + (1 - patches[..., None]) * batch["seen"]
+        side = config.biomedclip.grid
+        square = mixed.transpose(1, 2).reshape(3, -1, side, side)
+        pooled = torch.nn.functional.avg_pool2d(square, 2).flatten(2).transpose(1, 2)
+        text = torch.cat([empty, batch["text"][1:]])  # the first coin only is below 0.1
+        pooled = torch.cat([torch.zeros_like(pooled[:1]), pooled[1:]])
+        inputs = torch.cat([noisy, mask, batch["masked_latent"]], dim=1)
+        predicted = net.unet(inputs, torch.tensor([0, 500, 999]), Conditioning(text, pooled, mask))
+        weight = (1 + 2 * mask).expand_as(predicted)
+        expected = (weight * (predicted - batch["noise"]) ** 2).flatten(1).sum(1) / weight.flatten(1).sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+@pytest.mark.parametrize(("asked", "gpu", "workers"), [(-1, False, 0), (-1, True, 2), (0, True, 0), (1, False, 1)])
+def test_processes_that_read_features(monkeypatch: pytest.MonkeyPatch, asked: int, gpu: bool, workers: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    config = load_config(MODELS / "phantom_stage1.yaml", [f"training.workers={asked}", "training.balance=false"])
+    made = loader(StageData([], None, config.training, fixed=False), config, shuffle=True)
+    assert (made.num_workers, made.persistent_workers, made.pin_memory) == (workers, workers > 0, gpu)
+    made = loader(StageData([], None, config.training, fixed=True), config, shuffle=False)
+    assert (made.num_workers, made.persistent_workers) == (workers, False)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_numbers_on_their_way_to_the_host(device: str) -> None:
+    values = torch.arange(4.0, device=device, requires_grad=True)
+    found = on_host(values * 3)
+    assert found().tolist() == [0, 3, 6, 9]
+    assert not found().requires_grad

@@ -1,0 +1,159 @@
+"""ldm/workflow/study_results.py: intervals, pairing, the choice of the ratio, what the numbers are said to support."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ldm.core.errors import MedSoftError
+from ldm.core.files import write_json
+from ldm.workflow.study_results import Cell, Comparison, Study, Treatment, interval, paragraph, read_cell, write_report
+
+SEEDS, WORLDS = (0, 1), ("w1", "w2", "w3")
+
+
+def cells(values: dict[tuple[str, float | None], list[list[float]]], validation: dict | None = None) -> list[Cell]:
+    """Cells from (arm, ratio) -> rows of worlds, columns of seeds; validation AUC by (arm, ratio), else 0.5."""
+    return [
+        Cell(w, Treatment(*key), s, {"auc": rows[i][j], "validation_auc": (validation or {}).get(key, 0.5)}, {})
+        for key, rows in values.items()
+        for i, w in enumerate(WORLDS[: len(rows)])
+        for j, s in enumerate(SEEDS[: len(rows[i])])
+    ]
+
+
+def made(gain: float, noise: float = 0.001, **compare: Any) -> Study:
+    """Three worlds of different difficulty: ours = duplicated + gain + noise."""
+    rng = np.random.default_rng(0)
+    levels = np.array([[0.7, 0.72], [0.8, 0.81], [0.9, 0.88]])
+    ours = (levels + gain + noise * rng.standard_normal(levels.shape)).tolist()
+    values = {("real", None): levels.tolist(), ("duplicated", 1.0): levels.tolist(), ("ours", 1.0): ours}
+    return Study(cells(values), Comparison("real", "duplicated", "ours", **compare))
+
+
+def test_interval_is_students_t_over_worlds() -> None:
+    values = [0.1, 0.25, 0.2, 0.05, 0.3]
+    found = interval(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, statistics.fmean(values), stats.sem(values))
+    assert (found.mean, found.low, found.high) == pytest.approx((statistics.fmean(values), low, high))
+    assert interval([0.3]).low is None
+
+
+def test_differences_are_paired_by_world_and_seed_then_averaged_by_world() -> None:
+    study_ = Study(
+        cells({("a", None): [[0.9, 0.8], [0.6, 0.6]], ("b", None): [[0.7], [0.5, 0.7]]}), Comparison("b", "b", "a")
+    )
+    found = study_.difference(Treatment("a"), Treatment("b"))
+    expected = interval([0.2, statistics.fmean([0.1, -0.1])])  # seed 1 of world 1 has no partner
+    assert (found.mean, found.low, found.worlds) == pytest.approx((expected.mean, expected.low, 2))
+    # As scipy has it, on complete pairs.
+    whole = made(0.01)
+    ours = [
+        statistics.fmean([c.values["auc"] for c in whole.cells if c.world == w and c.treatment.arm == "ours"])
+        for w in WORLDS
+    ]
+    theirs = [
+        statistics.fmean([c.values["auc"] for c in whole.cells if c.world == w and c.treatment.arm == "real"])
+        for w in WORLDS
+    ]
+    reference = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    found = whole.difference(Treatment("ours", 1.0), Treatment("real"))
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
+
+
+def test_the_ratio_is_chosen_on_validation_and_never_on_the_test_set() -> None:
+    values = {("ours", 0.5): [[0.6, 0.6]], ("ours", 1.0): [[0.9, 0.9]], ("ours", 3.0): [[0.7, 0.7]]}
+    validation = {("ours", 0.5): 0.8, ("ours", 1.0): 0.7, ("ours", 3.0): 0.8}
+    assert Study(cells(values, validation), Comparison("real", "dup", "ours")).chosen_ratio() == 0.5  # the smaller one
+    assert Study(cells(values, validation), Comparison("real", "dup", "ours", 3.0)).chosen_ratio() == 3.0
+    assert Study([], Comparison("real", "dup", "ours")).chosen_ratio() is None
+
+
+def test_the_ratio_is_chosen_over_runs_that_all_ratios_have() -> None:
+    values = {("ours", 1.0): [[0.5, 0.5], [0.5, 0.5]], ("ours", 3.0): [[0.5, 0.5]]}
+    both = cells(values, {("ours", 3.0): 0.6})
+    easier = [
+        Cell(c.world, c.treatment, c.seed, c.values | {"validation_auc": 0.99}, {}) if c.world == "w2" else c
+        for c in both
+    ]
+    assert Study(easier, Comparison("real", "dup", "ours")).chosen_ratio() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "said"),
+    [
+        (0.03, 0.001, "a gain is shown."),
+        (-0.03, 0.001, "a loss is shown."),
+        (0.001, 0.05, "a difference is not shown (the interval contains 0)."),
+    ],
+)
+def test_the_paragraph_says_what_the_interval_supports(gain: float, noise: float, said: str) -> None:
+    found = made(gain, noise, ratio=1.0)
+    text = paragraph(found)
+    assert "The ratio is 1 (fixed beforehand)." in text
+    claim = text[text.index("The main comparison, ours at 1 minus duplicated at 1: ") :].split("; ", 1)[1]
+    change = found.difference(Treatment("ours", 1.0), Treatment("duplicated", 1.0))
+    assert f"95 % {change.low:+.3f} to {change.high:+.3f}" in text
+    assert claim[: claim.index(". ") + 1].endswith(said)
+    assert "they suggest" not in text
+    assert "only worlds that nothing was tuned on can confirm" in paragraph(made(gain, noise))
+
+
+def test_one_world_or_none_shows_nothing() -> None:
+    single = Study([c for c in made(0.3).cells if c.world == "w1"], Comparison("real", "duplicated", "ours"))
+    assert "a difference is not shown (one world)" in paragraph(single)
+    assert "is shown" not in paragraph(single)
+    assert paragraph(Study([], Comparison("real", "dup", "ours"))).startswith("Nothing can be said yet")
+
+
+def test_cells_without_an_auc_are_left_out_and_counted() -> None:
+    found = made(0.01)
+    found.cells[0] = Cell("w1", Treatment("real"), 0, {"auc": None, "validation_auc": None}, {})
+    again = Study(found.cells, found.comparison)
+    assert len(again.undefined()) == 1
+    assert again.mean(Treatment("real")).mean == pytest.approx(statistics.fmean([0.72, 0.805, 0.89]))
+
+
+def test_metrics_that_are_none_of_a_tested_classifier_are_refused(tmp_path: Path) -> None:
+    assert read_cell(tmp_path, "w", Treatment("real"), 0) is None
+    for content in (
+        {"test": {}},
+        {"test": {"auc": {"value": 1.0}}},
+        [],
+        {"test": {"f1": {"value": 1}}, "validation": {"auc": 1}},
+    ):
+        write_json(tmp_path / "metrics.json", content)
+        with pytest.raises(MedSoftError, match=r"metrics.json: not the metrics of a tested classifier"):
+            read_cell(tmp_path, "w", Treatment("real"), 0)
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(MedSoftError, match=r"metrics.json: not valid JSON"):
+        read_cell(tmp_path, "w", Treatment("real"), 0)
+
+
+def test_another_number_of_added_images_than_in_the_control_is_said(tmp_path: Path) -> None:
+    found = [
+        Cell(
+            "w1",
+            Treatment(arm, ratio),
+            0,
+            {"auc": 0.5, "validation_auc": 0.5},
+            {"n_synthetic_used": drawn, "n_duplicated": again},
+        )
+        for arm, ratio, drawn, again in (
+            ("real", None, 0, 0),
+            ("duplicated", 3.0, 0, 30),
+            ("ours", 3.0, 28, 0),
+            ("base", 3.0, 30, 0),
+        )
+    ]
+    uneven = Study(found, Comparison("real", "duplicated", "ours"))
+    assert uneven.uneven() == ["w1, seed 0: 28 in ours at 3, 30 in duplicated at 3"]
+    write_report(tmp_path, "s", uneven, {}, [])
+    said = (
+        "In 1 cells another number of images was added than in the control, which is unfair (the first: w1, seed 0: 28"
+    )
+    assert said in (tmp_path / "study.md").read_text()
+    assert not Study([each for each in found if each.treatment.arm != "ours"], uneven.comparison).uneven()
