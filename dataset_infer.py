@@ -188,7 +188,7 @@ def main(args: argparse.Namespace) -> int:
         logging.disable(logging.INFO)  # one process speaks for all
     from ldm.checkpoints.checkpoint import sniff
     from ldm.core.files import sha256_file
-    from ldm.inference.run import InferenceRun, Origin
+    from ldm.inference.run import InferenceRun, Provenance
     from ldm.inference.tasks import plan_tasks
 
     sniff(args.ckpt)
@@ -200,7 +200,7 @@ def main(args: argparse.Namespace) -> int:
         if image.resolve().is_relative_to(args.output_dir.resolve()):
             raise UsageError(f"--output_dir {args.output_dir}: holds {image}, which is to be drawn on; give another")
     command = " ".join(shlex.quote(part) for part in ["python", *sys.argv])
-    origin = Origin(args.ckpt.resolve(), digest, args.config.resolve(), overrides, args.exact, command)
+    origin = Provenance(args.ckpt.resolve(), digest, args.config.resolve(), overrides, args.exact, command)
     session = InferenceRun(args.output_dir, identity(config, tasks, digest, args.exact), origin, config)
     with session.alone():
         return draw(args, session, tasks, rejects)

@@ -80,7 +80,7 @@ def _report_rejects(rejects: "Sequence[Reject]") -> None:
 
 def _summarise(groups: "dict[str, list[Sample]]", rejects: "Sequence[Reject]", paths: dict[str, Path]) -> None:
     from ldm.core.files import content_id
-    from ldm.data.checks import leaks, rows_of, warn_of_similar_prompts
+    from ldm.data.checks import annotation_rows, leaks, warn_of_similar_prompts
     from ldm.data.samples import shown
 
     log.info("%-6s %8s %8s %9s %9s  %s", "", "samples", "healthy", "diseased", "patients", "file")
@@ -101,7 +101,9 @@ def _summarise(groups: "dict[str, list[Sample]]", rejects: "Sequence[Reject]", p
             log.warning("%s is empty: too few patients (%d)", shown(paths[name]), len({s.patient_id for s in samples}))
     warn_of_similar_prompts(samples)
     pictures = {sample.sample_id: content_id(sample.image) for sample in samples}
-    for leak in leaks(row for name in ("train", "val", "test") for row in rows_of(name, groups[name], pictures)):
+    for leak in leaks(
+        row for name in ("train", "val", "test") for row in annotation_rows(name, groups[name], pictures)
+    ):
         log.warning("warning: %s", leak)
     if rejects:
         log.warning("%d samples rejected, listed in %s", len(rejects), shown(paths["rejects"]))

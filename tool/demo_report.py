@@ -130,7 +130,7 @@ def _need(path: Path, step: str) -> Path:
 
 def read_inputs(folder: Path) -> Inputs:
     """Read what the report needs from the demo's folder; MedSoftError naming the step to run for what is missing."""
-    from ldm.reports.pages import read_results, read_table
+    from ldm.reports.pages import read_all_results, read_table
 
     def classifier(name: str, step: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
         metrics = read_json(_need(folder / name / "metrics.json", step))
@@ -159,7 +159,7 @@ def read_inputs(folder: Path) -> Inputs:
         if name == "heldout":
             inputs.heldout = rows
     for name, step in DRAWN.items():
-        samples = read_results(_need(folder / name, step))
+        samples = read_all_results(_need(folder / name, step))
         inputs.drawn[name] = {(sample.parent_id, sample.meta.get("variant")): sample for sample in samples}
     _check_pairs(inputs)
     return inputs
@@ -274,10 +274,10 @@ def _changed_outside(inputs: Inputs) -> int:
     """Counted from the files of all three folders, not taken from what dataset_infer.py reports."""
     from tqdm import tqdm
 
-    from ldm.reports.pages import read_picture
+    from ldm.reports.pages import read_result
 
     samples = [sample for drawn in inputs.drawn.values() for sample in drawn.values()]
-    return sum(read_picture(sample).changed_outside for sample in tqdm(samples, "comparing pixels", disable=None))
+    return sum(read_result(sample).changed_outside for sample in tqdm(samples, "comparing pixels", disable=None))
 
 
 def _judge_numbers(inputs: Inputs) -> dict[str, Any]:
@@ -316,11 +316,11 @@ def _by_type(inputs: Inputs, coarse: Sequence[Any]) -> dict[str, dict[str, Any]]
 
 def write_report(inputs: Inputs, summary: dict[str, Any]) -> None:
     """Write report.html with its images, and sheet.png."""
-    from ldm.reports.pages import image, page, read_picture, take_turns, write_sheet
+    from ldm.reports.pages import image, interleave, page, read_result, write_sheet
 
     path, results = inputs.folder / "report.html", inputs.drawn["results"]
     coarse = [sample for sample in results.values() if sample.severity in COARSE]
-    write_sheet(inputs.folder / "sheet.png", [read_picture(sample) for sample in take_turns(coarse, CONTROLS)])
+    write_sheet(inputs.folder / "sheet.png", [read_result(sample) for sample in interleave(coarse, CONTROLS)])
     sheet = image("sheet.png", "six pictures: original, result, difference", "sheet")
     note = '<p class="note">The first of each lesion type by name, not chosen by quality; three times enlarged.</p>'
     sections = [
@@ -372,11 +372,11 @@ def _summary_html(summary: dict[str, Any]) -> str:
 
 
 def _samples_html(inputs: Inputs, path: Path) -> str:
-    from ldm.reports.pages import facts, read_picture, take_turns, write_cards
+    from ldm.reports.pages import facts, interleave, read_result, write_cards
 
     def cards() -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
-        for sample in take_turns(list(inputs.drawn["results"].values()), SHOWN):
-            picture = read_picture(sample)
+        for sample in interleave(list(inputs.drawn["results"].values()), SHOWN):
+            picture = read_result(sample)
             verdict = inputs.verdict("results", (sample.parent_id, sample.meta.get("variant")))
             says = f"{verdict.lesion_type}, P(disease) {verdict.probability:.2f}"
             yield picture.panels(), {**facts(picture), "judge": says}
@@ -389,13 +389,13 @@ def _samples_html(inputs: Inputs, path: Path) -> str:
 
 
 def _controls_html(inputs: Inputs, path: Path) -> str:
-    from ldm.reports.pages import read_picture, take_turns, write_cards
+    from ldm.reports.pages import interleave, read_result, write_cards
 
     def cards() -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         coarse = [sample for sample in inputs.drawn["results"].values() if sample.severity in COARSE]
-        for sample in take_turns(coarse, CONTROLS):
+        for sample in interleave(coarse, CONTROLS):
             key = (sample.parent_id, sample.meta.get("variant"))
-            drawn = {name: read_picture(inputs.drawn[name][key]).panels() for name in DRAWN}
+            drawn = {name: read_result(inputs.drawn[name][key]).panels() for name in DRAWN}
             panels = {
                 "original": drawn["results"]["original"],
                 "with the prompt": drawn["results"]["result"],

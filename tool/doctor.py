@@ -99,7 +99,7 @@ def findings(args: argparse.Namespace, sets: dict[str, Path]) -> "Iterator[Findi
         yield from misfits
         if config.training.stage and not misfits:
             trained = {name: path for name, path in sets.items() if name != "test"}
-            yield from doctor.check_room(config, trained, args.save_path, args.devices)
+            yield from doctor.check_disk_and_memory(config, trained, args.save_path, args.devices)
     yield from doctor.check_data(sets, args.workers)
 
 

@@ -152,7 +152,13 @@ def previous(args: argparse.Namespace, run: str) -> int | None:
 
 def measure(clip: Any, lesions: "dict[str, list[Lesion]]") -> dict[str, Any]:
     """Everything but copies."""
-    from ldm.evaluation.lesions import distributions, few, parent_likeness, set_distances, text_agreement
+    from ldm.evaluation.lesions import (
+        distributions,
+        parent_likeness,
+        set_distances,
+        small_sample_warnings,
+        text_agreement,
+    )
 
     real, synthetic = lesions["real"], lesions["synthetic"]
     dimensions = clip.clip.visual.trunk.num_features
@@ -164,7 +170,7 @@ def measure(clip: Any, lesions: "dict[str, list[Lesion]]") -> dict[str, Any]:
             "fingerprint": clip.fingerprint,
             "dimensions": dimensions,
         },
-        "warnings": [*few(len(real), len(synthetic), dimensions), *seen_before(lesions)],
+        "warnings": [*small_sample_warnings(len(real), len(synthetic), dimensions), *seen_before(lesions)],
         "distances": set_distances(real, synthetic),
         "parents": parent_likeness(synthetic),
         "text": {"real": text_agreement(clip, real), "synthetic": text_agreement(clip, synthetic)},

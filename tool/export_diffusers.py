@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    from ldm.checkpoints.checkpoint import NAMES, parts_of, read_checkpoint, summary, table
+    from ldm.checkpoints.checkpoint import NAMES, parameter_table, parts_of, read_checkpoint, summary
     from ldm.checkpoints.files import verify
     from ldm.conversion.diffusers_folder import write_folder
     from ldm.core.files import atomic_folder, check_target, sha256_file
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
     ours = {"about": checkpoint.about, "parts": parts, "exported_from": origin}
     with atomic_folder(args.output_dir.absolute()) as partial:
         write_folder(partial, state, ours, config)
-    for line in table(state):
+    for line in parameter_table(state):
         log.info("%s", line)
     log.info("written: %s", args.output_dir)
     return cli.DONE

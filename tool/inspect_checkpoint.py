@@ -47,12 +47,12 @@ def main(args: argparse.Namespace) -> int:
 def describe(checkpoint, integrity: str) -> dict:
     """Everything this command prints, as plain values."""
     from ldm.checkpoints.checkpoint import PREFIXES, summary
-    from ldm.checkpoints.files import sniff
+    from ldm.checkpoints.files import detect_format
 
     about = checkpoint.about
     return {
         "file": str(checkpoint.path),
-        "kind": sniff(checkpoint.path),
+        "kind": detect_format(checkpoint.path),
         "bytes": checkpoint.path.stat().st_size,
         "integrity": integrity,
         "parts": summary(checkpoint.state),
@@ -113,11 +113,11 @@ def part_states(checkpoint, config, expected) -> dict[str, str]:
 
 def print_text(found: dict, state) -> None:
     """The description as lines of text."""
-    from ldm.checkpoints.checkpoint import NAMES, table
+    from ldm.checkpoints.checkpoint import NAMES, parameter_table
 
     log.info("%s: %s, %.3f GB", found["file"], found["kind"], found["bytes"] / 1e9)
     log.info("integrity: %s", found["integrity"])
-    for line in table(state):
+    for line in parameter_table(state):
         log.info("  %s", line)
     log.info("missing: %s", ", ".join(NAMES[part] for part in found["missing"]) or "nothing")
     log.info("stage: %s, step %s", found["stage"] or "not said", "not said" if found["step"] is None else found["step"])

@@ -158,16 +158,16 @@ def new_parameters(config, seed: int):
 
 def report(source, state, new: list[str]) -> None:
     """Print what was taken, what is new, what was left behind and why."""
-    from ldm.checkpoints.checkpoint import table
+    from ldm.checkpoints.checkpoint import parameter_table
     from ldm.conversion.sd_layouts import left_behind
 
     for note in source.notes:
         log.info("note: %s", note)
     log.info("taken from %s:", source.path)
-    for line in table({key: value for key, value in state.items() if key not in set(new)}):
+    for line in parameter_table({key: value for key, value in state.items() if key not in set(new)}):
         log.info("  %s", line)
     log.info("new:%s", "" if new else " nothing")
-    for line in table({key: state[key] for key in new}):
+    for line in parameter_table({key: state[key] for key in new}):
         log.info("  %s", line)
     for reason, keys in left_behind([key for key in source.state if key not in state]).items():
         log.info("left: %d (%s%s): %s", len(keys), ", ".join(keys[:2]), ", ..." if len(keys) > 2 else "", reason)

@@ -36,7 +36,7 @@ from ldm.core.files import read_text
 from ldm.workflow.plans import (
     ROOT,
     Plan,
-    Record,
+    PlanRecord,
     check_keys,
     count,
     hang_up_with_terminal,
@@ -103,7 +103,7 @@ def load_plan(path: Path) -> Plan:
     return Plan(values["name"], values["output_dir"], parse_steps(values["steps"], f"{found}: "))
 
 
-def _summarise(record: Record) -> int:
+def _summarise(record: PlanRecord) -> int:
     """Print a table of all steps; 3 if any of them rejected inputs."""
     print(f"\n{'step':<20} {'seconds':>9}  result")
     total, rejected = 0.0, []

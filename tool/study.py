@@ -23,7 +23,7 @@ from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id, fingerprint, read_json, write_json
 from ldm.core.locks import exclusive
-from ldm.workflow.plans import ROOT, Plan, Record, Step, hang_up_with_terminal, load_record, run_steps
+from ldm.workflow.plans import ROOT, Plan, PlanRecord, PlanStep, hang_up_with_terminal, load_record, run_steps
 from ldm.workflow.study_design import Arm, Design, Group, World, added_path, load_design, plan_groups
 
 
@@ -92,7 +92,7 @@ def whole_study(design: Design) -> AbstractContextManager[None]:
     return exclusive(ROOT / path, f"{path}: another process is at it; waiting", wait=True)
 
 
-def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[Record, list[str]], int]) -> int:
+def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[PlanRecord, list[str]], int]) -> int:
     """Data first, then what is made from them in here, generator and cells, report; 0, or the failed step's code."""
     print(f"--- {group.plan.name}", flush=True)
     record = load_record(group.plan)
@@ -109,7 +109,7 @@ def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[
     return code
 
 
-def step_names(steps: tuple[Step, ...]) -> list[str]:
+def step_names(steps: tuple[PlanStep, ...]) -> list[str]:
     return [step.name for step in steps]
 
 
@@ -190,7 +190,7 @@ def add_real(design: Design, world: World, arm: Arm) -> None:
 
 def report(design: Design, groups: list[Group]) -> int:
     """Write the report of all finished cells of these settings; MedSoftError if there is none."""
-    from ldm.workflow.study_results import Comparison, Study, Treatment, read_cell, timing, write_report
+    from ldm.workflow.study_results import ComparisonDesign, Study, Treatment, read_cell, timing, write_study_report
 
     cells, seconds, outdated = [], {}, 0
     for group in groups:
@@ -210,9 +210,9 @@ def report(design: Design, groups: list[Group]) -> int:
         state += f"; left out, as other settings or an older generator made them: {outdated}"
     if not cells:
         raise MedSoftError(f"{design.output_dir}: {state}; run the study first")
-    study = Study(cells, Comparison(**design.compare))
+    study = Study(cells, ComparisonDesign(**design.compare))
     notes = [f"{state}. Reported at commit {commit()}.", f"Time: {timing(seconds, generator_seconds(groups))}"]
-    write_report(ROOT / design.output_dir, design.name, study, seconds, notes)
+    write_study_report(ROOT / design.output_dir, design.name, study, seconds, notes)
     print(f"{design.folder('study.md')}: {state}", flush=True)
     return cli.DONE
 

@@ -127,9 +127,9 @@ def _clock(seconds: float) -> str:
 
 def report(controller, rest, state) -> None:
     """Print which part comes from which file, and what of the files is left out."""
-    from ldm.checkpoints.checkpoint import NAMES, table
+    from ldm.checkpoints.checkpoint import NAMES, parameter_table
 
-    for line in table(state):
+    for line in parameter_table(state):
         source = controller if line.startswith(NAMES["msc"]) else rest
         log.info("%s  from %s (step %s)", line, source.path, source.step)
     for source in (controller, rest):

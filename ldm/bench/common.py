@@ -78,7 +78,7 @@ def diffusers_pipeline(model: MedSoftModel, config: Config) -> Any:
     return made
 
 
-def take_turns(
+def measure_alternately(
     first: Callable, second: Callable, repeats: int, device: torch.device, warm_up: int = 2
 ) -> tuple[float, float]:
     """Median seconds of two calls that alternate, after ``warm_up`` rounds that are not counted."""

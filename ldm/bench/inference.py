@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.bench.common import diffusers_pipeline, take_turns
+from ldm.bench.common import diffusers_pipeline, measure_alternately
 from ldm.config import Config, load_config
 from ldm.core import cli
 from ldm.core.files import write_json
 from ldm.diffusion.samplers import guided_steps
-from ldm.inference.inpainter import DTYPES, for_drawing, latent_of, sample_latent
+from ldm.inference.inpainter import DTYPES, for_inference, latent_of, sample_latent
 from ldm.networks.attention import Conditioning
 from ldm.networks.model import MedSoftModel, hide
 
@@ -55,7 +55,7 @@ def measure(config: Config, device: torch.device, args: argparse.Namespace) -> l
     dtype = DTYPES[config.sampling.precision]
     for part in (pipeline.unet, pipeline.vae):
         part.to(dtype)
-    for_drawing(model, dtype)
+    for_inference(model, dtype)
     inputs = Inputs(config, device, args.batch_size)
     rows: list[dict[str, Any]] = []
 
@@ -65,7 +65,7 @@ def measure(config: Config, device: torch.device, args: argparse.Namespace) -> l
         return mine, other
 
     def compare(name: str, ours: Callable, theirs: Callable, repeats: int, warm_up: int = 2) -> tuple[float, float]:
-        return add(name, *take_turns(ours, theirs, repeats, device, warm_up))
+        return add(name, *measure_alternately(ours, theirs, repeats, device, warm_up))
 
     calls = Calls(model, pipeline, inputs, config)
     guided = compare("U-Net call with guidance", calls.ours, calls.theirs, args.repeats)

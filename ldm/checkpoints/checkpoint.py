@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.files import read_pickle, read_safetensors, save_pickle, save_safetensors, sniff
+from ldm.checkpoints.files import detect_format, read_pickle, read_safetensors, save_pickle, save_safetensors
 from ldm.config import ITEM_COUNTS, SWITCHES, Config, config_from_dict
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_file, refuse_existing
@@ -69,7 +69,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises MedSoftError for a missing, empty, damaged, foreign or unsafe file, saying which.
     """
     path = Path(path)
-    kind = sniff(path)
+    kind = detect_format(path)
     if kind == "safetensors":
         state, metadata = read_safetensors(path)
         return Checkpoint(path, state, _about(path, metadata.get("medsoft", "{}")))
@@ -140,7 +140,7 @@ def summary(state: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     return {name: rows[name] for name in order if name in rows}
 
 
-def table(state: dict[str, Tensor]) -> list[str]:
+def parameter_table(state: dict[str, Tensor]) -> list[str]:
     """``summary`` as aligned lines of text."""
     return [
         f"{name:<16} {row['tensors']:5d} tensors {row['parameters'] / 1e6:9.2f} M parameters "

@@ -66,7 +66,7 @@ class DictionaryPlaceholder(Placeholder):
         return {}
 
 
-def sniff(path: Path) -> str:
+def detect_format(path: Path) -> str:
     """zip, pickle (legacy) or safetensors, from the first bytes; anything else is a MedSoftError that names it."""
     try:
         with open(path, "rb") as handle:
@@ -223,7 +223,7 @@ def verify(path: str | Path) -> str:
     legacy pickles and other programs' safetensors have nothing. Raises MedSoftError naming the damaged record.
     """
     path = Path(path)
-    kind = sniff(path)
+    kind = detect_format(path)
     if kind == "zip":
         return _verify_zip(path)
     if kind == "safetensors":

@@ -138,12 +138,12 @@ def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
     """The picture the classifier sees, uint8 (size, size) or (size, size, 3), and the SHA-256 of the file's pixels."""
     import cv2
 
-    from ldm.data.images import read_image, to_unit, window_of
+    from ldm.data.images import intensity_range_of, read_image, to_unit
 
     pixels = read_image(sample.image)
     head = f"{pixels.shape}{pixels.dtype}".encode()
     digest = hashlib.sha256(head + np.ascontiguousarray(pixels).tobytes()).hexdigest()
-    unit = to_unit(pixels, window_of(pixels, sample.meta.get("window")))
+    unit = to_unit(pixels, intensity_range_of(pixels, sample.meta.get("window")))
     if channels == "grey" and unit.ndim == 3:
         unit = unit @ LUMINANCE
     if channels == "rgb" and unit.ndim == 2:
@@ -156,7 +156,7 @@ def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
 # --- leak guards ------------------------------------------------------------------------------------------------
 
 
-def check_disjoint(sets: Sequence[ImageSet]) -> None:
+def check_image_sets_disjoint(sets: Sequence[ImageSet]) -> None:
     """Raise MedSoftError, by name, when two sets share a patient or an identical picture, or a picture was drawn on
     a sample of another set."""
     rows = [
@@ -266,7 +266,7 @@ def _drawn(seed: int, purpose: str, images: ImageSet, positions: Sequence[int]) 
 
 
 @dataclass
-class Data:
+class ClassifierData:
     """Everything one training run reads; ``synthetic`` and ``duplicates`` (of real ones) are for training only."""
 
     train: ImageSet
@@ -291,7 +291,7 @@ class Data:
         return fingerprint([*(s.fingerprint() for s in self.sets if s is not self.test), self.classes])
 
 
-def load_data(config: ClassifierConfig) -> Data:
+def load_data(config: ClassifierConfig) -> ClassifierData:
     """Read, check and label all sets of a training run; raises MedSoftError for leaks and for missing classes."""
     sources = {"train": config.train_json, "val": config.val_json, "test": config.test_json}
     for name, source in sources.items():
@@ -304,7 +304,7 @@ def load_data(config: ClassifierConfig) -> Data:
     loaded = {n: load_images(n, s, *sizes) for n, s in sources.items() if s}
     train, val, test = loaded["train"], loaded["val"], loaded.get("test")
     held_out = [images for images in (val, test) if images is not None]
-    check_disjoint([train, *held_out])
+    check_image_sets_disjoint([train, *held_out])
     classes = class_names(config, train)
     synthetic = None if duplicating else pick_synthetic(config, train, held_out)
     if config.use_synthetic == PRETRAIN and not synthetic:
@@ -312,7 +312,7 @@ def load_data(config: ClassifierConfig) -> Data:
             f"use_synthetic pretrain needs synthetic diseased images, found none in {', '.join(config.synthetic)} at "
             f"ratio {config.ratio}; draw some, or raise ratio"
         )
-    data = Data(train, val, test, synthetic, pick_duplicates(config, train) if duplicating else None, classes)
+    data = ClassifierData(train, val, test, synthetic, pick_duplicates(config, train) if duplicating else None, classes)
     for images in data.sets:
         for sample, label in zip(images.samples, images.labels, strict=True):
             if label not in classes:

@@ -32,7 +32,7 @@ def predicted_classes(probabilities: np.ndarray) -> np.ndarray:
 
 
 def summarise(images: ImageSet, probabilities: np.ndarray, classes: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """What metrics.json says about a test set: ``test`` (see ``measure``), counts, confusion matrix and notes.
+    """What metrics.json says about a test set: ``test`` (see ``compute_metrics``), counts, confusion matrix and notes.
 
     ``probabilities`` (N, K), column 0 = healthy.
     """
@@ -41,7 +41,7 @@ def summarise(images: ImageSet, probabilities: np.ndarray, classes: Sequence[str
     confusion = np.zeros((len(classes), len(classes)), dtype=int)
     np.add.at(confusion, (labels, predicted_classes(probabilities)), 1)
     patients = [sample.patient_id for sample in images.samples]
-    measured = measure(labels, probabilities, patients, seed)
+    measured = compute_metrics(labels, probabilities, patients, seed)
     return {
         "test": measured,
         "threshold": THRESHOLD,
@@ -87,7 +87,7 @@ def _notes(
     return notes
 
 
-def measure(
+def compute_metrics(
     labels: np.ndarray, probabilities: np.ndarray, patients: Sequence[str], seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """Every number by name: ``value``, ``low`` and ``high`` (95 % percentile interval), ``skipped`` resamples.
@@ -114,7 +114,7 @@ def measure(
 
 
 def point_values(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
-    """Every number by name, None where undefined, without intervals; arguments as for ``measure``."""
+    """Every number by name, None where undefined, without intervals; arguments as for ``compute_metrics``."""
     numbers = _numbers(labels, probabilities, np.ones((1, len(labels))))
     return {name: None if np.isnan(value[0]) else float(value[0]) for name, value in numbers.items()}
 

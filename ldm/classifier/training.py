@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from ldm.checkpoints.files import save_pickle
 from ldm.classifier.config import PRETRAIN, ClassifierConfig
-from ldm.classifier.data import HEALTHY, Data, ImageSet
+from ldm.classifier.data import HEALTHY, ClassifierData, ImageSet
 from ldm.classifier.metrics import label_indices, point_values
 from ldm.classifier.network import augment, build_network, compute_logits, normalise, pick_device, to_input
 from ldm.core.devices import autocast
@@ -43,7 +43,7 @@ class Phase:
     shares: torch.Tensor  # (K,) weight of each class, see class_weights
 
 
-def make_phases(config: ClassifierConfig, data: Data) -> list[Phase]:
+def make_phases(config: ClassifierConfig, data: ClassifierData) -> list[Phase]:
     """What is trained on, in order. Repeated and synthetic pictures are in one of the phases only."""
 
     def phase(name: str, epochs: int, sets: Sequence[ImageSet | None]) -> Phase:
@@ -92,7 +92,7 @@ class Trainer:
     """One training run. Order, sampling, augmentation and initial weights are functions of (seed, epoch, sample or
     position), so a resumed run computes what an unbroken one would."""
 
-    def __init__(self, config: ClassifierConfig, data: Data, run: str) -> None:
+    def __init__(self, config: ClassifierConfig, data: ClassifierData, run: str) -> None:
         self.config, self.data, self.run = config, data, run
         self.folder = config.output
         self.phases = make_phases(config, data)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.checkpoints.checkpoint import NEW_IN_UNET, PREFIXES, read_tensors
 from ldm.checkpoints.files import save_safetensors
 from ldm.config import Config, DiffusionConfig, TextEncoderConfig
-from ldm.conversion.sd_layouts import Source
+from ldm.conversion.sd_layouts import SourceCheckpoint
 from ldm.core.errors import MedSoftError
 from ldm.core.files import atomic_file, read_json, write_json
 
@@ -124,7 +124,7 @@ def _weights(folder: Path) -> Path:
     )
 
 
-def from_folder(folder: Path, config: Config, expected: dict[str, Tensor]) -> Source:
+def from_folder(folder: Path, config: Config, expected: dict[str, Tensor]) -> SourceCheckpoint:
     """The tensors of a diffusers folder under our keys; ``expected`` gives keys and shapes that the configuration asks.
 
     Both spellings of the autoencoder's attention, linear and 1x1-convolution weights, and the text encoder's names with
@@ -139,7 +139,7 @@ def from_folder(folder: Path, config: Config, expected: dict[str, Tensor]) -> So
             key = name if part == OURS else ours.get((part, _current(part, name)), f"{part}/{name}")
             state[key] = _fitted(value, expected.get(key))
     notes = [f"diffusers folder: {', '.join(file.relative_to(folder).as_posix() for file in files_of(folder))}"]
-    return Source(folder, state, notes, _own_configuration(folder / OURS / "config.json"))
+    return SourceCheckpoint(folder, state, notes, _own_configuration(folder / OURS / "config.json"))
 
 
 def _own_configuration(path: Path) -> dict[str, Any] | None:

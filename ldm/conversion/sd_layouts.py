@@ -29,7 +29,7 @@ LEFT = (  # why a tensor is left behind
 
 
 @dataclass
-class Source:
+class SourceCheckpoint:
     """What conversion starts from: tensors under the original layout's keys, and what was done to get there.
 
     ``own`` is ``medsoft/config.json`` of a folder that we exported; None for everybody else's files.
@@ -41,7 +41,7 @@ class Source:
     own: dict | None = None
 
 
-def from_checkpoint(checkpoint: Checkpoint, unet_keys: list[str]) -> Source:
+def from_checkpoint(checkpoint: Checkpoint, unet_keys: list[str]) -> SourceCheckpoint:
     """The checkpoint's tensors under the original layout's keys; ``unet_keys``: those the U-Net needs.
 
     Wrapper levels (``module.``, ``_orig_mod.``) are dropped, the shorter text-encoder names of transformers >= 5.6
@@ -66,7 +66,7 @@ def from_checkpoint(checkpoint: Checkpoint, unet_keys: list[str]) -> Source:
     if not any(key.startswith(PREFIXES["unet"]) for key in state) and averages.get(STEM) in state:
         state |= {key: state.pop(average) for key, average in averages.items() if average in state}
         notes.append("U-Net taken from the moving averages (model_ema.*): the file has no plain U-Net")
-    return Source(checkpoint.path, state, notes)
+    return SourceCheckpoint(checkpoint.path, state, notes)
 
 
 def _average_of(key: str) -> str:
@@ -74,7 +74,7 @@ def _average_of(key: str) -> str:
     return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
-def check_kind(source: Source, config: Config) -> None:
+def check_kind(source: SourceCheckpoint, config: Config) -> None:
     """Raise a MedSoftError that names the usual mistakes: another model family, a text-to-image model, our own file."""
     state, path = source.state, source.path
     if any(key.startswith(("conditioner.embedders.", PREFIXES["unet"] + "label_emb.")) for key in state):

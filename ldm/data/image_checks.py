@@ -50,7 +50,7 @@ def read_image_bytes(path: str | Path) -> tuple[bytes, str]:
     path = Path(path)
     try:
         with open(path, "rb") as handle:
-            kind = sniff(path, handle.read(512))
+            kind = detect_image_format(path, handle.read(512))
             handle.seek(0)
             data = handle.read()
     except FileNotFoundError as error:
@@ -71,7 +71,7 @@ def check_ends(path: str | Path) -> None:
     path = Path(path)
     try:
         with open(path, "rb") as handle:
-            kind = sniff(path, handle.read(512))
+            kind = detect_image_format(path, handle.read(512))
             handle.seek(0, 2)
             handle.seek(max(0, handle.tell() - TAIL))
             ended = b"IEND" in handle.read()
@@ -81,7 +81,7 @@ def check_ends(path: str | Path) -> None:
         read_image_bytes(path)  # says what is wrong with it
 
 
-def sniff(path: Path, head: bytes) -> str:
+def detect_image_format(path: Path, head: bytes) -> str:
     """The image format the first bytes of a file announce; FileError naming what the file is instead."""
     if not head:
         raise FileError(path, "the file is empty (0 bytes); copy it again")

@@ -152,7 +152,7 @@ def _oriented(pixels: np.ndarray, orientation: Any) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- depth
 
 
-def window_of(image: np.ndarray, given: Any = None) -> tuple[float, float]:
+def intensity_range_of(image: np.ndarray, given: Any = None) -> tuple[float, float]:
     """The (low, high) pixel values that become 0 and 1.
 
     8-bit: (0, 255). 16-bit: ``given`` (for instance meta.json's ``window``) or the 0.5-99.5 percentile; where those
@@ -176,8 +176,8 @@ def window_of(image: np.ndarray, given: Any = None) -> tuple[float, float]:
 
 
 def to_unit(image: np.ndarray, window: tuple[float, float] | None = None) -> np.ndarray:
-    """uint8 or uint16 pixels -> float32 in [0, 1], same shape; ``window`` defaults to ``window_of(image)``."""
-    low, high = window_of(image) if window is None else window
+    """uint8 or uint16 pixels -> float32 in [0, 1], same shape; ``window`` defaults to ``intensity_range_of(image)``."""
+    low, high = intensity_range_of(image) if window is None else window
     return np.clip((image.astype(np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
 
 
@@ -203,14 +203,15 @@ def composite(
     """``soft * generated + (1 - soft) * original`` at native size and depth; grey in, grey out, in three channels too.
 
     original: HxW or HxWx3, uint8 or uint16. generated: HxW or HxWx3 float in [0, 1], in the original's ``window``
-    (default ``window_of(original)``). soft: HxW float in [0, 1]. Where soft is 0 the result equals the original bit for
-    bit. Raises MedSoftError if the sizes differ or ``generated`` is not finite inside the mask's support.
+    (default ``intensity_range_of(original)``). soft: HxW float in [0, 1]. Where soft is 0 the result equals the
+    original bit for bit. Raises MedSoftError if the sizes differ or ``generated`` is not finite inside the mask's
+    support.
     """
     if original.shape[:2] != soft.shape or original.shape[:2] != generated.shape[:2]:
         raise MedSoftError(
             f"composite: image {_size(original)}, generated {_size(generated)} and mask {_size(soft)} differ in size"
         )
-    window = window_of(original) if window is None else window
+    window = intensity_range_of(original) if window is None else window
     inside = soft > 0
     weight = soft[inside].astype(np.float32)
     fresh = _unwindowed(_like_channels(generated, original)[inside], window)
@@ -312,7 +313,7 @@ class Fit:
 
     def window(
         self, shape: tuple[int, ...], mask: np.ndarray | None = None, offset: tuple[float, float] = (0, 0)
-    ) -> "Window":
+    ) -> "CropWindow":
         """The part of an image of ``shape`` (H, W, ...) that the model sees, for a lesion ``mask`` (HxW in [0, 1]).
 
         Without a mask, or with an empty one, ``crop`` takes the whole image as ``pad`` does. ``offset`` (down, right)
@@ -322,10 +323,10 @@ class Fit:
         if mask is not None and mask.shape != (height, width):
             raise MedSoftError(f"fit: the image has {width} x {height} pixels, the mask {_size(mask)}")
         if self.mode == "resize":
-            return Window(0, 0, height, width, self.size)
+            return CropWindow(0, 0, height, width, self.size)
         longest = max(height, width)
         if self.mode == "pad" or mask is None or not (mask > 0).any():
-            return Window(-((longest - height) // 2), -((longest - width) // 2), longest, longest, self.size)
+            return CropWindow(-((longest - height) // 2), -((longest - width) // 2), longest, longest, self.size)
         support = extents(mask > 0)
         core = extents(mask >= 0.5) if (mask >= 0.5).any() else support
         wanted = max(
@@ -338,7 +339,7 @@ class Fit:
             _start(side, length, c, s, round(share * side))
             for length, c, s, share in zip((height, width), core, support, offset, strict=True)
         )
-        return Window(top, left, side, side, self.size)
+        return CropWindow(top, left, side, side, self.size)
 
 
 def extents(region: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -357,7 +358,7 @@ def _start(side: int, length: int, core: tuple[int, int], support: tuple[int, in
 
 
 @dataclass(frozen=True)
-class Window:
+class CropWindow:
     """A rectangle of native pixels (it may reach beyond the image, where the border is repeated) and the model size."""
 
     top: int

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.config import DataConfig
 from ldm.core.errors import MedSoftError
 from ldm.core.files import content_id, named_seed
-from ldm.data.images import Fit, Window, extents, read_image, to_unit, window_of
+from ldm.data.images import CropWindow, Fit, extents, intensity_range_of, read_image, to_unit
 from ldm.data.masks import (
     DIAMETERS,
     TARGET_LABEL,
@@ -29,7 +29,7 @@ from ldm.data.samples import Sample
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class PreparedSample:
     """A sample at native size and as the networks see it.
 
     original: HxW or HxWx3 pixels as in the file; levels: its (low, high) window to [0, 1]; hard: bool HxW lesion
@@ -41,7 +41,7 @@ class Picture:
     levels: tuple[float, float]
     hard: np.ndarray
     soft: np.ndarray
-    window: Window
+    window: CropWindow
     image: Tensor
     mask: Tensor
 
@@ -70,7 +70,7 @@ MOST_SHIFT = 0.125  # of a training crop, as a share of its side, in either dire
 
 def prepare(
     sample: Sample, data: DataConfig, seed: int, variant: int, training: bool = False, diameter: float | None = None
-) -> Picture:
+) -> PreparedSample:
     """Read one sample and bring it to the model's square.
 
     A diseased sample uses its own mask; in ``training``, its variants from 1 on are crops shifted by up to an eighth
@@ -88,7 +88,7 @@ def prepare(
             raise MedSoftError(f"{sample.sample_id}: no vertebra is marked in {sample.anatomy or sample.mask}")
         sizes = (0.9 * diameter, 1.1 * diameter) if diameter else DIAMETERS
         drawn = lesion_shaped(region, named_seed("lesion-shaped", seed, sample.sample_id, variant), sizes)
-        return fit_picture(sample, original, Mask(drawn.astype(np.float32)), data)
+        return fit_sample(sample, original, Mask(drawn.astype(np.float32)), data)
     own = read_mask(sample.mask, original.shape)
     if own.empty:
         raise MedSoftError(f"{sample.mask}: diseased, but the mask is empty")
@@ -96,7 +96,7 @@ def prepare(
     if training and variant > 0:
         rng = np.random.default_rng(named_seed("crop", seed, sample.sample_id, variant))
         offset = tuple(rng.uniform(-MOST_SHIFT, MOST_SHIFT, 2))
-    return fit_picture(sample, original, own, data, offset)
+    return fit_sample(sample, original, own, data, offset)
 
 
 def lesion_diameter(sample: Sample) -> float | None:
@@ -114,9 +114,9 @@ def lesion_diameter(sample: Sample) -> float | None:
     return 2 * math.sqrt(np.count_nonzero(lesion) / math.pi) / smaller
 
 
-def fit_picture(
+def fit_sample(
     sample: Sample, original: np.ndarray, mask: Mask, data: DataConfig, offset: tuple[float, float] = (0.0, 0.0)
-) -> Picture:
+) -> PreparedSample:
     """Put an image and the mask to draw in together; a diseased sample's ``soft_mask.png`` is used as it is.
 
     ``offset`` moves the crop (see ``Fit.window``).
@@ -127,8 +127,10 @@ def fit_picture(
     else:
         soft = soft_mask_for(mask, feather, sample.meta.get("spacing_mm"))
     window = Fit(data.fit, data.image_size, data.context).window(original.shape, soft, offset)
-    levels = window_of(original, sample.meta.get("window"))
+    levels = intensity_range_of(original, sample.meta.get("window"))
     seen = window.forward(to_unit(original, levels)) * 2 - 1
     seen = np.repeat(seen[..., None], 3, axis=2) if seen.ndim == 2 else seen  # the networks read RGB
     image = torch.from_numpy(np.ascontiguousarray(seen.transpose(2, 0, 1)))
-    return Picture(original, levels, mask.hard, soft, window, image, torch.from_numpy(window.forward_mask(soft))[None])
+    return PreparedSample(
+        original, levels, mask.hard, soft, window, image, torch.from_numpy(window.forward_mask(soft))[None]
+    )

@@ -11,6 +11,6 @@ def named_generator(*names: object) -> torch.Generator:
     return torch.Generator().manual_seed(named_seed(*names))
 
 
-def picture_noise(seed: int, sample_id: str, variant: int, shape: tuple[int, ...]) -> Tensor:
+def image_noise(seed: int, sample_id: str, variant: int, shape: tuple[int, ...]) -> Tensor:
     """The initial noise of one picture, standard normal of ``shape``, from (seed, sample_id, variant)."""
     return torch.randn(shape, generator=named_generator("picture", seed, sample_id, variant))

@@ -23,7 +23,7 @@ from ldm.config import DataConfig
 from ldm.core.errors import MedSoftError
 from ldm.data.images import to_unit
 from ldm.data.masks import equivalent_diameter
-from ldm.data.preparation import Picture, prepare
+from ldm.data.preparation import PreparedSample, prepare
 from ldm.data.samples import Reject, Sample
 from ldm.evaluation.metrics import (
     NEIGHBOURS,
@@ -42,7 +42,7 @@ from ldm.evaluation.metrics import (
     text_embeddings,
 )
 from ldm.networks.biomedclip import BiomedClip
-from ldm.reports.pages import read_picture
+from ldm.reports.pages import read_result
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def read_lesions(
     return found + (_lesions(waiting, clip) if waiting else []), rejects
 
 
-def _lesions(read: Sequence[tuple[Sample, Picture]], clip: BiomedClip) -> list[Lesion]:
+def _lesions(read: Sequence[tuple[Sample, PreparedSample]], clip: BiomedClip) -> list[Lesion]:
     images = torch.stack([picture.image for _, picture in read])
     masks = torch.stack([picture.mask for _, picture in read])
     side = min(CROP_SIDE, images.shape[-1])
@@ -116,7 +116,7 @@ def _lesions(read: Sequence[tuple[Sample, Picture]], clip: BiomedClip) -> list[L
     ]
 
 
-def _native_numbers(picture: Picture) -> tuple[float, float, float]:
+def _native_numbers(picture: PreparedSample) -> tuple[float, float, float]:
     """Diameter, contrast and texture of a lesion at native size."""
     unit = to_unit(picture.original, picture.levels)
     grey = unit if unit.ndim == 2 else unit.mean(axis=2)
@@ -126,7 +126,7 @@ def _native_numbers(picture: Picture) -> tuple[float, float, float]:
     return equivalent_diameter(picture.hard), contrast, float(inside.std())
 
 
-def rows_of(lesions: Sequence[Lesion], name: str) -> Tensor:
+def lesion_rows(lesions: Sequence[Lesion], name: str) -> Tensor:
     """One of the lesions' rows as float64 (N, D)."""
     return torch.stack([getattr(lesion, name) for lesion in lesions])
 
@@ -136,7 +136,7 @@ def rows_of(lesions: Sequence[Lesion], name: str) -> Tensor:
 
 def set_distances(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
     """Frechet, kernel, density and coverage with intervals, and what two halves of the real ones differ by."""
-    features = [rows_of(lesions, "features") for lesions in (real, synthetic)]
+    features = [lesion_rows(lesions, "features") for lesions in (real, synthetic)]
     measures: dict[str, Any] = {"frechet": frechet_distance, "kernel": kernel_distance}
     if len(real) > 2 * (NEIGHBOURS + 1):
         measures |= {"density": density, "coverage": coverage}
@@ -151,7 +151,7 @@ def set_distances(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[s
     return found
 
 
-def few(real: int, synthetic: int, dimensions: int) -> list[str]:
+def small_sample_warnings(real: int, synthetic: int, dimensions: int) -> list[str]:
     """What the numbers of pictures do not allow to conclude, in sentences."""
     said, fewest = [], min(real, synthetic)
     if fewest <= dimensions:
@@ -185,7 +185,7 @@ def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
             orphans += 1
             continue
         try:
-            picture = read_picture(lesion.sample)
+            picture = read_result(lesion.sample)
         except MedSoftError as error:
             log.warning("not compared with its parent: %s", error)
             orphans += 1
@@ -221,7 +221,7 @@ def text_agreement(clip: BiomedClip, lesions: Sequence[Lesion]) -> dict[str, Any
     texts = list(dict.fromkeys(prompts))
     place = torch.tensor([texts.index(prompt) for prompt in prompts])
     kind_of = dict(zip(prompts, kinds, strict=True))
-    cosines = rows_of(lesions, "embedding") @ text_embeddings(clip, texts).T  # (N, T)
+    cosines = lesion_rows(lesions, "embedding") @ text_embeddings(clip, texts).T  # (N, T)
     foreign = torch.tensor(
         [
             [text != prompt and not (kind and kind == kind_of[text]) for text in texts]
@@ -319,7 +319,7 @@ def check_copies(
 def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> list[Neighbour]:
     """Of each lesion its nearest training lesion; a training lesion's own patient does not count."""
     same = lesions is train
-    cosines, found = rows_of(lesions, "alone") @ rows_of(train, "alone").T, []
+    cosines, found = lesion_rows(lesions, "alone") @ lesion_rows(train, "alone").T, []
     for row, lesion in enumerate(tqdm(lesions, desc=name, leave=False, disable=None)):
         allowed = [
             column

@@ -31,7 +31,7 @@ class Estimate:
     high: float | None = None
 
 
-class _Given(nn.Module):
+class PrecomputedFeatures(nn.Module):
     """torchmetrics takes an extractor; ours has run already."""
 
     def __init__(self, size: int) -> None:
@@ -78,7 +78,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Given(first.shape[1])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=PrecomputedFeatures(first.shape[1])).set_dtype(torch.float64)
     metric.update(first.double(), real=True)
     metric.update(second.double(), real=False)
     return max(float(metric.compute()), 0.0)  # of equal sets it is 0 but for rounding
@@ -94,7 +94,7 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
     size = min(len(first), len(second))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it keeps the features
-        metric = KernelInceptionDistance(feature=_Given(first.shape[1]), subsets=1, subset_size=size)
+        metric = KernelInceptionDistance(feature=PrecomputedFeatures(first.shape[1]), subsets=1, subset_size=size)
     for features, real in ((first, True), (second, False)):
         metric.update(features.double()[torch.linspace(0, len(features) - 1, size).round().long()], real=real)
     return float(metric.compute()[0])

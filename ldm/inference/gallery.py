@@ -15,16 +15,16 @@ from ldm.core.files import read_json, write_json, write_text
 from ldm.data.images import Fit, write_png
 from ldm.data.samples import Sample
 from ldm.data.seam import border_gradient
-from ldm.reports.pages import STYLE, Picture, colour, files_folder, read_picture, read_results, signed_colours
+from ldm.reports.pages import STYLE, ResultImage, colour, files_folder, read_all_results, read_result, signed_colours
 
 TILE = 160  # pixels of a panel
 PANELS = ("original", "soft mask", "result", "difference")
 
 
-def write_report(folder: Path) -> Path:
+def write_gallery(folder: Path) -> Path:
     """Write ``report.html`` and its thumbnails beside the results in ``folder``; what is there already is kept."""
     page = folder / "report.html"
-    samples = read_results(folder)
+    samples = read_all_results(folder)
     with ThreadPoolExecutor(4) as pool:
         cards = list(pool.map(lambda sample: _card(page, sample), samples))
     shown = {_thumbnail(page, sample).stem for sample in samples}
@@ -35,7 +35,7 @@ def write_report(folder: Path) -> Path:
     return page
 
 
-def measures(picture: Picture) -> dict[str, Any]:
+def measures(picture: ResultImage) -> dict[str, Any]:
     """Pixels changed outside the mask, the border's gradient over the original's, and the mean change on the lesion."""
     original, result = picture.shown()
     before, after = border_gradient(original, picture.soft), border_gradient(result, picture.soft)
@@ -58,13 +58,13 @@ def _card(page: Path, sample: Sample) -> str:
     kept = strip.with_suffix(".json")
     meta = sample.image.with_name("meta.json")
     if not (strip.exists() and kept.exists() and kept.stat().st_mtime_ns >= meta.stat().st_mtime_ns):
-        picture = read_picture(sample)
+        picture = read_result(sample)
         write_png(strip, _strip(picture))
         write_json(kept, measures(picture))
     return _article(f"{strip.parent.name}/{strip.name}", sample, read_json(kept))
 
 
-def _strip(picture: Picture) -> np.ndarray:
+def _strip(picture: ResultImage) -> np.ndarray:
     """The four panels side by side around the lesion, TILE x 4 TILE x 3 uint8."""
     window = Fit("crop", TILE, 2.0).window(picture.soft.shape, picture.soft)
     original, result = (window.forward(unit) for unit in picture.shown())

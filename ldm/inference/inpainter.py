@@ -12,8 +12,8 @@ from ldm.checkpoints.checkpoint import PREFIXES, check_preparation, load_parts, 
 from ldm.config import Config, SamplingConfig
 from ldm.core.devices import kernel_layout
 from ldm.data.images import composite, to_unit
-from ldm.data.preparation import Picture
-from ldm.diffusion.noise import named_generator, picture_noise
+from ldm.data.preparation import PreparedSample
+from ldm.diffusion.noise import image_noise, named_generator
 from ldm.diffusion.samplers import SAMPLERS, DifferentialMask, guided_steps, rescaled
 from ldm.networks.attention import Conditioning
 from ldm.networks.biomedclip import BiomedClip
@@ -33,7 +33,7 @@ class Job:
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class InpaintedImage:
     """One drawn picture.
 
     pixels: like the picture's original, composited, or None if the model produced NaN or infinity; generated: float32
@@ -51,10 +51,10 @@ class Inpainter:
     def __init__(self, net: MedSoftModel, clip: BiomedClip, config: Config, device: torch.device | str = "cpu") -> None:
         self.net, self.clip, self.config = net.to(device).eval(), clip.to(device), config
         self.device = torch.device(device)
-        for_drawing(self.net, DTYPES[config.sampling.precision])
+        for_inference(self.net, DTYPES[config.sampling.precision])
 
     @torch.inference_mode()
-    def draw(self, pictures: Sequence[Picture], jobs: Sequence[Job]) -> list[Drawn]:
+    def draw(self, pictures: Sequence[PreparedSample], jobs: Sequence[Job]) -> list[InpaintedImage]:
         """Native-size results. Outside the soft mask's support every pixel equals the original's."""
         image = torch.stack([picture.image for picture in pictures]).to(self.device)
         soft_mask = torch.stack([picture.mask for picture in pictures]).to(self.device)
@@ -62,11 +62,11 @@ class Inpainter:
         results = []
         for picture, drawn, fault in zip(pictures, generated.cpu(), faults, strict=True):
             if fault is not None:
-                results.append(Drawn(fault=fault))
+                results.append(InpaintedImage(fault=fault))
                 continue
             square = ((drawn + 1) / 2).permute(1, 2, 0).numpy()
             native = picture.window.backward(square, to_unit(picture.original, picture.levels))
-            results.append(Drawn(composite(picture.original, native, picture.soft, picture.levels), native))
+            results.append(InpaintedImage(composite(picture.original, native, picture.soft, picture.levels), native))
         return results
 
     def generate(self, image: Tensor, soft_mask: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, list[str | None]]:
@@ -81,7 +81,7 @@ class Inpainter:
         original = latent_of(net, image, dtype) if sampling.differential else None
         conditions = self._conditions(image, soft_mask, mask, [job.prompt for job in jobs])
         shape = tuple(masked.shape[1:])
-        noise = torch.stack([picture_noise(*_name(job), shape) for job in jobs]).to(self.device)
+        noise = torch.stack([image_noise(*_name(job), shape) for job in jobs]).to(self.device)
 
         def step_noise(index: int) -> Tensor:
             drawn = [torch.randn(shape, generator=named_generator("step", index, *_name(job))) for job in jobs]
@@ -129,7 +129,7 @@ def load_inpainter(ckpt: str | Path, config: Config, device: str) -> Inpainter:
     return Inpainter(net, clip, config, device)
 
 
-def for_drawing(net: MedSoftModel, dtype: torch.dtype) -> None:
+def for_inference(net: MedSoftModel, dtype: torch.dtype) -> None:
     """U-Net and autoencoder in ``dtype`` and in the memory layout in which they are fastest."""
     net.unet.to(dtype=dtype, memory_format=kernel_layout(next(net.unet.parameters()).device, dtype))
     net.first_stage_model.to(dtype=dtype, memory_format=torch.channels_last)

@@ -29,8 +29,8 @@ from ldm.data.samples import HEALTHY, Reject
 from ldm.inference.tasks import Task
 
 if TYPE_CHECKING:
-    from ldm.data.preparation import Picture
-    from ldm.inference.inpainter import Drawn, Inpainter
+    from ldm.data.preparation import PreparedSample
+    from ldm.inference.inpainter import InpaintedImage, Inpainter
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
+class Provenance:
     """What a picture's meta.json says about how it was made: enough for --replay to make it again."""
 
     checkpoint: Path
@@ -67,7 +67,7 @@ class InferenceRun:
     """Writes the sample folders of one run into ``folder``; finished ones are kept and not drawn again."""
 
     def __init__(
-        self, folder: Path, run: str, origin: Origin, config: Config, processes: Processes | None = None
+        self, folder: Path, run: str, origin: Provenance, config: Config, processes: Processes | None = None
     ) -> None:
         self.folder, self.run, self.origin, self.config = folder, run, origin, config
         self.processes = processes or Processes()
@@ -223,13 +223,15 @@ class InferenceRun:
                 future.result()
         return rejects
 
-    def _draw_batch(self, ready: Sequence[tuple[Task, "Picture"]], inpainter: "Inpainter") -> list["Drawn"]:
+    def _draw_batch(
+        self, ready: Sequence[tuple[Task, "PreparedSample"]], inpainter: "Inpainter"
+    ) -> list["InpaintedImage"]:
         from ldm.inference.inpainter import Job
 
         jobs = [Job(task.seed, task.sample.sample_id, task.variant, task.prompt) for task, _ in ready]
         return inpainter.draw([picture for _, picture in ready], jobs)
 
-    def _picture(self, task: Task) -> "Picture | Reject":
+    def _picture(self, task: Task) -> "PreparedSample | Reject":
         """What the networks see of one sample, or why it cannot be drawn on."""
         try:
             diameter = self._diameter(task)
@@ -257,8 +259,8 @@ class InferenceRun:
         given = task.source is not None and task.sample.healthy and not task.fixed_mask
         return lesion_diameter(task.source) if given else None
 
-    def _fitted(self, task: Task, diameter: float | None) -> "Picture":
-        from ldm.data.preparation import fit_picture, prepare
+    def _fitted(self, task: Task, diameter: float | None) -> "PreparedSample":
+        from ldm.data.preparation import fit_sample, prepare
 
         if not task.fixed_mask:
             return prepare(task.sample, self.config.data, task.seed, task.variant, diameter=diameter)
@@ -267,11 +269,11 @@ class InferenceRun:
         if mask.empty:
             raise MedSoftError(f"{task.sample.mask}: the mask is empty; mark the region to draw in white")
         sample = dataclasses.replace(task.sample, prompt="lesion")  # its own mask and soft mask are meant
-        return fit_picture(sample, original, mask, self.config.data)
+        return fit_sample(sample, original, mask, self.config.data)
 
     # ------------------------------------------------------------------------------------------------ writing
 
-    def _write(self, task: Task, picture: "Picture", result: np.ndarray) -> None:
+    def _write(self, task: Task, picture: "PreparedSample", result: np.ndarray) -> None:
         """One sample folder, assembled under a temporary name and renamed."""
         differs = (result != picture.original).reshape(*picture.soft.shape, -1).any(axis=-1)
         changed = int(np.count_nonzero(differs & (picture.soft == 0)))
@@ -283,7 +285,7 @@ class InferenceRun:
             write_text(partial / "prompt.txt", task.prompt + "\n")
             write_json(partial / "meta.json", self._meta(task, picture, changed))
 
-    def _meta(self, task: Task, picture: "Picture", changed: int) -> dict[str, Any]:
+    def _meta(self, task: Task, picture: "PreparedSample", changed: int) -> dict[str, Any]:
         if task.record is not None:
             return {**task.record, "changed_outside_pixels": changed}
         source, parent, origin = task.source, task.sample, self.origin
@@ -318,7 +320,7 @@ class InferenceRun:
 
     def _finish(self, tasks: Sequence[Task], rejects: list[Reject], start: float) -> int:
         """Write the list of rejects, the record and the report; returns the exit code."""
-        from ldm.inference.gallery import write_report
+        from ldm.inference.gallery import write_gallery
 
         reject_file = self.folder / "rejects.json"
         write_rejects(reject_file, rejects)
@@ -342,7 +344,7 @@ class InferenceRun:
         )
         log.info("%s: %d pictures, %d pixels changed outside the soft masks", self.folder, len(done), changed)
         try:
-            log.info("%s shows them", write_report(self.folder))
+            log.info("%s shows them", write_gallery(self.folder))
         except MedSoftError as error:  # the pictures are there all the same
             log.warning("warning: no report: %s", error)
         return cli.SOME_REJECTED if rejects else cli.DONE

@@ -49,9 +49,9 @@ def plan_tasks(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
         )
         return [Task(sample, k, args.prompt, args.seed, fixed_mask=True) for k in range(args.variants)], []
     if args.replay:
-        return [_again(args.replay)], []
+        return [task_from_metadata(args.replay)], []
     if args.like:
-        return _like(args)
+        return tasks_from_results(args)
     return _dataset(args)
 
 
@@ -80,7 +80,7 @@ def _dataset(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
             sample = dataclasses.replace(sample, mask=sample.soft_mask)
         for k in range(args.variants):
             source: Sample | None = (
-                drawn_prompt(sources, args.seed, sample, k) if sample.healthy and sources else sample
+                sampled_prompt(sources, args.seed, sample, k) if sample.healthy and sources else sample
             )
             prompt, source = (source.prompt, source) if args.prompt is None else (args.prompt, None)
             tasks.append(Task(sample, k, prompt, args.seed, source, marked))
@@ -97,7 +97,7 @@ def _dataset(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
     return tasks, rejects
 
 
-def drawn_prompt(sources: Sequence[Sample], seed: int, sample: Sample, variant: int) -> Sample:
+def sampled_prompt(sources: Sequence[Sample], seed: int, sample: Sample, variant: int) -> Sample:
     """The diseased sample whose sentence this picture gets: each as likely, so lesion types keep their frequencies."""
     return sources[named_seed("prompt", seed, sample.sample_id, variant) % len(sources)]
 
@@ -146,7 +146,7 @@ def _listed(samples: list[Sample], path: Path) -> list[Sample]:
 # ---------------------------------------------------------------------------------------------------- drawn before
 
 
-def _like(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
+def tasks_from_results(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
     """The parents and masks of earlier results, with their prompts or another one, under the same names and noise."""
     results, rejects = load_samples(args.like)
     tasks = []
@@ -190,7 +190,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _again(path: Path) -> Task:
+def task_from_metadata(path: Path) -> Task:
     from ldm.core.files import content_id
 
     record = read_record(path)

@@ -65,7 +65,7 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[-2]).contiguous())
 
 
-class Downsample(nn.Module):
+class PaddedDownsample(nn.Module):
     """Halves height and width; pads on the right and at the bottom only, as SD does."""
 
     def __init__(self, channels: int) -> None:
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
         for index, (before, width) in enumerate(zip([cfg.channels, *widths], widths, strict=False)):
             level = Level(before, width, cfg.num_res_blocks)
             if index < len(widths) - 1:
-                level.downsample = Downsample(width)
+                level.downsample = PaddedDownsample(width)
             self.down.append(level)
         self.mid = Middle(widths[-1])
         self.norm_out = _norm(widths[-1])

@@ -15,7 +15,7 @@ from ldm.checkpoints.checkpoint import Checkpoint, check_finite, compare, read_t
 from ldm.config import BiomedClipConfig
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_json, sha256_file
-from ldm.networks.text_encoder import Cuts
+from ldm.networks.text_encoder import TruncationWarnings
 
 if TYPE_CHECKING:
     from open_clip.model import CustomTextCLIP
@@ -105,7 +105,7 @@ class BiomedClip(nn.Module):
         state.pop("text.transformer.embeddings.position_ids", None)  # a buffer that newer transformers do not have
         self.clip = self._build(settings["model_cfg"], state, weights_file)
         self._tokenizer = self._read_tokenizer(settings["model_cfg"]["text_cfg"].get("context_length", 256))
-        self._cuts = Cuts()
+        self._cuts = TruncationWarnings()
         self.fingerprint = sha256_file(weights_file)
         preprocess = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, **settings.get("preprocess_cfg", {})}
         self.register_buffer("image_mean", torch.tensor(preprocess["mean"])[:, None, None], False)

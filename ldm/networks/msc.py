@@ -18,7 +18,7 @@ from ldm.config import BiomedClipConfig, MSCConfig
 from ldm.networks.attention import attend
 
 
-class Block(nn.Module):
+class MSCBlock(nn.Module):
     """Pre-norm transformer block."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -54,7 +54,7 @@ class MedicalSemanticController(nn.Module):
         self.text_in = _mlp(clip.text_dim, width)
         self.position = nn.Parameter(torch.zeros(clip.grid**2, width))
         self.mask_embedding = nn.Parameter(torch.zeros(2, width))  # e0: seen, e1: to be drawn
-        self.blocks = nn.ModuleList([Block(width, cfg.heads) for _ in range(cfg.layers)])
+        self.blocks = nn.ModuleList([MSCBlock(width, cfg.heads) for _ in range(cfg.layers)])
         self.norm = nn.LayerNorm(width)
         self.spatial_head = nn.Linear(width, clip.token_dim)
         self.global_head = nn.Linear(width, clip.token_dim)

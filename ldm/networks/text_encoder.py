@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 START, END = 49406, 49407  # CLIP's start and end of text; SD also pads with END (open_clip pads with 0)
 
 
-class Cuts:
+class TruncationWarnings:
     """Says that a prompt is longer than its encoder reads: each prompt once, with what is lost."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class TextEncoder(nn.Module):
         from transformers import CLIPTextConfig, CLIPTextModel
 
         self.max_length = cfg.max_length
-        self._cuts = Cuts()
+        self._cuts = TruncationWarnings()
         clip = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=cfg.vocab_size,

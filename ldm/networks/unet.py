@@ -62,7 +62,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Block(nn.Sequential):
+class UNetBlock(nn.Sequential):
     """A row of layers, each called with what it needs: (x), (x, emb) or (x, conditioning)."""
 
     def forward(self, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
@@ -102,17 +102,17 @@ class UNet(nn.Module):
             return made
 
         channels = cfg.model_channels
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(cfg.in_channels, channels, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([UNetBlock(nn.Conv2d(cfg.in_channels, channels, 3, padding=1))])
         skips = [channels]
         for level, width in enumerate(widths):
             for _ in range(cfg.num_res_blocks):
-                self.input_blocks.append(Block(*layers(channels, width, level in cfg.attention_levels)))
+                self.input_blocks.append(UNetBlock(*layers(channels, width, level in cfg.attention_levels)))
                 channels = width
                 skips.append(channels)
             if level < len(widths) - 1:
-                self.input_blocks.append(Block(Downsample(channels)))
+                self.input_blocks.append(UNetBlock(Downsample(channels)))
                 skips.append(channels)
-        self.middle_block = Block(*layers(channels, channels, True), ResBlock(channels, channels, emb_dim))
+        self.middle_block = UNetBlock(*layers(channels, channels, True), ResBlock(channels, channels, emb_dim))
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for index in range(cfg.num_res_blocks + 1):
@@ -120,12 +120,12 @@ class UNet(nn.Module):
                 channels = width
                 if level > 0 and index == cfg.num_res_blocks:
                     made.append(Upsample(channels))
-                self.output_blocks.append(Block(*made))
+                self.output_blocks.append(UNetBlock(*made))
         self.out = nn.Sequential(
             nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, cfg.out_channels, 3, padding=1)
         )
 
-    def _run(self, block: Block, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
+    def _run(self, block: UNetBlock, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, emb, cond, use_reentrant=False)
         return block(x, emb, cond)

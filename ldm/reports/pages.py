@@ -18,7 +18,7 @@ import numpy as np
 from ldm.core.errors import MedSoftError
 from ldm.core.files import atomic_file, read_text
 from ldm.data.annotations import scan_folder
-from ldm.data.images import Fit, read_image, to_unit, window_of, write_png
+from ldm.data.images import Fit, intensity_range_of, read_image, to_unit, write_png
 from ldm.data.masks import read_mask
 from ldm.data.samples import Sample
 
@@ -31,7 +31,7 @@ FULL_COLOUR = 0.5  # a change of half the grey range has the strongest colour
 
 
 @dataclass(frozen=True)
-class Picture:
+class ResultImage:
     """A drawn picture with the image it was drawn on.
 
     ``original`` and ``result``: HxW or HxWx3, uint8 or uint16, as in the files; ``soft``: float32 HxW in [0, 1].
@@ -62,11 +62,11 @@ class Picture:
 
     def shown(self) -> tuple[np.ndarray, np.ndarray]:
         """Original and result as float32 in [0, 1], both in the original's window."""
-        window = window_of(self.original, self.sample.meta.get("window"))
+        window = intensity_range_of(self.original, self.sample.meta.get("window"))
         return to_unit(self.original, window), to_unit(self.result, window)
 
 
-def read_results(folder: str | Path) -> list[Sample]:
+def read_all_results(folder: str | Path) -> list[Sample]:
     """All samples of a folder that dataset_infer.py wrote; MedSoftError if one of them cannot be read."""
     samples, rejects = scan_folder(folder)
     if rejects:
@@ -74,7 +74,7 @@ def read_results(folder: str | Path) -> list[Sample]:
     return samples
 
 
-def read_picture(sample: Sample) -> Picture:
+def read_result(sample: Sample) -> ResultImage:
     """Read one drawn sample with its parent. MedSoftError if either is missing or their sizes differ."""
     parent = sample.meta.get("parent_image")
     meta = sample.image.with_name("meta.json")
@@ -88,7 +88,7 @@ def read_picture(sample: Sample) -> Picture:
             f"{sample.image}: {result.dtype} pixels of shape {result.shape}, but its original {parent} has "
             f"{original.dtype} pixels of shape {original.shape}; draw this sample again"
         )
-    return Picture(sample, original, result, read_mask(sample.soft_mask, result.shape, soft=True).values)
+    return ResultImage(sample, original, result, read_mask(sample.soft_mask, result.shape, soft=True).values)
 
 
 def colour(unit: np.ndarray) -> np.ndarray:
@@ -107,7 +107,7 @@ def signed_colours(result: np.ndarray, original: np.ndarray) -> np.ndarray:
     return np.rint(np.stack([red, paler, blue], axis=2) * 255).astype(np.uint8)
 
 
-def take_turns(samples: Sequence[Sample], count: int) -> list[Sample]:
+def interleave(samples: Sequence[Sample], count: int) -> list[Sample]:
     """The first ``count`` samples when lesion types take turns, within each the severe ones first, then by name.
 
     The choice depends on types, severities and names only, never on how good a picture is.
@@ -127,7 +127,7 @@ def take_turns(samples: Sequence[Sample], count: int) -> list[Sample]:
 # ------------------------------------------------------------------------------------------------------ pages
 
 
-def facts(picture: Picture) -> dict[str, Any]:
+def facts(picture: ResultImage) -> dict[str, Any]:
     """The lines under a picture: prompt first, then what is known about it."""
     sample = picture.sample
     values = {
@@ -254,7 +254,7 @@ th { color: var(--soft); font-weight: 600; }
 # ---------------------------------------------------------------------------------------------------- figures
 
 
-def write_sheet(path: str | Path, pictures: Sequence[Picture]) -> None:
+def write_sheet(path: str | Path, pictures: Sequence[ResultImage]) -> None:
     """A PNG with one row per picture: original, result and difference around the lesion, the prompt as caption.
 
     Small images are cut to 96 native pixels and enlarged three times without smoothing.
@@ -277,7 +277,7 @@ def write_sheet(path: str | Path, pictures: Sequence[Picture]) -> None:
     write_png(path, np.asarray(sheet))
 
 
-def _close_up(picture: Picture, tile: int) -> list[np.ndarray]:
+def _close_up(picture: ResultImage, tile: int) -> list[np.ndarray]:
     """Original, result and difference around the lesion, each tile x tile x 3 uint8."""
     zoom = 3 if max(picture.soft.shape) < tile else 1
     window = Fit("crop", tile // zoom, 2.0).window(picture.soft.shape, picture.soft)

@@ -18,7 +18,7 @@ from ldm.config import Config
 from ldm.core.errors import MedSoftError
 from ldm.core.files import free_bytes, read_text
 from ldm.data.annotations import load_samples
-from ldm.data.checks import check_classes, leaks, rows_of, similar_prompts
+from ldm.data.checks import annotation_rows, check_classes, leaks, similar_prompts
 from ldm.data.samples import Sample
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Look:
+class DatasetInspection:
     """What decoding one sample has shown: faults, and numbers for the statistics over the data set."""
 
     sample_id: str
@@ -49,7 +49,7 @@ class Look:
     covered: float = 0.0  # share of the image that the mask marks
 
 
-def look(sample: Sample) -> Look:
+def look(sample: Sample) -> DatasetInspection:
     """Decode all files of a sample."""
     from ldm.data.images import read_image
     from ldm.data.masks import read_anatomy, read_mask
@@ -58,7 +58,7 @@ def look(sample: Sample) -> Look:
     try:
         image = read_image(sample.image)
     except MedSoftError as error:
-        return Look(sample.sample_id, (("sample", str(sample.image), error.cause(sample.image)),))
+        return DatasetInspection(sample.sample_id, (("sample", str(sample.image), error.cause(sample.image)),))
     digest = hashlib.sha256(f"{image.shape}{image.dtype}".encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
     seen: dict[str, Any] = {"digest": digest, "shape": image.shape, "depth": 8 * image.dtype.itemsize}
     if image.min() == image.max():
@@ -70,11 +70,11 @@ def look(sample: Sample) -> Look:
         if sample.anatomy:
             read_anatomy(sample.anatomy, image.shape)
     except MedSoftError as error:
-        return Look(sample.sample_id, (*faults, ("sample", str(sample.image.parent), str(error))), **seen)
+        return DatasetInspection(sample.sample_id, (*faults, ("sample", str(sample.image.parent), str(error))), **seen)
     if mask is not None and not sample.healthy:
         faults += _mask_faults(sample, mask)
         seen["covered"] = float(mask.hard.mean())
-    return Look(sample.sample_id, tuple(faults), **seen)
+    return DatasetInspection(sample.sample_id, tuple(faults), **seen)
 
 
 def _mask_faults(sample: Sample, mask: Any) -> list[tuple[str, str, str]]:
@@ -110,7 +110,7 @@ def check_data(sets: dict[str, Path], workers: int | None = None) -> Iterator[Fi
         for reject in rejects:
             yield Finding("sample", str(reject.file), reject.reason)
     everyone = [sample for group in members.values() for sample in group]
-    looks: dict[str, list[Look]] = {}
+    looks: dict[str, list[DatasetInspection]] = {}
     start = time.perf_counter()
     for name, group in members.items():
         looks[name] = _look_at(group, name, workers)
@@ -125,13 +125,13 @@ def check_data(sets: dict[str, Path], workers: int | None = None) -> Iterator[Fi
     for name, group in members.items():
         digests = {seen.sample_id: seen.digest for seen in looks[name] if seen.digest}
         yield from _repeated(name, looks[name])
-        rows += rows_of(name, group, digests)
+        rows += annotation_rows(name, group, digests)
     for leak in leaks(rows):
         yield Finding("error", " and ".join(sets), leak)
     yield from check_prompts(everyone)
 
 
-def _look_at(samples: list[Sample], name: str, workers: int | None) -> list[Look]:
+def _look_at(samples: list[Sample], name: str, workers: int | None) -> list[DatasetInspection]:
     count = workers or os.cpu_count() or 1
     bar = {"desc": f"looking at {name}", "total": len(samples), "unit": " samples", "disable": None}
     if count == 1 or len(samples) < 50:
@@ -140,7 +140,7 @@ def _look_at(samples: list[Sample], name: str, workers: int | None) -> list[Look
         return list(tqdm(pool.map(look, samples, chunksize=16), **bar))
 
 
-def _about(name: str, samples: list[Sample], looks: list[Look]) -> Iterator[Finding]:
+def _about(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> Iterator[Finding]:
     """What can only be judged over a whole set: classes, depths, sizes, polarity."""
     if name == "train":
         try:
@@ -162,7 +162,7 @@ def _about(name: str, samples: list[Sample], looks: list[Look]) -> Iterator[Find
         yield Finding("error", name, f"{inverted} of {sick} masks look inverted: 1 (white) must be the lesion")
 
 
-def _repeated(name: str, looks: list[Look]) -> Iterator[Finding]:
+def _repeated(name: str, looks: list[DatasetInspection]) -> Iterator[Finding]:
     first: dict[str, str] = {}
     for seen in looks:
         twin = first.setdefault(seen.digest, seen.sample_id) if seen.digest else seen.sample_id
@@ -271,7 +271,7 @@ def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Ite
         yield Finding("error", str(ckpt or config.biomedclip.path), str(error))
 
 
-def check_room(config: Config, sets: dict[str, Path], save_path: Path, devices: int) -> Iterator[Finding]:
+def check_disk_and_memory(config: Config, sets: dict[str, Path], save_path: Path, devices: int) -> Iterator[Finding]:
     """Free disk and memory against what the stage will take."""
     import torch
 

@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 
 from ldm.core.files import remove_partials
 from ldm.data.images import write_png
-from ldm.diffusion.noise import picture_noise
+from ldm.diffusion.noise import image_noise
 from ldm.diffusion.samplers import ddim
 from ldm.training.dataset import StageData
 from ldm.training.records import Records
@@ -21,7 +21,7 @@ from ldm.training.stage import Stage
 TIMES = 3  # in a run, besides the last epoch
 
 
-class Pictures(pl.Callback):
+class PreviewCallback(pl.Callback):
     """Draws the same items with the same noise each time; a row is the original, what is hidden, and the result."""
 
     def __init__(self, folder: Path, records: Records) -> None:
@@ -51,7 +51,7 @@ class Pictures(pl.Callback):
         batch = {key: value.to(stage.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         mask, masked, semantic = net.latent_mask(batch["mask"]), batch["masked_latent"], stage.semantic(batch)
         shape = tuple(masked.shape[1:])
-        noise = torch.stack([picture_noise(0, name, 0, shape) for name in batch["sample_id"]]).to(stage.device)
+        noise = torch.stack([image_noise(0, name, 0, shape) for name in batch["sample_id"]]).to(stage.device)
         empty = stage.empty_text.expand(len(noise), -1, -1)
 
         def predict(x: Tensor, t: int, index: int) -> Tensor:

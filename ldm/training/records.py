@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldm.config import GROUPS
 from ldm.core.errors import MedSoftError
 from ldm.core.files import write_text
-from ldm.training.stage import Stage, Step
+from ldm.training.stage import Stage, TrainingStep
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Records(pl.Callback):
                 self._write(step, items / elapsed)
             self.bar.update(steps[-1].step - self.bar.n)
 
-    def _write(self, step: Step, items_per_second: float) -> None:
+    def _write(self, step: TrainingStep, items_per_second: float) -> None:
         loss = sum(loss for loss, _ in step.batches) / len(step.batches)
         row = {"epoch": step.epoch, "step": step.step, "loss": loss}
         row |= {f"lr_{name}": value for name, value in step.learning_rates.items()}

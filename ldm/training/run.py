@@ -23,11 +23,11 @@ from ldm.core.files import fingerprint, free_bytes, sha256_file
 from ldm.core.locks import exclusive
 from ldm.data.annotations import load_samples, write_rejects
 from ldm.data.checks import (
+    annotation_rows,
     check_classes,
     check_disjoint,
     check_rejected,
     damaged_files,
-    rows_of,
     warn_of_similar_prompts,
 )
 from ldm.data.preparation import sample_identity
@@ -38,7 +38,7 @@ from ldm.training.callbacks import AtomicCheckpointIO, KeepWork, WatchMovement, 
 from ldm.training.dataset import Item, StageData, training_items
 from ldm.training.estimates import GIB, Disk, stage_disk, stage_memory
 from ldm.training.feature_cache import FeatureCache, cache_size
-from ldm.training.previews import Pictures
+from ldm.training.previews import PreviewCallback
 from ldm.training.records import Records
 from ldm.training.stage import (
     STEP_PARTS,
@@ -65,7 +65,7 @@ def run_stage(args: argparse.Namespace, config: Config) -> int:
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)  # one voice is enough
     log.info("%s", as_yaml(config))
-    data = Data(args, config)
+    data = TrainingInputs(args, config)
     source = read_checkpoint(args.ckpt)
     check_preparation(source, config)
     if args.dry_run:
@@ -79,7 +79,7 @@ def run_stage(args: argparse.Namespace, config: Config) -> int:
     return _run(args, config, data, source)
 
 
-class Data:
+class TrainingInputs:
     """Training and validation items after the fast checks, and what was left out."""
 
     def __init__(self, args: argparse.Namespace, config: Config) -> None:
@@ -103,7 +103,9 @@ class Data:
         for split, known in self.identities:
             digests[split][known[0]] = known[-1][0]  # of the image file
         names = {"train": "training", "val": "validation"}
-        check_disjoint([row for split in samples for row in rows_of(names[split], samples[split], digests[split])])
+        check_disjoint(
+            [row for split in samples for row in annotation_rows(names[split], samples[split], digests[split])]
+        )
 
     def _read(self, split: str, path: Path, config: Config) -> list[Item]:
         samples, missing = load_samples(path)
@@ -158,7 +160,7 @@ def say_skipped(rejects: list[Reject]) -> None:
         log.warning("... %d more skipped", len(rejects) - SHOWN_REJECTS)
 
 
-def identity(args: argparse.Namespace, config: Config, data: Data) -> str:
+def run_identity(args: argparse.Namespace, config: Config, data: TrainingInputs) -> str:
     """Fingerprint of everything that decides the weights: settings, data and the first weights."""
     settings = dataclasses.asdict(config)
     for key in FREE_SETTINGS:
@@ -222,7 +224,7 @@ def announce(net: MedSoftModel, config: Config, source: Checkpoint) -> None:
         )
 
 
-def state_disk(args: argparse.Namespace, config: Config, data: Data) -> Disk:
+def state_disk(args: argparse.Namespace, config: Config, data: TrainingInputs) -> Disk:
     """Say what the run will write; MedSoftError where not even two checkpoints fit."""
     disk = stage_disk(config, cache_size(config, data.all_items))
     free = free_bytes(args.save_path)
@@ -256,7 +258,7 @@ def size(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
-def dry_run(args: argparse.Namespace, config: Config, data: Data, source: Checkpoint) -> int:
+def dry_run(args: argparse.Namespace, config: Config, data: TrainingInputs, source: Checkpoint) -> int:
     """Everything that can be said without training, including whether the checkpoint fits."""
     trainer = make_trainer(args, config, [])
     clip = BiomedClip(config.biomedclip.path)
@@ -274,8 +276,8 @@ def dry_run(args: argparse.Namespace, config: Config, data: Data, source: Checkp
 # ------------------------------------------------------------------------------------------------ training
 
 
-def _run(args: argparse.Namespace, config: Config, data: Data, source: Checkpoint) -> int:
-    run = identity(args, config, data)
+def _run(args: argparse.Namespace, config: Config, data: TrainingInputs, source: Checkpoint) -> int:
+    run = run_identity(args, config, data)
     previous = previous_run(args, run)
     if previous and previous.about.get("complete"):
         log.info("%s: already complete (%d steps)", args.save_path, previous.about["step"])
@@ -283,7 +285,7 @@ def _run(args: argparse.Namespace, config: Config, data: Data, source: Checkpoin
     training = config.training
     records, keep = Records(args.save_path), KeepWork(args.save_path, training.save_every_minutes, training.keep_best)
     draws = training.pictures > 0 and training.objective == "diffusion"
-    callbacks = [records, WatchMovement(), keep, *([Pictures(args.save_path, records)] if draws else [])]
+    callbacks = [records, WatchMovement(), keep, *([PreviewCallback(args.save_path, records)] if draws else [])]
     trainer = make_trainer(args, config, callbacks)
     half, device = trainer.precision == "bf16-mixed", trainer.strategy.root_device
 
@@ -352,7 +354,7 @@ def make_trainer(args: argparse.Namespace, config: Config, callbacks: list[pl.Ca
 def _fit(
     args: argparse.Namespace,
     stage: Stage,
-    data: Data,
+    data: TrainingInputs,
     features: FeatureCache,
     trainer: pl.Trainer,
     keep: KeepWork,

@@ -30,7 +30,7 @@ STEP_PARTS = ("unet", "msc")  # what a training step runs; the other parts only 
 EMA_WARM_UP = 10  # steps: the average follows closely at first, when it holds the starting weights
 
 
-class Taken(NamedTuple):
+class PendingStep(NamedTuple):
     """An optimizer step whose numbers may still be on their way from the device."""
 
     step: int  # counted from 1
@@ -40,7 +40,7 @@ class Taken(NamedTuple):
     numbers: Callable[[], Tensor]  # of each batch (loss, items, stop, save), then the norm of each group, then of all
 
 
-class Step(NamedTuple):
+class TrainingStep(NamedTuple):
     """What is known of an optimizer step. Loss and items are those of the global batches."""
 
     step: int  # counted from 1
@@ -88,8 +88,8 @@ class Stage(pl.LightningModule):
         decay = config.training.ema_decay
         self.average = {key: value.detach().clone() for key, value in self.trained.items()} if decay else None
         self.batches: list[tuple[list[str], Tensor, Tensor]] = []  # since the last step: (ids, losses, numbers)
-        self.taken: deque[Taken] = deque()
-        self.steps: list[Step] = []  # read, and not yet recorded
+        self.taken: deque[PendingStep] = deque()
+        self.steps: list[TrainingStep] = []  # read, and not yet recorded
         self.stop_asked = self.save_asked = False  # what this process wants
         self.stop_agreed = self.save_agreed = False  # what one of the processes wants
 
@@ -242,7 +242,9 @@ class Stage(pl.LightningModule):
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         numbers = [told for _, _, told in self.batches] + [torch.stack([*norms.values(), total]).double()]
         shares = [(ids, losses) for ids, losses, _ in self.batches]
-        self.taken.append(Taken(self.global_step + 1, self.current_epoch, rates, shares, on_host(torch.cat(numbers))))
+        self.taken.append(
+            PendingStep(self.global_step + 1, self.current_epoch, rates, shares, on_host(torch.cat(numbers)))
+        )
         self.batches = []
         self.read(steps_behind(self.device))
 
@@ -259,9 +261,9 @@ class Stage(pl.LightningModule):
             self.save_agreed |= any(save > 0 for *_, save in batches)
             means = [(loss / world, int(items)) for loss, items, *_ in batches]
             named = dict(zip(self.groups, norms, strict=True))
-            self.steps.append(Step(taken.step, taken.epoch, taken.learning_rates, named, means))
+            self.steps.append(TrainingStep(taken.step, taken.epoch, taken.learning_rates, named, means))
 
-    def _refuse_not_finite(self, taken: Taken, batch_losses: list[float], norm: float) -> None:
+    def _refuse_not_finite(self, taken: PendingStep, batch_losses: list[float], norm: float) -> None:
         """MedSoftError if a loss of the global batches or the norm of all gradients is not finite."""
         wrong = next((loss for loss in batch_losses if not math.isfinite(loss)), None)
         if wrong is not None:

@@ -33,7 +33,7 @@ CHILD_ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Step:
+class PlanStep:
     """One command of a plan and the files or folders (relative to the repository root) it leaves."""
 
     name: str
@@ -76,11 +76,11 @@ class Plan:
 
     name: str
     output_dir: str
-    steps: tuple[Step, ...]
+    steps: tuple[PlanStep, ...]
 
 
 @dataclass
-class Record:
+class PlanRecord:
     """What ``output_dir/stages.json`` knows about the plan's steps, by name."""
 
     plan: Plan
@@ -91,16 +91,16 @@ class Record:
         """The JSON file it is kept in."""
         return ROOT / self.plan.output_dir / STATE_FILE
 
-    def known(self, step: Step) -> dict[str, Any]:
+    def known(self, step: PlanStep) -> dict[str, Any]:
         """The step's entry if its command and settings are still the same, else an empty one."""
         entry = self.entries.get(step.name, {})
         return entry if entry.get("fingerprint") == step.fingerprint else {}
 
-    def done(self, step: Step) -> bool:
+    def done(self, step: PlanStep) -> bool:
         """Whether the step ended well with its present command and settings, and its outputs are there."""
         return self.known(step).get("exit_code") in DONE_CODES and not step.missing
 
-    def outdated(self, step: Step, before: Collection[Step]) -> bool:
+    def outdated(self, step: PlanStep, before: Collection[PlanStep]) -> bool:
         """Whether what the step left is not the plan's: made with other settings, or older than one of ``before``."""
         if step.name not in self.entries:
             return False
@@ -109,14 +109,14 @@ class Record:
             return True
         return any(entry["finished"] > known[step]["finished"] for entry in known.values())
 
-    def begin(self, step: Step) -> None:
+    def begin(self, step: PlanStep) -> None:
         """Before a step runs: it and all after it are no longer done, whatever happens to this process."""
         for later in self.plan.steps[self.plan.steps.index(step) :]:
             if later.name in self.entries:
                 self.entries[later.name]["exit_code"] = None
         self._write()
 
-    def add(self, step: Step, seconds: float, exit_code: int) -> None:
+    def add(self, step: PlanStep, seconds: float, exit_code: int) -> None:
         """Keep the outcome of a run; its time adds to what was already spent on this step with these settings."""
         self.entries[step.name] = {
             "name": step.name,
@@ -133,7 +133,7 @@ class Record:
         write_json(self.path, {"plan": self.plan.name, "steps": steps})
 
 
-def parse_steps(items: list[Any], where: str) -> tuple[Step, ...]:
+def parse_steps(items: list[Any], where: str) -> tuple[PlanStep, ...]:
     """The steps of a plan from its YAML; UsageError, beginning with ``where``, for any fault."""
     if not items:
         raise UsageError(f"{where}steps: expected at least one step, found none")
@@ -145,7 +145,7 @@ def parse_steps(items: list[Any], where: str) -> tuple[Step, ...]:
     return steps
 
 
-def _parse_step(item: Any, where: str) -> Step:
+def _parse_step(item: Any, where: str) -> PlanStep:
     check_keys(item, {"name": str, "run": str, "makes": list}, f"{where}: ", optional=("makes",))
     makes = item.get("makes", [])
     if not all(isinstance(path, str) and path.strip() for path in makes):
@@ -156,7 +156,7 @@ def _parse_step(item: Any, where: str) -> Step:
         raise UsageError(f"{where}: run: not understood as a command ({error}): {item['run']}") from error
     if not words:
         raise UsageError(f"{where}: run: expected a command, found nothing")
-    return Step(item["name"], item["run"].strip(), tuple(makes))
+    return PlanStep(item["name"], item["run"].strip(), tuple(makes))
 
 
 def check_keys(values: Any, kinds: dict[str, type], where: str, optional: Collection[str] = ()) -> None:
@@ -174,9 +174,9 @@ def check_keys(values: Any, kinds: dict[str, type], where: str, optional: Collec
             raise UsageError(f"{where}{key}: expected {expected}, found {values.get(key)!r}")
 
 
-def load_record(plan: Plan) -> Record:
+def load_record(plan: Plan) -> PlanRecord:
     """The record in the plan's output folder; empty without one. MedSoftError if it cannot be understood."""
-    record = Record(plan)
+    record = PlanRecord(plan)
     if not record.path.exists():
         return record
     stored = read_json(record.path, "record of finished steps")
@@ -204,7 +204,7 @@ def hang_up_with_terminal() -> None:
 
 
 def run_steps(
-    record: Record, chosen: Collection[str], again: str, forced: Collection[str] = (), overwrite: bool = False
+    record: PlanRecord, chosen: Collection[str], again: str, forced: Collection[str] = (), overwrite: bool = False
 ) -> int:
     """Run the chosen steps of a plan that are not done, and the forced ones; 0, or the code of the one that failed.
 
@@ -230,7 +230,7 @@ def run_steps(
     return cli.DONE
 
 
-def run_step(record: Record, step: Step, number: int, overwrite: bool = False) -> int:
+def run_step(record: PlanRecord, step: PlanStep, number: int, overwrite: bool = False) -> int:
     """Run one step, keep its outcome and return its exit code (128 + n when signal n ended it).
 
     With ``overwrite`` a step that refuses is run again with ``--overwrite``: the step itself knows what is its own work
@@ -264,7 +264,7 @@ def run_step(record: Record, step: Step, number: int, overwrite: bool = False) -
     return code
 
 
-def _run_child(words: list[str], step: Step) -> int:
+def _run_child(words: list[str], step: PlanStep) -> int:
     # A process group of its own: Ctrl-C reaches the child once, from here, and its own children with it.
     try:
         child = subprocess.Popen(words, cwd=ROOT, env={**CHILD_ENVIRONMENT, **os.environ}, process_group=0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.core.errors import UsageError
 from ldm.core.files import read_text
-from ldm.workflow.plans import ROOT, Plan, Step, check_keys, parse_steps
+from ldm.workflow.plans import ROOT, Plan, PlanStep, check_keys, parse_steps
 
 TEST_WORLDS = 10_000  # the test patients of phantom world n are those of phantom seed n + 10000
 USES = ("mix", "pretrain", "duplicate_real")
@@ -24,7 +24,7 @@ class World:
     train: str
     val: str
     test: str
-    steps: tuple[Step, ...] = ()
+    steps: tuple[PlanStep, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Design:
     checkpoint: str = ""
     model: str = ""
     draw: str = ""
-    steps: tuple[Step, ...] = ()
+    steps: tuple[PlanStep, ...] = ()
 
     def folder(self, *parts: str) -> str:
         """A path below the output folder, as it stands in commands."""
@@ -79,7 +79,7 @@ class CellStep:
     ratio: float | None
     seed: int
     folder: str
-    step: Step
+    step: PlanStep
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def added_path(design: Design, world: World, arm: Arm) -> str:
     return design.folder(world.name, f"train_{arm.name}.json")
 
 
-def generator_steps(design: Design, world: World, name: str) -> tuple[Step, ...]:
+def generator_steps(design: Design, world: World, name: str) -> tuple[PlanStep, ...]:
     """Convert, train the stages in order, draw. What stands before ``merge`` starts from the converted checkpoint,
     what stands behind it from the checkpoint before it."""
     generator, home = design.generators[name], design.folder(world.name, "generators", name)
@@ -171,9 +171,9 @@ def label(arm: Arm, ratio: float | None) -> str:
     return arm.name if ratio is None else f"{arm.name}_{ratio:g}"
 
 
-def command(name: str, words: list[str], makes: str) -> Step:
+def command(name: str, words: list[str], makes: str) -> PlanStep:
     """A step that runs ``python`` with these words and leaves ``makes``."""
-    return Step(name, shlex.join(["python", *words]), (makes,))
+    return PlanStep(name, shlex.join(["python", *words]), (makes,))
 
 
 # ------------------------------------------------------------------------------------------------------- the YAML

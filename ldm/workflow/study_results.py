@@ -80,7 +80,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonDesign:
     """Which arms are compared: ``main`` at ``ratio`` minus ``control`` is the claim, ``baseline`` has nothing added."""
 
     baseline: str
@@ -120,7 +120,7 @@ def interval(values: Sequence[float]) -> Interval:
 class Study:
     """All finished cells, looked at together."""
 
-    def __init__(self, cells: Iterable[Cell], comparison: Comparison) -> None:
+    def __init__(self, cells: Iterable[Cell], comparison: ComparisonDesign) -> None:
         self.cells = list(cells)
         self.comparison = comparison
         self._known = {(cell.treatment, cell.world, cell.seed): cell.values for cell in self.cells}
@@ -338,7 +338,7 @@ def timing(seconds: Mapping[Any, float | None], generators: Mapping[str, float])
     return f"{', '.join(parts)}; {total:.2f} h together." if parts else "not recorded."
 
 
-def write_report(
+def write_study_report(
     folder: Path,
     name: str,
     study: Study,

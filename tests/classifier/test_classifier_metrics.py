@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from ldm.classifier.metrics import BINS, RESAMPLES, measure, point_values
+from ldm.classifier.metrics import BINS, RESAMPLES, compute_metrics, point_values
 
 
 def make_predictions(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +93,7 @@ def test_intervals_are_those_of_resampled_patients() -> None:
         rows = np.concatenate([np.flatnonzero(owner == patient) for patient in rng.integers(40, size=40)])
         for name, number in plain.items():
             values[name].append(number(labels[rows] == 1, probabilities[rows, 1]))
-    measured = measure(labels, probabilities, [f"p{number}" for number in owner])
+    measured = compute_metrics(labels, probabilities, [f"p{number}" for number in owner])
     for name, drawn in values.items():
         found = measured[name]
         assert [found["low"], found["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.02), name
@@ -103,15 +103,15 @@ def test_intervals_are_those_of_resampled_patients() -> None:
 def test_more_images_of_the_same_patients_do_not_narrow_the_interval() -> None:
     labels, probabilities = make_predictions(40, 2)
     patients = [f"p{number}" for number in range(40)]
-    once = measure(labels, probabilities, patients)["auc"]
-    again = measure(np.tile(labels, 5), np.tile(probabilities, (5, 1)), patients * 5)["auc"]
+    once = compute_metrics(labels, probabilities, patients)["auc"]
+    again = compute_metrics(np.tile(labels, 5), np.tile(probabilities, (5, 1)), patients * 5)["auc"]
     assert again == pytest.approx(once)
 
 
 def test_resamples_of_one_class_are_skipped_and_counted() -> None:
     labels = np.array([1, 0, 0, 0, 0, 0])
     probabilities = np.array([[0.3, 0.7], [0.8, 0.2], [0.4, 0.6], [0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
-    measured = measure(labels, probabilities, list("abcdef"))
+    measured = compute_metrics(labels, probabilities, list("abcdef"))
     # the diseased patient is left out of a resample with probability (5/6)^6 = 0.335
     assert measured["auc"]["skipped"] == pytest.approx(0.335 * RESAMPLES, rel=0.15)
     assert measured["accuracy"]["skipped"] == 0
@@ -120,11 +120,11 @@ def test_resamples_of_one_class_are_skipped_and_counted() -> None:
 
 def test_what_is_undefined_is_none_and_one_patient_has_no_interval() -> None:
     labels, probabilities = np.zeros(4, int), np.array([[0.9, 0.1]] * 4)
-    measured = measure(labels, probabilities, list("abcd"))
+    measured = compute_metrics(labels, probabilities, list("abcd"))
     for name in ("auc", "average_precision", "balanced_accuracy", "precision", "recall", "f1"):
         assert measured[name] == {"value": None, "low": None, "high": None, "skipped": RESAMPLES}, name
     assert measured["specificity"]["value"] == 1
-    single = measure(*make_predictions(20, 2), ["same"] * 20)
+    single = compute_metrics(*make_predictions(20, 2), ["same"] * 20)
     assert single["auc"]["value"] is not None
     assert (single["auc"]["low"], single["auc"]["high"]) == (None, None)
 
@@ -132,13 +132,13 @@ def test_what_is_undefined_is_none_and_one_patient_has_no_interval() -> None:
 def test_same_seed_same_interval() -> None:
     labels, probabilities = make_predictions(30, 2)
     patients = [f"p{number}" for number in range(30)]
-    assert measure(labels, probabilities, patients, 1) == measure(labels, probabilities, patients, 1)
-    assert measure(labels, probabilities, patients, 1) != measure(labels, probabilities, patients, 2)
+    assert compute_metrics(labels, probabilities, patients, 1) == compute_metrics(labels, probabilities, patients, 1)
+    assert compute_metrics(labels, probabilities, patients, 1) != compute_metrics(labels, probabilities, patients, 2)
 
 
 def test_a_thousand_resamples_take_moments() -> None:
     labels, probabilities = make_predictions(1500, 2)
     patients = [f"p{number // 2}" for number in range(1500)]
     start = time.process_time()
-    measure(labels, probabilities, patients)
+    compute_metrics(labels, probabilities, patients)
     assert time.process_time() - start < 3

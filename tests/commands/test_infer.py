@@ -183,14 +183,14 @@ def test_batch_size_does_not_change_the_picture(
     """Noise is equal bit for bit; pixels differ by a grey level at most."""
     import ldm.inference.inpainter
 
-    plain, noises = ldm.inference.inpainter.picture_noise, {}
+    plain, noises = ldm.inference.inpainter.image_noise, {}
 
-    def picture_noise(*name: Any) -> torch.Tensor:
+    def image_noise(*name: Any) -> torch.Tensor:
         made = plain(*name)
         noises.setdefault(name, []).append(made)
         return made
 
-    monkeypatch.setattr(ldm.inference.inpainter, "picture_noise", picture_noise)
+    monkeypatch.setattr(ldm.inference.inpainter, "image_noise", image_noise)
     for size in (1, 8):
         given = ["--train_json", world / TRAIN, "--limit", 4, "--variants", 2, "--batch_size", size]
         assert infer(final, tmp_path / str(size), *given) == 0

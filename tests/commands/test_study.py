@@ -30,7 +30,7 @@ from ldm.core.files import write_json
 from ldm.core.locks import exclusive
 from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
-from ldm.workflow.plans import Plan, Record, Step
+from ldm.workflow.plans import Plan, PlanRecord, PlanStep
 
 ROOT = tiny.ROOT
 SCRIPT = ROOT / "tool" / "study.py"
@@ -396,8 +396,8 @@ def test_cells_of_other_settings_are_left_out_and_counted(write_study, tmp_path:
 
 
 def test_a_cell_is_outdated_once_its_generator_was_made_anew() -> None:
-    made, cell = Step("train", "python train"), Step("cell", "python cell")
-    record = Record(Plan("p", "nowhere", (made, cell)))
+    made, cell = PlanStep("train", "python train"), PlanStep("cell", "python cell")
+    record = PlanRecord(Plan("p", "nowhere", (made, cell)))
     assert not record.outdated(cell, [made])  # nothing is known of it
     entries = {
         step.name: {"fingerprint": step.fingerprint, "finished": f"2026-01-0{day}"}

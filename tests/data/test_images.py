@@ -14,16 +14,16 @@ from PIL import Image, PngImagePlugin
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.image_checks import FileError
 from ldm.data.images import (
+    CropWindow,
     Fit,
-    Window,
     composite,
     encode_png,
     from_unit,
+    intensity_range_of,
     is_grey,
     read_image,
     read_labels,
     to_unit,
-    window_of,
     write_png,
 )
 
@@ -269,15 +269,15 @@ def test_png_text_of_others_does_not_disturb(tmp_path: Path) -> None:
 
 
 def test_window_is_the_whole_range_for_8_bit_and_percentiles_for_16() -> None:
-    assert window_of(pixels((9, 9))) == (0.0, 255.0)
+    assert intensity_range_of(pixels((9, 9))) == (0.0, 255.0)
     deep = np.arange(1000, dtype=np.uint16).reshape(20, 50)
-    low, high = window_of(deep)
+    low, high = intensity_range_of(deep)
     assert (low, high) == (pytest.approx(4.995), pytest.approx(994.005))
-    assert window_of(deep, [100, 300]) == (100.0, 300.0)
+    assert intensity_range_of(deep, [100, 300]) == (100.0, 300.0)
     sparse = np.zeros((100, 100), np.uint16)
     sparse[0, 0] = 900
-    assert window_of(sparse) == (0.0, 900.0)
-    assert window_of(np.full((3, 3), 7, np.uint16)) == (7.0, 8.0)
+    assert intensity_range_of(sparse) == (0.0, 900.0)
+    assert intensity_range_of(np.full((3, 3), 7, np.uint16)) == (7.0, 8.0)
 
 
 def test_a_12_bit_image_is_neither_white_nor_black() -> None:
@@ -290,7 +290,7 @@ def test_a_12_bit_image_is_neither_white_nor_black() -> None:
 @pytest.mark.parametrize("given_window", [[3, 1], [1, 1], [1], "no", [0, float("nan")]])
 def test_impossible_window_is_refused(given_window: object) -> None:
     with pytest.raises(MedSoftError, match="window: expected"):
-        window_of(pixels((3, 3), np.uint16), given_window)
+        intensity_range_of(pixels((3, 3), np.uint16), given_window)
 
 
 @FEW
@@ -321,7 +321,7 @@ def test_composite_changes_nothing_outside_and_everything_inside(
     image = pixels((*size, 3) if colour else size, dtype, seed)
     soft = np.where(rng.random(size) < 0.5, 0, rng.choice([1 / 255, 0.5, 1], size)).astype(np.float32)
     fresh = rng.random((*size, 3)).astype(np.float32)
-    window = window_of(image)
+    window = intensity_range_of(image)
     result = composite(image, fresh, soft, window)
     assert result.dtype == dtype
     assert result.shape == image.shape
@@ -419,24 +419,24 @@ def test_native_crop_is_pixel_exact_both_ways(height: int, width: int, seed: int
 def test_crop_is_centred_on_the_lesion_with_context_and_stays_inside() -> None:
     mask = np.zeros((200, 300), np.float32)
     mask[90:110, 100:130] = 1
-    assert Fit("crop", 32, 2.0).window(mask.shape, mask) == Window(70, 85, 60, 60, 32)
+    assert Fit("crop", 32, 2.0).window(mask.shape, mask) == CropWindow(70, 85, 60, 60, 32)
     mask = np.zeros((200, 300), np.float32)
     mask[0:20, 290:300] = 1
-    assert Fit("crop", 32, 2.0).window(mask.shape, mask) == Window(0, 260, 40, 40, 32)
+    assert Fit("crop", 32, 2.0).window(mask.shape, mask) == CropWindow(0, 260, 40, 40, 32)
 
 
 def test_crop_moves_off_the_lesion_to_hold_a_one_sided_support() -> None:
     mask = np.zeros((200, 300), np.float32)
     mask[100:110, 100:110] = 1
     mask[100:110, 110:130] = 0.2
-    assert Fit("crop", 32, 1.0).window(mask.shape, mask) == Window(89, 98, 32, 32, 32)
+    assert Fit("crop", 32, 1.0).window(mask.shape, mask) == CropWindow(89, 98, 32, 32, 32)
 
 
 def test_pad_repeats_the_border_and_resize_stretches() -> None:
     image = np.arange(8, dtype=np.float32).reshape(2, 4)
     padded = Fit("pad", 4).window(image.shape).forward(image)
     np.testing.assert_array_equal(padded, image[[0, 0, 1, 1]])
-    assert Fit("resize", 4).window(image.shape) == Window(0, 0, 2, 4, 4)
+    assert Fit("resize", 4).window(image.shape) == CropWindow(0, 0, 2, 4, 4)
     assert Fit("crop", 4).window(image.shape, np.zeros((2, 4))) == Fit("pad", 4).window(image.shape)
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from ldm.config import DataConfig
 from ldm.data.images import composite, encode_png, read_image, to_unit, with_alpha
 from ldm.data.masks import Mask
-from ldm.data.preparation import fit_picture
+from ldm.data.preparation import fit_sample
 from ldm.data.samples import Sample
 
 MODES = ("1", "L", "LA", "P", "P+tRNS", "RGB", "RGBA", "I;16", "JPEG", "grey RGB")
@@ -81,7 +81,7 @@ def test_outside_the_support_every_reader_sees_the_same_pixels(
     hard[top : top + int(rng.integers(1, 12)), left : left + int(rng.integers(1, 12))] = True
     sample = Sample("a", path, None, "lesion", (0,) * 4, "a")
     data = DataConfig(image_size=32, fit=fit, feather=feather, feather_unit="pixels")
-    picture = fit_picture(sample, original, Mask(hard.astype(np.float32)), data)
+    picture = fit_sample(sample, original, Mask(hard.astype(np.float32)), data)
     assert picture.mask.max() == 1  # the lesion reaches the model, however small
 
     square = rng.random((32, 32, 3), dtype=np.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm import config
 from ldm.config import DiffusionConfig
 from ldm.diffusion import samplers
-from ldm.diffusion.noise import picture_noise
+from ldm.diffusion.noise import image_noise
 from ldm.diffusion.samplers import DifferentialMask, ddim, dpmpp_2m, guided_steps, leading_timesteps, rescaled
 from ldm.diffusion.schedule import NoiseSchedule
 
@@ -191,7 +191,7 @@ def test_rescaled_guidance_has_the_contrast_of_the_prompt_alone() -> None:
 
 
 def test_picture_noise_depends_on_names_only() -> None:
-    first = picture_noise(0, "patient/a", 0, (4, 8, 8))
-    assert torch.equal(first, picture_noise(0, "patient/a", 0, (4, 8, 8)))
+    first = image_noise(0, "patient/a", 0, (4, 8, 8))
+    assert torch.equal(first, image_noise(0, "patient/a", 0, (4, 8, 8)))
     for other in ((1, "patient/a", 0), (0, "patient/b", 0), (0, "patient/a", 1)):
-        assert not torch.equal(first, picture_noise(*other, (4, 8, 8)))
+        assert not torch.equal(first, image_noise(*other, (4, 8, 8)))

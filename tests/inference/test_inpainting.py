@@ -13,8 +13,8 @@ from torch import Tensor
 from ldm.bench.common import diffusers_pipeline
 from ldm.config import SWITCHES, Config, load_config
 from ldm.data.annotations import load_samples
-from ldm.data.preparation import Picture, prepare
-from ldm.diffusion.noise import picture_noise
+from ldm.data.preparation import PreparedSample, prepare
+from ldm.diffusion.noise import image_noise
 from ldm.inference.inpainter import Inpainter, Job, load_inpainter
 from ldm.networks.model import hide
 
@@ -32,7 +32,7 @@ def inpainter(ckpt: Path, overrides: Sequence[str] = ()) -> Inpainter:
 
 
 @pytest.fixture
-def soft_pictures(world: Path) -> Callable[[Config], list[Picture]]:
+def soft_pictures(world: Path) -> Callable[[Config], list[PreparedSample]]:
     sick = [sample for sample in load_samples(world / TRAIN)[0] if not sample.healthy][:2]
     return lambda config: [prepare(sample, config.data, 0, 0) for sample in sick]
 
@@ -64,7 +64,7 @@ def test_all_four_off_with_a_hard_mask_is_plain_inpainting(converted: Path) -> N
         masked_image_latents=theirs.vae.encode(hide(image, mask)).latent_dist.mode() * scale,
         prompt_embeds=text,
         negative_prompt_embeds=empty,
-        latents=torch.stack([picture_noise(3, name, 0, (4, 16, 16)) for name in ("a", "b")]),
+        latents=torch.stack([image_noise(3, name, 0, (4, 16, 16)) for name in ("a", "b")]),
         height=64,
         width=64,
         num_inference_steps=4,
@@ -78,7 +78,7 @@ def test_all_four_off_with_a_hard_mask_is_plain_inpainting(converted: Path) -> N
 
 
 def test_each_of_the_four_ways_can_be_switched_off(
-    final: Path, soft_pictures: Callable[[Config], list[Picture]]
+    final: Path, soft_pictures: Callable[[Config], list[PreparedSample]]
 ) -> None:
     drawn = {}
     for off in (None, *OFF):

@@ -12,9 +12,9 @@ from tiny import CLIP, MODELS, SD, convert
 from ldm.checkpoints.checkpoint import PREFIXES, load_parts, read_checkpoint
 from ldm.config import Config, load_config
 from ldm.data.images import write_png
-from ldm.data.preparation import Picture, prepare
+from ldm.data.preparation import PreparedSample, prepare
 from ldm.data.samples import Sample
-from ldm.diffusion.noise import picture_noise
+from ldm.diffusion.noise import image_noise
 from ldm.inference.inpainter import Inpainter, Job
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel
@@ -73,7 +73,7 @@ def pipeline(net: MedSoftModel, config: Config, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def picture(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Picture:
+def picture(config: Config, tmp_path_factory: pytest.TempPathFactory) -> PreparedSample:
     """A smooth colour picture of the model's size, with a hard mask along the latent grid."""
     folder, side, cell = tmp_path_factory.mktemp("sample"), config.data.image_size, config.autoencoder.factor
     coarse = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
@@ -87,14 +87,14 @@ def picture(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Picture
     return made
 
 
-def drawn_by_diffusers(pipeline: Any, picture: Picture, jobs: list[Job], config: Config) -> np.ndarray:
+def drawn_by_diffusers(pipeline: Any, picture: PreparedSample, jobs: list[Job], config: Config) -> np.ndarray:
     """(B, S, S, 3) in [0, 1]. The masked-image latent is the mode, which diffusers samples if it is left to encode."""
     side = config.data.image_size
     image = Image.fromarray(picture.original)
     masked = pipeline.image_processor.preprocess(image, height=side, width=side)
     masked = masked * ~torch.from_numpy(picture.hard)
     latent = pipeline.vae.encode(masked).latent_dist.mode() * pipeline.vae.config.scaling_factor
-    noise = [picture_noise(job.seed, job.sample_id, job.variant, tuple(latent.shape[1:])) for job in jobs]
+    noise = [image_noise(job.seed, job.sample_id, job.variant, tuple(latent.shape[1:])) for job in jobs]
     return pipeline(
         prompt=[job.prompt for job in jobs],
         image=[image] * len(jobs),
@@ -111,7 +111,9 @@ def drawn_by_diffusers(pipeline: Any, picture: Picture, jobs: list[Job], config:
 
 
 @torch.no_grad()
-def test_inpainting_agrees_with_diffusers(net: MedSoftModel, pipeline: Any, picture: Picture, config: Config) -> None:
+def test_inpainting_agrees_with_diffusers(
+    net: MedSoftModel, pipeline: Any, picture: PreparedSample, config: Config
+) -> None:
     jobs = [Job(seed=3, sample_id="s", variant=index, prompt=prompt) for index, prompt in enumerate(PROMPTS)]
     expected = drawn_by_diffusers(pipeline, picture, jobs, config)
     inpainter = Inpainter(net, BiomedClip(CLIP), config)
@@ -131,7 +133,9 @@ def test_inpainting_agrees_with_diffusers(net: MedSoftModel, pipeline: Any, pict
 
 
 @torch.no_grad()
-def test_prompt_and_third_attention_change_the_picture(net: MedSoftModel, picture: Picture, config: Config) -> None:
+def test_prompt_and_third_attention_change_the_picture(
+    net: MedSoftModel, picture: PreparedSample, config: Config
+) -> None:
     """What the agreement above would not notice if it were ignored on both sides."""
     inpainter = Inpainter(net, BiomedClip(CLIP), config)
 

@@ -13,7 +13,7 @@ from tiny import TRAIN, infer, metas
 
 from ldm.data.images import read_image, write_png
 from ldm.data.seam import border_gradient, gradient_ratio, hard_composite
-from ldm.inference.gallery import PANELS, TILE, measures, write_report
+from ldm.inference.gallery import PANELS, TILE, measures, write_gallery
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -82,7 +82,7 @@ def test_report_is_made_again_where_it_is_missing_and_kept_where_not(
     gone = min(before)
     gone.unlink()
     (tmp_path / "out" / "report_files" / "removed__v0.png").write_bytes(b"of a picture that is no longer there")
-    write_report(tmp_path / "out")
+    write_gallery(tmp_path / "out")
     after = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "report_files").iterdir()}
     assert set(after) == set(before)
     changed = {file for file in before if after[file] != before[file]}
@@ -90,17 +90,17 @@ def test_report_is_made_again_where_it_is_missing_and_kept_where_not(
 
 
 def test_the_numbers_are_those_of_the_pixels(tmp_path: Path) -> None:
-    from ldm.reports.pages import read_picture, read_results
+    from ldm.reports.pages import read_all_results, read_result
 
     write_png(tmp_path / "p.png", np.full((32, 32), 100, np.uint8))
     drawn(tmp_path / "out" / "a__v0", 0, tmp_path / "p.png", "lytic <b>lesion</b>")
-    (picture,) = map(read_picture, read_results(tmp_path / "out"))
+    (picture,) = map(read_result, read_all_results(tmp_path / "out"))
     # 6 x 6 of the 6 x 6 pixels that are at least half soft are 0.2 brighter; the flat original has no gradient
     assert measures(picture) == {"outside": 0, "seam": None, "inside": 0.2}
     touched = picture.result.copy()
     touched[0, 0] = 7
     assert measures(dataclasses.replace(picture, result=touched))["outside"] == 1
-    write_report(tmp_path / "out")
+    write_gallery(tmp_path / "out")
     page = Cards(tmp_path / "out" / "report.html")
     assert page.cards[0]["prompt"] == "lytic <b>lesion</b>"
     assert "&lt;b&gt;lesion" in page.text
@@ -111,7 +111,7 @@ def test_two_thousand_pictures_make_a_light_page(tmp_path: Path) -> None:
     write_png(tmp_path / "p.png", np.random.default_rng(0).integers(0, 200, (32, 32), dtype=np.uint8))
     first = tmp_path / "out" / "s0000__v0"
     drawn(first, 0, tmp_path / "p.png", "severe lytic lesion")
-    write_report(tmp_path / "out")
+    write_gallery(tmp_path / "out")
     thumbnails = tmp_path / "out" / "report_files"
     for number in range(1, 2000):  # copies: what is measured is the page, not the drawing
         copy = tmp_path / "out" / f"s{number:04d}__v0"
@@ -121,7 +121,7 @@ def test_two_thousand_pictures_make_a_light_page(tmp_path: Path) -> None:
         for suffix in (".png", ".json"):
             (thumbnails / f"{copy.name}{suffix}").hardlink_to(thumbnails / f"{first.name}{suffix}")
     before = {file.name for file in thumbnails.iterdir()}
-    page = write_report(tmp_path / "out")
+    page = write_gallery(tmp_path / "out")
     cards = Cards(page).cards
     assert len(cards) == 2000
     assert page.stat().st_size < 1_500_000  # 750 bytes a picture: no image is embedded

@@ -258,7 +258,7 @@ def test_difference_is_white_where_nothing_changed() -> None:
 
 
 def test_sheet_shows_16_bit_and_colour_pictures(tmp_path: Path, demo: Path) -> None:
-    sample = report.read_results(demo / "results")[0]
+    sample = report.read_all_results(demo / "results")[0]
     grey = np.linspace(0, 65535, 400 * 300).reshape(400, 300).astype(np.uint16)
     soft = np.zeros((400, 300), np.float32)
     soft[100:150, 100:160] = 1
@@ -273,7 +273,7 @@ def test_sheet_shows_16_bit_and_colour_pictures(tmp_path: Path, demo: Path) -> N
 
 
 def test_rows_take_turns_over_types_and_start_with_the_severe(demo: Path) -> None:
-    chosen = report.take_turns(report.read_results(demo / "results"), 4)
+    chosen = report.take_turns(report.read_all_results(demo / "results"), 4)
     assert [(sample.lesion_type, sample.severity) for sample in chosen] == [
         ("haemangioma", "severe"),
         ("osteolytic", "severe"),
