@@ -228,8 +228,6 @@ def check_versions(versions: dict[str, str]) -> Iterator[Finding]:
     if torch and number(torch) < (2, 10):
         yield Finding("error", "torch", f"{torch}: releases before 2.10 have a fault in safe loading; update")
     if torch and vision:
-        if number(vision)[1:2] != (number(torch)[1] + 15,):
-            yield Finding("error", "torchvision", f"{vision} does not belong to torch {torch}; install both together")
         builds = {text.partition("+")[2] for text in (torch, vision) if "+" in text}
         if len(builds) > 1:
             yield Finding("error", "torchvision", f"built for {vision}, torch for {torch}; install both together")
