@@ -186,12 +186,12 @@ def main(args: argparse.Namespace) -> int:
     config, overrides = resolve(args)
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         logging.disable(logging.INFO)  # one process speaks for all
-    from ldm.checkpoints.checkpoint import sniff
+    from ldm.checkpoints.files import detect_format
     from ldm.core.files import sha256_file
     from ldm.inference.run import InferenceRun, Provenance
     from ldm.inference.tasks import plan_tasks
 
-    sniff(args.ckpt)
+    detect_format(args.ckpt)
     digest = sha256_file(args.ckpt)
     if args.replay:
         check_replay(args, config, digest)

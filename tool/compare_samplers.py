@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> int:
     from ldm.core.files import write_json
     from ldm.data.annotations import load_samples, write_annotations
     from ldm.evaluation.metrics import frechet_distance
-    from ldm.networks.biomedclip import BiomedClip
+    from ldm.networks.opening import open_encoder
 
     if args.seeds < 2:
         raise UsageError("--seeds: expected at least 2; their spread is what the difference is compared with")
@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> int:
         raise MedSoftError(f"{args.data}: {len(real)} diseased samples that are not subtle; expected at least 2")
     prompts = args.output_dir / "prompts.json"
     write_annotations(prompts, real)
-    clip = BiomedClip(config.biomedclip.path)
+    clip = open_encoder(config.biomedclip)
     of_real = features(real, clip, config)
     runs: dict[str, list[dict[str, float]]] = {"reference": [], "fast": []}
     codes, pictures = set(), 0

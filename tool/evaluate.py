@@ -64,12 +64,11 @@ def main(args: argparse.Namespace) -> int:
     from ldm.core.files import fingerprint
     from ldm.data.preparation import sample_identity
     from ldm.evaluation.lesions import check_copies, quarantine
-    from ldm.networks.biomedclip import BiomedClip
+    from ldm.networks.opening import open_encoder
 
     sources = {"real": args.real, "synthetic": args.synthetic, "train": args.train_json or args.real}
     samples, rejects = read_sources(sources)
-    clip = BiomedClip(config.biomedclip.path)
-    clip.check(config.biomedclip)
+    clip = open_encoder(config.biomedclip)
     run = fingerprint(
         [[sample_identity(s) for s in each] for each in samples.values()] + [clip.fingerprint, str(config)]
     )

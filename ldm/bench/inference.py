@@ -14,10 +14,11 @@ from ldm.bench.common import diffusers_pipeline, measure_alternately
 from ldm.config import Config, load_config
 from ldm.core import cli
 from ldm.core.files import write_json
-from ldm.diffusion.samplers import guided_steps
-from ldm.inference.inpainter import DTYPES, for_inference, latent_of, sample_latent
+from ldm.diffusion.guidance import guided_steps
+from ldm.inference.inpainter import DTYPES, for_inference
 from ldm.networks.attention import Conditioning
 from ldm.networks.model import MedSoftModel, hide
+from ldm.networks.sampling import GuidanceConditions, guidance_conditions, latent_of, sample_latent
 
 log = logging.getLogger(__name__)
 
@@ -116,12 +117,10 @@ class Calls:
         # A trained model is not silent; its third attention costs the same whatever its weights.
         self.prompt_alone, self.both = self.conditions()
 
-    def conditions(self) -> tuple[Conditioning, Conditioning]:
-        given, gate = self.inputs, self.latent_mask.to(self.dtype)
-        text, empty, tokens = (each.to(self.dtype) for each in (given.text, given.empty, given.tokens))
-        alone = self.model.conditioning(gate, text, tokens, reuse=True)
-        both = self.model.conditioning(torch.cat([gate, gate]), torch.cat([text, empty]), tokens, reuse=True)
-        return alone, both
+    def conditions(self) -> GuidanceConditions:
+        given = self.inputs
+        text = given.text.to(self.dtype)
+        return guidance_conditions(self.model, self.latent_mask, text, given.empty[:1], given.tokens)
 
     def ours(self) -> Tensor:
         return self._ours(self.both)

@@ -28,6 +28,7 @@ from ldm.core.errors import UsageError
 from ldm.core.files import write_json
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel
+from ldm.networks.opening import open_encoder
 from ldm.training.estimates import GIB, fake_batch, step_operations
 from ldm.training.feature_cache import compute_features
 from ldm.training.stage import Stage, for_steps
@@ -199,7 +200,8 @@ def main(args: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for stage, config in configs.items():
-            clip = BiomedClip(random_biomedclip(config, Path(scratch)))
+            config.biomedclip.path = str(random_biomedclip(config, Path(scratch)))
+            clip = open_encoder(config.biomedclip)
             times = measure(Steps(config, clip, args.batch_size, device), args.repeats)
             results += report(stage, times, args.batch_size, step_operations(config, args.batch_size))
             gc.collect()

@@ -1,6 +1,6 @@
 """Condition, sample, decode, composite: lesions drawn into one batch of pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.checkpoint import PREFIXES, check_preparation, load_parts, read_checkpoint
-from ldm.config import Config, SamplingConfig
+from ldm.checkpoints.checkpoint import read_checkpoint
+from ldm.config import Config
 from ldm.core.devices import kernel_layout
 from ldm.data.images import composite, to_unit
 from ldm.data.preparation import PreparedSample
 from ldm.diffusion.noise import image_noise, named_generator
-from ldm.diffusion.samplers import SAMPLERS, DifferentialMask, guided_steps, rescaled
-from ldm.networks.attention import Conditioning
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel, hidden_region, hide
+from ldm.networks.opening import open_model
+from ldm.networks.sampling import GuidanceConditions, guidance_conditions, latent_of, sample_latent
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
@@ -100,32 +100,18 @@ class Inpainter:
         sound = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
         return decoded, [f or (None if ok else "while decoding") for f, ok in zip(faults, sound, strict=True)]
 
-    def _conditions(
-        self, image: Tensor, soft_mask: Tensor, mask: Tensor, prompts: list[str]
-    ) -> tuple[Conditioning, Conditioning]:
-        """What steers the U-Net with the prompt alone, and with it and without it (empty prompt, zero tokens)."""
+    def _conditions(self, image: Tensor, soft_mask: Tensor, mask: Tensor, prompts: list[str]) -> GuidanceConditions:
         net, dtype = self.net, DTYPES[self.config.sampling.precision]
         seen, seen_global = self.clip.encode_image(image, hidden_region(soft_mask))
         inside, _, _ = net.controller_tokens(seen, seen_global, self.clip.encode_text(prompts), soft_mask)
-        semantic = net.semantic(seen, inside, soft_mask).to(dtype)
-        text = net.cond_stage_model(prompts).to(dtype)
-        empty = net.cond_stage_model([""]).expand(len(prompts), -1, -1).to(dtype)
-        gate = mask.to(dtype)
-        return (
-            net.conditioning(gate, text, semantic, reuse=True),
-            net.conditioning(torch.cat([gate, gate]), torch.cat([text, empty]), semantic, reuse=True),
-        )
+        semantic = net.semantic(seen, inside, soft_mask)
+        text, empty = net.cond_stage_model(prompts).to(dtype), net.cond_stage_model([""])
+        return guidance_conditions(net, mask, text, empty, semantic)
 
 
 def load_inpainter(ckpt: str | Path, config: Config, device: str) -> Inpainter:
     """The model of a final checkpoint with BiomedCLIP, checked against the configuration, ready to draw."""
-    clip = BiomedClip(config.biomedclip.path)
-    clip.check(config.biomedclip)
-    checkpoint = read_checkpoint(ckpt)
-    clip.check_same(checkpoint)
-    check_preparation(checkpoint, config)
-    net = MedSoftModel(config)
-    load_parts(net, checkpoint, list(PREFIXES), config)
+    net, clip = open_model(config, read_checkpoint(ckpt))
     return Inpainter(net, clip, config, device)
 
 
@@ -133,50 +119,6 @@ def for_inference(net: MedSoftModel, dtype: torch.dtype) -> None:
     """U-Net and autoencoder in ``dtype`` and in the memory layout in which they are fastest."""
     net.unet.to(dtype=dtype, memory_format=kernel_layout(next(net.unet.parameters()).device, dtype))
     net.first_stage_model.to(dtype=dtype, memory_format=torch.channels_last)
-
-
-def latent_of(net: MedSoftModel, image: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scaled latent (B, 4, s, s), float32, of an image (B, 3, S, S): the posterior's mode."""
-    return net.scaled(net.encode(image.to(dtype, memory_format=torch.channels_last)).mode.float())
-
-
-def sample_latent(
-    net: MedSoftModel,
-    sampling: SamplingConfig,
-    noise: Tensor,
-    mask: Tensor,
-    masked: Tensor,
-    original: Tensor | None,
-    conditions: tuple[Conditioning, Conditioning],
-    step_noise: Callable[[int], Tensor] | None = None,
-    on_step: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Draw scaled latents (B, 4, s, s) from ``noise`` with the sampler and the guidance of ``sampling``.
-
-    mask (B, 1, s, s); masked, original: scaled latents, the latter None for no differential mask; conditions: with the
-    prompt alone, and of 2 B rows, with the prompt and without it. The latent is float32, the U-Net of its own type.
-    """
-    with_prompt, both = conditions
-    dtype = next(net.unet.parameters()).dtype
-    inputs = mask.to(dtype), masked.to(dtype)
-    scale = sampling.guidance_scale
-    guided = guided_steps(sampling.steps, tuple(sampling.guidance_interval)) if scale != 1.0 else range(0)
-
-    def predict(x: Tensor, t: int, index: int) -> Tensor:
-        cond = both if index in guided else with_prompt
-        eps = net.denoise(x.to(dtype), torch.tensor([t], device=x.device), *inputs, cond).float()
-        if index not in guided:
-            return eps
-        prompted, plain = eps.chunk(2)
-        eps = plain + scale * (prompted - plain)
-        if not sampling.guidance_rescale:
-            return eps
-        alpha = float(net.schedule.alphas_cumprod[t])
-        return rescaled(eps, prompted, x, alpha, mask, sampling.guidance_rescale)
-
-    differential = None if original is None else DifferentialMask(mask, original, noise)
-    draw = SAMPLERS[sampling.sampler]
-    return draw(predict, noise, net.schedule, sampling.steps, sampling.eta, differential, step_noise, on_step)
 
 
 def _name(job: Job) -> tuple[int, str, int]:

@@ -243,8 +243,8 @@ def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Ite
     import torch
 
     from ldm.checkpoints.checkpoint import check_finite, check_preparation, compare, read_checkpoint
-    from ldm.networks.biomedclip import BiomedClip
     from ldm.networks.model import MedSoftModel
+    from ldm.networks.opening import open_encoder
     from ldm.training.stage import frozen_tensors, training_groups
 
     source = None
@@ -261,10 +261,7 @@ def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Ite
                 raise MedSoftError(f"{ckpt}: does not fit the configuration: {'; '.join(problems)}")
             check_finite(source.state, ckpt)
         if biomedclip:
-            clip = BiomedClip(config.biomedclip.path)
-            clip.check(config.biomedclip)
-            if source:
-                clip.check_same(source)
+            open_encoder(config.biomedclip, source)
     except MedSoftError as error:
         yield Finding("error", str(ckpt or config.biomedclip.path), str(error))
 

@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm.checkpoints.checkpoint import Checkpoint, check_preparation, load_parts, read_checkpoint
+from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from ldm.config import Config, as_yaml, save_config
 from ldm.core import cli
 from ldm.core.devices import free_memory, is_first_on_node, is_first_process, out_of_memory, resolve_precision
@@ -32,8 +32,8 @@ from ldm.data.checks import (
 )
 from ldm.data.preparation import sample_identity
 from ldm.data.samples import Reject
-from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel
+from ldm.networks.opening import open_model
 from ldm.training.callbacks import AtomicCheckpointIO, KeepWork, WatchMovement, best_files
 from ldm.training.dataset import Item, StageData, training_items
 from ldm.training.estimates import GIB, Disk, stage_disk, stage_memory
@@ -67,7 +67,6 @@ def run_stage(args: argparse.Namespace, config: Config) -> int:
     log.info("%s", as_yaml(config))
     data = TrainingInputs(args, config)
     source = read_checkpoint(args.ckpt)
-    check_preparation(source, config)
     if args.dry_run:
         return dry_run(args, config, data, source)
     folder = args.save_path.resolve()
@@ -261,11 +260,7 @@ def size(count: int) -> str:
 def dry_run(args: argparse.Namespace, config: Config, data: TrainingInputs, source: Checkpoint) -> int:
     """Everything that can be said without training, including whether the checkpoint fits."""
     trainer = make_trainer(args, config, [])
-    clip = BiomedClip(config.biomedclip.path)
-    clip.check(config.biomedclip)
-    clip.check_same(source)
-    net = MedSoftModel(config, config.training.builds)
-    load_parts(net, source, net.parts, config)
+    net, _ = open_model(config, source, config.training.builds)
     announce(net, config, source)
     half = trainer.precision == "bf16-mixed"
     state_memory(config, trainer.strategy.root_device, half, config.training.batch_size // trainer.world_size)
@@ -290,9 +285,7 @@ def _run(args: argparse.Namespace, config: Config, data: TrainingInputs, source:
     half, device = trainer.precision == "bf16-mixed", trainer.strategy.root_device
 
     torch.manual_seed(training.seed)
-    clip = BiomedClip(config.biomedclip.path)
-    clip.check(config.biomedclip)
-    clip.check_same(source)
+    net, clip = open_model(config, source, training.builds)
     about = {
         "config": dataclasses.asdict(config),
         "stage": training.stage,
@@ -300,8 +293,6 @@ def _run(args: argparse.Namespace, config: Config, data: TrainingInputs, source:
         "biomedclip": clip.fingerprint,
         "origin": {"file": args.ckpt.name, "stage": source.about.get("stage"), "from": source.about.get("origin")},
     }
-    net = MedSoftModel(config, training.builds)
-    load_parts(net, source, net.parts, config)
     announce(net, config, source)
     state_disk(args, config, data)
     state_memory(config, device, half, training.batch_size // trainer.world_size)

@@ -13,8 +13,9 @@ from torch import Tensor
 from ldm import config
 from ldm.config import DiffusionConfig
 from ldm.diffusion import samplers
+from ldm.diffusion.guidance import guided_steps, rescaled
 from ldm.diffusion.noise import image_noise
-from ldm.diffusion.samplers import DifferentialMask, ddim, dpmpp_2m, guided_steps, leading_timesteps, rescaled
+from ldm.diffusion.samplers import DifferentialMask, ddim, dpmpp_2m, leading_timesteps
 from ldm.diffusion.schedule import NoiseSchedule
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.0120, "beta_schedule": "scaled_linear"}
