@@ -40,7 +40,7 @@ torch.set_num_threads(1)
 import ldm.training.stage
 from ldm.{module} import {owner} as owner
 import ver_train
-from ldm import cli
+from ldm.core import cli
 plain, count = owner.{method}, 0
 def counted(self, *given, **named):
     global count
@@ -53,12 +53,12 @@ if {behind}:
     ldm.training.stage.steps_behind = lambda device: {behind}
 cli.run(ver_train.build_parser(), ver_train.main)
 """
-KILL_IN_STEP = {"module": "training", "owner": "Stage", "method": "training_step"}
-KILL_IN_VALIDATION = {"module": "training", "owner": "Stage", "method": "validation_step"}
-KILL_IN_CACHE = {"module": "feature_cache", "owner": "FeatureCache", "method": "_write"}
-KILL_BEFORE_CHECKPOINT = {"module": "callbacks", "owner": "AtomicCheckpointIO", "method": "save_checkpoint"}
+KILL_IN_STEP = {"module": "training.stage", "owner": "Stage", "method": "training_step"}
+KILL_IN_VALIDATION = {"module": "training.stage", "owner": "Stage", "method": "validation_step"}
+KILL_IN_CACHE = {"module": "training.feature_cache", "owner": "FeatureCache", "method": "_write"}
+KILL_BEFORE_CHECKPOINT = {"module": "training.callbacks", "owner": "AtomicCheckpointIO", "method": "save_checkpoint"}
 # A checkpoint's bytes are all written, under a temporary name.
-KILL_IN_CHECKPOINT = {"module": "files", "owner": "os", "method": "fsync", "when": "os.fstat(self).st_size > 1e6"}
+KILL_IN_CHECKPOINT = {"module": "core.files", "owner": "os", "method": "fsync", "when": "os.fstat(self).st_size > 1e6"}
 
 
 def command(converted: Path, world: Path, save_path: Path, stage: str = "stage1", **given: Any) -> list[str]:
@@ -203,7 +203,7 @@ import itertools, os, sys
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
-from ldm.callbacks import AtomicCheckpointIO
+from ldm.training.callbacks import AtomicCheckpointIO
 write = AtomicCheckpointIO().save_checkpoint
 for line in sys.stdin:
     child = os.fork()

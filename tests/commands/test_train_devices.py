@@ -86,7 +86,7 @@ def test_torchrun_and_a_termination(world: Path, converted: Path, tmp_path: Path
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from ldm.training.stage import Stage\n"
         "import ver_train\n"
-        "from ldm import cli\n"
+        "from ldm.core import cli\n"
         "plain = Stage.training_step\n"
         "def training_step(self, batch, batch_idx):\n"
         "    if self.global_step == 4 and os.environ['RANK'] == '1' and 'STOP' in os.environ:\n"

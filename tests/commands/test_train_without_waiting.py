@@ -57,10 +57,10 @@ CHILD = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import ldm.training.stage
-from ldm.callbacks import KeepWork
-from ldm.training import Stage
+from ldm.training.callbacks import KeepWork
+from ldm.training.stage import Stage
 import ver_train
-from ldm import cli
+from ldm.core import cli
 ldm.training.stage.steps_behind = lambda device: 1
 step, save = Stage.training_step, KeepWork.save
 def training_step(self, batch, batch_idx):
