@@ -175,10 +175,10 @@ def named_seed(*names: object) -> int:
 
 def free_bytes(path: str | Path) -> int:
     """What is free on the disk on which ``path`` lies, or will lie."""
-    return shutil.disk_usage(_existing(Path(path).absolute())).free
+    return shutil.disk_usage(nearest_existing(Path(path).absolute())).free
 
 
-def _existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """``path``, or the nearest folder above it that exists."""
     return next(place for place in (path, *path.parents) if place.exists())
 
@@ -192,7 +192,7 @@ def check_target(path: str | Path, size: int, *inputs: str | Path) -> None:
     for source in inputs:
         if Path(source).resolve() == path.resolve():
             raise UsageError(f"{path}: is also the input {source}; give another output path")
-    folder = _existing(path.absolute().parent)
+    folder = nearest_existing(path.absolute().parent)
     try:
         with tempfile.NamedTemporaryFile(prefix=PARTIAL_PREFIX, dir=folder):
             free = free_bytes(folder)

@@ -1,0 +1,254 @@
+"""The life of an output folder: one process at a time, one run, its own files only, its record written last.
+
+How a command uses it::
+
+    results = RunFolder(
+        args.output_dir,
+        "inference.json",                          # the record: whose results these are, and whether they are complete
+        what="results",                            # how messages call what the folder holds
+        own=("rejects.json", "report.html"),       # patterns of the files that every run writes or may write
+        samples="*__v*/meta.json",                 # a file at any depth that marks a folder as one written by a run
+    )
+    with results.lock():                           # refused in one line (exit 2) while another process is writing
+        record = results.open(settings, args.overwrite)  # reads only; UsageError naming the settings that differ
+        if record and record["complete"]:
+            ...                                    # "already complete"
+        results.claim()                            # now the folder changes: another run's files and partials go
+        ...                                        # skip the items for which results.has(name, *files) is true
+        results.finish(images=12)                  # the record, atomically, as the last file
+
+``settings`` is a mapping that can be written as JSON and holds all that decides the output, under names that the user
+knows (``sampling.steps``), with digests for what is large (``"data": fingerprint(...), "ckpt": sha256_file(...)``).
+The record stores it, so that the next run can say what differs. ``legacy`` is the fingerprint under which older
+versions stored the same run; they stored no settings.
+
+A folder of which only parts are a run's (``shared=True``: training, classifier, evaluation) may hold other files, which
+stay whatever happens. Otherwise a folder that is not empty and has no record is refused.
+
+A run whose record lies elsewhere (training: in ``last.ckpt``) overrides ``read_record``,
+``write_record`` and ``forget_record``.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import PARTIAL_PREFIX, fingerprint, nearest_existing, read_json, write_json
+from ldm.core.locks import exclusive
+
+SHOWN_DIFFERENCES = 4
+
+
+class RunFolder:
+    """One output folder; see the module's text for the order of the calls."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        record: str,
+        *,
+        what: str = "results",
+        own: Sequence[str] = (),
+        samples: str = "",
+        shared: bool = False,
+        flag: str = "--output_dir",
+        overwrite_flag: str = "--overwrite",
+        keys: tuple[str, str] = ("run", "settings"),
+    ) -> None:
+        """``own``: glob patterns relative to the folder. ``keys``: the record's names of fingerprint and settings."""
+        self.path, self.record = Path(path), Path(path) / record
+        self.what, self.own, self.samples, self.shared = what, own, samples, shared
+        self.flag, self.overwrite_flag, self.keys = flag, overwrite_flag, keys
+        self.settings: dict[str, Any] = {}
+        self.same_run = False  # whether what the folder holds is this run's; set by open() and claim()
+
+    # ------------------------------------------------------------------------------------------------ one process
+
+    @contextmanager
+    def lock(self, wait: bool = False, first: bool = True) -> Iterator[None]:
+        """Keep other processes that ask for the same folder out for the block; UsageError, or ``wait`` for them.
+
+        Of the processes of one run, only the ``first`` holds the lock. The lock file ``.NAME.lock`` lies beside the
+        folder, so that a refused run leaves no trace in it (inside it, where the folder above may not be written to).
+        """
+        self._check_writable()
+        if not first:
+            yield
+            return
+        folder = self.path.resolve()
+        beside = folder.with_name(f".{folder.name}.lock")
+        place = beside if os.access(nearest_existing(folder.parent), os.W_OK) else folder / ".run.lock"
+        cure = "waiting for it to end" if wait else f"give another {self.flag}"
+        with exclusive(place, f"{self.path}: another run is writing here at this moment; {cure}", wait):
+            yield
+
+    def _check_writable(self) -> None:
+        """UsageError unless the path is, or can become, a folder in which files may be written."""
+        above = nearest_existing(self.path.absolute())
+        if not above.is_dir():
+            raise UsageError(f"{self.flag} {self.path}: expected a folder, found a file ({above}); give another")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise UsageError(f"{self.flag} {self.path}: {above} may not be written to; give another folder")
+
+    # ------------------------------------------------------------------------------------------------ one run
+
+    def open(
+        self, settings: Mapping[str, Any], overwrite: bool = False, legacy: str | None = None, anew: bool = False
+    ) -> dict[str, Any] | None:
+        """The record of this same run if the folder holds one, else None. Changes no file.
+
+        Raises UsageError if the folder holds another run's work, naming the settings that differ, unless ``overwrite``
+        lets ``claim`` delete it; and always for a folder of files that no run has written. With ``anew`` even this
+        same run's work is another's. A record without work, left by a run that failed early, is in nobody's way.
+        """
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.same_run = False
+        stored = self.read_record(overwrite)
+        if stored is None:
+            self._refuse_unknown_files()
+            return None
+        if stored.get(self.keys[0]) in (self.run, *([legacy] if legacy else [])):
+            self.same_run = not anew
+            return None if anew else stored
+        if not overwrite and self._work():
+            raise UsageError(
+                f"{self.path}: holds {self.what} of another run ({self.difference(stored)}); give another {self.flag}, "
+                f"or {self.overwrite_flag} to replace them"
+            )
+        return None
+
+    @property
+    def run(self) -> str:
+        """The fingerprint of the settings given to ``open``."""
+        return fingerprint(self.settings)
+
+    def difference(self, stored: Mapping[str, Any]) -> str:
+        """What sets the run of this record apart from the one given to ``open``, for a message."""
+        found = differences(stored.get(self.keys[1]) or {}, self.settings)
+        if not found:
+            return "its data or settings are others; the record does not say which"
+        more = len(found) - SHOWN_DIFFERENCES
+        return ", ".join(found[:SHOWN_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
+
+    def read_record(self, overwrite: bool = False) -> dict[str, Any] | None:
+        """The stored record, or None without one. A damaged one is a MedSoftError, with ``overwrite`` an empty one."""
+        if not self.record.exists():
+            return None
+        try:
+            stored = read_json(self.record, f"record of {self.what}")
+            if not isinstance(stored, dict):
+                raise MedSoftError(f"{self.record}: expected a JSON object, found {type(stored).__name__}")
+        except MedSoftError as error:
+            if overwrite:
+                return {}
+            raise MedSoftError(f"{error}; {self.overwrite_flag} replaces all that it stands for") from error
+        return stored
+
+    def write_record(self, complete: bool, **values: Any) -> None:
+        """Write the record atomically."""
+        run, settings = self.keys
+        write_json(self.record, {run: self.run, settings: self.settings, "complete": complete, **values})
+
+    def forget_record(self) -> None:
+        """Make the record, if there is one, stand for no run at all, as long as another run's files are deleted."""
+        if self.record.exists():
+            write_json(self.record, {"complete": False})
+
+    def _refuse_unknown_files(self) -> None:
+        """UsageError for files in the way of a run that has no record here: they are not known to be a run's."""
+        if self.shared:
+            found = self._work()
+        else:
+            inside = sorted(self.path.iterdir()) if self.path.is_dir() else []
+            found = [path for path in inside if not path.name.startswith((PARTIAL_PREFIX, ".run.lock"))]
+        if found:
+            raise UsageError(
+                f"{self.path}: is not empty and holds no {self.what} of this command ({found[0].name} is there, "
+                f"{self.record.name} is not); give another {self.flag}"
+            )
+
+    # ------------------------------------------------------------------------------------------------ files
+
+    def _work(self) -> list[Path]:
+        """What runs have written here, the record aside: files and folders of ``own``, sample folders."""
+        found = [path for pattern in self.own for path in sorted(self.path.glob(pattern)) if path != self.record]
+        if self.samples:
+            found += sorted(mark.parent for mark in self.path.rglob(self.samples))
+        return found
+
+    def has(self, item: str, *files: str) -> bool:
+        """Whether the sub-folder ``item`` is there with all these files."""
+        return all((self.path / item / name).is_file() for name in files)
+
+    def claim(self, **values: Any) -> None:
+        """Make the folder this run's: what another run has written goes, and all partials of runs that were killed.
+
+        The record then calls itself incomplete (with ``values``), until ``finish``. Stopped while it deletes, this
+        leaves a record that is no run's, so that nobody takes the remaining files for their own.
+        """
+        if not self.same_run:
+            self.forget_record()
+            for path in self._work():
+                _remove(path)
+        self._remove_partials()
+        self.write_record(False, **values)
+        self.same_run = True
+
+    def _remove_partials(self) -> None:
+        """Delete what killed runs left half-written, in sub-folders only where sample folders lie in them."""
+        if self.path.is_dir():
+            search = self.path.rglob if self.samples else self.path.glob
+            for orphan in list(search(PARTIAL_PREFIX + "*")):
+                _remove(orphan)  # it may have lain in one that was just removed
+
+    def finish(self, **values: Any) -> None:
+        """Write the record of a complete run, as the last file."""
+        self.write_record(True, **values)
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise MedSoftError(f"{path}: could not be deleted ({error.strerror or error}); delete it by hand") from error
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """``key: stored -> given`` for every setting that differs, nested ones with dots.
+
+    Settings that the older record does not know at all are left out: nobody can tell whether they differ.
+    """
+    old = flatten({key: before[key] for key in now if key in before})
+    new = flatten({key: now[key] for key in now if key in before})
+    return [
+        f"{key}: {_shown(old.get(key))} -> {_shown(new.get(key))}"
+        for key in dict.fromkeys((*new, *old))
+        if old.get(key) != new.get(key)
+    ]
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        found |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A setting in a message; of digests and long values only the beginning."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    digest = len(text) == 64 and not set(text) - set("0123456789abcdef")
+    room = 8 if digest else 60
+    return text if len(text) <= room else f"{text[:room]}…"
