@@ -149,6 +149,7 @@ def operations(model: Any, clip: Any, config: Any) -> list[tuple[str, int]]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from ldm.networks.attention import Conditioning
+    from ldm.networks.msc import ControllerInputs, input_shapes
 
     def counted(call: Callable[[], Any]) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -159,8 +160,7 @@ def operations(model: Any, clip: Any, config: Any) -> list[tuple[str, int]]:
     x, mask, t = torch.empty(1, 9, size, size), torch.empty(1, 1, size, size), torch.empty(1)
     text = torch.empty(1, config.text_encoder.max_length, config.unet.context_dim)
     semantic = torch.empty(1, sizes.grid**2 // 4, config.unet.semantic_dim)
-    tokens, token = torch.empty(1, sizes.grid**2, sizes.token_dim), torch.empty(1, sizes.token_dim)
-    sentence, soft = torch.empty(1, sizes.text_dim), torch.empty(1, sizes.grid**2)
+    inputs = ControllerInputs(*map(torch.empty, input_shapes(sizes, 1, pixels)))
     return [
         ("U-Net, third attention silent", counted(lambda: model.unet(x, t, Conditioning(text)))),
         (
@@ -169,7 +169,7 @@ def operations(model: Any, clip: Any, config: Any) -> list[tuple[str, int]]:
         ),
         ("autoencoder: encode", counted(lambda: model.encode(torch.empty(1, 3, pixels, pixels)))),
         ("autoencoder: decode", counted(lambda: model.decode(x[:, :4]))),
-        ("Medical Semantic Controller", counted(lambda: model.msc(tokens, token, sentence, soft))),
+        ("Medical Semantic Controller", counted(lambda: model.msc(inputs))),
         ("BiomedCLIP: image", counted(lambda: clip.encode_image(torch.empty(1, 3, *clip.visual.image_size)))),
     ]
 

@@ -16,6 +16,7 @@ from ldm.data.preparation import PreparedSample
 from ldm.diffusion.noise import image_noise, named_generator
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel, hidden_region, hide
+from ldm.networks.msc import ControllerInputs
 from ldm.networks.opening import open_model
 from ldm.networks.sampling import GuidanceConditions, guidance_conditions, latent_of, sample_latent
 
@@ -102,11 +103,10 @@ class Inpainter:
 
     def _conditions(self, image: Tensor, soft_mask: Tensor, mask: Tensor, prompts: list[str]) -> GuidanceConditions:
         net, dtype = self.net, DTYPES[self.config.sampling.precision]
-        seen, seen_global = self.clip.encode_image(image, hidden_region(soft_mask))
-        inside, _, _ = net.controller_tokens(seen, seen_global, self.clip.encode_text(prompts), soft_mask)
-        semantic = net.semantic(seen, inside, soft_mask)
+        context, context_global = self.clip.encode_image(image, hidden_region(soft_mask))
+        lesion, _ = net.msc(ControllerInputs(context, context_global, self.clip.encode_text(prompts), soft_mask))
         text, empty = net.cond_stage_model(prompts).to(dtype), net.cond_stage_model([""])
-        return guidance_conditions(net, mask, text, empty, semantic)
+        return guidance_conditions(net, mask, text, empty, net.semantic(context, lesion, soft_mask))
 
 
 def load_inpainter(ckpt: str | Path, config: Config, device: str) -> Inpainter:

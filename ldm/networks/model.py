@@ -81,18 +81,13 @@ class MedSoftModel(nn.Module):
         """Soft mask (B, 1, S, S) at latent size (B, 1, s, s), by maximum."""
         return F.adaptive_max_pool2d(soft_mask, self.config.latent_size)
 
-    def controller_tokens(
-        self, seen: Tensor, seen_global: Tensor, text: Tensor, soft_mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The MSC's patch tokens (B, N, D) and global token (B, D), and the soft patch mask (B, N)."""
-        soft = patch_mask(soft_mask, self.config.biomedclip.grid)
-        mixing = soft if self.config.msc.soft_mask_mixing else hidden_region(soft)
-        tokens, global_token = self.msc(seen, seen_global, text, mixing)
-        return tokens, global_token, soft
+    def patch_mask(self, soft_mask: Tensor) -> Tensor:
+        """Soft mask (B, 1, S, S) -> soft patch values (B, N) on BiomedCLIP's grid, by maximum."""
+        return patch_mask(soft_mask, self.config.biomedclip.grid)
 
-    def semantic(self, seen: Tensor, inside: Tensor, soft_mask: Tensor) -> Tensor:
-        """Tokens for the third attention (B, N / 4, D) from the seen and the inside tokens (B, N, D)."""
-        return semantic_tokens(seen, inside, patch_mask(soft_mask, self.config.biomedclip.grid))
+    def semantic(self, context_tokens: Tensor, lesion_tokens: Tensor, soft_mask: Tensor) -> Tensor:
+        """Tokens for the third attention (B, N / 4, D) from those around and inside the lesion (B, N, D)."""
+        return semantic_tokens(context_tokens, lesion_tokens, self.patch_mask(soft_mask))
 
     def predict_noise(
         self, noisy: Tensor, t: Tensor, mask: Tensor, masked_latent: Tensor, text: Tensor, semantic: Tensor | None

@@ -3,11 +3,14 @@ mask and a sentence, it predicts the BiomedCLIP tokens the image would have with
 
 Tensor names: N patches, D the width of BiomedCLIP's tokens, W the controller's own width.
 
-    seen          (B, N, D)  patch tokens of the masked image
-    seen_global   (B, D)     its CLS token
-    text          (B, D_t)   projected BiomedCLIP text embedding
     soft          (B, N)     soft patch mask in [0, 1]: the maximum of the soft mask over each patch
+
+What the controller reads is ``ControllerInputs``: a further input is one more field here, filled where features are
+computed for training and where images are inpainted; whatever lies between hands the whole tuple on.
 """
+
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,26 @@ from torch import Tensor, nn
 
 from ldm.config import BiomedClipConfig, MSCConfig
 from ldm.networks.attention import attend
+
+
+class ControllerInputs(NamedTuple):
+    """What the MSC reads."""
+
+    context_tokens: Tensor  # (B, N, D) patch tokens of the masked image
+    context_global: Tensor  # (B, D) its CLS token
+    prompt_embedding: Tensor  # (B, D_t) projected BiomedCLIP text embedding
+    mask: Tensor  # (B, 1, H, W) soft mask in [0, 1], 1 = lesion
+
+    @classmethod
+    def of(cls, features: Mapping[str, Tensor]) -> "ControllerInputs":
+        """The fields of a batch of features that the controller reads."""
+        return cls(*(features[name] for name in cls._fields))
+
+
+def input_shapes(clip: BiomedClipConfig, batch: int, pixels: int) -> ControllerInputs:
+    """The shapes of the inputs for ``batch`` images of ``pixels`` x ``pixels``."""
+    tokens = (batch, clip.grid**2, clip.token_dim)
+    return ControllerInputs(tokens, (batch, clip.token_dim), (batch, clip.text_dim), (batch, 1, pixels, pixels))
 
 
 class MSCBlock(nn.Module):
@@ -49,6 +72,7 @@ class MedicalSemanticController(nn.Module):
 
     def __init__(self, cfg: MSCConfig, clip: BiomedClipConfig) -> None:
         super().__init__()
+        self.cfg, self.grid = cfg, clip.grid
         width = cfg.width
         self.global_in, self.spatial_in = _mlp(clip.token_dim, width), _mlp(clip.token_dim, width)
         self.text_in = _mlp(clip.text_dim, width)
@@ -71,12 +95,15 @@ class MedicalSemanticController(nn.Module):
                 nn.init.normal_(module.weight, std=0.02 * scale if name.startswith("blocks") else 0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, seen: Tensor, seen_global: Tensor, text: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicted patch tokens (B, N, D) and global token (B, D); see the module docstring for the inputs."""
-        soft = soft.unsqueeze(-1).to(self.mask_embedding.dtype)  # (B, N, 1)
-        mask = torch.lerp(self.mask_embedding[0], self.mask_embedding[1], soft)  # (B, N, W)
-        spatial = self.spatial_in(seen) + self.position + mask
-        x = torch.cat([self.global_in(seen_global)[:, None], spatial, self.text_in(text)[:, None]], dim=1)
+    def forward(self, inputs: ControllerInputs) -> tuple[Tensor, Tensor]:
+        """Predicted patch tokens (B, N, D) and global token (B, D)."""
+        soft = patch_mask(inputs.mask, self.grid)
+        mixing = soft if self.cfg.soft_mask_mixing else soft >= 0.5
+        mixing = mixing.unsqueeze(-1).to(self.mask_embedding.dtype)  # (B, N, 1)
+        mask = torch.lerp(self.mask_embedding[0], self.mask_embedding[1], mixing)  # (B, N, W)
+        spatial = self.spatial_in(inputs.context_tokens) + self.position + mask
+        head, tail = self.global_in(inputs.context_global), self.text_in(inputs.prompt_embedding)
+        x = torch.cat([head[:, None], spatial, tail[:, None]], dim=1)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)  # (B, 1 + N + 1, W)
@@ -88,14 +115,15 @@ def patch_mask(soft_mask: Tensor, grid: int) -> Tensor:
     return F.adaptive_max_pool2d(soft_mask, (grid, grid)).flatten(1)
 
 
-def semantic_tokens(seen: Tensor, inside: Tensor, soft: Tensor) -> Tensor:
+def semantic_tokens(context_tokens: Tensor, lesion_tokens: Tensor, soft: Tensor) -> Tensor:
     """The tokens handed to the U-Net, the same way in every stage and at inference.
 
-    ``soft * inside + (1 - soft) * seen`` per patch, then average-pooled 2x2 on the patch grid.
+    ``soft * lesion_tokens + (1 - soft) * context_tokens`` per patch, then average-pooled 2x2 on the patch grid.
 
-    seen, inside: (B, N, D) with N a square of an even number; soft: (B, N) in [0, 1]. Returns (B, N / 4, D).
+    Both tokens: (B, N, D) with N a square of an even number; soft: (B, N) in [0, 1]. Returns (B, N / 4, D).
     """
-    mixed = torch.lerp(seen, inside.to(seen.dtype), soft.unsqueeze(-1).to(seen.dtype))  # half precision in training
+    dtype = context_tokens.dtype  # the controller's own tokens are in half precision in training
+    mixed = torch.lerp(context_tokens, lesion_tokens.to(dtype), soft.unsqueeze(-1).to(dtype))
     side = int(mixed.shape[1] ** 0.5)
     pooled = F.avg_pool2d(rearrange(mixed, "b (h w) d -> b d h w", h=side), 2)
     return rearrange(pooled, "b d h w -> b (h w) d")

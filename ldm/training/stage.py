@@ -21,7 +21,7 @@ from ldm.core.devices import kernel_layout, on_host, steps_behind
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.diffusion.schedule import diffusion_loss
 from ldm.networks.model import MedSoftModel
-from ldm.networks.msc import masked_cosine, msc_loss
+from ldm.networks.msc import ControllerInputs, masked_cosine, msc_loss
 from ldm.training.dataset import EpochOrder, StageData
 
 log = logging.getLogger(__name__)
@@ -128,9 +128,8 @@ class Stage(pl.LightningModule):
     def losses(self, batch: dict[str, Any], dropout: float) -> tuple[Tensor, Tensor | None]:
         """(loss of each sample (B,), cosine on masked patches (B,) or None) for a batch of StageData."""
         if self.config.training.objective == "msc":
-            tokens, global_token, soft = self.net.controller_tokens(
-                batch["seen"], batch["seen_global"], batch["clip_text"], batch["mask"]
-            )
+            tokens, global_token = self.net.msc(controller_inputs(batch))
+            soft = self.net.patch_mask(batch["mask"])
             loss = msc_loss(tokens, batch["true"], global_token, batch["true_global"], soft)
             return loss, masked_cosine(tokens.detach(), batch["true"], soft)
         deviation = torch.exp(0.5 * batch["latent_logvar"])
@@ -153,9 +152,7 @@ class Stage(pl.LightningModule):
         """The tokens of the third attention (B, N / 4, D), as this stage makes them."""
         inside = batch["true"]
         if self.config.training.inside != "true":
-            inside, _, _ = self.net.controller_tokens(
-                batch["seen"], batch["seen_global"], batch["clip_text"], batch["mask"]
-            )
+            inside, _ = self.net.msc(controller_inputs(batch))
         return self.net.semantic(batch["seen"], inside, batch["mask"])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -325,6 +322,11 @@ class Stage(pl.LightningModule):
     def on_fit_start(self) -> None:
         if self.average is not None:
             self.average = {key: value.to(self.device) for key, value in self.average.items()}
+
+
+def controller_inputs(batch: dict[str, Tensor]) -> ControllerInputs:
+    """What the MSC reads of a batch."""
+    return ControllerInputs(batch["seen"], batch["seen_global"], batch["clip_text"], batch["mask"])
 
 
 def training_groups(net: MedSoftModel, config: Config) -> dict[str, dict[str, nn.Parameter]]:

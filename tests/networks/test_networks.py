@@ -14,7 +14,15 @@ from ldm.diffusion.schedule import diffusion_loss
 from ldm.networks.attention import Conditioning
 from ldm.networks.autoencoder import Autoencoder
 from ldm.networks.model import MedSoftModel, hide
-from ldm.networks.msc import MedicalSemanticController, masked_cosine, msc_loss, patch_mask, semantic_tokens
+from ldm.networks.msc import (
+    ControllerInputs,
+    MedicalSemanticController,
+    input_shapes,
+    masked_cosine,
+    msc_loss,
+    patch_mask,
+    semantic_tokens,
+)
 from ldm.networks.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,23 +185,23 @@ def test_controller_sees_how_much_of_a_patch_is_drawn() -> None:
     clip = BiomedClipConfig(grid=4, token_dim=16, text_dim=8)
     msc = scrambled(MedicalSemanticController(MSCConfig(width=32, layers=2, heads=4), clip))
     inputs = noise(2, 16, 16), noise(2, 16), noise(2, 8)
-    outputs = [msc(*inputs, torch.full((2, 16), value)) for value in (0.0, 0.5, 1.0)]
+    outputs = [msc(ControllerInputs(*inputs, torch.full((2, 1, 8, 8), value))) for value in (0.0, 0.5, 1.0)]
     assert outputs[0][0].shape == (2, 16, 16)
     assert outputs[0][1].shape == (2, 16)
     assert len({round(float(tokens.sum()), 4) for tokens, _ in outputs}) == 3
     # Half drawn is the mean of both embeddings.
     msc.mask_embedding[:] = msc.mask_embedding.mean(dim=0)
-    assert torch.allclose(msc(*inputs, torch.ones(2, 16))[0], outputs[1][0], atol=1e-5)
+    assert torch.allclose(msc(ControllerInputs(*inputs, torch.ones(2, 1, 8, 8)))[0], outputs[1][0], atol=1e-5)
 
 
 def test_frozen_msc_in_half_precision_takes_full_inputs() -> None:
     """As in a bf16-mixed stage that uses the MSC but does not train it."""
     clip = BiomedClipConfig(grid=4, token_dim=8, text_dim=6)
     msc = MedicalSemanticController(MSCConfig(width=32, layers=1, heads=4), clip)
-    inputs = torch.randn(2, 16, 8), torch.randn(2, 8), torch.randn(2, 6), torch.rand(2, 16)
-    whole = msc(*inputs)[0]
+    inputs = ControllerInputs(*map(torch.rand, input_shapes(clip, batch=2, pixels=8)))
+    whole = msc(inputs)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        halved = msc.bfloat16()(*inputs)[0]
+        halved = msc.bfloat16()(inputs)[0]
     assert torch.allclose(halved.float(), whole, atol=0.05 * float(whole.abs().max()))
 
 
@@ -253,17 +261,15 @@ def test_unet_input_order_and_gate(small_model: MedSoftModel, monkeypatch: pytes
 def test_mask_embeddings_are_mixed_or_chosen(small_model: MedSoftModel) -> None:
     scrambled(small_model.msc)
     soft = noise(1, 1, 32, 32).abs().clamp(0, 1) * torch.linspace(0, 1, 32)
-    inputs = noise(1, 16, 16), noise(1, 16), noise(1, 8)
-    mixed, _, weights = small_model.controller_tokens(*inputs, soft)
+    inputs = ControllerInputs(noise(1, 16, 16), noise(1, 16), noise(1, 8), soft)
+    mixed, hard = small_model.msc(inputs)[0], inputs._replace(mask=(soft >= 0.5).float())
     small_model.config.msc.soft_mask_mixing = False
-    chosen, _, same = small_model.controller_tokens(*inputs, soft)
-    assert torch.equal(chosen, small_model.msc(*inputs, (patch_mask(soft, 4) >= 0.5).float())[0])
+    chosen, of_hard = small_model.msc(inputs)[0], small_model.msc(hard)[0]
     assert not torch.allclose(chosen, mixed, atol=1e-3)
-    assert torch.equal(weights, same)  # the loss stays soft
-    hard = (soft >= 0.5).float()
-    chosen = small_model.controller_tokens(*inputs, hard)[0]
+    assert torch.equal(small_model.patch_mask(soft), patch_mask(soft, 4))  # the loss stays soft
     small_model.config.msc.soft_mask_mixing = True
-    assert torch.equal(chosen, small_model.controller_tokens(*inputs, hard)[0])
+    assert torch.equal(chosen, small_model.msc(hard)[0])
+    assert torch.equal(of_hard, small_model.msc(hard)[0])
 
 
 def test_latent_scale_is_applied_once_each_way(small_model: MedSoftModel) -> None:

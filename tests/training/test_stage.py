@@ -9,6 +9,7 @@ from ldm.core.devices import kernel_layout, on_host
 from ldm.core.errors import UsageError
 from ldm.networks.attention import Conditioning
 from ldm.networks.model import MedSoftModel
+from ldm.networks.msc import ControllerInputs
 from ldm.training.dataset import StageData
 from ldm.training.estimates import fake_batch
 from ldm.training.stage import Stage, loader
@@ -85,7 +86,7 @@ def test_diffusion_loss_of_a_batch() -> None:
         noisy = alpha.sqrt() * 0.18215 * latent + (1 - alpha).sqrt() * batch["noise"]
         mask = torch.nn.functional.max_pool2d(batch["mask"], config.data.image_size // config.latent_size)
         patches = torch.nn.functional.adaptive_max_pool2d(batch["mask"], config.biomedclip.grid).flatten(1)
-        tokens, _ = net.msc(batch["seen"], batch["seen_global"], batch["clip_text"], patches)
+        tokens, _ = net.msc(ControllerInputs(batch["seen"], batch["seen_global"], batch["clip_text"], batch["mask"]))
         mixed = patches[..., None] * tokens + (1 - patches[..., None]) * batch["seen"]
         side = config.biomedclip.grid
         square = mixed.transpose(1, 2).reshape(3, -1, side, side)
