@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.core.errors import UsageError
+from ldm.core.paths import shipped
 
 PARTS = ("unet", "autoencoder", "text", "biomedclip", "msc")
 GROUPS = ("msc", "attn3", "unet")
@@ -229,6 +230,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
+    path = shipped(path)
     if path.resolve() in seen:
         raise UsageError(f"{path}: its `base:` leads back to itself")
     try:

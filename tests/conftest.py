@@ -1,4 +1,4 @@
-"""What several tests need: the repository root on the path, a writer of sample folders, one tiny trained pipeline.
+"""What several tests need: this tree in child processes too, a writer of sample folders, a tiny trained pipeline.
 
 The tests run on the CPU, also where there is a GPU: what is promised bit for bit holds there. With
 CUDA_VISIBLE_DEVICES=0 in front of pytest they run on that GPU, those marked ``on_cpu`` left out.
@@ -7,7 +7,6 @@ CUDA_VISIBLE_DEVICES=0 in front of pytest they run on that GPU, those marked ``o
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from ldm.data.images import write_png

@@ -13,7 +13,7 @@ import torch
 from tiny import CLIP
 from torch import Tensor
 
-from model_sizes import BIOMEDCLIP  # isort: skip (tiny puts tool/ on the path)
+from tool.model_sizes import BIOMEDCLIP
 
 # open_clip_config.json of microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224.
 RELEASED = {

@@ -1,7 +1,6 @@
 """The shipped commands on phantoms, made small in time by flags; shared by the tests of the commands."""
 
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,20 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import dataset_infer
+import ver_train
+from tool import export_diffusers, inspect_checkpoint, model_convert, tool_merge_for_stage2
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tool")]
-
-import evaluate  # noqa: E402, F401
-import export_diffusers  # noqa: E402
-import inspect_checkpoint  # noqa: E402
-import make_phantoms  # noqa: E402, F401
-import model_convert  # noqa: E402
-import study  # noqa: E402, F401
-import tool_merge_for_stage2  # noqa: E402
-
-import dataset_infer  # noqa: E402
-import ver_train  # noqa: E402
-
 MODELS = ROOT / "models"
 CLIP = MODELS / "phantom_base" / "biomedclip"
 SD = MODELS / "phantom_base" / "sd-phantom-inpainting.ckpt"

@@ -13,10 +13,7 @@ makes: 50 guided steps of DDIM on both sides, and our 20 of DPM-Solver++(2M), 17
 
 import argparse
 import importlib
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.core import cli
 

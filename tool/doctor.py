@@ -9,14 +9,11 @@ train (perhaps with warnings), 3: some samples cannot be used, 1: training would
 
 import argparse
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.core import cli
 from ldm.core.errors import UsageError

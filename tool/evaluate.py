@@ -10,11 +10,8 @@ nearest training lesion of every synthetic one), copies.json, rejects.json. Exit
 import argparse
 import html
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     from ldm.evaluation.lesions import CopyCheck, Lesion, Neighbour
 
 log = logging.getLogger("evaluate")
-ROOT = Path(__file__).resolve().parents[1]
 SHOWN_PAIRS = 12
 TILE = 192
 
@@ -41,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--config",
         type=Path,
-        default=ROOT / "models" / "mldm_v15.yaml",
+        default=Path("models/mldm_v15.yaml"),
         help="model YAML: how crops are made, which BiomedCLIP (default: models/mldm_v15.yaml)",
     )
     made.add_argument("--train_json", type=Path, help="what the generator learned from, for copies (default: REAL)")

@@ -9,10 +9,7 @@ exported/medsoft/. tool/model_convert.py --input_path exported makes the checkpo
 
 import argparse
 import logging
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError

@@ -9,14 +9,11 @@ Every byte is read. A damaged, unsafe or foreign file ends with exit code 1 and 
 import argparse
 import json
 import logging
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from ldm.core import cli
 from ldm.core.errors import MedSoftError
+from ldm.core.paths import SHIPPED
 
 log = logging.getLogger("inspect_checkpoint")
 
@@ -74,7 +71,7 @@ def fits(checkpoint) -> dict[str, list[str]]:
     from ldm.networks.model import skeleton
 
     configs = {
-        path.relative_to(ROOT).as_posix(): load_config(path) for path in sorted((ROOT / "models").glob("*.yaml"))
+        path.relative_to(SHIPPED).as_posix(): load_config(path) for path in sorted((SHIPPED / "models").glob("*.yaml"))
     }
     families = {name: config for name, config in configs.items() if not config.training.stage}
     found: dict[str, list[str]] = {"fits": [], "unconverted": [], "can_start": []}

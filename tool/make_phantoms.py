@@ -8,12 +8,9 @@ Each picture is a sample folder (image.png, anatomy.png, prompt.txt, meta.json a
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.core import cli
 from ldm.core.errors import UsageError

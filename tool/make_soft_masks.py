@@ -10,12 +10,9 @@ dataset_infer.py draws in these masks, in healthy images too. The same command a
 import argparse
 import logging
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError

@@ -11,12 +11,9 @@ the band in which its value changes, or the contour where it crosses 0.5; both a
 import argparse
 import logging
 import math
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError

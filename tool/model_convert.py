@@ -10,13 +10,11 @@ tool/export_diffusers.py has written gives back the checkpoint it was made from.
 
 import argparse
 import logging
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.core import cli
 from ldm.core.errors import MedSoftError
+from ldm.core.paths import shipped
 
 log = logging.getLogger("model_convert")
 
@@ -26,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--input_path",
-        type=Path,
+        type=shipped,
         required=True,
         help="sd-v1-5-inpainting.ckpt (or .safetensors, or a diffusers folder)",
     )

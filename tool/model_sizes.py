@@ -7,17 +7,14 @@ Nothing is downloaded and no weights are made: the networks of models/mldm_v15*.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from ldm.core import cli
+from ldm.core.paths import SHIPPED
 
-BASE = ROOT / "models" / "mldm_v15.yaml"
+BASE = SHIPPED / "models" / "mldm_v15.yaml"
 STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
 
 # The network of microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224: model_cfg of its open_clip_config.json. The

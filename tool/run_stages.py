@@ -12,8 +12,8 @@ A plan is a YAML file:
         makes: [demo_output/phantoms/phantoms.json]
 
 Every step runs from the repository root, and every path in a plan is relative to it, wherever the runner is called
-from. Commands are split into words as a shell would, but no shell runs them; ``python`` is the interpreter that runs
-this script.
+from. Of an installed package without a checkout, that root is the working directory. Commands are split into words as
+a shell would, but no shell runs them; ``python`` is the interpreter that runs this script.
 
 A step is done when it ended with 0 or 3, everything it makes exists, no step before it has run since, and neither its
 command nor a file of models/ or configs/ that the command names (a YAML with its ``base:`` files) has changed. So a
@@ -25,16 +25,13 @@ are all that was spent on it with these settings; an "already complete" adds its
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.core import cli
 from ldm.core.errors import UsageError
 from ldm.core.files import read_text
+from ldm.core.paths import shipped
 from ldm.workflow.plans import (
-    ROOT,
     Plan,
     PlanRecord,
     check_keys,
@@ -91,10 +88,10 @@ def _forced(plan: Plan, start: str | None, only: list[str] | None) -> set[str]:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan, looked up in the working directory, then in the repository; UsageError for any fault in it."""
+    """Read a plan, looked up in the working directory, then among the shipped ones; UsageError for any fault in it."""
     import yaml
 
-    found = path if path.is_file() or path.is_absolute() else ROOT / path
+    found = shipped(path)
     try:
         values = yaml.safe_load(read_text(found, "plan"))
     except yaml.YAMLError as error:

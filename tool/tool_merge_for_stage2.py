@@ -8,11 +8,8 @@ Both files are searched for damage first. Tensors go from file to file: neither 
 
 import argparse
 import logging
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError

@@ -10,10 +10,7 @@ Run again after an interruption, it goes on with the part that was not finished.
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.core import cli
 

@@ -11,9 +11,10 @@ import torch
 
 from ldm.config import Config
 from ldm.core.files import write_json
+from ldm.core.paths import SHIPPED
 from ldm.networks.model import MedSoftModel
 
-PHANTOM_CLIP = Path(__file__).resolve().parents[2] / "models" / "phantom_base" / "biomedclip"
+PHANTOM_CLIP = SHIPPED / "models" / "phantom_base" / "biomedclip"
 
 
 def diffusers_twins(model: MedSoftModel, config: Config) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from ldm.core.errors import MedSoftError
 
+program: str | None = None  # what usage lines name instead of the script's file: "medsoft train"
 DONE, FAILED, USAGE, SOME_REJECTED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
 
@@ -19,7 +20,9 @@ class Terminated(SystemExit):
 
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser that shows defaults in ``--help`` and has the flags every command understands."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     made.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     return made
 

@@ -15,6 +15,7 @@ from ldm.checkpoints.checkpoint import Checkpoint, check_finite, compare, read_t
 from ldm.config import BiomedClipConfig
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_json, sha256_file
+from ldm.core.paths import shipped
 from ldm.networks.text_encoder import TruncationWarnings
 
 if TYPE_CHECKING:
@@ -44,12 +45,6 @@ def _downloaded(name: str) -> Path:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _located(folder: Path) -> Path:
-    """``folder`` as seen from the working directory, or else from the repository, for the shipped YAMLs."""
-    in_repository = Path(__file__).resolve().parents[2] / folder
-    return in_repository if not folder.exists() and in_repository.is_dir() else folder
 
 
 def bert_config(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -99,7 +94,7 @@ class BiomedClip(nn.Module):
         super().__init__()
         from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-        self.folder = _downloaded(str(source)) if str(source).startswith(HUB) else _located(Path(source))
+        self.folder = _downloaded(str(source)) if str(source).startswith(HUB) else shipped(Path(source))
         settings, weights_file = self._check_folder()
         state = read_tensors(weights_file)
         state.pop("text.transformer.embeddings.position_ids", None)  # a buffer that newer transformers do not have

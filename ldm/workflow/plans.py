@@ -17,8 +17,8 @@ from typing import Any
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import fingerprint, read_json, read_text, sha256_file, write_json
+from ldm.core.paths import ROOT, SHIPPED, shipped
 
-ROOT = Path(__file__).resolve().parents[2]
 STATE_FILE = "stages.json"
 DONE_CODES = (cli.DONE, cli.SOME_REJECTED)
 
@@ -53,21 +53,28 @@ class PlanStep:
 
 
 def _named_files(words: list[str]) -> dict[str, str]:
-    """SHA-256 of the files of models/ and configs/ that a command names, and of those a YAML is based on."""
-    folders = [os.path.realpath(ROOT / name) for name in ("models", "configs")]
+    """SHA-256 of the files of models/ and configs/ that a command names, and of those a YAML is based on.
+
+    A file is named by its path in the tree that holds it: the plan's, or else the one that came with the package.
+    """
+    roots = list(dict.fromkeys((ROOT, SHIPPED)))
+    folders = {os.path.realpath(root / name): name for root in roots for name in ("models", "configs")}
     values = [word.rpartition("=")[2] for word in words]
-    waiting = [os.path.realpath(start / value) for value in values for start in (ROOT, ROOT / "configs" / "classifier")]
+    starts = [start for root in roots for start in (root, root / "configs" / "classifier")]
+    waiting = [os.path.realpath(start / value) for start in starts for value in values]
     found: dict[str, str] = {}
-    while waiting:
-        path = waiting.pop()
-        inside = any(path.startswith(folder + os.sep) for folder in folders)
-        if path in found or not inside or not os.path.isfile(path):
+    for path in waiting:
+        folder = next((folder for folder in folders if path.startswith(folder + os.sep)), None)
+        if folder is None or not os.path.isfile(path):
             continue
-        found[path] = sha256_file(path)
+        name = os.path.join(folders[folder], os.path.relpath(path, folder))
+        if name in found:
+            continue
+        found[name] = sha256_file(path)
         if path.endswith((".yaml", ".yml")):  # not parsed: a faulty one is for the step itself to refuse
             bases = re.findall(r"""^base:\s*["']?([^"'#\n]*[^"'#\s])""", read_text(path), re.MULTILINE)
             waiting.extend(os.path.realpath(Path(path).parent / base) for base in bases)
-    return {os.path.relpath(path, os.path.realpath(ROOT)): digest for path, digest in found.items()}
+    return found
 
 
 @dataclass(frozen=True)
@@ -238,7 +245,9 @@ def run_step(record: PlanRecord, step: PlanStep, number: int, overwrite: bool = 
     making what it should.
     """
     words = shlex.split(step.run)
-    words[0] = sys.executable if words[0] == "python" else words[0]
+    if words[0] == "python":
+        words[0] = sys.executable
+        words[1:2] = [word if (ROOT / word).exists() else str(shipped(word)) for word in words[1:2]]
     print(f"{count(record.plan, number)} {step.name}: {step.run}", flush=True)
     record.begin(step)
     start, code = time.perf_counter(), cli.FAILED

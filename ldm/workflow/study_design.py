@@ -9,7 +9,8 @@ from typing import Any
 
 from ldm.core.errors import UsageError
 from ldm.core.files import read_text
-from ldm.workflow.plans import ROOT, Plan, PlanStep, check_keys, parse_steps
+from ldm.core.paths import shipped
+from ldm.workflow.plans import Plan, PlanStep, check_keys, parse_steps
 
 TEST_WORLDS = 10_000  # the test patients of phantom world n are those of phantom seed n + 10000
 USES = ("mix", "pretrain", "duplicate_real")
@@ -180,8 +181,8 @@ def command(name: str, words: list[str], makes: str) -> PlanStep:
 
 
 def load_design(path: Path) -> Design:
-    """Read a study, looked up in the working directory, then in the repository; UsageError for any fault in it."""
-    found = path if path.is_file() or path.is_absolute() else ROOT / path
+    """Read a study, looked up in the working directory, then among the shipped ones; UsageError for any fault in it."""
+    found = shipped(path)
     values, where = read_layers(found), f"{found}: "
     texts = dict.fromkeys(("name", "output_dir", "classifier", "checkpoint", "model", "draw"), str)
     lists = dict.fromkeys(("seeds", "set", "steps"), list)

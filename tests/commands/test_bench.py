@@ -2,19 +2,16 @@
 
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ldm.core.errors import UsageError
+from tool import bench
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tool"))
-
-import bench  # noqa: E402
-
-from ldm.core.errors import UsageError  # noqa: E402
 
 
 def test_inference_measures_both_sides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,19 +2,15 @@
 
 import json
 import shutil
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CLIP, PHANTOM, ROOT, call, metas
+from tiny import CLIP, PHANTOM, call, metas
 
 from ldm.core.errors import MedSoftError, UsageError
-
-sys.path.append(str(ROOT / "tool"))
-
-import compare_samplers
+from tool import compare_samplers
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,7 @@ from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.images import read_image, write_png
 from ldm.data.samples import Reject
 from ldm.training.doctor import check_installation, check_versions
-
-import doctor  # isort: skip (tiny puts tool/ on the path)
+from tool import doctor
 
 BODY = np.random.default_rng(0).integers(20, 200, (20, 24), dtype=np.uint8)
 

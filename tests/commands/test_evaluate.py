@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 import tiny
-from tiny import evaluate
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.images import read_image, write_png
 from ldm.phantom.spines import write_dataset
+from tool import evaluate
 
 
 @pytest.fixture(scope="module")

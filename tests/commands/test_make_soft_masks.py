@@ -2,23 +2,19 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny import ROOT, call
+from tiny import call
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples
 from ldm.data.images import read_image, write_png
 from ldm.data.masks import SIDES, equivalent_diameter, lesion_shaped, soften
-
-sys.path.append(str(ROOT / "tool"))
-
-import make_soft_masks
+from tool import make_soft_masks
 
 
 def test_sides_are_those_of_the_library() -> None:

@@ -1,20 +1,16 @@
 """tool/measure_seam.py on phantoms, and what it refuses."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import CLIP, PHANTOM, ROOT, TEST, call
+from tiny import CLIP, PHANTOM, TEST, call
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples
 from ldm.data.images import read_image, write_png
-
-sys.path.append(str(ROOT / "tool"))
-
-import measure_seam
+from tool import measure_seam
 
 
 def measure(ckpt: Path, data: Path, output: Path, *more: object) -> int:

@@ -10,8 +10,7 @@ from tiny import MODELS, ROOT, STAGES, call
 from ldm.config import load_config
 from ldm.networks.biomedclip import build_clip
 from ldm.networks.model import MedSoftModel
-
-import model_sizes  # isort: skip (tiny puts tool/ on the path)
+from tool import model_sizes
 
 SD_UNET = 859_535_364
 # 16 blocks; in each q and out: d * d, k and v: 768 * d, out's bias and norm4: 3 * d.

@@ -1,6 +1,6 @@
 """tool/run_stages.py: plans, skipping, failures, signals; and the commands of configs/demo.yaml."""
 
-import importlib.util
+import importlib
 import json
 import shlex
 import signal
@@ -9,29 +9,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 
+import classifier
 from ldm.classifier.config import load_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.workflow import plans
+from tool import run_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tool" / "run_stages.py"
-
-
-def load_script(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-runner = load_script(SCRIPT)
 
 
 def touch(path: Path, exit_code: int = 0) -> str:
@@ -52,7 +42,7 @@ def write_plan(tmp_path: Path) -> Callable[..., Path]:
 
 
 def run(path: Path, *flags: str) -> int:
-    return runner.main(runner.build_parser().parse_args([str(path), *flags]))
+    return run_stages.main(run_stages.build_parser().parse_args([str(path), *flags]))
 
 
 def recorded(tmp_path: Path) -> list[dict[str, Any]]:
@@ -315,14 +305,15 @@ def test_command_line_shows_one_line_and_the_exit_code(write_plan, tmp_path: Pat
 
 
 def demo_steps() -> list[Any]:
-    return list(runner.load_plan(ROOT / "configs" / "demo.yaml").steps)
+    return list(run_stages.load_plan(ROOT / "configs" / "demo.yaml").steps)
 
 
 @pytest.mark.parametrize("step", demo_steps(), ids=lambda step: step.name)
 def test_every_demo_command_is_one_its_script_accepts(step: Any) -> None:
     python, script, *words = shlex.split(step.run)
     assert python == "python"
-    args = load_script(ROOT / script).build_parser().parse_args(words)
+    module = script.removesuffix(".py").replace("/", ".").lstrip(".")
+    args = importlib.import_module(module).build_parser().parse_args(words)
     for name in ("config", "input_path"):  # what the demo reads from the repository exists
         given = str(getattr(args, name, "demo_output"))
         assert given.startswith("demo_output") or given.endswith(".ckpt") or (ROOT / given).is_file()
@@ -330,9 +321,8 @@ def test_every_demo_command_is_one_its_script_accepts(step: Any) -> None:
 
 @pytest.mark.parametrize("step", [s for s in demo_steps() if "classifier.py" in s.run], ids=lambda step: step.name)
 def test_demo_classifiers_read_what_earlier_steps_make(step: Any) -> None:
-    script = load_script(ROOT / "classifier.py")
-    args = script.build_parser().parse_args(shlex.split(step.run)[2:])
-    config = load_config(script.find_config(args.args), args.set)
+    args = classifier.build_parser().parse_args(shlex.split(step.run)[2:])
+    config = load_config(classifier.find_config(args.args), args.set)
     earlier = demo_steps()[: [s.name for s in demo_steps()].index(step.name)]
     made = {path for s in earlier for path in s.makes} | {str(Path(path).parent) for s in earlier for path in s.makes}
     used = [config.train_json, config.val_json, config.test_json, *config.synthetic, *config.predict]
@@ -347,11 +337,10 @@ def test_the_judge_and_the_test_set_share_no_world_with_anything_else() -> None:
 
 
 def test_the_demo_adds_nothing_but_synthetic_pictures_to_the_second_classifier() -> None:
-    script = load_script(ROOT / "classifier.py")
     real, more = (next(s for s in demo_steps() if s.name == f"classifier_{name}") for name in ("real", "augmented"))
     both = []
     for step in (real, more):
-        args = script.build_parser().parse_args(shlex.split(step.run)[2:])
-        both.append(vars(load_config(script.find_config(args.args), args.set)))
+        args = classifier.build_parser().parse_args(shlex.split(step.run)[2:])
+        both.append(vars(load_config(classifier.find_config(args.args), args.set)))
     differing = {key for key in both[0] if both[0][key] != both[1][key]}
     assert differing == {"synthetic", "output_dir"}

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import tiny
 import yaml
-from tiny import make_phantoms, study
 
 import classifier
 import dataset_infer
@@ -31,6 +30,7 @@ from ldm.core.locks import exclusive
 from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
 from ldm.workflow.plans import Plan, PlanRecord, PlanStep
+from tool import make_phantoms, study
 
 ROOT = tiny.ROOT
 SCRIPT = ROOT / "tool" / "study.py"

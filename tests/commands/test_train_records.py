@@ -18,8 +18,8 @@ from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.images import read_image
 from ldm.training.estimates import fake_batch, fake_stage, stage_disk, stage_memory, step_operations
 from ldm.training.stage import Stage
+from tool import bench
 
-import bench  # isort: skip (tiny puts tool/ on the path)
 import ver_openImagesDatasets  # isort: skip
 
 

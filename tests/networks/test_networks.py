@@ -1,6 +1,5 @@
 """The networks, the schedule and the losses, against independent implementations and hand-written formulas."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from ldm.networks.msc import (
 from ldm.networks.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tool"))
-
 UNET = UNetConfig(
     model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_levels=[1], num_heads=4, context_dim=24,
     semantic_dim=16,

@@ -10,8 +10,7 @@ from ldm.checkpoints.checkpoint import PREFIXES, read_checkpoint
 from ldm.config import load_config
 from ldm.phantom.shapes import FILLS, SHAPES, generic_picture
 from ldm.phantom.spines import LESION_TYPES
-
-import train_phantom_base  # isort: skip (a script of tool/, which tiny.py puts on the path)
+from tool import train_phantom_base
 
 SHIPPED = ROOT / "models" / "phantom_base"
 

@@ -1,6 +1,5 @@
 """Phantoms: what a picture promises, and the command that writes a dataset of them."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,16 +14,9 @@ from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
 from ldm.phantom import spines as phantoms
 from ldm.phantom.spines import LESION_TYPES, LEVELS, SEVERITIES, Phantom, plan, render_phantom, sentence, write_dataset
+from tool import make_phantoms
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tool" / "make_phantoms.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("make_phantoms", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _dilated(mask: np.ndarray, pixels: int) -> np.ndarray:
@@ -168,9 +160,9 @@ def test_plan_is_balanced_and_a_larger_one_contains_the_smaller():
     assert len({(index, image) for index, image, *_ in grouped}) == 8
 
 
-def test_dataset_on_disk(tmp_path, script, capsys):
+def test_dataset_on_disk(tmp_path, capsys):
     arguments = ["--output_dir", str(tmp_path / "a"), "--healthy", "3", "--diseased", "4", "--seed", "12"]
-    assert script.main(script.build_parser().parse_args(arguments)) == 0
+    assert make_phantoms.main(make_phantoms.build_parser().parse_args(arguments)) == 0
     folders = sorted(path for path in (tmp_path / "a").iterdir() if path.is_dir())
     assert len(folders) == 7
     for folder in folders:
@@ -191,7 +183,7 @@ def test_dataset_on_disk(tmp_path, script, capsys):
             assert meta["lesion_type"] in prompt
     before = _files(tmp_path / "a")
     capsys.readouterr()
-    assert script.main(script.build_parser().parse_args(arguments)) == 0
+    assert make_phantoms.main(make_phantoms.build_parser().parse_args(arguments)) == 0
     assert "already complete" in capsys.readouterr().out
     assert _files(tmp_path / "a") == before
 
@@ -256,8 +248,8 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
         write_dataset(tmp_path / "d", 5, 1, 1)
 
 
-def test_contact_sheet(tmp_path, script):
-    assert script.main(script.build_parser().parse_args(["--sheet", str(tmp_path / "sheet.png")])) == 0
+def test_contact_sheet(tmp_path):
+    assert make_phantoms.main(make_phantoms.build_parser().parse_args(["--sheet", str(tmp_path / "sheet.png")])) == 0
     sheet = cv2.imread(str(tmp_path / "sheet.png"), cv2.IMREAD_GRAYSCALE)
     assert sheet.shape[0] == 5 * 148
     assert sheet.std() > 20
@@ -277,9 +269,14 @@ def test_command_line_exit_codes_and_help_without_torch(tmp_path):
     assert not any(line.split("|")[-1].strip() in ("torch", "cv2") for line in help_.stderr.splitlines())
 
 
-def test_what_the_biomedclip_stand_in_has_seen_can_be_written(script, tmp_path: Path, monkeypatch) -> None:
+def test_what_the_biomedclip_stand_in_has_seen_can_be_written(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(phantoms, "BIOMEDCLIP_PAIRS", 7)
-    assert script.main(script.build_parser().parse_args(["--output_dir", str(tmp_path), "--seen_by_biomedclip"])) == 0
+    assert (
+        make_phantoms.main(
+            make_phantoms.build_parser().parse_args(["--output_dir", str(tmp_path), "--seen_by_biomedclip"])
+        )
+        == 0
+    )
     samples = {sample.sample_id: sample for sample in load_samples(tmp_path)[0]}
     expected = [render_phantom(*item) for item in phantoms.biomedclip_pairs(7)]
     assert samples.keys() == {phantom.sample_id for phantom in expected}

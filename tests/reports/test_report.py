@@ -1,12 +1,9 @@
 """ldm/reports/pages.py and tool/demo_report.py on a small demo_output with known numbers."""
 
 import csv
-import importlib.util
 import json
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,20 +12,11 @@ import pytest
 from ldm.core.errors import MedSoftError
 from ldm.data.images import read_image, write_png
 from ldm.reports import pages as report
+from tool import demo_report
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("haemangioma", "osteolytic")
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo_report", ROOT / "tool" / "demo_report.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo_report"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-demo_report = load_script()
 
 # (lesion type, severity) of the pictures on parents p0, p1, ...; then what the judge says about each, as
 # (P(healthy), P(haemangioma), P(osteolytic)): drawn, parent, redrawn healthy, base

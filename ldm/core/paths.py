@@ -1,0 +1,23 @@
+"""Where the files that come with the code lie: models/, configs/, the phantom base and the scripts.
+
+In a checkout that is its root. The wheel holds the same tree in a folder of the package.
+"""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+INSTALLED = (_PACKAGE / "shipped").is_dir()
+SHIPPED = _PACKAGE / "shipped" if INSTALLED else _PACKAGE.parent
+
+# Relative paths of plans and studies begin here: at the checkout's root, wherever the runner is called from; without a
+# checkout, at the working directory.
+ROOT = Path.cwd() if INSTALLED else SHIPPED
+
+
+def shipped(path: Path | str) -> Path:
+    """``path``, or the shipped file or folder of that name where the working directory has none.
+
+    So ``models/phantom.yaml`` and ``configs/demo.yaml`` can be named from anywhere.
+    """
+    path = Path(path)
+    return SHIPPED / path if not path.exists() and (SHIPPED / path).exists() else path
