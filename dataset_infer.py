@@ -22,8 +22,7 @@ log = logging.getLogger("dataset_infer")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(__doc__, raw=True)
     parser.add_argument("--ckpt", type=Path, help="a final checkpoint, such as stage2_2/last.ckpt")
     parser.add_argument("--config", type=Path, help="model YAML")
     parser.add_argument("--output_dir", type=Path, required=True, help="dataset folder to write")

@@ -15,8 +15,7 @@ from ldm.core.errors import UsageError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(__doc__, raw=True)
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint that gives the first weights")
     parser.add_argument("--config", type=Path, required=True, help="stage YAML in models/")
     parser.add_argument("--save_path", type=Path, required=True, help="folder for last.ckpt, config.yaml, metrics.csv")

@@ -22,8 +22,7 @@ MEASUREMENTS = ("inference", "training", "batches", "memory")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(__doc__, raw=True)
     parser.add_argument("what", choices=MEASUREMENTS, help="what to measure")
     parser.add_argument(
         "--config", type=Path, default=Path("models/phantom.yaml"), help="model YAML (default: %(default)s)"

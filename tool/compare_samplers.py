@@ -43,8 +43,7 @@ MEASURES = {  # and the sign of better
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(__doc__, raw=True)
     parser.add_argument("--ckpt", type=Path, required=True, help="a final checkpoint")
     parser.add_argument("--config", type=Path, required=True, help="model YAML")
     parser.add_argument("--data", type=Path, required=True, help="dataset folder or JSON, healthy and diseased samples")

@@ -28,8 +28,7 @@ LEVELS = {"error": "errors", "sample": "samples that cannot be used", "warning":
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(__doc__, raw=True)
     parser.add_argument("--data", type=Path, help="a dataset folder or annotation file to look at by itself")
     for split in ("train", "val", "test"):
         default = Path(f"openimages_format_{split}.json")

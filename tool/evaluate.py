@@ -29,8 +29,7 @@ TILE = 192
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = cli.parser(__doc__)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made = cli.parser(__doc__, raw=True)
     made.add_argument("real", metavar="REAL", type=Path, help="real samples, best ones the generator has not seen")
     made.add_argument("synthetic", metavar="SYNTH", type=Path, help="results of dataset_infer.py")
     made.add_argument("--output_dir", type=Path, required=True, help="folder to write")

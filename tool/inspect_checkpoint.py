@@ -19,8 +19,7 @@ log = logging.getLogger("inspect_checkpoint")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(__doc__, raw=True)
     parser.add_argument("ckpt", type=Path, help="checkpoint (.ckpt or .safetensors)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser

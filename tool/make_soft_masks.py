@@ -30,8 +30,7 @@ SIDES = ("left", "right", "top", "bottom")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(__doc__, raw=True)
     parser.add_argument("--data", type=Path, required=True, help="dataset folder or annotation JSON")
     parser.add_argument("--output_dir", type=Path, required=True, help="dataset folder to write")
     parser.add_argument(

@@ -28,8 +28,7 @@ BORDERS = ("band", "contour")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(__doc__, raw=True)
     parser.add_argument("--ckpt", type=Path, required=True, help="a final checkpoint")
     parser.add_argument("--config", type=Path, required=True, help="model YAML")
     parser.add_argument(

@@ -20,8 +20,7 @@ log = logging.getLogger("model_convert")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(__doc__, raw=True)
     parser.add_argument(
         "--input_path",
         type=shipped,

@@ -46,8 +46,7 @@ M: million parameters. GB: 10^9 bytes. GFLOP: 10^9 floating-point operations; a 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(__doc__, raw=True)
     parser.add_argument("--output", type=Path, help="Markdown file to write (default: print)")
     return parser
 

@@ -26,8 +26,7 @@ from ldm.workflow.study_design import Arm, Design, Group, World, added_path, loa
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = cli.parser(__doc__)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made = cli.parser(__doc__, raw=True)
     made.add_argument("study", metavar="STUDY.yaml", type=Path, help="the study, e.g. configs/study_phantom.yaml")
     made.add_argument("--collect", action="store_true", help="run nothing; report the cells that are finished")
     made.add_argument(

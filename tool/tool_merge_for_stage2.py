@@ -18,8 +18,7 @@ log = logging.getLogger("tool_merge_for_stage2")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.parser(__doc__, raw=True)
     parser.add_argument("--stage1_path", type=Path, required=True, help="checkpoint of stage1: gives the MSC")
     parser.add_argument("--input_path", type=Path, required=True, help="checkpoint of unet_only: gives all the rest")
     parser.add_argument("--output_path", type=Path, required=True, help="checkpoint to write (.ckpt or .safetensors)")

@@ -18,11 +18,14 @@ class Terminated(SystemExit):
     """Raised in the main thread by SIGTERM, so that ``finally`` blocks run before the command exits with 143."""
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser that shows defaults in ``--help`` and has the flags every command understands."""
-    made = argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def parser(description: str | None, raw: bool = False) -> argparse.ArgumentParser:
+    """An argument parser with the flags that every command understands.
+
+    ``--help`` adds the default to every flag; with ``raw`` it leaves the description's lines as they are, and the flags
+    name their defaults themselves.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter if raw else argparse.ArgumentDefaultsHelpFormatter
+    made = argparse.ArgumentParser(prog=program, description=description, formatter_class=formatter)
     made.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     return made
 
