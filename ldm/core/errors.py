@@ -1,5 +1,7 @@
 """The errors a user may meet, each carrying the exit code of the command that meets it."""
 
+from pathlib import Path
+
 
 class MedSoftError(Exception):
     """Something is wrong with the data, a file or the machine (exit code 1).
@@ -20,3 +22,16 @@ class UsageError(MedSoftError):
     """The command was called in a way that cannot work: flags, configuration keys, an existing output (exit code 2)."""
 
     exit_code = 2
+
+
+class FileError(MedSoftError):
+    """One file cannot be used. ``path`` and ``reason`` are kept apart for the list of rejected samples."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = Path(path)
+        self.reason = reason
+
+    def cause(self, path: object) -> str:
+        """The reason alone if ``path`` is the file's, else the whole sentence."""
+        return str(self.reason) if self.path == Path(str(path)) else str(self)

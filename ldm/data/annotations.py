@@ -16,9 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import named_seed, read_json, read_text, write_json
-from ldm.data.image_checks import FileError
 from ldm.data.images import SUFFIXES, extents, read_image
 from ldm.data.masks import Mask, read_anatomy, read_mask
 from ldm.data.samples import HEALTHY, Reject, Sample

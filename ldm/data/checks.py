@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from ldm.core.errors import MedSoftError
-from ldm.data.image_checks import FileError, check_ends
+from ldm.core.errors import FileError, MedSoftError
+from ldm.data.image_checks import check_ends
 from ldm.data.samples import Reject, Sample
 
 log = logging.getLogger(__name__)

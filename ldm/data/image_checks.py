@@ -4,7 +4,7 @@ import struct
 import zlib
 from pathlib import Path
 
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import FileError
 
 MAX_PIXELS = 80_000_000  # refused from the header; below the number from which Pillow itself starts to warn
 
@@ -27,18 +27,6 @@ _OTHER_MAGIC = {
     b"\x1f\x8b": "a gzip archive (NIfTI?)",
     b"\x93NUMPY": "a NumPy array",
 }
-
-
-class FileError(MedSoftError):
-    """One file cannot be used. ``path`` and ``reason`` are kept apart for the list of rejected samples."""
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = Path(path)
-        self.reason = reason
-
-    def cause(self, path: object) -> str:
-        return self.reason if self.path == Path(str(path)) else str(self)
 
 
 def read_image_bytes(path: str | Path) -> tuple[bytes, str]:

@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import atomic_file
-from ldm.data.image_checks import PNG_SIGNATURE, FileError, check_size, read_image_bytes
+from ldm.data.image_checks import PNG_SIGNATURE, check_size, read_image_bytes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 PERCENTILES = (0.5, 99.5)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from ldm.core.errors import MedSoftError, UsageError
-from ldm.data.image_checks import FileError
+from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.data.images import extents, is_grey, read_image, read_labels
 
 if TYPE_CHECKING:

@@ -18,11 +18,10 @@ from ldm.config import ITEM_COUNTS, Config
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory
 from ldm.core.distributed import Processes
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import PARTIAL_PREFIX, atomic_folder, content_id, fingerprint, read_json, write_json, write_text
 from ldm.core.locks import exclusive
 from ldm.data.annotations import write_rejects
-from ldm.data.image_checks import FileError
 from ldm.data.images import read_image, with_alpha, write_png
 from ldm.data.masks import read_mask
 from ldm.data.samples import HEALTHY, Reject

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from ldm.core.errors import MedSoftError, UsageError
-from ldm.data.image_checks import FileError
+from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.data.images import (
     CropWindow,
     Fit,

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.data.annotations import read_sample
-from ldm.data.image_checks import FileError
 from ldm.data.images import write_png
 from ldm.data.masks import (
     Feather,
