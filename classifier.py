@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ver_openImagesDatasets
 from ldm.core import cli
 from ldm.core.errors import UsageError
 
@@ -56,15 +55,16 @@ def prepare_data(config: "ClassifierConfig") -> int:
     if not (config.train_json or "").endswith("_train.json"):
         return cli.DONE
     family = Path(config.train_json.removesuffix("_train.json") + ".json")
-    paths = ver_openImagesDatasets.output_paths(family)
+    from ldm.data.splits import output_paths, prepare_dataset
+
+    paths = output_paths(family)
     named = {"train": config.train_json, "val": config.val_json, "test": config.test_json}
     if any(path is None or Path(path) != paths[name] or paths[name].exists() for name, path in named.items()):
         return cli.DONE
     if family.parent == Path() or not any(family.parent.rglob("prompt.txt")):
         return cli.DONE
     log.info("%s: no annotation files yet; making them from its samples", family.parent)
-    flags = ["--root_dir", str(family.parent), "--output_file", str(family)]
-    return ver_openImagesDatasets.main(ver_openImagesDatasets.build_parser().parse_args(flags))
+    return cli.SOME_REJECTED if prepare_dataset(family.parent, family) else cli.DONE
 
 
 def main(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ import pytest
 os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-from ldm.data.images import write_png
+from ldm.data.png import write_png
 
 
 @pytest.fixture

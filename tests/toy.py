@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import classifier
-from ldm.data.images import write_png
+from ldm.data.png import write_png
 
 SIZE = 32
 

@@ -202,7 +202,7 @@ def write_all(
     from ldm.core.files import atomic_file, write_json
     from ldm.core.tables import write_csv
     from ldm.data.annotations import write_rejects
-    from ldm.data.images import write_png
+    from ldm.data.png import write_png
 
     (folder / "evaluation.json").unlink(missing_ok=True)
     write_csv(folder / "neighbours.csv", [neighbour_row(each, check.threshold) for each in check.ranked])

@@ -147,7 +147,7 @@ def write_sample(folder: Path, sample: "Sample", hard: "np.ndarray", soft: "np.n
     import numpy as np
 
     from ldm.core.files import atomic_folder, write_json, write_text
-    from ldm.data.images import write_png
+    from ldm.data.png import write_png
 
     known = {key: getattr(sample, key) for key in ("patient_id", "parent_id", "lesion_type", "level", "severity")}
     meta = {key: value for key, value in known.items() if value is not None} | sample.meta

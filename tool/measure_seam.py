@@ -60,9 +60,9 @@ def gradients(inpainter: "Inpainter", samples: "list[Sample]", seed: int) -> dic
         for sample, picture, result in zip(batch, pictures, drawn, strict=True):
             if result.fault:
                 raise MedSoftError(f"{sample.sample_id}: values that are not numbers appeared {result.fault}")
-            real = to_unit(picture.original, picture.levels)
+            real = to_unit(picture.original, picture.intensity_range)
             pasted = hard_composite(real, result.generated, picture.soft)
-            values = [real, to_unit(result.pixels, picture.levels), pasted]
+            values = [real, to_unit(result.pixels, picture.intensity_range), pasted]
             for border, soft in (("band", picture.soft), ("contour", picture.soft >= 0.5)):
                 across = [border_gradient(value, soft) for value in values]
                 if math.isfinite(across[0]):  # a mask that covers the picture has no border

@@ -27,6 +27,8 @@ class UsageError(MedSoftError):
 class FileError(MedSoftError):
     """One file cannot be used. ``path`` and ``reason`` are kept apart for the list of rejected samples."""
 
+    reason: str
+
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = Path(path)
@@ -34,4 +36,4 @@ class FileError(MedSoftError):
 
     def cause(self, path: object) -> str:
         """The reason alone if ``path`` is the file's, else the whole sentence."""
-        return str(self.reason) if self.path == Path(str(path)) else str(self)
+        return self.reason if self.path == Path(str(path)) else str(self)

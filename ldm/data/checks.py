@@ -2,16 +2,15 @@
 classes and prompts. No file is decoded here; no torch."""
 
 import logging
-import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from ldm.core.errors import FileError, MedSoftError
-from ldm.data.image_checks import check_ends
+from ldm.core.threads import thread_pool
+from ldm.data.images import check_ends
 from ldm.data.samples import Reject, Sample
 
 log = logging.getLogger(__name__)
@@ -100,7 +99,7 @@ def damaged_files(samples: Sequence[Sample]) -> list[Reject]:
                 return Reject(sample.sample_id, error.path, error.reason)
         return None
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with thread_pool() as pool:
         return [reject for reject in pool.map(look, samples) if reject is not None]
 
 

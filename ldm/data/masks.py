@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
-from ldm.data.images import extents, is_grey, read_image, read_labels
+from ldm.data.images import is_grey, read_image, read_labels
 
 if TYPE_CHECKING:
     from ldm.data.samples import Sample
@@ -103,6 +103,12 @@ def read_anatomy(path: str | Path, shape: tuple[int, ...] | None = None) -> np.n
     if shape is not None:
         check_same_size(path, labels, shape)
     return labels
+
+
+def extents(region: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(first, last + 1) of the rows and of the columns that a non-empty boolean region (HxW) occupies."""
+    rows, columns = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
+    return (int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)
 
 
 # ---------------------------------------------------------------------------------------------------- soft masks

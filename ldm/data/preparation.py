@@ -12,12 +12,14 @@ from torch import Tensor
 from ldm.config import DataConfig
 from ldm.core.errors import MedSoftError
 from ldm.core.files import content_id, named_seed
-from ldm.data.images import CropWindow, Fit, extents, intensity_range_of, read_image, to_unit
+from ldm.data.crop import CropWindow, Fit
+from ldm.data.images import intensity_range_of, read_image, to_unit
 from ldm.data.masks import (
     DIAMETERS,
     TARGET_LABEL,
     Feather,
     Mask,
+    extents,
     lesion_shaped,
     read_anatomy,
     read_mask,
@@ -32,16 +34,16 @@ from ldm.data.samples import Sample
 class PreparedSample:
     """A sample at native size and as the networks see it.
 
-    original: HxW or HxWx3 pixels as in the file; levels: its (low, high) window to [0, 1]; hard: bool HxW lesion
-    region; soft: float32 HxW soft mask; window: the square the model sees. image: (3, S, S) in [-1, 1]; mask: soft,
-    (1, S, S) in [0, 1].
+    original: HxW or HxWx3 pixels as in the file; intensity_range: its (low, high) values that become 0 and 1; hard:
+    bool HxW lesion region; soft: float32 HxW soft mask; crop_window: the square the model sees. image: (3, S, S) in
+    [-1, 1]; mask: soft, (1, S, S) in [0, 1].
     """
 
     original: np.ndarray
-    levels: tuple[float, float]
+    intensity_range: tuple[float, float]
     hard: np.ndarray
     soft: np.ndarray
-    window: CropWindow
+    crop_window: CropWindow
     image: Tensor
     mask: Tensor
 
@@ -89,6 +91,7 @@ def prepare(
         sizes = (0.9 * diameter, 1.1 * diameter) if diameter else DIAMETERS
         drawn = lesion_shaped(region, named_seed("lesion-shaped", seed, sample.sample_id, variant), sizes)
         return fit_sample(sample, original, Mask(drawn.astype(np.float32)), data)
+    assert sample.mask is not None  # or it could not be drawn on
     own = read_mask(sample.mask, original.shape)
     if own.empty:
         raise MedSoftError(f"{sample.mask}: diseased, but the mask is empty")
@@ -119,18 +122,17 @@ def fit_sample(
 ) -> PreparedSample:
     """Put an image and the mask to draw in together; a diseased sample's ``soft_mask.png`` is used as it is.
 
-    ``offset`` moves the crop (see ``Fit.window``).
+    ``offset`` moves the crop (see ``Fit.crop_window``).
     """
     feather = Feather(data.feather, data.feather_unit)
     if sample.soft_mask is not None and not sample.healthy:
         soft = soft_mask_of(sample, original.shape, feather)
     else:
         soft = soft_mask_for(mask, feather, sample.meta.get("spacing_mm"))
-    window = Fit(data.fit, data.image_size, data.context).window(original.shape, soft, offset)
-    levels = intensity_range_of(original, sample.meta.get("window"))
-    seen = window.forward(to_unit(original, levels)) * 2 - 1
-    seen = np.repeat(seen[..., None], 3, axis=2) if seen.ndim == 2 else seen  # the networks read RGB
-    image = torch.from_numpy(np.ascontiguousarray(seen.transpose(2, 0, 1)))
-    return PreparedSample(
-        original, levels, mask.hard, soft, window, image, torch.from_numpy(window.forward_mask(soft))[None]
-    )
+    crop_window = Fit(data.fit, data.image_size, data.context).crop_window(original.shape, soft, offset)
+    intensity_range = intensity_range_of(original, sample.meta.get("window"))
+    unit = crop_window.forward(to_unit(original, intensity_range))
+    rgb = np.repeat(unit[..., None], 3, axis=2) if unit.ndim == 2 else unit  # the networks read RGB
+    image = torch.from_numpy(np.ascontiguousarray((rgb * 2 - 1).transpose(2, 0, 1)))
+    model_mask = torch.from_numpy(crop_window.forward_mask(soft))[None]
+    return PreparedSample(original, intensity_range, mask.hard, soft, crop_window, image, model_mask)

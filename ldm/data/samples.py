@@ -1,15 +1,17 @@
-"""A sample, and a sample that cannot be used."""
+"""A sample, a sample that cannot be used, and what the values of ``meta.json`` may be."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HEALTHY = "healthy"
+META_TEXTS = ("patient_id", "parent_id", "lesion_type", "level", "severity")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its mask and sentence. Paths are absolute; ``box`` is x, y, w, h as fractions of the image."""
+    """One image with its mask and prompt. Paths are absolute; ``box`` is x, y, w, h as fractions of the image."""
 
     sample_id: str
     image: Path
@@ -48,3 +50,29 @@ def shown(text: object) -> str:
     """``text`` on one printable line, whatever characters a folder name contains."""
     text = str(text)
     return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def wrong_value(meta: dict[str, Any]) -> tuple[str, str] | None:
+    """The first key whose value cannot be used, with what is expected there; null is as good as no key."""
+    checks = (
+        ("synthetic", lambda value: isinstance(value, bool), "true or false"),
+        ("spacing_mm", _is_spacing, "one or two positive numbers"),
+        ("window", _is_window, "two numbers [low, high] with low < high"),
+    )
+    for key, valid, expected in checks:
+        if meta.get(key) is not None and not valid(meta[key]):
+            return key, expected
+    return None
+
+
+def _is_spacing(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return len(numbers) in (1, 2) and all(is_number(number) and number > 0 for number in numbers)
+
+
+def _is_window(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] < value[1]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -118,7 +118,7 @@ def _lesions(read: Sequence[tuple[Sample, PreparedSample]], clip: BiomedClip) ->
 
 def _native_numbers(picture: PreparedSample) -> tuple[float, float, float]:
     """Diameter, contrast and texture of a lesion at native size."""
-    unit = to_unit(picture.original, picture.levels)
+    unit = to_unit(picture.original, picture.intensity_range)
     grey = unit if unit.ndim == 2 else unit.mean(axis=2)
     wide = cv2.dilate(picture.hard.astype(np.uint8), np.ones((2 * RING + 1,) * 2, np.uint8)) > 0
     ring, inside = wide & ~picture.hard, grey[picture.hard]

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ldm.core.files import read_json, write_json, write_text
-from ldm.data.images import Fit, write_png
+from ldm.data.crop import Fit
+from ldm.data.png import write_png
 from ldm.data.samples import Sample
 from ldm.data.seam import border_gradient
 from ldm.reports.pages import STYLE, ResultImage, colour, files_folder, read_all_results, read_result, signed_colours
@@ -66,7 +67,7 @@ def _card(page: Path, sample: Sample) -> str:
 
 def _strip(picture: ResultImage) -> np.ndarray:
     """The four panels side by side around the lesion, TILE x 4 TILE x 3 uint8."""
-    window = Fit("crop", TILE, 2.0).window(picture.soft.shape, picture.soft)
+    window = Fit("crop", TILE, 2.0).crop_window(picture.soft.shape, picture.soft)
     original, result = (window.forward(unit) for unit in picture.shown())
     panels = [colour(original), colour(window.forward_mask(picture.soft)), colour(result)]
     return np.concatenate([*panels, signed_colours(result, original)], axis=1)

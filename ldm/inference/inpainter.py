@@ -66,8 +66,10 @@ class Inpainter:
                 results.append(InpaintedImage(fault=fault))
                 continue
             square = ((drawn + 1) / 2).permute(1, 2, 0).numpy()
-            native = picture.window.backward(square, to_unit(picture.original, picture.levels))
-            results.append(InpaintedImage(composite(picture.original, native, picture.soft, picture.levels), native))
+            native = picture.crop_window.backward(square, to_unit(picture.original, picture.intensity_range))
+            results.append(
+                InpaintedImage(composite(picture.original, native, picture.soft, picture.intensity_range), native)
+            )
         return results
 
     def generate(self, image: Tensor, soft_mask: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, list[str | None]]:

@@ -22,8 +22,9 @@ from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import PARTIAL_PREFIX, atomic_folder, content_id, fingerprint, read_json, write_json, write_text
 from ldm.core.locks import exclusive
 from ldm.data.annotations import write_rejects
-from ldm.data.images import read_image, with_alpha, write_png
+from ldm.data.images import read_image, with_alpha
 from ldm.data.masks import read_mask
+from ldm.data.png import write_png
 from ldm.data.samples import HEALTHY, Reject
 from ldm.inference.tasks import Task
 
@@ -303,7 +304,7 @@ class InferenceRun:
             "variant": task.variant,
             "prompt_from": source.sample_id if sick and source is not parent else None,
             "spacing_mm": parent.meta.get("spacing_mm"),
-            "window": list(picture.levels) if picture.original.dtype == np.uint16 else None,
+            "window": list(picture.intensity_range) if picture.original.dtype == np.uint16 else None,
             "parent_image": str(parent.image),
             "parent_sha256": self._parents[parent.image],
             "changed_outside_pixels": changed,

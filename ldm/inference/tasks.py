@@ -10,7 +10,8 @@ from typing import Any
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import named_seed, read_json, read_text
-from ldm.data.annotations import load_samples, read_sample
+from ldm.data.annotations import load_samples
+from ldm.data.folders import read_sample
 from ldm.data.samples import Reject, Sample
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from ldm.checkpoints.checkpoint import read_tensors, write_checkpoint
 from ldm.config import Config
 from ldm.core.devices import autocast
 from ldm.core.files import named_seed, write_json, write_text
-from ldm.data.images import Fit, to_unit
+from ldm.data.crop import Fit
+from ldm.data.images import to_unit
 from ldm.data.masks import TARGET_LABEL, Feather, Mask, lesion_shaped, soft_mask_for
 from ldm.diffusion.schedule import diffusion_loss
 from ldm.networks.autoencoder import Autoencoder
@@ -52,7 +53,7 @@ class PhantomBaseTrainer:
             for k in range(masks):
                 hard = lesion_shaped(phantom.anatomy == TARGET_LABEL, named_seed("base", index, k))
                 soft = soft_mask_for(Mask(hard.astype(np.float32)), self.feather)
-                window = self.fit.window(phantom.image.shape, soft)
+                window = self.fit.crop_window(phantom.image.shape, soft)
                 crops.append(window.forward(to_unit(phantom.image)))
                 softs.append(window.forward_mask(soft))
         return torch.from_numpy(np.stack(crops))[:, None], torch.from_numpy(np.stack(softs))[:, None]
@@ -257,7 +258,7 @@ class PhantomBaseTrainer:
             if phantom.healthy:
                 hard = lesion_shaped(phantom.anatomy == TARGET_LABEL, named_seed("pairs", item[1]))
             soft = soft_mask_for(Mask(hard.astype(np.float32)), self.feather)
-            crops.append(self.fit.window(phantom.image.shape, soft).forward(to_unit(phantom.image)))
+            crops.append(self.fit.crop_window(phantom.image.shape, soft).forward(to_unit(phantom.image)))
             prompts.append(phantom.prompt)
         return torch.from_numpy(np.stack(crops))[:, None], prompts
 

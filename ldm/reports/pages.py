@@ -17,9 +17,11 @@ import numpy as np
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import atomic_file, read_text
-from ldm.data.annotations import scan_folder
-from ldm.data.images import Fit, intensity_range_of, read_image, to_unit, write_png
+from ldm.data.crop import Fit
+from ldm.data.folders import scan_folder
+from ldm.data.images import intensity_range_of, read_image, to_unit
 from ldm.data.masks import read_mask
+from ldm.data.png import write_png
 from ldm.data.samples import Sample
 
 if TYPE_CHECKING:
@@ -280,7 +282,7 @@ def write_sheet(path: str | Path, pictures: Sequence[ResultImage]) -> None:
 def _close_up(picture: ResultImage, tile: int) -> list[np.ndarray]:
     """Original, result and difference around the lesion, each tile x tile x 3 uint8."""
     zoom = 3 if max(picture.soft.shape) < tile else 1
-    window = Fit("crop", tile // zoom, 2.0).window(picture.soft.shape, picture.soft)
+    window = Fit("crop", tile // zoom, 2.0).crop_window(picture.soft.shape, picture.soft)
     original, result = (window.forward(unit) for unit in picture.shown())
     small = [colour(original), colour(result), signed_colours(result, original)]
     return [pixels.repeat(zoom, axis=0).repeat(zoom, axis=1) for pixels in small]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ldm.core.files import remove_partials
-from ldm.data.images import write_png
+from ldm.data.png import write_png
 from ldm.diffusion.noise import image_noise
 from ldm.diffusion.samplers import ddim
 from ldm.training.dataset import StageData

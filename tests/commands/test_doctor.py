@@ -14,7 +14,8 @@ from tiny import CLIP, MODELS, TRAIN, VAL, call
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data import checks as dataset_checks
 from ldm.data.annotations import load_samples, write_annotations
-from ldm.data.images import read_image, write_png
+from ldm.data.images import read_image
+from ldm.data.png import write_png
 from ldm.data.samples import Reject
 from ldm.training.doctor import check_installation, check_versions
 from tool import doctor

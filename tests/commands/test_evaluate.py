@@ -11,7 +11,8 @@ import pytest
 import tiny
 
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.data.images import read_image, write_png
+from ldm.data.images import read_image
+from ldm.data.png import write_png
 from ldm.phantom.spines import write_dataset
 from tool import evaluate
 

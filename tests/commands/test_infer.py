@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from tiny import TRAIN, infer, metas, record, whole
 
-from ldm.data.annotations import load_samples, scan_folder
-from ldm.data.images import read_image, write_png
+from ldm.data.annotations import load_samples
+from ldm.data.folders import scan_folder
+from ldm.data.images import read_image
+from ldm.data.png import write_png
 from ldm.data.preparation import lesion_diameter
 from ldm.inference.inpainter import Inpainter
 

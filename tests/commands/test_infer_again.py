@@ -17,8 +17,10 @@ from tiny import PHANTOM, ROOT, TRAIN, edit, infer, metas, record, whole
 import ldm.core.files
 import ldm.inference.run
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.data.annotations import load_samples, scan_folder, write_annotations
-from ldm.data.images import read_image, write_png
+from ldm.data.annotations import load_samples, write_annotations
+from ldm.data.folders import scan_folder
+from ldm.data.images import read_image
+from ldm.data.png import write_png
 from ldm.diffusion.samplers import DifferentialMask
 from ldm.inference.inpainter import Inpainter
 from ldm.networks.model import MedSoftModel

@@ -18,7 +18,8 @@ from tiny import CLIP, PHANTOM, ROOT, TRAIN, call, dataset_infer, edit, infer, m
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples, write_annotations
-from ldm.data.images import read_image, write_png
+from ldm.data.images import read_image
+from ldm.data.png import write_png
 from ldm.data.samples import Sample
 from ldm.inference.inpainter import Inpainter
 from ldm.inference.tasks import plan_tasks

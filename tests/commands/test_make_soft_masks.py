@@ -12,8 +12,9 @@ from tiny import call
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples
-from ldm.data.images import read_image, write_png
+from ldm.data.images import read_image
 from ldm.data.masks import SIDES, equivalent_diameter, lesion_shaped, soften
+from ldm.data.png import write_png
 from tool import make_soft_masks
 
 

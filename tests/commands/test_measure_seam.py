@@ -9,7 +9,8 @@ from tiny import CLIP, PHANTOM, TEST, call
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples
-from ldm.data.images import read_image, write_png
+from ldm.data.images import read_image
+from ldm.data.png import write_png
 from tool import measure_seam
 
 

@@ -21,7 +21,8 @@ from ldm.config import load_config
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples, write_annotations
-from ldm.data.images import read_image, write_png
+from ldm.data.images import read_image
+from ldm.data.png import write_png
 from ldm.networks.model import MedSoftModel
 from ldm.training.stage import Stage
 

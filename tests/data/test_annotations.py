@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.data.annotations import SPLITS, load_samples, scan_folder, split_by_patient, write_annotations, write_rejects
-from ldm.data.images import write_png
+from ldm.data.annotations import load_samples, write_annotations, write_rejects
+from ldm.data.folders import scan_folder
+from ldm.data.png import write_png
 from ldm.data.samples import Reject, Sample
+from ldm.data.splits import SPLITS, split_by_patient
 
 FEW = settings(max_examples=30, deadline=None)
 Write = Callable[..., Path]
@@ -138,7 +140,7 @@ def test_faulty_sample_is_rejected_and_the_others_stay(tmp_path: Path, write_sam
 
 
 BYTES: dict[str, tuple[str, bytes, str]] = {
-    "half an image": ("image.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "truncated PNG (16 of at least"),
+    "half an image": ("image.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "truncated PNG (16 bytes, its end is missing"),
     "empty mask file": ("mask.png", b"", "empty (0 bytes)"),
     "pointer": ("mask.png", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer: run `git lfs pull`"),
     "cp1252 prompt": ("prompt.txt", b"the patient\x92s spine", "byte 0x92 at offset 11"),

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
-from ldm.data.annotations import read_sample
-from ldm.data.images import write_png
+from ldm.data.folders import read_sample
 from ldm.data.masks import (
     Feather,
     Mask,
@@ -26,6 +25,7 @@ from ldm.data.masks import (
     soft_mask_of,
     soften,
 )
+from ldm.data.png import write_png
 
 FEW = settings(max_examples=30, deadline=None)
 

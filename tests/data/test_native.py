@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from ldm.config import DataConfig
-from ldm.data.images import composite, encode_png, read_image, to_unit, with_alpha
+from ldm.data.images import composite, read_image, to_unit, with_alpha
 from ldm.data.masks import Mask
+from ldm.data.png import encode_png
 from ldm.data.preparation import fit_sample
 from ldm.data.samples import Sample
 
@@ -85,8 +86,8 @@ def test_outside_the_support_every_reader_sees_the_same_pixels(
     assert picture.mask.max() == 1  # the lesion reaches the model, however small
 
     square = rng.random((32, 32, 3), dtype=np.float32)
-    native = picture.window.backward(square, to_unit(original, picture.levels))
-    drawn = composite(original, native, picture.soft, picture.levels)
+    native = picture.crop_window.backward(square, to_unit(original, picture.intensity_range))
+    drawn = composite(original, native, picture.soft, picture.intensity_range)
     whole = with_alpha(drawn, path, picture.soft > 0)
 
     found = seen_by_others(io.BytesIO(encode_png(whole)), mode)

@@ -11,7 +11,7 @@ from tiny import CLIP, MODELS, SD, convert
 
 from ldm.checkpoints.checkpoint import PREFIXES, load_parts, read_checkpoint
 from ldm.config import Config, load_config
-from ldm.data.images import write_png
+from ldm.data.png import write_png
 from ldm.data.preparation import PreparedSample, prepare
 from ldm.data.samples import Sample
 from ldm.diffusion.noise import image_noise

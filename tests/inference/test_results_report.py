@@ -11,7 +11,8 @@ import pytest
 from test_report import Page
 from tiny import TRAIN, infer, metas
 
-from ldm.data.images import read_image, write_png
+from ldm.data.images import read_image
+from ldm.data.png import write_png
 from ldm.data.seam import border_gradient, gradient_ratio, hard_composite
 from ldm.inference.gallery import PANELS, TILE, measures, write_gallery
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ldm.core.errors import MedSoftError
-from ldm.data.images import read_image, write_png
+from ldm.data.images import read_image
+from ldm.data.png import write_png
 from ldm.reports import pages as report
 from tool import demo_report
 

@@ -17,7 +17,8 @@ from tiny import CLIP, MODELS, train
 from ldm.config import load_config
 from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples
-from ldm.data.images import read_image, write_png
+from ldm.data.images import read_image
+from ldm.data.png import write_png
 from ldm.data.preparation import prepare
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel, hidden_region, hide
@@ -461,14 +462,14 @@ def test_training_crops_of_a_lesion_are_shifted_and_hold_it(world: Path, network
     for sample in load_samples(world / "train")[0]:
         if sample.healthy:
             continue
-        drawn = prepare(sample, data, 0, 3).window
+        drawn = prepare(sample, data, 0, 3).crop_window
         crops = [prepare(sample, data, 0, variant, training=True) for variant in range(6)]
-        assert crops[0].window == drawn  # the first is what drawing sees, and no variant of a drawing is shifted
-        assert len({(crop.window.top, crop.window.left) for crop in crops}) > 1
-        assert {(crop.window.height, crop.window.width) for crop in crops} == {(drawn.height, drawn.width)}
+        assert crops[0].crop_window == drawn  # the first is what drawing sees, and no variant of a drawing is shifted
+        assert len({(crop.crop_window.top, crop.crop_window.left) for crop in crops}) > 1
+        assert {(crop.crop_window.height, crop.crop_window.width) for crop in crops} == {(drawn.height, drawn.width)}
         for crop in crops:
             inside = np.zeros(crop.soft.shape, bool)
-            window = crop.window
+            window = crop.crop_window
             inside[window.top : window.top + window.height, window.left : window.left + window.width] = True
             assert not (crop.soft > 0)[~inside].any()
 

@@ -17,7 +17,7 @@ from tiny import MODELS, STAGES
 from torch import nn
 
 from ldm.config import Config, load_config
-from ldm.data.images import write_png
+from ldm.data.png import write_png
 from ldm.data.preparation import prepare
 from ldm.data.samples import Sample
 from ldm.inference.inpainter import Inpainter, Job

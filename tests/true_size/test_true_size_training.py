@@ -18,7 +18,7 @@ from tiny import MODELS, ROOT, STAGES, changed
 from ldm.bench.common import random_biomedclip
 from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import load_config
-from ldm.data.images import write_png
+from ldm.data.png import write_png
 
 GIB = 2**30
 # Two training steps of one sample each, and no pictures: two of them alone would take 200 calls of the U-Net.
