@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ldm.config import Config
     from ldm.data.samples import Sample
-    from ldm.networks.biomedclip import BiomedClip
+    from ldm.networks.encoder import ImageTextEncoder
 
 log = logging.getLogger("compare_samplers")
 
@@ -80,7 +80,7 @@ def common(folders: "list[Path]") -> "list[list[Sample]]":
     return [[sample for sample in samples if sample.sample_id in names] for samples in found]
 
 
-def features(samples: "list[Sample]", clip: "BiomedClip", config: "Config") -> "Tensor":
+def features(samples: "list[Sample]", clip: "ImageTextEncoder", config: "Config") -> "Tensor":
     """BiomedCLIP's CLS tokens (N, D) of the samples' crops, as the model sees them."""
     import torch
 

@@ -155,16 +155,15 @@ def measure(clip: Any, lesions: "dict[str, list[Lesion]]") -> dict[str, Any]:
     )
 
     real, synthetic = lesions["real"], lesions["synthetic"]
-    dimensions = clip.clip.visual.trunk.num_features
     return {
         "pictures": {name: len(each) for name, each in lesions.items()},
         "extractor": {
             "name": "BiomedCLIP, CLS token after the trunk's final norm, of the model's crop around the lesion",
             "folder": str(clip.folder),
             "fingerprint": clip.fingerprint,
-            "dimensions": dimensions,
+            "dimensions": clip.token_dim,
         },
-        "warnings": [*small_sample_warnings(len(real), len(synthetic), dimensions), *seen_before(lesions)],
+        "warnings": [*small_sample_warnings(len(real), len(synthetic), clip.token_dim), *seen_before(lesions)],
         "distances": set_distances(real, synthetic),
         "parents": parent_likeness(synthetic),
         "text": {"real": text_agreement(clip, real), "synthetic": text_agreement(clip, synthetic)},

@@ -26,7 +26,7 @@ from ldm.core import cli
 from ldm.core.devices import resolve_precision
 from ldm.core.errors import UsageError
 from ldm.core.files import write_json
-from ldm.networks.biomedclip import BiomedClip
+from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel
 from ldm.networks.opening import open_encoder
 from ldm.training.estimates import GIB, fake_batch, step_operations
@@ -50,7 +50,7 @@ class Variant(NamedTuple):
 class Steps:
     """A stage on one device, with steps in several variants."""
 
-    def __init__(self, config: Config, clip: BiomedClip, batch_size: int, device: torch.device) -> None:
+    def __init__(self, config: Config, clip: ImageTextEncoder, batch_size: int, device: torch.device) -> None:
         torch.manual_seed(0)
         self.device, self.clip = device, clip.to(device)
         self.half = resolve_precision(config.training.precision) == "bf16-mixed"

@@ -41,7 +41,7 @@ from ldm.evaluation.metrics import (
     mean_of,
     text_embeddings,
 )
-from ldm.networks.biomedclip import BiomedClip
+from ldm.networks.encoder import ImageTextEncoder
 from ldm.reports.pages import read_result
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Lesion:
 
 
 def read_lesions(
-    samples: Sequence[Sample], data: DataConfig, clip: BiomedClip, name: str
+    samples: Sequence[Sample], data: DataConfig, clip: ImageTextEncoder, name: str
 ) -> tuple[list[Lesion], list[Reject]]:
     """The diseased samples among ``samples``; those that cannot be read come back as rejects."""
     found, rejects, waiting = [], [], []
@@ -101,7 +101,7 @@ def read_lesions(
     return found + (_lesions(waiting, clip) if waiting else []), rejects
 
 
-def _lesions(read: Sequence[tuple[Sample, PreparedSample]], clip: BiomedClip) -> list[Lesion]:
+def _lesions(read: Sequence[tuple[Sample, PreparedSample]], clip: ImageTextEncoder) -> list[Lesion]:
     images = torch.stack([picture.image for _, picture in read])
     masks = torch.stack([picture.mask for _, picture in read])
     side = min(CROP_SIDE, images.shape[-1])
@@ -211,7 +211,7 @@ def as_dict(estimate: Estimate | None) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------------------------ text
 
 
-def text_agreement(clip: BiomedClip, lesions: Sequence[Lesion]) -> dict[str, Any] | None:
+def text_agreement(clip: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict[str, Any] | None:
     """Cosine of each crop with its own prompt and, on average, with others'; how often its own is the closer one.
 
     Others': prompts with other words and, where both are known, of another lesion type. None without any such pair.

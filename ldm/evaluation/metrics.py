@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ldm.networks.biomedclip import BiomedClip
+    from ldm.networks.encoder import ImageTextEncoder
 
 NEIGHBOURS = 5  # k of density and coverage, as in their paper
 HALVES, DRAWS = 100, 2000  # resamplings of a set distance, of a mean
@@ -46,7 +46,7 @@ class PrecomputedFeatures(nn.Module):
 
 
 @torch.no_grad()
-def crop_features(clip: "BiomedClip", images: Sequence[Tensor], hidden: Sequence[Tensor] | None = None) -> Tensor:
+def crop_features(clip: "ImageTextEncoder", images: Sequence[Tensor], hidden: Sequence[Tensor] | None = None) -> Tensor:
     """BiomedCLIP's CLS token after the trunk's final norm, float64 (N, D).
 
     ``images``: batches (B, 3, S, S) in [-1, 1]; ``hidden``: for each batch (B, 1, S, S), > 0 where nothing is seen.
@@ -57,13 +57,13 @@ def crop_features(clip: "BiomedClip", images: Sequence[Tensor], hidden: Sequence
 
 
 @torch.no_grad()
-def image_embeddings(clip: "BiomedClip", images: Sequence[Tensor]) -> Tensor:
+def image_embeddings(clip: "ImageTextEncoder", images: Sequence[Tensor]) -> Tensor:
     """Projected image embeddings of length 1, comparable with ``text_embeddings``: float64 (N, E)."""
-    found = [clip.clip.encode_image(clip.normalise(image)).double().cpu() for image in images]
+    found = [clip.embed_image(image).double().cpu() for image in images]
     return F.normalize(torch.cat(found), dim=1)
 
 
-def text_embeddings(clip: "BiomedClip", prompts: Sequence[str]) -> Tensor:
+def text_embeddings(clip: "ImageTextEncoder", prompts: Sequence[str]) -> Tensor:
     """Projected text embeddings of length 1, float64 (N, E)."""
     return F.normalize(clip.encode_text(prompts).double().cpu(), dim=1)
 

@@ -14,7 +14,7 @@ from ldm.core.devices import kernel_layout
 from ldm.data.images import composite, to_unit
 from ldm.data.preparation import PreparedSample
 from ldm.diffusion.noise import image_noise, named_generator
-from ldm.networks.biomedclip import BiomedClip
+from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, hidden_region, hide
 from ldm.networks.msc import ControllerInputs
 from ldm.networks.opening import open_model
@@ -49,8 +49,10 @@ class InpaintedImage:
 class Inpainter:
     """Draws with one model and one configuration (``config.sampling``)."""
 
-    def __init__(self, net: MedSoftModel, clip: BiomedClip, config: Config, device: torch.device | str = "cpu") -> None:
-        self.net, self.clip, self.config = net.to(device).eval(), clip.to(device), config
+    def __init__(
+        self, net: MedSoftModel, encoder: ImageTextEncoder, config: Config, device: torch.device | str = "cpu"
+    ) -> None:
+        self.net, self.encoder, self.config = net.to(device).eval(), encoder.to(device), config
         self.device = torch.device(device)
         for_inference(self.net, DTYPES[config.sampling.precision])
 
@@ -105,16 +107,16 @@ class Inpainter:
 
     def _conditions(self, image: Tensor, soft_mask: Tensor, mask: Tensor, prompts: list[str]) -> GuidanceConditions:
         net, dtype = self.net, DTYPES[self.config.sampling.precision]
-        context, context_global = self.clip.encode_image(image, hidden_region(soft_mask))
-        lesion, _ = net.msc(ControllerInputs(context, context_global, self.clip.encode_text(prompts), soft_mask))
+        context, context_global = self.encoder.encode_image(image, hidden_region(soft_mask))
+        lesion, _ = net.msc(ControllerInputs(context, context_global, self.encoder.encode_text(prompts), soft_mask))
         text, empty = net.cond_stage_model(prompts).to(dtype), net.cond_stage_model([""])
         return guidance_conditions(net, mask, text, empty, net.semantic(context, lesion, soft_mask))
 
 
 def load_inpainter(ckpt: str | Path, config: Config, device: str) -> Inpainter:
     """The model of a final checkpoint with BiomedCLIP, checked against the configuration, ready to draw."""
-    net, clip = open_model(config, read_checkpoint(ckpt))
-    return Inpainter(net, clip, config, device)
+    net, encoder = open_model(config, read_checkpoint(ckpt))
+    return Inpainter(net, encoder, config, device)
 
 
 def for_inference(net: MedSoftModel, dtype: torch.dtype) -> None:

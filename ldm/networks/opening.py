@@ -4,26 +4,38 @@ from collections.abc import Sequence
 
 from ldm.checkpoints.checkpoint import Checkpoint, check_preparation, load_parts
 from ldm.config import BiomedClipConfig, Config
+from ldm.core.errors import MedSoftError
 from ldm.networks.biomedclip import BiomedClip
+from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import TRAINABLE_PARTS, MedSoftModel
 
 
-def open_encoder(cfg: BiomedClipConfig, checkpoint: Checkpoint | None = None) -> BiomedClip:
-    """The frozen encoder of images and prompts, of the sizes in ``cfg``.
+def open_encoder(cfg: BiomedClipConfig, checkpoint: Checkpoint | None = None) -> ImageTextEncoder:
+    """The frozen encoder of images and prompts, of the sizes in ``cfg``. Another kind of encoder is chosen here.
 
     Raises MedSoftError if its files are missing, damaged or of other sizes, or if ``checkpoint`` was trained on the
     tokens of another encoder.
     """
     encoder = BiomedClip(cfg.path)
-    encoder.check(cfg)
-    if checkpoint is not None:
-        encoder.check_same(checkpoint)
+    for key in ("grid", "token_dim", "text_dim"):
+        found, expected = getattr(encoder, key), getattr(cfg, key)
+        if found != expected:
+            raise MedSoftError(
+                f"{encoder.folder}: biomedclip.{key} is {found}, the configuration expects {expected}; "
+                "use the YAML that belongs to this encoder"
+            )
+    trained_with = checkpoint.about.get("biomedclip") if checkpoint else None
+    if checkpoint and trained_with and trained_with != encoder.fingerprint:
+        raise MedSoftError(
+            f"{encoder.folder}: is not the BiomedCLIP that {checkpoint.path} was trained with; give that folder with "
+            "--biomedclip"
+        )
     return encoder
 
 
 def open_model(
     config: Config, checkpoint: Checkpoint, parts: Sequence[str] = TRAINABLE_PARTS
-) -> tuple[MedSoftModel, BiomedClip]:
+) -> tuple[MedSoftModel, ImageTextEncoder]:
     """The networks ``parts`` with the checkpoint's weights, on the CPU, and the encoder whose tokens they read.
 
     Raises MedSoftError or UsageError if checkpoint, configuration and encoder do not belong together.

@@ -28,7 +28,7 @@ from ldm.core.files import atomic_file, fingerprint, remove_partials, sha256_fil
 from ldm.core.locks import exclusive
 from ldm.data.preparation import prepare
 from ldm.data.samples import Reject
-from ldm.networks.biomedclip import BiomedClip
+from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, hidden_region, hide
 from ldm.training.dataset import Item
 
@@ -47,10 +47,10 @@ class FeatureCache:
     The networks are needed to build, not to load: ``forget_networks`` sets them free.
     """
 
-    def __init__(self, folder: str | Path, config: Config, model: MedSoftModel, clip: BiomedClip) -> None:
+    def __init__(self, folder: str | Path, config: Config, model: MedSoftModel, clip: ImageTextEncoder) -> None:
         self.folder, self.config = Path(folder), config
         self.model: MedSoftModel | None = model
-        self.clip: BiomedClip | None = clip
+        self.clip: ImageTextEncoder | None = clip
         self.kinds = {"clip": clip.fingerprint, "clip_text": clip.fingerprint}
         if "autoencoder" in model.parts:
             self.kinds["latents"] = _weights_fingerprint(model.first_stage_model)
@@ -130,7 +130,7 @@ class FeatureCache:
                 rejects.append(Reject(item.sample.sample_id, item.sample.image, error.cause(item.sample.image)))
         if not ready:
             return rejects
-        device = self.clip.image_mean.device
+        device = self.clip.device
         image = torch.stack([picture.image for _, picture in ready]).to(device)
         mask = torch.stack([picture.mask for _, picture in ready]).to(device)
         made = compute_features(self.model, self.clip, image, mask)
@@ -226,7 +226,7 @@ def cache_size(config: Config, items: Iterable[Item]) -> int:
 
 @torch.no_grad()
 def compute_features(
-    model: MedSoftModel, clip: BiomedClip, image: Tensor, mask: Tensor
+    model: MedSoftModel, clip: ImageTextEncoder, image: Tensor, mask: Tensor
 ) -> dict[str, dict[str, Tensor]]:
     """By kind, what the frozen encoders say about images (B, 3, S, S) with soft masks (B, 1, S, S)."""
     seen, seen_global = clip.encode_image(image, hidden_region(mask))

@@ -21,6 +21,7 @@ import ver_train
 from ldm.config import TextEncoderConfig, load_config
 from ldm.core.errors import MedSoftError
 from ldm.networks.biomedclip import BiomedClip
+from ldm.networks.opening import open_encoder
 from ldm.networks.text_encoder import TextEncoder
 
 PROMPTS = [
@@ -474,4 +475,4 @@ def test_name_that_no_hub_has(hub: Path) -> None:
 
 def test_true_size_yaml_asks_for_biomedclips_sizes(download: Path) -> None:
     with pytest.raises(MedSoftError, match=r"clip: biomedclip\.grid is 10, the configuration expects 14"):
-        BiomedClip(download).check(load_config(MODELS / "mldm_v15.yaml").biomedclip)
+        open_encoder(load_config(MODELS / "mldm_v15.yaml", [f"biomedclip.path={download}"]).biomedclip)

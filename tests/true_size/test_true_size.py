@@ -22,7 +22,8 @@ from ldm.data.preparation import prepare
 from ldm.data.samples import Sample
 from ldm.inference.inpainter import Inpainter, Job
 from ldm.networks.attention import Conditioning
-from ldm.networks.biomedclip import BiomedClip, bert_config, build_clip
+from ldm.networks.biomedclip import BiomedClip, build_clip
+from ldm.networks.biomedclip_folder import bert_config
 from ldm.networks.model import MedSoftModel
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,51 @@
+"""What the method needs of a frozen image-text encoder; BiomedCLIP is one, and nothing else is asked of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+class ImageTextEncoder(nn.Module, ABC):
+    """Encodes images to a grid of patch tokens and one global token, and prompts to one vector.
+
+    Frozen, in evaluation mode, never stored in a checkpoint: a checkpoint keeps its ``fingerprint``. The subclass's
+    constructor sets what is declared here and ends with ``self.freeze()``.
+    """
+
+    folder: Path  # where its files lie; named in errors
+    fingerprint: str  # of its weights
+    grid: int  # patches per side
+    token_dim: int  # width of the tokens
+    text_dim: int  # width of a prompt's vector
+
+    def freeze(self) -> None:
+        """No gradients from here on, and evaluation mode."""
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode whatever is asked."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters lie."""
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def encode_image(self, image: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Patch tokens (B, grid**2, token_dim) and global token (B, token_dim).
+
+        image: (B, 3, S, S) in [-1, 1], of any size; hidden: (B, 1, S, S), > 0 (or True) where nothing may be seen.
+        """
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """One vector per prompt, (B, text_dim), not normalised. A warning (once a prompt) says what is cut off."""
+
+    @abstractmethod
+    def embed_image(self, image: Tensor) -> Tensor:
+        """One vector per image (B, 3, S, S) in [-1, 1], comparable with ``encode_text``: (B, text_dim)."""
