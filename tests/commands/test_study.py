@@ -165,8 +165,9 @@ def test_command_line_ends_with_one_line_and_code_2(write_study) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_command_of_the_shipped_studies_is_one_its_script_accepts(name: str) -> None:
-    scripts = {f"{m.__name__}.py": m for m in (classifier, dataset_infer, ver_openImagesDatasets, ver_train)}
-    scripts |= {f"tool/{m.__name__}.py": m for m in (make_phantoms, tiny.model_convert, tiny.tool_merge_for_stage2)}
+    modules = (classifier, dataset_infer, ver_openImagesDatasets, ver_train)
+    modules = (*modules, make_phantoms, tiny.model_convert, tiny.tool_merge_for_stage2)
+    scripts = {module.__name__.replace(".", "/") + ".py": module for module in modules}
     design = study.load_design(ROOT / name)
     groups = [group for group in study.plan_groups(design) if group.world is design.worlds[-1]]
     seen = set()
