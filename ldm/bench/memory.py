@@ -7,7 +7,6 @@ but the networks of a step is there, as in training.
 import argparse
 import logging
 import multiprocessing
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from ldm.bench.training import optimizer_step, stage_configs
 from ldm.config import Config
 from ldm.core import cli
-from ldm.core.devices import half_is_fast
+from ldm.core.devices import half_is_fast, peak_memory
 from ldm.core.files import write_json
 from ldm.training.estimates import GIB, Memory, fake_batch, fake_stage, stage_memory
 
@@ -81,9 +80,7 @@ def one_step(path: Path, stage: str, overrides: list[str], batch_size: int) -> d
     before = {key: value.detach().flatten()[:8].clone() for key, value in made.trained.items()}
     loss = float(optimizer_step(made, made.adamw(), batch, half))
     moved = sum(not torch.equal(value, made.trained[key].detach().flatten()[:8]) for key, value in before.items())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+    peak = peak_memory(device)
     seconds = time.perf_counter() - start
     found = {"stage": stage, "peak": peak, "computed": computed, "seconds": seconds, "loss": loss}
     return {**found, "tensors": len(before), "moved": moved}

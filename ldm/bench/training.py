@@ -9,7 +9,6 @@ is cheaper and less exact, in the step's bfloat16.
 import argparse
 import gc
 import logging
-import resource
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ import torch
 from ldm.bench.common import random_biomedclip
 from ldm.config import Config, load_config
 from ldm.core import cli
-from ldm.core.devices import resolve_precision
+from ldm.core.devices import peak_memory, resolve_precision
 from ldm.core.errors import UsageError
 from ldm.core.files import write_json
 from ldm.networks.encoder import ImageTextEncoder
@@ -205,9 +204,7 @@ def main(args: argparse.Namespace) -> int:
             times = measure(Steps(config, clip, args.batch_size, device), args.repeats)
             results += report(stage, times, args.batch_size, step_operations(config, args.batch_size))
             gc.collect()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+    peak = peak_memory(device)
     log.info("most memory: %.1f GiB", peak / GIB)
     if args.output:
         write_json(args.output, {"where": where, "precision": precision, "peak_bytes": peak, "stages": results})

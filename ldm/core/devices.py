@@ -1,7 +1,9 @@
 """What the machine can do, and which of several processes this is."""
 
 import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,13 +21,32 @@ def is_first_on_node() -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device; for the CPU, what the kernel could give without swapping."""
+    """Bytes that are free on the device; for the CPU, what the kernel could give without swapping.
+
+    A system that only tells how much memory there is (macOS) is taken at its word, one that does not tell at all
+    (Windows) has no limit.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that torch has held on a GPU, or this process on the CPU; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -87,7 +87,9 @@ def _umask() -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable (fsync of the directory)."""
+    """Make renames inside ``folder`` durable (fsync of the directory, which Windows does not open)."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

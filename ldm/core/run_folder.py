@@ -165,7 +165,7 @@ class RunFolder:
             found = self._work()
         else:
             inside = sorted(self.path.iterdir()) if self.path.is_dir() else []
-            found = [path for path in inside if not path.name.startswith((PARTIAL_PREFIX, ".run.lock"))]
+            found = [path for path in inside if not path.match(PARTIAL_PREFIX + "*") and not path.match(".*.lock*")]
         if found:
             raise UsageError(
                 f"{self.path}: is not empty and holds no {self.what} of this command ({found[0].name} is there, "

@@ -206,7 +206,7 @@ def load_record(plan: Plan) -> PlanRecord:
 
 def hang_up_with_terminal() -> None:
     """End as after SIGTERM when the terminal closes: the running step must not be left alone."""
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # Windows has none
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
 
 
