@@ -150,9 +150,9 @@ def resolve(args: argparse.Namespace):
 
 def check_replay(args: argparse.Namespace, config, digest: str) -> None:
     """MedSoftError unless checkpoint and settings are those the picture was drawn with."""
+    from ldm.core import schema
     from ldm.core.errors import MedSoftError
     from ldm.core.files import fingerprint
-    from ldm.inference.run import settings_of
     from ldm.inference.tasks import read_record
 
     record = read_record(args.replay)
@@ -160,7 +160,7 @@ def check_replay(args: argparse.Namespace, config, digest: str) -> None:
         raise MedSoftError(
             f"{args.ckpt}: is not the checkpoint {args.replay} was drawn with; give that one with --ckpt"
         )
-    if fingerprint(settings_of(config)) != record["config_sha256"]:
+    if fingerprint(schema.identity(config, "images")) != record["config_sha256"]:
         raise MedSoftError(
             f"{args.config}: no longer says what {args.replay} was drawn with; give that YAML with --config"
         )
@@ -168,9 +168,9 @@ def check_replay(args: argparse.Namespace, config, digest: str) -> None:
 
 def identity(config, tasks, digest: str, exact: bool) -> str:
     """Fingerprint of everything that decides the pictures; each file is read once, however many share it."""
+    from ldm.core import schema
     from ldm.core.files import content_id, fingerprint
     from ldm.data.preparation import sample_identity
-    from ldm.inference.run import settings_of
 
     content = functools.cache(content_id)
     plan = [
@@ -178,7 +178,7 @@ def identity(config, tasks, digest: str, exact: bool) -> str:
         + ((sample_identity(task.source, content),) if task.source and not task.fixed_mask else ())
         for task in tasks
     ]
-    return fingerprint([digest, settings_of(config), exact, plan])
+    return fingerprint([digest, schema.identity(config, "images"), exact, plan])
 
 
 def main(args: argparse.Namespace) -> int:

@@ -9,57 +9,63 @@ from typing import Any
 
 from ldm.core.errors import UsageError
 from ldm.core.paths import shipped
+from ldm.core.schema import setting
 
 PARTS = ("unet", "autoencoder", "text", "biomedclip", "msc")
 GROUPS = ("msc", "attn3", "unet")
-# The soft mask's ways into the networks, which YAML can switch off (ablation) without changing any parameter's shape;
-# the fourth way is sampling.differential.
-SWITCHES = (("unet", "soft_mask_channel"), ("unet", "soft_mask_attention"), ("msc", "soft_mask_mixing"))
 SAMPLERS = ("ddim", "dpmpp_2m")
 SAMPLING_PRECISIONS = ("32-true", "bf16-true")
-ITEM_COUNTS = ("healthy_masks", "diseased_crops")  # of DataConfig: how many items are learned from, not how they look
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")  # weights and optimizer stay float32 in all of them
+
+# What a field decides: the scopes of ``identity``. Two runs are the same where all that decides their result is equal.
+NETWORK = frozenset({"architecture", "images", "weights"})  # shapes of the parameters
+PREPARATION = frozenset({"features", "images", "weights"})  # what the networks see of an image and its mask
+METHOD = frozenset({"images", "weights"})  # how the networks are used, in training and in inference
+WEIGHTS = frozenset({"weights"})  # how the networks are trained
+IMAGES = frozenset({"images"})  # how images are generated
+ROUNDING = frozenset({"rounding"})  # the last digits of the weights, memory and speed: free when a run is resumed
+NOTHING = frozenset()  # where files lie, speed, what is kept, shown or measured beside the training
 
 
 @dataclass
 class DataConfig:
     """How images and masks reach the networks; the same block serves training and inference."""
 
-    image_size: int = 512  # side of the model's square, pixels
-    fit: str = "crop"  # crop (with context around the lesion), pad or resize
-    context: float = 2.0  # crop side / longest lesion side, at least the model's square
-    feather: float = 0.25  # width of the soft border
-    feather_unit: str = "diameter"  # diameter (fraction of the lesion's equivalent diameter), pixels or mm
-    healthy_masks: int = 4  # training: fixed lesion-shaped masks per healthy image
-    diseased_crops: int = 4  # training: fixed crops per diseased image, the first as in drawing, the others shifted
+    image_size: int = setting(512, PREPARATION)  # side of the model's square, pixels
+    fit: str = setting("crop", PREPARATION)  # crop (with context around the lesion), pad or resize
+    context: float = setting(2.0, PREPARATION)  # crop side / longest lesion side, at least the model's square
+    feather: float = setting(0.25, PREPARATION)  # width of the soft border
+    feather_unit: str = setting("diameter", PREPARATION)  # diameter (of the lesion's equivalent circle), pixels or mm
+    healthy_masks: int = setting(4, WEIGHTS)  # training: fixed lesion-shaped masks per healthy image
+    diseased_crops: int = setting(4, WEIGHTS)  # training: fixed crops per diseased image, all but the first one shifted
 
 
 @dataclass
 class UNetConfig:
     """Sizes of the U-Net (defaults: Stable Diffusion 1.5 inpainting)."""
 
-    in_channels: int = 9
-    out_channels: int = 4
-    model_channels: int = 320
-    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
-    num_res_blocks: int = 2
-    attention_levels: list[int] = field(default_factory=lambda: [0, 1, 2])
-    num_heads: int = 8
-    context_dim: int = 768  # width of the text encoder
-    semantic_dim: int = 768  # width of the MSC's output tokens (BiomedCLIP's patch tokens)
-    soft_mask_channel: bool = True  # false: the mask channel is hard (mask >= 0.5), as in Stable Diffusion
-    soft_mask_attention: bool = True  # false: third attention ungated, as in CAT-Diffusion
+    in_channels: int = setting(9, NETWORK)
+    out_channels: int = setting(4, NETWORK)
+    model_channels: int = setting(320, NETWORK)
+    channel_mult: list[int] = setting([1, 2, 4, 4], NETWORK)
+    num_res_blocks: int = setting(2, NETWORK)
+    attention_levels: list[int] = setting([0, 1, 2], NETWORK)
+    num_heads: int = setting(8, NETWORK)
+    context_dim: int = setting(768, NETWORK)  # width of the text encoder
+    semantic_dim: int = setting(768, NETWORK)  # width of the MSC's output tokens (BiomedCLIP's patch tokens)
+    soft_mask_channel: bool = setting(True, METHOD)  # false: a hard mask channel (mask >= 0.5), as in Stable Diffusion
+    soft_mask_attention: bool = setting(True, METHOD)  # false: third attention ungated, as in CAT-Diffusion
 
 
 @dataclass
 class AutoencoderConfig:
     """Sizes of the KL autoencoder (defaults: Stable Diffusion 1.x)."""
 
-    in_channels: int = 3
-    channels: int = 128
-    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
-    num_res_blocks: int = 2
-    latent_channels: int = 4
+    in_channels: int = setting(3, NETWORK)
+    channels: int = setting(128, NETWORK)
+    channel_mult: list[int] = setting([1, 2, 4, 4], NETWORK)
+    num_res_blocks: int = setting(2, NETWORK)
+    latent_channels: int = setting(4, NETWORK)
 
     @property
     def factor(self) -> int:
@@ -71,103 +77,103 @@ class AutoencoderConfig:
 class TextEncoderConfig:
     """Sizes of the CLIP text encoder (defaults: CLIP ViT-L/14, as in Stable Diffusion 1.x)."""
 
-    vocab_size: int = 49408
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    max_length: int = 77
+    vocab_size: int = setting(49408, NETWORK)
+    width: int = setting(768, NETWORK)
+    layers: int = setting(12, NETWORK)
+    heads: int = setting(12, NETWORK)
+    max_length: int = setting(77, NETWORK)
 
 
 @dataclass
 class BiomedClipConfig:
     """Where BiomedCLIP lies, and the sizes the other networks are built for (checked against the folder)."""
 
-    path: str = "./biomedclip"
-    grid: int = 14  # patches per side
-    token_dim: int = 768
-    text_dim: int = 512
+    path: str = setting("./biomedclip", NOTHING)
+    grid: int = setting(14, NETWORK)  # patches per side
+    token_dim: int = setting(768, NETWORK)
+    text_dim: int = setting(512, NETWORK)
 
 
 @dataclass
 class MSCConfig:
     """Sizes of the Medical Semantic Controller."""
 
-    width: int = 768
-    layers: int = 24
-    heads: int = 12
-    soft_mask_mixing: bool = True  # false: a patch has one mask embedding or the other (s >= 0.5), not a mixture
+    width: int = setting(768, NETWORK)
+    layers: int = setting(24, NETWORK)
+    heads: int = setting(12, NETWORK)
+    soft_mask_mixing: bool = setting(True, METHOD)  # false: one mask embedding or the other (s >= 0.5), no mixture
 
 
 @dataclass
 class DiffusionConfig:
     """The noise schedule and the latent scale."""
 
-    timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.0120
-    latent_scale: float = 0.18215
+    timesteps: int = setting(1000, METHOD)
+    beta_start: float = setting(0.00085, METHOD)
+    beta_end: float = setting(0.0120, METHOD)
+    latent_scale: float = setting(0.18215, METHOD)
 
 
 @dataclass
 class TrainingConfig:
     """One training stage."""
 
-    stage: str = ""
-    builds: list[str] = field(default_factory=list)  # of PARTS
-    rates: dict[str, float] = field(default_factory=dict)  # of GROUPS -> learning rate; what is not named is frozen
-    objective: str = "diffusion"  # diffusion, or msc (the MSC loss)
-    inside: str = "msc"  # tokens inside the mask: msc (predicted) or true (of the real image)
-    batch_size: int = 16
-    max_epochs: int = 20
-    accumulate: int = 1  # batches per optimizer step
-    precision: str = "auto"  # bf16-mixed where the device multiplies it fast, else 32-true; or one of PRECISIONS
-    weight_decay: float = 0.01
-    warmup_steps: int = 0
-    schedule: str = "constant"  # or cosine (to zero at the last step)
-    clip_norm: float = 1.0  # 0 = no clipping
-    mask_weight: float = 0.0  # w of the diffusion loss; 0 = Stable Diffusion's own
-    condition_dropout: float = 0.1  # share of samples that lose text and MSC tokens together
-    balance: bool = False  # draw the groups of balance_by equally often
-    balance_by: str = "class"  # class (healthy, diseased), or prompt (every distinct sentence)
-    ema_decay: float = 0.0  # 0 = off; else validation and the finished checkpoint use the weights' moving average
-    activation_checkpointing: bool = False
-    compile: bool = False  # torch.compile of the U-Net
-    workers: int = -1  # data-loader processes per device; -1: two beside a GPU, none beside a CPU
-    save_every_minutes: float = 10.0
-    keep_best: int = 1  # how many of the best epochs' weights are kept beside last.ckpt
-    val_draws: int = 1  # how often each validation sample is seen, with other fixed noise, time step, mask or crop
-    pictures: int = 2  # fixed validation items that are drawn now and then; 0 = none
-    max_rejected: float = 0.01  # training stops when a larger share of the samples cannot be read
-    seed: int = 0
+    stage: str = setting("", WEIGHTS)
+    builds: list[str] = setting([], WEIGHTS)  # of PARTS
+    rates: dict[str, float] = setting({}, WEIGHTS)  # of GROUPS -> learning rate; what is not named is frozen
+    objective: str = setting("diffusion", WEIGHTS)  # diffusion, or msc (the MSC loss)
+    inside: str = setting("msc", WEIGHTS)  # tokens inside the mask: msc (predicted) or true (of the real image)
+    batch_size: int = setting(16, WEIGHTS)
+    max_epochs: int = setting(20, WEIGHTS)
+    accumulate: int = setting(1, WEIGHTS)  # batches per optimizer step
+    precision: str = setting("auto", ROUNDING)  # of PRECISIONS; auto: bf16-mixed where the device multiplies it fast
+    weight_decay: float = setting(0.01, WEIGHTS)
+    warmup_steps: int = setting(0, WEIGHTS)
+    schedule: str = setting("constant", WEIGHTS)  # or cosine (to zero at the last step)
+    clip_norm: float = setting(1.0, WEIGHTS)  # 0 = no clipping
+    mask_weight: float = setting(0.0, WEIGHTS)  # w of the diffusion loss; 0 = Stable Diffusion's own
+    condition_dropout: float = setting(0.1, WEIGHTS)  # share of samples that lose text and MSC tokens together
+    balance: bool = setting(False, WEIGHTS)  # draw the groups of balance_by equally often
+    balance_by: str = setting("class", WEIGHTS)  # class (healthy, diseased), or prompt (every distinct sentence)
+    ema_decay: float = setting(0.0, WEIGHTS)  # above 0: validation and the finished checkpoint use the moving average
+    activation_checkpointing: bool = setting(False, ROUNDING)
+    compile: bool = setting(False, ROUNDING)  # torch.compile of the U-Net
+    workers: int = setting(-1, NOTHING)  # data-loader processes per device; -1: two beside a GPU, none beside a CPU
+    save_every_minutes: float = setting(10.0, NOTHING)
+    keep_best: int = setting(1, NOTHING)  # how many of the best epochs' weights are kept beside last.ckpt
+    val_draws: int = setting(1, NOTHING)  # times a validation sample is seen, with other noise, time step, mask or crop
+    pictures: int = setting(2, NOTHING)  # fixed validation items that are drawn now and then; 0 = none
+    max_rejected: float = setting(0.01, NOTHING)  # training stops when a larger share of the samples cannot be read
+    seed: int = setting(0, WEIGHTS)
 
 
 @dataclass
 class SamplingConfig:
     """How pictures are drawn; flags of dataset_infer.py override it."""
 
-    sampler: str = "ddim"  # ddim or dpmpp_2m (DPM-Solver++ 2M)
-    steps: int = 50
-    guidance_scale: float = 7.5  # 1 = no guidance
+    sampler: str = setting("ddim", IMAGES)  # ddim or dpmpp_2m (DPM-Solver++ 2M)
+    steps: int = setting(50, IMAGES)
+    guidance_scale: float = setting(7.5, IMAGES)  # 1 = no guidance
     # From which to which share of the steps guidance acts (0 = the first, noisiest step). Outside, the prompt alone
     # steers, at half the cost.
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    guidance_rescale: float = 0.0  # share by which guidance's gain in contrast inside the mask is taken back, 0 to 1
-    eta: float = 0.0  # 0 = deterministic DDIM, 1 = as noisy as ancestral sampling
-    differential: bool = True  # soft mask released over the steps (differential schedule)
-    precision: str = "32-true"  # or bf16-true: U-Net and autoencoder in bfloat16, the latent in float32
-    batch_size: int = 8
+    guidance_interval: list[float] = setting([0.0, 1.0], IMAGES)
+    guidance_rescale: float = setting(0.0, IMAGES)  # share of its gain in contrast inside the mask that is taken back
+    eta: float = setting(0.0, IMAGES)  # 0 = deterministic DDIM, 1 = as noisy as ancestral sampling
+    differential: bool = setting(True, IMAGES)  # soft mask released over the steps (differential schedule)
+    precision: str = setting("32-true", IMAGES)  # bf16-true: networks in bfloat16, the latent in float32
+    batch_size: int = setting(8, NOTHING)
 
 
 @dataclass
 class Config:
-    """A whole YAML file from ``models/``."""
+    """A whole YAML file from ``models/``; ``part`` names the part of a checkpoint that a section gives its shape."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    unet: UNetConfig = field(default_factory=UNetConfig)
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    biomedclip: BiomedClipConfig = field(default_factory=BiomedClipConfig)
-    msc: MSCConfig = field(default_factory=MSCConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig, metadata={"part": "unet"})
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig, metadata={"part": "autoencoder"})
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig, metadata={"part": "text"})
+    biomedclip: BiomedClipConfig = field(default_factory=BiomedClipConfig, metadata={"part": "msc"})
+    msc: MSCConfig = field(default_factory=MSCConfig, metadata={"part": "msc"})
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -176,15 +182,6 @@ class Config:
     def latent_size(self) -> int:
         """Side of the latent for the model's square."""
         return self.data.image_size // self.autoencoder.factor
-
-    def architecture(self) -> dict[str, Any]:
-        """The part that decides the shapes of the parameters: two checkpoints fit each other if this is equal."""
-        whole = dataclasses.asdict(self)
-        kept = {name: whole[name] for name in ("unet", "autoencoder", "text_encoder", "msc", "biomedclip")}
-        for section, switch in SWITCHES:
-            kept[section].pop(switch)
-        kept["biomedclip"].pop("path")
-        return kept
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

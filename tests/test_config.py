@@ -1,11 +1,17 @@
 """Every shipped configuration loads; every kind of wrong one is refused in one sentence that names file and key."""
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ldm.classifier.config import ClassifierConfig
 from ldm.config import Config, config_from_dict, load_config, save_config
 from ldm.core.errors import UsageError
+from ldm.core.files import fingerprint
+from ldm.core.schema import identity
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 SHIPPED = sorted(MODELS.glob("*.yaml"))
@@ -25,8 +31,47 @@ def test_shipped_yaml_loads(path: Path) -> None:
 def test_true_size_is_the_default_and_the_stages_share_it() -> None:
     base = load_config(MODELS / "mldm_v15.yaml")
     assert base == Config()
+    shapes = identity(base, "architecture")
     for stage in STAGES:
-        assert load_config(MODELS / f"mldm_v15_{stage}.yaml").architecture() == base.architecture()
+        assert identity(load_config(MODELS / f"mldm_v15_{stage}.yaml"), "architecture") == shapes
+
+
+SCOPES = {"architecture", "features", "images", "weights", "rounding"}
+# Fingerprints of folders, caches and results that exist. A key that is added changes those it decides, and the ones who
+# change one here say to whom that work is lost.
+KNOWN = {
+    ("mldm_v15_unet_only", "weights rounding"): "94d1e69e56f48b0539177468014aea7fad2ce8af49f9181dd5880e4ac496de8d",
+    ("mldm_v15_unet_only", "images"): "1f1b8fbe4a4d452c6f16cb905804e14532b62ee28e51a1b56decb1517f5e8f82",
+    ("mldm_v15_unet_only", "architecture"): "6c38d0421d4cc6850217a51380f6ae4e6e6831a62e0c1b11a6580aa4541a40b6",
+    ("phantom_stage2_2", "weights rounding"): "db1796bf21f06308244014187449f536d99612b8d467db1d5feebb0555147586",
+    ("phantom_stage2_2", "images"): "e78ca85e08f0942be620cdfb3641371c85d87f2253672eb10ff2a72f2f6de35b",
+    ("phantom_stage2_2", "architecture"): "f0a4f47aed522e130d712c403dc7ea3b48c14b2858063bacf8c05ad4ef1a3610",
+}
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        nested = dataclasses.is_dataclass(value)
+        yield from leaves(value, f"{prefix}{item.name}.") if nested else [(prefix + item.name, item)]
+
+
+@pytest.mark.parametrize("config", [Config(), ClassifierConfig()])
+def test_every_field_says_what_it_decides(config: Any) -> None:
+    silent = [name for name, item in leaves(config) if not SCOPES.issuperset(item.metadata.get("decides", {"?"}))]
+    assert not silent
+
+
+@pytest.mark.parametrize(("name", "scopes"), KNOWN)
+def test_work_of_earlier_versions_is_recognised(name: str, scopes: str) -> None:
+    assert fingerprint(identity(load_config(MODELS / f"{name}.yaml"), *scopes.split())) == KNOWN[name, scopes]
+
+
+def test_cached_features_and_classifiers_of_earlier_versions_are_recognised() -> None:
+    features = fingerprint(identity(Config().data, "features"))
+    assert features == "fa4e9e370eff06f48da35037d39134fd4aa120ceb13db82a1f0e45d06a7d3341"
+    classifier = fingerprint(identity(ClassifierConfig(), "weights"))
+    assert classifier == "0b57f305c6dd772d416daad35237731e87d0065f471f870361e4fb00b80f5e39"
 
 
 def test_published_epochs_batch_and_rates() -> None:

@@ -67,6 +67,7 @@ def describe(checkpoint, integrity: str) -> dict:
 def fits(checkpoint) -> dict[str, list[str]]:
     """The shipped YAMLs whose sizes this file has, and those whose stage can start from it."""
     from ldm.config import load_config
+    from ldm.core.schema import identity
     from ldm.networks.model import skeleton
 
     configs = {
@@ -74,6 +75,7 @@ def fits(checkpoint) -> dict[str, list[str]]:
     }
     families = {name: config for name, config in configs.items() if not config.training.stage}
     found: dict[str, list[str]] = {"fits": [], "unconverted": [], "can_start": []}
+    shapes = {name: identity(config, "architecture") for name, config in configs.items()}
     for family, sizes in families.items():
         state = part_states(checkpoint, sizes, skeleton(sizes))
         if not state or "other" in state.values():
@@ -82,7 +84,7 @@ def fits(checkpoint) -> dict[str, list[str]]:
         whole = {part for part, kind in state.items() if kind == "whole"}
         for name, config in configs.items():
             needed = {part for part in config.training.builds if part != "biomedclip"}
-            if needed and needed <= whole and config.architecture() == sizes.architecture():
+            if needed and needed <= whole and shapes[name] == shapes[family]:
                 found["can_start"].append(name)
     return found
 

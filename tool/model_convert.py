@@ -43,6 +43,7 @@ def main(args: argparse.Namespace) -> int:
     from ldm.config import load_config
     from ldm.conversion.sd_layouts import check_kind
     from ldm.core.files import check_target, fingerprint
+    from ldm.core.schema import identity
     from ldm.networks.model import skeleton
 
     config = load_config(args.config, args.overrides)
@@ -52,10 +53,11 @@ def main(args: argparse.Namespace) -> int:
     source = read_source(args.input_path, config, expected)
     check_kind(source, config)
     sizes = [file.stat().st_size for file in weight_files(args.input_path)]
-    asked = fingerprint(["convert", sizes, config.architecture(), args.seed])
+    architecture = identity(config, "architecture")
+    asked = fingerprint(["convert", sizes, architecture, args.seed])
     already_made(args.output_path, args.overwrite, asked=asked)
     origin = origin_of(args.input_path)
-    run = fingerprint(["convert", origin["sha256"], config.architecture(), args.seed])
+    run = fingerprint(["convert", origin["sha256"], architecture, args.seed])
     if already_made(args.output_path, args.overwrite, run=run):
         log.info("%s: already complete", args.output_path)
         return cli.DONE

@@ -35,6 +35,7 @@ def main(args: argparse.Namespace) -> int:
     from ldm.checkpoints.files import verify
     from ldm.config import load_config
     from ldm.core.files import check_target, fingerprint, sha256_file
+    from ldm.core.schema import identity
     from ldm.networks.model import skeleton
 
     config = load_config(args.config, args.overrides)
@@ -44,12 +45,13 @@ def main(args: argparse.Namespace) -> int:
     check_target(args.output_path, size, args.stage1_path, args.input_path)
     controller, rest = read_checkpoint(args.stage1_path), read_checkpoint(args.input_path)
     check_roles(args, controller, rest, config)
-    asked = fingerprint(["merge", [c.path.stat().st_size for c in (controller, rest)], config.architecture()])
+    architecture = identity(config, "architecture")
+    asked = fingerprint(["merge", [c.path.stat().st_size for c in (controller, rest)], architecture])
     already_made(args.output_path, args.overwrite, asked=asked)
     digests = [sha256_file(controller.path), sha256_file(rest.path)]
     files = zip(("stage1_path", "input_path"), (controller, rest), digests, strict=True)
     sources = {flag: {"file": c.path.name, "sha256": digest} for flag, c, digest in files}
-    run = fingerprint(["merge", digests, config.architecture()])
+    run = fingerprint(["merge", digests, architecture])
     if already_made(args.output_path, args.overwrite, run=run):
         log.info("%s: already complete", args.output_path)
         return cli.DONE

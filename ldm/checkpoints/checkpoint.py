@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.files import detect_format, read_pickle, read_safetensors, save_pickle, save_safetensors
-from ldm.config import ITEM_COUNTS, SWITCHES, Config, config_from_dict
+from ldm.config import Config, config_from_dict
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_file, refuse_existing
+from ldm.core.schema import identity
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,6 @@ PREFIXES = {
 NAMES = {"unet": "U-Net", "autoencoder": "autoencoder", "text": "text encoder", "msc": "MSC"}
 NEW_IN_UNET = re.compile(r"^model\.diffusion_model\..*\.(attn3|norm4)\.")
 NESTED = ("state_dict", "model_state_dict", "model", "module")  # where programs put the tensors
-# Sections of the configuration that decide what a part computes.
-SECTIONS = {"unet": ["unet"], "autoencoder": ["autoencoder"], "text": ["text_encoder"], "msc": ["msc", "biomedclip"]}
 
 
 @dataclass
@@ -200,8 +199,9 @@ def check_architecture(checkpoint: Checkpoint, parts: Iterable[str], config: Con
     theirs = checkpoint.config
     if theirs is None:
         return
-    made, asked = theirs.architecture(), config.architecture()
-    for section in [section for part in parts for section in SECTIONS[part]]:
+    made, asked = (identity(each, "architecture") for each in (theirs, config))
+    parts = set(parts)
+    for section in [item.name for item in fields(Config) if item.metadata.get("part") in parts]:
         for key, value in made[section].items():
             if asked[section][key] != value:
                 raise MedSoftError(
@@ -219,25 +219,22 @@ def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
     theirs = checkpoint.config
     if theirs is None or checkpoint.about.get("stage") == "converted":
         return
+    made, here = (identity(each, "images") for each in (theirs, config))
     for section in ("data", "diffusion"):
-        for key, value in asdict(getattr(theirs, section)).items():
-            asked = getattr(getattr(config, section), key)
-            if asked != value and key not in ITEM_COUNTS:
+        for key, value in made[section].items():
+            asked = here[section][key]
+            if asked != value:
                 raise UsageError(
                     f"{checkpoint.path}: was trained with {section}.{key}={value}, this configuration has {asked}; add "
                     f"{section}.{key}={value} to the command, or use the YAML it was trained with"
                 )
-    for section, switch in SWITCHES:
-        trained, asked = (getattr(getattr(each, section), switch) for each in (theirs, config))
+    shapes = identity(config, "architecture")
+    switches = [(section, name) for section in shapes for name in made[section] if name not in shapes[section]]
+    for section, name in switches:
+        trained, asked = made[section][name], here[section][name]
         if trained != asked:
-            log.warning(
-                "warning: %s was trained with %s.%s=%s, this run has %s",
-                checkpoint.path,
-                section,
-                switch,
-                trained,
-                asked,
-            )
+            words = (checkpoint.path, section, name, trained, asked)
+            log.warning("warning: %s was trained with %s.%s=%s, this run has %s", *words)
 
 
 def compare(expected: dict[str, Tensor], offered: dict[str, Tensor]) -> list[str]:
@@ -269,7 +266,7 @@ def _hint(checkpoint: Checkpoint, parts: list[str], config: Config) -> str:
             "Convert with tool/model_convert.py, or merge with tool/tool_merge_for_stage2.py, first"
         )
     theirs = checkpoint.config
-    if theirs and theirs.architecture() != config.architecture():
+    if theirs and identity(theirs, "architecture") != identity(config, "architecture"):
         return "It was made with another model configuration; use the YAML it was made with"
     return "Use the YAML it was made for, or convert it again with tool/model_convert.py"
 

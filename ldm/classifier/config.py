@@ -7,12 +7,14 @@ import math
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.config import NOTHING, WEIGHTS
 from ldm.core.errors import UsageError
 from ldm.core.files import read_json
+from ldm.core.schema import setting
 
 MIX, PRETRAIN, DUPLICATE_REAL = "mix", "pretrain", "duplicate_real"  # what use_synthetic may be
 HUB = "hub"  # what pretrained may be besides a path
@@ -22,35 +24,37 @@ HUB = "hub"  # what pretrained may be besides a path
 class ClassifierConfig:
     """One classifier run. Field names are the JSON's keys; relative paths start at the working directory."""
 
-    img_size: int = 224  # side of the square the classifier sees, pixels
-    Batch_Size: int = 32
-    EPOCHS: int = 50
-    GPU: str | list[int] | list[str] = ""  # device ids; "" or [] = a GPU if there is one, "cpu" = none
-    dataset: str = "dataset"  # name in titles, and of the output folder where output_dir is null
-    train: bool = True  # false: only test and predict, with the saved classifier
-    test_epoch: int | None = None  # null = the epoch chosen on validation, n = epoch n
-    save_epoch: int = 0  # keep the weights of every n-th epoch; 0 = of the tested epoch only
-    train_json: str | None = None  # annotation JSON or dataset folder
-    val_json: str | None = None
-    test_json: str | None = None
-    synthetic: list[str] = field(default_factory=list)  # result folders of dataset_infer.py
-    ratio: float | None = None  # synthetic images per real diseased training image; null = all of them
+    img_size: int = setting(224, WEIGHTS)  # side of the square the classifier sees, pixels
+    Batch_Size: int = setting(32, WEIGHTS)
+    EPOCHS: int = setting(50, WEIGHTS)
+    GPU: str | list[int] | list[str] = setting("", NOTHING)  # device ids; "" or [] = a GPU if there is one; "cpu"
+    dataset: str = setting("dataset", NOTHING)  # name in titles, and of the output folder where output_dir is null
+    train: bool = setting(True, NOTHING)  # false: only test and predict, with the saved classifier
+    test_epoch: int | None = setting(None, WEIGHTS)  # null = the epoch chosen on validation, n = epoch n
+    save_epoch: int = setting(0, WEIGHTS)  # keep the weights of every n-th epoch; 0 = of the tested epoch only
+    train_json: str | None = setting(None, NOTHING)  # annotation JSON or dataset folder
+    val_json: str | None = setting(None, NOTHING)
+    test_json: str | None = setting(None, NOTHING)
+    synthetic: list[str] = setting([], NOTHING)  # result folders of dataset_infer.py
+    ratio: float | None = setting(None, WEIGHTS)  # synthetic images per real diseased training image; null = all
     # mix = train on real and synthetic together; pretrain = first on the synthetic and the real healthy images, then on
     # the real ones; duplicate_real (the control) = repeat real diseased images, as many as mix would add at this
     # ratio, and open no synthetic folder
-    use_synthetic: str = MIX
-    pretrain_epochs: int = 10  # epochs before the EPOCHS on real images; read with use_synthetic pretrain only
-    output_dir: str | None = None  # null = classifier_results/<dataset>
-    seed: int = 0
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    balance: str = "loss"  # healthy and diseased count the same: loss = by weights, sampler = by being drawn as often
-    model: str = "resnet18"  # any timm model
-    channels: str = "grey"  # what the network sees: grey or rgb
-    pretrained: str | None = None  # weight file (safetensors, or a torch file of plain tensors); hub = timm's, fetched
-    task: str = "binary"  # binary = healthy / diseased, type = healthy / each lesion type
-    predict: list[str] = field(default_factory=list)  # dataset folders or JSONs to predict
-    overwrite: bool = False
+    use_synthetic: str = setting(MIX, WEIGHTS)
+    pretrain_epochs: int = setting(10, WEIGHTS)  # with use_synthetic pretrain: epochs before the EPOCHS on real images
+    output_dir: str | None = setting(None, NOTHING)  # null = classifier_results/<dataset>
+    seed: int = setting(0, WEIGHTS)
+    lr: float = setting(1e-3, WEIGHTS)
+    weight_decay: float = setting(0.05, WEIGHTS)
+    # healthy and diseased count the same: loss = by their weights in it, sampler = by being drawn as often
+    balance: str = setting("loss", WEIGHTS)
+    model: str = setting("resnet18", WEIGHTS)  # any timm model
+    channels: str = setting("grey", WEIGHTS)  # what the network sees: grey or rgb
+    # weight file (safetensors, or a torch file of plain tensors); hub = timm's, fetched
+    pretrained: str | None = setting(None, WEIGHTS)
+    task: str = setting("binary", WEIGHTS)  # binary = healthy / diseased, type = healthy / each lesion type
+    predict: list[str] = setting([], NOTHING)  # dataset folders or JSONs to predict
+    overwrite: bool = setting(False, NOTHING)
 
     @property
     def output(self) -> Path:

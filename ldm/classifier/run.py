@@ -22,6 +22,8 @@ from ldm.classifier.training import Trainer, reproducible
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id, fingerprint, read_json, remove_partials, sha256_file, write_json
 from ldm.core.locks import exclusive
+from ldm.core.run_folder import differences
+from ldm.core.schema import identity
 from ldm.core.tables import write_csv
 from ldm.data.samples import Reject
 
@@ -34,9 +36,6 @@ OWN_FILES = (  # patterns of everything a run writes, and of what --overwrite re
     *("metrics.json", "metrics.csv", "metrics_epoch_*", "report.html", "report_epoch_*.html", "report*_files"),
     *("predictions_*.csv", "predictions.json"),
 )
-# The weights do not depend on these; what the dataset paths lead to is in the data's fingerprint.
-IGNORED_KEYS = ("GPU", "overwrite", "predict", "train", "dataset", "output_dir")
-IGNORED_KEYS += ("train_json", "val_json", "test_json", "synthetic")
 
 
 @dataclass
@@ -91,7 +90,7 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
     data = load_data(config)
     for images in data.sets:
         log.info("%s: %d samples %s", images.name, len(images), images.counts())
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in IGNORED_KEYS}
+    settings = identity(config, "weights")
     run = fingerprint([settings, content_id(config.pretrained), data.fingerprint()])
     busy = f"{folder}: another run is writing here at this moment; set output_dir elsewhere"
     with exclusive(folder / ".run.lock", busy):
@@ -157,8 +156,7 @@ def _claim(config: ClassifierConfig, settings: dict[str, Any], run: str) -> None
         old = read_json(folder / "run.json")
         if old.get("run") == run:
             return
-        before = old.get("settings", {})
-        changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
+        changed = differences(old.get("settings", {}), settings)
         what = ", ".join(changed) or "the training data have changed"
         raise UsageError(
             f"{folder}: holds another run ({what}); set output_dir elsewhere, or overwrite: true to replace it"

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from ldm.config import ITEM_COUNTS, Config
+from ldm.config import Config
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory
 from ldm.core.distributed import Processes
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import PARTIAL_PREFIX, atomic_folder, content_id, fingerprint, read_json, write_json, write_text
 from ldm.core.locks import exclusive
+from ldm.core.schema import identity
 from ldm.data.annotations import write_rejects
 from ldm.data.images import read_image, with_alpha
 from ldm.data.masks import read_mask
@@ -38,17 +39,6 @@ TAG = "synthetic picture drawn by MedSoft-Diffusion; not a patient's image; not 
 FILES = ("image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json")
 MOSTLY = 0.6  # more of the image marked than this is probably a mask of the wrong polarity
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """The part of the configuration that decides a picture."""
-    settings = dataclasses.asdict(config)
-    settings["sampling"].pop("batch_size")
-    settings["biomedclip"].pop("path")
-    settings.pop("training")
-    for key in ITEM_COUNTS:
-        settings["data"].pop(key)
-    return settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +302,7 @@ class InferenceRun:
             "checkpoint_sha256": origin.checkpoint_sha256,
             "config": str(origin.config),
             "overrides": origin.overrides,
-            "config_sha256": fingerprint(settings_of(self.config)),
+            "config_sha256": fingerprint(identity(self.config, "images")),
             "exact": origin.exact,
             "command": origin.command,
         }

@@ -13,7 +13,6 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,10 +21,11 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config import ITEM_COUNTS, Config
+from ldm.config import Config
 from ldm.core.errors import MedSoftError
 from ldm.core.files import atomic_file, fingerprint, remove_partials, sha256_file
 from ldm.core.locks import exclusive
+from ldm.core.schema import identity
 from ldm.data.preparation import prepare
 from ldm.data.samples import Reject
 from ldm.networks.encoder import ImageTextEncoder
@@ -199,7 +199,7 @@ class FeatureCache:
         # The sample's name decides masks and shifted crops, its prompt only which of the two it gets.
         name = (sample.sample_id, sample.healthy) if sample.healthy or item.variant else None
         extra = {key: sample.meta.get(key) for key in ("window", "spacing_mm")}
-        data = {key: value for key, value in asdict(self.config.data).items() if key not in ITEM_COUNTS}
+        data = identity(self.config.data, "features")
         return fingerprint([FORMAT, content, name, item.variant, list(sample.box), extra, data, kind, self.kinds[kind]])
 
     def _content(self, path: Path) -> str:

@@ -15,12 +15,14 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from ldm.config import Config, as_yaml, save_config
+from ldm.config import Config, TrainingConfig, as_yaml, config_from_dict, save_config
 from ldm.core import cli
 from ldm.core.devices import free_memory, is_first_on_node, is_first_process, out_of_memory, resolve_precision
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import fingerprint, free_bytes, sha256_file
 from ldm.core.locks import exclusive
+from ldm.core.run_folder import differences
+from ldm.core.schema import identity
 from ldm.data.annotations import load_samples, write_rejects
 from ldm.data.checks import (
     annotation_rows,
@@ -54,9 +56,6 @@ log = logging.getLogger("ver_train")
 
 REJECTS = "rejects.json"
 SHOWN_REJECTS = 5
-
-# What does not decide the weights, and may differ when a run is resumed.
-FREE_SETTINGS = ("workers", "save_every_minutes", "keep_best", "pictures", "max_rejected", "val_draws")
 
 
 def run_stage(args: argparse.Namespace, config: Config) -> int:
@@ -159,24 +158,36 @@ def say_skipped(rejects: list[Reject]) -> None:
         log.warning("... %d more skipped", len(rejects) - SHOWN_REJECTS)
 
 
-def run_identity(args: argparse.Namespace, config: Config, data: TrainingInputs) -> str:
-    """Fingerprint of everything that decides the weights: settings, data and the first weights."""
-    settings = dataclasses.asdict(config)
-    for key in FREE_SETTINGS:
-        settings["training"].pop(key)
-    settings["biomedclip"].pop("path")
-    settings.pop("sampling")
-    return fingerprint([settings, data.identities, sha256_file(args.ckpt)])
+def run_fingerprint(config: Config, inputs: list[Any]) -> str:
+    """The hash of a run; ``inputs`` are the identities of its samples and the digest of its first weights."""
+    return fingerprint([identity(config, "weights", "rounding"), *inputs])
 
 
-def previous_run(args: argparse.Namespace, run: str) -> Checkpoint | None:
+def other_run(about: dict[str, Any], config: Config, inputs: list[Any], source: Path) -> str:
+    """What makes the run that ``about`` (of the checkpoint ``source``) tells of another one; "" if it is the same.
+
+    What only changes the rounding of its results may differ; its fingerprint is that of its own configuration.
+    """
+    if "config" not in about:
+        return "it does not say which"
+    try:
+        theirs = config_from_dict(about["config"], str(source))
+    except UsageError as error:
+        return error.cause(source)
+    changed = differences(identity(theirs, "weights"), identity(config, "weights"))
+    if changed:
+        return ", ".join(changed)
+    return "" if about.get("run") == run_fingerprint(theirs, inputs) else "other data or another --ckpt"
+
+
+def previous_run(args: argparse.Namespace, config: Config, inputs: list[Any]) -> Checkpoint | None:
     """The checkpoint to resume from, or None for a fresh start; refuses a folder that holds another run."""
     last = args.save_path / "last.ckpt"
     if last.resolve() == args.ckpt.resolve():
         raise UsageError(f"--ckpt {args.ckpt}: lies in --save_path and would be overwritten; give another --save_path")
     if not last.exists():
         if not args.overwrite:
-            _refuse_to_lose_best(args.save_path, run)
+            _refuse_to_lose_best(args.save_path, config, inputs)
         return None
     try:
         found = read_checkpoint(last)
@@ -186,21 +197,21 @@ def previous_run(args: argparse.Namespace, run: str) -> Checkpoint | None:
         kept = best_files(args.save_path)
         start = f"--ckpt {kept[0]} and another --save_path start from the best kept weights, " if kept else ""
         raise MedSoftError(f"{error}; {start}--overwrite starts this run again") from error
-    if found.about.get("run") == run:
+    other = other_run(found.about, config, inputs, last)
+    if not other:
         return found
     if not args.overwrite:
         raise UsageError(
-            f"{last}: belongs to a run with other data, settings or --ckpt; give another --save_path, "
-            "or --overwrite to start again there"
+            f"{last}: belongs to another run ({other}); give another --save_path, or --overwrite to start again there"
         )
     return None
 
 
-def _refuse_to_lose_best(folder: Path, run: str) -> None:
+def _refuse_to_lose_best(folder: Path, config: Config, inputs: list[Any]) -> None:
     """UsageError for best weights without a ``last.ckpt``, unless this run was killed in its first epoch."""
     for path in best_files(folder):
         about = read_checkpoint(path).about
-        if about.get("run") != run or about.get("epoch"):
+        if about.get("epoch") or other_run(about, config, inputs, path):
             raise UsageError(
                 f"{path}: best weights of a run whose last.ckpt is gone; --ckpt {path} and another --save_path start "
                 "from them, --overwrite deletes them and starts again"
@@ -239,17 +250,25 @@ def state_disk(args: argparse.Namespace, config: Config, data: TrainingInputs) -
     return disk
 
 
-def state_memory(config: Config, device: torch.device, half: bool, batch: int) -> None:
+def memory_cures(training: TrainingConfig, half: bool, begun: bool) -> str:
+    """What makes a training step smaller. A run that has ``begun`` keeps its batches: other ones are another run."""
+    cures = [
+        *(["a smaller --batch_size with training.accumulate"] if training.batch_size > 1 and not begun else []),
+        *([] if training.activation_checkpointing else ["training.activation_checkpointing=true"]),
+        *([] if half else ["--precision bf16-mixed"]),
+    ]
+    return f"{' or '.join(cures) or 'a device with more memory'} helps"
+
+
+def state_memory(config: Config, device: torch.device, half: bool, world: int, begun: bool) -> None:
     """Say what a training step needs, and warn where it will not fit."""
+    batch = config.training.batch_size // world
     memory = stage_memory(config, batch, half, device.type)
     free = free_memory(device)
     parts = [f"{name} {size(getattr(memory, name))}" for name in memory.__dataclass_fields__ if getattr(memory, name)]
     log.info("memory on %s: about %s (%s); %s free", device.type, size(memory.total), ", ".join(parts), size(free))
     if memory.total > free:
-        log.warning(
-            "warning: that is more than is free; a smaller --batch_size with training.accumulate, "
-            "training.activation_checkpointing=true, --precision bf16-mixed help"
-        )
+        log.warning("warning: that is more than is free; %s", memory_cures(config.training, half, begun))
 
 
 def size(count: int) -> str:
@@ -263,7 +282,7 @@ def dry_run(args: argparse.Namespace, config: Config, data: TrainingInputs, sour
     net, _ = open_model(config, source, config.training.builds)
     announce(net, config, source)
     half = trainer.precision == "bf16-mixed"
-    state_memory(config, trainer.strategy.root_device, half, config.training.batch_size // trainer.world_size)
+    state_memory(config, trainer.strategy.root_device, half, trainer.world_size, begun=False)
     state_disk(args, config, data)
     return cli.DONE
 
@@ -272,8 +291,8 @@ def dry_run(args: argparse.Namespace, config: Config, data: TrainingInputs, sour
 
 
 def _run(args: argparse.Namespace, config: Config, data: TrainingInputs, source: Checkpoint) -> int:
-    run = run_identity(args, config, data)
-    previous = previous_run(args, run)
+    inputs = [data.identities, sha256_file(args.ckpt)]
+    previous = previous_run(args, config, inputs)
     if previous and previous.about.get("complete"):
         log.info("%s: already complete (%d steps)", args.save_path, previous.about["step"])
         return cli.SOME_REJECTED if (args.save_path / REJECTS).exists() else cli.DONE
@@ -289,13 +308,13 @@ def _run(args: argparse.Namespace, config: Config, data: TrainingInputs, source:
     about = {
         "config": dataclasses.asdict(config),
         "stage": training.stage,
-        "run": run,
+        "run": run_fingerprint(config, inputs),
         "biomedclip": clip.fingerprint,
         "origin": {"file": args.ckpt.name, "stage": source.about.get("stage"), "from": source.about.get("origin")},
     }
     announce(net, config, source)
     state_disk(args, config, data)
-    state_memory(config, device, half, training.batch_size // trainer.world_size)
+    state_memory(config, device, half, trainer.world_size, begun=previous is not None)
     net.to(device)
     features = FeatureCache(args.cache_dir or args.save_path.parent / "feature_cache", config, net, clip.to(device))
     data.leave_out(features.build(data.all_items, thorough=is_first_on_node()), training.max_rejected)
@@ -378,11 +397,9 @@ def _fit(
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)  # they would wait for this one for half an hour
         if out_of_memory(error):
-            raise MedSoftError(
-                f"out of memory in step {trainer.global_step + 1} ({str(error).splitlines()[0]}); a smaller "
-                "--batch_size with training.accumulate, training.activation_checkpointing=true, --precision bf16-mixed "
-                "help"
-            ) from error
+            cures = memory_cures(training, trainer.precision == "bf16-mixed", keep.path.exists())
+            reason = str(error).splitlines()[0]
+            raise MedSoftError(f"out of memory in step {trainer.global_step + 1} ({reason}); {cures}") from error
         if isinstance(error, MedSoftError) and "\nOriginal Traceback" in str(error):  # from a data-loader process
             raise MedSoftError(str(error).strip().rsplit("\n", 1)[-1].split(": ", 1)[-1]) from error
         raise

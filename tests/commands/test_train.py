@@ -101,7 +101,9 @@ def test_same_command_again_is_complete(
 
 
 def test_other_settings_in_the_same_folder_are_refused(trained: dict, world: Path, converted: Path) -> None:
-    with pytest.raises(UsageError, match=r"last\.ckpt: belongs to a run with other .*--overwrite"):
+    with pytest.raises(
+        UsageError, match=r"last\.ckpt: belongs to another run \(training\.seed: 0 -> 1\); .*--overwrite"
+    ):
         train("stage1", converted, trained["stage1"].folder, world, seed=1)
 
 
@@ -346,7 +348,7 @@ def test_changed_data_is_another_run(world: Path, converted: Path, tmp_path: Pat
     labels, meta = read_image(folder / "anatomy.png"), (folder / "meta.json").read_text()
 
     def refused() -> None:
-        with pytest.raises(UsageError, match="belongs to a run with other data"):
+        with pytest.raises(UsageError, match=r"belongs to another run \(other data or another --ckpt\)"):
             train("stage1", converted, tmp_path / "s", world, *given, batch_size=9)
 
     write_png(folder / "anatomy.png", np.where(labels == 2, 0, labels))

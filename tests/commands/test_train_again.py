@@ -50,8 +50,32 @@ def test_settings_that_decide_no_weight_may_change(world: Path, converted: Path,
     assert not changed(tensors(tmp_path / "a" / "last.ckpt"), tensors(tmp_path / "b" / "last.ckpt"))
     assert train("stage1", converted, tmp_path / "b", world, **SHORT, **other) == 0  # already complete
     assert len(steps(tmp_path / "b")) == 6
-    with pytest.raises(UsageError, match="belongs to a run with other data, settings"):
+    with pytest.raises(UsageError, match=r"belongs to another run \(training\.rates\.msc: 0\.001 -> 0\.002\)"):
         train("stage1", converted, tmp_path / "b", world, **SHORT | {"rates.msc": 0.002})
+
+
+def test_cures_for_full_memory_are_accepted_when_the_run_goes_on(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, folder = Stage.training_step, tmp_path / "run"
+
+    def full(self: Stage, batch: dict, batch_idx: int) -> Any:
+        if self.global_step == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(Stage, "training_step", full)
+    cures = r"in step 5 .*; training\.activation_checkpointing=true or --precision bf16-mixed helps"
+    with pytest.raises(MedSoftError, match=cures):
+        train("stage1", converted, folder, world, **SHORT)
+    with pytest.raises(UsageError, match=r"belongs to another run \(training\.batch_size: 3 -> 2\)"):
+        train("stage1", converted, folder, world, **SHORT | {"batch_size": 2})
+    cured = {"activation_checkpointing": "true", "precision": "bf16-mixed", "compile": "true"}
+    with pytest.raises(MedSoftError, match=r"in step 5 .*; a device with more memory helps"):
+        train("stage1", converted, folder, world, **SHORT | cured)
+    monkeypatch.setattr(Stage, "training_step", plain)
+    assert train("stage1", converted, folder, world, **SHORT) == 0
+    assert len(steps(folder)) == 6
 
 
 def test_resumed_where_kernels_lie_otherwise_in_memory(trained: dict, world: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tiny import CLIP, PHANTOM, TRAIN
 from torch import Tensor
 
 from ldm.bench.common import diffusers_pipeline
-from ldm.config import SWITCHES, Config, load_config
+from ldm.config import Config, load_config
 from ldm.data.annotations import load_samples
 from ldm.data.preparation import PreparedSample, prepare
 from ldm.diffusion.noise import image_noise
@@ -19,7 +19,7 @@ from ldm.inference.inpainter import Inpainter, Job, load_inpainter
 from ldm.networks.model import hide
 
 OFF = [
-    *(f"{section}.{switch}=false" for section, switch in SWITCHES),
+    *("unet.soft_mask_channel=false", "unet.soft_mask_attention=false", "msc.soft_mask_mixing=false"),
     "sampling.differential=false",
     "sampling.guidance_rescale=0",
 ]
