@@ -1,6 +1,5 @@
 """Tables and the page of a classifier's test: numbers, curves, confusion matrix, features, mistakes. No torch."""
 
-import html
 import logging
 import shutil
 import warnings
@@ -13,9 +12,10 @@ import numpy as np
 
 from ldm.classifier.data import ImageSet
 from ldm.classifier.metrics import BINS, calibration_bins, disease_probability, label_indices, predicted_classes
-from ldm.core.files import named_seed, write_text
-from ldm.core.tables import write_csv
-from ldm.reports.pages import files_folder, image, loss_figure, number, page, read_table, roc_figure, table, write_image
+from ldm.core.files import named_seed
+from ldm.core.tables import read_table, write_csv
+from ldm.reports.figures import loss_figure, roc_figure
+from ldm.reports.html import files_folder, number, write_image, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,70 +90,68 @@ def write_test(
     write_csv(folder / f"metrics{suffix}.csv", [flat_metrics(metrics)])
     path = folder / f"report{suffix}.html"
     shutil.rmtree(files_folder(path), ignore_errors=True)
-    sections = [
-        ("numbers", "Test numbers", _numbers_html(metrics)),
-        ("training", "Training", _training_html(folder, path, metrics["epoch"])),
-        ("curves", "Curves", _curves_html(path, metrics, test)),
-        ("calibration", "Confusion and calibration", _calls_html(path, metrics, test)),
-        ("features", "Features", _features_html(path, metrics, test, synthetic)),
-        ("mistakes", "Worst mistakes", _mistakes_html(path, rows, test.images)),
-    ]
-    intro = (
-        f"Research software, not for clinical use. Epoch chosen by {metrics['chosen_by']}; the test set was read once; "
-        f"P(disease) >= {metrics['threshold']:g} is called diseased. Intervals hold 95 % of "
-        f"{metrics['resamples']} bootstrap resamples of the {metrics['n_test_patients']} test patients."
+    count, mistakes = _mistakes(path, rows, test.images)
+    write_page(
+        path,
+        "classifier",
+        metrics=metrics,
+        number_rows=_number_rows(metrics),
+        fact_rows=[(key.replace("_", " "), metrics.get(key)) for key in FACTS],
+        training_plots=_training_plots(folder, path, metrics["epoch"]),
+        curve_plots=_curve_plots(path, metrics, test),
+        calibration_plots=_calibration_plots(path, metrics, test),
+        map=_feature_map(path, test, synthetic),
+        mistake_count=count,
+        mistakes=mistakes,
     )
-    write_text(path, page(f"Classifier: {metrics['dataset']}", sections, intro))
 
 
-def _numbers_html(metrics: Mapping[str, Any]) -> str:
-    notes = "".join(f'<p class="warning">{html.escape(note)}</p>' for note in metrics["notes"])
-    rows = [
+def _number_rows(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    return [
         (name.replace("_", " "), entry["value"], _interval(entry), metrics["validation"].get(name))
         for name, entry in metrics["test"].items()
     ]
-    numbers = table(["number", "test", "95 % interval", "validation"], rows)
-    facts = table(["this run", ""], [(key.replace("_", " "), metrics.get(key)) for key in FACTS])
-    return f'{notes}<div class="plots">{numbers}{facts}</div>'
 
 
 def _interval(entry: Mapping[str, Any]) -> str:
     return number(None) if entry["low"] is None else f"{entry['low']:.3f} to {entry['high']:.3f}"
 
 
-def _training_html(folder: Path, path: Path, chosen: int) -> str:
+def _training_plots(folder: Path, path: Path, chosen: int) -> dict[str, str]:
+    """Losses of each phase and the validation AUC, files by description; nothing without history.csv."""
     history = folder / "history.csv"
     if not history.exists():
-        return '<p class="note">No history.csv lies beside these weights.</p>'
+        return {}
     rows = read_table(history, ("phase", "epoch", "train_loss", "val_loss", "val_auc"), "training log")
-    plots = []
+    plots = {}
     for phase in dict.fromkeys(row["phase"] for row in rows):
         figure = loss_figure([row for row in rows if row["phase"] == phase], phase)
-        plots.append(_plot(path, f"loss_{phase}", figure, f"loss of the phase {phase}"))
+        plots[f"loss of the phase {phase}"] = _plot(path, f"loss_{phase}", figure)
     figure = auc_figure([row for row in rows if row["phase"] == "train" and row["val_auc"]], chosen)
-    plots.append(_plot(path, "val_auc", figure, "validation AUC by epoch"))
-    return f'<div class="plots">{"".join(plots)}</div>'
+    return plots | {"validation AUC by epoch": _plot(path, "val_auc", figure)}
 
 
-def _curves_html(path: Path, metrics: Mapping[str, Any], test: Scored) -> str:
+def _curve_plots(path: Path, metrics: Mapping[str, Any], test: Scored) -> dict[str, str]:
+    """ROC and precision-recall curve; nothing where the test set holds one class."""
+    if metrics["test"]["auc"]["value"] is None:
+        return {}
     truth = label_indices(test.images, metrics["classes"]) > 0
     score = disease_probability(test.probabilities)
-    if metrics["test"]["auc"]["value"] is None:
-        return '<p class="note">ROC and precision-recall curves are undefined: the test set holds one class.</p>'
-    pairs = ("roc", roc_figure({"test": (truth, score)})), ("pr", pr_figure(truth, score))
-    return f'<div class="plots">{"".join(_plot(path, name, figure, f"{name} curve") for name, figure in pairs)}</div>'
+    figures = {"roc": roc_figure({"test": (truth, score)}), "pr": pr_figure(truth, score)}
+    return {f"{name} curve": _plot(path, name, figure) for name, figure in figures.items()}
 
 
-def _calls_html(path: Path, metrics: Mapping[str, Any], test: Scored) -> str:
+def _calibration_plots(path: Path, metrics: Mapping[str, Any], test: Scored) -> dict[str, str]:
     truth = label_indices(test.images, metrics["classes"]) > 0
     figures = {
         "confusion": confusion_figure(np.array(metrics["confusion"]), metrics["classes"]),
         "reliability": reliability_figure(truth, disease_probability(test.probabilities)),
     }
-    return f'<div class="plots">{"".join(_plot(path, name, figure, name) for name, figure in figures.items())}</div>'
+    return {name: _plot(path, name, figure) for name, figure in figures.items()}
 
 
-def _features_html(path: Path, metrics: Mapping[str, Any], test: Scored, synthetic: Scored | None) -> str:
+def _feature_map(path: Path, test: Scored, synthetic: Scored | None) -> dict[str, Any]:
+    """The t-SNE map's file (None with too few distinct features) and how many of the images it shows."""
     names = [f"test: {label}" for label in test.images.labels]
     features = [test.features]
     if synthetic is not None:
@@ -161,49 +159,35 @@ def _features_html(path: Path, metrics: Mapping[str, Any], test: Scored, synthet
         features.append(synthetic.features)
     kept = np.random.default_rng(named_seed("t-SNE", len(names))).permutation(len(names))[:MOST_POINTS]
     points, perplexity = embed(np.concatenate(features)[kept])
-    if points is None:
-        text = f"The map of features is left out: t-SNE needs at least {LEAST_POINTS} pictures, there are {len(kept)}"
-        return f'<p class="note">{text} (those that the network does not tell apart count once).</p>'
-    figure = map_figure(points, [names[i] for i in kept])
-    text = (
-        f"t-SNE of what the last layer reads, {len(kept)} of {len(names)} pictures, perplexity {perplexity:g}. "
-        "Distances between groups and their sizes mean little in such a map."
-    )
-    return f'<div class="plots">{_plot(path, "tsne", figure, "t-SNE of the features")}<p class="note">{text}</p></div>'
+    source = None if points is None else _plot(path, "tsne", map_figure(points, [names[i] for i in kept]))
+    counts = {"shown": len(kept), "count": len(names), "least": LEAST_POINTS}
+    return {"source": source, "perplexity": perplexity, **counts}
 
 
-def _mistakes_html(path: Path, rows: Sequence[Mapping[str, Any]], images: ImageSet) -> str:
-    """The most confident wrong predictions: the picture as the network sees it, truth, prediction, P, prompt."""
+def _mistakes(path: Path, rows: Sequence[Mapping[str, Any]], images: ImageSet) -> tuple[int, list[dict[str, Any]]]:
+    """How many predictions are wrong, and the most confident of them, each image as the network sees it."""
     wrong = [i for i, row in enumerate(rows) if row["predicted"] != row["label"]]
     certainty = {i: rows[i][f"p_{rows[i]['predicted']}"] for i in wrong}
     worst = sorted(wrong, key=lambda i: (-certainty[i], rows[i]["sample_id"]))[:MISTAKES]
-    if not worst:
-        return "<p>None: every test sample was named correctly.</p>"
-    cards = []
-    for place, i in enumerate(worst):
-        row = rows[i]
-        source = write_image(path, f"mistake_{place:02d}", images.images[i])
-        facts = (
-            f"{row['label']}, called {row['predicted']} with P {certainty[i]:.3f}",
-            " ".join(filter(None, (row["severity"], row["lesion_type"]))),
-            f"“{row['prompt']}”",
-            row["sample_id"],
-        )
-        caption = "<br>".join(html.escape(fact) for fact in facts if fact)
-        cards.append(f"<figure>{image(source, row['sample_id'])}<figcaption>{caption}</figcaption></figure>")
-    return (
-        f"<p>{len(worst)} of {len(wrong)} wrong ones, the most confident first.</p>"
-        f'<div class="panels">{"".join(cards)}</div>'
-    )
+    shown = [
+        {
+            **{key: rows[i][key] for key in ("sample_id", "label", "predicted", "prompt")},
+            "source": write_image(path, f"mistake_{place:02d}", images.images[i]),
+            "certainty": certainty[i],
+            "lesion": " ".join(filter(None, (rows[i]["severity"], rows[i]["lesion_type"]))),
+        }
+        for place, i in enumerate(worst)
+    ]
+    return len(wrong), shown
 
 
 # --- figures ----------------------------------------------------------------------------------------------------
 
 
-def _plot(path: Path, name: str, figure: "Figure", alt: str) -> str:
+def _plot(path: Path, name: str, figure: "Figure") -> str:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph of a class's name that the font lacks
-        return image(write_image(path, name, figure), alt, "plot")
+        warnings.simplefilter("ignore")  # Matplotlib warns of glyphs in a class's name that its font lacks.
+        return write_image(path, name, figure)
 
 
 def _axes(width: float = 4.6, height: float = 4.6) -> Any:

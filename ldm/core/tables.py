@@ -1,4 +1,4 @@
-"""CSV tables, written whole."""
+"""CSV tables, written whole and read with their columns checked, and texts cut to a length."""
 
 import csv
 import io
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.core.files import write_text
+from ldm.core.errors import MedSoftError
+from ldm.core.files import read_text, write_text
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
@@ -16,3 +17,19 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, buffer.getvalue())
+
+
+def read_table(path: str | Path, columns: Sequence[str], what: str = "table") -> list[dict[str, str]]:
+    """Rows of a CSV file as dictionaries; MedSoftError if it is missing, empty or lacks one of ``columns``."""
+    rows = list(csv.DictReader(io.StringIO(read_text(path, what))))
+    if not rows:
+        raise MedSoftError(f"{path}: expected a header and at least one row, found none")
+    for column in columns:
+        if rows[0].get(column) is None:
+            raise MedSoftError(f"{path}: expected a column {column}, found {', '.join(map(str, rows[0]))}")
+    return rows
+
+
+def shortened(text: str, longest: int = 60) -> str:
+    """The text, cut to ``longest`` characters if it is longer."""
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -1,4 +1,4 @@
-"""Real lesions against synthetic ones: everything ``tool/evaluate.py`` measures, from two lists of samples.
+"""Real lesions against synthetic ones: everything ``tool/evaluate.py`` measures but copies, from two lists of samples.
 
 What is compared is the model's crop around each lesion (the YAML's ``data`` block), as the networks see it: a whole
 synthetic picture is its parent's but for the lesion.
@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -30,7 +29,6 @@ from ldm.evaluation.metrics import (
     Estimate,
     between_halves,
     by_halves,
-    correlation,
     coverage,
     crop_features,
     density,
@@ -42,16 +40,13 @@ from ldm.evaluation.metrics import (
     text_embeddings,
 )
 from ldm.networks.encoder import ImageTextEncoder
-from ldm.reports.pages import read_result
+from ldm.reports.comparison import read_result
 
 log = logging.getLogger(__name__)
 
 BATCH = 64
 CROP_SIDE = 192  # pixels of the crops that are kept
 COPY_SIDE = 64  # pixels of the crops in which copies are looked for
-CANDIDATES = 10  # nearest training lesions whose pixels are compared
-REACH = 3  # pixels a lesion may have moved
-UNCALIBRATED = 0.95  # threshold without two training patients to compare
 FULLY = 0.999  # of a soft mask: the lesion without its feather, where a composite holds nothing of the original
 RING = 5  # pixels around a lesion that its contrast is measured against
 SSIM_REACH = 5  # half of SSIM's window
@@ -85,7 +80,7 @@ class Lesion:
 
 
 def read_lesions(
-    samples: Sequence[Sample], data: DataConfig, clip: ImageTextEncoder, name: str
+    samples: Sequence[Sample], data: DataConfig, encoder: ImageTextEncoder, name: str
 ) -> tuple[list[Lesion], list[Reject]]:
     """The diseased samples among ``samples``; those that cannot be read come back as rejects."""
     found, rejects, waiting = [], [], []
@@ -96,20 +91,20 @@ def read_lesions(
         except MedSoftError as error:
             rejects.append(Reject(sample.sample_id, sample.image, str(error)))
         if len(waiting) == BATCH:
-            found += _lesions(waiting, clip)
+            found += _lesions(waiting, encoder)
             waiting = []
-    return found + (_lesions(waiting, clip) if waiting else []), rejects
+    return found + (_lesions(waiting, encoder) if waiting else []), rejects
 
 
-def _lesions(read: Sequence[tuple[Sample, PreparedSample]], clip: ImageTextEncoder) -> list[Lesion]:
+def _lesions(read: Sequence[tuple[Sample, PreparedSample]], encoder: ImageTextEncoder) -> list[Lesion]:
     images = torch.stack([picture.image for _, picture in read])
     masks = torch.stack([picture.mask for _, picture in read])
     side = min(CROP_SIDE, images.shape[-1])
     grey = F.interpolate(images.mean(dim=1, keepdim=True), size=(side, side), mode="area")
     crops = ((grey + 1) * 127.5).round().clamp(0, 255).byte().squeeze(1).numpy()
     inside = (F.adaptive_max_pool2d(masks, side) >= FULLY).squeeze(1).numpy()
-    alone = F.normalize(crop_features(clip, [images], [masks < FULLY]), dim=1)
-    rows = zip(crops, inside, crop_features(clip, [images]), alone, image_embeddings(clip, [images]), strict=True)
+    alone = F.normalize(crop_features(encoder, [images], [masks < FULLY]), dim=1)
+    rows = zip(crops, inside, crop_features(encoder, [images]), alone, image_embeddings(encoder, [images]), strict=True)
     return [
         Lesion(sample, crop, within, *_native_numbers(picture), features, own, embedding)
         for (sample, picture), (crop, within, features, own, embedding) in zip(read, rows, strict=True)
@@ -211,7 +206,7 @@ def as_dict(estimate: Estimate | None) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------------------------ text
 
 
-def text_agreement(clip: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict[str, Any] | None:
+def text_agreement(encoder: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict[str, Any] | None:
     """Cosine of each crop with its own prompt and, on average, with others'; how often its own is the closer one.
 
     Others': prompts with other words and, where both are known, of another lesion type. None without any such pair.
@@ -221,7 +216,7 @@ def text_agreement(clip: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict[st
     texts = list(dict.fromkeys(prompts))
     place = torch.tensor([texts.index(prompt) for prompt in prompts])
     kind_of = dict(zip(prompts, kinds, strict=True))
-    cosines = lesion_rows(lesions, "embedding") @ text_embeddings(clip, texts).T  # (N, T)
+    cosines = lesion_rows(lesions, "embedding") @ text_embeddings(encoder, texts).T  # (N, T)
     foreign = torch.tensor(
         [
             [text != prompt and not (kind and kind == kind_of[text]) for text in texts]
@@ -262,86 +257,3 @@ def distributions(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[s
             "wasserstein": float(wasserstein_distance(*both)),
         }
     return found
-
-
-# ------------------------------------------------------------------------------------------------------ copies
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """The training lesion that a lesion looks most like. ``correlation``: of the pixels; ``cosine``: of the features of
-    the lesion alone, of its nearest neighbour there."""
-
-    lesion: Lesion
-    match: Lesion
-    correlation: float
-    cosine: float
-
-
-@dataclass(frozen=True)
-class CopyCheck:
-    """Nearest training lesions of every synthetic one, and the threshold from which it counts as a copy."""
-
-    neighbours: list[Neighbour]
-    threshold: float
-    closest_real: float | None  # highest correlation between lesions of two training patients
-    nearer_than_real: float | None  # share nearer in features than 95 % of the held-out real ones; None without these
-
-    @property
-    def copies(self) -> list[Neighbour]:
-        """Most alike first."""
-        return [each for each in self.ranked if each.correlation >= self.threshold]
-
-    @property
-    def ranked(self) -> list[Neighbour]:
-        return sorted(self.neighbours, key=lambda each: (-each.correlation, each.lesion.sample.sample_id))
-
-
-def check_copies(
-    synthetic: Sequence[Lesion], train: Sequence[Lesion], held_out: Sequence[Lesion] | None = None
-) -> CopyCheck:
-    """Compare every drawn lesion with all training lesions: first features of the lesion alone, then pixels.
-
-    The rest of a synthetic picture is its parent's and says nothing, so only the lesion is looked at. A copy correlates
-    more than halfway from the most alike lesions of two training patients to perfectly. ``held_out``: real lesions the
-    generator has not seen, which tell how near an honest one is.
-    """
-    between = _nearest(train, train, "training lesions")
-    found = _nearest(synthetic, train, "copies")
-    closest = max((each.correlation for each in between), default=None)
-    threshold = UNCALIBRATED if closest is None else (1 + closest) / 2
-    if held_out is None:
-        return CopyCheck(found, threshold, closest, None)
-    usual = np.percentile([each.cosine for each in _nearest(held_out, train, "held-out lesions")], 95)
-    return CopyCheck(found, threshold, closest, float(np.mean([each.cosine > usual for each in found])))
-
-
-def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> list[Neighbour]:
-    """Of each lesion its nearest training lesion; a training lesion's own patient does not count."""
-    same = lesions is train
-    cosines, found = lesion_rows(lesions, "alone") @ lesion_rows(train, "alone").T, []
-    for row, lesion in enumerate(tqdm(lesions, desc=name, leave=False, disable=None)):
-        allowed = [
-            column
-            for column, other in enumerate(train)
-            if not same or other.sample.patient_id != lesion.sample.patient_id
-        ]
-        if not allowed:
-            continue
-        order = sorted(allowed, key=lambda column: -float(cosines[row, column]))[:CANDIDATES]
-        grey, mask = lesion.small
-        scores = [correlation(grey, mask, *train[column].small, REACH) for column in order]
-        best = int(np.argmax(scores))
-        found.append(Neighbour(lesion, train[order[best]], scores[best], float(cosines[row, order[0]])))
-    return found
-
-
-def quarantine(copies: Sequence[Neighbour], folder: Path, target: Path) -> None:
-    """Move the sample folders of copies out of the synthetic folder into ``target``, keeping their relative paths."""
-    for each in copies:
-        home = each.lesion.sample.image.parent
-        goal = target / home.relative_to(folder.resolve())
-        if goal.exists():
-            raise MedSoftError(f"{goal}: is there already; move it away, then run again")
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        home.rename(goal)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import TextEncoderConfig
+from ldm.core.tables import shortened
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,9 @@ class TruncationWarnings:
                 encoder,
                 room,
                 len(offsets),
-                _shortened(prompt),
-                _shortened(lost),
+                shortened(prompt),
+                shortened(lost),
             )
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class TextEncoder(nn.Module):

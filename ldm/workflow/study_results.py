@@ -4,7 +4,6 @@ A cell is one classifier: (world, arm, ratio, seed). A world is the unit of chan
 it first, and intervals are Student's t over worlds.
 """
 
-import html
 import math
 import statistics
 from collections import defaultdict
@@ -15,7 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.core.errors import MedSoftError
-from ldm.core.files import read_json
+from ldm.core.files import read_json, write_text
+from ldm.core.tables import write_csv
+from ldm.reports.figures import write_figure
+from ldm.reports.html import write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -331,7 +333,7 @@ def timing(seconds: Mapping[Any, float | None], generators: Mapping[str, float])
     if cells:
         parts.append(f"a cell took {statistics.median(cells):.0f} s (median; at most {max(cells):.0f} s)")
     if generators:
-        slowest = max(generators, key=generators.get)
+        slowest = max(generators, key=lambda name: generators[name])
         middle = statistics.median(generators.values())
         parts.append(f"a generator {middle:.0f} s (median; at most {generators[slowest]:.0f} s, {slowest})")
     total = (sum(cells) + sum(generators.values())) / 3600
@@ -346,14 +348,9 @@ def write_study_report(
     notes: Sequence[str],
 ) -> None:
     """results.csv, dose_response.png, study.md and study.html in ``folder``; ``notes``: how they came about."""
-    from ldm.core.files import atomic_file, write_text
-    from ldm.core.tables import write_csv
-    from ldm.reports.pages import page, table
-
     rows = cell_rows(study.cells, seconds)
     write_csv(folder / "results.csv", [{k: "" if v is None else v for k, v in row.items()} for row in rows])
-    with atomic_file(folder / "dose_response.png") as handle:
-        dose_figure(study).savefig(handle, format="png", dpi=130)
+    write_figure(folder / "dose_response.png", dose_figure(study), dpi=130)
     shown = [metric for metric in SHOWN if any(metric in cell.values for cell in study.cells)]
     heads = (["arm", "worlds", *(SHOWN[metric] for metric in shown)], ["", "minus", "test AUC", "worlds", "verdict"])
     tables = (mean_rows(study, shown), difference_rows(study))
@@ -370,16 +367,9 @@ def write_study_report(
             f"In {len(uneven)} cells another number of images was added than in the control, which is unfair (the "
             f"first: {uneven[0]}); give `draw` a larger --limit, or --variants."
         )
-    said = paragraph(study)
-    parts = [f"# Study: {name}", *notes, said, "## Means", markdown_table(heads[0], tables[0])]
+    conclusion = paragraph(study)
+    parts = [f"# Study: {name}", *notes, conclusion, "## Means", markdown_table(heads[0], tables[0])]
     parts += ["## Differences", markdown_table(heads[1], tables[1]), "![AUC by ratio](dose_response.png)"]
     write_text(folder / "study.md", "\n\n".join(parts) + "\n")
-    picture = '<img class="plot" style="max-width: 760px" src="dose_response.png" alt="test AUC by ratio">'
-    sections = [
-        ("says", "What it says", f"<p>{html.escape(said)}</p>"),
-        ("dose", "By ratio", picture),
-        ("means", "Means", table(heads[0], tables[0])),
-        ("differences", "Differences", table(heads[1], tables[1])),
-        ("notes", "Notes", "".join(f"<p>{html.escape(note)}</p>" for note in notes)),
-    ]
-    write_text(folder / "study.html", page(f"Study: {name}", sections))
+    pairs = {"means": (heads[0], tables[0]), "differences": (heads[1], tables[1])}
+    write_page(folder / "study.html", "study", name=name, conclusion=conclusion, notes=notes, **pairs)

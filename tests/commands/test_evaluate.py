@@ -181,7 +181,7 @@ def test_the_same_again_is_complete_and_others_need_overwrite(
     assert "already complete" in caplog.text
     assert (out / "evaluation.json").stat().st_mtime_ns == made
     shutil.rmtree(few / diseased(few)[0].name)
-    with pytest.raises(UsageError, match="holds the evaluation of other samples or settings; --overwrite replaces it"):
+    with pytest.raises(UsageError, match=r"holds results of another run \(synthetic: \w+… -> \w+…\).*--overwrite"):
         run(real, few, out)
     assert run(real, few, out, "--overwrite") == 0
     assert found(out)["pictures"]["synthetic"] == 2

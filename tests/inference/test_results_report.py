@@ -91,7 +91,7 @@ def test_report_is_made_again_where_it_is_missing_and_kept_where_not(
 
 
 def test_the_numbers_are_those_of_the_pixels(tmp_path: Path) -> None:
-    from ldm.reports.pages import read_all_results, read_result
+    from ldm.reports.comparison import read_all_results, read_result
 
     write_png(tmp_path / "p.png", np.full((32, 32), 100, np.uint8))
     drawn(tmp_path / "out" / "a__v0", 0, tmp_path / "p.png", "lytic <b>lesion</b>")

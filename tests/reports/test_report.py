@@ -1,4 +1,4 @@
-"""ldm/reports/pages.py and tool/demo_report.py on a small demo_output with known numbers."""
+"""ldm/reports and tool/demo_report.py on a small demo_output with known numbers."""
 
 import csv
 import json
@@ -12,10 +12,10 @@ import pytest
 from ldm.core.errors import MedSoftError
 from ldm.data.images import read_image
 from ldm.data.png import write_png
-from ldm.reports import pages as report
+from ldm.phantom.demo_report import STAGES
+from ldm.reports import comparison
 from tool import demo_report
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("haemangioma", "osteolytic")
 
 
@@ -94,7 +94,7 @@ def demo(tmp_path: Path) -> Path:
         metrics = {"test": measured, "n_synthetic_used": 6 if name == "augmented" else 0, "n_test": 2}
         write_csv(out / f"classifier_{name}" / "predictions_test.csv", test)
         (out / f"classifier_{name}" / "metrics.json").write_text(json.dumps(metrics))
-    for stage in demo_report.STAGES:
+    for stage in STAGES:
         cosine = 0.5 if stage == "stage1" else ""
         rows = [{"epoch": e, "train_loss": 1 / (e + 1), "val_loss": 0.5, "val_cosine": cosine} for e in range(3)]
         write_csv(out / stage / "metrics.csv", rows)
@@ -239,7 +239,7 @@ def test_difference_is_white_where_nothing_changed() -> None:
     original = np.full((4, 5), 0.5, np.float32)
     result = original.copy()
     result[0, 0], result[1, 1] = 1.0, 0.25
-    shown = report.signed_colours(result, original)
+    shown = comparison.signed_colours(result, original)
     assert shown[0, 0].tolist() == [255, 0, 0]
     assert shown[1, 1].tolist() == [128, 128, 255]
     shown[0, 0] = shown[1, 1] = 255
@@ -247,22 +247,22 @@ def test_difference_is_white_where_nothing_changed() -> None:
 
 
 def test_sheet_shows_16_bit_and_colour_pictures(tmp_path: Path, demo: Path) -> None:
-    sample = report.read_all_results(demo / "results")[0]
+    sample = comparison.read_all_results(demo / "results")[0]
     grey = np.linspace(0, 65535, 400 * 300).reshape(400, 300).astype(np.uint16)
     soft = np.zeros((400, 300), np.float32)
     soft[100:150, 100:160] = 1
     rgb = np.zeros((32, 32, 3), np.uint8)
     pictures = [
-        report.Picture(sample, grey, grey + (soft > 0).astype(np.uint16), soft),
-        report.Picture(sample, rgb, rgb + np.uint8(9), np.zeros((32, 32), np.float32)),
+        comparison.ResultImage(sample, grey, grey + (soft > 0).astype(np.uint16), soft),
+        comparison.ResultImage(sample, rgb, rgb + np.uint8(9), np.zeros((32, 32), np.float32)),
     ]
     assert [picture.changed_outside for picture in pictures] == [0, 32 * 32]
-    report.write_sheet(tmp_path / "sheet.png", pictures)
+    comparison.write_sheet(tmp_path / "sheet.png", pictures)
     assert read_image(tmp_path / "sheet.png").shape == (34 + 2 * (36 + 288) + 12, 3 * 288 + 4 * 12, 3)
 
 
 def test_rows_take_turns_over_types_and_start_with_the_severe(demo: Path) -> None:
-    chosen = report.take_turns(report.read_all_results(demo / "results"), 4)
+    chosen = comparison.interleave(comparison.read_all_results(demo / "results"), 4)
     assert [(sample.lesion_type, sample.severity) for sample in chosen] == [
         ("haemangioma", "severe"),
         ("osteolytic", "severe"),

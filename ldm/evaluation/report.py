@@ -1,0 +1,135 @@
+"""What an evaluation writes: the page, the figures, and the tables of the nearest training lesions."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ldm.core.files import write_json
+from ldm.core.tables import write_csv
+from ldm.data.annotations import write_rejects
+from ldm.data.png import write_png
+from ldm.data.samples import Reject
+from ldm.evaluation.copies import CopyCheck, Neighbour
+from ldm.evaluation.lesions import MEASURES, Lesion
+from ldm.reports.figures import write_figure
+from ldm.reports.html import number, write_page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OWN_FILES = ("report.html", "closest_pairs.png", "lesions.png", "neighbours.csv", "copies.json", "rejects.json")
+SHOWN_PAIRS = 12
+TILE = 192  # pixels of a crop in the sheet of pairs
+
+
+def write_files(
+    folder: Path,
+    measured: Mapping[str, Any],
+    check: CopyCheck,
+    lesions: Mapping[str, Sequence[Lesion]],
+    rejects: list[Reject],
+) -> None:
+    """Write ``OWN_FILES``; ``measured`` is what evaluation.json will hold."""
+    write_csv(folder / "neighbours.csv", [_neighbour_row(each, check.threshold) for each in check.ranked])
+    write_json(folder / "copies.json", [_neighbour_row(each, check.threshold) for each in check.copies])
+    write_rejects(folder / "rejects.json", rejects)
+    write_figure(folder / "lesions.png", lesion_figure(lesions["real"], lesions["synthetic"]), dpi=120)
+    write_png(folder / "closest_pairs.png", pair_sheet(check.ranked[:SHOWN_PAIRS], check.threshold))
+    write_page(
+        folder / "report.html",
+        "evaluation",
+        counts=measured["pictures"],
+        warnings=measured["warnings"],
+        extractor=measured["extractor"],
+        parents=measured["parents"],
+        distance_rows=[
+            [name, estimate_text(each), each["between_halves_of_real"]] for name, each in measured["distances"].items()
+        ],
+        parent_rows=_parent_rows(measured["parents"]),
+        text_rows=[[name, *map(estimate_text, (known or {}).values())] for name, known in measured["text"].items()],
+        lesion_rows=list(_lesion_rows(measured["lesions"])),
+        copy_rows=[[name.replace("_", " "), value] for name, value in copy_numbers(check).items()],
+    )
+
+
+def copy_numbers(check: CopyCheck) -> dict[str, Any]:
+    """What evaluation.json says about copies."""
+    return {
+        "count": len(check.copies),
+        "threshold": check.threshold,
+        "closest_pair_of_training_patients": check.closest_real,
+        "nearer_than_95_percent_of_held_out": check.nearer_than_real,
+    }
+
+
+def estimate_text(estimate: Mapping[str, Any] | None) -> str:
+    """A number of evaluation.json with its interval, if it has one, for a reader."""
+    if estimate is None:
+        return number(None)
+    value = f"{estimate['value']:.4g}"
+    return value if estimate["low"] is None else f"{value} ({estimate['low']:.4g} to {estimate['high']:.4g})"
+
+
+def _parent_rows(parents: Mapping[str, Any]) -> list[list[Any]]:
+    pairs = [(key, region) for region in ("outside", "inside") for key in ("ssim", "psnr")]
+    rows: list[list[Any]] = [[f"{key} {region}", estimate_text(parents[region][key])] for key, region in pairs]
+    return [*rows, ["unchanged outside, share of pictures", parents["outside"]["unchanged_pictures"]]]
+
+
+def _lesion_rows(measured: Mapping[str, Any]) -> Iterator[list[Any]]:
+    for name, label in MEASURES.items():
+        both = (measured[name][f"{source}_quartiles"] for source in ("real", "synthetic"))
+        quartiles = [", ".join(f"{value:.3f}" for value in each) for each in both]
+        yield [label, *quartiles, measured[name]["wasserstein"]]
+
+
+def _neighbour_row(each: Neighbour, threshold: float) -> dict[str, Any]:
+    return {
+        "sample_id": each.lesion.sample.sample_id,
+        "image": str(each.lesion.sample.image),
+        "nearest": each.match.sample.sample_id,
+        "nearest_image": str(each.match.sample.image),
+        "correlation": round(each.correlation, 4),
+        "cosine": round(each.cosine, 4),
+        "copy": each.correlation >= threshold,
+    }
+
+
+def lesion_figure(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> "Figure":
+    """Histograms of size, contrast and texture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
+        both = [np.array([getattr(lesion, name) for lesion in lesions]) for lesions in (real, synthetic)]
+        edges = np.histogram_bin_edges(np.concatenate(both), 20)
+        for values, colour, who in zip(both, ("tab:green", "tab:blue"), ("real", "synthetic"), strict=True):
+            axes.hist(values, edges, density=True, alpha=0.5, color=colour, label=who)
+        axes.set(xlabel=label, yticks=[])
+    axes.legend(fontsize=8)
+    return figure
+
+
+def pair_sheet(pairs: Sequence[Neighbour], threshold: float) -> np.ndarray:
+    """HxWx3 uint8: a synthetic crop, its nearest training crop and both lesions alone, one row a pair in this order."""
+    gap, caption, head = 10, 24, 30
+    sheet = Image.new("RGB", (4 * TILE + 5 * gap, head + len(pairs) * (TILE + caption + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, name in enumerate(("synthetic", "nearest training image", "drawn lesion", "training lesion")):
+        draw.text((gap + column * (TILE + gap), 8), name, "#5d6b7a", ImageFont.load_default(15))
+    for row, pair in enumerate(pairs):
+        top = head + row * (TILE + caption + gap)
+        verdict = "COPY" if pair.correlation >= threshold else "not a copy"
+        text = (
+            f"{verdict}: correlation {pair.correlation:.3f}, cosine {pair.cosine:.3f}; {pair.lesion.sample.sample_id}"
+        )
+        draw.text((gap, top), text, "#c62828" if verdict == "COPY" else "#1c2733", ImageFont.load_default(14))
+        crops = [pair.lesion.crop, pair.match.crop]
+        alone = [np.where(each.inside, each.crop, 255) for each in (pair.lesion, pair.match)]
+        for column, crop in enumerate([*crops, *alone]):
+            tile = Image.fromarray(crop.astype(np.uint8)).resize((TILE, TILE), Image.Resampling.NEAREST)
+            sheet.paste(tile, (gap + column * (TILE + gap), top + caption))
+    return np.asarray(sheet)

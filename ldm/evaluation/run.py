@@ -1,0 +1,183 @@
+"""One evaluation from end to end: real against synthetic lesions, copies, all files of its output folder."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.config import BiomedClipConfig, DataConfig
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import fingerprint
+from ldm.core.run_folder import RunFolder
+from ldm.data.annotations import load_samples
+from ldm.data.preparation import sample_identity
+from ldm.data.samples import Reject, Sample
+from ldm.evaluation.copies import CopyCheck, check_copies, quarantine_copies
+from ldm.evaluation.lesions import (
+    Lesion,
+    distributions,
+    parent_likeness,
+    read_lesions,
+    set_distances,
+    small_sample_warnings,
+    text_agreement,
+)
+from ldm.evaluation.report import OWN_FILES, copy_numbers, estimate_text, write_files
+from ldm.networks.encoder import ImageTextEncoder
+from ldm.networks.opening import open_encoder
+
+log = logging.getLogger("evaluate")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Dataset folders or annotation files; ``train``: what the generator learned from, ``real`` where it is None."""
+
+    real: Path
+    synthetic: Path
+    train: Path | None = None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the real samples are other ones than the generator's training samples."""
+        return self.train is not None and self.train != self.real
+
+    def by_name(self) -> dict[str, Path]:
+        return {"real": self.real, "synthetic": self.synthetic, "train": self.train or self.real}
+
+    def check(self) -> None:
+        """UsageError for paths that are not there, and for a source that is compared with itself."""
+        for path in self.by_name().values():
+            if not path.exists():
+                raise UsageError(f"{path}: does not exist; expected a dataset folder or an annotation file")
+        if self.real.resolve() == self.synthetic.resolve():
+            raise UsageError(
+                f"{self.real}: REAL and SYNTH are the same; expected real samples and results of dataset_infer.py"
+            )
+
+
+def evaluate(
+    sources: Sources,
+    output_dir: Path,
+    data: DataConfig,
+    biomedclip: BiomedClipConfig,
+    quarantine: bool = False,
+    overwrite: bool = False,
+) -> bool:
+    """Measure and write everything; whether there are neither copies nor samples that cannot be read.
+
+    ``quarantine`` moves the copies out of the synthetic folder. The folder is changed only when all is measured.
+    Raises UsageError for sources and output folders that cannot be meant, MedSoftError for too few lesions.
+    """
+    sources.check()
+    if quarantine and not sources.synthetic.is_dir():
+        raise UsageError(f"--quarantine: {sources.synthetic} is a file; copies are moved out of a results folder")
+    folder = RunFolder(output_dir, "evaluation.json", own=OWN_FILES, shared=True)
+    with folder.lock():
+        samples, rejects = _read_sources(sources)
+        encoder = open_encoder(biomedclip)
+        identities = {name: fingerprint([sample_identity(s) for s in each]) for name, each in samples.items()}
+        settings = {**identities, "biomedclip": encoder.fingerprint, "data": dataclasses.asdict(data)}
+        record = folder.open(settings, overwrite, anew=overwrite)
+        if record and record["complete"] and not (quarantine and record["copies"]["count"]):
+            log.info("%s: already complete", output_dir)
+            return not (record["copies"]["count"] or record["rejected"])
+        lesions = _read_lesions(sources, samples, data, encoder, rejects)
+        measured = _measure(encoder, lesions)
+        copies = check_copies(lesions["synthetic"], lesions["train"], lesions["real"] if sources.held_out else None)
+        measured |= {"copies": copy_numbers(copies), "rejected": len(rejects)}
+        measured["sources"] = {name: str(path) for name, path in sources.by_name().items()}
+        folder.claim()
+        write_files(output_dir, measured, copies, lesions, rejects)
+        folder.finish(**measured)
+        if quarantine:
+            _quarantine(copies, sources.synthetic)
+    _log_summary(output_dir, measured, rejects)
+    return not (copies.copies or rejects)
+
+
+def _read_sources(sources: Sources) -> tuple[dict[str, list[Sample]], list[Reject]]:
+    """The samples of each source, diseased or not, and what cannot be read; one that stands for two is read once."""
+    paths = sources.by_name()
+    read = {path: load_samples(path) for path in dict.fromkeys(paths.values())}
+    rejects = [reject for _, more in read.values() for reject in more]
+    return {name: read[path][0] for name, path in paths.items()}, rejects
+
+
+def _read_lesions(
+    sources: Sources,
+    samples: Mapping[str, list[Sample]],
+    data: DataConfig,
+    encoder: ImageTextEncoder,
+    rejects: list[Reject],
+) -> dict[str, list[Lesion]]:
+    """The lesions of each source; what cannot be read joins ``rejects``.
+
+    Raises MedSoftError unless every source has enough diseased samples for a covariance, the training one for a match.
+    """
+    lesions: dict[str, list[Lesion]] = {}
+    for name in ("real", "synthetic", *(["train"] if sources.held_out else [])):
+        lesions[name], more = read_lesions(samples[name], data, encoder, name)
+        rejects += [reject for reject in more if reject not in rejects]
+    lesions.setdefault("train", lesions["real"])
+    for name, least in (("real", 2), ("synthetic", 2), ("train", 1)):
+        if len(lesions[name]) < least:
+            raise MedSoftError(
+                f"{sources.by_name()[name]}: expected at least {least} diseased samples with a mask, found "
+                f"{len(lesions[name])}"
+            )
+    return lesions
+
+
+def _measure(encoder: ImageTextEncoder, lesions: Mapping[str, list[Lesion]]) -> dict[str, Any]:
+    """Everything but copies."""
+    real, synthetic = lesions["real"], lesions["synthetic"]
+    dimensions = encoder.token_dim
+    return {
+        "pictures": {name: len(each) for name, each in lesions.items()},
+        "extractor": {
+            "name": "BiomedCLIP, CLS token after the trunk's final norm, of the model's crop around the lesion",
+            "folder": str(encoder.folder),
+            "fingerprint": encoder.fingerprint,
+            "dimensions": dimensions,
+        },
+        "warnings": [*small_sample_warnings(len(real), len(synthetic), dimensions), *_shared_patients(lesions)],
+        "distances": set_distances(real, synthetic),
+        "parents": parent_likeness(synthetic),
+        "text": {"real": text_agreement(encoder, real), "synthetic": text_agreement(encoder, synthetic)},
+        "lesions": distributions(real, synthetic),
+    }
+
+
+def _shared_patients(lesions: Mapping[str, list[Lesion]]) -> list[str]:
+    """A warning if REAL holds patients of a training set of its own."""
+    if lesions["train"] is lesions["real"]:
+        return []
+    train, real = ({each.sample.patient_id for each in lesions[name]} for name in ("train", "real"))
+    warning = (
+        f"{len(train & real)} patients of REAL are also in the training set: it is no yardstick for what was not seen."
+    )
+    return [warning] if train & real else []
+
+
+def _quarantine(check: CopyCheck, synthetic: Path) -> None:
+    if check.copies:
+        target = synthetic.with_name(f"{synthetic.name}_quarantine")
+        quarantine_copies(check.copies, synthetic, target)
+        log.warning("%d copies moved to %s", len(check.copies), target)
+
+
+def _log_summary(folder: Path, measured: Mapping[str, Any], rejects: list[Reject]) -> None:
+    """The most important numbers on the screen."""
+    for name, each in measured["distances"].items():
+        log.info("%s: %s", name, estimate_text(each))
+    for text in measured["warnings"]:
+        log.warning("warning: %s", text)
+    count = measured["copies"]["count"]
+    text = f"{count} of {measured['pictures']['synthetic']} synthetic lesions are copies of training lesions"
+    log.log(logging.WARNING if count else logging.INFO, "%s (%s)", text, folder / "copies.json")
+    if rejects:
+        log.warning("%d samples could not be read, listed in %s", len(rejects), folder / "rejects.json")
+    log.info("%s", folder / "report.html")

@@ -1,0 +1,378 @@
+"""The demo's numbers and images in one place: summary.json, report.html and sheet.png. No torch.
+
+Only what the steps of configs/demo.yaml have left in the folder is read; no network computes anything here.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm.core.errors import MedSoftError
+from ldm.core.files import read_json, write_json
+from ldm.core.tables import read_table
+from ldm.data.samples import Sample
+from ldm.reports.comparison import facts, interleave, read_all_results, read_result, write_cards, write_sheet
+from ldm.reports.figures import loss_figure, roc_figure, validation_figure
+from ldm.reports.html import number, write_image, write_page
+
+log = logging.getLogger(__name__)
+
+COARSE = ("moderate", "severe")
+MINUTES = 15
+STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
+SHOWN, CONTROLS = 24, 6
+DRAWN = {"results": "draw", "results_healthy": "redraw_healthy", "results_base": "draw_base"}  # folder -> its step
+PARENTS = "openimages_format_train"
+CLASSIFIER_ROWS = (
+    *("auc", "auc_ci95", "average_precision", "balanced_accuracy", "recall", "specificity", "precision", "f1"),
+    *("n_train_healthy", "n_train_diseased", "n_synthetic_used", "n_test", "n_test_diseased", "epoch"),
+)
+
+
+def report_demo(folder: Path) -> None:
+    """Read what the demo's steps left in ``folder``, write report.html and sheet.png there, then summary.json.
+
+    MedSoftError names the step to run for whatever is missing or does not fit.
+    """
+    inputs = read_inputs(folder)
+    summary = summarise(inputs)
+    write_report(inputs, summary)
+    write_json(folder / "summary.json", summary)
+    for key, (limit, _) in bars(summary).items():
+        verdict = "MISSED" if key in summary["missed"] else "met"
+        log.info("%-32s %-8s expected %s: %s", key, _shown(summary, key), limit, verdict)
+    aucs = number(summary["auc_real"]), number(summary["auc_augmented"])
+    log.info("AUC with real images only %s, with synthetic ones too %s", *aucs)
+    log.info("report in %s", folder / "report.html")
+
+
+def _shown(summary: Mapping[str, Any], key: str) -> str:
+    return f"{summary[key]:.1f}" if key == "minutes" else number(summary[key])
+
+
+# ------------------------------------------------------------------------------------------------------ inputs
+
+
+Key = tuple[str | None, Any]  # (parent_id, variant) of a synthetic image
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says about one picture.
+
+    ``diseased``: of all its classes the most probable one is a lesion; ``lesion_type``: the most probable lesion,
+    ``healthy`` left aside; ``probability``: of all lesions together.
+    """
+
+    diseased: bool
+    lesion_type: str
+    probability: float
+
+
+@dataclass
+class Inputs:
+    """Everything that is read. Drawn samples are known by (parent_id, variant), the same in all three folders."""
+
+    folder: Path
+    judge: dict[str, Any]
+    classifiers: dict[str, dict[str, Any]]
+    test_rows: dict[str, list[dict[str, str]]]
+    seconds: dict[str, float]
+    drawn: dict[str, dict[Key, Sample]] = field(default_factory=dict)
+    verdicts: dict[str, dict[str, Verdict]] = field(default_factory=dict)  # by predicted set, then sample_id
+    heldout: list[dict[str, str]] = field(default_factory=list)
+
+    def verdict(self, folder: str, key: Key) -> Verdict:
+        """The judge's verdict on a drawn picture."""
+        return _look_up(self.verdicts[folder], self.drawn[folder][key].sample_id, f"predictions_{folder}.csv", "judge")
+
+    def parent(self, key: Key) -> Verdict:
+        """The judge's verdict on the image it was drawn on."""
+        return _look_up(self.verdicts[PARENTS], key[0], f"predictions_{PARENTS}.csv", "judge")
+
+
+def _look_up(known: Mapping[Any, Any], key: Hashable, where: str, step: str) -> Any:
+    if key not in known:
+        raise MedSoftError(f"{where}: holds nothing about {key}; {_again(step)}")
+    return known[key]
+
+
+def _again(step: str) -> str:
+    return f"run the step {step}: python tool/run_stages.py configs/demo.yaml --only {step}"
+
+
+def _need(path: Path, step: str) -> Path:
+    if not path.exists():
+        raise MedSoftError(f"{path}: does not exist; {_again(step)}")
+    return path
+
+
+def read_inputs(folder: Path) -> Inputs:
+    """Read what the report needs from the demo's folder; MedSoftError naming the step to run for what is missing."""
+
+    def classifier(name: str, step: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        metrics = read_json(_need(folder / name / "metrics.json", step))
+        if "test" not in metrics:
+            raise MedSoftError(f"{folder / name / 'metrics.json'}: holds no test numbers; {_again(step)}")
+        columns = ("label", "disease_probability")
+        rows = read_table(_need(folder / name / "predictions_test.csv", step), columns, "predictions")
+        return _with_test_numbers(metrics), rows
+
+    if not (folder / "stages.json").exists():
+        raise MedSoftError(
+            f"{folder / 'stages.json'}: does not exist; run the demo: python tool/run_stages.py configs/demo.yaml"
+        )
+    record = read_json(folder / "stages.json")
+    seconds = {step["name"]: step["seconds"] for step in record["steps"]}
+    judge, _ = classifier("classifier_judge", "judge")
+    both = {name: classifier(f"classifier_{name}", f"classifier_{name}") for name in ("real", "augmented")}
+    metrics = {name: values for name, (values, _) in both.items()}
+    inputs = Inputs(folder, judge, metrics, {name: rows for name, (_, rows) in both.items()}, seconds)
+    for stage in STAGES:
+        _need(folder / stage / "metrics.csv", stage)
+    for name in (*DRAWN, PARENTS, "heldout"):
+        path = _need(folder / "classifier_judge" / f"predictions_{name}.csv", "judge")
+        rows = read_table(path, ("sample_id", "predicted", "disease_probability", "p_healthy"), "predictions")
+        inputs.verdicts[name] = {row["sample_id"]: _verdict(row) for row in rows}
+        if name == "heldout":
+            inputs.heldout = rows
+    for name, step in DRAWN.items():
+        samples = read_all_results(_need(folder / name, step))
+        inputs.drawn[name] = {(sample.parent_id, sample.meta.get("variant")): sample for sample in samples}
+    _check_pairs(inputs)
+    return inputs
+
+
+def _with_test_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The file's content with its test numbers by name, and the interval of the AUC as ``auc_ci95``."""
+    auc = metrics["test"]["auc"]
+    interval = None if auc["low"] is None else [auc["low"], auc["high"]]
+    return {**metrics, **{name: entry["value"] for name, entry in metrics["test"].items()}, "auc_ci95": interval}
+
+
+def _verdict(row: dict[str, str]) -> Verdict:
+    lesions = {key[2:]: float(value) for key, value in row.items() if key.startswith("p_") and key != "p_healthy"}
+    return Verdict(
+        row["predicted"] != "healthy", max(lesions, key=lambda name: lesions[name]), float(row["disease_probability"])
+    )
+
+
+def _check_pairs(inputs: Inputs) -> None:
+    """The two controls must hold the same pictures, drawn with the prompts they are controls for."""
+    for key, sample in inputs.drawn["results"].items():
+        healthy = _look_up(inputs.drawn["results_healthy"], key, "results_healthy", "redraw_healthy")
+        base = _look_up(inputs.drawn["results_base"], key, "results_base", "draw_base")
+        if not healthy.healthy:
+            raise MedSoftError(
+                f"{healthy.image}: drawn with {healthy.prompt!r}, expected healthy; {_again('redraw_healthy')}"
+            )
+        if base.prompt != sample.prompt:
+            raise MedSoftError(
+                f"{base.image}: drawn with {base.prompt!r}, expected {sample.prompt!r}; {_again('draw_base')}"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------- numbers
+
+
+def rate(values: Iterable[bool]) -> float | None:
+    """The share of true values; None of nothing."""
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else None
+
+
+def summarise(inputs: Inputs) -> dict[str, Any]:
+    """The numbers of summary.json. Rates are over prompts of moderate and severe lesions; subtle ones stand beside."""
+    results = inputs.drawn["results"]
+    coarse = [key for key, sample in results.items() if sample.severity in COARSE]
+    subtle = [key for key, sample in results.items() if sample.severity == "subtle"]
+    if not coarse:
+        raise MedSoftError(f"{inputs.folder / 'results'}: holds no moderate or severe lesion; {_again('draw')}")
+    chance = chance_agreement(
+        [results[key].lesion_type for key in coarse],
+        [inputs.verdict("results_base", key).lesion_type for key in coarse],
+    )
+    parents = {key[0]: inputs.parent(key).diseased for key in coarse}
+    summary = {
+        "n_pictures": len(results),
+        "n_moderate_severe": len(coarse),
+        "n_subtle": len(subtle),
+        "lesion_detection_rate": _detection_rate(inputs, "results", coarse),
+        "parent_detection_rate": rate(parents.values()),
+        "healthy_redraw_detection_rate": _detection_rate(inputs, "results_healthy", coarse),
+        "prompt_agreement": _type_agreement(inputs, "results", coarse),
+        "base_detection_rate": _detection_rate(inputs, "results_base", coarse),
+        "base_prompt_agreement": _type_agreement(inputs, "results_base", coarse),
+        "chance_agreement": chance,
+        "base_agreement_limit": chance + 1.96 * math.sqrt(chance * (1 - chance) / len(coarse)),
+        "subtle_detection_rate": _detection_rate(inputs, "results", subtle),
+        "subtle_prompt_agreement": _type_agreement(inputs, "results", subtle),
+        "changed_outside_pixels": _changed_outside(inputs),
+        "auc_real": inputs.classifiers["real"].get("auc"),
+        "auc_augmented": inputs.classifiers["augmented"].get("auc"),
+        "n_synthetic": inputs.classifiers["augmented"]["n_synthetic_used"],
+        "minutes": round(sum(inputs.seconds.values()) / 60, 2),
+        "judge": _judge_numbers(inputs),
+        "by_type": _by_type(inputs, coarse),
+        "classifiers": {
+            name: {key: metrics.get(key) for key in CLASSIFIER_ROWS} for name, metrics in inputs.classifiers.items()
+        },
+    }
+    summary["missed"] = [key for key, (_, met) in bars(summary).items() if not met(summary[key])]
+    return summary
+
+
+def bars(summary: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[Any], bool]]]:
+    """What each number must reach, as text and as a test. The AUCs have no bar: any value of theirs is a result."""
+    limit = summary["base_agreement_limit"]
+    return {
+        "lesion_detection_rate": ("at least 0.90", lambda value: value >= 0.90),
+        "parent_detection_rate": ("at most 0.10", lambda value: value <= 0.10),
+        "healthy_redraw_detection_rate": ("at most 0.20", lambda value: value <= 0.20),
+        "prompt_agreement": ("at least 0.75", lambda value: value >= 0.75),
+        "base_prompt_agreement": (f"chance, at most {limit:.3f}", lambda value: value <= limit),
+        "changed_outside_pixels": ("0", lambda value: value == 0),
+        "minutes": (f"at most {MINUTES}", lambda value: value <= MINUTES),
+    }
+
+
+def chance_agreement(prompted: Sequence[str | None], named: Sequence[str]) -> float:
+    """Expected agreement if what the judge names had nothing to do with the prompt: sum over types of both shares."""
+    return sum(prompted.count(kind) * named.count(kind) for kind in set(prompted)) / (len(prompted) * len(named))
+
+
+def _detection_rate(inputs: Inputs, folder: str, keys: Sequence[Key]) -> float | None:
+    return rate(inputs.verdict(folder, key).diseased for key in keys)
+
+
+def _type_agreement(inputs: Inputs, folder: str, keys: Sequence[Key]) -> float | None:
+    """How often the judge's most probable lesion type, healthy left aside, is the one of the prompt."""
+    return rate(inputs.verdict(folder, key).lesion_type == inputs.drawn["results"][key].lesion_type for key in keys)
+
+
+def _changed_outside(inputs: Inputs) -> int:
+    """Counted from the files of all three folders, not taken from what dataset_infer.py reports."""
+    samples = [sample for drawn in inputs.drawn.values() for sample in drawn.values()]
+    return sum(read_result(sample).changed_outside for sample in tqdm(samples, "comparing pixels", disable=None))
+
+
+def _judge_numbers(inputs: Inputs) -> dict[str, Any]:
+    """How good the judge is on real phantoms: its own test set, and the moderate and severe held-out ones."""
+    diseased = [row for row in inputs.heldout if row.get("severity") in COARSE]
+    healthy = [row for row in inputs.heldout if row.get("label") == "healthy"]
+    verdicts = inputs.verdicts["heldout"]
+    return {
+        **{f"test_{key}": inputs.judge.get(key) for key in ("auc", "auc_ci95", "type_accuracy", "macro_auc")},
+        "n_test": inputs.judge.get("n_test"),
+        "heldout_detection_rate": rate(verdicts[row["sample_id"]].diseased for row in diseased),
+        "heldout_type_agreement": rate(verdicts[r["sample_id"]].lesion_type == r.get("lesion_type") for r in diseased),
+        "heldout_false_alarm_rate": rate(verdicts[row["sample_id"]].diseased for row in healthy),
+    }
+
+
+def _by_type(inputs: Inputs, coarse: Sequence[Key]) -> dict[str, dict[str, Any]]:
+    results = inputs.drawn["results"]
+    kinds = sorted({results[key].lesion_type or "unknown" for key in coarse})
+    groups = {kind: [key for key in coarse if (results[key].lesion_type or "unknown") == kind] for kind in kinds}
+    return {
+        kind: {
+            "n": len(keys),
+            "detection_rate": _detection_rate(inputs, "results", keys),
+            "prompt_agreement": _type_agreement(inputs, "results", keys),
+            "healthy_redraw_detection_rate": _detection_rate(inputs, "results_healthy", keys),
+            "base_detection_rate": _detection_rate(inputs, "results_base", keys),
+            "base_prompt_agreement": _type_agreement(inputs, "results_base", keys),
+        }
+        for kind, keys in groups.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ report
+
+
+def write_report(inputs: Inputs, summary: Mapping[str, Any]) -> None:
+    """Write report.html with its images, and sheet.png."""
+    path, results = inputs.folder / "report.html", inputs.drawn["results"]
+    coarse = [sample for sample in results.values() if sample.severity in COARSE]
+    write_sheet(inputs.folder / "sheet.png", [read_result(sample) for sample in interleave(coarse, CONTROLS)])
+    write_page(
+        path,
+        "demo",
+        summary=summary,
+        bars=[(key, _shown(summary, key), limit) for key, (limit, _) in bars(summary).items()],
+        samples=write_cards(path, "sample", _sample_cards(inputs)),
+        controls=write_cards(path, "control", _control_cards(inputs, coarse)),
+        type_table=_type_table(summary["by_type"]),
+        judge_rows=[[key, _interval(value)] for key, value in summary["judge"].items()],
+        time_rows=_time_rows(inputs.seconds),
+        **_training_plots(inputs, path),
+        **_classifiers(inputs, path),
+    )
+
+
+def _sample_cards(inputs: Inputs) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, Any]]]:
+    for sample in interleave(list(inputs.drawn["results"].values()), SHOWN):
+        image = read_result(sample)
+        verdict = inputs.verdict("results", (sample.parent_id, sample.meta.get("variant")))
+        judge = f"{verdict.lesion_type}, P(disease) {verdict.probability:.2f}"
+        yield sample.prompt, image.panels(), {**facts(image), "judge": judge}
+
+
+def _control_cards(
+    inputs: Inputs, coarse: Sequence[Sample]
+) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, Any]]]:
+    for sample in interleave(coarse, CONTROLS):
+        key = (sample.parent_id, sample.meta.get("variant"))
+        panels = {name: read_result(inputs.drawn[name][key]).panels() for name in DRAWN}
+        images = {"original": panels["results"]["original"]}
+        probabilities = {"P(disease) original": f"{inputs.parent(key).probability:.2f}"}
+        for title, name in (
+            ("with the prompt", "results"),
+            ("with healthy", "results_healthy"),
+            ("base model", "results_base"),
+        ):
+            images[title] = panels[name]["result"]
+            probabilities[title] = f"{inputs.verdict(name, key).probability:.2f}"
+        yield sample.prompt, images, probabilities
+
+
+def _training_plots(inputs: Inputs, path: Path) -> dict[str, Any]:
+    columns = ("epoch", "train_loss", "val_loss")
+    stages = {stage: read_table(inputs.folder / stage / "metrics.csv", columns, "training log") for stage in STAGES}
+    whole = write_image(path, "validation", validation_figure(stages))
+    plots = {
+        f"loss of {stage}": write_image(path, f"loss_{stage}", loss_figure(rows, stage))
+        for stage, rows in stages.items()
+    }
+    return {"validation_plot": whole, "loss_plots": plots}
+
+
+def _classifiers(inputs: Inputs, path: Path) -> dict[str, Any]:
+    names = {"real": "real images only", "augmented": "with synthetic images"}
+    curves = {
+        names[name]: ([row["label"] != "healthy" for row in rows], [float(row["disease_probability"]) for row in rows])
+        for name, rows in inputs.test_rows.items()
+    }
+    rows = [[key, *(_interval(inputs.classifiers[name].get(key)) for name in names)] for key in CLASSIFIER_ROWS]
+    return {"classifier_rows": rows, "roc_plot": write_image(path, "roc", roc_figure(curves))}
+
+
+def _interval(value: Any) -> Any:
+    return f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list) else value
+
+
+def _type_table(by_type: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    columns = list(next(iter(by_type.values())))
+    header = ["lesion type", *(column.replace("_", " ") for column in columns)]
+    return header, [[lesion, *(row[column] for column in columns)] for lesion, row in by_type.items()]
+
+
+def _time_rows(seconds: Mapping[str, float]) -> list[list[str]]:
+    rows = [[name, f"{each:.1f}"] for name, each in seconds.items()]
+    return [*rows, ["total", f"{sum(seconds.values()):.1f}"]]

@@ -1,0 +1,179 @@
+"""Inpainted images beside the images they were inpainted into: reading them, and showing them on pages and sheets.
+No torch."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ldm.core.errors import MedSoftError
+from ldm.core.tables import shortened
+from ldm.data.crop import Fit
+from ldm.data.folders import scan_folder
+from ldm.data.images import intensity_range_of, read_image, to_unit
+from ldm.data.masks import read_mask
+from ldm.data.png import write_png
+from ldm.data.samples import Sample
+from ldm.reports.html import write_image
+
+FULL_COLOUR = 0.5  # a change of half the grey range has the strongest colour
+
+
+@dataclass(frozen=True)
+class ResultImage:
+    """An inpainted image with the original it was inpainted into.
+
+    ``original`` and ``result``: HxW or HxWx3, uint8 or uint16, as in the files; ``soft``: float32 HxW in [0, 1].
+    """
+
+    sample: Sample
+    original: np.ndarray
+    result: np.ndarray
+    soft: np.ndarray
+
+    @property
+    def changed_outside(self) -> int:
+        """Pixels where the soft mask is 0 and the result differs from the original."""
+        differs = self.result != self.original
+        if differs.ndim == 3:
+            differs = differs.any(axis=2)
+        return int(np.count_nonzero(differs & (self.soft == 0)))
+
+    def panels(self) -> dict[str, np.ndarray]:
+        """What a reader compares, each HxWx3 uint8: original, soft mask, result, difference."""
+        original, result = self.shown()
+        return {
+            "original": colour(original),
+            "soft mask": colour(self.soft),
+            "result": colour(result),
+            "difference": signed_colours(result, original),
+        }
+
+    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+        """Original and result as float32 in [0, 1], both in the original's intensity range."""
+        levels = intensity_range_of(self.original, self.sample.meta.get("window"))
+        return to_unit(self.original, levels), to_unit(self.result, levels)
+
+
+def read_all_results(folder: str | Path) -> list[Sample]:
+    """All samples of a folder that dataset_infer.py wrote; MedSoftError if one of them cannot be read."""
+    samples, rejects = scan_folder(folder)
+    if rejects:
+        raise MedSoftError(f"{rejects[0]}; remove that folder and run dataset_infer.py again to make it anew")
+    return samples
+
+
+def read_result(sample: Sample) -> ResultImage:
+    """Read one synthetic sample with its parent. MedSoftError if either is missing or their sizes differ."""
+    parent = sample.meta.get("parent_image")
+    meta = sample.image.with_name("meta.json")
+    if not isinstance(parent, str):
+        raise MedSoftError(f"{meta}: expected parent_image, the path of the original, found {parent!r}")
+    if sample.soft_mask is None:
+        raise MedSoftError(f"{sample.image.with_name('soft_mask.png')}: does not exist; draw this sample again")
+    original, result = read_image(parent), read_image(sample.image)
+    if original.shape != result.shape or original.dtype != result.dtype:
+        raise MedSoftError(
+            f"{sample.image}: {result.dtype} pixels of shape {result.shape}, but its original {parent} has "
+            f"{original.dtype} pixels of shape {original.shape}; draw this sample again"
+        )
+    return ResultImage(sample, original, result, read_mask(sample.soft_mask, result.shape, soft=True).values)
+
+
+def colour(unit: np.ndarray) -> np.ndarray:
+    """HxW or HxWx3 in [0, 1] -> HxWx3 uint8."""
+    levels = np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8)
+    return np.repeat(levels[..., None], 3, axis=2) if levels.ndim == 2 else levels
+
+
+def signed_colours(result: np.ndarray, original: np.ndarray) -> np.ndarray:
+    """Result minus original, both in [0, 1], as HxWx3 uint8: white = equal, red = brighter, blue = darker."""
+    change = result - original
+    if change.ndim == 3:
+        change = change.mean(axis=2)
+    paler = 1 - np.clip(np.abs(change) / FULL_COLOUR, 0, 1)
+    red, blue = np.where(change < 0, paler, 1), np.where(change > 0, paler, 1)
+    return np.rint(np.stack([red, paler, blue], axis=2) * 255).astype(np.uint8)
+
+
+def interleave(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The first ``count`` samples when lesion types take turns, within each the severe ones first, then by name.
+
+    The choice depends on types, severities and names only, never on how good an image is.
+    """
+    order = ("severe", "moderate", "subtle")
+    ranked = sorted(
+        samples, key=lambda s: (order.index(s.severity) if s.severity in order else len(order), s.sample_id)
+    )
+    kinds: dict[str, list[Sample]] = {}
+    for sample in ranked:
+        kinds.setdefault(sample.lesion_type or "", []).append(sample)
+    queues = [kinds[kind] for kind in sorted(kinds)]
+    rounds = range(max(map(len, queues), default=0))
+    return [queue[turn] for turn in rounds for queue in queues if turn < len(queue)][:count]
+
+
+def facts(image: ResultImage) -> dict[str, Any]:
+    """What is known about a synthetic image, by name; what is not known is left out."""
+    sample = image.sample
+    values = {
+        "lesion": " ".join(filter(None, (sample.severity, sample.lesion_type))) or None,
+        "drawn on": sample.parent_id,
+        "seed": sample.meta.get("seed"),
+        "pixels changed outside the mask": image.changed_outside,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A prompt, the files of its panels and its facts, both by name, as ``templates/macros.html`` shows them."""
+
+    prompt: str
+    panels: Mapping[str, str]
+    facts: Mapping[str, Any]
+
+
+def write_cards(
+    page_path: str | Path, prefix: str, cards: Iterable[tuple[str, Mapping[str, np.ndarray], Mapping[str, Any]]]
+) -> list[Card]:
+    """Write the panels (HxWx3 uint8) of each (prompt, panels, facts) beside the page."""
+    written = []
+    for index, (prompt, panels, known) in enumerate(cards):
+        names = {name: f"{prefix}_{index:04d}_{name.replace(' ', '_')}" for name in panels}
+        sources = {name: write_image(page_path, names[name], pixels) for name, pixels in panels.items()}
+        written.append(Card(prompt, sources, known))
+    return written
+
+
+def write_sheet(path: str | Path, images: Sequence[ResultImage]) -> None:
+    """A PNG with one row per image: original, result and difference around the lesion, the prompt as caption.
+
+    Small images are cut to 96 native pixels and enlarged three times without smoothing.
+    """
+    tile, gap, caption, head = 288, 12, 36, 34
+    width, row_height = 3 * tile + 4 * gap, caption + tile
+    sheet = Image.new("RGB", (width, head + len(images) * row_height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, name in enumerate(("original", "result", "difference (red brighter, blue darker)")):
+        draw.text((gap + column * (tile + gap), 10), name, "#5d6b7a", ImageFont.load_default(16))
+    for row, image in enumerate(images):
+        top = head + row * row_height
+        draw.text((gap, top + 8), shortened(image.sample.prompt, 100), "#1c2733", ImageFont.load_default(17))
+        for column, pixels in enumerate(_close_up(image, tile)):
+            left = gap + column * (tile + gap)
+            sheet.paste(Image.fromarray(pixels), (left, top + caption))
+            draw.rectangle((left, top + caption, left + tile - 1, top + caption + tile - 1), outline="#dfe5ec")
+    write_png(path, np.asarray(sheet))
+
+
+def _close_up(image: ResultImage, tile: int) -> list[np.ndarray]:
+    """Original, result and difference around the lesion, each tile x tile x 3 uint8."""
+    zoom = 3 if max(image.soft.shape) < tile else 1
+    window = Fit("crop", tile // zoom, 2.0).crop_window(image.soft.shape, image.soft)
+    original, result = (window.forward(unit) for unit in image.shown())
+    small = [colour(original), colour(result), signed_colours(result, original)]
+    return [pixels.repeat(zoom, axis=0).repeat(zoom, axis=1) for pixels in small]
