@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.bench.common import diffusers_pipeline, measure_alternately
 from ldm.config import Config, load_config
 from ldm.core import cli
+from ldm.core.errors import require
 from ldm.core.files import write_json
 from ldm.diffusion.guidance import guided_steps
 from ldm.inference.inpainter import DTYPES, for_inference
@@ -28,6 +29,7 @@ FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": [0.15, 1.0]}  #
 
 def main(args: argparse.Namespace) -> int:
     """Measure and log one line per part: seconds of ours and of diffusers', and their ratio."""
+    require("diffusers", "test")
     config = load_config(args.config, [*args.overrides, f"sampling.precision={args.precision}"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()

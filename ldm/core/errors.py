@@ -1,5 +1,6 @@
 """The errors a user may meet, each carrying the exit code of the command that meets it."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -37,3 +38,12 @@ class FileError(MedSoftError):
     def cause(self, path: object) -> str:
         """The reason alone if ``path`` is the file's, else the whole sentence."""
         return self.reason if self.path == Path(str(path)) else str(self)
+
+
+def require(package: str, extra: str) -> None:
+    """MedSoftError with the line that installs ``package``, a part of one of our extras, where it is missing."""
+    if find_spec(package) is None:
+        raise MedSoftError(
+            f"the package {package} is not installed; it belongs to the extra {extra}: in the repository's folder "
+            f"run python -m pip install -e '.[{extra}]'"
+        )

@@ -2,13 +2,14 @@
 
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ldm.core.errors import UsageError
+from ldm.core.errors import MedSoftError, UsageError
 from tool import bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,12 @@ def test_inference_measures_both_sides(tmp_path: Path, caplog: pytest.LogCapture
         assert row["ratio"] == pytest.approx(row["theirs_s"] / row["ours_s"])
         assert row["ours_s"] > 0
         assert any(line.startswith(row["what"]) for line in caplog.messages)
+
+
+def test_the_missing_package_of_an_extra_is_named_with_the_line_that_installs_it(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(MedSoftError, match=r"package diffusers is not installed.* -m pip install -e '\.\[test\]'"):
+        bench.main(bench.build_parser().parse_args(["inference"]))
 
 
 def test_batches_of_each_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
