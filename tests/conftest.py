@@ -77,7 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     import ver_openImagesDatasets
     from ldm.data.annotations import load_samples
-    from ldm.phantom.spines import write_dataset
+    from ldm.phantom.dataset import write_dataset
 
     folder = tmp_path_factory.mktemp("world")
     write_dataset(folder / "data", 5, 8, 8)

@@ -38,15 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     from ldm.config import load_config
-    from ldm.phantom.base_training import PhantomBaseTrainer
+    from ldm.phantom.base_training import train_base
 
-    trainer = PhantomBaseTrainer(load_config(args.config), args.output_dir, args.seed, args.overwrite)
-    if "autoencoder" in args.parts:
-        trainer.train_autoencoder(args.autoencoder_steps)
-    if "clip" in args.parts:
-        trainer.train_clip(args.clip_steps)
-    if "unet" in args.parts:
-        trainer.train_unet(args.unet_steps)
+    steps = {part: getattr(args, f"{part}_steps") for part in args.parts}
+    train_base(load_config(args.config), args.output_dir, steps, args.seed, args.overwrite)
     return cli.DONE
 
 

@@ -8,31 +8,22 @@ How hard they are, measured by ``python tool/make_phantoms.py --calibrate`` (Res
 patients, 2 cores of an AMD EPYC): test AUC 0.874 with 35 diseased and 160 healthy patients, 0.976 with 700 and 700.
 """
 
-import json
-import logging
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
-from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import PARTIAL_PREFIX, fingerprint, named_seed, read_json, sync_folder, write_json
+from ldm.core.files import named_seed
 from ldm.phantom.lesions import LESION_TYPES, SEVERITIES, Body, draw_benign, draw_lesion, smooth_noise
 
-__all__ = ["LESION_TYPES", "LEVELS", "SEVERITIES", "Phantom", "render_phantom", "sentence", "write_dataset"]
+__all__ = ["LESION_TYPES", "LEVELS", "SEVERITIES", "Phantom", "render_phantom", "sentence"]
 
 LEVELS = ("T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5")
 BASE_WORLD = 90_000  # phantom worlds from here on belong to the phantom base alone; no demo or study uses them
 BIOMEDCLIP_PAIRS = 3000  # pictures that the BiomedCLIP stand-in was trained on
-INDEX_FILE = "phantoms.json"
 VERSION = 3  # raise it when the pictures change, so that a stored dataset is not taken for a new one
-log = logging.getLogger(__name__)
 
 # in every eight lesions of one type: two subtle, three moderate, three severe
 _SEVERITY_CYCLE = ("moderate", "severe", "subtle", "moderate", "severe", "moderate", "subtle", "severe")
@@ -374,127 +365,3 @@ def biomedclip_pairs(count: int) -> Iterator[tuple[int, int, str | None, str | N
         rng = np.random.default_rng(named_seed("pairs", index))
         kind = None if index % 3 == 0 else LESION_TYPES[rng.integers(len(LESION_TYPES))]
         yield BASE_WORLD + 1, index, kind, None if kind is None else SEVERITIES[rng.integers(3)]
-
-
-def write_dataset(
-    root: str | Path,
-    seed: int,
-    n_healthy: int,
-    n_diseased: int,
-    per_patient: int = 1,
-    overwrite: bool = False,
-    progress: bool = False,
-) -> bool:
-    """Write a dataset folder of phantoms; returns False when it was already complete.
-
-    Sample folders appear whole or not at all; an interrupted run is finished by the next one with the same arguments.
-    Other arguments, or a folder that is not a phantom dataset, raise UsageError; ``overwrite`` replaces a phantom
-    dataset (and nothing else).
-    """
-    root = Path(root)
-    arguments = {"version": VERSION, "seed": seed, "healthy": n_healthy, "diseased": n_diseased}
-    arguments["per_patient"] = per_patient
-    if n_healthy < 0 or n_diseased < 0 or n_healthy + n_diseased == 0 or per_patient < 1 or seed < 0:
-        raise UsageError(
-            f"{root}: expected counts of at least 0 (not both 0), per_patient of at least 1, seed of at "
-            f"least 0; found {arguments}"
-        )
-    items = [(seed, index, kind, severity, n) for index, n, kind, severity in plan(n_healthy, n_diseased, per_patient)]
-    return _write(root, arguments, items, overwrite, progress)
-
-
-def write_biomedclip_pairs(root: str | Path, overwrite: bool = False, progress: bool = False) -> bool:
-    """Write every picture the BiomedCLIP stand-in was trained on as a dataset folder; else as ``write_dataset``."""
-    arguments = {"version": VERSION, "biomedclip_pairs": BIOMEDCLIP_PAIRS}
-    return _write(Path(root), arguments, list(biomedclip_pairs(BIOMEDCLIP_PAIRS)), overwrite, progress)
-
-
-def _write(root: Path, arguments: dict, items: list[tuple], overwrite: bool, progress: bool) -> bool:
-    """Render every item (arguments of ``render_phantom``) into ``root``, unless that is done."""
-    record = {"fingerprint": fingerprint(arguments), "arguments": arguments}
-    if _prepare(root, record, overwrite):
-        return False
-    done = {folder.name for folder in root.iterdir() if folder.is_dir()}
-    for item in tqdm(items, desc="phantoms", unit="image", disable=not progress):
-        phantom = render_phantom(*item)
-        if phantom.sample_id not in done:
-            _write_sample(root, phantom)
-    sync_folder(root)
-    write_json(root / INDEX_FILE, {**record, "complete": True, "images": len(items)})
-    return True
-
-
-def _prepare(root: Path, record: dict, overwrite: bool) -> bool:
-    """Make ``root`` ready to be written; True when it holds the complete dataset already."""
-    index = root / INDEX_FILE
-    if root.exists() and not root.is_dir():
-        raise UsageError(f"{root}: expected a folder, found a file; give another path")
-    if index.exists():
-        stored = read_json(index, "phantom index")
-        same = isinstance(stored, dict) and stored.get("fingerprint") == record["fingerprint"]
-        if not same and not overwrite:
-            raise UsageError(
-                f"{root}: already holds phantoms made with other arguments; give another path, or "
-                "--overwrite to replace them"
-            )
-        if same and not overwrite and stored.get("complete"):
-            return True
-        if overwrite:
-            _remove_samples(root, index)
-    elif root.exists() and any(root.iterdir()):
-        raise UsageError(f"{root}: not empty and not a phantom dataset (no {INDEX_FILE}); give another path")
-    root.mkdir(parents=True, exist_ok=True)
-    for orphan in root.glob(PARTIAL_PREFIX + "*"):
-        shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
-    write_json(index, {**record, "complete": False})
-    return False
-
-
-def _remove_samples(root: Path, index: Path) -> None:
-    """Delete the phantoms in ``root``; stopped half-way, it leaves a dataset that calls itself incomplete."""
-    write_json(index, {"complete": False})
-    for folder in root.glob("w*p*_*"):
-        if folder.is_dir():
-            shutil.rmtree(folder)
-
-
-def _write_sample(root: Path, phantom: Phantom) -> None:
-    """Write one sample folder, whole or not at all."""
-    meta = {
-        "sample_id": phantom.sample_id,
-        "patient_id": phantom.patient_id,
-        "lesion_type": phantom.lesion_type,
-        "level": phantom.level,
-        "severity": phantom.severity,
-        "spacing_mm": phantom.spacing_mm,
-        "seed": phantom.seed,
-        "synthetic": False,
-    }
-    files = {
-        "image.png": _png(phantom.image),
-        "anatomy.png": _png(phantom.anatomy),
-        "prompt.txt": (phantom.prompt + "\n").encode(),
-        "meta.json": (json.dumps(meta, indent=2) + "\n").encode(),
-    }
-    if not phantom.healthy:
-        files["mask.png"] = _png(phantom.mask.astype(np.uint8) * 255)
-    partial = root / (PARTIAL_PREFIX + phantom.sample_id)
-    try:
-        partial.mkdir()
-        for name, content in files.items():
-            with open(partial / name, "wb") as handle:
-                handle.write(content)
-                handle.flush()
-                os.fsync(handle.fileno())
-        os.replace(partial, root / phantom.sample_id)
-    except OSError as error:
-        raise MedSoftError(f"{partial}: could not be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _png(array: np.ndarray) -> bytes:
-    encoded, data = cv2.imencode(".png", array, [cv2.IMWRITE_PNG_COMPRESSION, 3])
-    if not encoded:
-        raise MedSoftError("a phantom picture could not be encoded as PNG")
-    return data.tobytes()

@@ -13,7 +13,7 @@ import tiny
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.images import read_image
 from ldm.data.png import write_png
-from ldm.phantom.spines import write_dataset
+from ldm.phantom.dataset import write_dataset
 from tool import evaluate
 
 

@@ -2,19 +2,24 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny import call
+from tiny import ROOT, call
 
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import fingerprint
+from ldm.core.run_folder import RunFolder
 from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
 from ldm.data.masks import SIDES, equivalent_diameter, lesion_shaped, soften
 from ldm.data.png import write_png
+from ldm.data.preparation import sample_identity
 from tool import make_soft_masks
 
 
@@ -138,7 +143,7 @@ def test_again_finishes_what_is_missing_and_other_settings_are_refused(data: Pat
     assert (tmp_path / "out" / "deep" / "well" / "soft_mask.png").exists()
     assert (tmp_path / "out" / "sick" / "mask.png").stat().st_mtime_ns == kept
     assert not list((tmp_path / "out").rglob(".partial-*"))
-    with pytest.raises(UsageError, match=r"holds masks made with other settings; .*--overwrite"):
+    with pytest.raises(UsageError, match=r"holds masks of another run \(seed: 0 -> 1\); .*--overwrite"):
         make(data, tmp_path / "out", *given, "--seed", 1)
     assert make(data, tmp_path / "out", *given, "--seed", 1, "--overwrite") == 0
     (tmp_path / "thesis").mkdir()
@@ -188,3 +193,39 @@ def test_bad_boxes(data: Path, tmp_path: Path, content: Any, message: str) -> No
     with pytest.raises(MedSoftError, match=message):
         make(data, tmp_path / "out", "--source", "box", "--boxes", tmp_path / "boxes.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_two_equal_commands_at_once_both_end_well(data: Path, tmp_path: Path) -> None:
+    """The test holds the folder until both say that they wait: whoever comes second finds the work of the first."""
+    out = tmp_path / "out"
+    command = [sys.executable, "tool/make_soft_masks.py", "--source", "lesion"]
+    command += ["--data", str(data), "--output_dir", str(out)]
+    with RunFolder(out, "soft_masks.json").lock():
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+        for each in both:
+            assert each.stdout is not None
+            assert "another run is writing here at this moment; waiting for it to end" in each.stdout.readline()
+    said = [each.communicate(timeout=120)[0] for each in both]
+    assert [each.returncode for each in both] == [0, 0]
+    assert sorted("already complete (2 soft masks)" in text for text in said) == [False, True]
+    assert make(data, tmp_path / "alone", "--source", "lesion") == 0
+    assert files(out) == files(tmp_path / "alone")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_masks_of_the_older_version_are_known(data: Path, tmp_path: Path) -> None:
+    """It stored a fingerprint of the flags as they were given, the boxes, and the samples."""
+    assert make(data, tmp_path / "out", "--source", "lesion") == 0
+    record = tmp_path / "out" / "soft_masks.json"
+    flags = {"data": data, "source": "lesion", "labels": [1], "boxes": None, "feather": 0.25, "side": None, "seed": 0}
+    flags |= {"feather_unit": "diameter", "size": [0.35, 0.7], "irregularity": None}
+    identities = [sample_identity(sample) for sample in load_samples(data)[0]]
+    old = {"run": fingerprint([flags, {}, identities]), "complete": True, "masks": 2, "rejected": 0, "source": "lesion"}
+    record.write_text(json.dumps(old))
+    assert make(data, tmp_path / "out", "--source", "lesion") == 0
+    assert json.loads(record.read_text()) == old  # complete: nothing was written
+    with pytest.raises(UsageError, match="the record does not say which"):
+        make(data, tmp_path / "out", "--source", "lesion", "--seed", 1)

@@ -10,10 +10,22 @@ import numpy as np
 import pytest
 
 from ldm.core.errors import UsageError
+from ldm.core.files import fingerprint
+from ldm.core.run_folder import RunFolder
 from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
-from ldm.phantom import spines as phantoms
-from ldm.phantom.spines import LESION_TYPES, LEVELS, SEVERITIES, Phantom, plan, render_phantom, sentence, write_dataset
+from ldm.phantom import dataset
+from ldm.phantom.dataset import write_dataset
+from ldm.phantom.spines import (
+    LESION_TYPES,
+    LEVELS,
+    SEVERITIES,
+    Phantom,
+    biomedclip_pairs,
+    plan,
+    render_phantom,
+    sentence,
+)
 from tool import make_phantoms
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tool" / "make_phantoms.py"
@@ -230,7 +242,7 @@ def test_other_arguments_need_overwrite_which_spares_foreign_folders(tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match="not a phantom dataset"):
+    with pytest.raises(UsageError, match="is not empty and holds no phantoms of this command"):
         write_dataset(foreign, 5, 2, 0, overwrite=True)
     assert (foreign / "thesis.txt").read_text() == "mine"
 
@@ -270,7 +282,7 @@ def test_command_line_exit_codes_and_help_without_torch(tmp_path):
 
 
 def test_what_the_biomedclip_stand_in_has_seen_can_be_written(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(phantoms, "BIOMEDCLIP_PAIRS", 7)
+    monkeypatch.setattr(dataset, "BIOMEDCLIP_PAIRS", 7)
     assert (
         make_phantoms.main(
             make_phantoms.build_parser().parse_args(["--output_dir", str(tmp_path), "--seen_by_biomedclip"])
@@ -278,10 +290,36 @@ def test_what_the_biomedclip_stand_in_has_seen_can_be_written(tmp_path: Path, mo
         == 0
     )
     samples = {sample.sample_id: sample for sample in load_samples(tmp_path)[0]}
-    expected = [render_phantom(*item) for item in phantoms.biomedclip_pairs(7)]
+    expected = [render_phantom(*item) for item in biomedclip_pairs(7)]
     assert samples.keys() == {phantom.sample_id for phantom in expected}
     for phantom in expected:
         assert np.array_equal(read_image(samples[phantom.sample_id].image), phantom.image)
         assert samples[phantom.sample_id].prompt == phantom.prompt
     assert [phantom.healthy for phantom in expected] == [True, False, False] * 2 + [True]
     assert {phantom.seed for phantom in expected} == {90_001}  # of the phantom base alone
+
+
+def test_two_equal_commands_at_once_both_end_well(tmp_path: Path) -> None:
+    """The test holds the folder until both say that they wait: whoever comes second finds the work of the first."""
+    out = tmp_path / "d"
+    command = [sys.executable, str(SCRIPT), "--output_dir", str(out), "--healthy", "2", "--diseased", "2"]
+    with RunFolder(out, "phantoms.json").lock():
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        for each in both:
+            assert each.stdout is not None
+            assert "another run is writing here at this moment; waiting for it to end" in each.stdout.readline()
+    said = sorted(each.communicate(timeout=120)[0] for each in both)
+    assert [each.returncode for each in both] == [0, 0]
+    assert [": already complete (2 healthy" in text for text in said] == [False, True]
+    write_dataset(tmp_path / "alone", 0, 2, 2)
+    assert _files(out) == _files(tmp_path / "alone")
+
+
+def test_a_dataset_of_the_older_version_is_complete(tmp_path: Path) -> None:
+    """Its record names the same fingerprint and arguments."""
+    write_dataset(tmp_path / "d", 5, 1, 0)
+    arguments = {"version": 3, "seed": 5, "healthy": 1, "diseased": 0, "per_patient": 1}
+    stored = {"fingerprint": fingerprint(arguments), "arguments": arguments, "complete": True, "images": 1}
+    assert (tmp_path / "d" / "phantoms.json").read_text() == json.dumps(stored, indent=2) + "\n"
+    with pytest.raises(UsageError, match=r"another run \(seed: 5 -> 6, diseased: 0 -> 1\)"):
+        write_dataset(tmp_path / "d", 6, 1, 1)

@@ -1,0 +1,71 @@
+"""What the phantom base learns from: crops of healthy and diseased spines, generic images, image-prompt pairs."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.config import DataConfig
+from ldm.core.files import named_seed
+from ldm.data.crop import Fit
+from ldm.data.images import to_unit
+from ldm.data.masks import TARGET_LABEL, Feather, Mask, lesion_shaped, soft_mask_for
+from ldm.phantom.shapes import generic_picture, texture
+from ldm.phantom.spines import BASE_WORLD, biomedclip_pairs, render_phantom
+
+
+def healthy_crops(config: DataConfig, count: int, masks: int) -> tuple[Tensor, Tensor]:
+    """Crops (count * masks, 1, S, S) in [0, 1] around lesion-shaped masks in healthy spines, and the soft masks."""
+    crops, softs = [], []
+    for index in tqdm(range(count), desc="healthy spines", leave=False):
+        phantom = render_phantom(BASE_WORLD, index, None)
+        for k in range(masks):
+            hard = lesion_shaped(phantom.anatomy == TARGET_LABEL, named_seed("base", index, k))
+            crop, soft = _crop(config, phantom.image, hard)
+            crops.append(crop)
+            softs.append(soft)
+    return _stacked(crops), _stacked(softs)
+
+
+def generic_images(config: DataConfig, count: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Generic images (count, 1, S, S) in [0, 1], soft masks around their shapes, prompts."""
+    images, softs, prompts = [], [], []
+    for index in tqdm(range(count), desc="generic pictures", leave=False):
+        image, mask, prompt = generic_picture(np.random.default_rng(named_seed("generic", index)))
+        images.append(image)
+        softs.append(soft_mask_for(Mask(mask.astype(np.float32)), _feather(config)))
+        prompts.append(prompt)
+    return _stacked(images), _stacked(softs), prompts
+
+
+def textures(count: int) -> Tensor:
+    """Images of one texture each (count, 1, S, S) in [0, 1]."""
+    return _stacked([texture(np.random.default_rng(named_seed("texture", index))) for index in range(count)])
+
+
+def clip_pairs(config: DataConfig, count: int) -> tuple[Tensor, list[str]]:
+    """Crops (count, 1, S, S) in [0, 1] and their prompts: one third healthy, the rest of every type and severity."""
+    crops, prompts = [], []
+    for item in tqdm(list(biomedclip_pairs(count)), desc="image-sentence pairs", leave=False):
+        phantom = render_phantom(*item)
+        hard = phantom.mask
+        if phantom.healthy:
+            hard = lesion_shaped(phantom.anatomy == TARGET_LABEL, named_seed("pairs", item[1]))
+        crops.append(_crop(config, phantom.image, hard)[0])
+        prompts.append(phantom.prompt)
+    return _stacked(crops), prompts
+
+
+def _crop(config: DataConfig, image: np.ndarray, hard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The crop that the model would see around this hard mask (HxW), and the soft mask in it."""
+    soft = soft_mask_for(Mask(hard.astype(np.float32)), _feather(config))
+    window = Fit(config.fit, config.image_size, config.context).crop_window(image.shape, soft)
+    return window.forward(to_unit(image)), window.forward_mask(soft)
+
+
+def _feather(config: DataConfig) -> Feather:
+    return Feather(config.feather, config.feather_unit)
+
+
+def _stacked(images: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(images))[:, None]
