@@ -1,4 +1,4 @@
-"""Checkpoints: what is in them, the parts by key, strict loading of parts, writing.
+"""Checkpoints: what is in them, the parts by key, writing. Whether they fit: ``ldm.checkpoints.fitting``.
 
 A checkpoint is a dictionary with ``state_dict`` and, if made here, ``medsoft``: {"config", "stage", "step", "origin"}.
 Keys equal those of ``sd-v1-5-inpainting.ckpt`` (see PREFIXES), plus ``attn3``, ``norm4`` in the U-Net and ``msc.*``.
@@ -6,23 +6,19 @@ How files are read safely and searched for damage: ``ldm.checkpoints.files``. Th
 """
 
 import json
-import logging
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.checkpoints.files import detect_format, read_pickle, read_safetensors, save_pickle, save_safetensors
+from ldm.checkpoints.files import detect_format, read_safetensors, save_pickle, save_safetensors
+from ldm.checkpoints.pickles import read_pickle
 from ldm.config import Config, config_from_dict
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_file, refuse_existing
-from ldm.core.schema import identity
-
-log = logging.getLogger(__name__)
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -43,7 +39,7 @@ class Checkpoint:
     state: dict[str, Tensor]
     about: dict[str, Any] = field(default_factory=dict)
     rest: dict[str, Any] = field(default_factory=dict)
-    foreign: list[str] = field(default_factory=list)  # classes of other programs that it names; never run
+    external: list[str] = field(default_factory=list)  # classes of other programs that it names; never run
 
     def parts(self) -> list[str]:
         """Which of unet, autoencoder, text and msc have keys here."""
@@ -64,25 +60,26 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a ``.ckpt`` (zip or legacy pickle) or a ``.safetensors`` file; which it is, its first bytes tell.
 
-    Tensors are memory-mapped (a legacy pickle's are not). Nothing foreign is run; see ``ldm.checkpoints.files``.
-    Raises MedSoftError for a missing, empty, damaged, foreign or unsafe file, saying which.
+    Tensors are memory-mapped (a legacy pickle's are not). Nothing of other programs is run; see
+    ``ldm.checkpoints.pickles``.
+    Raises MedSoftError for a missing, empty, damaged, unknown or unsafe file, saying which.
     """
     path = Path(path)
     kind = detect_format(path)
     if kind == "safetensors":
         state, metadata = read_safetensors(path)
-        return Checkpoint(path, state, _about(path, metadata.get("medsoft", "{}")))
-    content, foreign = read_pickle(path, kind)
+        return Checkpoint(path, state, _parse_metadata(path, metadata.get("medsoft", "{}")))
+    content, external = read_pickle(path, kind)
     if not isinstance(content, dict):
         raise MedSoftError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
     state, rest = _tensors_of(content)
     if not state:
         raise MedSoftError(f"{path}: holds no tensors; expected a model checkpoint with a `state_dict`")
     about = rest.pop("medsoft", {})
-    return Checkpoint(path, state, about if isinstance(about, dict) else {}, rest, foreign)
+    return Checkpoint(path, state, about if isinstance(about, dict) else {}, rest, external)
 
 
-def _about(path: Path, text: str) -> dict[str, Any]:
+def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
     try:
         about = json.loads(text)
     except json.JSONDecodeError as error:
@@ -126,7 +123,7 @@ def part_of(key: str) -> str:
     return next((NAMES[part] for part, prefix in PREFIXES.items() if key.startswith(prefix)), "other")
 
 
-def summary(state: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+def summary(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """For each part in ``state``: number of tensors and parameters, bytes, data types."""
     rows: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
@@ -139,136 +136,13 @@ def summary(state: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     return {name: rows[name] for name in order if name in rows}
 
 
-def parameter_table(state: dict[str, Tensor]) -> list[str]:
+def parameter_table(state: Mapping[str, Tensor]) -> list[str]:
     """``summary`` as aligned lines of text."""
     return [
         f"{name:<16} {row['tensors']:5d} tensors {row['parameters'] / 1e6:9.2f} M parameters "
         f"{row['bytes'] / 1e9:7.3f} GB  {', '.join(row['dtypes'])}"
         for name, row in summary(state).items()
     ]
-
-
-def parts_of(checkpoint: Checkpoint, parts: Iterable[str], config: Config, expected: dict[str, Tensor]) -> dict:
-    """The tensors of exactly ``parts``; each of ``expected`` must be there, fit and be finite, and none be left over.
-
-    Raises MedSoftError saying what is missing, left over, of another shape or not finite, and what to do.
-    """
-    parts = list(parts)
-    prefixes = tuple(PREFIXES[part] for part in parts)
-    offered = {key: value for key, value in checkpoint.state.items() if key.startswith(prefixes)}
-    offered = {key: value for key, value in offered.items() if not key.endswith("embeddings.position_ids")}
-    problems = compare(expected, offered)
-    if problems:
-        hint = _hint(checkpoint, parts, config)
-        raise MedSoftError(f"{checkpoint.path}: does not fit this configuration: {'; '.join(problems)}. {hint}")
-    check_architecture(checkpoint, parts, config)
-    check_finite(offered, checkpoint.path)
-    return offered
-
-
-def check_finite(state: dict[str, Tensor], path: str | Path) -> None:
-    """MedSoftError naming ``path`` and the first tensor of its ``state`` that holds NaN or infinite values."""
-    bad = not_finite(state)
-    if bad:
-        raise MedSoftError(f"{path}: {len(bad)} tensors hold NaN or infinite values, first {bad[0]}")
-
-
-def not_finite(state: dict[str, Tensor]) -> list[str]:
-    """Keys of the tensors that hold NaN or infinite values."""
-
-    def finite(value: Tensor) -> bool:
-        if value.numel() == 0 or not value.is_floating_point():
-            return True
-        value = value.float() if value.element_size() == 1 else value  # float8 has no extremes of its own
-        # NaN and infinities reach the extremes; looking at these two is ten times faster than at every value.
-        return bool(torch.isfinite(torch.stack(torch.aminmax(value))).all())
-
-    return [key for key, value in state.items() if not finite(value)]
-
-
-def load_parts(model: nn.Module, checkpoint: Checkpoint, parts: list[str], config: Config) -> None:
-    """Load exactly ``parts`` (keys of PREFIXES) into a MedSoftModel; raises as ``parts_of`` does."""
-    prefixes = tuple(PREFIXES[part] for part in parts)
-    expected = {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
-    offered = parts_of(checkpoint, parts, config, expected)
-    model.load_state_dict({**model.state_dict(), **offered}, strict=True)
-
-
-def check_architecture(checkpoint: Checkpoint, parts: Iterable[str], config: Config) -> None:
-    """Refuse a checkpoint whose parts were made for other sizes, such as a number of heads, which no shape shows."""
-    theirs = checkpoint.config
-    if theirs is None:
-        return
-    made, asked = (identity(each, "architecture") for each in (theirs, config))
-    parts = set(parts)
-    for section in [item.name for item in fields(Config) if item.metadata.get("part") in parts]:
-        for key, value in made[section].items():
-            if asked[section][key] != value:
-                raise MedSoftError(
-                    f"{checkpoint.path}: was made with {section}.{key}={value}, this configuration has "
-                    f"{asked[section][key]}; use the YAML it was made with"
-                )
-
-
-def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
-    """Refuse weights that were trained with another fit, feather or noise schedule than ``config`` asks for.
-
-    Lesions would have another scale than the networks learned. A converted file was not trained: it agrees with
-    everything. Another setting of one of the soft mask's switches is a known ablation, and only said.
-    """
-    theirs = checkpoint.config
-    if theirs is None or checkpoint.about.get("stage") == "converted":
-        return
-    made, here = (identity(each, "images") for each in (theirs, config))
-    for section in ("data", "diffusion"):
-        for key, value in made[section].items():
-            asked = here[section][key]
-            if asked != value:
-                raise UsageError(
-                    f"{checkpoint.path}: was trained with {section}.{key}={value}, this configuration has {asked}; add "
-                    f"{section}.{key}={value} to the command, or use the YAML it was trained with"
-                )
-    shapes = identity(config, "architecture")
-    switches = [(section, name) for section in shapes for name in made[section] if name not in shapes[section]]
-    for section, name in switches:
-        trained, asked = made[section][name], here[section][name]
-        if trained != asked:
-            words = (checkpoint.path, section, name, trained, asked)
-            log.warning("warning: %s was trained with %s.%s=%s, this run has %s", *words)
-
-
-def compare(expected: dict[str, Tensor], offered: dict[str, Tensor]) -> list[str]:
-    """What keeps ``offered`` from filling ``expected``: missing and left-over keys, differing shapes (short texts)."""
-
-    def some(label: str, names: list[str]) -> list[str]:
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        return [f"{len(names)} {label} ({', '.join(names[:2])}{more})"] if names else []
-
-    shapes = [
-        f"{key} {tuple(offered[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in offered and offered[key].shape != expected[key].shape
-    ]
-    return [
-        *some("missing", [key for key in expected if key not in offered]),
-        *some("left over", [key for key in offered if key not in expected]),
-        *some("of another size", shapes),
-    ]
-
-
-def _hint(checkpoint: Checkpoint, parts: list[str], config: Config) -> str:
-    missing = [part for part in parts if part not in checkpoint.parts()]
-    stage = checkpoint.about.get("stage")
-    if missing:
-        made = f" (it was left by {stage})" if stage else ""
-        return (
-            f"It holds {', '.join(checkpoint.parts()) or 'none of our parts'}{made}; needed: {', '.join(parts)}. "
-            "Convert with tool/model_convert.py, or merge with tool/tool_merge_for_stage2.py, first"
-        )
-    theirs = checkpoint.config
-    if theirs and identity(theirs, "architecture") != identity(config, "architecture"):
-        return "It was made with another model configuration; use the YAML it was made with"
-    return "Use the YAML it was made for, or convert it again with tool/model_convert.py"
 
 
 def already_made(path: str | Path, overwrite: bool, **made: str) -> bool:

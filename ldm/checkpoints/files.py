@@ -1,18 +1,12 @@
-"""Checkpoint files as files: told apart by their first bytes, read safely, searched for damage, written whole.
+"""Checkpoint files as files: told apart by their first bytes, searched for damage, written whole.
 
-Nothing is ever unpickled unsafely. A pickle may name classes of the program that wrote it (Lightning, numpy); those
-are neither imported nor run: an inert placeholder stands where each of their objects was. A pickle that names anything
-else is refused, and nothing in it runs. See docs/checkpoints.md.
+How pickles are read safely: ``ldm.checkpoints.pickles``. See docs/checkpoints.md.
 """
 
 import hashlib
 import json
-import pickle
-import pickletools
-import re
 import zipfile
 import zlib
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,15 +20,6 @@ PIECE = 1 << 22  # bytes read at once
 LARGE = 1 << 28  # bytes from which reading is worth a progress bar
 DIGEST, UNKNOWN_DIGEST = "medsoft_sha256", "0" * 64  # key in the metadata; its digits before they are known
 
-# Classes that training programs leave in checkpoints beside the tensors; only their names are looked at.
-FOREIGN_CLASSES = re.compile(r"(pytorch_lightning|lightning|lightning_fabric|omegaconf)(\.\w+)*\._?[A-Z]\w*")
-FOREIGN_NAMES = re.compile(
-    r"numpy\._?core\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray)|numpy\.dtypes\.\w+DType"
-    r"|argparse\.Namespace|pathlib\.(Pure)?(Posix|Windows)?Path|collections\.defaultdict|typing\.Any"
-    r"|builtins\.(dict|list|tuple|int|float|str|bool)"
-)
-FOREIGN_DICTIONARIES = re.compile(r".*\.(\w*Dict|defaultdict)")
-
 SAFETENSORS_TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -47,23 +32,6 @@ SAFETENSORS_TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-class Placeholder:
-    """Stands for an object of a class that is not imported: accepts whatever a pickle does with it, keeps nothing."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class DictionaryPlaceholder(Placeholder):
-    """The same for classes derived from dict, whose entries a pickle writes one by one: a plain dictionary."""
-
-    def __new__(cls, *_: Any) -> dict:
-        return {}
 
 
 def detect_format(path: Path) -> str:
@@ -94,9 +62,6 @@ def detect_format(path: Path) -> str:
     raise MedSoftError(f"{path}: expected a checkpoint (.ckpt or .safetensors), found {kind}")
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Memory-mapped tensors and the metadata of a safetensors file; damage is a MedSoftError."""
     from safetensors import SafetensorError, safe_open
@@ -120,100 +85,6 @@ def _lengths(path: Path) -> str:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{size} bytes; "
     return "" if size == wanted else f"{size} of {wanted} bytes; "
-
-
-def read_pickle(path: Path, kind: str) -> tuple[Any, list[str]]:
-    """The content of a zip (memory-mapped) or legacy pickle checkpoint, and the foreign names in it (none was run).
-
-    Raises MedSoftError for a file that is damaged, or names what neither tensors nor known training programs need.
-    """
-    try:
-        return _load(path, kind), []
-    except pickle.UnpicklingError as error:
-        found = [name for name in _global_names(path, kind) if _is_foreign(name)]
-        if not found:
-            raise _refusal(path, error) from error
-    # Still safe: the same restricted reader, told to put a placeholder where a known foreign class is named.
-    stand_ins = [
-        (DictionaryPlaceholder if FOREIGN_DICTIONARIES.fullmatch(name) else Placeholder, name) for name in found
-    ]
-    try:
-        with torch.serialization.safe_globals(stand_ins):
-            return _load(path, kind), found
-    except pickle.UnpicklingError as error:
-        raise _refusal(path, error) from error
-
-
-def _is_foreign(name: str) -> bool:
-    return bool(FOREIGN_CLASSES.fullmatch(name) or FOREIGN_NAMES.fullmatch(name))
-
-
-def _refusal(path: Path, error: pickle.UnpicklingError) -> MedSoftError:
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    module, dot, name = (found[1] if found else "").rpartition(".")
-    what = f"it asks for {IMPORT_MAPPING.get(module, module)}{dot}{name}" if found else "it holds more than tensors"
-    return MedSoftError(f"{path}: refused, {what}; nothing in it was run. Use a file with plain tensors")
-
-
-def _load(path: Path, kind: str) -> Any:
-    try:
-        if path.suffix == ".safetensors":  # torch.load would go by the name; only a path can be mapped
-            with open(path, "rb") as handle:
-                return torch.load(handle, map_location="cpu", weights_only=True)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
-    except pickle.UnpicklingError:
-        raise
-    except Exception as error:  # on damaged bytes torch raises whatever the bytes lead to
-        raise _damaged(path, _other_archive(path), error) from error
-
-
-def _damaged(path: Path, before: str, error: Exception) -> MedSoftError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    size = path.stat().st_size
-    return MedSoftError(f"{path}: {before}damaged or cut short ({size} bytes; {reason}); copy or download it again")
-
-
-def _other_archive(path: Path) -> str:
-    """A word in front of "damaged" if the file is a whole zip archive that torch.save did not write."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.rsplit("/", 1)[-1] for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return ""
-    if "constants.pkl" in names:
-        return "a TorchScript archive, not a checkpoint (save its state_dict instead), or "
-    return "" if "data.pkl" in names else "a zip archive that is not a checkpoint (unpack it first), or "
-
-
-def _global_names(path: Path, kind: str) -> list[str]:
-    """Every global that the file's pickles name, found by reading the opcodes without executing them."""
-    names: list[str] = []
-    try:
-        if kind == "zip":
-            with zipfile.ZipFile(path) as archive:
-                pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-                with archive.open(pickled) as handle:
-                    _collect_names(handle, names)
-        else:
-            with open(path, "rb") as handle:
-                for _ in range(4):  # magic number, protocol, system information, content; then come the raw storages
-                    _collect_names(handle, names)
-    except Exception as error:  # opcodes that are none
-        raise _damaged(path, "", error) from error
-    return names
-
-
-def _collect_names(handle: Any, names: list[str]) -> None:
-    for opcode, argument, _ in pickletools.genops(handle):
-        if opcode.name == "GLOBAL":
-            module, name = argument.split(" ", 1)
-            # Pickles of protocol 2 spell the standard library as Python 2 did.
-            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-            if f"{module}.{name}" not in names:
-                names.append(f"{module}.{name}")
-
-
-# -------------------------------------------------------------------------------------------------------------- damage
 
 
 def verify(path: str | Path) -> str:
@@ -278,9 +149,6 @@ def _verify_safetensors(path: Path) -> str:
     return "SHA-256 of the whole file"
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
 def save_pickle(content: Any, handle: BinaryIO) -> None:
     """``torch.save`` in which a full disk or an interruption stays what it is (torch makes a RuntimeError of it)."""
     try:
@@ -314,7 +182,7 @@ def save_safetensors(state: dict[str, Tensor], metadata: dict[str, str], handle:
     handle.write(head)
     with _bar("writing", end) as bar:
         for key in order:
-            piece = memoryview(state[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            piece = state[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
             handle.write(piece)
             digest.update(piece)
             bar.update(len(piece))

@@ -10,6 +10,7 @@ Tensors are the checkpoint's own, bit for bit; three projections of the autoenco
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ldm.checkpoints.files import save_safetensors
 from ldm.config import Config, DiffusionConfig, TextEncoderConfig
 from ldm.conversion.sd_layouts import SourceCheckpoint
 from ldm.core.errors import MedSoftError
-from ldm.core.files import atomic_file, read_json, write_json
+from ldm.core.files import atomic_file, read_json, write_json, write_text
 
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
 WEIGHTS = {
@@ -68,16 +69,12 @@ def _unet_name(inner: str, config: Config) -> str:
         if inner.startswith(ours + "."):
             return theirs + inner.removeprefix(ours)
     if inner.startswith("middle_block."):
-        _, index, rest = inner.split(".", 2)
-        return f"mid_block.{MIDDLE[index]}.{_resnet(rest)}"
+        _, place, rest = inner.split(".", 2)
+        return f"mid_block.{MIDDLE[place]}.{_resnet(rest)}"
     blocks, number, position, rest = inner.split(".", 3)
-    per_level = config.unet.num_res_blocks + 1
-    if blocks == "input_blocks":
-        level, index = divmod(int(number) - 1, per_level)
-        block = f"down_blocks.{level}"
-    else:
-        level, index = divmod(int(number), per_level)
-        block = f"up_blocks.{level}"
+    down = blocks == "input_blocks"
+    level, index = divmod(int(number) - down, config.unet.num_res_blocks + 1)  # the first input block is conv_in
+    block = f"{'down' if down else 'up'}_blocks.{level}"
     if rest.startswith("op."):
         return f"{block}.downsamplers.0.conv.{rest.removeprefix('op.')}"
     if rest.startswith("conv."):
@@ -124,7 +121,7 @@ def _weights(folder: Path) -> Path:
     )
 
 
-def from_folder(folder: Path, config: Config, expected: dict[str, Tensor]) -> SourceCheckpoint:
+def from_folder(folder: Path, config: Config, expected: Mapping[str, Tensor]) -> SourceCheckpoint:
     """The tensors of a diffusers folder under our keys; ``expected`` gives keys and shapes that the configuration asks.
 
     Both spellings of the autoencoder's attention, linear and 1x1-convolution weights, and the text encoder's names with
@@ -181,7 +178,7 @@ def _fitted(value: Tensor, wanted: Tensor | None) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_folder(folder: Path, state: dict[str, Tensor], ours: dict[str, Any], config: Config) -> None:
+def write_folder(folder: Path, state: Mapping[str, Tensor], ours: dict[str, Any], config: Config) -> None:
     """Write the whole diffusers folder into the existing, empty ``folder``.
 
     ``state``: our keys; the MSC may be missing. ``ours`` becomes ``medsoft/config.json``: what a checkpoint says about
@@ -299,8 +296,6 @@ def _scheduler_configuration(noise: DiffusionConfig) -> dict[str, Any]:
 def _write_tokenizer(folder: Path, length: int) -> None:
     """CLIP's vocabulary, which ships with open_clip_torch, as the files of transformers' CLIPTokenizer."""
     from open_clip.tokenizer import SimpleTokenizer
-
-    from ldm.core.files import write_text
 
     clip = SimpleTokenizer()
     start, end = "<|startoftext|>", "<|endoftext|>"

@@ -48,8 +48,8 @@ def from_checkpoint(checkpoint: Checkpoint, unet_keys: list[str]) -> SourceCheck
     accepted. Weights are the plain ones; moving averages (``model_ema.*``) only if the U-Net is there in no other form.
     """
     notes = []
-    if checkpoint.foreign:
-        names = ", ".join(checkpoint.foreign[:3]) + (", ..." if len(checkpoint.foreign) > 3 else "")
+    if checkpoint.external:
+        names = ", ".join(checkpoint.external[:3]) + (", ..." if len(checkpoint.external) > 3 else "")
         notes.append(f"objects of other programs, neither imported nor used: {names}")
     state: dict[str, Tensor] = {}
     renamed = 0

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.checkpoints.checkpoint import check_finite, compare
+from ldm.checkpoints.fitting import check_finite, compare
 from ldm.core.errors import MedSoftError
 from ldm.core.files import sha256_file
 from ldm.networks.biomedclip_folder import BiomedClipFolder, first_line, read_folder, read_tokenizer

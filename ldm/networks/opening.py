@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ldm.checkpoints.checkpoint import Checkpoint, check_preparation, load_parts
+from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.checkpoints.fitting import check_preparation, load_parts
 from ldm.config import BiomedClipConfig, Config
 from ldm.core.errors import MedSoftError
 from ldm.networks.biomedclip import BiomedClip

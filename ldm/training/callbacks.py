@@ -18,8 +18,9 @@ import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
-from ldm.checkpoints.checkpoint import not_finite, read_checkpoint
+from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.checkpoints.files import save_pickle
+from ldm.checkpoints.fitting import not_finite
 from ldm.core.cli import TERMINATED, Terminated
 from ldm.core.errors import MedSoftError
 from ldm.core.files import atomic_file, remove_partials

@@ -242,7 +242,8 @@ def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Ite
     """Whether the checkpoint and the BiomedCLIP folder fit the configuration."""
     import torch
 
-    from ldm.checkpoints.checkpoint import check_finite, check_preparation, compare, read_checkpoint
+    from ldm.checkpoints.checkpoint import read_checkpoint
+    from ldm.checkpoints.fitting import check_finite, check_preparation, compare
     from ldm.networks.model import MedSoftModel
     from ldm.networks.opening import open_encoder
     from ldm.training.stage import frozen_tensors, training_groups

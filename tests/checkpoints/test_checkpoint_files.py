@@ -252,9 +252,9 @@ def test_foreign_objects_leave_tensors_and_plain_values(tmp_path: Path) -> None:
     assert torch.equal(found.state["a"], torch.ones(2))
     assert found.step == 12
     assert found.rest["hyper_parameters"] == {"rate": 1, "nested": {"deep": 2}}
-    assert "pytorch_lightning.utilities.parsing.AttributeDict" in found.foreign
+    assert "pytorch_lightning.utilities.parsing.AttributeDict" in found.external
     for key in ("config", "args", "folder", "array", "score"):
-        assert type(found.rest[key]).__module__ == "ldm.checkpoints.files"  # inert
+        assert type(found.rest[key]).__module__ == "ldm.checkpoints.pickles"  # inert
 
 
 def memory() -> int:

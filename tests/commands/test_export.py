@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import SD, awake, convert, edit, export
 
-from ldm.checkpoints.checkpoint import PREFIXES, load_parts, read_checkpoint, write_checkpoint
+from ldm.checkpoints.checkpoint import PREFIXES, read_checkpoint, write_checkpoint
+from ldm.checkpoints.fitting import load_parts
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.networks.attention import Conditioning
 from ldm.networks.model import MedSoftModel

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import MODELS, ROOT, STAGES, call
 
+from ldm.bench import sizes
 from ldm.config import load_config
 from ldm.networks.biomedclip import build_clip
 from ldm.networks.model import MedSoftModel
@@ -32,12 +33,12 @@ def true_size() -> tuple[Any, Any, Any]:
     """Configuration, MedSoftModel and BiomedCLIP on the meta device."""
     config = load_config(MODELS / "mldm_v15.yaml")
     with torch.device("meta"):
-        return config, MedSoftModel(config), build_clip(model_sizes.BIOMEDCLIP, model_sizes.BIOMEDBERT)
+        return config, MedSoftModel(config), build_clip(sizes.BIOMEDCLIP, sizes.BIOMEDBERT)
 
 
 def test_parameters_are_those_of_the_published_models(true_size: tuple[Any, Any, Any]) -> None:
     _, model, clip = true_size
-    found = dict(model_sizes.parameters(model, clip))
+    found = dict(sizes.parameters(model, clip))
     assert found["U-Net (Stable Diffusion 1.5 inpainting)"] == SD_UNET
     assert found["autoencoder: encoder"] + found["autoencoder: decoder"] == 83_653_863
     assert found["text encoder (CLIP ViT-L/14)"] == 123_060_480
@@ -54,7 +55,7 @@ def test_parameters_are_those_of_the_published_models(true_size: tuple[Any, Any,
 def test_operations_of_the_published_models(true_size: tuple[Any, Any, Any]) -> None:
     config, model, clip = true_size
     with torch.device("meta"), torch.no_grad():
-        found = dict(model_sizes.operations(model, clip, config))
+        found = dict(sizes.operations(model, clip, config))
     assert found["U-Net, third attention silent"] == pytest.approx(803.4e9, abs=0.05e9)
     assert found["autoencoder: decode"] == pytest.approx(2514.5e9, abs=0.05e9)
     assert found["autoencoder: encode"] == pytest.approx(1116.7e9, abs=0.05e9)
@@ -71,12 +72,12 @@ def test_operations_of_the_published_models(true_size: tuple[Any, Any, Any]) -> 
     ],
 )
 def test_every_true_size_stage_builds(stage: str, parts: list[str], trained: int) -> None:
-    found = model_sizes.stage_sizes(MODELS / f"mldm_v15_{stage}.yaml")
+    found = sizes.stage_sizes(MODELS / f"mldm_v15_{stage}.yaml")
     assert found["parts"] == parts
     assert found["trained"] == trained
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_sizes_of_finished_checkpoints_are_those_on_the_disk(stage: str, trained: dict[str, Any]) -> None:
-    found = model_sizes.stage_sizes(MODELS / f"phantom_{stage}.yaml")
+    found = sizes.stage_sizes(MODELS / f"phantom_{stage}.yaml")
     assert trained[stage].last.stat().st_size == pytest.approx(found["weights"], rel=0.05)

@@ -9,7 +9,8 @@ from downloads import sd_tokenizer_folder
 from PIL import Image
 from tiny import CLIP, MODELS, SD, convert
 
-from ldm.checkpoints.checkpoint import PREFIXES, load_parts, read_checkpoint
+from ldm.checkpoints.checkpoint import PREFIXES, read_checkpoint
+from ldm.checkpoints.fitting import load_parts
 from ldm.config import Config, load_config
 from ldm.data.png import write_png
 from ldm.data.preparation import PreparedSample, prepare

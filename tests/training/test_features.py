@@ -66,7 +66,8 @@ def test_stage_2_refuses_another_biomedclip(trained: dict, world: Path, tmp_path
 
 @pytest.fixture(scope="module")
 def networks(converted: Path) -> tuple[Any, MedSoftModel, BiomedClip]:
-    from ldm.checkpoints.checkpoint import load_parts, read_checkpoint
+    from ldm.checkpoints.checkpoint import read_checkpoint
+    from ldm.checkpoints.fitting import load_parts
 
     config = load_config(MODELS / "phantom.yaml")
     model = MedSoftModel(config, ["autoencoder"]).eval()
@@ -151,7 +152,8 @@ def test_sample_that_turns_healthy_is_computed_again(cache: FeatureCache, world:
 
 
 def test_cached_sentences_equal_direct_computation(world: Path, tmp_path: Path, networks: tuple, trained: dict) -> None:
-    from ldm.checkpoints.checkpoint import load_parts, read_checkpoint
+    from ldm.checkpoints.checkpoint import read_checkpoint
+    from ldm.checkpoints.fitting import load_parts
 
     config, _, clip = networks
     model = MedSoftModel(config, ["text"]).eval()

@@ -1,0 +1,150 @@
+"""Sizes at true size: parameters, checkpoints of the stages, arithmetic of one call at 512 x 512.
+
+Nothing is downloaded and no weights are made: the networks are built on PyTorch's meta device.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import CustomTextCLIP
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm.checkpoints.checkpoint import NAMES
+from ldm.config import Config, load_config
+from ldm.core.paths import SHIPPED
+from ldm.networks.attention import Conditioning
+from ldm.networks.biomedclip import build_clip
+from ldm.networks.model import MedSoftModel
+from ldm.networks.msc import ControllerInputs, input_shapes
+
+BASE = SHIPPED / "models" / "mldm_v15.yaml"
+STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
+
+# The network of microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224: model_cfg of its open_clip_config.json. The
+# sizes of its text tower, microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract, are BERT's defaults.
+BIOMEDCLIP = {
+    "embed_dim": 512,
+    "vision_cfg": {
+        "timm_model_name": "vit_base_patch16_224",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": 224,
+    },
+    "text_cfg": {
+        "hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
+        "hf_tokenizer_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
+        "hf_proj_type": "mlp",
+        "hf_pooler_type": "cls_last_hidden_state_pooler",
+        "context_length": 256,
+    },
+}
+BIOMEDBERT = {"model_type": "bert"}
+
+INTRODUCTION = """# Sizes
+
+Made by `python tool/model_sizes.py --output docs/sizes.md` from `models/mldm_v15*.yaml`; a test compares them.
+M: million parameters. GB: 10^9 bytes. GFLOP: 10^9 floating-point operations; a multiplication and an addition are two.
+"""
+
+
+def document() -> str:
+    """The whole Markdown text."""
+    with torch.device("meta"), torch.no_grad():
+        config = load_config(BASE)
+        model, clip = MedSoftModel(config), build_clip(BIOMEDCLIP, BIOMEDBERT)
+        parts = [[name, f"{count / 1e6:.2f} M", f"{4 * count / 1e9:.2f} GB"] for name, count in parameters(model, clip)]
+        calls = [[name, f"{count / 1e9:.1f}"] for name, count in operations(model, clip, config)]
+    converted = sum(4 * count for _, count in parameters(model))
+    files = [["`ckpt_for_stage1.ckpt`, `ckpt_for_stage2.ckpt`", ", ".join(NAMES.values()), "", _gb(converted)]]
+    for stage in STAGES:
+        row = stage_sizes(BASE.with_name(f"{BASE.stem}_{stage}.yaml"))
+        built = ", ".join(NAMES[part] for part in row["parts"])
+        trained = f"{row['trained'] / 1e6:.2f} M"
+        total = f"{_gb(row['weights'] + row['optimizer'])} ({_gb(row['weights'])} + {_gb(row['optimizer'])})"
+        files.append([f"`last.ckpt` of {stage}", built, trained, total])
+    return "\n".join(
+        [
+            INTRODUCTION,
+            "## Parameters\n",
+            _table(["part", "parameters", "in float32"], parts),
+            "The third attention is attn3 with its norm4, in 16 blocks. BiomedCLIP is frozen and in no checkpoint.\n",
+            "## Checkpoints\n",
+            _table(["file", "holds", "trained", "size while training (weights + optimizer)"], files),
+            "All in float32. While a stage trains, `last.ckpt` also holds AdamW's two moments of every trained "
+            "parameter; a finished one holds the weights only.\n",
+            "## One call, batch 1, 512 x 512\n",
+            _table(["call", "GFLOP"], calls),
+            "Matrix products and convolutions, as PyTorch's `FlopCounterMode` counts them. Guidance: two U-Net calls.",
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def parameters(model: MedSoftModel, clip: CustomTextCLIP | None = None) -> list[tuple[str, int]]:
+    """Number of parameters by part of a MedSoftModel with all parts, and of a CustomTextCLIP if one is given."""
+    named = {key: parameter.numel() for key, parameter in model.named_parameters()}
+
+    def count(prefix: str, third: bool = False) -> int:
+        found = (key for key in named if key.startswith(prefix))
+        return sum(named[key] for key in found if third == (".attn3." in key or ".norm4." in key))
+
+    rows = [
+        ("U-Net (Stable Diffusion 1.5 inpainting)", count("model.")),
+        ("third attention", count("model.", third=True)),
+        ("autoencoder: encoder", count("first_stage_model.encoder.") + count("first_stage_model.quant_conv.")),
+        ("autoencoder: decoder", count("first_stage_model.decoder.") + count("first_stage_model.post_quant_conv.")),
+        ("text encoder (CLIP ViT-L/14)", count("cond_stage_model.")),
+        ("Medical Semantic Controller", count("msc.")),
+    ]
+    for name in ("visual", "text") if clip is not None else ():
+        total = sum(parameter.numel() for parameter in getattr(clip, name).parameters())
+        rows.append((f"BiomedCLIP: {'image' if name == 'visual' else 'text'} tower", total))
+    return rows
+
+
+def stage_sizes(path: Path) -> dict[str, Any]:
+    """A stage's ``parts`` (names), ``trained`` parameters, and bytes of ``weights`` and ``optimizer`` in last.ckpt."""
+    config = load_config(path)
+    with torch.device("meta"):
+        net = MedSoftModel(config, config.training.builds)
+    groups = net.groups(list(config.training.rates)).values()
+    trained = sum(parameter.numel() for group in groups for parameter in group.values())
+    weights = sum(tensor.nbytes for tensor in net.state_dict().values())
+    return {"parts": net.parts, "trained": trained, "weights": weights, "optimizer": 2 * 4 * trained}
+
+
+def operations(model: MedSoftModel, clip: CustomTextCLIP, config: Config) -> list[tuple[str, int]]:
+    """Floating-point operations of single calls of networks on the meta device."""
+
+    def counted(call: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    size, pixels, sizes = config.latent_size, config.data.image_size, config.biomedclip
+    x, mask, t = torch.empty(1, 9, size, size), torch.empty(1, 1, size, size), torch.empty(1)
+    text = torch.empty(1, config.text_encoder.max_length, config.unet.context_dim)
+    semantic = torch.empty(1, sizes.grid**2 // 4, config.unet.semantic_dim)
+    inputs = ControllerInputs(*(torch.empty(shape) for shape in input_shapes(sizes, 1, pixels)))
+    return [
+        ("U-Net, third attention silent", counted(lambda: model.unet(x, t, Conditioning(text)))),
+        (
+            f"U-Net, third attention on {semantic.shape[1]} tokens",
+            counted(lambda: model.unet(x, t, Conditioning(text, semantic, mask))),
+        ),
+        ("autoencoder: encode", counted(lambda: model.encode(torch.empty(1, 3, pixels, pixels)))),
+        ("autoencoder: decode", counted(lambda: model.decode(x[:, :4]))),
+        ("Medical Semantic Controller", counted(lambda: model.msc(inputs))),
+        ("BiomedCLIP: image", counted(lambda: clip.encode_image(torch.empty(1, 3, *clip.visual.image_size)))),
+    ]
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

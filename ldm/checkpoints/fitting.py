@@ -1,0 +1,139 @@
+"""Whether the tensors of a checkpoint fit a configuration: strictly, naming what is missing, left over or other."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints.checkpoint import PREFIXES, Checkpoint
+from ldm.config import Config
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.schema import identity
+
+log = logging.getLogger(__name__)
+
+
+def parts_of(checkpoint: Checkpoint, parts: Iterable[str], config: Config, expected: Mapping[str, Tensor]) -> dict:
+    """The tensors of exactly ``parts``; each of ``expected`` must be there, fit and be finite, and none be left over.
+
+    Raises MedSoftError saying what is missing, left over, of another shape or not finite, and what to do.
+    """
+    parts = list(parts)
+    prefixes = tuple(PREFIXES[part] for part in parts)
+    offered = {key: value for key, value in checkpoint.state.items() if key.startswith(prefixes)}
+    offered = {key: value for key, value in offered.items() if not key.endswith("embeddings.position_ids")}
+    problems = compare(expected, offered)
+    if problems:
+        hint = _hint(checkpoint, parts, config)
+        raise MedSoftError(f"{checkpoint.path}: does not fit this configuration: {'; '.join(problems)}. {hint}")
+    check_architecture(checkpoint, parts, config)
+    check_finite(offered, checkpoint.path)
+    return offered
+
+
+def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """MedSoftError naming ``path`` and the first tensor of its ``state`` that holds NaN or infinite values."""
+    bad = not_finite(state)
+    if bad:
+        raise MedSoftError(f"{path}: {len(bad)} tensors hold NaN or infinite values, first {bad[0]}")
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Keys of the tensors that hold NaN or infinite values."""
+
+    def finite(value: Tensor) -> bool:
+        if value.numel() == 0 or not value.is_floating_point():
+            return True
+        value = value.float() if value.element_size() == 1 else value  # float8 has no extremes of its own
+        # NaN and infinities reach the extremes; looking at these two is ten times faster than at every value.
+        return bool(torch.isfinite(torch.stack(torch.aminmax(value))).all())
+
+    return [key for key, value in state.items() if not finite(value)]
+
+
+def load_parts(model: nn.Module, checkpoint: Checkpoint, parts: list[str], config: Config) -> None:
+    """Load exactly ``parts`` (keys of PREFIXES) into a MedSoftModel; raises as ``parts_of`` does."""
+    prefixes = tuple(PREFIXES[part] for part in parts)
+    expected = {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
+    offered = parts_of(checkpoint, parts, config, expected)
+    model.load_state_dict({**model.state_dict(), **offered}, strict=True)
+
+
+def check_architecture(checkpoint: Checkpoint, parts: Iterable[str], config: Config) -> None:
+    """Refuse a checkpoint whose parts were made for other sizes, such as a number of heads, which no shape shows."""
+    theirs = checkpoint.config
+    if theirs is None:
+        return
+    made, asked = (identity(each, "architecture") for each in (theirs, config))
+    parts = set(parts)
+    for section in [item.name for item in fields(Config) if item.metadata.get("part") in parts]:
+        for key, value in made[section].items():
+            if asked[section][key] != value:
+                raise MedSoftError(
+                    f"{checkpoint.path}: was made with {section}.{key}={value}, this configuration has "
+                    f"{asked[section][key]}; use the YAML it was made with"
+                )
+
+
+def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse weights that were trained with another fit, feather or noise schedule than ``config`` asks for.
+
+    Lesions would have another scale than the networks learned. A converted file was not trained: it agrees with
+    everything. Another setting of one of the soft mask's switches is a known ablation, and only said.
+    """
+    theirs = checkpoint.config
+    if theirs is None or checkpoint.about.get("stage") == "converted":
+        return
+    made, here = (identity(each, "images") for each in (theirs, config))
+    for section in ("data", "diffusion"):
+        for key, value in made[section].items():
+            asked = here[section][key]
+            if asked != value:
+                raise UsageError(
+                    f"{checkpoint.path}: was trained with {section}.{key}={value}, this configuration has {asked}; add "
+                    f"{section}.{key}={value} to the command, or use the YAML it was trained with"
+                )
+    shapes = identity(config, "architecture")
+    switches = [(section, name) for section in shapes for name in made[section] if name not in shapes[section]]
+    for section, name in switches:
+        trained, asked = made[section][name], here[section][name]
+        if trained != asked:
+            details = (checkpoint.path, section, name, trained, asked)
+            log.warning("warning: %s was trained with %s.%s=%s, this run has %s", *details)
+
+
+def compare(expected: Mapping[str, Tensor], offered: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``offered`` from filling ``expected``: missing and left-over keys, differing shapes (short texts)."""
+
+    def some(label: str, names: list[str]) -> list[str]:
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        return [f"{len(names)} {label} ({', '.join(names[:2])}{more})"] if names else []
+
+    shapes = [
+        f"{key} {tuple(offered[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in offered and offered[key].shape != expected[key].shape
+    ]
+    return [
+        *some("missing", [key for key in expected if key not in offered]),
+        *some("left over", [key for key in offered if key not in expected]),
+        *some("of another size", shapes),
+    ]
+
+
+def _hint(checkpoint: Checkpoint, parts: list[str], config: Config) -> str:
+    missing = [part for part in parts if part not in checkpoint.parts()]
+    stage = checkpoint.about.get("stage")
+    if missing:
+        made = f" (it was left by {stage})" if stage else ""
+        return (
+            f"It holds {', '.join(checkpoint.parts()) or 'none of our parts'}{made}; needed: {', '.join(parts)}. "
+            "Convert with tool/model_convert.py, or merge with tool/tool_merge_for_stage2.py, first"
+        )
+    theirs = checkpoint.config
+    if theirs and identity(theirs, "architecture") != identity(config, "architecture"):
+        return "It was made with another model configuration; use the YAML it was made with"
+    return "Use the YAML it was made for, or convert it again with tool/model_convert.py"

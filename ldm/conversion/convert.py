@@ -1,0 +1,143 @@
+"""From a Stable Diffusion 1.5 inpainting checkpoint to the one that the four stages start from."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints.checkpoint import PREFIXES, already_made, parameter_table, read_checkpoint, write_checkpoint
+from ldm.checkpoints.files import verify
+from ldm.checkpoints.fitting import compare, not_finite
+from ldm.config import Config
+from ldm.conversion.diffusers_folder import files_of, from_folder
+from ldm.conversion.sd_layouts import SourceCheckpoint, check_kind, from_checkpoint, left_behind
+from ldm.core.errors import MedSoftError
+from ldm.core.files import check_target, fingerprint, sha256_file
+from ldm.core.schema import identity
+from ldm.networks.attention import CrossAttention, TransformerBlock
+from ldm.networks.model import skeleton
+from ldm.networks.msc import MedicalSemanticController
+from ldm.networks.unet import UNet
+
+log = logging.getLogger(__name__)
+
+
+def convert_file(input_path: Path, output_path: Path, config: Config, seed: int = 0, overwrite: bool = False) -> None:
+    """Write the checkpoint of the whole model from ``input_path``: a .ckpt, a .safetensors or a diffusers folder.
+
+    U-Net, autoencoder and text encoder are the input's; what Stable Diffusion does not have is new, drawn with
+    ``seed``. An output that was made from the same input is left as it is. Raises MedSoftError for an input that is
+    damaged or does not fit ``config``, UsageError for an output that was made from something else.
+    """
+    expected = skeleton(config)
+    size = sum(value.numel() * value.element_size() for value in expected.values())
+    check_target(output_path, size if overwrite or not output_path.exists() else 0, input_path)
+    source = read_source(input_path, config, expected)
+    check_kind(source, config)
+    sizes = [file.stat().st_size for file in weight_files(input_path)]
+    architecture = identity(config, "architecture")
+    asked = fingerprint(["convert", sizes, architecture, seed])
+    already_made(output_path, overwrite, asked=asked)
+    origin = origin_of(input_path)
+    run = fingerprint(["convert", origin["sha256"], architecture, seed])
+    if already_made(output_path, overwrite, run=run):
+        log.info("%s: already complete", output_path)
+        return
+    for file in weight_files(input_path):
+        log.info("checked: %s, %s", file, verify(file))
+    state, new = convert(source, config, expected, seed)
+    log_origin(source, state, new)
+    metadata = source.own["about"] if source.own else _converted(config)
+    write_checkpoint(output_path, state, {**metadata, "origin": origin, "asked": asked, "run": run})
+    log.info("written: %s", output_path)
+
+
+def _converted(config: Config) -> dict[str, Any]:
+    return {"config": dataclasses.asdict(config), "stage": "converted", "step": 0}
+
+
+def read_source(path: Path, config: Config, expected: Mapping[str, Tensor]) -> SourceCheckpoint:
+    """The input's tensors under our keys, whatever kind of file or folder it is."""
+    if path.is_dir():
+        return from_folder(path, config, expected)
+    return from_checkpoint(read_checkpoint(path), [key for key in expected if key.startswith(PREFIXES["unet"])])
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the input's tensors."""
+    return files_of(path) if path.is_dir() else [path]
+
+
+def origin_of(path: Path) -> dict[str, Any]:
+    """Name and SHA-256 of the input; of a folder, those of its weight files and one over them all."""
+    if not path.is_dir():
+        return {"file": path.name, "sha256": sha256_file(path)}
+    files = {file.relative_to(path).as_posix(): sha256_file(file) for file in weight_files(path)}
+    return {"file": path.resolve().name, "sha256": fingerprint(files), "files": files}
+
+
+def convert(
+    source: SourceCheckpoint, config: Config, expected: Mapping[str, Tensor], seed: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(state of the whole model, new keys). Raises MedSoftError where the source does not fit.
+
+    A folder that we exported gives exactly what it has; from all others the weights become float32, as the networks
+    are trained, and third attention and MSC are new.
+    """
+    fresh: dict[str, Tensor] = {}
+    if source.own is None:
+        fresh = new_parameters(config, seed)
+        wanted = {key: value for key, value in expected.items() if key not in fresh}
+    else:
+        prefixes = tuple(PREFIXES[part] for part in source.own["parts"])
+        wanted = {key: value for key, value in expected.items() if key.startswith(prefixes)}
+    offered = {key: value for key, value in source.state.items() if key in wanted}
+    problems = compare(wanted, offered)
+    if problems:
+        raise MedSoftError(
+            f"{source.path}: does not fit this configuration: {'; '.join(problems)}. Use the YAML of this model's size "
+            "(models/mldm_v15.yaml for Stable Diffusion 1.5, models/phantom.yaml for the phantom base)"
+        )
+    for bad in not_finite(offered):
+        raise MedSoftError(f"{source.path}: {bad} holds NaN or infinite values; download the file again")
+    if source.own is None:
+        other = {str(value.dtype) for key, value in offered.items() if value.dtype != expected[key].dtype}
+        if other:
+            source.notes.append(f"weights in {', '.join(sorted(other))} brought to torch.float32")
+        offered = {key: value.to(expected[key].dtype) for key, value in offered.items()}
+    both = {**fresh, **offered}
+    return {key: both[key] for key in expected if key in both}, list(fresh)
+
+
+def new_parameters(config: Config, seed: int) -> dict[str, Tensor]:
+    """First values of what Stable Diffusion does not have: attn3 and norm4 of every block, and the MSC."""
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        blocks = {n: block for n, block in UNet(config.unet).named_modules() if isinstance(block, TransformerBlock)}
+    made = {}
+    for name, block in blocks.items():
+        dim = block.norm4.normalized_shape[0]
+        attention = CrossAttention(dim, config.unet.semantic_dim, block.attn3.heads, zero_output=True)
+        for part, module in (("attn3", attention), ("norm4", torch.nn.LayerNorm(dim))):
+            for key, value in module.state_dict(prefix=f"{PREFIXES['unet']}{name}.{part}.").items():
+                made[key] = value
+    made |= MedicalSemanticController(config.msc, config.biomedclip).state_dict(prefix=PREFIXES["msc"])
+    return made
+
+
+def log_origin(source: SourceCheckpoint, state: Mapping[str, Tensor], new: Sequence[str]) -> None:
+    """Say what was taken, what is new, what was left behind and why."""
+    for note in source.notes:
+        log.info("note: %s", note)
+    log.info("taken from %s:", source.path)
+    for line in parameter_table({key: value for key, value in state.items() if key not in set(new)}):
+        log.info("  %s", line)
+    log.info("new:%s", "" if new else " nothing")
+    for line in parameter_table({key: state[key] for key in new}):
+        log.info("  %s", line)
+    for reason, keys in left_behind([key for key in source.state if key not in state]).items():
+        log.info("left: %d (%s%s): %s", len(keys), ", ".join(keys[:2]), ", ..." if len(keys) > 2 else "", reason)

@@ -1,0 +1,125 @@
+"""What is in a checkpoint: parts, sizes, stage, origin, what is missing, which YAML fits; and whether it is damaged."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoints.checkpoint import (
+    NAMES,
+    NEW_IN_UNET,
+    PREFIXES,
+    Checkpoint,
+    parameter_table,
+    read_checkpoint,
+    summary,
+)
+from ldm.checkpoints.files import detect_format, verify
+from ldm.checkpoints.fitting import check_architecture, check_finite, compare
+from ldm.config import Config, load_config
+from ldm.core.errors import MedSoftError
+from ldm.core.paths import SHIPPED
+from ldm.core.schema import identity
+from ldm.networks.model import skeleton
+
+log = logging.getLogger(__name__)
+
+
+def inspect_file(path: Path, as_json: bool = False) -> None:
+    """Read every byte of a checkpoint and say what is in it, as text or JSON.
+
+    Raises MedSoftError for a file that is damaged, unsafe or no checkpoint; after the description for one with values
+    that are not finite.
+    """
+    checkpoint = read_checkpoint(path)
+    found = describe(checkpoint, verify(path))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        log_text(found, checkpoint.state)
+    check_finite(checkpoint.state, path)
+
+
+def describe(checkpoint: Checkpoint, integrity: str) -> dict[str, Any]:
+    """Everything this command prints, as plain values."""
+    about = checkpoint.about
+    return {
+        "file": str(checkpoint.path),
+        "kind": detect_format(checkpoint.path),
+        "bytes": checkpoint.path.stat().st_size,
+        "integrity": integrity,
+        "parts": summary(checkpoint.state),
+        "missing": [part for part in PREFIXES if part not in checkpoint.parts()],
+        "stage": about.get("stage"),
+        "step": checkpoint.step,
+        "complete": about.get("complete"),
+        "origin": about.get("origin"),
+        "biomedclip": about.get("biomedclip"),
+        "foreign": checkpoint.external,
+        "besides": sorted(str(key) for key in checkpoint.rest),
+        **fits(checkpoint),
+    }
+
+
+def fits(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """The shipped YAMLs whose sizes this file has, and those whose stage can start from it."""
+    configs = {
+        path.relative_to(SHIPPED).as_posix(): load_config(path) for path in sorted((SHIPPED / "models").glob("*.yaml"))
+    }
+    families = {name: config for name, config in configs.items() if not config.training.stage}
+    found: dict[str, list[str]] = {"fits": [], "unconverted": [], "can_start": []}
+    shapes = {name: identity(config, "architecture") for name, config in configs.items()}
+    for family, sizes in families.items():
+        state = part_states(checkpoint, sizes, skeleton(sizes))
+        if not state or "other" in state.values():
+            continue
+        found["unconverted" if "unconverted" in state.values() else "fits"].append(family)
+        whole = {part for part, kind in state.items() if kind == "whole"}
+        for name, config in configs.items():
+            needed = {part for part in config.training.builds if part != "biomedclip"}
+            if needed and needed <= whole and shapes[name] == shapes[family]:
+                found["can_start"].append(name)
+    return found
+
+
+def part_states(checkpoint: Checkpoint, config: Config, expected: Mapping[str, Tensor]) -> dict[str, str]:
+    """For each part in the file: whole, unconverted (a U-Net without third attention), or other (does not fit)."""
+    states = {}
+    for part in checkpoint.parts():
+        wanted = {key: value for key, value in expected.items() if key.startswith(PREFIXES[part])}
+        offered = {key: value for key, value in checkpoint.state.items() if key.startswith(PREFIXES[part])}
+        offered = {key: value for key, value in offered.items() if not key.endswith(".position_ids")}
+        before = {key: value for key, value in wanted.items() if not NEW_IN_UNET.match(key)}
+        states[part] = (
+            "whole" if not compare(wanted, offered) else "other" if compare(before, offered) else "unconverted"
+        )
+    try:
+        check_architecture(checkpoint, states, config)
+    except MedSoftError:
+        return dict.fromkeys(states, "other")
+    return states
+
+
+def log_text(found: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Say the description as lines of text."""
+    log.info("%s: %s, %.3f GB", found["file"], found["kind"], found["bytes"] / 1e9)
+    log.info("integrity: %s", found["integrity"])
+    for line in parameter_table(state):
+        log.info("  %s", line)
+    log.info("missing: %s", ", ".join(NAMES[part] for part in found["missing"]) or "nothing")
+    log.info("stage: %s, step %s", found["stage"] or "not said", "not said" if found["step"] is None else found["step"])
+    origin = found["origin"]
+    for name, source in origin.items() if isinstance(origin, dict) and "file" not in origin else [("file", origin)]:
+        said = f"{source['file']} (SHA-256 {source['sha256']})" if isinstance(source, dict) else source or "not said"
+        log.info("origin: %s%s", "" if name == "file" else f"{name} ", said)
+    if found["foreign"]:
+        log.info("objects of other programs, not run: %s", ", ".join(found["foreign"]))
+    if found["besides"]:
+        log.info("besides tensors: %s", ", ".join(found["besides"]))
+    log.info("fits: %s", ", ".join(found["fits"]) or "none of the shipped YAMLs as it is")
+    if found["unconverted"]:
+        log.info("fits after tool/model_convert.py: %s", ", ".join(found["unconverted"]))
+    log.info("can start: %s", ", ".join(found["can_start"]) or "no stage")
