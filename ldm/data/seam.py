@@ -5,9 +5,6 @@ composite passes from the original to the drawing. A seam shows as a mean gradie
 real image's at the same place.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
 
@@ -26,21 +23,3 @@ def hard_composite(original: np.ndarray, generated: np.ndarray, soft: np.ndarray
     """The control: ``generated`` pasted where soft >= 0.5, all HxW(x3) in [0, 1]."""
     inside = soft >= 0.5
     return np.where(inside if original.ndim == 2 else inside[..., None], generated, original)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Mean gradient of results over mean gradient of originals at the same borders, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    pictures: int
-
-
-def gradient_ratio(results: Sequence[float], originals: Sequence[float], draws: int = 2000, seed: int = 0) -> Ratio:
-    """Ratio of the mean gradients; the interval is a bootstrap over pictures (percentiles of ``draws`` resamplings)."""
-    drawn, real = np.asarray(results, float), np.asarray(originals, float)
-    chosen = np.random.default_rng(seed).integers(0, len(drawn), (draws, len(drawn)))
-    low, high = np.percentile(drawn[chosen].mean(axis=1) / real[chosen].mean(axis=1), (2.5, 97.5))
-    return Ratio(float(drawn.mean() / real.mean()), float(low), float(high), len(drawn))

@@ -1,12 +1,12 @@
 """Real lesions against synthetic ones: everything ``tool/evaluate.py`` measures but copies, from two lists of samples.
 
 What is compared is the model's crop around each lesion (the YAML's ``data`` block), as the networks see it: a whole
-synthetic picture is its parent's but for the lesion.
+synthetic image is its parent's but for the lesion.
 """
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -54,7 +54,7 @@ SSIM_REACH = 5  # half of SSIM's window
 
 @dataclass(frozen=True, eq=False)
 class Lesion:
-    """What is kept of a lesion: small pictures, native numbers and BiomedCLIP's rows.
+    """What is kept of a lesion: small images, native numbers and the encoder's vectors.
 
     crop: uint8 grey, at most CROP_SIDE square, the model's crop; inside: bool of that size, the lesion without feather.
     features: CLS token of the crop; alone: the same of the lesion with everything around it hidden, of length 1;
@@ -97,8 +97,8 @@ def read_lesions(
 
 
 def _lesions(read: Sequence[tuple[Sample, PreparedSample]], encoder: ImageTextEncoder) -> list[Lesion]:
-    images = torch.stack([picture.image for _, picture in read])
-    masks = torch.stack([picture.mask for _, picture in read])
+    images = torch.stack([image.image for _, image in read])
+    masks = torch.stack([image.mask for _, image in read])
     side = min(CROP_SIDE, images.shape[-1])
     grey = F.interpolate(images.mean(dim=1, keepdim=True), size=(side, side), mode="area")
     crops = ((grey + 1) * 127.5).round().clamp(0, 255).byte().squeeze(1).numpy()
@@ -106,19 +106,19 @@ def _lesions(read: Sequence[tuple[Sample, PreparedSample]], encoder: ImageTextEn
     alone = F.normalize(crop_features(encoder, [images], [masks < FULLY]), dim=1)
     rows = zip(crops, inside, crop_features(encoder, [images]), alone, image_embeddings(encoder, [images]), strict=True)
     return [
-        Lesion(sample, crop, within, *_native_numbers(picture), features, own, embedding)
-        for (sample, picture), (crop, within, features, own, embedding) in zip(read, rows, strict=True)
+        Lesion(sample, crop, within, *_native_numbers(image), features, own, embedding)
+        for (sample, image), (crop, within, features, own, embedding) in zip(read, rows, strict=True)
     ]
 
 
-def _native_numbers(picture: PreparedSample) -> tuple[float, float, float]:
+def _native_numbers(image: PreparedSample) -> tuple[float, float, float]:
     """Diameter, contrast and texture of a lesion at native size."""
-    unit = to_unit(picture.original, picture.intensity_range)
+    unit = to_unit(image.original, image.intensity_range)
     grey = unit if unit.ndim == 2 else unit.mean(axis=2)
-    wide = cv2.dilate(picture.hard.astype(np.uint8), np.ones((2 * RING + 1,) * 2, np.uint8)) > 0
-    ring, inside = wide & ~picture.hard, grey[picture.hard]
+    wide = cv2.dilate(image.hard.astype(np.uint8), np.ones((2 * RING + 1,) * 2, np.uint8)) > 0
+    ring, inside = wide & ~image.hard, grey[image.hard]
     contrast = float(inside.mean() - grey[ring].mean()) if ring.any() else 0.0
-    return equivalent_diameter(picture.hard), contrast, float(inside.std())
+    return equivalent_diameter(image.hard), contrast, float(inside.std())
 
 
 def lesion_rows(lesions: Sequence[Lesion], name: str) -> Tensor:
@@ -131,38 +131,38 @@ def lesion_rows(lesions: Sequence[Lesion], name: str) -> Tensor:
 
 def set_distances(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
     """Frechet, kernel, density and coverage with intervals, and what two halves of the real ones differ by."""
-    features = [lesion_rows(lesions, "features") for lesions in (real, synthetic)]
-    measures: dict[str, Any] = {"frechet": frechet_distance, "kernel": kernel_distance}
+    first, second = lesion_rows(real, "features"), lesion_rows(synthetic, "features")
+    measures: dict[str, Callable[[Tensor, Tensor], float]] = {"frechet": frechet_distance, "kernel": kernel_distance}
     if len(real) > 2 * (NEIGHBOURS + 1):
         measures |= {"density": density, "coverage": coverage}
     found: dict[str, Any] = {}
     for name, measure in tqdm(measures.items(), desc="distances", leave=False, disable=None):
-        estimate = dataclasses.asdict(by_halves(measure, *features))
+        estimate = dataclasses.asdict(by_halves(measure, first, second))
         if name != "kernel" and estimate["low"] is not None:
             estimate["low"] = max(estimate["low"], 0.0)
         if name == "coverage" and estimate["high"] is not None:
             estimate["high"] = min(estimate["high"], 1.0)
-        found[name] = {**estimate, "between_halves_of_real": between_halves(measure, features[0])}
+        found[name] = {**estimate, "between_halves_of_real": between_halves(measure, first)}
     return found
 
 
 def small_sample_warnings(real: int, synthetic: int, dimensions: int) -> list[str]:
-    """What the numbers of pictures do not allow to conclude, in sentences."""
-    said, fewest = [], min(real, synthetic)
+    """Warnings about sets that are too small for what is measured; ``dimensions``: of the encoder's features."""
+    warnings, fewest = [], min(real, synthetic)
     if fewest <= dimensions:
-        said.append(
+        warnings.append(
             f"The Frechet distance is that of {fewest} pictures in {dimensions} dimensions: their covariance is "
             "singular, and the number depends on how many they are more than on what they show. Compare it only with "
             f"one of as many pictures; more than {dimensions} in each set are needed for more."
         )
     if fewest < 50:
-        said.append(f"{fewest} pictures in the smaller set: kernel distance, density and coverage are rough.")
+        warnings.append(f"{fewest} pictures in the smaller set: kernel distance, density and coverage are rough.")
     if real <= 2 * (NEIGHBOURS + 1):
-        said.append(
+        warnings.append(
             f"Density and coverage need more than {2 * (NEIGHBOURS + 1)} real pictures, {real} were given: not "
             "measured."
         )
-    return said
+    return warnings
 
 
 # ------------------------------------------------------------------------------------------------------ parents
@@ -173,33 +173,38 @@ def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
 
     Outside: so far from the soft mask that SSIM's window does not reach it.
     """
-    values: dict[str, dict[str, list[float]]] = {s: {"ssim": [], "psnr": []} for s in ("outside", "inside")}
+    regions: dict[str, dict[str, list[tuple[float, str]]]]  # (value, patient) by region and measure
+    regions = {name: {"ssim": [], "psnr": []} for name in ("outside", "inside")}
     equal, orphans = 0, 0
     for lesion in tqdm(synthetic, desc="parents", leave=False, disable=None):
         if not isinstance(lesion.sample.meta.get("parent_image"), str) or lesion.sample.soft_mask is None:
             orphans += 1
             continue
         try:
-            picture = read_result(lesion.sample)
+            image = read_result(lesion.sample)
         except MedSoftError as error:
             log.warning("not compared with its parent: %s", error)
             orphans += 1
             continue
-        original, result = (x if x.ndim == 2 else x.mean(axis=2) for x in picture.shown())
-        near = cv2.dilate((picture.soft > 0).astype(np.uint8), np.ones((2 * SSIM_REACH + 1,) * 2, np.uint8)) > 0
-        equal += picture.changed_outside == 0
-        for name, region in (("outside", ~near), ("inside", picture.soft >= 0.5)):
+        original, result = (x if x.ndim == 2 else x.mean(axis=2) for x in image.shown())
+        near = cv2.dilate((image.soft > 0).astype(np.uint8), np.ones((2 * SSIM_REACH + 1,) * 2, np.uint8)) > 0
+        equal += image.changed_outside == 0
+        for name, region in (("outside", ~near), ("inside", image.soft >= 0.5)):
             found = likeness(original, result, region)
-            if found is not None:
-                values[name]["ssim"].append(found[0])
-                values[name]["psnr"] += [found[1]] if np.isfinite(found[1]) else []
+            for measure, value in zip(("ssim", "psnr"), found or (), strict=False):
+                if np.isfinite(value):
+                    regions[name][measure].append((value, lesion.sample.patient_id))
     compared = len(synthetic) - orphans
-    summary = {name: {key: as_dict(mean_of(each)) for key, each in group.items()} for name, group in values.items()}
+    summary: dict[str, dict[str, Any]] = {
+        name: {key: as_dict(mean_of([v for v, _ in each], [p for _, p in each])) for key, each in measures.items()}
+        for name, measures in regions.items()
+    }
     summary["outside"]["unchanged_pictures"] = equal / compared if compared else None
     return {"compared": compared, "without_parent": orphans, **summary}
 
 
 def as_dict(estimate: Estimate | None) -> dict[str, Any] | None:
+    """An estimate as evaluation.json holds it."""
     return None if estimate is None else dataclasses.asdict(estimate)
 
 
@@ -212,30 +217,27 @@ def text_agreement(encoder: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict
     Others': prompts with other words and, where both are known, of another lesion type. None without any such pair.
     """
     prompts = [lesion.sample.prompt for lesion in lesions]
-    kinds = [lesion.sample.lesion_type for lesion in lesions]
+    types = [lesion.sample.lesion_type for lesion in lesions]
     texts = list(dict.fromkeys(prompts))
-    place = torch.tensor([texts.index(prompt) for prompt in prompts])
-    kind_of = dict(zip(prompts, kinds, strict=True))
+    own_column = torch.tensor([texts.index(prompt) for prompt in prompts])
+    type_of = dict(zip(prompts, types, strict=True))
     cosines = lesion_rows(lesions, "embedding") @ text_embeddings(encoder, texts).T  # (N, T)
-    foreign = torch.tensor(
+    comparable = torch.tensor(
         [
-            [text != prompt and not (kind and kind == kind_of[text]) for text in texts]
-            for prompt, kind in zip(prompts, kinds, strict=True)
+            [text != prompt and not (lesion_type and lesion_type == type_of[text]) for text in texts]
+            for prompt, lesion_type in zip(prompts, types, strict=True)
         ]
     )
-    if not foreign.any():
+    if not comparable.any():
         return None
-    kept = foreign.any(dim=1)
-    own = cosines[torch.arange(len(lesions)), place][kept]
-    other, foreign = cosines[kept], foreign[kept].double()
-    mean_other = (other * foreign).sum(dim=1) / foreign.sum(dim=1)
-    wins = ((own[:, None] > other) * foreign).sum(dim=1) / foreign.sum(dim=1)
-    return {
-        "own": as_dict(mean_of(own.tolist())),
-        "others": as_dict(mean_of(mean_other.tolist())),
-        "difference": as_dict(mean_of((own - mean_other).tolist())),
-        "own_is_closer": as_dict(mean_of(wins.tolist())),
-    }
+    kept = comparable.any(dim=1)
+    own = cosines[torch.arange(len(lesions)), own_column][kept]
+    other, weights = cosines[kept], comparable[kept].double()
+    mean_other = (other * weights).sum(dim=1) / weights.sum(dim=1)
+    wins = ((own[:, None] > other) * weights).sum(dim=1) / weights.sum(dim=1)
+    patients = [lesion.sample.patient_id for lesion, keep in zip(lesions, kept.tolist(), strict=True) if keep]
+    numbers = {"own": own, "others": mean_other, "difference": own - mean_other, "own_is_closer": wins}
+    return {name: as_dict(mean_of(each.tolist(), patients)) for name, each in numbers.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ distributions

@@ -1,7 +1,7 @@
-"""Numbers that compare two sets of pictures: distances of feature sets, density and coverage, likeness, copies.
+"""Numbers that compare two sets of images: distances of feature sets, density and coverage, likeness, copies.
 
 Features are BiomedCLIP's (``crop_features``), rows of float64 (N, D). Set distances get their interval by half-samples:
-resampling with replacement would put equal pictures into a set, which every nearest-neighbour or kernel number notices.
+resampling with replacement would put equal images into a set, which every nearest-neighbour or kernel number notices.
 """
 
 import math
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ldm.networks.encoder import ImageTextEncoder
 
 NEIGHBOURS = 5  # k of density and coverage, as in their paper
-HALVES, DRAWS = 100, 2000  # resamplings of a set distance, of a mean
+HALVES, DRAWS = 100, 2000  # resamplings of a set distance, of a mean or ratio
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def crop_features(clip: "ImageTextEncoder", images: Sequence[Tensor], hidden: Se
 
     ``images``: batches (B, 3, S, S) in [-1, 1]; ``hidden``: for each batch (B, 1, S, S), > 0 where nothing is seen.
     """
-    hidden = [None] * len(images) if hidden is None else hidden
-    found = [clip.encode_image(image, gone)[1].double().cpu() for image, gone in zip(images, hidden, strict=True)]
+    masks: Sequence[Tensor | None] = [None] * len(images) if hidden is None else hidden
+    found = [clip.encode_image(image, mask)[1].double().cpu() for image, mask in zip(images, masks, strict=True)]
     return torch.cat(found)
 
 
@@ -74,7 +74,8 @@ def text_embeddings(clip: "ImageTextEncoder", prompts: Sequence[str]) -> Tensor:
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Frechet distance of two Gaussians fitted to features (N, D) and (M, D), N and M at least 2, by torchmetrics.
 
-    Heusel et al. 2017, squared as is usual. With fewer rows than D + 1 the covariances are singular: see ``few``.
+    Heusel et al. 2017, squared as is usual. With fewer rows than D + 1 the covariances are singular: see
+    ``small_sample_warnings``.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -101,22 +102,22 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
 
 
 def density(real: Tensor, other: Tensor, k: int = NEIGHBOURS) -> float:
-    """How many real neighbourhoods an ``other`` picture lies in, over k: 1 for the real distribution itself.
+    """How many real neighbourhoods an ``other`` image lies in, over k: 1 for the real distribution itself.
 
-    Naeem et al. 2020, "Reliable fidelity and diversity metrics". A real picture's neighbourhood is the ball to its
+    Naeem et al. 2020, "Reliable fidelity and diversity metrics". A real image's neighbourhood is the ball to its
     k-th nearest other real one. Needs more than k real rows.
     """
     return float(_inside(real, other, k).double().sum() / (k * len(other)))
 
 
 def coverage(real: Tensor, other: Tensor, k: int = NEIGHBOURS) -> float:
-    """Share of real neighbourhoods (see ``density``) that hold an ``other`` picture: 1 = all of the variety."""
+    """Share of real neighbourhoods (see ``density``) that hold an ``other`` image: 1 = all of the variety."""
     return float(_inside(real, other, k).any(dim=1).double().mean())
 
 
 def _inside(real: Tensor, other: Tensor, k: int) -> Tensor:
-    """Bool (N, M): is the other picture within the real one's neighbourhood?"""
-    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest one is the picture itself
+    """Bool (N, M): is the other image within the real one's neighbourhood?"""
+    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest one is the image itself
     return torch.cdist(real, other) < radius[:, None]
 
 
@@ -150,16 +151,30 @@ def between_halves(measure: Callable[[Tensor, Tensor], float], features: Tensor,
     return float(np.mean(found))
 
 
-def mean_of(values: Sequence[float], seed: int = 0) -> Estimate | None:
-    """Mean with a bootstrap interval over pictures (percentiles); None for none, no interval for one."""
-    numbers = np.asarray(values, float)
-    if not len(numbers):
-        return None
-    if len(numbers) == 1:
-        return Estimate(float(numbers[0]))
-    chosen = np.random.default_rng(seed).integers(0, len(numbers), (DRAWS, len(numbers)))
-    low, high = np.percentile(numbers[chosen].mean(axis=1), (2.5, 97.5))
-    return Estimate(float(numbers.mean()), float(low), float(high))
+def mean_of(values: Sequence[float], patients: Sequence[str]) -> Estimate | None:
+    """Mean of one value an image, with the interval of ``ratio_of``; None for no value."""
+    return ratio_of(values, [1.0] * len(values), patients) if len(values) else None
+
+
+def ratio_of(
+    numerators: Sequence[float], denominators: Sequence[float], patients: Sequence[str], seed: int = 0
+) -> Estimate:
+    """Sum of the numerators over sum of the denominators, of at least one image each with its patient.
+
+    The interval is a percentile bootstrap over patients, since the images of one patient resemble each other; with as
+    many patients as images that is one over images. None for a single patient.
+    """
+    sums = np.array([numerators, denominators], float)
+    value = float(sums[0].sum() / sums[1].sum())
+    known = {patient: index for index, patient in enumerate(dict.fromkeys(patients))}
+    if len(known) == 1:
+        return Estimate(value)
+    by_patient = np.zeros((2, len(known)))
+    np.add.at(by_patient.T, [known[patient] for patient in patients], sums.T)
+    chosen = np.random.default_rng(seed).integers(0, len(known), (DRAWS, len(known)))
+    resampled = by_patient[:, chosen].sum(axis=2)
+    low, high = np.percentile(resampled[0] / resampled[1], (2.5, 97.5))
+    return Estimate(value, float(low), float(high))
 
 
 # ------------------------------------------------------------------------------------------------------ likeness

@@ -1,6 +1,5 @@
 """One evaluation from end to end: real against synthetic lesions, copies, all files of its output folder."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from ldm.config import BiomedClipConfig, DataConfig
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import fingerprint
 from ldm.core.run_folder import RunFolder
+from ldm.core.schema import identity
 from ldm.data.annotations import load_samples
 from ldm.data.preparation import sample_identity
 from ldm.data.samples import Reject, Sample
@@ -79,7 +79,7 @@ def evaluate(
         samples, rejects = _read_sources(sources)
         encoder = open_encoder(biomedclip)
         identities = {name: fingerprint([sample_identity(s) for s in each]) for name, each in samples.items()}
-        settings = {**identities, "biomedclip": encoder.fingerprint, "data": dataclasses.asdict(data)}
+        settings = {**identities, "biomedclip": encoder.fingerprint, "data": identity(data, "features")}
         record = folder.open(settings, overwrite, anew=overwrite)
         if record and record["complete"] and not (quarantine and record["copies"]["count"]):
             log.info("%s: already complete", output_dir)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_json, write_json
+from ldm.core.run_folder import RunFolder
 from ldm.core.tables import read_table
 from ldm.data.samples import Sample
 from ldm.reports.comparison import facts, interleave, read_all_results, read_result, write_cards, write_sheet
@@ -42,8 +43,9 @@ def report_demo(folder: Path) -> None:
     """
     inputs = read_inputs(folder)
     summary = summarise(inputs)
-    write_report(inputs, summary)
-    write_json(folder / "summary.json", summary)
+    with RunFolder(folder, "summary.json").lock(wait=True):
+        write_report(inputs, summary)
+        write_json(folder / "summary.json", summary)
     for key, (limit, _) in bars(summary).items():
         verdict = "MISSED" if key in summary["missed"] else "met"
         log.info("%-32s %-8s expected %s: %s", key, _shown(summary, key), limit, verdict)

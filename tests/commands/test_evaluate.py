@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.run_folder import RunFolder
 from ldm.data.images import read_image
 from ldm.data.png import write_png
 from ldm.phantom.dataset import write_dataset
@@ -251,3 +252,26 @@ def test_a_full_quarantine_loses_nothing(real: Path, honest: Path, tmp_path: Pat
     with pytest.raises(MedSoftError, match="is there already; move it away, then run again"):
         run(real, results, tmp_path / "out", "--quarantine")
     assert (results / copied.name / "image.png").exists()
+
+
+def test_one_evaluation_at_a_time_and_files_of_others_stay(real: Path, honest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".partial-of-another", "notes.txt"):
+        (out / name).write_text("mine")
+    with RunFolder(out, "evaluation.json").lock(), pytest.raises(UsageError, match="another run is writing here"):
+        run(real, honest, out)
+    assert {path.name for path in out.iterdir()} == {".partial-of-another", "notes.txt"}
+    assert run(real, honest, out) == 0
+    assert run(real, honest, out, "--overwrite") == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert found(out)["complete"]
+
+
+def test_a_report_that_no_evaluation_wrote_is_not_replaced(real: Path, honest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.html").write_text("of another command")
+    with pytest.raises(UsageError, match=r"holds no results of this command \(report.html is there"):
+        run(real, honest, out, "--overwrite")
+    assert [path.name for path in out.iterdir()] == ["report.html"]

@@ -20,6 +20,7 @@ from ldm.evaluation.metrics import (
     kernel_distance,
     likeness,
     mean_of,
+    ratio_of,
     text_embeddings,
 )
 from ldm.networks.biomedclip import BiomedClip
@@ -113,11 +114,35 @@ def test_halves_of_one_set_differ_less_than_two_kinds() -> None:
 
 def test_mean_with_a_bootstrap_interval() -> None:
     values = np.random.default_rng(0).normal(3, 2, 400)
-    found = mean_of(values.tolist())
+    found = mean_of(values.tolist(), [str(i) for i in range(400)])
     assert found.value == pytest.approx(values.mean())
     assert found.high - found.low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.2)
-    assert mean_of([]) is None
-    assert mean_of([2.0]).low is None
+    assert mean_of([], []) is None
+    assert mean_of([2.0], ["a"]).low is None
+
+
+def test_ratio_of_sums_with_a_bootstrap_interval() -> None:
+    rng = np.random.default_rng(0)
+    patients = [str(i) for i in range(200)]
+    real = rng.uniform(1, 2, 200)
+    found = ratio_of(1.1 * real + 0.05 * rng.standard_normal(200), real, patients)
+    assert found.low < found.value < found.high
+    assert found.value == pytest.approx(1.1, abs=0.02)
+    assert 0.005 < found.high - found.low < 0.1
+    same = ratio_of(real, real, patients)
+    assert (same.value, same.low, same.high) == (1, 1, 1)
+
+
+def test_images_of_one_patient_are_resampled_together() -> None:
+    """Ten copies of each patient's image tell no more than one does; images of a single patient give no interval."""
+    values = np.random.default_rng(1).normal(3, 2, 30)
+    patients = [str(i) for i in range(30)]
+    once, often = (
+        mean_of(values.tolist(), patients),
+        mean_of(np.repeat(values, 10).tolist(), list(np.repeat(patients, 10))),
+    )
+    assert (often.value, often.low, often.high) == pytest.approx((once.value, once.low, once.high))
+    assert mean_of([1.0, 2.0], ["a", "a"]).low is None
 
 
 # ------------------------------------------------------------------------------------------------------ likeness

@@ -13,7 +13,6 @@ from tiny import TRAIN, infer, metas
 
 from ldm.data.images import read_image
 from ldm.data.png import write_png
-from ldm.data.seam import border_gradient, gradient_ratio, hard_composite
 from ldm.inference.gallery import PANELS, TILE, measures, write_gallery
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -133,49 +132,6 @@ def test_two_thousand_pictures_make_a_light_page(tmp_path: Path) -> None:
     assert "content-visibility: auto" in page.read_text()
     assert {file.name for file in thumbnails.iterdir()} == before  # nothing was drawn again
     assert all(file.stat().st_size < 200_000 for file in thumbnails.iterdir())
-
-
-# ------------------------------------------------------------------------------------------------- the seam
-
-
-def test_border_gradient_by_hand() -> None:
-    unit = np.zeros((5, 6), np.float32)
-    unit[:, 3:] = 0.5
-    hard = np.zeros((5, 6), np.float32)
-    hard[1:4, 1:3] = 1
-    # 3 x 2 cells: 2 + 2 vertical steps of 0, 3 on the left of 0, 3 on the right of 0.5
-    assert border_gradient(unit, hard) == pytest.approx(3 * 0.5 / 10)
-    assert border_gradient(np.repeat(unit[..., None], 3, axis=2), hard) == pytest.approx(0.15)
-    soft = hard.copy()
-    soft[2, 2] = 0.5  # its two neighbours above and below, and the one on the left, are steps too
-    assert border_gradient(unit, soft) == pytest.approx(3 * 0.5 / 13)
-    assert np.isnan(border_gradient(unit, np.ones((5, 6))))
-
-
-def test_hard_composite_shows_at_the_border_and_the_soft_one_does_not() -> None:
-    rng = np.random.default_rng(0)
-    original = 0.5 + 0.01 * rng.standard_normal((64, 64))
-    generated = original + 0.2
-    axis = np.linspace(-1, 1, 64)
-    soft = np.clip(1.6 - 2 * np.hypot(*np.meshgrid(axis, axis)), 0, 1).round(2)
-    smooth = soft * generated + (1 - soft) * original
-    pasted = hard_composite(original, generated, soft)
-    assert np.array_equal(pasted[soft >= 0.5], generated[soft >= 0.5])
-    assert np.array_equal(pasted[soft < 0.5], original[soft < 0.5])
-    real = border_gradient(original, soft)
-    assert border_gradient(smooth, soft) < 1.2 * real
-    assert border_gradient(pasted, soft) > 1.3 * border_gradient(smooth, soft)
-
-
-def test_ratio_has_an_interval_over_pictures() -> None:
-    rng = np.random.default_rng(0)
-    real = rng.uniform(1, 2, 200)
-    found = gradient_ratio(1.1 * real + 0.05 * rng.standard_normal(200), real)
-    assert found.low < found.value < found.high
-    assert found.value == pytest.approx(1.1, abs=0.02)
-    assert 0.005 < found.high - found.low < 0.1
-    assert gradient_ratio(real, real).low == gradient_ratio(real, real).high == 1
-    assert found.pictures == 200
 
 
 # ------------------------------------------------------------------------------------------------- in a browser

@@ -1,0 +1,94 @@
+"""How visible the border of inpainted lesions is: diseased samples are inpainted again in their own masks."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ldm.config import Config
+from ldm.core.distributed import start_processes
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import sha256_file, write_json
+from ldm.data.annotations import load_samples
+from ldm.data.images import to_unit
+from ldm.data.preparation import prepare
+from ldm.data.samples import Sample
+from ldm.data.seam import border_gradient, hard_composite
+from ldm.evaluation.metrics import Estimate, ratio_of
+from ldm.inference.inpainter import Inpainter, Job, load_inpainter
+
+log = logging.getLogger("measure_seam")
+
+BORDERS = ("band", "contour")
+COMPOSITES = {"result": "soft composite", "hard": "hard composite (control)"}
+
+
+@dataclasses.dataclass(frozen=True)
+class BorderGradient:
+    """Mean gradients across one mask's border: in the real image, in the result, in the hard composite."""
+
+    patient_id: str
+    real: float
+    result: float
+    hard: float
+
+
+def measure_seam(
+    checkpoint: Path, config: Config, source: Path, output: Path, limit: int | None, seed: int, device: str
+) -> None:
+    """Write to ``output``, as JSON, the gradients of ``source``'s inpainted lesions over those of the real images.
+
+    ``limit``: at most so many diseased samples. MedSoftError without a diseased sample or a border to measure at.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError("--limit: expected at least 1")
+    diseased = [sample for sample in load_samples(source)[0] if not sample.healthy][:limit]
+    if not diseased:
+        raise MedSoftError(f"{source}: has no diseased sample; they are redrawn in their own masks")
+    inpainter = load_inpainter(checkpoint, config, start_processes(device, 1, 1).device)
+    found = border_gradients(inpainter, diseased, seed)
+    if not any(each.real for each in found["contour"]):
+        raise MedSoftError(f"{source}: no mask has a border with a gradient in the real image")
+    rows: dict[str, Any] = {border: {name: _ratio(found[border], name) for name in COMPOSITES} for border in BORDERS}
+    write_json(output, {**rows, "data": str(source), "checkpoint_sha256": sha256_file(checkpoint)})
+    for border in BORDERS:
+        for name, text in COMPOSITES.items():
+            row = rows[border][name]
+            interval = (
+                "one patient: no interval" if row["low"] is None else f"95 % [{row['low']:.3f}, {row['high']:.3f}]"
+            )
+            shown = border, text, row["value"], interval, row["pictures"]
+            log.info("%-8s %-25s %.3f of the real gradient, %s, %d pictures", *shown)
+    log.info("%s", output)
+
+
+def border_gradients(inpainter: Inpainter, samples: Sequence[Sample], seed: int) -> dict[str, list[BorderGradient]]:
+    """Gradients across the band and the contour of each sample's mask; a mask that covers its image has no border."""
+    found: dict[str, list[BorderGradient]] = {border: [] for border in BORDERS}
+    size = inpainter.config.sampling.batch_size
+    for first in tqdm(range(0, len(samples), size), "redrawing", unit=" batches"):
+        batch = samples[first : first + size]
+        prepared = [prepare(sample, inpainter.config.data, seed, 0) for sample in batch]
+        results = inpainter.draw(prepared, [Job(seed, sample.sample_id, 0, sample.prompt) for sample in batch])
+        for sample, image, result in zip(batch, prepared, results, strict=True):
+            if result.pixels is None or result.generated is None:
+                raise MedSoftError(f"{sample.sample_id}: values that are not numbers appeared {result.fault}")
+            real = to_unit(image.original, image.intensity_range)
+            pasted = hard_composite(real, result.generated, image.soft)
+            compared = (real, to_unit(result.pixels, image.intensity_range), pasted)
+            for border, soft in (("band", image.soft), ("contour", image.soft >= 0.5)):
+                across = [border_gradient(each, soft) for each in compared]
+                if math.isfinite(across[0]):
+                    found[border].append(BorderGradient(sample.patient_id, *across))
+    return found
+
+
+def _ratio(found: Sequence[BorderGradient], name: str) -> dict[str, Any]:
+    """Mean gradient of one composite over that of the real images, with an interval over patients."""
+    values = [getattr(each, name) for each in found]
+    ratio: Estimate = ratio_of(values, [each.real for each in found], [each.patient_id for each in found])
+    return {**dataclasses.asdict(ratio), "pictures": len(found)}
