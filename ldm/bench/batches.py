@@ -23,6 +23,7 @@ from ldm.core import cli
 from ldm.core.devices import on_host, out_of_memory, resolve_precision, steps_behind
 from ldm.core.errors import UsageError
 from ldm.core.files import write_json
+from ldm.core.tables import markdown_head, markdown_row
 from ldm.training.estimates import GIB, fake_batch, fake_stage, step_operations
 
 log = logging.getLogger("bench")
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     precision = resolve_precision(next(iter(configs.values())).training.precision)
     peak = matrix_speed(device)
     log.info("%s, torch %s, %s, peak %.0f TFLOP/s", where, torch.__version__, precision, peak / 1e12)
-    log.info("\n| %s |\n|%s", " | ".join(COLUMNS), "---|" * len(COLUMNS))
+    log.info("\n%s", markdown_head(COLUMNS))
     rows: list[dict[str, Any]] = []
     for stage, config in configs.items():
         for row in sweep(config, sizes, args.repeats, device, precision == "bf16-mixed"):
@@ -124,7 +125,7 @@ def as_line(row: dict[str, Any], peak: float) -> str:
     cells = [row["stage"], "yes" if row["compiled"] else "no", f"{row['batch']}", f"{row['first']:.1f}"]
     cells += [f"{1000 * seconds:.1f}", f"{row['batch'] / seconds:.2f}", f"{speed / 1e12:.1f}", f"{speed / peak:.0%}"]
     cells.append("-" if row["memory"] is None else f"{row['memory'] / GIB:.1f}")
-    return f"| {' | '.join(cells)} |"
+    return markdown_row(cells)
 
 
 def _wait(device: torch.device) -> None:

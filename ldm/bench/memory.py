@@ -18,6 +18,7 @@ from ldm.config import Config
 from ldm.core import cli
 from ldm.core.devices import half_is_fast, peak_memory
 from ldm.core.files import write_json
+from ldm.core.tables import markdown_head, markdown_row
 from ldm.training.estimates import GIB, Memory, fake_batch, fake_stage, stage_memory
 
 log = logging.getLogger("bench")
@@ -30,26 +31,24 @@ def main(args: argparse.Namespace) -> int:
     stages = stage_configs(args.config, args.overrides)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: list[dict[str, Any]] = []
-    log.info("| stage | precision | checkpointing | %s |\n|%s", " | ".join(COLUMNS), "---|" * (3 + len(COLUMNS)))
+    log.info("%s", markdown_head(("stage", "precision", "checkpointing", *COLUMNS)))
     for stage, config in stages.items():
         for half in (False, True):
             for again in (False, True):
                 config.training.activation_checkpointing = again
                 memory = stage_memory(config, args.batch_size, half, device)
                 precision = "bf16-mixed" if half else "32-true"
-                log.info(
-                    "| %s | %s | %s | %s |", stage, precision, "yes" if again else "no", " | ".join(_shown(memory))
-                )
+                log.info("%s", markdown_row((stage, precision, "yes" if again else "no", *_shown(memory))))
                 results.append({"stage": stage, "precision": precision, "checkpointing": again, **vars(memory)})
     measured = []
     log.info("")
-    log.info("| stage | one step, measured | computed | seconds |\n|---|---|---|---|")
+    log.info("%s", markdown_head(("stage", "one step, measured", "computed", "seconds")))
     for stage in stages:
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # its peak is its own
             row = pool.apply(one_step, (args.config, stage, args.overrides, args.batch_size))
         measured.append(row)
-        words = (stage, row["peak"] / GIB, row["computed"] / GIB, row["seconds"])
-        log.info("| %s | %.2f | %.2f | %.0f |", *words)
+        numbers = f"{row['peak'] / GIB:.2f}", f"{row['computed'] / GIB:.2f}", f"{row['seconds']:.0f}"
+        log.info("%s", markdown_row((stage, *numbers)))
     log.info("in GiB, batch %d; measured: the most that the process ever held (%s)", args.batch_size, _where())
     if args.output:
         write_json(

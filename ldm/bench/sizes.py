@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.checkpoints.checkpoint import NAMES
 from ldm.config import Config, load_config
 from ldm.core.paths import SHIPPED
+from ldm.core.tables import markdown_table
 from ldm.networks.attention import Conditioning
 from ldm.networks.biomedclip import build_clip
 from ldm.networks.model import MedSoftModel
@@ -69,14 +70,14 @@ def document() -> str:
         [
             INTRODUCTION,
             "## Parameters\n",
-            _table(["part", "parameters", "in float32"], parts),
+            markdown_table(["part", "parameters", "in float32"], parts) + "\n",
             "The third attention is attn3 with its norm4, in 16 blocks. BiomedCLIP is frozen and in no checkpoint.\n",
             "## Checkpoints\n",
-            _table(["file", "holds", "trained", "size while training (weights + optimizer)"], files),
+            markdown_table(["file", "holds", "trained", "size while training (weights + optimizer)"], files) + "\n",
             "All in float32. While a stage trains, `last.ckpt` also holds AdamW's two moments of every trained "
             "parameter; a finished one holds the weights only.\n",
             "## One call, batch 1, 512 x 512\n",
-            _table(["call", "GFLOP"], calls),
+            markdown_table(["call", "GFLOP"], calls) + "\n",
             "Matrix products and convolutions, as PyTorch's `FlopCounterMode` counts them. Guidance: two U-Net calls.",
         ]
     ) + "\n"  # fmt: skip
@@ -143,8 +144,3 @@ def operations(model: MedSoftModel, clip: CustomTextCLIP, config: Config) -> lis
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,8 +1,8 @@
-"""CSV tables, written whole and read with their columns checked, and texts cut to a length."""
+"""CSV tables, written whole and read with their columns checked; Markdown tables; texts cut to a length."""
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,21 @@ def read_table(path: str | Path, columns: Sequence[str], what: str = "table") ->
         if rows[0].get(column) is None:
             raise MedSoftError(f"{path}: expected a column {column}, found {', '.join(map(str, rows[0]))}")
     return rows
+
+
+def markdown_row(cells: Iterable[object]) -> str:
+    """One line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def markdown_head(columns: Sequence[str]) -> str:
+    """The first two lines of a Markdown table, for rows that follow one by one."""
+    return f"{markdown_row(columns)}\n{markdown_row(['---'] * len(columns))}"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A whole Markdown table, without a line break at its end."""
+    return "\n".join([markdown_head(columns), *map(markdown_row, rows)])
 
 
 def shortened(text: str, longest: int = 60) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_json, write_text
-from ldm.core.tables import write_csv
+from ldm.core.tables import markdown_table, write_csv
 from ldm.reports.figures import write_figure
 from ldm.reports.html import write_page
 
@@ -272,11 +272,6 @@ def _bounds(found: Interval | None, form: str) -> str:
         return "-"
     mean = form.format(found.mean)
     return mean if found.low is None else f"{mean} ({form.format(found.low)} to {form.format(found.high)})"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table for study.md."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
 
 
 def dose_figure(study: Study) -> "Figure":

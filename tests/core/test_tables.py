@@ -1,0 +1,24 @@
+"""ldm/core/tables.py: CSV and Markdown."""
+
+from pathlib import Path
+
+import pytest
+
+from ldm.core.errors import MedSoftError
+from ldm.core.tables import markdown_head, markdown_row, markdown_table, read_table, write_csv
+
+
+def test_csv_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    write_csv(path, [{"a": 'x, "y"', "b": 1.5}, {"a": None, "b": 2}])
+    assert path.read_text() == 'a,b\n"x, ""y""",1.5\n,2\n'
+    assert read_table(path, ["a", "b"]) == [{"a": 'x, "y"', "b": "1.5"}, {"a": "", "b": "2"}]
+    with pytest.raises(MedSoftError, match=r"table\.csv: expected a column c, found a, b"):
+        read_table(path, ["c"])
+
+
+def test_a_markdown_table_is_its_head_and_its_rows() -> None:
+    rows = [("a", 1), ("b", None)]
+    lines = ["| name | value |", "| --- | --- |", "| a | 1 |", "| b | None |"]
+    assert markdown_table(["name", "value"], rows).split("\n") == lines
+    assert [*markdown_head(["name", "value"]).split("\n"), *map(markdown_row, rows)] == lines
