@@ -73,10 +73,10 @@ def border_gradients(inpainter: Inpainter, samples: Sequence[Sample], seed: int)
     for first in tqdm(range(0, len(samples), size), "redrawing", unit=" batches"):
         batch = samples[first : first + size]
         prepared = [prepare(sample, inpainter.config.data, seed, 0) for sample in batch]
-        results = inpainter.draw(prepared, [Job(seed, sample.sample_id, 0, sample.prompt) for sample in batch])
+        results = inpainter.inpaint(prepared, [Job(seed, sample.sample_id, 0, sample.prompt) for sample in batch])
         for sample, image, result in zip(batch, prepared, results, strict=True):
             if result.pixels is None or result.generated is None:
-                raise MedSoftError(f"{sample.sample_id}: values that are not numbers appeared {result.fault}")
+                raise MedSoftError(f"{sample.sample_id}: values that are not numbers appeared {result.error}")
             real = to_unit(image.original, image.intensity_range)
             pasted = hard_composite(real, result.generated, image.soft)
             compared = (real, to_unit(result.pixels, image.intensity_range), pasted)

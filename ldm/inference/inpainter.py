@@ -1,4 +1,4 @@
-"""Condition, sample, decode, composite: lesions drawn into one batch of pictures."""
+"""Condition, sample, decode, composite: lesions inpainted in one batch of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Job:
-    """What to draw: the picture's name for its noise (seed, sample_id, variant) and the sentence."""
+    """What to inpaint: the names that decide its noise (seed, sample_id, variant) and the prompt."""
 
     seed: int
     sample_id: str
@@ -35,19 +35,19 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class InpaintedImage:
-    """One drawn picture.
+    """One inpainted image.
 
-    pixels: like the picture's original, composited, or None if the model produced NaN or infinity; generated: float32
-    HxW(x3) in [0, 1], the same before compositing; fault: where the model produced the first value that is no number.
+    pixels: composited, of the original's size and type, or None if the model produced NaN or infinity; generated:
+    float32 HxW(x3) in [0, 1], the same before compositing; error: where the first value that is no number appeared.
     """
 
     pixels: np.ndarray | None = None
     generated: np.ndarray | None = None
-    fault: str | None = None
+    error: str | None = None
 
 
 class Inpainter:
-    """Draws with one model and one configuration (``config.sampling``)."""
+    """Inpaints with one model and one configuration (``config.sampling``)."""
 
     def __init__(
         self, net: MedSoftModel, encoder: ImageTextEncoder, config: Config, device: torch.device | str = "cpu"
@@ -57,27 +57,27 @@ class Inpainter:
         for_inference(self.net, DTYPES[config.sampling.precision])
 
     @torch.inference_mode()
-    def draw(self, pictures: Sequence[PreparedSample], jobs: Sequence[Job]) -> list[InpaintedImage]:
+    def inpaint(self, samples: Sequence[PreparedSample], jobs: Sequence[Job]) -> list[InpaintedImage]:
         """Native-size results. Outside the soft mask's support every pixel equals the original's."""
-        image = torch.stack([picture.image for picture in pictures]).to(self.device)
-        soft_mask = torch.stack([picture.mask for picture in pictures]).to(self.device)
-        generated, faults = self.generate(image, soft_mask, jobs)  # (B, 3, S, S) in [-1, 1]
+        image = torch.stack([sample.image for sample in samples]).to(self.device)
+        soft_mask = torch.stack([sample.mask for sample in samples]).to(self.device)
+        generated, errors = self.generate(image, soft_mask, jobs)  # (B, 3, S, S) in [-1, 1]
         results = []
-        for picture, drawn, fault in zip(pictures, generated.cpu(), faults, strict=True):
-            if fault is not None:
-                results.append(InpaintedImage(fault=fault))
+        for sample, inside, error in zip(samples, generated.cpu(), errors, strict=True):
+            if error is not None:
+                results.append(InpaintedImage(error=error))
                 continue
-            square = ((drawn + 1) / 2).permute(1, 2, 0).numpy()
-            native = picture.crop_window.backward(square, to_unit(picture.original, picture.intensity_range))
-            results.append(
-                InpaintedImage(composite(picture.original, native, picture.soft, picture.intensity_range), native)
-            )
+            square = ((inside + 1) / 2).permute(1, 2, 0).numpy()
+            intensity_range = sample.intensity_range
+            native = sample.crop_window.backward(square, to_unit(sample.original, intensity_range))
+            pixels = composite(sample.original, native, sample.soft, intensity_range)
+            results.append(InpaintedImage(pixels, native))
         return results
 
     def generate(self, image: Tensor, soft_mask: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, list[str | None]]:
         """The model's square before compositing: image (B, 3, S, S), soft_mask (B, 1, S, S) -> (B, 3, S, S).
 
-        With it, for each picture, None or where its first value that is no number appeared.
+        With it, for each image, None or where its first value that is no number appeared.
         """
         sampling, net = self.config.sampling, self.net
         dtype = DTYPES[sampling.precision]
@@ -89,8 +89,8 @@ class Inpainter:
         noise = torch.stack([image_noise(*_name(job), shape) for job in jobs]).to(self.device)
 
         def step_noise(index: int) -> Tensor:
-            drawn = [torch.randn(shape, generator=named_generator("step", index, *_name(job))) for job in jobs]
-            return torch.stack(drawn).to(self.device)
+            noises = [torch.randn(shape, generator=named_generator("step", index, *_name(job))) for job in jobs]
+            return torch.stack(noises).to(self.device)
 
         first_broken = torch.full((len(jobs),), -1, device=self.device)
 
@@ -100,10 +100,10 @@ class Inpainter:
 
         latent = sample_latent(net, sampling, noise, mask, masked, original, conditions, step_noise, watch)
         # The latent is looked at before decoding: that clamps, and would hide infinity as white.
-        faults = [f"at sampling step {n + 1} of {sampling.steps}" if n >= 0 else None for n in first_broken.tolist()]
+        errors = [f"at sampling step {n + 1} of {sampling.steps}" if n >= 0 else None for n in first_broken.tolist()]
         decoded = net.decode(latent.to(dtype)).float()
         sound = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
-        return decoded, [f or (None if ok else "while decoding") for f, ok in zip(faults, sound, strict=True)]
+        return decoded, [e or (None if ok else "while decoding") for e, ok in zip(errors, sound, strict=True)]
 
     def _conditions(self, image: Tensor, soft_mask: Tensor, mask: Tensor, prompts: list[str]) -> GuidanceConditions:
         net, dtype = self.net, DTYPES[self.config.sampling.precision]
@@ -114,7 +114,7 @@ class Inpainter:
 
 
 def load_inpainter(ckpt: str | Path, config: Config, device: str) -> Inpainter:
-    """The model of a final checkpoint with BiomedCLIP, checked against the configuration, ready to draw."""
+    """The model of a final checkpoint with BiomedCLIP, checked against the configuration, ready to inpaint."""
     net, encoder = open_model(config, read_checkpoint(ckpt))
     return Inpainter(net, encoder, config, device)
 

@@ -1,29 +1,34 @@
-"""Which pictures to draw and with which sentence: from a dataset, from earlier results, or one picture again."""
+"""What to inpaint and with which prompt: from a dataset, from earlier results, or one result again."""
 
-import argparse
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.config import DataConfig
+from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import named_seed, read_json, read_text
 from ldm.data.annotations import load_samples
 from ldm.data.folders import read_sample
+from ldm.data.images import read_image
+from ldm.data.masks import read_mask
+from ldm.data.preparation import PreparedSample, drawable, fit_sample, lesion_diameter, prepare
 from ldm.data.samples import Reject, Sample
+from ldm.inference.options import InferenceOptions
 
 log = logging.getLogger(__name__)
 
 CLASSES = ("all", "healthy", "diseased")
+MOSTLY = 0.6  # more of the image marked than this is probably a mask of the wrong polarity
 
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to draw: the sample to draw on, the variant, the sentence and the sample it came from.
+    """One result to make: the sample to inpaint, the variant, the prompt and the sample that the prompt came from.
 
-    ``source`` also decides the size of a healthy sample's lesion-shaped mask. ``fixed_mask``: draw in the sample's own
+    ``source`` also decides the size of a healthy sample's lesion-shaped mask. ``fixed_mask``: inpaint the sample's own
     mask and soft mask although it may be healthy (--like, --image, --replay, a healthy sample with a
     ``soft_mask.png``). ``record``: the meta.json to write again (--replay).
     """
@@ -38,40 +43,49 @@ class Task:
 
     @property
     def name(self) -> str:
-        """The picture's folder."""
+        """The result's folder."""
         return f"{self.sample.sample_id}__v{self.variant}"
 
 
-def plan_tasks(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
-    """What to draw, from the command line; and what cannot be drawn on. Says in one line what it chose."""
-    if args.image:
-        sample = Sample(
-            args.image.stem, args.image.resolve(), args.mask.resolve(), args.prompt, (0,) * 4, args.image.stem
-        )
-        return [Task(sample, k, args.prompt, args.seed, fixed_mask=True) for k in range(args.variants)], []
-    if args.replay:
-        return [task_from_metadata(args.replay)], []
-    if args.like:
-        return tasks_from_results(args)
-    return _dataset(args)
+def plan_tasks(
+    options: InferenceOptions, content: Callable[[Path | None], str | None]
+) -> tuple[list[Task], list[Reject]]:
+    """What to inpaint, and the samples that cannot be inpainted. Says in one line what it chose.
+
+    ``content`` gives a file's SHA-256, or None for a file that cannot be read.
+    """
+    if options.image:
+        return _single_image(options), []
+    if options.replay:
+        return [task_from_metadata(options.replay, content)], []
+    if options.like:
+        return tasks_from_results(options, options.like)
+    return _dataset(options)
 
 
-def _dataset(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
-    from ldm.data.preparation import drawable
+def _single_image(options: InferenceOptions) -> list[Task]:
+    assert options.image is not None  # the options were checked: these three come together
+    assert options.mask is not None
+    assert options.prompt is not None
+    name, box = options.image.stem, (0.0, 0.0, 0.0, 0.0)
+    sample = Sample(name, options.image.resolve(), options.mask.resolve(), options.prompt, box, name)
+    return [Task(sample, k, options.prompt, options.seed, fixed_mask=True) for k in range(options.variants)]
 
-    data = args.data or args.train_json
+
+def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
+    data = options.data or options.train_json
     samples, rejects = load_samples(data)
-    chosen, words = choose(samples, args.choose)
+    chosen, words = choose(samples, options.choose)
     sources: list[Sample] = []
-    if args.prompt is None and any(sample.healthy for sample in chosen):
-        pool = samples if args.data is None else _prompt_samples(args.train_json)
+    if options.prompt is None and any(sample.healthy for sample in chosen):
+        pool = samples if options.data is None else _prompt_samples(options.train_json)
         sources = sorted((s for s in pool if not s.healthy), key=lambda s: s.sample_id)
         if not sources:
             raise MedSoftError(
-                f"{args.train_json}: has no diseased sample to take prompts from; give --prompt, or --train_json"
+                f"{options.train_json}: has no diseased sample to take prompts from; give --prompt, or --train_json"
             )
     tasks = []
-    for sample in chosen[: args.limit]:
+    for sample in chosen[: options.limit]:
         marked = sample.healthy and sample.soft_mask is not None  # someone says where the lesion goes
         reason = None if marked else drawable(sample)
         if reason:
@@ -79,16 +93,16 @@ def _dataset(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
             continue
         if marked:
             sample = dataclasses.replace(sample, mask=sample.soft_mask)
-        for k in range(args.variants):
-            source: Sample | None = (
-                sampled_prompt(sources, args.seed, sample, k) if sample.healthy and sources else sample
-            )
-            prompt, source = (source.prompt, source) if args.prompt is None else (args.prompt, None)
-            tasks.append(Task(sample, k, prompt, args.seed, source, marked))
-    if args.prompt is not None:
-        prompts = f"the prompt {args.prompt!r}"
+        for k in range(options.variants):
+            if options.prompt is not None:
+                tasks.append(Task(sample, k, options.prompt, options.seed, None, marked))
+                continue
+            source = sampled_prompt(sources, options.seed, sample, k) if sample.healthy and sources else sample
+            tasks.append(Task(sample, k, source.prompt, options.seed, source, marked))
+    if options.prompt is not None:
+        prompts = f"the prompt {options.prompt!r}"
     elif sources:
-        prompts = f"prompts drawn from {len(sources)} diseased samples of {args.train_json}"
+        prompts = f"prompts drawn from {len(sources)} diseased samples of {options.train_json}"
     else:
         prompts = "their own prompts"
     drawn_on = len({task.sample.sample_id for task in tasks})
@@ -99,7 +113,7 @@ def _dataset(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
 
 
 def sampled_prompt(sources: Sequence[Sample], seed: int, sample: Sample, variant: int) -> Sample:
-    """The diseased sample whose sentence this picture gets: each as likely, so lesion types keep their frequencies."""
+    """The diseased sample whose prompt this result gets: each as likely, so lesion types keep their frequencies."""
     return sources[named_seed("prompt", seed, sample.sample_id, variant) % len(sources)]
 
 
@@ -113,7 +127,7 @@ def _prompt_samples(path: Path) -> list[Sample]:
 
 
 def choose(samples: list[Sample], wanted: str | None) -> tuple[list[Sample], str]:
-    """The samples of a class, or those that a text file lists by sample_id; and a word for them."""
+    """The samples of a class, or those that a text file lists by sample_id; and an adjective for them."""
     if wanted is not None and wanted not in CLASSES:
         return _listed(samples, Path(wanted)), "listed"
     healthy = [sample for sample in samples if sample.healthy]
@@ -144,31 +158,31 @@ def _listed(samples: list[Sample], path: Path) -> list[Sample]:
     return [known[name] for name in found]
 
 
-# ---------------------------------------------------------------------------------------------------- drawn before
+# ------------------------------------------------------------------------------------------------- earlier results
 
 
-def tasks_from_results(args: argparse.Namespace) -> tuple[list[Task], list[Reject]]:
+def tasks_from_results(options: InferenceOptions, folder: Path) -> tuple[list[Task], list[Reject]]:
     """The parents and masks of earlier results, with their prompts or another one, under the same names and noise."""
-    results, rejects = load_samples(args.like)
+    results, rejects = load_samples(folder)
     tasks = []
-    for result in results[: args.limit]:
-        task = _task_of(result, args.like)
-        if args.prompt is not None:
-            task = dataclasses.replace(task, prompt=args.prompt, source=None)
+    for result in results[: options.limit]:
+        task = _task_of(result, folder)
+        if options.prompt is not None:
+            task = dataclasses.replace(task, prompt=options.prompt, source=None)
         tasks.append(task)
     log.info(
         "drawing %d pictures again in the masks of %s, with %s",
         len(tasks),
-        args.like,
-        "their own prompts" if args.prompt is None else f"the prompt {args.prompt!r}",
+        folder,
+        "their own prompts" if options.prompt is None else f"the prompt {options.prompt!r}",
     )
     if not tasks:
-        raise MedSoftError(f"{args.like}: holds no results")
+        raise MedSoftError(f"{folder}: holds no results")
     return tasks, rejects
 
 
 def _task_of(result: Sample, where: Path) -> Task:
-    """The task that draws an earlier result again."""
+    """The task that makes an earlier result again."""
     parent = result.meta.get("parent_image")
     if parent is None or result.parent_id is None or not {"seed", "variant"} <= result.meta.keys():
         raise MedSoftError(
@@ -181,7 +195,7 @@ def _task_of(result: Sample, where: Path) -> Task:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The meta.json of a drawn picture, with all that --replay needs; MedSoftError naming what is missing."""
+    """The meta.json of a result, with all that --replay needs; MedSoftError naming what is missing."""
     record = read_json(path, "meta.json of a drawn picture")
     needed = ("parent_image", "parent_id", "parent_sha256", "seed", "variant", "checkpoint", "checkpoint_sha256")
     needed += ("config", "config_sha256", "overrides", "exact")
@@ -191,14 +205,57 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def task_from_metadata(path: Path) -> Task:
-    from ldm.core.files import content_id
-
+def task_from_metadata(path: Path, content: Callable[[Path | None], str | None]) -> Task:
+    """The task that makes the result of this meta.json again; MedSoftError unless its parent's image is unchanged."""
     record = read_record(path)
     task = _task_of(read_sample(path.parent.name, path.parent), path.parent)
-    found = content_id(task.sample.image)
+    found = content(task.sample.image)
     if found != record["parent_sha256"]:
         state = "has changed since" if found else "is not there or cannot be read"
         raise MedSoftError(f"{task.sample.image}: the image that {path} was drawn on {state}; put it back")
     log.info("drawing %s again", path.parent)
     return dataclasses.replace(task, record=record)
+
+
+# ------------------------------------------------------------------------------------------------- preparation
+
+
+def prepare_task(task: Task, data: DataConfig) -> PreparedSample | Reject:
+    """What the networks see of a task's sample, or why it cannot be inpainted."""
+    try:
+        diameter = _source_diameter(task)
+    except FileError as error:
+        reason = f"{error.reason}; {task.name} is not drawn, as prompt and lesion size come from this sample"
+        return Reject(task.source.sample_id if task.source else task.name, error.path, reason)
+    try:
+        prepared = _prepare(task, data, diameter)
+    except MedSoftError as error:
+        return Reject(task.sample.sample_id, task.sample.image, str(error))
+    marked = float(prepared.hard.mean())
+    if marked > MOSTLY:
+        log.warning(
+            "warning: %s: %.0f %% of the image is marked; white (1) is the lesion, the part to be drawn: if the "
+            "lesion is black in this mask, invert it",
+            task.sample.mask or task.sample.sample_id,
+            100 * marked,
+        )
+    return prepared
+
+
+def _source_diameter(task: Task) -> float | None:
+    """The relative size of the lesion that a healthy sample's prompt was written about, None for any."""
+    if task.source is None or not task.sample.healthy or task.fixed_mask:
+        return None
+    return lesion_diameter(task.source)
+
+
+def _prepare(task: Task, data: DataConfig, diameter: float | None) -> PreparedSample:
+    if not task.fixed_mask:
+        return prepare(task.sample, data, task.seed, task.variant, diameter=diameter)
+    original = read_image(task.sample.image)
+    assert task.sample.mask is not None  # a fixed mask is one
+    mask = read_mask(task.sample.mask, original.shape, soft=task.sample.mask == task.sample.soft_mask)
+    if mask.empty:
+        raise MedSoftError(f"{task.sample.mask}: the mask is empty; mark the region to draw in white")
+    sample = dataclasses.replace(task.sample, prompt="lesion")  # its own mask and soft mask are meant
+    return fit_sample(sample, original, mask, data)

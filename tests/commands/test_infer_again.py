@@ -15,7 +15,7 @@ import torch
 from tiny import PHANTOM, ROOT, TRAIN, edit, infer, metas, record, whole
 
 import ldm.core.files
-import ldm.inference.run
+import ldm.data.folders
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.folders import scan_folder
@@ -32,7 +32,7 @@ def test_again_is_complete(
     final: Path, results: Path, world: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr("ldm.inference.inpainter.load_inpainter", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("ldm.inference.run.load_inpainter", lambda *_: pytest.fail("loaded the model"))
     assert infer(final, results, "--train_json", world / TRAIN, "--batch_size", 1) == 0
     assert "already complete (5 pictures)" in caplog.text
 
@@ -53,7 +53,7 @@ def test_interrupted_run_is_finished(
     final: Path, world: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ["--train_json", world / TRAIN, "--batch_size", 2]
-    plain, calls = Inpainter.draw, []
+    plain, calls = Inpainter.inpaint, []
 
     def draw(self: Inpainter, pictures: Any, jobs: Any) -> Any:
         calls.append(len(jobs))
@@ -62,7 +62,7 @@ def test_interrupted_run_is_finished(
         return plain(self, pictures, jobs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Inpainter, "draw", draw)
+        patch.setattr(Inpainter, "inpaint", draw)
         with pytest.raises(KeyboardInterrupt):
             infer(final, tmp_path / "out", *given)
     whole(tmp_path / "out")
@@ -82,7 +82,7 @@ def test_interrupted_run_is_finished(
 )
 def test_other_settings_are_refused(final: Path, results: Path, world: Path, other: list) -> None:
     before = (results / "inference.json").read_bytes()
-    with pytest.raises(UsageError, match=r"holds the results of another run .*--overwrite"):
+    with pytest.raises(UsageError, match=r"holds results of another run .*--overwrite"):
         infer(final, results, "--train_json", world / TRAIN, *other)
     assert (results / "inference.json").read_bytes() == before
 
@@ -95,7 +95,7 @@ def test_changed_lesion_of_a_prompts_source_is_another_run(final: Path, world: P
     (meta,) = metas(tmp_path / "out").values()
     lesion = tmp_path / "val" / meta["prompt_from"] / "mask.png"
     write_png(lesion, np.roll(read_image(lesion), 1, axis=0))
-    with pytest.raises(UsageError, match="holds the results of another run"):
+    with pytest.raises(UsageError, match="holds results of another run"):
         infer(final, tmp_path / "out", *given)
 
 
@@ -107,7 +107,7 @@ def test_changed_input_is_another_run(final: Path, world: Path, tmp_path: Path) 
     assert infer(final, tmp_path / "out", *given) == 0
 
     def refused(file: str) -> None:
-        with pytest.raises(UsageError, match="holds the results of another run"):
+        with pytest.raises(UsageError, match="holds results of another run"):
             infer(final, tmp_path / "out", *given)
         shutil.copy(healthy.image.parent / file, folder / file)
 
@@ -128,11 +128,10 @@ def test_changed_input_is_another_run(final: Path, world: Path, tmp_path: Path) 
 def test_every_file_is_fingerprinted_once(
     final: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many pictures share a sample or a prompt's source."""
-    plain, read = ldm.core.files.content_id, []
-    monkeypatch.setattr(ldm.core.files, "content_id", lambda path: read.append(path) or plain(path))
+    """However many results share a sample or a prompt's source; a parent's meta.json entry is that digest too."""
+    plain, files = ldm.core.files.sha256_file, []
+    monkeypatch.setattr(ldm.core.files, "sha256_file", lambda path: files.append(path) or plain(path))
     assert infer(final, tmp_path / "out", "--train_json", world / TRAIN, "--variants", 3, "--limit", 2) == 0
-    files = [path for path in read if path]
     assert len(files) == len(set(files))
     found = metas(tmp_path / "out").values()
     assert {meta["parent_image"] for meta in found} < {str(path) for path in files}
@@ -213,16 +212,16 @@ def test_two_commands_at_a_time_in_one_folder(
     """While one draws, the second is refused, under whatever name it knows the folder; the first is not disturbed."""
     given = ["--train_json", world / TRAIN, "--batch_size", 2]
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    plain, refused = Inpainter.draw, []
+    plain, refused = Inpainter.inpaint, []
 
     def draw(self: Inpainter, pictures: Any, jobs: Any) -> Any:
         for second in ([tmp_path / "out", *given], [tmp_path / "link", *given, "--seed", 1, "--overwrite"]):
-            with pytest.raises(UsageError, match=r"another run is drawing into this folder .*another --output_dir"):
+            with pytest.raises(UsageError, match=r"another run is writing here at this moment.*another --output_dir"):
                 infer(final, *second)
             refused.append(second)
         return plain(self, pictures, jobs)
 
-    monkeypatch.setattr(Inpainter, "draw", draw)
+    monkeypatch.setattr(Inpainter, "inpaint", draw)
     assert infer(final, tmp_path / "out", *given) == 0
     assert len(refused) == 2 * 3
     assert set(metas(tmp_path / "out")) == set(metas(results))
@@ -267,7 +266,7 @@ def test_full_disk_stops_with_one_message_and_the_rest_is_drawn_later(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
-    for module, name, fault in ((ldm.inference.run, "write_png", full_png), (os, "replace", full_rename)):
+    for module, name, fault in ((ldm.data.folders, "write_png", full_png), (os, "replace", full_rename)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fault)
             with pytest.raises(MedSoftError, match=r"could not be written \(No space left on device"):

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,15 @@ import pytest
 import torch
 from tiny import CLIP, PHANTOM, ROOT, TRAIN, call, dataset_infer, edit, infer, metas, record, whole
 
+import ldm.inference.tasks
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import content_id
 from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.images import read_image
 from ldm.data.png import write_png
 from ldm.data.samples import Sample
 from ldm.inference.inpainter import Inpainter
+from ldm.inference.options import InferenceOptions
 from ldm.inference.tasks import plan_tasks
 
 
@@ -96,9 +98,8 @@ def test_drawn_prompts_have_the_frequencies_of_the_lesion_types(tmp_path: Path, 
     write_annotations(tmp_path / "all.json", [*sick, *well])
 
     def drawn(seed: int) -> list[str]:
-        args = Namespace(image=None, replay=None, like=None, data=None, train_json=tmp_path / "all.json", seed=seed)
-        args = Namespace(**vars(args), choose="healthy", prompt=None, limit=None, variants=7)
-        return [task.source.lesion_type for task in plan_tasks(args)[0]]
+        options = InferenceOptions(tmp_path, train_json=tmp_path / "all.json", seed=seed, choose="healthy", variants=7)
+        return [task.source.lesion_type for task in plan_tasks(options, content_id)[0]]
 
     first = drawn(0)
     assert len(first) == 700
@@ -377,7 +378,7 @@ def test_names_that_repeat_are_refused(final: Path, one: Path, tmp_path: Path) -
 def test_output_folder_that_cannot_be_written(final: Path, one: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for out in (tmp_path / "file", tmp_path / "file" / "deep" / "out"):
-        with pytest.raises(UsageError, match=r"--output_dir .*file is no folder; give another folder"):
+        with pytest.raises(UsageError, match=r"expected a folder, found a file \(.*file\); give another"):
             infer(final, out, "--data", one)
     if os.geteuid():
         (tmp_path / "locked").mkdir(mode=0o500)
@@ -430,10 +431,8 @@ def test_pictures_are_read_and_written_while_the_model_works(
     final: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a batch is drawn, the next one is already being read."""
-    import ldm.training.dataset
-
     read, drawn, arrived = [], [], threading.Condition()
-    plain_prepare, plain_draw = ldm.data.preparation.prepare, Inpainter.draw
+    plain_prepare, plain_draw = ldm.data.preparation.prepare, Inpainter.inpaint
 
     def prepare(sample: Sample, *rest: Any, **more: Any) -> Any:
         with arrived:
@@ -441,7 +440,7 @@ def test_pictures_are_read_and_written_while_the_model_works(
             arrived.notify_all()
         return plain_prepare(sample, *rest, **more)
 
-    monkeypatch.setattr(ldm.training.dataset, "prepare", prepare)
+    monkeypatch.setattr(ldm.inference.tasks, "prepare", prepare)
 
     def draw(self: Inpainter, pictures: Any, jobs: Any) -> Any:
         expected = min(len(drawn) + 2, 3)
@@ -450,7 +449,7 @@ def test_pictures_are_read_and_written_while_the_model_works(
         drawn.append(len(read))
         return plain_draw(self, pictures, jobs)
 
-    monkeypatch.setattr(Inpainter, "draw", draw)
+    monkeypatch.setattr(Inpainter, "inpaint", draw)
     assert infer(final, tmp_path / "out", "--train_json", world / TRAIN, "--limit", 3, "--batch_size", 1) == 0
     assert drawn == [2, 3, 3]
 

@@ -85,7 +85,7 @@ def test_each_of_the_four_ways_can_be_switched_off(
         made = inpainter(final, [off] if off else [])
         pictures = soft_pictures(made.config)
         assert all(0 < float(picture.mask[(picture.mask > 0) & (picture.mask < 1)].mean()) < 1 for picture in pictures)
-        drawn[off] = [result.generated for result in made.draw(pictures, JOBS)]
+        drawn[off] = [result.generated for result in made.inpaint(pictures, JOBS)]
     for off in OFF:
         for with_all, without in zip(drawn[None], drawn[off], strict=True):
             assert np.abs(with_all - without).max() > 1e-5, off

@@ -125,7 +125,7 @@ def test_inpainting_agrees_with_diffusers(
     assert np.abs(expected[0] - expected[1]).max() > 0.05  # noise and prompt matter
 
     inside = picture.hard
-    for drawn, theirs in zip(inpainter.draw([picture] * 2, jobs), expected, strict=True):
+    for drawn, theirs in zip(inpainter.inpaint([picture] * 2, jobs), expected, strict=True):
         result = drawn.pixels
         grey_values = np.abs(result.astype(int) - np.round(255 * theirs).astype(int))
         assert grey_values[inside].max() <= 1
@@ -141,7 +141,7 @@ def test_prompt_and_third_attention_change_the_picture(
     inpainter = Inpainter(net, BiomedClip(CLIP), config)
 
     def drawn(prompt: str) -> np.ndarray:
-        return inpainter.draw([picture], [Job(3, "s", 0, prompt)])[0].pixels.astype(int)
+        return inpainter.inpaint([picture], [Job(3, "s", 0, prompt)])[0].pixels.astype(int)
 
     plain = drawn(PROMPTS[0])
     assert np.abs(plain - drawn("healthy")).max() > 1

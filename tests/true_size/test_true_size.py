@@ -139,7 +139,7 @@ def test_the_whole_model_draws(model: MedSoftModel, biomedclip: Path, config: Co
     picture = prepare(sample, config.data, seed=0, variant=0)
     assert picture.image.shape == (3, 512, 512)
     config.sampling.steps = 2
-    (made,) = Inpainter(model, BiomedClip(biomedclip), config).draw([picture], [Job(0, "s", 0, PROMPTS[2])])
+    (made,) = Inpainter(model, BiomedClip(biomedclip), config).inpaint([picture], [Job(0, "s", 0, PROMPTS[2])])
     drawn = made.pixels
     assert drawn.shape == image.shape
     outside = picture.soft == 0

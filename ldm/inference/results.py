@@ -1,0 +1,87 @@
+"""One result on the disk: a sample folder whose meta.json says how it was made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.data.folders import write_sample
+from ldm.data.images import with_alpha
+from ldm.data.preparation import PreparedSample
+from ldm.data.samples import HEALTHY
+from ldm.inference.tasks import Task
+
+TAG = "synthetic picture drawn by MedSoft-Diffusion; not a patient's image; not for clinical use"
+FILES = ("image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the meta.json of a result says about how it was made: enough for --replay to make it again."""
+
+    checkpoint: Path
+    checkpoint_sha256: str
+    config: Path
+    config_sha256: str
+    overrides: list[str]
+    exact: bool
+    command: str
+
+
+def write_result(
+    folder: Path,
+    task: Task,
+    prepared: PreparedSample,
+    pixels: np.ndarray,
+    provenance: Provenance,
+    parent_sha256: str | None,
+) -> None:
+    """Write the sample folder of one result, whole or not at all; one that lacks a file is replaced.
+
+    pixels: the composited image, like ``prepared.original``; parent_sha256: the digest of the sample's image file.
+    """
+    differs = (pixels != prepared.original).reshape(*prepared.soft.shape, -1).any(axis=-1)
+    changed = int(np.count_nonzero(differs & (prepared.soft == 0)))
+    files: dict[str, np.ndarray | Path | bytes] = {
+        "image.png": with_alpha(pixels, task.sample.image, prepared.soft > 0),
+        "mask.png": prepared.hard.astype(np.uint8) * 255,
+        "soft_mask.png": np.rint(prepared.soft * 255).astype(np.uint8),
+    }
+    metadata = result_metadata(task, prepared, changed, provenance, parent_sha256)
+    write_sample(folder, files, task.prompt, metadata, {"Comment": TAG, "Description": task.prompt})
+
+
+def result_metadata(
+    task: Task, prepared: PreparedSample, changed: int, provenance: Provenance, parent_sha256: str | None
+) -> dict[str, Any]:
+    """The meta.json of a result of which ``changed`` pixels outside the soft mask differ from the parent's."""
+    if task.record is not None:
+        return {**task.record, "changed_outside_pixels": changed}
+    source, parent = task.source, task.sample
+    diseased_source = source if source is not None and task.prompt.strip().lower() != HEALTHY else None
+    metadata = {
+        "sample_id": task.name,
+        "parent_id": parent.sample_id,
+        "patient_id": parent.patient_id,
+        "lesion_type": diseased_source.lesion_type if diseased_source else None,
+        "severity": diseased_source.severity if diseased_source else None,
+        "level": parent.level,
+        "synthetic": True,
+        "seed": task.seed,
+        "variant": task.variant,
+        "prompt_from": diseased_source.sample_id if diseased_source and diseased_source is not parent else None,
+        "spacing_mm": parent.meta.get("spacing_mm"),
+        "window": list(prepared.intensity_range) if prepared.original.dtype == np.uint16 else None,
+        "parent_image": str(parent.image),
+        "parent_sha256": parent_sha256,
+        "changed_outside_pixels": changed,
+        "checkpoint": str(provenance.checkpoint),
+        "checkpoint_sha256": provenance.checkpoint_sha256,
+        "config": str(provenance.config),
+        "overrides": provenance.overrides,
+        "config_sha256": provenance.config_sha256,
+        "exact": provenance.exact,
+        "command": provenance.command,
+    }
+    return {key: value for key, value in metadata.items() if value is not None or key in ("lesion_type", "severity")}
