@@ -69,10 +69,10 @@ def prepare_data(config: "ClassifierConfig") -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Run; 3 when some samples were rejected (listed in rejects.csv or predictions.json of the output folder)."""
-    from ldm.classifier.config import load_config
+    from ldm.classifier.config import load_classifier_config
 
     overrides = [*args.set, *(["overwrite=true"] if args.overwrite else [])]
-    config = load_config(find_config(args.args), overrides)
+    config = load_classifier_config(find_config(args.args), overrides)
     prepared = prepare_data(config) if config.train else cli.DONE
 
     # Read by OpenMP when torch is loaded. Spinning threads make training ten times slower where cores are shared.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.classifier.config import ClassifierConfig, load_config
+from ldm.classifier.config import ClassifierConfig
 from ldm.classifier.data import ImageSet, load_data, load_images, require_source
 from ldm.classifier.metrics import summarise
 from ldm.classifier.network import build_network, check_model, compute_features, compute_logits, pick_device
@@ -26,8 +26,6 @@ from ldm.core.run_folder import differences
 from ldm.core.schema import identity
 from ldm.core.tables import write_csv
 from ldm.data.samples import Reject
-
-__all__ = ["ClassifierConfig", "load_classifier", "load_config", "predict", "run_classifier", "train_classifier"]
 
 log = logging.getLogger(__name__)
 

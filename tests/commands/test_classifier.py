@@ -96,12 +96,13 @@ def test_saved_epoch_can_be_tested_without_training(learned: dict) -> None:
 
 
 def test_second_run_is_already_complete_and_changes_need_overwrite(world: dict, capsys: pytest.CaptureFixture) -> None:
-    from ldm.classifier.run import load_config, run_classifier
+    from ldm.classifier.config import load_classifier_config
+    from ldm.classifier.run import run_classifier
 
     assert run(world) == 0
     args = Path(world["output_dir"]).parent / "args.json"
     stamp = (Path(world["output_dir"]) / "classifier.safetensors").stat().st_mtime_ns
-    assert run_classifier(load_config(args))["already_complete"]
+    assert run_classifier(load_classifier_config(args))["already_complete"]
     assert (Path(world["output_dir"]) / "classifier.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(UsageError, match=r"holds another run \(EPOCHS: 1 -> 2\).*overwrite"):
         run(world, "--set", "EPOCHS=2")
@@ -178,30 +179,30 @@ def test_duplicates_are_as_many_as_synthetic_ones_would_be(world: dict, ratio: f
 
 
 def test_duplicates_repeat_each_diseased_image_equally_often(world: dict) -> None:
-    from ldm.classifier.config import config_from_dict
+    from ldm.classifier.config import classifier_config
     from ldm.classifier.data import load_data
     from ldm.classifier.training import make_phases
 
     control = world | {"use_synthetic": "duplicate_real", "ratio": 1.5}
-    data = load_data(config_from_dict(control))
+    data = load_data(classifier_config(control))
     names = [sample.sample_id for sample in data.duplicates.samples]
     assert sorted(names.count(name) for name in set(names)) == [1, 1, 1, 2, 2, 2]
     assert set(data.duplicates.labels) == {"diseased"}
-    other = load_data(config_from_dict(control | {"seed": 1})).duplicates
+    other = load_data(classifier_config(control | {"seed": 1})).duplicates
     assert names != [sample.sample_id for sample in other.samples]
-    (phase,) = make_phases(config_from_dict(control), data)
+    (phase,) = make_phases(classifier_config(control), data)
     assert len(phase.labels) == 12 + 9
     assert len(set(phase.names)) == len(phase.names)  # copies are not augmented alike
 
 
 def test_pretraining_sees_synthetic_and_healthy_then_real_images_only(world: dict, tmp_path: Path) -> None:
-    from ldm.classifier.config import config_from_dict
+    from ldm.classifier.config import classifier_config
     from ldm.classifier.data import load_data
     from ldm.classifier.training import make_phases
 
     folder = synthetic_set(tmp_path / "results", "train-patient0", "train000")
     world |= {"synthetic": [folder], "use_synthetic": "pretrain", "pretrain_epochs": 2, "EPOCHS": 1}
-    config = config_from_dict(world)
+    config = classifier_config(world)
     first, second = make_phases(config, load_data(config))
     assert {name.split("/")[0] for name in first.names} == {"train", "synthetic"}
     assert first.labels.tolist() == [0] * 6 + [1] * 5
@@ -213,12 +214,12 @@ def test_pretraining_sees_synthetic_and_healthy_then_real_images_only(world: dic
 
 
 def test_sampler_draws_healthy_and_diseased_equally_often_and_by_seed(world: dict, tmp_path: Path) -> None:
-    from ldm.classifier.config import config_from_dict
+    from ldm.classifier.config import classifier_config
     from ldm.classifier.data import load_data
     from ldm.classifier.training import Trainer
 
     few = make_set(tmp_path / "few", "few", 120, 30, kinds=("healthy",) * 9 + ("osteolytic",))
-    config = config_from_dict(world | {"train_json": str(few), "balance": "sampler"})
+    config = classifier_config(world | {"train_json": str(few), "balance": "sampler"})
     trainer = Trainer(config, load_data(config), "run")
     (phase,) = trainer.phases
     epochs = [trainer._order(phase, epoch)[0] for epoch in (1, 2, 3, 1)]

@@ -26,25 +26,25 @@ def world(tmp_path: Path) -> dict:
     [
         ({"img_siz": 32}, "args.json: unknown key img_siz; did you mean img_size"),
         ({"batch_size": 8}, "unknown key batch_size; did you mean Batch_Size"),
-        ({"img_size": "256"}, 'img_size must be a whole number, found "256"'),
-        ({"train": 1}, "train must be true or false, found 1"),
-        ({"synthetic": "results"}, "synthetic must be a list of texts"),
-        ({"Batch_Size": 0}, "Batch_Size must be at least 2 for training"),
-        ({"test_epoch": 7}, "test_epoch must be at most EPOCHS, which is 1"),
-        ({"train_json": None}, "train_json must be the path of a dataset, found null"),
-        ({"task": "types"}, 'task must be "binary" or "type"'),
+        ({"img_size": "256"}, 'img_size: expected a whole number, found "256"'),
+        ({"train": 1}, "train: expected true or false, found 1"),
+        ({"synthetic": "results"}, "synthetic: expected a list of text"),
+        ({"Batch_Size": 1}, "Batch_Size: expected at least 2 for training"),
+        ({"test_epoch": 7}, "test_epoch: expected at most EPOCHS, which is 1"),
+        ({"train_json": None}, "train_json: expected the path of a dataset, found null"),
+        ({"task": "types"}, "task: expected one of binary, type"),
         ({"model": "resnet81"}, "model resnet81 is not known to timm; near: resnet"),
         ({"model": "resnet18.no_such_tag"}, "model resnet18.no_such_tag is not known to timm; near: resnet18"),
-        ({"img_size": 16}, "img_size must be 32 to 4096, found 16"),
+        ({"img_size": 16}, "img_size: expected a number from 32 to 4096, found 16"),
         ({"model": "inception_v3", "img_size": 32}, "model inception_v3 does not work at img_size 32"),
         ({"GPU": "first"}, "GPU must hold device numbers"),
-        ({"use_synthetic": "both"}, 'use_synthetic must be "mix" or "pretrain" or "duplicate_real", found "both"'),
-        ({"use_synthetic": "duplicate_real"}, "ratio must be a number with use_synthetic duplicate_real"),
-        ({"use_synthetic": "pretrain"}, "synthetic must be a list of result folders with use_synthetic pretrain"),
-        ({"pretrain_epochs": 0}, "pretrain_epochs must be at least 1"),
-        ({"balance": "weights"}, 'balance must be "loss" or "sampler"'),
-        ({"channels": 3}, "channels must be a text, found 3"),
-        ({"channels": "rgba"}, 'channels must be "grey" or "rgb"'),
+        ({"use_synthetic": "both"}, 'use_synthetic: expected one of mix, pretrain, duplicate_real, found "both"'),
+        ({"use_synthetic": "duplicate_real"}, "ratio: expected a number with use_synthetic duplicate_real"),
+        ({"use_synthetic": "pretrain"}, "synthetic: expected result folders with use_synthetic pretrain"),
+        ({"pretrain_epochs": 0}, "pretrain_epochs: expected at least 1"),
+        ({"balance": "weights"}, "balance: expected one of loss, sampler"),
+        ({"channels": 3}, "channels: expected one of grey, rgb, found 3"),
+        ({"channels": "rgba"}, "channels: expected one of grey, rgb"),
         ({"model": "test_resnet_nothing", "pretrained": "hub"}, "model test_resnet_nothing is not known to timm"),
     ],
 )
@@ -102,7 +102,7 @@ def test_file_in_the_place_of_the_output_folder_is_refused(world: dict) -> None:
 
 
 def test_overrides_are_named_in_errors(world: dict) -> None:
-    with pytest.raises(UsageError, match="--set EPOCHS=many: EPOCHS must be a whole number"):
+    with pytest.raises(UsageError, match="--set EPOCHS=many: EPOCHS: expected a whole number"):
         run(world, "--set", "EPOCHS=many")
     with pytest.raises(UsageError, match="--set EPOCHS: not understood"):
         run(world, "--set", "EPOCHS")
@@ -310,7 +310,7 @@ def test_blank_prompt_is_listed_and_skipped(world: dict, tmp_path: Path) -> None
 
 def test_byte_order_mark_in_the_json_is_read(world: dict, tmp_path: Path) -> None:
     (tmp_path / "bom.json").write_text(json.dumps(world | {"Batch_Size": 1}), encoding="utf-8-sig")
-    with pytest.raises(UsageError, match=r"bom.json: Batch_Size must be at least 2"):
+    with pytest.raises(UsageError, match=r"bom.json: Batch_Size: expected at least 2"):
         classifier.main(classifier.build_parser().parse_args([str(tmp_path / "bom.json")]))
 
 

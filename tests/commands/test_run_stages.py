@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import classifier
-from ldm.classifier.config import load_config
+from ldm.classifier.config import load_classifier_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.workflow import plans
 from tool import run_stages
@@ -322,7 +322,7 @@ def test_every_demo_command_is_one_its_script_accepts(step: Any) -> None:
 @pytest.mark.parametrize("step", [s for s in demo_steps() if "classifier.py" in s.run], ids=lambda step: step.name)
 def test_demo_classifiers_read_what_earlier_steps_make(step: Any) -> None:
     args = classifier.build_parser().parse_args(shlex.split(step.run)[2:])
-    config = load_config(classifier.find_config(args.args), args.set)
+    config = load_classifier_config(classifier.find_config(args.args), args.set)
     earlier = demo_steps()[: [s.name for s in demo_steps()].index(step.name)]
     made = {path for s in earlier for path in s.makes} | {str(Path(path).parent) for s in earlier for path in s.makes}
     used = [config.train_json, config.val_json, config.test_json, *config.synthetic, *config.predict]
@@ -341,6 +341,6 @@ def test_the_demo_adds_nothing_but_synthetic_pictures_to_the_second_classifier()
     both = []
     for step in (real, more):
         args = classifier.build_parser().parse_args(shlex.split(step.run)[2:])
-        both.append(vars(load_config(classifier.find_config(args.args), args.set)))
+        both.append(vars(load_classifier_config(classifier.find_config(args.args), args.set)))
     differing = {key for key in both[0] if both[0][key] != both[1][key]}
     assert differing == {"synthetic", "output_dir"}

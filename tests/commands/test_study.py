@@ -22,7 +22,7 @@ import classifier
 import dataset_infer
 import ver_openImagesDatasets
 import ver_train
-from ldm.classifier.config import load_config as load_classifier_config
+from ldm.classifier.config import load_classifier_config
 from ldm.config import load_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_json
