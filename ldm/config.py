@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
@@ -13,7 +13,8 @@ from ldm.core.schema import Amount, Count, Rule, Share, Values, Whole, add_overr
 
 Part = Literal["unet", "autoencoder", "text", "biomedclip", "msc"]
 Group = Literal["msc", "attn3", "unet"]
-Fit = Literal["crop", "pad", "resize"]
+GROUPS = get_args(Group)
+FitMode = Literal["crop", "pad", "resize"]
 FeatherUnit = Literal["diameter", "pixels", "mm"]
 Sampler = Literal["ddim", "dpmpp_2m"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights and optimizer stay float32 in all of them
@@ -24,7 +25,10 @@ Channels = Annotated[int, Rule(lambda count: count % 32 == 0, "a multiple of 32 
 Grid = Annotated[int, Rule(lambda side: side % 2 == 0, "an even number: tokens are pooled 2x2")]
 Interval = Annotated[
     list[float],
-    Rule(lambda ends: len(ends) == 2 and 0 <= ends[0] <= ends[1] <= 1, "two rising shares of the steps, from 0 to 1"),
+    Rule(
+        lambda ends: len(ends) == 2 and 0 <= ends[0] <= ends[1] <= 1,
+        "two shares, [from, to], rising from 0 to 1",
+    ),
 ]
 
 # What a field decides: the scopes of ``identity``. Two runs are the same where all that decides their result is equal.
@@ -34,7 +38,7 @@ METHOD = frozenset({"images", "weights"})  # how the networks are used, in train
 WEIGHTS = frozenset({"weights"})  # how the networks are trained
 IMAGES = frozenset({"images"})  # how images are generated
 ROUNDING = frozenset({"rounding"})  # the last digits of the weights, memory and speed: free when a run is resumed
-NOTHING = frozenset()  # where files lie, speed, what is kept, shown or measured beside the training
+NOTHING: frozenset[str] = frozenset()  # where files lie, speed, what is kept, shown or measured beside the training
 
 
 @dataclass
@@ -42,7 +46,7 @@ class DataConfig:
     """How images and masks reach the networks; the same block serves training and inference."""
 
     image_size: Count = setting(512, PREPARATION)  # side of the model's square, pixels
-    fit: Fit = setting("crop", PREPARATION)  # crop (with context around the lesion), pad or resize
+    fit: FitMode = setting("crop", PREPARATION)  # crop (with context around the lesion), pad or resize
     context: Annotated[float, within(1)] = setting(2.0, PREPARATION)  # crop side / longest lesion side
     feather: Amount = setting(0.25, PREPARATION)  # width of the soft border
     feather_unit: FeatherUnit = setting("diameter", PREPARATION)  # diameter: of the lesion's equivalent circle
@@ -234,7 +238,8 @@ def _checked(values: Values) -> Config:
 
     last = config.diffusion.timesteps - 1  # the first time step of the leading spacing must exist
     agree(sampling.steps <= last, "sampling.steps", sampling.steps, f"at most {last}")
-    agree(sampling.eta == 0 or sampling.sampler == "ddim", "sampling.eta", sampling.eta, f"0 with {sampling.sampler}")
+    fits = not sampling.eta or sampling.sampler == "ddim"
+    agree(fits, "sampling.eta", sampling.eta, f"0 with sampling.sampler={sampling.sampler}")
     multiple = config.autoencoder.factor * 2 ** (len(unet.channel_mult) - 1)
     agree(data.image_size % multiple == 0, "data.image_size", data.image_size, f"a multiple of {multiple}")
     channels = 2 * config.autoencoder.latent_channels + 1

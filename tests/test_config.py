@@ -143,6 +143,12 @@ REFUSED = {
     "semantic width": ("unet: {semantic_dim: 512}", r"unet\.semantic_dim: .* found 512"),
     "odd grid": ("biomedclip: {grid: 7}", r"biomedclip\.grid: expected an even number"),
     "base that is no name": ("base: 3", r"base"),
+    "key that stands twice": ("training: {seed: 1, seed: 2}", r"the key seed stands twice"),
+    "truth for a number": (
+        "training: {batch_size: true}",
+        r"batch_size: expected a whole number, found true",
+    ),
+    "no number": ("training: {weight_decay: .nan}", r"training\.weight_decay: expected a number"),
     "missing base": ("base: nowhere.yaml", r"nowhere\.yaml: this configuration does not exist"),
 }
 
@@ -179,6 +185,22 @@ def test_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 def test_override_that_is_none_is_refused(override: str) -> None:
     with pytest.raises(UsageError, match="an override looks like"):
         load_config(MODELS / "mldm_v15.yaml", [override])
+
+
+def test_what_is_wrong_is_looked_for_where_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("training: {seed: x}\n")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\ntraining: {max_epochs: 5}\n")
+    with pytest.raises(UsageError, match=r"base\.yaml: training\.seed: expected a whole number"):
+        load_config(tmp_path / "top.yaml")
+    with pytest.raises(UsageError, match=r"^override training\.rates\.msc=0: training\.rates\.msc: expected a learn"):
+        load_config(tmp_path / "top.yaml", ["training.seed=1", "training.rates.msc=0"])
+
+
+def test_texts_and_numbers_as_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "top.yaml").write_text("training: {weight_decay: 1e-3, rates: {msc: 1}}\n")
+    config = load_config(tmp_path / "top.yaml", ["biomedclip.path=2024", "training.inside=true", "training.stage=a: b"])
+    assert (config.training.weight_decay, config.training.rates["msc"]) == (0.001, 1.0)
+    assert (config.biomedclip.path, config.training.inside, config.training.stage) == ("2024", "true", "a: b")
 
 
 def test_unknown_override_names_the_nearest_key() -> None:

@@ -9,7 +9,9 @@ dataset_infer.py draws in these masks, in healthy images too. The same command a
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
+from ldm.config import FeatherUnit
 from ldm.core import cli
 
 SOURCES = ("mask", "anatomy", "box", "lesion")
@@ -35,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     border.add_argument("--feather", type=float, default=0.25, help="its width (default: %(default)s)")
     border.add_argument(
         "--feather_unit",
-        choices=["diameter", "pixels", "mm"],
+        choices=get_args(FeatherUnit),
         default="diameter",
         help="diameter: a fraction of the region's equivalent diameter (default); mm needs spacing_mm in meta.json",
     )

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
@@ -23,6 +23,7 @@ from ldm.core.files import read_text
 from ldm.core.paths import shipped
 
 T = TypeVar("T")
+UNIONS = (Union, types.UnionType)
 
 
 # ------------------------------------------------------------------------------------------------------- identity
@@ -193,7 +194,7 @@ def _convert(kind: Any, value: Any, key: str, values: Values) -> Any:
             if not rule.holds(value):
                 raise values.error(key, rule.expected, value)
         return value
-    if isinstance(kind, types.UnionType):
+    if get_origin(kind) in UNIONS:
         return _convert_union(kind, value, key, values)
     if _is_section(kind) and isinstance(value, dict):
         return _section(kind, value, key, values)
@@ -230,7 +231,8 @@ def _convert_union(kind: Any, value: Any, key: str, values: Values) -> Any:
     raise values.error(key, _described(kind), value)
 
 
-def _section(kind: type[T], given: dict[str, Any], key: str, values: Values) -> T:
+def _section(kind: Any, given: dict[str, Any], key: str, values: Values) -> Any:
+    """The dataclass ``kind`` from the values of one section."""
     known = {item.name: item for item in dataclasses.fields(kind)}
     prefix = f"{key}." if key else ""
     for name in given:
@@ -261,7 +263,7 @@ def _described(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return inner[1].expected
-    if isinstance(kind, types.UnionType):
+    if get_origin(kind) in UNIONS:
         return " or ".join(_described(part) for part in inner)
     if origin is Literal:
         return f"one of {', '.join(inner)}"

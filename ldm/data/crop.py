@@ -1,15 +1,17 @@
 """How an image and its mask are brought to the model's square and back. NumPy and OpenCV; no torch."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 import cv2
 import numpy as np
 
+from ldm.config import FitMode
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.images import dimensions, match_channels
 from ldm.data.masks import extents
 
-FIT_MODES = ("crop", "pad", "resize")
+FIT_MODES = get_args(FitMode)
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Fit:
     image stretched.
     """
 
-    mode: str = "crop"
+    mode: FitMode = "crop"
     size: int = 512
     context: float = 2.0
 

@@ -7,18 +7,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import cv2
 import numpy as np
 
+from ldm.config import FeatherUnit
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.data.images import is_grey, read_image, read_labels
 
 if TYPE_CHECKING:
     from ldm.data.samples import Sample
 
-FEATHER_UNITS = ("pixels", "diameter", "mm")
+FEATHER_UNITS = get_args(FeatherUnit)
 TARGET_LABEL = 1  # in anatomy.png: the vertebral body the image is about
 SIDES = ("left", "right", "top", "bottom")  # of the picture
 DIAMETERS = (0.35, 0.7)  # of lesion-shaped masks, relative to the smaller side of the vertebra
@@ -119,7 +120,7 @@ class Feather:
     """Width of the soft border: ``pixels``, a fraction of the lesion's equivalent ``diameter`` (default), or ``mm``."""
 
     amount: float = 0.25
-    unit: str = "diameter"
+    unit: FeatherUnit = "diameter"
 
     def __post_init__(self) -> None:
         if self.unit not in FEATHER_UNITS:
