@@ -13,12 +13,12 @@ from ldm.core.schema import Amount, Count, Rule, Share, Values, Whole, add_overr
 
 Part = Literal["unet", "autoencoder", "text", "biomedclip", "msc"]
 Group = Literal["msc", "attn3", "unet"]
-GROUPS = get_args(Group)
 FitMode = Literal["crop", "pad", "resize"]
 FeatherUnit = Literal["diameter", "pixels", "mm"]
 Sampler = Literal["ddim", "dpmpp_2m"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights and optimizer stay float32 in all of them
 SamplingPrecision = Literal["32-true", "bf16-true"]
+GROUPS, SAMPLERS, SAMPLING_PRECISIONS = get_args(Group), get_args(Sampler), get_args(SamplingPrecision)
 
 Rate = Annotated[float, Rule(lambda rate: rate > 0, "a learning rate above 0 (leave the group out to freeze it)")]
 Channels = Annotated[int, Rule(lambda count: count % 32 == 0, "a multiple of 32 (group normalisation has 32 groups)")]
