@@ -10,7 +10,7 @@ from ldm.core.files import named_seed
 from ldm.data.crop import Fit
 from ldm.data.images import to_unit
 from ldm.data.masks import TARGET_LABEL, Feather, Mask, lesion_shaped, soft_mask_for
-from ldm.phantom.shapes import generic_picture, texture
+from ldm.phantom.shapes import generic_image, texture
 from ldm.phantom.spines import BASE_WORLD, biomedclip_pairs, render_phantom
 
 
@@ -31,7 +31,7 @@ def generic_images(config: DataConfig, count: int) -> tuple[Tensor, Tensor, list
     """Generic images (count, 1, S, S) in [0, 1], soft masks around their shapes, prompts."""
     images, softs, prompts = [], [], []
     for index in tqdm(range(count), desc="generic pictures", leave=False):
-        image, mask, prompt = generic_picture(np.random.default_rng(named_seed("generic", index)))
+        image, mask, prompt = generic_image(np.random.default_rng(named_seed("generic", index)))
         images.append(image)
         softs.append(soft_mask_for(Mask(mask.astype(np.float32)), _feather(config)))
         prompts.append(prompt)

@@ -147,9 +147,9 @@ def latents(
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, list[tuple[str, ...]]]:
     """Moments, scaled masked-image latents, latent masks and possible prompts of all the U-Net learns from."""
     spines, spine_masks = healthy_crops(config, min(700, most), 3)
-    generic, generic_masks, sentences = generic_images(config, min(3000, most))
+    generic, generic_masks, plain = generic_images(config, min(3000, most))
     images, softs = torch.cat([spines, generic]), torch.cat([spine_masks, generic_masks])
-    prompts = [HEALTHY_PROMPTS] * len(spines) + [(sentence,) for sentence in sentences]
+    prompts: list[tuple[str, ...]] = [HEALTHY_PROMPTS] * len(spines) + [(prompt,) for prompt in plain]
     means, logvars, masked = [], [], []
     for image, soft in zip(tqdm(images.split(64), desc="latents", mininterval=5), softs.split(64), strict=True):
         rgb = image.expand(-1, 3, -1, -1) * 2 - 1

@@ -52,7 +52,10 @@ def _steps(healthy: int, diseased: int, epochs: int, batch: int) -> int:
 
 def _images(seed: int, healthy: int, diseased: int) -> tuple[Tensor, np.ndarray]:
     """Whole phantoms resized to float32 Nx1x64x64, about zero mean, and whether each has a lesion."""
-    phantoms = [render_phantom(seed, index, kind, severity, n) for index, n, kind, severity in plan(healthy, diseased)]
+    phantoms = [
+        render_phantom(seed, index, lesion_type, severity, n)
+        for index, n, lesion_type, severity in plan(healthy, diseased)
+    ]
     small = [cv2.resize(phantom.image, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for phantom in phantoms]
     pixels = torch.from_numpy(np.stack(small)).float()[:, None] / 255
     return (pixels - 0.35) / 0.2, np.array([not phantom.healthy for phantom in phantoms])

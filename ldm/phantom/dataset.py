@@ -48,7 +48,10 @@ def write_dataset(
             f"{root}: expected counts of at least 0 (not both 0), per_patient of at least 1, seed of at "
             f"least 0; found {arguments}"
         )
-    items = [(seed, index, kind, severity, n) for index, n, kind, severity in plan(n_healthy, n_diseased, per_patient)]
+    items = [
+        (seed, index, lesion_type, severity, n)
+        for index, n, lesion_type, severity in plan(n_healthy, n_diseased, per_patient)
+    ]
     return _write(Path(root), arguments, items, overwrite, progress)
 
 
@@ -105,11 +108,13 @@ def _png(array: np.ndarray) -> bytes:
 def write_sheet(path: Path, seed: int, columns: int = 9) -> None:
     """A PNG: one row of healthy phantoms, one row for each lesion type from subtle (left) to severe (right)."""
     rows = []
-    for row, kind in enumerate((None, *LESION_TYPES)):
+    for row, lesion_type in enumerate((None, *LESION_TYPES)):
         tiles = []
         for column in range(columns):
-            severity = SEVERITIES[column * len(SEVERITIES) // columns] if kind else None
-            image = render_phantom(seed, 2 * (row * columns + column) + (kind is not None), kind, severity).image
+            severity = SEVERITIES[column * len(SEVERITIES) // columns] if lesion_type else None
+            image = render_phantom(
+                seed, 2 * (row * columns + column) + (lesion_type is not None), lesion_type, severity
+            ).image
             tile = np.zeros((TILE, TILE), np.uint8)
             top, left = (TILE - image.shape[0]) // 2, (TILE - image.shape[1]) // 2
             tile[top : top + image.shape[0], left : left + image.shape[1]] = image

@@ -47,19 +47,19 @@ def _kernel(sigma: float) -> np.ndarray:
 
 
 def draw_lesion(
-    rng: np.random.Generator, kind: str, severity: str, canvas: np.ndarray, body: Body
+    rng: np.random.Generator, lesion_type: str, severity: str, canvas: np.ndarray, body: Body
 ) -> tuple[np.ndarray, np.ndarray]:
     """A lesion inside ``body``: its mask (bool HxW) and what to add to the canvas (float32 HxW).
 
     The change is exactly zero beyond two pixels outside the mask.
     """
-    mask = _blob(rng, kind, severity, body)
+    mask = _blob(rng, lesion_type, severity, body)
     blend = cv2.GaussianBlur(mask.astype(np.float32), (5, 5), 0.9)  # reaches two pixels out and no further
     strength = rng.uniform(*_STRENGTH[severity])
-    return mask, (blend * strength * (_texture(rng, kind, canvas, body) - canvas)).astype(np.float32)
+    return mask, (blend * strength * (_texture(rng, lesion_type, canvas, body) - canvas)).astype(np.float32)
 
 
-def _blob(rng: np.random.Generator, kind: str, severity: str, body: Body) -> np.ndarray:
+def _blob(rng: np.random.Generator, lesion_type: str, severity: str, body: Body) -> np.ndarray:
     """An irregular connected region at least a pixel inside the body."""
     radius, stretch = rng.uniform(*_DIAMETER[severity]) / 2, rng.uniform(0.85, 1.2)
     radius_u = min(radius * stretch, body.half_width - 2)
@@ -69,7 +69,7 @@ def _blob(rng: np.random.Generator, kind: str, severity: str, body: Body) -> np.
     angle, edge = np.arctan2(v / radius_v, u / radius_u), np.float32(1)
     for order in range(2, 6):
         edge = edge + rng.uniform(0.0, 0.22 / order) * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
-    ragged = 0.14 if kind == "osteolytic" else 0.07
+    ragged = 0.14 if lesion_type == "osteolytic" else 0.07
     edge = edge + ragged * smooth_noise(rng, u.shape, 1.4)
     region = (np.hypot(u / radius_u, v / radius_v) < edge) & (body.depth > 1)
     closed = cv2.morphologyEx(region.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
@@ -77,15 +77,15 @@ def _blob(rng: np.random.Generator, kind: str, severity: str, body: Body) -> np.
     return (labels == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())) & (body.depth > 1)
 
 
-def _texture(rng: np.random.Generator, kind: str, canvas: np.ndarray, body: Body) -> np.ndarray:
+def _texture(rng: np.random.Generator, lesion_type: str, canvas: np.ndarray, body: Body) -> np.ndarray:
     """The grey values of a fully developed lesion, float32 HxW. Nothing in it is finer than two pixels."""
     shape = canvas.shape
-    if kind == "osteolytic":
+    if lesion_type == "osteolytic":
         return 0.17 + 0.04 * smooth_noise(rng, shape, 1.5)
-    if kind == "osteoblastic":
+    if lesion_type == "osteoblastic":
         return 0.90 + 0.06 * smooth_noise(rng, shape, 1.6)
     level = float(canvas[body.depth > 3].mean())
-    if kind == "salt-and-pepper":
+    if lesion_type == "salt-and-pepper":
         grain = smooth_noise(rng, shape, 1.6) - 0.5 * smooth_noise(rng, shape, 4.0)
         return level + 0.40 * np.tanh(1.8 * grain)
     # haemangioma: fat between a few thick struts that run from endplate to endplate

@@ -1,6 +1,6 @@
-"""Pictures of plain shapes and textures with plain words: what the phantom base learns to draw before any spine.
+"""Images of plain shapes and textures with plain words: what the phantom base learns to draw before any spine.
 
-They stand for the everyday pictures of Stable Diffusion's training set. No word of medicine occurs here.
+They stand for the everyday images of Stable Diffusion's training set. No word of medicine occurs here.
 """
 
 import cv2
@@ -62,22 +62,22 @@ def _fill(rng: np.random.Generator, name: str) -> tuple[np.ndarray, str]:
     return np.clip(0.5 + 0.16 * smooth_noise(rng, rng.uniform(3, 6)), 0, 1), "cloudy"
 
 
-def generic_picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str]:
-    """One picture: grey values (64, 64) in [0, 1], the mask of its shape (bool), and its sentence."""
+def generic_image(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str]:
+    """One image: grey values (64, 64) in [0, 1], the mask of its shape (bool), and its prompt."""
     shape, fill = SHAPES[rng.integers(len(SHAPES))], FILLS[rng.integers(len(FILLS))]
     ground = rng.uniform(0.15, 0.8)
-    picture = ground + rng.uniform(0.01, 0.06) * smooth_noise(rng, rng.uniform(0.5, 4))
-    picture += rng.uniform(-0.15, 0.15) * np.linspace(-1, 1, SIZE)[:: rng.choice([-1, 1])][:, None]
+    image = ground + rng.uniform(0.01, 0.06) * smooth_noise(rng, rng.uniform(0.5, 4))
+    image += rng.uniform(-0.15, 0.15) * np.linspace(-1, 1, SIZE)[:: rng.choice([-1, 1])][:, None]
     mask = _shape(rng, shape)
-    inside, words = _fill(rng, fill)
+    inside, content = _fill(rng, fill)
     edge = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), rng.uniform(0.5, 1.2))
-    picture = edge * inside + (1 - edge) * picture
+    image = edge * inside + (1 - edge) * image
     tone = "dark" if ground < 0.35 else "grey" if ground < 0.6 else "light"
-    return np.clip(picture, 0, 1).astype(np.float32), mask, f"a {words} {shape} on a {tone} ground"
+    return np.clip(image, 0, 1).astype(np.float32), mask, f"a {content} {shape} on a {tone} ground"
 
 
 def texture(rng: np.random.Generator) -> np.ndarray:
-    """A whole picture (64, 64) in [0, 1] of one texture of any contrast: stripes, checks, speckles or clouds."""
+    """A whole image (64, 64) in [0, 1] of one texture of any contrast: stripes, checks, speckles or clouds."""
     name = ("striped", "striped", "checkered", "speckled", "cloudy")[rng.integers(5)]
     values, _ = _fill(rng, name)
     low, high = np.sort(rng.uniform(0, 1, 2))

@@ -1,7 +1,7 @@
-"""Sagittal spine phantoms: CT-like pictures of one vertebra and its neighbours, healthy or with one lesion.
+"""Sagittal spine phantoms: CT-like images of one vertebra and its neighbours, healthy or with one lesion.
 
 A phantom is a pure function of (seed, patient, image, lesion type, severity): the same arguments give the same bytes,
-however many others are made, and the healthy twin of a diseased phantom (``lesion_type=None``) is the same picture but
+however many others are made, and the healthy twin of a diseased phantom (``lesion_type=None``) is the same image but
 for the lesion. Front (anterior) is left. Phantoms are made up and are no clinical evidence.
 
 How hard they are, measured by ``python tool/make_phantoms.py --calibrate`` (ResNet-18, 64 x 64 pixels, 320 test
@@ -18,12 +18,12 @@ import numpy as np
 from ldm.core.files import named_seed
 from ldm.phantom.lesions import LESION_TYPES, SEVERITIES, Body, draw_benign, draw_lesion, smooth_noise
 
-__all__ = ["LESION_TYPES", "LEVELS", "SEVERITIES", "Phantom", "render_phantom", "sentence"]
+__all__ = ["LESION_TYPES", "LEVELS", "SEVERITIES", "Phantom", "lesion_prompt", "render_phantom"]
 
 LEVELS = ("T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5")
 BASE_WORLD = 90_000  # phantom worlds from here on belong to the phantom base alone; no demo or study uses them
-BIOMEDCLIP_PAIRS = 3000  # pictures that the BiomedCLIP stand-in was trained on
-VERSION = 3  # raise it when the pictures change, so that a stored dataset is not taken for a new one
+BIOMEDCLIP_PAIRS = 3000  # images that the BiomedCLIP stand-in was trained on
+VERSION = 3  # raise it when the images change, so that a stored dataset is not taken for a new one
 
 # in every eight lesions of one type: two subtle, three moderate, three severe
 _SEVERITY_CYCLE = ("moderate", "severe", "subtle", "moderate", "severe", "moderate", "subtle", "severe")
@@ -37,7 +37,7 @@ _TEMPLATES = (
 
 @dataclass(frozen=True)
 class Phantom:
-    """One picture and everything known about it."""
+    """One image and everything known about it."""
 
     image: np.ndarray  # uint8 HxW
     mask: np.ndarray  # bool HxW, the lesion; all False when healthy
@@ -56,7 +56,7 @@ class Phantom:
         return self.lesion_type is None
 
 
-def sentence(lesion_type: str, severity: str, level: str, variant: int = 0) -> str:
+def lesion_prompt(lesion_type: str, severity: str, level: str, variant: int = 0) -> str:
     """The lesion in words; ``variant`` chooses the wording (any integer)."""
     template = _TEMPLATES[variant % len(_TEMPLATES)]
     return template.format(lesion_type=lesion_type, severity=severity, level=level)
@@ -65,19 +65,19 @@ def sentence(lesion_type: str, severity: str, level: str, variant: int = 0) -> s
 def render_phantom(
     seed: int, index: int, lesion_type: str | None, severity: str | None = None, image: int = 0
 ) -> Phantom:
-    """Draw picture ``image`` of patient ``index`` in the world ``seed``.
+    """Render image ``image`` of patient ``index`` in the world ``seed``.
 
-    ``lesion_type`` None draws the healthy picture, otherwise one of LESION_TYPES; ``severity`` None lets the patient
+    ``lesion_type`` None renders the healthy image, otherwise one of LESION_TYPES; ``severity`` None lets the patient
     decide (a quarter subtle). Sides 104-144 px, the body in the middle about 40x30 px. ValueError for unknown names.
     """
     if lesion_type is not None and lesion_type not in LESION_TYPES:
         raise ValueError(f"lesion type {lesion_type!r} is unknown; expected one of {', '.join(LESION_TYPES)}")
     if severity is not None and severity not in SEVERITIES:
         raise ValueError(f"severity {severity!r} is unknown; expected one of {', '.join(SEVERITIES)}")
-    patient = np.random.default_rng(named_seed("phantom patient", seed, index))
-    picture = np.random.default_rng(named_seed("phantom picture", seed, index, image))
-    spine = _Spine.of(patient, picture)
-    canvas, anatomy, body = _draw_spine(spine, picture)
+    patient_rng = np.random.default_rng(named_seed("phantom patient", seed, index))
+    image_rng = np.random.default_rng(named_seed("phantom picture", seed, index, image))
+    spine = _Spine.of(patient_rng, image_rng)
+    canvas, anatomy, body = _draw_spine(spine, image_rng)
     lesion_rng = np.random.default_rng(named_seed("phantom lesion", seed, index, image, lesion_type, severity))
     mask, change, prompt = np.zeros(canvas.shape, bool), None, "healthy"
     if lesion_type is None:
@@ -85,10 +85,10 @@ def render_phantom(
     else:
         severity = severity or str(lesion_rng.choice(_SEVERITY_CYCLE))
         mask, change = draw_lesion(lesion_rng, lesion_type, severity, canvas, body)
-        prompt = sentence(lesion_type, severity, spine.level, int(lesion_rng.integers(len(_TEMPLATES))))
+        prompt = lesion_prompt(lesion_type, severity, spine.level, int(lesion_rng.integers(len(_TEMPLATES))))
     patient_id = f"w{seed}p{index:06d}"
     return Phantom(
-        image=_acquire(spine, picture, canvas, mask, change),
+        image=_acquire(spine, image_rng, canvas, mask, change),
         mask=mask,
         anatomy=anatomy,
         prompt=prompt,
@@ -104,7 +104,7 @@ def render_phantom(
 
 @dataclass(frozen=True)
 class _Spine:
-    """The numbers that describe one picture before it is drawn; lengths in pixels, angles in radians."""
+    """The numbers that describe one image before it is drawn; lengths in pixels, angles in radians."""
 
     shape: tuple[int, int]
     level: str
@@ -124,33 +124,37 @@ class _Spine:
     spacing_mm: float
 
     @classmethod
-    def of(cls, patient: np.random.Generator, picture: np.random.Generator) -> "_Spine":
-        scale, ratio, disc = patient.normal(0, 1.4), patient.uniform(0.72, 0.80), patient.uniform(6.0, 9.5)
-        bend, bone, tissue = patient.normal(0, 0.0012), patient.uniform(0.44, 0.60), patient.uniform(0.26, 0.33)
-        canal, gain = patient.uniform(13.0, 18.0), patient.uniform(0.6, 1.4)
-        rank = int(picture.integers(len(LEVELS)))
+    def of(cls, patient_rng: np.random.Generator, image_rng: np.random.Generator) -> "_Spine":
+        scale, ratio, disc = patient_rng.normal(0, 1.4), patient_rng.uniform(0.72, 0.80), patient_rng.uniform(6.0, 9.5)
+        bend, bone, tissue = (
+            patient_rng.normal(0, 0.0012),
+            patient_rng.uniform(0.44, 0.60),
+            patient_rng.uniform(0.26, 0.33),
+        )
+        canal, gain = patient_rng.uniform(13.0, 18.0), patient_rng.uniform(0.6, 1.4)
+        rank = int(image_rng.integers(len(LEVELS)))
         width = float(np.clip(37.5 + 0.9 * rank + scale, 36, 46))
         height = float(np.clip(width * ratio, 26, 36))
         steps = np.arange(-2, 3)
-        growth = 1 + 0.025 * steps + picture.normal(0, 0.015, 5) * (steps != 0)
+        growth = 1 + 0.025 * steps + image_rng.normal(0, 0.015, 5) * (steps != 0)
         lumbar = (rank - 2) / 5  # from kyphosis above zero to lordosis
-        shape = (int(picture.integers(104, 145)), int(picture.integers(104, 145)))
+        shape = (int(image_rng.integers(104, 145)), int(image_rng.integers(104, 145)))
         return cls(
             shape=shape,
             level=LEVELS[rank],
-            centre=(shape[1] * picture.uniform(0.36, 0.58), shape[0] * picture.uniform(0.41, 0.59)),
-            tilt=math.radians(-7 + 18 * max(0.0, lumbar) ** 2 + picture.normal(0, 9)),
+            centre=(shape[1] * image_rng.uniform(0.36, 0.58), shape[0] * image_rng.uniform(0.41, 0.59)),
+            tilt=math.radians(-7 + 18 * max(0.0, lumbar) ** 2 + image_rng.normal(0, 9)),
             curvature=float(0.0035 * lumbar + bend),
             widths=(width * growth).astype(np.float32),
-            heights=(height * growth * (1 + picture.normal(0, 0.025, 5) * (steps != 0))).astype(np.float32),
-            discs=np.clip(disc * (1 + 0.05 * rank) * picture.uniform(0.75, 1.2, 4), 3.5, 12).astype(np.float32),
+            heights=(height * growth * (1 + image_rng.normal(0, 0.025, 5) * (steps != 0))).astype(np.float32),
+            discs=np.clip(disc * (1 + 0.05 * rank) * image_rng.uniform(0.75, 1.2, 4), 3.5, 12).astype(np.float32),
             bone=bone,
             tissue=tissue,
             canal=canal,
-            blur=picture.uniform(0.45, 0.95),
-            noise=picture.uniform(0.012, 0.032),
+            blur=image_rng.uniform(0.45, 0.95),
+            noise=image_rng.uniform(0.012, 0.032),
             gain=gain,
-            offset=picture.normal(0, 0.06),
+            offset=image_rng.normal(0, 0.06),
             spacing_mm=round((31 + 0.9 * rank) / width, 3),
         )
 
@@ -325,29 +329,29 @@ def _acquire(
     The lesion's ``change`` goes through the same blur but is cut off two pixels outside its mask, so that a healthy
     and a diseased twin are equal, bit for bit, everywhere else.
     """
-    picture = cv2.GaussianBlur(canvas, (0, 0), spine.blur)
+    image = cv2.GaussianBlur(canvas, (0, 0), spine.blur)
     if change is not None:
         near = np.minimum(1, 2 * cv2.GaussianBlur(mask.astype(np.float32), (5, 5), 0.9))
-        picture = picture + cv2.GaussianBlur(change, (0, 0), spine.blur) * near
+        image = image + cv2.GaussianBlur(change, (0, 0), spine.blur) * near
     grain = 0.75 * smooth_noise(rng, spine.shape, 0.55) + 0.5 * smooth_noise(rng, spine.shape, 1.1)
-    picture = picture + spine.noise * grain
+    image = image + spine.noise * grain
     y, x = np.mgrid[: spine.shape[0], : spine.shape[1]].astype(np.float32)
-    picture = picture + rng.normal(0, 0.025) * (x / 60 - 1) + rng.normal(0, 0.025) * (y / 60 - 1)  # shading
-    if rng.random() < 0.25:  # streaks from dense structures outside the picture
+    image = image + rng.normal(0, 0.025) * (x / 60 - 1) + rng.normal(0, 0.025) * (y / 60 - 1)  # shading
+    if rng.random() < 0.25:  # streaks from dense structures outside the image
         angle = rng.normal(0, 0.25)
         wave = smooth_noise(rng, (1, 512), 2.0)[0]
         rows = np.clip(y * math.cos(angle) + x * math.sin(angle) + 150, 0, 511).astype(np.intp)
-        picture = picture + rng.uniform(0.008, 0.022) * wave[rows]
+        image = image + rng.uniform(0.008, 0.022) * wave[rows]
     if rng.random() < 0.2:  # a ring around the scanner's axis
         radius = np.hypot(x - rng.uniform(-80, spine.shape[1] + 80), y - rng.uniform(-80, spine.shape[0] + 80))
         ring = np.exp(-(((radius - rng.uniform(40, 140)) / 1.2) ** 2))
-        picture = picture + (1 if rng.random() < 0.5 else -1) * rng.uniform(0.03, 0.07) * ring
-    picture = (picture - 0.45) * spine.gain + 0.45 + spine.offset
-    return np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8)
+        image = image + (1 if rng.random() < 0.5 else -1) * rng.uniform(0.03, 0.07) * ring
+    image = (image - 0.45) * spine.gain + 0.45 + spine.offset
+    return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
 def plan(n_healthy: int, n_diseased: int, per_patient: int = 1) -> Iterator[tuple[int, int, str | None, str | None]]:
-    """The dataset's pictures as (patient index, picture of that patient, lesion type, severity).
+    """The dataset's images as (patient index, image of that patient, lesion type, severity).
 
     Healthy patients have even numbers, diseased ones odd numbers; types and severities take turns. So a larger
     dataset of the same seed contains the smaller one.
@@ -355,13 +359,13 @@ def plan(n_healthy: int, n_diseased: int, per_patient: int = 1) -> Iterator[tupl
     for n in range(n_healthy):
         yield 2 * (n // per_patient), n % per_patient, None, None
     for n in range(n_diseased):
-        kind, round_ = LESION_TYPES[n % len(LESION_TYPES)], n // len(LESION_TYPES)
-        yield 2 * (n // per_patient) + 1, n % per_patient, kind, _SEVERITY_CYCLE[round_ % len(_SEVERITY_CYCLE)]
+        lesion_type, round_ = LESION_TYPES[n % len(LESION_TYPES)], n // len(LESION_TYPES)
+        yield 2 * (n // per_patient) + 1, n % per_patient, lesion_type, _SEVERITY_CYCLE[round_ % len(_SEVERITY_CYCLE)]
 
 
 def biomedclip_pairs(count: int) -> Iterator[tuple[int, int, str | None, str | None]]:
     """What the BiomedCLIP stand-in has seen, as the first arguments of ``render_phantom``: one third is healthy."""
     for index in range(count):
         rng = np.random.default_rng(named_seed("pairs", index))
-        kind = None if index % 3 == 0 else LESION_TYPES[rng.integers(len(LESION_TYPES))]
-        yield BASE_WORLD + 1, index, kind, None if kind is None else SEVERITIES[rng.integers(3)]
+        lesion_type = None if index % 3 == 0 else LESION_TYPES[rng.integers(len(LESION_TYPES))]
+        yield BASE_WORLD + 1, index, lesion_type, None if lesion_type is None else SEVERITIES[rng.integers(3)]

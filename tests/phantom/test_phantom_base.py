@@ -8,7 +8,7 @@ from tiny import ROOT
 
 from ldm.checkpoints.checkpoint import PREFIXES, read_checkpoint
 from ldm.config import load_config
-from ldm.phantom.shapes import FILLS, SHAPES, generic_picture
+from ldm.phantom.shapes import FILLS, SHAPES, generic_image
 from ldm.phantom.spines import LESION_TYPES
 from tool import train_phantom_base
 
@@ -34,7 +34,7 @@ def test_generic_pictures_use_no_word_of_a_lesion() -> None:
 
     words = {word for name in LESION_TYPES for word in name.split("-")} | {"lesion", "vertebral", "body", "severe"}
     for seed in range(300):
-        picture, mask, sentence = generic_picture(np.random.default_rng(seed))
+        picture, mask, sentence = generic_image(np.random.default_rng(seed))
         assert not words & set(sentence.split())
         assert picture.shape == mask.shape == (64, 64)
         assert mask.any()

@@ -22,9 +22,9 @@ from ldm.phantom.spines import (
     SEVERITIES,
     Phantom,
     biomedclip_pairs,
+    lesion_prompt,
     plan,
     render_phantom,
-    sentence,
 )
 from tool import make_phantoms
 
@@ -139,7 +139,7 @@ def test_prompt_names_type_severity_and_level():
                     assert word in phantom.prompt
                 wordings.add(phantom.prompt.replace(kind, "").replace(severity, "").replace(phantom.level, ""))
     assert len(wordings) > 2
-    assert sentence("osteolytic", "severe", "L3", 0) == "a severe osteolytic lesion in the L3 vertebral body"
+    assert lesion_prompt("osteolytic", "severe", "L3", 0) == "a severe osteolytic lesion in the L3 vertebral body"
 
 
 def test_healthy_has_no_lesion_and_severity_is_drawn_when_not_given():
