@@ -40,6 +40,7 @@ from typing import Any
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import PARTIAL_PREFIX, fingerprint, nearest_existing, read_json, write_json
 from ldm.core.locks import exclusive
+from ldm.core.tables import shortened
 
 SHOWN_DIFFERENCES = 4
 
@@ -250,5 +251,4 @@ def _shown(value: Any) -> str:
     """A setting in a message; of digests and long values only the beginning."""
     text = value if isinstance(value, str) else json.dumps(value)
     digest = len(text) == 64 and not set(text) - set("0123456789abcdef")
-    room = 8 if digest else 60
-    return text if len(text) <= room else f"{text[:room]}…"
+    return shortened(text, 9 if digest else 60)

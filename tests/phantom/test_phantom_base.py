@@ -8,6 +8,8 @@ from tiny import ROOT
 
 from ldm.checkpoints.checkpoint import PREFIXES, read_checkpoint
 from ldm.config import load_config
+from ldm.core.errors import UsageError
+from ldm.core.run_folder import RunFolder
 from ldm.phantom.shapes import FILLS, SHAPES, generic_image
 from ldm.phantom.spines import LESION_TYPES
 from tool import train_phantom_base
@@ -73,3 +75,11 @@ def test_finished_parts_are_not_trained_again(made: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()}
     assert run(made) == 0
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()} == before
+
+
+def test_a_second_process_is_refused_and_a_unet_needs_its_autoencoder(made: Path, tmp_path: Path) -> None:
+    refused = pytest.raises(UsageError, match="another run is writing here at this moment; give another --output_dir")
+    with RunFolder(made, "training_log.csv").lock(), refused:
+        run(made)
+    with pytest.raises(UsageError, match=r"autoencoder\.safetensors: does not exist; train the autoencoder"):
+        run(tmp_path, "--parts", "unet")
