@@ -24,23 +24,10 @@ are all that was spent on it with these settings; an "already complete" adds its
 """
 
 import argparse
-import shlex
 from pathlib import Path
 
 from ldm.core import cli
-from ldm.core.errors import UsageError
-from ldm.core.files import read_text
-from ldm.core.paths import shipped
-from ldm.workflow.plans import (
-    Plan,
-    PlanRecord,
-    check_keys,
-    count,
-    hang_up_with_terminal,
-    load_record,
-    parse_steps,
-    run_steps,
-)
+from ldm.workflow.plan_run import PlanOptions, run_plan
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,61 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Run what is to do; the exit code of the step that failed, 3 if a step rejected inputs, else 0."""
-    hang_up_with_terminal()
-    plan = load_plan(args.plan)
-    if args.start and args.only:
-        raise UsageError("--from and --only exclude each other; give one of them")
-    forced = _forced(plan, args.start, args.only)
-    record = load_record(plan)
-    if args.list:
-        for number, step in enumerate(plan.steps, 1):
-            print(f"{count(plan, number)} {step.name} ({'done' if record.done(step) else 'to do'}): {step.run}")
-        return cli.DONE
-    chosen = args.only or [step.name for step in plan.steps]
-    if args.start:
-        chosen = sorted(forced, key=chosen.index)
-    again = shlex.join(["python", "tool/run_stages.py", str(args.plan)])
-    return run_steps(record, chosen, again, forced, args.overwrite) or _summarise(record)
-
-
-def _forced(plan: Plan, start: str | None, only: list[str] | None) -> set[str]:
-    """Names of the steps that run although they are done; UsageError for a name that is not in the plan."""
-    names = [step.name for step in plan.steps]
-    for name in [*([start] if start else []), *(only or [])]:
-        if name not in names:
-            raise UsageError(f"{name}: no such step in plan {plan.name}; it has {', '.join(names)}")
-    return set(names[names.index(start) :]) if start else set(only or [])
-
-
-def load_plan(path: Path) -> Plan:
-    """Read a plan, looked up in the working directory, then among the shipped ones; UsageError for any fault in it."""
-    import yaml
-
-    found = shipped(path)
-    try:
-        values = yaml.safe_load(read_text(found, "plan"))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{found}: not readable as YAML ({' '.join(str(error).split())})") from error
-    check_keys(values, {"name": str, "output_dir": str, "steps": list}, f"{found}: ")
-    return Plan(values["name"], values["output_dir"], parse_steps(values["steps"], f"{found}: "))
-
-
-def _summarise(record: PlanRecord) -> int:
-    """Print a table of all steps; 3 if any of them rejected inputs."""
-    print(f"\n{'step':<20} {'seconds':>9}  result")
-    total, rejected = 0.0, []
-    for step in record.plan.steps:
-        entry = record.known(step)
-        total += entry.get("seconds", 0.0)
-        result = "done" if record.done(step) else "to do"
-        if record.done(step) and entry["exit_code"] == cli.SOME_REJECTED:
-            result = "done, some inputs rejected"
-            rejected.append(step.name)
-        print(f"{step.name:<20} {entry.get('seconds', 0.0):>9.1f}  {result}")
-    print(f"{'total':<20} {total:>9.1f}  {total / 60:.1f} minutes", flush=True)
-    if rejected:
-        print(f"some inputs were rejected in: {', '.join(rejected)} (listed beside their outputs)", flush=True)
-    return cli.SOME_REJECTED if rejected else cli.DONE
+    return run_plan(args.plan, PlanOptions(args.start, tuple(args.only or ()), args.overwrite, args.list))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
 import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
@@ -21,15 +19,6 @@ from ldm.core.paths import ROOT, SHIPPED, shipped
 
 STATE_FILE = "stages.json"
 DONE_CODES = (cli.DONE, cli.SOME_REJECTED)
-
-# What every step's environment gets, unless it is set already. glibc gives blocks of this size back to the kernel after
-# every operation and fetches them again for the next one: keeping them makes training on a CPU measurably faster.
-# Waiting OpenMP threads that sleep instead of spinning leave shared cores to whoever has work.
-CHILD_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 
 
 @dataclass(frozen=True)
@@ -181,6 +170,17 @@ def check_keys(values: Any, kinds: dict[str, type], where: str, optional: Collec
             raise UsageError(f"{where}{key}: expected {expected}, found {values.get(key)!r}")
 
 
+def load_plan(path: Path) -> Plan:
+    """Read a plan, looked up in the working directory, then among the shipped ones; UsageError for any fault in it."""
+    found = shipped(path)
+    try:
+        values = yaml.safe_load(read_text(found, "plan"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{found}: not readable as YAML ({' '.join(str(error).split())})") from error
+    check_keys(values, {"name": str, "output_dir": str, "steps": list}, f"{found}: ")
+    return Plan(values["name"], values["output_dir"], parse_steps(values["steps"], f"{found}: "))
+
+
 def load_record(plan: Plan) -> PlanRecord:
     """The record in the plan's output folder; empty without one. MedSoftError if it cannot be understood."""
     record = PlanRecord(plan)
@@ -199,113 +199,3 @@ def load_record(plan: Plan) -> PlanRecord:
         )
     record.entries = entries
     return record
-
-
-# ----------------------------------------------------------------------------------------------------- running
-
-
-def hang_up_with_terminal() -> None:
-    """End as after SIGTERM when the terminal closes: the running step must not be left alone."""
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # Windows has none
-        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
-
-
-def run_steps(
-    record: PlanRecord, chosen: Collection[str], again: str, forced: Collection[str] = (), overwrite: bool = False
-) -> int:
-    """Run the chosen steps of a plan that are not done, and the forced ones; 0, or the code of the one that failed.
-
-    ``again`` is the command that goes on, for the message of a failure; ``overwrite`` is passed to the steps.
-    """
-    plan = record.plan
-    for number, step in enumerate(plan.steps, 1):
-        if step.name not in chosen:
-            continue
-        if step.name not in forced and record.done(step):
-            print(f"{count(plan, number)} {step.name} ... already done", flush=True)
-            continue
-        code = run_step(record, step, number, overwrite)
-        if code not in DONE_CODES:
-            replace = "; with --overwrite it replaces the work of other settings"
-            print(
-                f"error: step {step.name} failed ({_outcome(code)}): {step.run}\n"
-                f"The steps before it are kept; put right what it says above and go on with: {again}"
-                f"{replace if code == cli.USAGE and not overwrite else ''}",
-                file=sys.stderr,
-            )
-            return code
-    return cli.DONE
-
-
-def run_step(record: PlanRecord, step: PlanStep, number: int, overwrite: bool = False) -> int:
-    """Run one step, keep its outcome and return its exit code (128 + n when signal n ended it).
-
-    With ``overwrite`` a step that refuses is run again with ``--overwrite``: the step itself knows what is its own work
-    and what is that of other settings. Raises MedSoftError if the program cannot be started, or if it succeeded without
-    making what it should.
-    """
-    words = shlex.split(step.run)
-    if words[0] == "python":
-        words[0] = sys.executable
-        words[1:2] = [word if (ROOT / word).exists() else str(shipped(word)) for word in words[1:2]]
-    print(f"{count(record.plan, number)} {step.name}: {step.run}", flush=True)
-    record.begin(step)
-    start, code = time.perf_counter(), cli.FAILED
-    try:
-        code = _run_child(words, step)
-        if overwrite and code == cli.USAGE:
-            print(f"{count(record.plan, number)} {step.name}: once more, with --overwrite", flush=True)
-            code = _run_child([*words, "--overwrite"], step)
-    except KeyboardInterrupt:
-        code = cli.INTERRUPTED
-        raise
-    except cli.Terminated:
-        code = cli.TERMINATED
-        raise
-    finally:
-        seconds = time.perf_counter() - start
-        record.add(step, seconds, code)
-    if code in DONE_CODES:
-        if step.missing:
-            raise MedSoftError(f"step {step.name}: ended with {code}, but did not make {', '.join(step.missing)}")
-        rejected = " (some inputs were rejected)" if code == cli.SOME_REJECTED else ""
-        print(f"{count(record.plan, number)} {step.name} ... done in {seconds:.0f} s{rejected}", flush=True)
-    return code
-
-
-def _run_child(words: list[str], step: PlanStep) -> int:
-    # A process group of its own: Ctrl-C reaches the child once, from here, and its own children with it.
-    try:
-        child = subprocess.Popen(words, cwd=ROOT, env={**CHILD_ENVIRONMENT, **os.environ}, process_group=0)
-    except OSError as error:
-        raise MedSoftError(f"step {step.name}: {words[0]} cannot be started ({error.strerror or error})") from error
-    try:
-        code = child.wait()
-    except (KeyboardInterrupt, cli.Terminated) as stop:
-        _stop(child, signal.SIGTERM if isinstance(stop, cli.Terminated) else signal.SIGINT)
-        raise
-    return code if code >= 0 else 128 - code
-
-
-def _stop(child: subprocess.Popen, signum: int) -> None:
-    """Pass a signal on and wait, so that the child can finish what it must; a second one from the user kills it."""
-    try:
-        os.killpg(child.pid, signum)
-        child.wait()
-    except ProcessLookupError:  # it ended by itself in the meantime
-        child.wait()
-    except (KeyboardInterrupt, cli.Terminated):
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-
-
-def count(plan: Plan, number: int) -> str:
-    """Step ``number`` of all: [3/19]."""
-    return f"[{number}/{len(plan.steps)}]"
-
-
-def _outcome(code: int) -> str:
-    if code <= 128:
-        return f"exit code {code}"
-    name = signal.strsignal(code - 128) or f"signal {code - 128}"
-    return f"exit code {code}: {name}" + ("; often too little memory" if code == 128 + signal.SIGKILL else "")

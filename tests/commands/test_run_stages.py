@@ -305,7 +305,7 @@ def test_command_line_shows_one_line_and_the_exit_code(write_plan, tmp_path: Pat
 
 
 def demo_steps() -> list[Any]:
-    return list(run_stages.load_plan(ROOT / "configs" / "demo.yaml").steps)
+    return list(plans.load_plan(ROOT / "configs" / "demo.yaml").steps)
 
 
 @pytest.mark.parametrize("step", demo_steps(), ids=lambda step: step.name)

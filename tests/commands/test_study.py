@@ -29,6 +29,7 @@ from ldm.core.files import write_json
 from ldm.core.locks import exclusive
 from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
+from ldm.workflow import study_design, study_run
 from ldm.workflow.plans import Plan, PlanRecord, PlanStep
 from tool import make_phantoms, study
 
@@ -134,22 +135,22 @@ GENERATOR = {"checkpoint": "a.ckpt", "model": "models/phantom.yaml"}
 )
 def test_faults_of_a_study_are_named(write_study, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        study.load_design(write_study(**change))
+        study_design.load_design(write_study(**change))
 
 
 def test_files_that_are_no_study(tmp_path: Path) -> None:
     with pytest.raises(MedSoftError, match=r"nowhere.yaml: this study does not exist"):
-        study.load_design(tmp_path / "nowhere.yaml")
+        study_design.load_design(tmp_path / "nowhere.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(UsageError, match=r"broken.yaml: not readable as YAML"):
-        study.load_design(tmp_path / "broken.yaml")
+        study_design.load_design(tmp_path / "broken.yaml")
     for name, other in (("one", "two"), ("two", "one")):
         (tmp_path / f"{name}.yaml").write_text(f"base: {other}.yaml")
     with pytest.raises(UsageError, match=r"two.yaml: base: expected another study's YAML, found 'one.yaml'"):
-        study.load_design(tmp_path / "one.yaml")
+        study_design.load_design(tmp_path / "one.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UsageError, match="expected the keys name"):
-        study.load_design(tmp_path / "list.yaml")
+        study_design.load_design(tmp_path / "list.yaml")
 
 
 def test_command_line_ends_with_one_line_and_code_2(write_study) -> None:
@@ -168,8 +169,8 @@ def test_every_command_of_the_shipped_studies_is_one_its_script_accepts(name: st
     modules = (classifier, dataset_infer, ver_openImagesDatasets, ver_train)
     modules = (*modules, make_phantoms, tiny.model_convert, tiny.tool_merge_for_stage2)
     scripts = {module.__name__.replace(".", "/") + ".py": module for module in modules}
-    design = study.load_design(ROOT / name)
-    groups = [group for group in study.plan_groups(design) if group.world is design.worlds[-1]]
+    design = study_design.load_design(ROOT / name)
+    groups = [group for group in study_design.plan_groups(design) if group.world is design.worlds[-1]]
     seen = set()
     for step in [*design.steps, *(step for group in groups for step in group.plan.steps)]:
         python, script, *words = shlex.split(step.run)
@@ -184,13 +185,13 @@ def test_every_command_of_the_shipped_studies_is_one_its_script_accepts(name: st
 
 
 def test_each_cell_of_the_shipped_study_is_planned_once() -> None:
-    design = study.load_design(ROOT / SHIPPED[0])
-    cells = [cell for group in study.plan_groups(design) for cell in group.cells]
+    design = study_design.load_design(ROOT / SHIPPED[0])
+    cells = [cell for group in study_design.plan_groups(design) for cell in group.cells]
     assert len({cell.folder for cell in cells}) == len(cells) == 5 * 3 * (1 + 4 + 4 + 1 + 1 + 1 + 1 + 1)
 
 
 def test_development_confirmation_test_and_base_share_no_phantom_world() -> None:
-    designs = [study.load_design(ROOT / name) for name in SHIPPED]
+    designs = [study_design.load_design(ROOT / name) for name in SHIPPED]
     seeds: list[str] = []
     for design in designs:
         for step in [step for world in design.worlds for step in world.steps if "make_phantoms" in step.run]:
@@ -214,8 +215,8 @@ def test_generator_stages_start_where_they_must(write_study) -> None:
         "g": {"stages": [*stages, "models/phantom_stage2_2.yaml training.max_epochs=2"], "set": ["data.feather=0"]}
     }
     arms = SMALL["arms"] | {"g": {"use": "mix", "generator": "g", "ratios": [1]}}
-    design = study.load_design(write_study(**GENERATOR, generators=given, arms=arms, draw="--limit 4"))
-    group = next(group for group in study.plan_groups(design) if group.plan.name == "world_3/g")
+    design = study_design.load_design(write_study(**GENERATOR, generators=given, arms=arms, draw="--limit 4"))
+    group = next(group for group in study_design.plan_groups(design) if group.plan.name == "world_3/g")
     runs = {step.name: shlex.split(step.run) for step in group.plan.steps}
     start = {name: Path(line[line.index("--ckpt") + 1]).parts[-2:] for name, line in runs.items() if "--ckpt" in line}
     assert start == {
@@ -233,8 +234,8 @@ def test_generator_stages_start_where_they_must(write_study) -> None:
 
 def test_worlds_of_annotation_files_are_used_as_they_are(write_study, world: Path) -> None:
     files = {f"{split}_json": str(world / f"openimages_format_{split}.json") for split in ("train", "val", "test")}
-    design = study.load_design(write_study(worlds={"hospital": files}, phantoms=None))
-    (group,) = study.plan_groups(design)
+    design = study_design.load_design(write_study(worlds={"hospital": files}, phantoms=None))
+    (group,) = study_design.plan_groups(design)
     assert [step.name for step in group.plan.steps] == ["real_seed0", "duplicated_1_seed0"]
     assert f'test_json="{files["test_json"]}"' in shlex.split(group.plan.steps[0].run)
 
@@ -243,12 +244,12 @@ def test_annotation_files_that_changed_are_refused(write_study, world: Path, tmp
     copy = tmp_path / "train.json"
     copy.write_bytes((world / tiny.TRAIN).read_bytes())
     files = {"train_json": str(copy), "val_json": str(world / tiny.VAL), "test_json": str(world / tiny.TEST)}
-    design = study.load_design(write_study(worlds={"hospital": files}, phantoms=None))
-    study.check_unchanged(design, design.worlds[0], [])
-    study.check_unchanged(design, design.worlds[0], [])
+    design = study_design.load_design(write_study(worlds={"hospital": files}, phantoms=None))
+    study_run.check_unchanged(design, design.worlds[0], [])
+    study_run.check_unchanged(design, design.worlds[0], [])
     copy.write_text("[]")
     with pytest.raises(UsageError, match=r"train .*train.json: has changed since world hospital was begun; delete"):
-        study.check_unchanged(design, design.worlds[0], [])
+        study_run.check_unchanged(design, design.worlds[0], [])
 
 
 def test_dataset_folders_that_changed_are_refused(write_study, world: Path, tmp_path: Path) -> None:
@@ -256,15 +257,17 @@ def test_dataset_folders_that_changed_are_refused(write_study, world: Path, tmp_
     files = {"train_json": str(world / tiny.TRAIN), "val_json": str(world / tiny.VAL)}
     worlds = {"hospital": files | {"test_json": str(tmp_path / "patients")}}
     arms = SMALL["arms"] | {"more": {"add": str(tmp_path / "patients")}}
-    design = study.load_design(write_study(worlds=worlds, phantoms=None, arms=arms))
-    study.check_unchanged(design, design.worlds[0], [])
-    study.check_unchanged(design, design.worlds[0], [design.arms[-1]])
-    other = study.load_design(write_study(worlds=worlds, phantoms=None, arms=arms | {"more": {"add": str(world)}}))
+    design = study_design.load_design(write_study(worlds=worlds, phantoms=None, arms=arms))
+    study_run.check_unchanged(design, design.worlds[0], [])
+    study_run.check_unchanged(design, design.worlds[0], [design.arms[-1]])
+    other = study_design.load_design(
+        write_study(worlds=worlds, phantoms=None, arms=arms | {"more": {"add": str(world)}})
+    )
     with pytest.raises(UsageError, match=r"arms.more.add .*: has changed since world hospital was begun"):
-        study.check_unchanged(other, other.worlds[0], [other.arms[-1]])
+        study_run.check_unchanged(other, other.worlds[0], [other.arms[-1]])
     shutil.rmtree(next(path for path in (tmp_path / "patients").iterdir() if path.is_dir()))
     with pytest.raises(UsageError, match=r"test .*patients: has changed since world hospital was begun"):
-        study.check_unchanged(design, design.worlds[0], [])
+        study_run.check_unchanged(design, design.worlds[0], [])
 
 
 def test_annotation_files_that_are_missing_are_named(write_study, world: Path, tmp_path: Path) -> None:
@@ -299,22 +302,22 @@ def test_added_real_images_join_the_training_annotations(write_study, world: Pat
     assert tiny.call(make_phantoms, "--output_dir", extra, "--seed", 77, "--healthy", 1, "--diseased", 2) == 0
     files = {f"{split}_json": str(world / f"openimages_format_{split}.json") for split in ("train", "val", "test")}
     arms = SMALL["arms"] | {"more": {"add": str(extra)}}
-    design = study.load_design(write_study(worlds={"hospital": files}, phantoms=None, arms=arms))
-    study.add_real(design, design.worlds[0], design.arms[-1])
-    added = load_samples(study.added_path(design, design.worlds[0], design.arms[-1]))[0]
+    design = study_design.load_design(write_study(worlds={"hospital": files}, phantoms=None, arms=arms))
+    study_run.add_real(design, design.worlds[0], design.arms[-1])
+    added = load_samples(study_design.added_path(design, design.worlds[0], design.arms[-1]))[0]
     names = [sample.sample_id for sample in added]
     assert len(names) == len(set(names)) == len(load_samples(world / tiny.TRAIN)[0]) + 3
-    (group,) = study.plan_groups(design)
+    (group,) = study_design.plan_groups(design)
     assert "train_more.json" in group.plan.steps[-1].run
 
     files["train_json"] = str(world / tiny.TRAIN)
-    missing = study.load_design(
+    missing = study_design.load_design(
         write_study(
             worlds={"hospital": files}, phantoms=None, arms=SMALL["arms"] | {"more": {"add": str(tmp_path / "no")}}
         )
     )
     with pytest.raises(UsageError, match=r"arms.more.add: .*no does not exist"):
-        study.check_unchanged(missing, missing.worlds[0], [missing.arms[-1]])
+        study_run.check_unchanged(missing, missing.worlds[0], [missing.arms[-1]])
 
 
 def test_added_images_that_cannot_be_read_are_listed(write_study, world: Path, tmp_path: Path) -> None:
@@ -473,8 +476,8 @@ def test_every_generator_of_the_shipped_study_trains_and_draws(write_study, tmp_
 
 def test_the_report_holds_every_cell_and_the_difference(write_study, tmp_path: Path) -> None:
     path = write_study(worlds=[3, 4, 5], seeds=[0, 1])
-    design = study.load_design(path)
-    for group in study.plan_groups(design):
+    design = study_design.load_design(path)
+    for group in study_design.plan_groups(design):
         for cell in group.cells:
             value = (
                 0.5 + 0.1 * cell.seed + 0.2 * (cell.arm.name == "duplicated") + 0.01 * design.worlds.index(cell.world)

@@ -1,0 +1,220 @@
+"""Running a study: its worlds and groups in order, what has changed in between refused, a report after every group."""
+
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import content_id, fingerprint, read_json, write_json
+from ldm.core.locks import exclusive
+from ldm.core.paths import ROOT
+from ldm.workflow.plan_run import hang_up_with_terminal, run_steps
+from ldm.workflow.plans import Plan, PlanRecord, PlanStep, load_record
+from ldm.workflow.study_design import Arm, Design, Group, World, added_path, load_design, plan_groups
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What to do with a study: run it, or parts of it, or only look."""
+
+    worlds: Sequence[str] | None = None  # these only; other processes may run others at the same time
+    collect: bool = False  # run nothing, report the cells that are finished
+    overwrite: bool = False  # let a step replace what other settings have left, where it refuses to
+    list: bool = False  # show the steps, run nothing
+
+
+def run_study(path: Path, options: StudyOptions) -> int:
+    """Run what is to do, report after every group; the code of the step that failed, 3 if one rejected inputs."""
+    hang_up_with_terminal()
+    design = load_design(path)
+    groups = list(plan_groups(design))
+    once = Plan("study", design.output_dir, design.steps)
+    if options.list:
+        return show([once, *(group.plan for group in groups)])
+    if options.collect:
+        return report(design, groups)
+    again = shlex.join(["python", "tool/study.py", str(path)])
+    run = partial(run_steps, again=again, overwrite=options.overwrite)
+    mine = choose(groups, options.worlds)
+    with ExitStack() as locks:
+        for world in dict.fromkeys(group.world.name for group in mine):
+            lock = design.folder(f"{world}.lock")
+            locks.enter_context(exclusive(ROOT / lock, f"{lock}: this world is running already"))
+        with whole_study(design):
+            code = run(load_record(once), step_names(design.steps))
+        for group in mine:
+            code = code or run_group(design, groups, group, run)
+    if code:
+        return code
+    rejecting = [plan.name for plan in (once, *(g.plan for g in mine)) if cli.SOME_REJECTED in exit_codes(plan)]
+    lists = [rejects_of(design, group.world, arm) for group in mine for arm in adding(group)]
+    rejecting += [str(path) for path in lists if path.exists()]
+    if rejecting:
+        print(f"some inputs were rejected in: {', '.join(rejecting)} (listed beside their outputs)")
+    return cli.SOME_REJECTED if rejecting else cli.DONE
+
+
+def choose(groups: list[Group], worlds: Sequence[str] | None) -> list[Group]:
+    """The groups of the worlds asked for, or all; UsageError for a world that the study does not have."""
+    known = list(dict.fromkeys(group.world.name for group in groups))
+    for name in worlds or ():
+        if name not in known:
+            raise UsageError(f"--worlds {name}: no such world in this study; it has {', '.join(known)}")
+    return [group for group in groups if not worlds or group.world.name in worlds]
+
+
+def whole_study(design: Design) -> AbstractContextManager[None]:
+    """For what is the whole study's, not a world's: one process at a time, and the others wait."""
+    path = design.folder("study.lock")
+    return exclusive(ROOT / path, f"{path}: another process is at it; waiting", wait=True)
+
+
+def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[PlanRecord, list[str]], int]) -> int:
+    """Data first, then what is made from them in here, generator and cells, report; 0, or the failed step's code."""
+    print(f"--- {group.plan.name}", flush=True)
+    record = load_record(group.plan)
+    code = run(record, step_names(group.world.steps))
+    if code:
+        return code
+    check_unchanged(design, group.world, adding(group))
+    for arm in adding(group):
+        add_real(design, group.world, arm)
+    code = run(record, step_names(group.plan.steps[len(group.world.steps) :]))
+    if not code:
+        with whole_study(design):
+            report(design, groups)
+    return code
+
+
+def step_names(steps: tuple[PlanStep, ...]) -> list[str]:
+    return [step.name for step in steps]
+
+
+def exit_codes(plan: Plan) -> list[int | None]:
+    record = load_record(plan)
+    return [record.known(step).get("exit_code") for step in plan.steps]
+
+
+def show(plans: list[Plan]) -> int:
+    """Print every step and whether it is done."""
+    for plan in plans:
+        record = load_record(plan)
+        for step in plan.steps:
+            print(f"{plan.name}: {step.name} ({'done' if record.done(step) else 'to do'}): {step.run}")
+    return cli.DONE
+
+
+def check_unchanged(design: Design, world: World, added: list[Arm]) -> None:
+    """UsageError unless the world's annotations, and the real images that arms add, are those its cells were made from.
+
+    Of a file the content is compared, of a dataset folder the names and sizes of its files.
+    """
+    path = ROOT / design.folder(world.name, "world.json")
+    sources = {name: getattr(world, name) for name in ("train", "val", "test")}
+    for name, source in sources.items():
+        if not (ROOT / source).exists():
+            raise UsageError(f"world {world.name}: {source} does not exist; give its {name} annotations")
+    for arm in added:
+        sources[f"arms.{arm.name}.add"] = arm.add
+        if not (ROOT / arm.add).exists():
+            raise UsageError(f"arms.{arm.name}.add: {arm.add} does not exist; name a dataset folder or annotation JSON")
+    found = {name: source_id(ROOT / source) for name, source in sources.items()}
+    known = read_json(path, "record of a world") if path.exists() else {}
+    for name, digest in found.items():
+        if known.get(name) not in (None, digest):
+            raise UsageError(
+                f"{name} {sources[name]}: has changed since world {world.name} was begun; delete "
+                f"{design.folder(world.name)}, or give the study another output_dir"
+            )
+    if known != {**known, **found}:
+        write_json(path, {**known, **found})
+
+
+def source_id(path: Path) -> str | None:
+    """Changes with a file's content, or with the names and sizes of the files in a folder."""
+    if not path.is_dir():
+        return content_id(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return fingerprint([[file.relative_to(path).as_posix(), file.stat().st_size] for file in files])
+
+
+def adding(group: Group) -> list[Arm]:
+    """The arms of the group that add real images."""
+    return list(dict.fromkeys(cell.arm for cell in group.cells if cell.arm.add))
+
+
+def rejects_of(design: Design, world: World, arm: Arm) -> Path:
+    return (ROOT / added_path(design, world, arm)).with_suffix(".rejects.json")
+
+
+def add_real(design: Design, world: World, arm: Arm) -> None:
+    """Write the training annotations of the world with those of ``arm.add`` behind them, if they are not there yet.
+
+    What of ``arm.add`` cannot be read is listed beside them, in ``<name>.rejects.json``.
+    """
+    from ldm.data.annotations import load_samples, write_annotations, write_rejects
+
+    path = ROOT / added_path(design, world, arm)
+    if path.exists():
+        return
+    (own, _), (more, rejects) = load_samples(ROOT / world.train), load_samples(ROOT / arm.add)
+    write_rejects(rejects_of(design, world, arm), rejects)
+    write_annotations(path, [*own, *more])
+
+
+# ------------------------------------------------------------------------------------------------------- report
+
+
+def report(design: Design, groups: list[Group]) -> int:
+    """Write the report of all finished cells of these settings; MedSoftError if there is none."""
+    from ldm.workflow.study_results import ComparisonDesign, Study, Treatment, read_cell, timing, write_study_report
+
+    cells, seconds, outdated = [], {}, 0
+    for group in groups:
+        record = load_record(group.plan)
+        before = group.plan.steps[: len(group.plan.steps) - len(group.cells)]
+        for each in group.cells:
+            if record.outdated(each.step, before):
+                outdated += 1
+                continue
+            found = read_cell(ROOT / each.folder, each.world.name, Treatment(each.arm.name, each.ratio), each.seed)
+            if found is not None:
+                cells.append(found)
+                seconds[found.key] = record.known(each.step).get("seconds")
+    planned = sum(len(group.cells) for group in groups)
+    state = f"{len(cells)} of {planned} cells are finished"
+    if outdated:
+        state += f"; left out, as other settings or an older generator made them: {outdated}"
+    if not cells:
+        raise MedSoftError(f"{design.output_dir}: {state}; run the study first")
+    study = Study(cells, ComparisonDesign(**design.compare))
+    notes = [f"{state}. Reported at commit {commit()}.", f"Time: {timing(seconds, generator_seconds(groups))}"]
+    write_study_report(ROOT / design.output_dir, design.name, study, seconds, notes)
+    print(f"{design.folder('study.md')}: {state}", flush=True)
+    return cli.DONE
+
+
+def commit() -> str:
+    """The commit the study is run from, and whether files differ from it; "unknown" without git."""
+    calls = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
+    try:
+        head, changed = (subprocess.run(c, cwd=ROOT, capture_output=True, text=True, check=True).stdout for c in calls)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + (" with local changes" if changed.strip() else "")
+
+
+def generator_seconds(groups: list[Group]) -> dict[str, float]:
+    """Seconds spent on each finished generator, by world/generator: conversion, stages, drawing."""
+    found = {}
+    for group in groups:
+        record = load_record(group.plan)
+        made = group.plan.steps[len(group.world.steps) : len(group.plan.steps) - len(group.cells)]
+        if made and all(record.done(step) for step in made):
+            found[group.plan.name] = sum(record.known(step)["seconds"] for step in made)
+    return found
