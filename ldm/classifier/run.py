@@ -1,10 +1,10 @@
 """The diagnosis classifier: training with the epoch chosen on validation, one test, prediction."""
 
 import dataclasses
+import glob
 import json
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +20,19 @@ from ldm.classifier.network import build_network, check_model, compute_features,
 from ldm.classifier.report import REJECT_COLUMNS, Scored, prediction_rows, write_test
 from ldm.classifier.training import Trainer, reproducible
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import content_id, fingerprint, read_json, remove_partials, sha256_file, write_json
-from ldm.core.locks import exclusive
-from ldm.core.run_folder import differences
+from ldm.core.files import content_id, fingerprint, read_json, sha256_file, write_json
+from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.core.tables import write_csv
 from ldm.data.samples import Reject
 
 log = logging.getLogger(__name__)
 
-OWN_FILES = (  # patterns of everything a run writes, and of what --overwrite removes
-    *("run.json", "last.pt", "classifier.safetensors", "epoch_*.safetensors", "history.csv", "rejects.csv"),
+RECORD = "run.json"
+OWN_FILES = (  # patterns of what a run writes, but for its predictions, whose names predictions.json holds
+    *("last.pt", "classifier.safetensors", "epoch_*.safetensors", "history.csv", "rejects.csv", "predictions.json"),
     *("metrics.json", "metrics.csv", "metrics_epoch_*", "report.html", "report_epoch_*.html", "report*_files"),
-    *("predictions_*.csv", "predictions.json"),
+    *("predictions_test.csv", "predictions_test_epoch_*.csv"),
 )
 
 
@@ -69,9 +69,11 @@ def run_classifier(config: ClassifierConfig) -> dict[str, Any]:
     Returns the content of metrics.json plus ``n_rejected`` and ``already_complete``.
     """
     names = _prediction_names(config.predict)
-    metrics = train_classifier(config) if config.train else _test_saved(config)
-    for source, name in names.items():
-        metrics["n_rejected"] += _predict_folder(config, source, name)
+    metrics = train_classifier(config) if config.train else None
+    with _run_folder(config.output).lock():
+        metrics = _test_saved(config) if metrics is None else metrics
+        for source, name in names.items():
+            metrics["n_rejected"] += _predict_folder(config, source, name)
     return metrics
 
 
@@ -81,23 +83,44 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
     An interrupted run goes on from its last state; a complete one is only read. Raises MedSoftError for missing or
     leaking data and for non-finite numbers, UsageError when the folder holds another run and ``overwrite`` is false.
     """
-    folder = config.output
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder}: expected a folder for the results, found a file; set output_dir elsewhere")
     check_model(config.model, config.pretrained)  # before minutes of reading
     data = load_data(config)
     for images in data.sets:
         log.info("%s: %d samples %s", images.name, len(images), images.counts())
-    settings = identity(config, "weights")
-    run = fingerprint([settings, content_id(config.pretrained), data.fingerprint()])
-    busy = f"{folder}: another run is writing here at this moment; set output_dir elsewhere"
-    with exclusive(folder / ".run.lock", busy):
-        _claim(config, settings, run)
-        weights = folder / "classifier.safetensors"
+    settings, pretrained = identity(config, "weights"), content_id(config.pretrained)
+    run = fingerprint([settings, pretrained, data.fingerprint()])  # in the saved state and weights
+    settings |= {"pretrained_sha256": pretrained, "training_data": data.fingerprint()}
+    folder, weights = _run_folder(config.output), config.output / "classifier.safetensors"
+    with folder.lock():
+        record = folder.open(settings, config.overwrite, legacy=run, anew=config.overwrite)
+        complete = bool(record and record.get("complete"))
+        if not complete:
+            folder.claim()
         if not weights.exists():
             with reproducible():
                 Trainer(config, data, run).fit()
-        return _test(config, load_classifier(weights, config.GPU), weights, data.test, data.rejects, data.synthetic)
+        saved = load_classifier(weights, config.GPU)
+        metrics = _test(config, saved, weights, data.test, data.rejects, data.synthetic)
+        if not complete:
+            folder.finish()
+    return metrics
+
+
+def _run_folder(path: Path) -> RunFolder:
+    """The output folder, in which other files may lie: a run's are OWN_FILES and those in predictions.json."""
+    predicted = [f"predictions_{glob.escape(name)}.csv" for name in _predicted(path)]
+    return RunFolder(
+        path, RECORD, own=(*OWN_FILES, *predicted), shared=True, flag="output_dir", overwrite_flag="overwrite: true"
+    )
+
+
+def _predicted(folder: Path) -> dict[str, Any]:
+    """predictions.json: what has been predicted, by the name in predictions_<name>.csv; empty without it."""
+    path = folder / "predictions.json"
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise MedSoftError(f"{path}: expected a JSON object, found {type(found).__name__}; delete it to predict again")
+    return found
 
 
 def predict(
@@ -140,31 +163,6 @@ def load_classifier(weights: str | Path, gpu: str | list[int] | list[str] = "") 
 
 
 # --- output folder ----------------------------------------------------------------------------------------------
-
-
-def _claim(config: ClassifierConfig, settings: dict[str, Any], run: str) -> None:
-    """Make the output folder this run's: go on in it, clear it with ``overwrite``, or raise UsageError."""
-    folder = config.output
-    remove_partials(folder)
-    present = [path for pattern in OWN_FILES for path in sorted(folder.glob(pattern))]
-    work = [path for path in present if path.name != "run.json"]  # a run that failed at its start leaves none
-    if work and not config.overwrite:
-        if not (folder / "run.json").exists():
-            raise UsageError(f"{work[0]}: already exists; set output_dir elsewhere, or overwrite: true to replace it")
-        old = read_json(folder / "run.json")
-        if old.get("run") == run:
-            return
-        changed = differences(old.get("settings", {}), settings)
-        what = ", ".join(changed) or "the training data have changed"
-        raise UsageError(
-            f"{folder}: holds another run ({what}); set output_dir elsewhere, or overwrite: true to replace it"
-        )
-    for path in present:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    write_json(folder / "run.json", {"run": run, "settings": settings})
 
 
 def _test(
@@ -267,22 +265,23 @@ def _prediction_names(sources: Sequence[str]) -> dict[str, str]:
 
 def _predict_folder(config: ClassifierConfig, source: str, name: str) -> int:
     """Write predictions_<name>.csv; returns how many samples were rejected."""
-    rows, rejects = predict(_saved_weights(config), source, gpu=config.GPU)
-    record_path = config.output / "predictions.json"
-    record = read_json(record_path) if record_path.exists() else {}
+    record, path = _predicted(config.output), config.output / f"predictions_{name}.csv"
     where = os.path.abspath(source)
+    if name not in record and path.exists():
+        raise UsageError(f"{path}: was not written by this command; rename it, or {source}")
     if record.get(name, {}).get("source", where) != where and not config.overwrite:
         raise UsageError(
             f"predictions_{name}.csv already holds {record[name]['source']}; rename {source}, or set overwrite"
         )
+    rows, rejects = predict(_saved_weights(config), source, gpu=config.GPU)
     diseased = sum(row["predicted"] != "healthy" for row in rows)
-    write_csv(config.output / f"predictions_{name}.csv", rows)
     record[name] = {
         "source": where,
         "n": len(rows),
         "n_called_diseased": diseased,
         "rejected": [{"sample_id": r.sample_id, "file": str(r.file), "reason": r.reason} for r in rejects],
     }
-    write_json(record_path, record)
+    write_json(config.output / "predictions.json", record)  # first: the table is then known as this command's
+    write_csv(path, rows)
     log.info("%s: %d of %d called diseased", source, diseased, len(rows))
     return len(rejects)

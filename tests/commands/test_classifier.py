@@ -104,7 +104,7 @@ def test_second_run_is_already_complete_and_changes_need_overwrite(world: dict, 
     stamp = (Path(world["output_dir"]) / "classifier.safetensors").stat().st_mtime_ns
     assert run_classifier(load_classifier_config(args))["already_complete"]
     assert (Path(world["output_dir"]) / "classifier.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(UsageError, match=r"holds another run \(EPOCHS: 1 -> 2\).*overwrite"):
+    with pytest.raises(UsageError, match=r"holds results of another run \(EPOCHS: 1 -> 2\).*overwrite"):
         run(world, "--set", "EPOCHS=2")
     assert run(world, "--set", "EPOCHS=2", "--overwrite") == 0
     assert len(rows_of(Path(world["output_dir"]) / "history.csv")) == 2

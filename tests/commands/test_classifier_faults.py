@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,20 +86,40 @@ def test_state_that_cannot_be_taken_up_is_named(
 
 
 def test_folder_that_another_run_is_writing_is_left_alone(world: dict) -> None:
-    from ldm.core.locks import exclusive
+    from ldm.core.run_folder import RunFolder
 
     with (
-        exclusive(Path(world["output_dir"], ".run.lock"), "free"),
+        RunFolder(world["output_dir"], "run.json").lock(),
         pytest.raises(UsageError, match="another run is writing here at this moment"),
     ):
         run(world)
-    assert not list(Path(world["output_dir"]).iterdir())
+    assert not Path(world["output_dir"]).exists()
 
 
 def test_file_in_the_place_of_the_output_folder_is_refused(world: dict) -> None:
     Path(world["output_dir"]).write_text("a file")
-    with pytest.raises(UsageError, match="expected a folder for the results, found a file"):
+    with pytest.raises(UsageError, match=r"output_dir .*: expected a folder, found a file"):
         run(world)
+
+
+def test_overwrite_deletes_nothing_that_no_run_has_written(world: dict) -> None:
+    folder = Path(world["output_dir"])
+    folder.mkdir()
+    for name in ("report.html", "predictions_mine.csv", "notes.txt"):
+        (folder / name).write_text("mine")
+    with pytest.raises(UsageError, match=r"holds no results of this command \(report\.html is there, run\.json is not"):
+        run(world, "--overwrite")
+    (folder / "report.html").unlink()
+    assert run(world) == 0
+    assert run(world, "--set", "EPOCHS=2", "--overwrite") == 0
+    kept = {
+        path.name: path.read_text() for path in folder.iterdir() if path.name in ("predictions_mine.csv", "notes.txt")
+    }
+    assert kept == {"predictions_mine.csv": "mine", "notes.txt": "mine"}
+    mine = shutil.copytree(world["train_json"], folder.with_name("mine"))
+    with pytest.raises(UsageError, match=r"predictions_mine\.csv: was not written by this command; rename"):
+        run(world | {"predict": [str(mine)]}, "--set", "EPOCHS=2")
+    assert (folder / "predictions_mine.csv").read_text() == "mine"
 
 
 def test_overrides_are_named_in_errors(world: dict) -> None:
