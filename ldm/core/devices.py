@@ -52,8 +52,8 @@ def peak_memory(device: torch.device) -> int:
 def out_of_memory(error: BaseException) -> bool:
     """True if the device or the machine had no memory left for what was asked."""
     full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the CPU's allocator, the driver, a library
-    return full or (isinstance(error, RuntimeError) and any(words in str(error) for words in said))
+    messages = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the CPU's allocator, the driver, a library
+    return full or (isinstance(error, RuntimeError) and any(message in str(error) for message in messages))
 
 
 def half_is_fast() -> bool:

@@ -120,7 +120,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_text(path: str | Path, what: str = "file") -> str:
-    """Read UTF-8 text (a byte-order mark is accepted); any fault becomes a MedSoftError naming file and cause."""
+    """Read UTF-8 text (a byte-order mark is accepted); any error becomes a MedSoftError naming file and cause."""
     path = Path(path)
     try:
         return path.read_bytes().decode("utf-8-sig")

@@ -30,7 +30,7 @@ def healthy_crops(config: DataConfig, count: int, masks: int) -> tuple[Tensor, T
 def generic_images(config: DataConfig, count: int) -> tuple[Tensor, Tensor, list[str]]:
     """Generic images (count, 1, S, S) in [0, 1], soft masks around their shapes, prompts."""
     images, softs, prompts = [], [], []
-    for index in tqdm(range(count), desc="generic pictures", leave=False):
+    for index in tqdm(range(count), desc="generic images", leave=False):
         image, mask, prompt = generic_image(np.random.default_rng(named_seed("generic", index)))
         images.append(image)
         softs.append(soft_mask_for(Mask(mask.astype(np.float32)), _feather(config)))
@@ -46,7 +46,7 @@ def textures(count: int) -> Tensor:
 def clip_pairs(config: DataConfig, count: int) -> tuple[Tensor, list[str]]:
     """Crops (count, 1, S, S) in [0, 1] and their prompts: one third healthy, the rest of every type and severity."""
     crops, prompts = [], []
-    for item in tqdm(list(biomedclip_pairs(count)), desc="image-sentence pairs", leave=False):
+    for item in tqdm(list(biomedclip_pairs(count)), desc="image-prompt pairs", leave=False):
         phantom = render_phantom(*item)
         hard = phantom.mask
         if phantom.healthy:

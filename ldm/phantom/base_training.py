@@ -118,10 +118,12 @@ def train_unet(config: Config, output: Path, steps: int, seed: int, batch: int =
         latent = model.scaled(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
         t = torch.randint(0, model.schedule.timesteps, (len(chosen),))
         noise = torch.randn_like(latent)
-        words = ["" if torch.rand(()) < 0.1 else prompts[index][number % len(prompts[index])] for index in chosen]
+        chosen_prompts = [
+            "" if torch.rand(()) < 0.1 else prompts[index][number % len(prompts[index])] for index in chosen
+        ]
         noisy = model.schedule.add_noise(latent, noise, t)
         with autocast(CPU):
-            text = model.cond_stage_model(words)
+            text = model.cond_stage_model(chosen_prompts)
             predicted = model.predict_noise(noisy, t, softs[chosen], masked[chosen], text, None)
         loss = diffusion_loss(predicted, noise, softs[chosen], 2.0).mean()
         return loss, loss
