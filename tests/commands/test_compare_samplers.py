@@ -2,14 +2,14 @@
 
 import json
 import shutil
-from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny import CLIP, PHANTOM, call, metas
 
+from ldm.bench import samplers
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.inference.options import InferenceOptions
 from tool import compare_samplers
 
 
@@ -35,7 +35,8 @@ def test_same_pictures_with_both_settings(final: Path, world: Path, judge: Path,
     assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 2) == 0
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     folders = {f"{name}_seed{seed}" for name in ("reference", "fast") for seed in (0, 1)}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*folders, "prompts.json", "comparison.json"}
+    written = {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".lock"}
+    assert written == {*folders, "prompts.json", "comparison.json"}
     for seed in (0, 1):
         reference, fast = (metas(tmp_path / "out" / f"{name}_seed{seed}") for name in ("reference", "fast"))
         assert len(reference) == 2
@@ -54,16 +55,16 @@ def test_same_pictures_with_both_settings(final: Path, world: Path, judge: Path,
 def test_pictures_that_one_setting_could_not_draw_are_left_out_of_both(
     final: Path, world: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = compare_samplers.draw
+    inpaint = samplers.run
 
-    def half_drawn(args: Namespace, prompts: Path, folder: Path, seed: int, setting: dict[str, Any]) -> int:
-        code = drawn(args, prompts, folder, seed, setting)
-        if folder.name == "fast_seed1":
-            shutil.rmtree(next(folder.glob("*__v0")))
+    def half_done(options: InferenceOptions) -> int:
+        code = inpaint(options)
+        if options.output_dir.name == "fast_seed1":
+            shutil.rmtree(next(options.output_dir.glob("*__v0")))
             return 3
         return code
 
-    monkeypatch.setattr(compare_samplers, "draw", half_drawn)
+    monkeypatch.setattr(samplers, "run", half_done)
     assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 3) == 3
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["settings"]["pictures"] == 2 * (3 + 2)
@@ -74,16 +75,16 @@ def test_pictures_that_one_setting_could_not_draw_are_left_out_of_both(
 
 def test_no_worse_means_within_the_spread_of_the_seeds() -> None:
     def runs(*rows: tuple[float, float, float]) -> list[dict[str, float]]:
-        return [dict(zip(compare_samplers.MEASURES, row, strict=True)) for row in rows]
+        return [dict(zip(samplers.MEASURES, row, strict=True)) for row in rows]
 
     reference = runs((10.0, 0.90, 0.80), (12.0, 0.94, 0.84))
-    found = compare_samplers.verdicts(reference, runs((12.5, 0.87, 0.5), (13.5, 0.89, 0.5)))
+    found = samplers.verdicts(reference, runs((12.5, 0.87, 0.5), (13.5, 0.89, 0.5)))
     assert {name: row["no_worse"] for name, row in found.items()} == {
         "frechet_distance": True,  # 13 is worse than 11 by 2, the spread
         "lesion_detection_rate": True,  # 0.88 is worse than 0.92 by 0.04
         "prompt_agreement": False,
     }
-    better = compare_samplers.verdicts(reference, runs((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)))
+    better = samplers.verdicts(reference, runs((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)))
     assert all(row["no_worse"] for row in better.values())
     assert better["frechet_distance"]["spread"] == 2.0
 

@@ -1,0 +1,169 @@
+"""Whether a faster way of sampling is as good: the same images with 50 steps of DDIM and with the fast setting."""
+
+import logging
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.bench.inference import FAST, REFERENCE
+from ldm.classifier.run import predict
+from ldm.config import Config, load_config
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import write_json
+from ldm.data.annotations import load_samples, write_annotations
+from ldm.data.preparation import prepare
+from ldm.data.samples import Sample
+from ldm.evaluation.metrics import crop_features, frechet_distance
+from ldm.inference.options import InferenceOptions
+from ldm.inference.run import run
+from ldm.networks.encoder import ImageTextEncoder
+from ldm.networks.opening import open_encoder
+
+log = logging.getLogger("compare_samplers")
+
+MEASURES = {  # with the sign of better
+    "frechet_distance": -1,
+    "lesion_detection_rate": 1,
+    "prompt_agreement": 1,
+}
+
+
+@dataclass(frozen=True)
+class SamplerComparison:
+    """The flags of tool/compare_samplers.py."""
+
+    ckpt: Path
+    config: Path
+    data: Path
+    judge: Path
+    output_dir: Path
+    seeds: int = 3
+    limit: int | None = None
+    device: str = "auto"
+    overrides: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """UsageError for too few seeds, and for files that are not there."""
+        if self.seeds < 2:
+            raise UsageError("--seeds: expected at least 2; their spread is what the difference is compared with")
+        for file in (self.ckpt, self.judge):
+            if not file.is_file():
+                raise UsageError(f"{file}: does not exist")
+
+    def inference(self, prompts: Path, folder: Path, seed: int, setting: dict[str, Any]) -> InferenceOptions:
+        """The inference of one seed with one setting, into ``folder``."""
+        first, last = setting["guidance_interval"]
+        return InferenceOptions(
+            output_dir=folder,
+            ckpt=self.ckpt,
+            config=self.config,
+            data=self.data,
+            choose="healthy",
+            limit=self.limit,
+            train_json=prompts,
+            seed=seed,
+            sampler=setting["sampler"],
+            steps=setting["steps"],
+            guidance_interval=(first, last),
+            device=self.device,
+            overrides=self.overrides,
+        )
+
+
+def compare_samplers(given: SamplerComparison) -> bool:
+    """Inpaint, measure and write comparison.json; whether every image could be inpainted.
+
+    What ``given.output_dir`` holds of the same comparison is kept. Raises UsageError or MedSoftError for what cannot be
+    compared.
+    """
+    given.check()
+    config = load_config(given.config, given.overrides)
+    real = [sample for sample in load_samples(given.data)[0] if not sample.healthy and sample.severity != "subtle"]
+    if len(real) < 2:
+        raise MedSoftError(f"{given.data}: {len(real)} diseased samples that are not subtle; expected at least 2")
+    prompts = given.output_dir / "prompts.json"
+    write_annotations(prompts, real)
+    encoder = open_encoder(config.biomedclip)
+    of_real = features(real, encoder, config)
+    runs: dict[str, list[dict[str, float]]] = {"reference": [], "fast": []}
+    codes, images = set(), 0
+    for seed in range(given.seeds):
+        folders = [given.output_dir / f"{name}_seed{seed}" for name in runs]
+        for folder, setting in zip(folders, (REFERENCE, FAST), strict=True):
+            codes.add(run(given.inference(prompts, folder, seed, setting)))
+        for name, folder, samples in zip(runs, folders, common_samples(folders), strict=True):
+            distance = frechet_distance(of_real, features(samples, encoder, config))
+            runs[name].append({"frechet_distance": distance, **judged(given.judge, folder, samples)})
+            images += len(samples)
+            log.info("%s, seed %d: %s", name, seed, {key: round(value, 4) for key, value in runs[name][-1].items()})
+    compared = verdicts(**runs)
+    measured = {
+        "settings": {
+            "reference": REFERENCE,
+            "fast": FAST,
+            "overrides": list(given.overrides),
+            "pictures": images,
+            "real": len(real),
+        },
+        "real": judged(given.judge, prompts, real),
+        "seeds": runs,
+        "measures": compared,
+    }
+    write_json(given.output_dir / "comparison.json", measured)
+    for name, row in compared.items():
+        verdict = "no worse" if row["no_worse"] else "WORSE"
+        shown = row["reference"], row["fast"], row["spread"], verdict
+        log.info("%-22s 50 steps of DDIM %.4f, fast %.4f, spread of the seeds %.4f: %s", name, *shown)
+    if cli.SOME_REJECTED in codes:
+        log.warning("not every picture could be drawn; rejects.json in the folders says why")
+    return cli.SOME_REJECTED not in codes
+
+
+def common_samples(folders: Sequence[Path]) -> list[list[Sample]]:
+    """The samples of each folder, those left out that any of them lacks."""
+    found = [load_samples(folder)[0] for folder in folders]
+    names = set.intersection(*({sample.sample_id for sample in samples} for samples in found))
+    if len(names) < 2:
+        raise MedSoftError(
+            f"{folders[0]}, {folders[1]}: {len(names)} pictures in common; expected at least 2; draw more"
+        )
+    return [[sample for sample in samples if sample.sample_id in names] for samples in found]
+
+
+def features(samples: Sequence[Sample], encoder: ImageTextEncoder, config: Config) -> Tensor:
+    """The encoder's global tokens (N, D) of the samples' crops, as the model sees them."""
+    crops = torch.stack([prepare(sample, config.data, 0, 0).image for sample in samples])
+    return crop_features(encoder, crops.split(config.sampling.batch_size))
+
+
+def judged(judge: Path, source: Path, samples: Sequence[Sample]) -> dict[str, float]:
+    """What the judge says about these diseased samples of ``source``: share called diseased, and of the right type."""
+    names = {sample.sample_id for sample in samples}
+    rows = [row for row in predict(judge, source)[0] if row["sample_id"] in names]
+    lesions = [key for key in rows[0] if key.startswith("p_") and key != "p_healthy"]
+    if lesions == ["p_diseased"]:
+        raise MedSoftError(f"{judge}: knows no lesion types; expected a classifier trained with task: type")
+    likeliest = [lesions[int(np.argmax([row[name] for name in lesions]))] for row in rows]
+    right = [name == f"p_{row['lesion_type']}" for name, row in zip(likeliest, rows, strict=True)]
+    return {
+        "lesion_detection_rate": statistics.mean(row["predicted"] != "healthy" for row in rows),
+        "prompt_agreement": statistics.mean(right),
+    }
+
+
+def verdicts(reference: list[dict[str, float]], fast: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """For each measure: means over the seeds, the spread of the reference's seeds, and whether fast is no worse."""
+    found = {}
+    for name, better in MEASURES.items():
+        before, after = ([run[name] for run in runs] for runs in (reference, fast))
+        means, spread = (statistics.mean(before), statistics.mean(after)), max(before) - min(before)
+        worse_by = better * (means[0] - means[1])
+        found[name] = {"reference": means[0], "fast": means[1], "spread": spread, "no_worse": worse_by <= spread}
+    return found
