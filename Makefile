@@ -63,17 +63,18 @@ help: ## Show this list
 demo: $(INSTALLED) ## Run the whole method on phantoms; report in demo_output/report.html
 	$(PYTHON) tool/run_stages.py configs/demo.yaml
 
-test: lint ## Check the style and run the tests
+test: lint ## Check style, layers and types, and run the tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS)
 
 test-full: lint ## Run all tests, the true-size ones too (24 GB of memory, 40 GB of disk)
 	$(PYTHON) -m pytest -m "" --ignore $(ALL_STAGES)
 	$(PYTHON) -m pytest -m slow $(ALL_STAGES)
 
-lint: $(INSTALLED) ## Check the style only
+lint: $(INSTALLED) ## Check style, layers and types only
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(dir $(PYTHON))lint-imports" --no-cache
+	$(PYTHON) -m mypy
 
 bench: $(INSTALLED) ## Measure the speed of this machine
 	$(PYTHON) tool/bench.py inference

@@ -12,30 +12,9 @@ PACKAGE = sorted((ROOT / "ldm").rglob("*.py"))
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "tool").glob("*.py"))]
 
 # Slow to import: a module that must stay light loads them, or modules of ours that do, where they are needed.
-HEAVY = {
-    "torch",
-    "torchvision",
-    "pytorch_lightning",
-    "lightning_fabric",
-    "transformers",
-    "open_clip",
-    "timm",
-    "diffusers",
-}
-HEAVY |= {
-    "torchmetrics",
-    "safetensors",
-    "scipy",
-    "sklearn",
-    "matplotlib",
-    "cv2",
-    "PIL",
-    "numpy",
-    "omegaconf",
-    "yaml",
-    "jinja2",
-}
-HEAVY |= {"tensorboard", "tqdm", "einops", "huggingface_hub"}
+SLOW = """torch torchvision torchmetrics pytorch_lightning lightning_fabric transformers open_clip timm diffusers einops
+safetensors scipy sklearn matplotlib cv2 PIL numpy omegaconf yaml jinja2 tensorboard tqdm huggingface_hub"""
+HEAVY = set(SLOW.split())
 
 # What is still above its limit, with what it may be at most until it is mended; nothing else may join.
 LONG_SCRIPTS = {

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ldm.config import FeatherUnit
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import fingerprint, named_seed, read_json
@@ -43,7 +44,7 @@ class SoftMaskOptions:
     labels: tuple[int, ...]  # of anatomy.png, for source anatomy
     boxes: Path | None  # for source box; None: the annotation's own
     feather: float
-    feather_unit: str
+    feather_unit: FeatherUnit
     size: tuple[float, float]  # diameters of lesion-shaped masks, relative to the vertebra's smaller side
     side: str | None  # the half of the vertebra they lie in
     irregularity: float | None  # 0, an ellipse, to 1

@@ -87,7 +87,7 @@ def ddim(
         clean = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
         sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
         x = alpha_next**0.5 * clean + (1 - alpha_next - sigma**2) ** 0.5 * eps
-        if sigma > 0:
+        if step_noise is not None and sigma > 0:
             x = x + sigma * step_noise(index)
         if on_step is not None:
             on_step(index, x)

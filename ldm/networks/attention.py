@@ -5,6 +5,7 @@ Tensor names used throughout: ``x`` features, ``text`` (B, 77, D_text) text-enco
 """
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -84,10 +85,11 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.0))
+        out = nn.Linear(dim, dim)
+        self.to_out = nn.Sequential(out, nn.Dropout(0.0))
         if zero_output:
-            nn.init.zeros_(self.to_out[0].weight)
-            nn.init.zeros_(self.to_out[0].bias)
+            nn.init.zeros_(out.weight)
+            nn.init.zeros_(out.bias)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context (B, N, context_dim) -> keys and values, (B, heads, N, dim / heads) each."""
@@ -161,7 +163,8 @@ class TransformerBlock(nn.Module):
         drawn = self.attn3(self.norm4(x[:steered, place]), cond.keys_values(self.attn3, cond.semantic))
         if steered < len(cond.text):
             # Zero tokens have zero values (no bias there), so what comes out is the output projection's bias.
-            rest = self.attn3.to_out[0].bias.expand(len(cond.text) - steered, *drawn.shape[1:])
+            bias = cast(nn.Linear, self.attn3.to_out[0]).bias
+            rest = bias.expand(len(cond.text) - steered, *drawn.shape[1:])
             drawn = torch.cat([drawn, rest])
         if gate is not None:
             drawn = gate[:, place].to(drawn.dtype) * drawn

@@ -38,10 +38,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = _norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2, self.conv2 = _norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
-        else:
-            self.nin_shortcut = nn.Identity()
+        self.nin_shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H, W)."""

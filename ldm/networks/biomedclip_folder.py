@@ -104,7 +104,7 @@ def first_line(error: Exception) -> str:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     settings = read_json(path, "BiomedCLIP configuration")
-    model = settings.get("model_cfg") if isinstance(settings, dict) else None
+    model: Any = settings.get("model_cfg") if isinstance(settings, dict) else None
     for section in ("embed_dim", "vision_cfg", "text_cfg"):
         if not isinstance(model, dict) or section not in model:
             raise MedSoftError(f"{path}: no model_cfg.{section}; download it again")

@@ -4,6 +4,7 @@ Masks are soft, float in [0, 1], 1 = lesion region = to be drawn. Images are (B,
 """
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ class MedSoftModel(nn.Module):
     @property
     def unet(self) -> UNet:
         """The U-Net, whose place in the model the checkpoint's names dictate."""
-        return self.model["diffusion_model"]
+        return cast(UNet, self.model["diffusion_model"])
 
     def encode(self, image: Tensor) -> Posterior:
         """Posterior of the unscaled latent, (B, 4, s, s)."""

@@ -35,10 +35,10 @@ class ControllerInputs(NamedTuple):
         return cls(*(features[name] for name in cls._fields))
 
 
-def input_shapes(clip: BiomedClipConfig, batch: int, pixels: int) -> ControllerInputs:
-    """The shapes of the inputs for ``batch`` images of ``pixels`` x ``pixels``."""
+def input_shapes(clip: BiomedClipConfig, batch: int, pixels: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of ``ControllerInputs``' fields, in their order, for ``batch`` images of ``pixels`` x ``pixels``."""
     tokens = (batch, clip.grid**2, clip.token_dim)
-    return ControllerInputs(tokens, (batch, clip.token_dim), (batch, clip.text_dim), (batch, 1, pixels, pixels))
+    return tokens, (batch, clip.token_dim), (batch, clip.text_dim), (batch, 1, pixels, pixels)
 
 
 class MSCBlock(nn.Module):

@@ -22,14 +22,11 @@ class ResBlock(nn.Module):
             nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels),
-            nn.SiLU(),
-            nn.Dropout(0.0),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        )
-        nn.init.zeros_(self.out_layers[3].weight)
-        nn.init.zeros_(self.out_layers[3].bias)
+        last = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        assert last.bias is not None
+        nn.init.zeros_(last.bias)
+        self.out_layers = nn.Sequential(nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(0.0), last)
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -65,7 +62,7 @@ class Upsample(nn.Module):
 class UNetBlock(nn.Sequential):
     """A row of layers, each called with what it needs: (x), (x, emb) or (x, conditioning)."""
 
-    def forward(self, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:  # type: ignore[override]
         """x (B, C, H, W), time embedding (B, D) or (1, D) -> x of the last layer."""
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -125,7 +122,7 @@ class UNet(nn.Module):
             nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, cfg.out_channels, 3, padding=1)
         )
 
-    def _run(self, block: UNetBlock, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, emb, cond, use_reentrant=False)
         return block(x, emb, cond)
