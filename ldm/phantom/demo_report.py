@@ -28,7 +28,7 @@ COARSE = ("moderate", "severe")
 MINUTES = 15
 STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
 SHOWN, CONTROLS = 24, 6
-DRAWN = {"results": "draw", "results_healthy": "redraw_healthy", "results_base": "draw_base"}  # folder -> its step
+RESULTS = {"results": "draw", "results_healthy": "redraw_healthy", "results_base": "draw_base"}  # folder -> its step
 PARENTS = "openimages_format_train"
 CLASSIFIER_ROWS = (
     *("auc", "auc_ci95", "average_precision", "balanced_accuracy", "recall", "specificity", "precision", "f1"),
@@ -66,7 +66,7 @@ Key = tuple[str | None, Any]  # (parent_id, variant) of a synthetic image
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says about one picture.
+    """What the judge says about one image.
 
     ``diseased``: of all its classes the most probable one is a lesion; ``lesion_type``: the most probable lesion,
     ``healthy`` left aside; ``probability``: of all lesions together.
@@ -79,23 +79,25 @@ class Verdict:
 
 @dataclass
 class Inputs:
-    """Everything that is read. Drawn samples are known by (parent_id, variant), the same in all three folders."""
+    """Everything that is read. Synthetic samples have one ``Key`` in all three folders of results."""
 
     folder: Path
     judge: dict[str, Any]
     classifiers: dict[str, dict[str, Any]]
     test_rows: dict[str, list[dict[str, str]]]
     seconds: dict[str, float]
-    drawn: dict[str, dict[Key, Sample]] = field(default_factory=dict)
+    samples: dict[str, dict[Key, Sample]] = field(default_factory=dict)
     verdicts: dict[str, dict[str, Verdict]] = field(default_factory=dict)  # by predicted set, then sample_id
     heldout: list[dict[str, str]] = field(default_factory=list)
 
     def verdict(self, folder: str, key: Key) -> Verdict:
-        """The judge's verdict on a drawn picture."""
-        return _look_up(self.verdicts[folder], self.drawn[folder][key].sample_id, f"predictions_{folder}.csv", "judge")
+        """The judge's verdict on a synthetic image."""
+        return _look_up(
+            self.verdicts[folder], self.samples[folder][key].sample_id, f"predictions_{folder}.csv", "judge"
+        )
 
     def parent(self, key: Key) -> Verdict:
-        """The judge's verdict on the image it was drawn on."""
+        """The judge's verdict on the original of a synthetic image."""
         return _look_up(self.verdicts[PARENTS], key[0], f"predictions_{PARENTS}.csv", "judge")
 
 
@@ -138,15 +140,15 @@ def read_inputs(folder: Path) -> Inputs:
     inputs = Inputs(folder, judge, metrics, {name: rows for name, (_, rows) in both.items()}, seconds)
     for stage in STAGES:
         _need(folder / stage / "metrics.csv", stage)
-    for name in (*DRAWN, PARENTS, "heldout"):
+    for name in (*RESULTS, PARENTS, "heldout"):
         path = _need(folder / "classifier_judge" / f"predictions_{name}.csv", "judge")
         rows = read_table(path, ("sample_id", "predicted", "disease_probability", "p_healthy"), "predictions")
         inputs.verdicts[name] = {row["sample_id"]: _verdict(row) for row in rows}
         if name == "heldout":
             inputs.heldout = rows
-    for name, step in DRAWN.items():
+    for name, step in RESULTS.items():
         samples = read_all_results(_need(folder / name, step))
-        inputs.drawn[name] = {(sample.parent_id, sample.meta.get("variant")): sample for sample in samples}
+        inputs.samples[name] = {(sample.parent_id, sample.meta.get("variant")): sample for sample in samples}
     _check_pairs(inputs)
     return inputs
 
@@ -166,10 +168,10 @@ def _verdict(row: dict[str, str]) -> Verdict:
 
 
 def _check_pairs(inputs: Inputs) -> None:
-    """The two controls must hold the same pictures, drawn with the prompts they are controls for."""
-    for key, sample in inputs.drawn["results"].items():
-        healthy = _look_up(inputs.drawn["results_healthy"], key, "results_healthy", "redraw_healthy")
-        base = _look_up(inputs.drawn["results_base"], key, "results_base", "draw_base")
+    """MedSoftError unless both controls hold the same images, inpainted with the prompts they are controls for."""
+    for key, sample in inputs.samples["results"].items():
+        healthy = _look_up(inputs.samples["results_healthy"], key, "results_healthy", "redraw_healthy")
+        base = _look_up(inputs.samples["results_base"], key, "results_base", "draw_base")
         if not healthy.healthy:
             raise MedSoftError(
                 f"{healthy.image}: drawn with {healthy.prompt!r}, expected healthy; {_again('redraw_healthy')}"
@@ -191,7 +193,7 @@ def rate(values: Iterable[bool]) -> float | None:
 
 def summarise(inputs: Inputs) -> dict[str, Any]:
     """The numbers of summary.json. Rates are over prompts of moderate and severe lesions; subtle ones stand beside."""
-    results = inputs.drawn["results"]
+    results = inputs.samples["results"]
     coarse = [key for key, sample in results.items() if sample.severity in COARSE]
     subtle = [key for key, sample in results.items() if sample.severity == "subtle"]
     if not coarse:
@@ -255,13 +257,13 @@ def _detection_rate(inputs: Inputs, folder: str, keys: Sequence[Key]) -> float |
 
 def _type_agreement(inputs: Inputs, folder: str, keys: Sequence[Key]) -> float | None:
     """How often the judge's most probable lesion type, healthy left aside, is the one of the prompt."""
-    return rate(inputs.verdict(folder, key).lesion_type == inputs.drawn["results"][key].lesion_type for key in keys)
+    return rate(inputs.verdict(folder, key).lesion_type == inputs.samples["results"][key].lesion_type for key in keys)
 
 
 def _changed_outside(inputs: Inputs) -> int:
     """Counted from the files of all three folders, not taken from what dataset_infer.py reports."""
-    samples = [sample for drawn in inputs.drawn.values() for sample in drawn.values()]
-    return sum(read_result(sample).changed_outside for sample in tqdm(samples, "comparing pixels", disable=None))
+    every = [sample for samples in inputs.samples.values() for sample in samples.values()]
+    return sum(read_result(sample).changed_outside for sample in tqdm(every, "comparing pixels", disable=None))
 
 
 def _judge_numbers(inputs: Inputs) -> dict[str, Any]:
@@ -279,7 +281,7 @@ def _judge_numbers(inputs: Inputs) -> dict[str, Any]:
 
 
 def _by_type(inputs: Inputs, coarse: Sequence[Key]) -> dict[str, dict[str, Any]]:
-    results = inputs.drawn["results"]
+    results = inputs.samples["results"]
     kinds = sorted({results[key].lesion_type or "unknown" for key in coarse})
     groups = {kind: [key for key in coarse if (results[key].lesion_type or "unknown") == kind] for kind in kinds}
     return {
@@ -300,7 +302,7 @@ def _by_type(inputs: Inputs, coarse: Sequence[Key]) -> dict[str, dict[str, Any]]
 
 def write_report(inputs: Inputs, summary: Mapping[str, Any]) -> None:
     """Write report.html with its images, and sheet.png."""
-    path, results = inputs.folder / "report.html", inputs.drawn["results"]
+    path, results = inputs.folder / "report.html", inputs.samples["results"]
     coarse = [sample for sample in results.values() if sample.severity in COARSE]
     write_sheet(inputs.folder / "sheet.png", [read_result(sample) for sample in interleave(coarse, CONTROLS)])
     write_page(
@@ -319,7 +321,7 @@ def write_report(inputs: Inputs, summary: Mapping[str, Any]) -> None:
 
 
 def _sample_cards(inputs: Inputs) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, Any]]]:
-    for sample in interleave(list(inputs.drawn["results"].values()), SHOWN):
+    for sample in interleave(list(inputs.samples["results"].values()), SHOWN):
         image = read_result(sample)
         verdict = inputs.verdict("results", (sample.parent_id, sample.meta.get("variant")))
         judge = f"{verdict.lesion_type}, P(disease) {verdict.probability:.2f}"
@@ -331,7 +333,7 @@ def _control_cards(
 ) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, Any]]]:
     for sample in interleave(coarse, CONTROLS):
         key = (sample.parent_id, sample.meta.get("variant"))
-        panels = {name: read_result(inputs.drawn[name][key]).panels() for name in DRAWN}
+        panels = {name: read_result(inputs.samples[name][key]).panels() for name in RESULTS}
         images = {"original": panels["results"]["original"]}
         probabilities = {"P(disease) original": f"{inputs.parent(key).probability:.2f}"}
         for title, name in (
