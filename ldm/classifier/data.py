@@ -1,7 +1,6 @@
 """What the classifier sees: small pictures in memory, synthetic or repeated ones among them, and the leak guards.
 No torch."""
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +15,9 @@ from ldm.core.files import fingerprint, named_seed
 from ldm.data import checks as dataset_checks
 from ldm.data.annotations import load_samples
 from ldm.data.checks import Row
+from ldm.data.images import intensity_range_of, pixel_digest, read_image, to_unit
 from ldm.data.samples import Reject, Sample
+from ldm.data.splits import output_paths, prepare_dataset
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,25 @@ def load_images(
     return ImageSet(name, kept, np.stack(images), labels, hashes, rejects)
 
 
+def prepare_annotations(config: ClassifierConfig) -> list[Reject]:
+    """Where the three annotation files are missing and their folder holds samples, write them; returns the rejects.
+
+    That is ``ver_openImagesDatasets.py`` with its defaults, so the split is the one that command gives.
+    """
+    train = config.train_json or ""
+    if not train.endswith("_train.json"):
+        return []
+    family = Path(train.removesuffix("_train.json") + ".json")
+    paths = output_paths(family)
+    named = {"train": train, "val": config.val_json, "test": config.test_json}
+    if any(path is None or Path(path) != paths[name] or paths[name].exists() for name, path in named.items()):
+        return []
+    if family.parent == Path() or not any(family.parent.rglob("prompt.txt")):
+        return []
+    log.info("%s: no annotation files yet; making them from its samples", family.parent)
+    return prepare_dataset(family.parent, family)
+
+
 def require_source(name: str, source: str) -> None:
     """Raise MedSoftError, with what to put there, where the dataset that the key ``name`` names does not exist."""
     path = Path(source)
@@ -138,11 +158,7 @@ def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
     """The picture the classifier sees, uint8 (size, size) or (size, size, 3), and the SHA-256 of the file's pixels."""
     import cv2
 
-    from ldm.data.images import intensity_range_of, read_image, to_unit
-
     pixels = read_image(sample.image)
-    head = f"{pixels.shape}{pixels.dtype}".encode()
-    digest = hashlib.sha256(head + np.ascontiguousarray(pixels).tobytes()).hexdigest()
     unit = to_unit(pixels, intensity_range_of(pixels, sample.meta.get("window")))
     if channels == "grey" and unit.ndim == 3:
         unit = unit @ LUMINANCE
@@ -150,7 +166,7 @@ def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
         unit = np.repeat(unit[..., None], 3, axis=2)
     if unit.shape[:2] != (size, size):
         unit = cv2.resize(unit, (size, size), interpolation=cv2.INTER_AREA)
-    return np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8), digest
+    return np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8), pixel_digest(pixels)
 
 
 # --- leak guards ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Pixels are HxW (grey) or HxWx3 (RGB), uint8 or uint16, as in the file. "Unit" images are float32 in [0, 1].
 """
 
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,12 @@ def with_alpha(result: np.ndarray, path: str | Path, inside: np.ndarray) -> np.n
     whole = layers[..., [0, -1]] if channels == 1 else layers.copy()
     whole[inside, :channels] = result.reshape(*result.shape[:2], channels)[inside]
     return whole
+
+
+def pixel_digest(pixels: np.ndarray) -> str:
+    """SHA-256 of the pixels with their shape and type: equal for the same image in another file format."""
+    head = f"{pixels.shape}{pixels.dtype}".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
 def is_grey(image: np.ndarray) -> bool:

@@ -1,7 +1,6 @@
 """What tool/doctor.py looks at before a training: every file of the data, the splits, the checkpoint, the installation,
 disk and memory. Each check yields Findings; nothing is written and nothing is trained."""
 
-import hashlib
 import logging
 import os
 import time
@@ -51,7 +50,7 @@ class DatasetInspection:
 
 def look(sample: Sample) -> DatasetInspection:
     """Decode all files of a sample."""
-    from ldm.data.images import read_image
+    from ldm.data.images import pixel_digest, read_image
     from ldm.data.masks import read_anatomy, read_mask
 
     faults: list[tuple[str, str, str]] = []
@@ -59,8 +58,7 @@ def look(sample: Sample) -> DatasetInspection:
         image = read_image(sample.image)
     except MedSoftError as error:
         return DatasetInspection(sample.sample_id, (("sample", str(sample.image), error.cause(sample.image)),))
-    digest = hashlib.sha256(f"{image.shape}{image.dtype}".encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
-    seen: dict[str, Any] = {"digest": digest, "shape": image.shape, "depth": 8 * image.dtype.itemsize}
+    seen: dict[str, Any] = {"digest": pixel_digest(image), "shape": image.shape, "depth": 8 * image.dtype.itemsize}
     if image.min() == image.max():
         faults.append(("warning", str(sample.image), f"every pixel is {image.min()}: an empty picture"))
     try:
