@@ -44,8 +44,7 @@ def main() -> None:
     """Run the script that the first argument names, as ``python SCRIPT`` would; exit code 2 lists the names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(listing())
-        raise SystemExit(cli.DONE)
+        cli.run(cli.parser(None), lambda args: print(listing(), flush=True), [])
     if name not in SCRIPTS:
         close = difflib.get_close_matches(name, SCRIPTS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
