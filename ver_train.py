@@ -7,9 +7,11 @@ first weights. Any key of the YAML can be set at the end of the command: trainin
 """
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 
+from ldm.config import Config, load_config
 from ldm.core import cli
 from ldm.core.errors import UsageError
 
@@ -51,10 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolve(args: argparse.Namespace):
+def resolve(args: argparse.Namespace) -> Config:
     """The configuration of this run: YAML, then flags, then dotted overrides."""
-    from ldm.config import load_config
-
     flags = {
         "training.precision": args.precision,
         "training.batch_size": args.batch_size,
@@ -71,9 +71,10 @@ def resolve(args: argparse.Namespace):
 
 def main(args: argparse.Namespace) -> int:
     config = resolve(args)
-    from ldm.training.run import run_stage
+    from ldm.training.run import TrainingOptions, run_stage
 
-    return run_stage(args, config)
+    names = (item.name for item in dataclasses.fields(TrainingOptions))
+    return run_stage(TrainingOptions(**{name: getattr(args, name) for name in names}), config)
 
 
 if __name__ == "__main__":

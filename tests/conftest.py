@@ -119,19 +119,26 @@ def trained(world: Path, converted: Path) -> dict[str, Trained]:
     """The published order with the shipped phantom YAMLs, three steps a stage: convert, 1, 2.1, merge, 2.3, 2.4."""
     import tiny
 
-    from ldm.training.stage import Stage
+    from ldm.training.loop import Training
 
     runs: dict[str, Trained] = {}
 
     def run(stage: str, source: Path, **rates: float) -> Path:
         made = runs[stage] = Trained(source, world / stage)
 
-        def on_after_backward(self: Stage) -> None:
-            made.graded |= {key for key, value in self.net.named_parameters() if value.grad is not None}
+        begin, take_step = Training.run, Training.optimizer_step
+
+        def started(self: Training) -> None:
+            made.first_steps.append(self.progress.step)
+            begin(self)
+
+        def stepped(self: Training) -> None:
+            made.graded |= {key for key, value in self.stage.net.named_parameters() if value.grad is not None}
+            take_step(self)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Stage, "on_after_backward", on_after_backward)
-            patch.setattr(Stage, "on_train_start", lambda self: made.first_steps.append(self.global_step))
+            patch.setattr(Training, "run", started)
+            patch.setattr(Training, "optimizer_step", stepped)
             assert tiny.train(stage, source, made.folder, world, **rates) == 0
         return made.last
 

@@ -19,6 +19,7 @@ from ldm.networks.attention import Conditioning
 from ldm.networks.biomedclip import build_clip
 from ldm.networks.model import MedSoftModel
 from ldm.networks.msc import ControllerInputs, input_shapes
+from ldm.training.groups import training_groups
 
 BASE = SHIPPED / "models" / "mldm_v15.yaml"
 STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
@@ -110,7 +111,7 @@ def stage_sizes(path: Path) -> dict[str, Any]:
     config = load_config(path)
     with torch.device("meta"):
         net = MedSoftModel(config, config.training.builds)
-    groups = net.groups(list(config.training.rates)).values()
+    groups = training_groups(net, config.training).values()
     trained = sum(parameter.numel() for group in groups for parameter in group.values())
     weights = sum(tensor.nbytes for tensor in net.state_dict().values())
     return {"parts": net.parts, "trained": trained, "weights": weights, "optimizer": 2 * 4 * trained}

@@ -25,11 +25,11 @@ from ldm.core import cli
 from ldm.core.devices import peak_memory, resolve_precision
 from ldm.core.errors import UsageError
 from ldm.core.files import write_json
+from ldm.features.build import compute_features
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel
 from ldm.networks.opening import open_encoder
 from ldm.training.estimates import GIB, fake_batch, step_operations
-from ldm.training.feature_cache import compute_features
 from ldm.training.stage import Stage, for_steps
 
 log = logging.getLogger("bench")
@@ -60,7 +60,7 @@ class Steps:
         if "text" in net.parts:
             with torch.no_grad():
                 empty = net.cond_stage_model([""])
-        self.stage = Stage(config, net, {}, {}, empty, self.half).to(device)
+        self.stage = Stage(config, net, {}, empty, self.half).to(device)
         self.optimizer = self.stage.adamw()
         self.batch = {name: value.to(device) for name, value in fake_batch(config, batch_size).items()}
         self.batch["mask"] = (self.batch["mask"] > 0.9).float()
@@ -98,7 +98,7 @@ class Steps:
         made = compute_features(net, self.clip, self.image, self.batch["mask"])
         found = {name: value.float() for kind in made.values() for name, value in kind.items()}
         if "msc" in net.parts:
-            found["clip_text"] = self.clip.encode_text(prompts).float()
+            found["prompt_embedding"] = self.clip.encode_text(prompts).float()
         if "text" in net.parts:
             found["text"] = net.cond_stage_model(prompts).float()
         return found
@@ -157,7 +157,7 @@ def optimizer_step(stage: Stage, optimizer: torch.optim.Optimizer, batch: dict[s
     """
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(stage.device.type, torch.bfloat16, enabled=half):
-        loss = stage.losses(batch, 0.0)[0].mean()
+        loss = stage(batch, 0.0)[0].mean()
     loss.backward()
     stage.clip(stage.gradient_norms()[1])
     optimizer.step()

@@ -1,7 +1,9 @@
 """From samples to what the networks see."""
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,9 +55,16 @@ def sample_identity(sample: Sample, content: Callable[[Path | None], str | None]
 
     ``content`` gives a file's SHA-256, perhaps one that it remembers.
     """
-    files = (sample.image, sample.mask, sample.soft_mask, sample.anatomy)
     extra = (sample.meta.get("window"), sample.meta.get("spacing_mm"))
-    return [sample.sample_id, sample.prompt, sample.box, extra, [content(path) for path in files]]
+    return [sample.sample_id, sample.prompt, sample.box, extra, [content(path) for path in sample.files]]
+
+
+def digests_of(samples: Iterable[Sample]) -> dict[Path | None, str]:
+    """SHA-256 of every file of ``samples`` that can be read, each read once, by several threads."""
+    paths = list({path for sample in samples for path in sample.files if path})
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = zip(paths, pool.map(content_id, paths), strict=True)
+        return {path: digest for path, digest in found if digest is not None}
 
 
 def drawable(sample: Sample) -> str | None:

@@ -33,6 +33,11 @@ class Sample:
         """True if the prompt says so."""
         return self.prompt.strip().lower() == HEALTHY
 
+    @property
+    def files(self) -> tuple[Path | None, ...]:
+        """Every file that it is read from; None for one that it does not have."""
+        return self.image, self.mask, self.soft_mask, self.anatomy
+
 
 @dataclass(frozen=True)
 class Reject:

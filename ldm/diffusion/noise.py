@@ -1,5 +1,7 @@
 """Noise that depends on names, never on order."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,3 +16,10 @@ def named_generator(*names: object) -> torch.Generator:
 def image_noise(seed: int, sample_id: str, variant: int, shape: tuple[int, ...]) -> Tensor:
     """The initial noise of one picture, standard normal of ``shape``, from (seed, sample_id, variant)."""
     return torch.randn(shape, generator=named_generator("picture", seed, sample_id, variant))
+
+
+def step_noise(index: int, names: Sequence[tuple[int, str, int]], like: Tensor) -> Tensor:
+    """The noise that step ``index`` adds to pictures named (seed, sample_id, variant): of shape and device of ``like``,
+    one row for each picture."""
+    rows = [torch.randn(like.shape[1:], generator=named_generator("step", index, *name)) for name in names]
+    return torch.stack(rows).to(like.device)

@@ -13,7 +13,7 @@ from ldm.config import Config
 from ldm.core.devices import kernel_layout
 from ldm.data.images import composite, to_unit
 from ldm.data.preparation import PreparedSample
-from ldm.diffusion.noise import image_noise, named_generator
+from ldm.diffusion.noise import image_noise, step_noise
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, hidden_region, hide
 from ldm.networks.msc import ControllerInputs
@@ -85,20 +85,19 @@ class Inpainter:
         masked = latent_of(net, hide(image, soft_mask), dtype)
         original = latent_of(net, image, dtype) if sampling.differential else None
         conditions = self._conditions(image, soft_mask, mask, [job.prompt for job in jobs])
-        shape = tuple(masked.shape[1:])
-        noise = torch.stack([image_noise(*_name(job), shape) for job in jobs]).to(self.device)
-
-        def step_noise(index: int) -> Tensor:
-            noises = [torch.randn(shape, generator=named_generator("step", index, *_name(job))) for job in jobs]
-            return torch.stack(noises).to(self.device)
-
+        names = [(job.seed, job.sample_id, job.variant) for job in jobs]
+        noise = torch.stack([image_noise(*name, tuple(masked.shape[1:])) for name in names]).to(self.device)
         first_broken = torch.full((len(jobs),), -1, device=self.device)
 
         def watch(index: int, x: Tensor) -> None:
             broken = ~torch.isfinite(x).flatten(1).all(dim=1) & (first_broken < 0)
             first_broken.masked_fill_(broken, index)
 
-        latent = sample_latent(net, sampling, noise, mask, masked, original, conditions, step_noise, watch)
+        latent = sample_latent(
+            *(net, sampling, noise, mask, masked, original, conditions),
+            step_noise=lambda index: step_noise(index, names, noise),
+            on_step=watch,
+        )
         # The latent is looked at before decoding: that clamps, and would hide infinity as white.
         errors = [f"at sampling step {n + 1} of {sampling.steps}" if n >= 0 else None for n in first_broken.tolist()]
         decoded = net.decode(latent.to(dtype)).float()
@@ -123,7 +122,3 @@ def for_inference(net: MedSoftModel, dtype: torch.dtype) -> None:
     """U-Net and autoencoder in ``dtype`` and in the memory layout in which they are fastest."""
     net.unet.to(dtype=dtype, memory_format=kernel_layout(next(net.unet.parameters()).device, dtype))
     net.first_stage_model.to(dtype=dtype, memory_format=torch.channels_last)
-
-
-def _name(job: Job) -> tuple[int, str, int]:
-    return job.seed, job.sample_id, job.variant

@@ -111,25 +111,6 @@ class MedSoftModel(nn.Module):
         channel = mask if self.config.unet.soft_mask_channel else hidden_region(mask).to(mask.dtype)
         return self.unet(torch.cat([noisy, channel, masked_latent], dim=1), t, cond)  # (B, 9, s, s) -> (B, 4, s, s)
 
-    def groups(self, names: Sequence[str]) -> dict[str, dict[str, nn.Parameter]]:
-        """Parameters by group name: ``msc``, ``attn3`` (third attention, its norm), ``unet`` (the rest of the U-Net).
-
-        The MSC's global head has no part in the diffusion loss and is left out of ``msc`` under that objective.
-        """
-        found: dict[str, dict[str, nn.Parameter]] = {name: {} for name in names}
-        for key, parameter in self.named_parameters():
-            if key.startswith("msc."):
-                group = "msc"
-                if self.config.training.objective == "diffusion" and key.startswith("msc.global_head."):
-                    continue
-            elif key.startswith("model.diffusion_model."):
-                group = "attn3" if ".attn3." in key or ".norm4." in key else "unet"
-            else:
-                continue
-            if group in found:
-                found[group][key] = parameter
-        return found
-
 
 def skeleton(config: Config, parts: Iterable[str] = tuple(PREFIXES)) -> dict[str, Tensor]:
     """Every key and shape that ``config`` asks of ``parts``, as tensors without memory (on the meta device)."""

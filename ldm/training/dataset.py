@@ -1,45 +1,158 @@
-"""From samples to what the networks see. Training and inference prepare pictures with the same function."""
+"""From the annotation files to batches: the items to learn from, the random numbers of each use of an item, the order
+of an epoch."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm.config import DataConfig, TrainingConfig
-from ldm.data.preparation import drawable
+from ldm.config import Config, TrainingConfig
+from ldm.core.errors import MedSoftError
+from ldm.data.annotations import load_samples
+from ldm.data.checks import (
+    annotation_rows,
+    check_classes,
+    check_disjoint,
+    check_rejected,
+    damaged_files,
+    warn_of_similar_prompts,
+)
+from ldm.data.preparation import digests_of, sample_identity
 from ldm.data.samples import Reject, Sample
 from ldm.diffusion.noise import named_generator
+from ldm.features.names import Item, training_items
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ver_train")
+
+SETS = {"train": "training", "val": "validation"}
+SHOWN_REJECTS = 5
 
 
-@dataclass(frozen=True)
-class Item:
-    """One picture to learn from: a sample, and which of its fixed masks (healthy) or crops (diseased)."""
+@dataclass
+class TrainingInputs:
+    """Training and validation items after the fast checks, and what was left out."""
 
-    sample: Sample
-    variant: int
+    items: dict[str, list[Item]] = field(default_factory=dict)  # train, val
+    unreadable: list[Reject] = field(default_factory=list)  # counts against training.max_rejected
+    undrawable: list[Reject] = field(default_factory=list)  # sound, but nothing says where a lesion would be
+    total: int = 0  # samples that the annotation files name
+    digests: Mapping[Path | None, str] = field(default_factory=dict)  # SHA-256 of every file of the items
+    identities: list = field(default_factory=list)  # (set, identity of a sample), all that decides what is learned
 
     @property
-    def name(self) -> str:
-        """The item's name, unique in a data set."""
-        return f"{self.sample.sample_id}#{self.variant}"
+    def rejects(self) -> list[Reject]:
+        """Everything that was left out, for whatever reason."""
+        return [*self.unreadable, *self.undrawable]
+
+    @property
+    def all_items(self) -> list[Item]:
+        """Items to train on, then those to validate on."""
+        return [*self.items["train"], *self.items["val"]]
+
+    def samples(self, name: str) -> list[Sample]:
+        """The samples of a set, each once."""
+        return list({item.sample.sample_id: item.sample for item in self.items[name]}.values())
+
+    def leave_out(self, damaged: list[Reject], allowed: float) -> None:
+        """Drop the samples that turned out to be unreadable; MedSoftError if they are too many."""
+        damaged = list(dict.fromkeys(damaged))  # a healthy sample has several items
+        log_skipped(damaged)
+        self.unreadable = list(dict.fromkeys([*self.unreadable, *damaged]))
+        check_rejected(self.unreadable, self.total, allowed)
+        gone = {str(reject.file) for reject in damaged}
+        for name, members in self.items.items():
+            self.items[name] = [item for item in members if str(item.sample.image) not in gone]
+        if not all(self.items.values()):
+            raise MedSoftError("nothing left to train or validate on; every sample was skipped (see above)")
 
 
-def training_items(samples: Sequence[Sample], data: DataConfig) -> tuple[list[Item], list[Reject]]:
-    """Every mask or crop of every sample that can be drawn on, and the samples that cannot, with the reason."""
-    items, rejects = [], []
-    for sample in samples:
-        reason = drawable(sample)
-        if reason:
-            rejects.append(Reject(sample.sample_id, sample.image, reason))
-        else:
-            variants = data.healthy_masks if sample.healthy else data.diseased_crops
-            items += [Item(sample, variant) for variant in range(variants)]
-    return items, rejects
+def read_training_inputs(paths: Mapping[str, Path], config: Config) -> TrainingInputs:
+    """The items of the annotation files (or dataset folders) ``train`` and ``val``, each file hashed once.
+
+    Raises MedSoftError for damaged data, for more rejects than ``training.max_rejected`` allows, for sets without
+    lesions, and for patients or images that are in both sets.
+    """
+    inputs = TrainingInputs()
+    for name, path in paths.items():
+        _read_set(inputs, name, path, config)
+    check_rejected(inputs.unreadable, inputs.total, config.training.max_rejected)
+    samples = {name: inputs.samples(name) for name in paths}
+    check_classes(str(paths["train"]), samples["train"], config.training.balance)
+    warn_of_similar_prompts(samples["train"])
+    inputs.digests = digests_of(sample for members in samples.values() for sample in members)
+    rows = []
+    for name, members in samples.items():
+        inputs.identities += [(name, sample_identity(sample, inputs.digests.get)) for sample in members]
+        digests = {sample.sample_id: inputs.digests.get(sample.image) for sample in members}
+        rows += annotation_rows(SETS[name], members, digests)
+    check_disjoint(rows)
+    return inputs
+
+
+def _read_set(inputs: TrainingInputs, name: str, path: Path, config: Config) -> None:
+    samples, missing = load_samples(path)
+    damaged = damaged_files(samples)
+    inputs.total += len(samples) + len(missing)
+    names = {reject.sample_id for reject in damaged}
+    samples = [sample for sample in samples if sample.sample_id not in names]
+    items, undrawable = training_items(samples, config.data)
+    if not items:
+        raise MedSoftError(f"{path}: no sample can be used for training ({len(samples)} read, all without a mask)")
+    inputs.items[name] = items
+    used = inputs.samples(name)
+    diseased = sum(not sample.healthy for sample in used)
+    counts = (name, diseased, len(used) - diseased, len({sample.patient_id for sample in used}), path)
+    log.info("%s: %d diseased and %d healthy samples of %d patients (%s)", *counts)
+    log_skipped([*missing, *damaged, *undrawable])
+    inputs.unreadable += [*missing, *damaged]
+    inputs.undrawable += undrawable
+
+
+def log_skipped(rejects: list[Reject]) -> None:
+    """One line for each of the first ``rejects``, and how many more there are."""
+    for reject in rejects[:SHOWN_REJECTS]:
+        log.warning("skipped %s", reject)
+    if len(rejects) > SHOWN_REJECTS:
+        log.warning("... %d more skipped", len(rejects) - SHOWN_REJECTS)
+
+
+class Batch(TypedDict, total=False):
+    """What a stage reads of B items: the features of FeatureStore, and the random numbers of this use of each item.
+
+    A stage has the entries that its modules give; ``sample_id``, ``mask`` and ``weight`` are always there. Of one item,
+    before it is collated, the same without the first dimension.
+    """
+
+    sample_id: list[str]
+    weight: Tensor  # (B,) see EpochOrder; 0 for a sample that only fills up a share
+    mask: Tensor  # (B, 1, S, S) soft mask
+    context_tokens: Tensor  # (B, N, D) BiomedCLIP tokens of the image whose lesion is hidden
+    context_global: Tensor  # (B, D)
+    target_tokens: Tensor  # (B, N, D) of the whole image
+    target_global: Tensor  # (B, D)
+    prompt_embedding: Tensor  # (B, D_t)
+    text: Tensor  # (B, 77, D_text) states of the text encoder
+    latent_mean: Tensor  # (B, 4, s, s) moments of the unscaled latent
+    latent_logvar: Tensor
+    masked_latent: Tensor  # (B, 4, s, s) scaled mode of the masked image's latent
+    posterior_noise: Tensor  # (B, 4, s, s)
+    noise: Tensor  # (B, 4, s, s)
+    t: Tensor  # (B,) time step as a share of the schedule, [0, 1)
+    coin: Tensor  # (B,) of the guidance drop-out, [0, 1)
+
+
+class Features(Protocol):
+    """Where the features of an item come from: a FeatureStore."""
+
+    def load(self, item: Item) -> dict[str, Tensor]:
+        """The item's features by name, float32 on the CPU."""
+        ...
 
 
 class StageData(Dataset):
@@ -51,7 +164,7 @@ class StageData(Dataset):
     schedule and over its masks or crops. ``weight`` is handed on (see EpochOrder).
     """
 
-    def __init__(self, items: Sequence[Item], features: Any, training: TrainingConfig, fixed: bool) -> None:
+    def __init__(self, items: Sequence[Item], features: Features, training: TrainingConfig, fixed: bool) -> None:
         self.features, self.training, self.fixed = features, training, fixed
         self.by_sample: dict[str, list[Item]] = {}
         for item in items:
@@ -65,7 +178,7 @@ class StageData(Dataset):
         """Sample ``number``."""
         return self.by_sample[self.sample_ids[number]][0].sample
 
-    def __getitem__(self, key: tuple[int, int, int, float]) -> dict:
+    def __getitem__(self, key: tuple[int, int, int, float]) -> Batch:
         epoch, number, repeat, weight = key
         sample_id = self.sample_ids[number]
         use = ("val", 0, repeat) if self.fixed else ("train", epoch, repeat)
@@ -100,7 +213,7 @@ class EpochOrder(Sampler):
         self.count = len(self._uses())
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before every epoch."""
+        """The next iteration is that of ``epoch``."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -149,3 +262,29 @@ def balanced_uses(data: StageData, training: TrainingConfig, epoch: int) -> list
         mixed = torch.randperm(len(group), generator=named_generator("group", training.seed, epoch, place)).tolist()
         uses += [(group[mixed[turn % len(group)]], turn // len(group)) for turn in range(quota)]
     return uses
+
+
+def loader(
+    data: StageData, training: TrainingConfig, shuffle: bool, rank: int = 0, world: int = 1, start: int = 0
+) -> DataLoader:
+    """Batches of one process; ``start`` samples of the first epoch have been seen already."""
+    order = EpochOrder(data, training, shuffle, rank, world)
+    order.start = start
+    workers = training.workers
+    if workers < 0:  # a GPU would wait while its own process reads
+        workers = 2 if torch.cuda.is_available() else 0
+    return DataLoader(
+        data,
+        batch_size=training.batch_size // world,
+        sampler=order,
+        num_workers=workers,
+        worker_init_fn=_ignore_signals,
+        persistent_workers=workers > 0 and shuffle,  # those of validation are gone while training goes on
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A cluster signals every process of a job; the one that trains decides what happens, and ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

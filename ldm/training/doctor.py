@@ -244,14 +244,15 @@ def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Ite
     from ldm.checkpoints.fitting import check_finite, check_preparation, compare
     from ldm.networks.model import MedSoftModel
     from ldm.networks.opening import open_encoder
-    from ldm.training.stage import frozen_tensors, training_groups
+    from ldm.training.groups import training_groups
+    from ldm.training.stage import frozen_tensors
 
     source = None
     try:
         with torch.device("meta"):
             net = MedSoftModel(config, config.training.builds)
         if config.training.stage:
-            training_groups(net, config)
+            training_groups(net, config.training)
         if ckpt:
             source = read_checkpoint(ckpt)
             check_preparation(source, config)
@@ -270,9 +271,9 @@ def check_disk_and_memory(config: Config, sets: dict[str, Path], save_path: Path
     import torch
 
     from ldm.core.devices import free_memory, resolve_precision
-    from ldm.training.dataset import training_items
+    from ldm.features.build import cache_size
+    from ldm.features.names import training_items
     from ldm.training.estimates import GIB, stage_disk, stage_memory
-    from ldm.training.feature_cache import cache_size
 
     items = []
     for path in sets.values():

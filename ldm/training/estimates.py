@@ -12,6 +12,9 @@ from torch.overrides import TorchFunctionMode
 from ldm.checkpoints.checkpoint import PREFIXES
 from ldm.config import Config
 from ldm.networks.model import MedSoftModel
+from ldm.networks.msc import input_shapes
+from ldm.training.dataset import Batch
+from ldm.training.groups import training_groups
 from ldm.training.stage import STEP_PARTS, Stage
 
 GIB = 2**30
@@ -82,7 +85,8 @@ def stage_disk(config: Config, features: int) -> Disk:
         net = MedSoftModel(config, training.builds)
     prefixes = tuple(PREFIXES[part] for part in training.builds if part in PREFIXES)
     weights = 4 * sum(value.numel() for key, value in net.state_dict().items() if key.startswith(prefixes))
-    trained = sum(value.numel() for members in net.groups(list(training.rates)).values() for value in members.values())
+    groups = training_groups(net, training)
+    trained = sum(value.numel() for members in groups.values() for value in members.values())
     state = 8 * trained + (4 * trained if training.ema_decay else 0)
     best = (training.keep_best + 1) * weights if training.keep_best else 0
     return Disk(weights + state, best, features)
@@ -98,7 +102,7 @@ def step_operations(config: Config, batch: int) -> int:
     config = replace(config, training=replace(config.training, activation_checkpointing=False, compile=False))
     counter = FlopCounterMode(display=False)
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), counter:
-        fake_stage(config, False).losses(fake_batch(config, batch), 0.0)[0].mean().backward()
+        fake_stage(config, False)(fake_batch(config, batch), 0.0)[0].mean().backward()
     return counter.get_total_flops()
 
 
@@ -106,20 +110,17 @@ def fake_stage(config: Config, half: bool) -> Stage:
     """The stage with the networks that a step runs; under FakeTensorMode it weighs nothing."""
     net = MedSoftModel(config, [part for part in config.training.builds if part in STEP_PARTS])
     empty = torch.zeros(1, config.text_encoder.max_length, config.text_encoder.width)
-    return Stage(config, net, {}, {}, empty, half)
+    return Stage(config, net, {}, empty, half)
 
 
-def fake_batch(config: Config, batch: int) -> dict[str, Any]:
+def fake_batch(config: Config, batch: int) -> Batch:
     """Features of ``batch`` items, of the right shapes; random."""
-    side, tokens, width = config.latent_size, config.biomedclip.grid**2, config.biomedclip.token_dim
-    latent = (batch, config.autoencoder.latent_channels, side, side)
+    latent = (batch, config.autoencoder.latent_channels, config.latent_size, config.latent_size)
+    inputs = input_shapes(config.biomedclip, batch, config.data.image_size)
     shapes = {
-        "mask": (batch, 1, config.data.image_size, config.data.image_size),
-        "seen": (batch, tokens, width),
-        "true": (batch, tokens, width),
-        "seen_global": (batch, width),
-        "true_global": (batch, width),
-        "clip_text": (batch, config.biomedclip.text_dim),
+        **inputs._asdict(),
+        "target_tokens": inputs.context_tokens,
+        "target_global": inputs.context_global,
         "text": (batch, config.text_encoder.max_length, config.text_encoder.width),
         **dict.fromkeys(("latent_mean", "latent_logvar", "masked_latent", "posterior_noise", "noise"), latent),
         **dict.fromkeys(("t", "coin"), (batch,)),
@@ -127,7 +128,7 @@ def fake_batch(config: Config, batch: int) -> dict[str, Any]:
     return {name: torch.rand(shape) for name, shape in shapes.items()}
 
 
-def saved_bytes(stage: Stage, batch: dict[str, Any], half: bool) -> int:
+def saved_bytes(stage: Stage, batch: Batch, half: bool) -> int:
     """Bytes that one forward pass keeps for the backward pass, parameters not counted.
 
     With activation checkpointing the share of the block that is just computed again comes on top.
@@ -144,7 +145,7 @@ def saved_bytes(stage: Stage, batch: dict[str, Any], half: bool) -> int:
         torch.autograd.graph.saved_tensors_hooks(pack, _same),
         torch.autocast("cpu", torch.bfloat16, enabled=half),
     ):
-        loss = stage.losses(batch, 0.0)[0].mean()
+        loss = stage(batch, 0.0)[0].mean()
     total = sum(value.untyped_storage().nbytes() for value in kept.values())
     del loss
     return total

@@ -1,10 +1,10 @@
-"""Pictures of fixed validation items, drawn now and then while a stage trains: pictures/epoch_0004.png."""
+"""Previews of fixed validation items while a stage trains: pictures/epoch_0004.png."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -12,56 +12,53 @@ from torch.utils.data import default_collate
 
 from ldm.core.files import remove_partials
 from ldm.data.png import write_png
-from ldm.diffusion.noise import image_noise
-from ldm.diffusion.samplers import ddim
+from ldm.diffusion.noise import image_noise, step_noise
+from ldm.networks.sampling import guidance_conditions, sample_latent
 from ldm.training.dataset import StageData
 from ldm.training.records import Records
 from ldm.training.stage import Stage
 
 TIMES = 3  # in a run, besides the last epoch
+SEED = 0  # the same noise in every run
 
 
-class PreviewCallback(pl.Callback):
-    """Draws the same items with the same noise each time; a row is the original, what is hidden, and the result."""
+class Previews:
+    """Inpaints the same items with the same noise each time, with the sampler and the guidance of the YAML.
 
-    def __init__(self, folder: Path, records: Records) -> None:
-        self.folder, self.records = folder / "pictures", records
+    A row of the image shows the original, what the network sees of it, and the result.
+    """
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Stage) -> None:
-        if trainer.is_global_zero:
-            remove_partials(self.folder)
-        self.data: StageData = trainer.val_dataloaders.dataset
-        self.numbers = fixed_items(self.data, pl_module.config.training.pictures)
+    def __init__(self, folder: Path, stage: Stage, data: StageData, records: Records) -> None:
+        self.folder, self.stage, self.data, self.records = folder / "pictures", stage, data, records
+        self.numbers = fixed_items(data, stage.training_config.pictures)
+        remove_partials(self.folder)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Stage) -> None:
-        epoch, epochs = trainer.current_epoch, trainer.max_epochs
-        if not trainer.is_global_zero or ((epoch + 1) % max(1, epochs // TIMES) and epoch + 1 < epochs):
+    def make(self, epoch: int, epochs: int, step: int, autocast: AbstractContextManager) -> None:
+        """After an epoch: now and then, and after the last one, write the previews."""
+        if (epoch + 1) % max(1, epochs // TIMES) and epoch + 1 < epochs:
             return
-        with trainer.precision_plugin.forward_context(), pl_module.averaged(), pl_module.uncompiled():
-            rows = self._draw(pl_module)
-        picture = (rows.clamp(-1, 1).add(1).mul(127.5).round()).to(torch.uint8).cpu().numpy()
-        write_png(self.folder / f"epoch_{epoch:04d}.png", np.ascontiguousarray(picture))
-        self.records.add_picture(picture, trainer.global_step)
+        with autocast, self.stage.average.swapped(), self.stage.uncompiled():
+            rows = self.rows()
+        image = (rows.clamp(-1, 1).add(1).mul(127.5).round()).to(torch.uint8).cpu().numpy()
+        write_png(self.folder / f"epoch_{epoch:04d}.png", np.ascontiguousarray(image))
+        self.records.add_preview(image, step)
 
     @torch.no_grad()
-    def _draw(self, stage: Stage) -> Tensor:
+    def rows(self) -> Tensor:
         """(items * S, 3 * S, 3) in about [-1, 1]."""
-        net, sampling = stage.net, stage.config.sampling
+        net, sampling, device = self.stage.net, self.stage.sampling_config, self.stage.device
         batch = default_collate([self.data[0, number, 0, 1.0] for number in self.numbers])
-        batch = {key: value.to(stage.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        mask, masked, semantic = net.latent_mask(batch["mask"]), batch["masked_latent"], stage.semantic(batch)
-        shape = tuple(masked.shape[1:])
-        noise = torch.stack([image_noise(0, name, 0, shape) for name in batch["sample_id"]]).to(stage.device)
-        empty = stage.empty_text.expand(len(noise), -1, -1)
-
-        def predict(x: Tensor, t: int, index: int) -> Tensor:
-            times = torch.full((len(x),), t, device=x.device)
-            drawn = net.predict_noise(x, times, mask, masked, batch["text"], semantic)
-            blank = net.predict_noise(x, times, mask, masked, empty, torch.zeros_like(semantic))
-            return blank + sampling.guidance_scale * (drawn - blank)
-
-        latent = ddim(predict, noise, net.schedule, sampling.steps)
-        columns = [net.decode(value) for value in (net.scaled(batch["latent_mean"]), masked, latent)]
+        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        names = [(SEED, sample_id, 0) for sample_id in batch["sample_id"]]
+        mask, masked, semantic = net.latent_mask(batch["mask"]), batch["masked_latent"], self.stage.semantic(batch)
+        original = net.scaled(batch["latent_mean"])  # the posterior's mode
+        noise = torch.stack([image_noise(*name, tuple(masked.shape[1:])) for name in names]).to(device)
+        latent = sample_latent(
+            *(net, sampling, noise, mask, masked, original),
+            guidance_conditions(net, mask, batch["text"], self.stage.empty_text, semantic),
+            lambda index: step_noise(index, names, noise),
+        )
+        columns = [net.decode(value) for value in (original, masked, latent)]
         return rearrange(torch.stack(columns).float(), "k b c h w -> (b h) (k w) c")
 
 

@@ -8,16 +8,15 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 from tqdm import tqdm
 
 from ldm.config import GROUPS
 from ldm.core.errors import MedSoftError
 from ldm.core.files import write_text
-from ldm.training.stage import Stage, TrainingStep
+from ldm.training.saving import Progress
+from ldm.training.steps import TrainingStep
 
 log = logging.getLogger(__name__)
 
@@ -25,71 +24,39 @@ METRICS = ("epoch", "step", "train_loss", "val_loss", "val_cosine", "items_per_s
 STEPS = ("epoch", "step", "loss", *(f"lr_{g}" for g in GROUPS), *(f"grad_norm_{g}" for g in GROUPS), "items_per_second")
 
 
-class Records(pl.Callback):
+class Records:
     """One row of ``steps.csv`` per optimizer step and one of ``metrics.csv`` per epoch, both also for TensorBoard.
 
-    Written by the first process only. ``step`` counts optimizer steps from 1; loss is the mean over the global batch.
-    A resumed run drops the rows beyond the checkpoint it starts from, so each step stands there once.
+    Only the first process writes; elsewhere all calls do nothing. ``step`` counts optimizer steps from 1; loss is the
+    mean over the global batch. A resumed run drops the rows beyond the checkpoint it starts from, so each step stands
+    there once.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.loss_sum, self.items = 0.0, 0  # of this epoch, also of its part before an interruption
+    def __init__(self, folder: Path, stage: str, writes: bool) -> None:
+        self.folder, self.stage, self.writes = folder, stage, writes
         self.bar: tqdm | None = None
-        self.board: Any = None
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"loss_sum": self.loss_sum, "items": self.items}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loss_sum, self.items = state_dict["loss_sum"], state_dict["items"]
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Stage) -> None:
-        self.step = trainer.global_step
-        self.clock = self.epoch_clock = time.monotonic()
-        self.timed_items = 0
-        if not trainer.is_global_zero:
+    def open(self, step: int, steps_in_all: int) -> None:
+        """Training goes on after optimizer step ``step``."""
+        if not self.writes:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1)
-        kept = [row for row in read_rows(self.folder / "steps.csv") if int(row["step"]) <= self.step]
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
+        kept = [row for row in read_rows(self.folder / "steps.csv") if int(row["step"]) <= step]
         write_rows(self.folder / "steps.csv", STEPS, kept)
         self.rows = open(self.folder / "steps.csv", "a", encoding="utf-8")  # noqa: SIM115 (closed when training ends)
-        self.bar = tqdm(
-            total=int(trainer.estimated_stepping_batches),
-            initial=self.step,
-            desc=f"training {pl_module.config.training.stage}",
-            unit="step",
-            mininterval=1,
-        )
+        self.bar = tqdm(total=steps_in_all, initial=step, desc=f"training {self.stage}", unit="step", mininterval=1)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Stage) -> None:
-        """Not called by Lightning when a run goes on inside an epoch."""
-        self.loss_sum, self.items, self.timed_items = 0.0, 0, 0
-        self.epoch_clock = self.clock = time.monotonic()
+    def start_epoch(self) -> None:
+        """The clock of this epoch's items per second starts."""
+        self.clock = self.epoch_clock = time.monotonic()
+        self.timed_items = 0
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self.step:
-            return
-        self.step = trainer.global_step
-        pl_module.update_average()
-        if trainer.is_last_batch or pl_module.save_agreed or pl_module.stop_agreed:  # a checkpoint may follow
-            pl_module.read(0)
-        self._record(pl_module)
-
-    def _record(self, pl_module: Stage) -> None:
-        """Write down the steps whose numbers have been read."""
-        steps, pl_module.steps = pl_module.steps, []
-        if not steps:
-            return
+    def add(self, steps: Sequence[TrainingStep]) -> None:
+        """Write down steps that followed each other."""
         items = sum(count for step in steps for _, count in step.batches)
         elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
-        for step in steps:
-            self.loss_sum += sum(loss * count for loss, count in step.batches)
-        self.items += items
         self.timed_items += items
         if self.bar is not None:
             for step in steps:
@@ -115,39 +82,32 @@ class Records(pl.Callback):
                 self.board.add_scalar(f"train/{name}", row[name], step.step)
         self.bar.set_postfix(epoch=step.epoch, loss=f"{loss:.4f}", refresh=False)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Stage) -> None:
+    def end_epoch(self, progress: Progress, val_loss: float, val_cosine: float) -> None:
+        """The epoch's row in ``metrics.csv``; a value that there is none of is nan."""
         if self.bar is None:
             return
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         row = {
-            "epoch": trainer.current_epoch,
-            "step": trainer.global_step,
-            "train_loss": self.loss_sum / self.items,
-            "val_loss": values.get("val_loss", math.nan),
-            "val_cosine": values.get("val_cosine", math.nan),
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "train_loss": progress.loss_sum / progress.items,
+            "val_loss": val_loss,
+            "val_cosine": val_cosine,
             "items_per_second": self.timed_items / (time.monotonic() - self.epoch_clock),
         }
         append_metrics(self.folder / "metrics.csv", row)
         for name in METRICS[2:5]:
             if not math.isnan(row[name]):
-                self.board.add_scalar(f"epoch/{name}", row[name], trainer.global_step)
+                self.board.add_scalar(f"epoch/{name}", row[name], progress.step)
         self.board.flush()
         text = ", ".join(f"{key} {row[key]:.4f}" for key in METRICS[2:5] if not math.isnan(row[key]))
         tqdm.write(f"epoch {row['epoch']}, step {row['step']}: {text}")
 
-    def add_picture(self, picture: np.ndarray, step: int) -> None:
-        """``picture``: HxWx3 uint8, shown in TensorBoard."""
-        self.board.add_image("pictures", picture, step, dataformats="HWC")
+    def add_preview(self, image: np.ndarray, step: int) -> None:
+        """``image``: HxWx3 uint8, shown in TensorBoard."""
+        self.board.add_image("pictures", image, step, dataformats="HWC")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Stage) -> None:
-        self._close()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Stage, exception: BaseException) -> None:
-        with suppress(MedSoftError):  # a full disk has been reported
-            self._record(pl_module)  # up to the step that went wrong
-        self._close()
-
-    def _close(self) -> None:
+    def close(self) -> None:
+        """No more rows."""
         if self.bar is not None:
             self.bar.close()
             with suppress(OSError):  # a full disk has been reported

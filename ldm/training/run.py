@@ -1,161 +1,89 @@
-"""A training run from its arguments to its exit code: data, features, networks, Lightning."""
+"""A training run from its options to its exit code: data, features, networks, loop."""
 
-import argparse
 import dataclasses
 import logging
-import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.environments import SLURMEnvironment
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric import Fabric
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from ldm.config import Config, TrainingConfig, as_yaml, config_from_dict, save_config
 from ldm.core import cli
 from ldm.core.devices import free_memory, is_first_on_node, is_first_process, out_of_memory, resolve_precision
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import fingerprint, free_bytes, sha256_file
-from ldm.core.locks import exclusive
-from ldm.core.run_folder import differences
+from ldm.core.files import fingerprint, free_bytes, remove_partials, sha256_file
+from ldm.core.run_folder import RunFolder, differences
 from ldm.core.schema import identity
-from ldm.data.annotations import load_samples, write_rejects
-from ldm.data.checks import (
-    annotation_rows,
-    check_classes,
-    check_disjoint,
-    check_rejected,
-    damaged_files,
-    warn_of_similar_prompts,
-)
-from ldm.data.preparation import sample_identity
-from ldm.data.samples import Reject
+from ldm.data.annotations import write_rejects
+from ldm.features.build import FeatureBuilder, cache_size
+from ldm.features.store import FeatureStore
 from ldm.networks.model import MedSoftModel
 from ldm.networks.opening import open_model
-from ldm.training.callbacks import AtomicCheckpointIO, KeepWork, WatchMovement, best_files
-from ldm.training.dataset import Item, StageData, training_items
-from ldm.training.estimates import GIB, Disk, stage_disk, stage_memory
-from ldm.training.feature_cache import FeatureCache, cache_size
-from ldm.training.previews import PreviewCallback
+from ldm.training.dataset import StageData, TrainingInputs, loader, read_training_inputs
+from ldm.training.estimates import GIB, stage_disk, stage_memory
+from ldm.training.groups import training_groups
+from ldm.training.loop import Training
+from ldm.training.previews import Previews
 from ldm.training.records import Records
-from ldm.training.stage import (
-    STEP_PARTS,
-    Stage,
-    frozen_tensors,
-    loader,
-    quiet_lightning,
-    resume_position,
-    training_groups,
-)
+from ldm.training.saving import LAST, Checkpoints, best_files
+from ldm.training.stage import STEP_PARTS, Stage, frozen_tensors
 
 log = logging.getLogger("ver_train")
 
 REJECTS = "rejects.json"
-SHOWN_REJECTS = 5
 
 
-def run_stage(args: argparse.Namespace, config: Config) -> int:
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a training run is told beside its configuration; the flags of ver_train.py."""
+
+    ckpt: Path
+    save_path: Path
+    train_json: Path
+    val_json: Path
+    cache_dir: Path | None = None
+    devices: str = "auto"
+    num_nodes: int = 1
+    overwrite: bool = False
+    dry_run: bool = False
+
+    @property
+    def features(self) -> Path:
+        """The folder of cached features."""
+        return self.cache_dir or self.save_path.parent / "feature_cache"
+
+
+def run_stage(options: TrainingOptions, config: Config) -> int:
     """Train the stage that ``config`` describes; the exit code."""
     quiet_lightning()
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)  # one voice is enough
     log.info("%s", as_yaml(config))
-    data = TrainingInputs(args, config)
-    source = read_checkpoint(args.ckpt)
-    if args.dry_run:
-        return dry_run(args, config, data, source)
-    folder = args.save_path.resolve()
-    place = folder.with_name(f".{folder.name}.lock")
-    busy = f"{args.save_path}: another run is training in this folder at this moment; give another --save_path"
-    if is_first_process():
-        with exclusive(place, busy):
-            return _run(args, config, data, source)
-    return _run(args, config, data, source)
+    inputs = read_training_inputs({"train": options.train_json, "val": options.val_json}, config)
+    source = read_checkpoint(options.ckpt)
+    if options.dry_run:
+        return dry_run(options, config, inputs, source)
+    folder = RunFolder(options.save_path, LAST, what="checkpoints", shared=True, flag="--save_path")
+    with folder.lock(first=is_first_process()):
+        return _run(options, config, inputs, source)
 
 
-class TrainingInputs:
-    """Training and validation items after the fast checks, and what was left out."""
-
-    def __init__(self, args: argparse.Namespace, config: Config) -> None:
-        self.items: dict[str, list[Item]] = {}
-        self.unreadable: list[Reject] = []  # counts against training.max_rejected
-        self.undrawable: list[Reject] = []  # sound, but nothing says where a lesion would be
-        self.total = 0
-        for split, path in (("train", args.train_json), ("val", args.val_json)):
-            self.items[split] = self._read(split, path, config)
-        check_rejected(self.unreadable, self.total, config.training.max_rejected)
-        samples = {
-            split: list({i.sample.sample_id: i.sample for i in self.items[split]}.values()) for split in self.items
-        }
-        check_classes(str(args.train_json), samples["train"], config.training.balance)
-        warn_of_similar_prompts(samples["train"])
-        everyone = [(split, sample) for split, members in samples.items() for sample in members]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found = pool.map(lambda pair: sample_identity(pair[1]), everyone)
-            self.identities = [(split, known) for (split, _), known in zip(everyone, found, strict=True)]
-        digests = {"train": {}, "val": {}}
-        for split, known in self.identities:
-            digests[split][known[0]] = known[-1][0]  # of the image file
-        names = {"train": "training", "val": "validation"}
-        check_disjoint(
-            [row for split in samples for row in annotation_rows(names[split], samples[split], digests[split])]
-        )
-
-    def _read(self, split: str, path: Path, config: Config) -> list[Item]:
-        samples, missing = load_samples(path)
-        damaged = damaged_files(samples)
-        missing += damaged
-        names = {reject.sample_id for reject in damaged}
-        total = len(samples) + len(missing) - len(damaged)
-        samples = [sample for sample in samples if sample.sample_id not in names]
-        items, undrawable = training_items(samples, config.data)
-        if not items:
-            raise MedSoftError(f"{path}: no sample can be used for training ({len(samples)} read, all without a mask)")
-        used = {item.sample.sample_id: item.sample for item in items}.values()
-        sick = sum(not sample.healthy for sample in used)
-        patients = len({sample.patient_id for sample in used})
-        log.info(
-            "%s: %d diseased and %d healthy samples of %d patients (%s)", split, sick, len(used) - sick, patients, path
-        )
-        say_skipped([*missing, *undrawable])
-        self.unreadable += missing
-        self.undrawable += undrawable
-        self.total += total
-        return items
-
-    @property
-    def rejects(self) -> list[Reject]:
-        """Everything that was left out, for whatever reason."""
-        return [*self.unreadable, *self.undrawable]
-
-    @property
-    def all_items(self) -> list[Item]:
-        """Items to train on, then those to validate on."""
-        return [*self.items["train"], *self.items["val"]]
-
-    def leave_out(self, damaged: list[Reject], allowed: float) -> None:
-        """Drop the samples that turned out to be unreadable; MedSoftError if they are too many."""
-        damaged = list(dict.fromkeys(damaged))  # a healthy sample has several items
-        say_skipped(damaged)
-        self.unreadable = list(dict.fromkeys([*self.unreadable, *damaged]))
-        check_rejected(self.unreadable, self.total, allowed)
-        gone = {str(reject.file) for reject in damaged}
-        for split, members in self.items.items():
-            self.items[split] = [item for item in members if str(item.sample.image) not in gone]
-        if not all(self.items.values()):
-            raise MedSoftError("nothing left to train or validate on; every sample was skipped (see above)")
+def quiet_lightning() -> None:
+    """Keep Lightning's remarks on our own, deliberate choices off the screen; warnings stay."""
+    for name in ("lightning_fabric", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+        for child in logging.root.manager.loggerDict:
+            if child.startswith(name + "."):
+                logging.getLogger(child).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
 
 
-def say_skipped(rejects: list[Reject]) -> None:
-    """One line for each of the first ``rejects``, and how many more there are."""
-    for reject in rejects[:SHOWN_REJECTS]:
-        log.warning("skipped %s", reject)
-    if len(rejects) > SHOWN_REJECTS:
-        log.warning("... %d more skipped", len(rejects) - SHOWN_REJECTS)
+# What makes two runs the same, and what is done where they are not.
 
 
 def run_fingerprint(config: Config, inputs: list[Any]) -> str:
@@ -180,27 +108,29 @@ def other_run(about: dict[str, Any], config: Config, inputs: list[Any], source: 
     return "" if about.get("run") == run_fingerprint(theirs, inputs) else "other data or another --ckpt"
 
 
-def previous_run(args: argparse.Namespace, config: Config, inputs: list[Any]) -> Checkpoint | None:
+def previous_run(options: TrainingOptions, config: Config, inputs: list[Any]) -> Checkpoint | None:
     """The checkpoint to resume from, or None for a fresh start; refuses a folder that holds another run."""
-    last = args.save_path / "last.ckpt"
-    if last.resolve() == args.ckpt.resolve():
-        raise UsageError(f"--ckpt {args.ckpt}: lies in --save_path and would be overwritten; give another --save_path")
+    last = options.save_path / LAST
+    if last.resolve() == options.ckpt.resolve():
+        raise UsageError(
+            f"--ckpt {options.ckpt}: lies in --save_path and would be overwritten; give another --save_path"
+        )
     if not last.exists():
-        if not args.overwrite:
-            _refuse_to_lose_best(args.save_path, config, inputs)
+        if not options.overwrite:
+            _refuse_to_lose_best(options.save_path, config, inputs)
         return None
     try:
         found = read_checkpoint(last)
     except MedSoftError as error:
-        if args.overwrite:
+        if options.overwrite:
             return None
-        kept = best_files(args.save_path)
+        kept = best_files(options.save_path)
         start = f"--ckpt {kept[0]} and another --save_path start from the best kept weights, " if kept else ""
         raise MedSoftError(f"{error}; {start}--overwrite starts this run again") from error
     other = other_run(found.about, config, inputs, last)
     if not other:
         return found
-    if not args.overwrite:
+    if not options.overwrite:
         raise UsageError(
             f"{last}: belongs to another run ({other}); give another --save_path, or --overwrite to start again there"
         )
@@ -218,36 +148,35 @@ def _refuse_to_lose_best(folder: Path, config: Config, inputs: list[Any]) -> Non
             )
 
 
-# ------------------------------------------------------------------------------------------------ what it will take
+# What a run will take, said before it begins.
 
 
-def announce(net: MedSoftModel, config: Config, source: Checkpoint) -> None:
-    """What is trained, in a few lines; and a word where the published README trains something else than it says."""
-    for name, members in training_groups(net, config).items():
+def log_groups(net: MedSoftModel, training: TrainingConfig, source: Checkpoint) -> None:
+    """What is trained, in a few lines; and a note where the published README trains something else than it says."""
+    for name, members in training_groups(net, training).items():
         count = sum(parameter.numel() for parameter in members.values())
-        words = (name, len(members), count / 1e6, config.training.rates[name])
-        log.info("trains %s: %d tensors, %.2f M parameters, learning rate %g", *words)
-    if config.training.stage == "stage2_1" and source.about.get("stage") == "stage2_1":
+        shown = (name, len(members), count / 1e6, training.rates[name])
+        log.info("trains %s: %d tensors, %.2f M parameters, learning rate %g", *shown)
+    if training.stage == "stage2_1" and source.about.get("stage") == "stage2_1":
         log.info(
             "note: stage2_1 trains the MSC only, also for this checkpoint that it has trained before; "
             "the YAML that trains the full model is the one ending in _stage2_2.yaml"
         )
 
 
-def state_disk(args: argparse.Namespace, config: Config, data: TrainingInputs) -> Disk:
-    """Say what the run will write; MedSoftError where not even two checkpoints fit."""
-    disk = stage_disk(config, cache_size(config, data.all_items))
-    free = free_bytes(args.save_path)
+def check_disk(folder: Path, config: Config, inputs: TrainingInputs) -> None:
+    """Log what the run will write; MedSoftError where not even two checkpoints fit."""
+    disk = stage_disk(config, cache_size(config, inputs.all_items))
+    free = free_bytes(folder)
     log.info(
         "disk: at most %s (last.ckpt %s, twice while it is replaced; best epochs %s; features %s); %s free",
         *map(size, (disk.total, disk.last, disk.best, disk.features, free)),
     )
     if free < 2 * disk.last:
         raise MedSoftError(
-            f"{args.save_path}: {size(free)} are free, but saving takes {size(2 * disk.last)} (the new checkpoint "
+            f"{folder}: {size(free)} are free, but saving takes {size(2 * disk.last)} (the new checkpoint "
             "beside the old one); make room, or give a --save_path on another disk"
         )
-    return disk
 
 
 def memory_cures(training: TrainingConfig, half: bool, begun: bool) -> str:
@@ -260,10 +189,9 @@ def memory_cures(training: TrainingConfig, half: bool, begun: bool) -> str:
     return f"{' or '.join(cures) or 'a device with more memory'} helps"
 
 
-def state_memory(config: Config, device: torch.device, half: bool, world: int, begun: bool) -> None:
-    """Say what a training step needs, and warn where it will not fit."""
-    batch = config.training.batch_size // world
-    memory = stage_memory(config, batch, half, device.type)
+def log_memory(config: Config, device: torch.device, half: bool, world: int, begun: bool) -> None:
+    """Log what a training step needs, and warn where it will not fit."""
+    memory = stage_memory(config, config.training.batch_size // world, half, device.type)
     free = free_memory(device)
     parts = [f"{name} {size(getattr(memory, name))}" for name in memory.__dataclass_fields__ if getattr(memory, name)]
     log.info("memory on %s: about %s (%s); %s free", device.type, size(memory.total), ", ".join(parts), size(free))
@@ -276,133 +204,134 @@ def size(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
-def dry_run(args: argparse.Namespace, config: Config, data: TrainingInputs, source: Checkpoint) -> int:
+def dry_run(options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint) -> int:
     """Everything that can be said without training, including whether the checkpoint fits."""
-    trainer = make_trainer(args, config, [])
+    fabric, precision = make_fabric(options, config.training)
     net, _ = open_model(config, source, config.training.builds)
-    announce(net, config, source)
-    half = trainer.precision == "bf16-mixed"
-    state_memory(config, trainer.strategy.root_device, half, trainer.world_size, begun=False)
-    state_disk(args, config, data)
+    log_groups(net, config.training, source)
+    log_memory(config, fabric.device, precision == "bf16-mixed", fabric.world_size, begun=False)
+    check_disk(options.save_path, config, inputs)
     return cli.DONE
 
 
-# ------------------------------------------------------------------------------------------------ training
+# Training.
 
 
-def _run(args: argparse.Namespace, config: Config, data: TrainingInputs, source: Checkpoint) -> int:
-    inputs = [data.identities, sha256_file(args.ckpt)]
-    previous = previous_run(args, config, inputs)
+def make_fabric(options: TrainingOptions, training: TrainingConfig) -> tuple[Fabric, str]:
+    """Lightning's Fabric for the flags, and the precision in which a step runs on its device.
+
+    Raises UsageError for devices that are not there, or that cannot share the batch.
+    """
+    flags = f"--devices {options.devices} --num_nodes {options.num_nodes}"
+    try:
+        fabric = Fabric(accelerator="auto", devices=options.devices, num_nodes=options.num_nodes)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"{flags}: {str(error).strip().splitlines()[0]}") from error
+    if training.batch_size % fabric.world_size:
+        raise UsageError(
+            f"training.batch_size is {training.batch_size}, the batch over all devices; {fabric.world_size} devices "
+            "cannot share it equally"
+        )
+    precision = resolve_precision(training.precision)
+    if precision == "16-mixed" and fabric.device.type == "cpu":
+        log.warning("warning: 16-mixed is for GPUs; the CPU trains in bf16-mixed")
+        precision = "bf16-mixed"
+    return fabric, precision
+
+
+def _run(options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint) -> int:
+    training, folder = config.training, options.save_path
+    decisive = [inputs.identities, sha256_file(options.ckpt)]
+    previous = previous_run(options, config, decisive)
     if previous and previous.about.get("complete"):
-        log.info("%s: already complete (%d steps)", args.save_path, previous.about["step"])
-        return cli.SOME_REJECTED if (args.save_path / REJECTS).exists() else cli.DONE
-    training = config.training
-    records, keep = Records(args.save_path), KeepWork(args.save_path, training.save_every_minutes, training.keep_best)
-    draws = training.pictures > 0 and training.objective == "diffusion"
-    callbacks = [records, WatchMovement(), keep, *([PreviewCallback(args.save_path, records)] if draws else [])]
-    trainer = make_trainer(args, config, callbacks)
-    half, device = trainer.precision == "bf16-mixed", trainer.strategy.root_device
+        log.info("%s: already complete (%d steps)", folder, previous.about["step"])
+        return cli.SOME_REJECTED if (folder / REJECTS).exists() else cli.DONE
+    fabric, precision = make_fabric(options, training)
+    half, previews = precision == "bf16-mixed", training.pictures > 0 and training.objective == "diffusion"
 
     torch.manual_seed(training.seed)
     net, clip = open_model(config, source, training.builds)
-    about = {
+    metadata = {
         "config": dataclasses.asdict(config),
         "stage": training.stage,
-        "run": run_fingerprint(config, inputs),
+        "run": run_fingerprint(config, decisive),
         "biomedclip": clip.fingerprint,
-        "origin": {"file": args.ckpt.name, "stage": source.about.get("stage"), "from": source.about.get("origin")},
+        "origin": {"file": options.ckpt.name, "stage": source.about.get("stage"), "from": source.about.get("origin")},
     }
-    announce(net, config, source)
-    state_disk(args, config, data)
-    state_memory(config, device, half, trainer.world_size, begun=previous is not None)
-    net.to(device)
-    features = FeatureCache(args.cache_dir or args.save_path.parent / "feature_cache", config, net, clip.to(device))
-    data.leave_out(features.build(data.all_items, thorough=is_first_on_node()), training.max_rejected)
-    features.forget_networks()
-    del clip
-    net.drop([part for part in net.parts if part not in STEP_PARTS and not (part == "autoencoder" and draws)])
-    stage = Stage(config, net, frozen_tensors(source, config), about, features.empty_text(), half)
-    return _fit(args, stage, data, features, trainer, keep, previous)
-
-
-def make_trainer(args: argparse.Namespace, config: Config, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """Lightning's Trainer for the flags and the configuration; UsageError for devices that are not there."""
-    training = config.training
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # the same command goes on from last.ckpt
-    try:
-        trainer = pl.Trainer(
-            accelerator="auto",
-            devices=args.devices,
-            num_nodes=args.num_nodes,
-            precision=resolve_precision(training.precision),
-            max_epochs=training.max_epochs,
-            accumulate_grad_batches=training.accumulate,
-            callbacks=callbacks,
-            plugins=plugins,
-            default_root_dir=args.save_path,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-        )
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"--devices {args.devices} --num_nodes {args.num_nodes}: {reason}") from error
-    if training.batch_size % trainer.world_size:
-        raise UsageError(
-            f"training.batch_size is {training.batch_size}, the batch over all devices; {trainer.world_size} devices "
-            "cannot share it equally"
-        )
-    return trainer
-
-
-def _fit(
-    args: argparse.Namespace,
-    stage: Stage,
-    data: TrainingInputs,
-    features: FeatureCache,
-    trainer: pl.Trainer,
-    keep: KeepWork,
-    previous: Checkpoint | None,
-) -> int:
-    config = stage.config
+    log_groups(net, training, source)
+    check_disk(folder, config, inputs)
+    log_memory(config, fabric.device, half, fabric.world_size, begun=previous is not None)
+    net.to(fabric.device)
+    builder = FeatureBuilder(options.features, config, net, clip.to(fabric.device), inputs.digests)
+    inputs.leave_out(builder.build(inputs.all_items, thorough=is_first_on_node()), training.max_rejected)
+    features = builder.store
+    del builder, clip  # the encoders' memory is free: what the store needs is on the disk
+    net.drop([part for part in net.parts if part not in STEP_PARTS and not (part == "autoencoder" and previews)])
+    stage = Stage(config, net, frozen_tensors(source, config), features.empty_text(), half)
     if is_first_process():
-        args.save_path.mkdir(parents=True, exist_ok=True)
-        save_config(config, args.save_path / "config.yaml")
-        write_rejects(args.save_path / REJECTS, data.rejects)
-        if previous is None:
-            for old in best_files(args.save_path):
-                old.unlink()
-    epoch, batches = resume_position(previous.rest) if previous else (0, 0)
-    if previous:
-        log.info("resuming at epoch %d, batch %d", epoch, batches)
-    world, rank, training = trainer.world_size, trainer.global_rank, config.training
-    sets = {name: StageData(items, features, training, name == "val") for name, items in data.items.items()}
-    train_loader = loader(sets["train"], config, True, rank, world, batches * training.batch_size // world)
-    train_loader.sampler.set_epoch(epoch)
-    val_loader = loader(sets["val"], config, False, rank, world)
+        _prepare_folder(folder, config, inputs, previous)
+    fabric.launch()
+    checkpoints = Checkpoints(folder, stage, metadata, fabric, precision, previous)
+    loop = _training(folder, fabric, precision, stage, checkpoints, inputs, features, previews)
+    code = _guarded(loop)
+    if code == cli.DONE:
+        log.info("%s: %d steps, complete", checkpoints.path, checkpoints.progress.step)
+        return cli.SOME_REJECTED if inputs.rejects else cli.DONE
+    return code
+
+
+def _prepare_folder(folder: Path, config: Config, inputs: TrainingInputs, previous: Checkpoint | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
+    save_config(config, folder / "config.yaml")
+    write_rejects(folder / REJECTS, inputs.rejects)
+    if previous is None:
+        for old in best_files(folder):
+            old.unlink()
+    else:
+        log.info("resuming after step %d", previous.about["step"])
+
+
+def _training(
+    folder: Path,
+    fabric: Fabric,
+    precision: str,
+    stage: Stage,
+    checkpoints: Checkpoints,
+    inputs: TrainingInputs,
+    features: FeatureStore,
+    previews: bool,
+) -> Training:
+    world, rank, training = fabric.world_size, fabric.global_rank, stage.training_config
+    sets = {name: StageData(items, features, training, name == "val") for name, items in inputs.items.items()}
+    start = checkpoints.progress.batches * training.batch_size // world
+    loaders = (
+        loader(sets["train"], training, True, rank, world, start),
+        loader(sets["val"], training, False, rank, world),
+    )
+    records = Records(folder, training.stage, fabric.is_global_zero)
+    drawn = Previews(folder, stage, sets["val"], records) if previews and fabric.is_global_zero else None
+    return Training(stage, fabric, precision, loaders, checkpoints, records, drawn)
+
+
+def _guarded(loop: Training) -> int:
+    """Run the loop; the exit code. Other processes of the run end with this one."""
+    # The launcher kills the first process when one that it started does not end well.
+    first = loop.fabric.is_global_zero
     try:
-        trainer.fit(stage, train_loader, val_loader, ckpt_path=keep.path if previous else None)
+        loop.run()
     except cli.Terminated:
-        # Lightning kills the first process when one that it started does not end well.
-        return cli.TERMINATED if trainer.is_global_zero else cli.DONE
-    except SystemExit:
-        return cli.INTERRUPTED
+        return cli.TERMINATED if first else cli.DONE
     except BaseException as error:
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # they would wait for this one for half an hour
+        for process in getattr(loop.fabric.strategy.launcher, "procs", []):
+            process.send_signal(signal.SIGKILL)  # they would wait for this one for half an hour
+        if isinstance(error, KeyboardInterrupt) and not first:
+            return cli.DONE
         if out_of_memory(error):
-            cures = memory_cures(training, trainer.precision == "bf16-mixed", keep.path.exists())
-            reason = str(error).splitlines()[0]
-            raise MedSoftError(f"out of memory in step {trainer.global_step + 1} ({reason}); {cures}") from error
+            cures = memory_cures(loop.config, loop.precision == "bf16-mixed", loop.checkpoints.path.exists())
+            reason, step = str(error).splitlines()[0], loop.progress.step + 1
+            raise MedSoftError(f"out of memory in step {step} ({reason}); {cures}") from error
         if isinstance(error, MedSoftError) and "\nOriginal Traceback" in str(error):  # from a data-loader process
             raise MedSoftError(str(error).strip().rsplit("\n", 1)[-1].split(": ", 1)[-1]) from error
         raise
-    keep.finish(trainer)
-    log.info("%s: %d steps, complete", keep.path, trainer.global_step)
-    return cli.SOME_REJECTED if data.rejects else cli.DONE
+    return cli.DONE

@@ -20,7 +20,8 @@ from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.core.errors import MedSoftError
 from ldm.core.files import remove_partials
 from ldm.core.locks import exclusive
-from ldm.training.stage import Stage
+from ldm.training.dataset import Batch
+from ldm.training.loop import Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,7 +38,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell of a backg
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
-import ldm.training.stage
+import ldm.training.loop
 from ldm.{module} import {owner} as owner
 import ver_train
 from ldm.core import cli
@@ -50,13 +51,14 @@ def counted(self, *given, **named):
     return plain(self, *given, **named)
 owner.{method} = counted
 if {behind}:
-    ldm.training.stage.steps_behind = lambda device: {behind}
+    ldm.training.loop.steps_behind = lambda device: {behind}
 cli.run(ver_train.build_parser(), ver_train.main)
 """
-KILL_IN_STEP = {"module": "training.stage", "owner": "Stage", "method": "training_step"}
-KILL_IN_VALIDATION = {"module": "training.stage", "owner": "Stage", "method": "validation_step"}
-KILL_IN_CACHE = {"module": "training.feature_cache", "owner": "FeatureCache", "method": "_write"}
-KILL_BEFORE_CHECKPOINT = {"module": "training.callbacks", "owner": "AtomicCheckpointIO", "method": "save_checkpoint"}
+KILL_IN_STEP = {"module": "training.loop", "owner": "Training", "method": "forward_backward"}
+KILL_IN_VALIDATION = {"module": "training.stage", "owner": "Stage", "method": "forward"}
+KILL_IN_VALIDATION["when"] = "not torch.is_grad_enabled()"
+KILL_IN_CACHE = {"module": "features", "owner": "build", "method": "write_features"}
+KILL_BEFORE_CHECKPOINT = {"module": "training", "owner": "saving", "method": "write"}
 # A checkpoint's bytes are all written, under a temporary name.
 KILL_IN_CHECKPOINT = {"module": "core.files", "owner": "os", "method": "fsync", "when": "os.fstat(self).st_size > 1e6"}
 
@@ -128,7 +130,7 @@ def test_killed_and_resumed_is_bit_identical(
     folder = tmp_path / "run"
     assert run_and_signal(name, after, command(converted, world, folder, **RUN), where, behind) == code
     assert read_checkpoint(folder / "last.ckpt").about["step"] == first_step
-    monkeypatch.setattr("ldm.training.stage.steps_behind", lambda device: behind)
+    monkeypatch.setattr("ldm.training.loop.steps_behind", lambda device: behind)
     assert train("stage1", converted, folder, world, **RUN) == 0
     assert not changed(tensors(unbroken / "last.ckpt"), tensors(folder / "last.ckpt"))
     assert rows(folder) == rows(unbroken)
@@ -203,8 +205,8 @@ import itertools, os, sys
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
-from ldm.training.callbacks import AtomicCheckpointIO
-write = AtomicCheckpointIO().save_checkpoint
+from pathlib import Path
+from ldm.training.saving import write
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -212,7 +214,7 @@ for line in sys.stdin:
         for step in itertools.count(int(line)):
             value = torch.full((500_000,), float(step))
             content = {{"state_dict": {{"msc.a": value, "msc.b": value.clone()}}, "medsoft": {{"step": step}}}}
-            write(content, {path!r})
+            write(Path({path!r}), content)
             os.write(1, b"%d\\n" % step)
     os.waitpid(child, 0)
     os.write(1, b"dead\\n")
@@ -301,17 +303,17 @@ def test_full_disk_keeps_the_checkpoint_before(
     """From the second epoch on no file may grow beyond 100 KB, as on a full disk."""
     folder, limit = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    plain = Stage.training_step
+    plain = Training.forward_backward
 
-    def training_step(self: Stage, batch: dict, batch_idx: int) -> torch.Tensor:
-        if self.current_epoch == 1:
+    def forward_backward(self: Training, batch: Batch) -> None:
+        if self.progress.epoch == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-        return plain(self, batch, batch_idx)
+        plain(self, batch)
 
     given = {"batch_size": 9, "max_epochs": 2, "keep_best": 0, "save_every_minutes": 1e6}
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(Stage, "training_step", training_step)
+            patch.setattr(Training, "forward_backward", forward_backward)
             with pytest.raises(MedSoftError, match=r"last\.ckpt: could not be written \(File too large\); nothing was"):
                 train("stage1", converted, folder, world, **given)
     finally:
@@ -342,7 +344,7 @@ def test_second_run_in_the_same_folder_is_refused(world: Path, converted: Path, 
             timeout=300,
         )
     assert found.returncode == 2
-    assert "run: another run is training in this folder at this moment; give another --save_path" in found.stderr
+    assert "run: another run is writing here at this moment; give another --save_path" in found.stderr
     assert not folder.exists()
     assert train("stage1", converted, folder, world, batch_size=9) == 0
     assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]

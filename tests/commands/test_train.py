@@ -24,12 +24,15 @@ from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.images import read_image
 from ldm.data.png import write_png
 from ldm.networks.model import MedSoftModel
-from ldm.training.stage import Stage
+from ldm.training.dataset import Batch
+from ldm.training.groups import training_groups
+from ldm.training.loop import Training
+from ldm.training.saving import Checkpoints
 
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
-    """Lightning leaves SIGINT ignored after an interruption."""
+    """A run leaves SIGINT to the system after an interruption."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in kept.items():
@@ -122,11 +125,14 @@ def test_published_step_2_4_starts_at_step_0_from_those_weights(
     first = trained["stage2_1"].last
     seen: dict[str, Any] = {}
 
-    def on_train_start(self: Stage) -> None:
-        seen["step"] = self.global_step
-        seen["weights"] = {key: value.clone() for key, value in self.state_dict().items()}
+    plain = Training.run
 
-    monkeypatch.setattr(Stage, "on_train_start", on_train_start)
+    def run(self: Training) -> None:
+        seen["step"] = self.progress.step
+        seen["weights"] = {key: value.clone() for key, value in self.stage.weights().items()}
+        plain(self)
+
+    monkeypatch.setattr(Training, "run", run)
     assert train("stage2_1", first, tmp_path / "stage2_2", world) == 0
     assert seen["step"] == 0
     assert not changed(tensors(first), seen["weights"])
@@ -161,7 +167,7 @@ def test_every_true_size_stage_builds_what_it_names(stage: str) -> None:
         model = MedSoftModel(config, config.training.builds)
     built = {"stage1": {"msc"}, "unet_only": {"unet", "autoencoder", "text"}}
     assert set(model.parts) == built.get(stage, {"unet", "autoencoder", "text", "msc"})
-    groups = model.groups(list(config.training.rates))
+    groups = training_groups(model, config.training)
     sizes = {name: sum(value.numel() for value in members.values()) for name, members in groups.items()}
     expected = {"msc": (160e6, 180e6), "attn3": (43_987_520, 43_987_520), "unet": (859_535_364, 859_535_364)}
     wanted = {"stage1": {"msc"}, "unet_only": {"attn3"}, "stage2_1": {"msc"}}.get(stage, {"msc", "attn3", "unet"})
@@ -206,16 +212,16 @@ def unbroken(world: Path, converted: Path, tmp_path_factory: pytest.TempPathFact
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, how: Any) -> None:
     """In the training step that follows ``after`` others, call ``how``."""
-    plain, count = Stage.training_step, 0
+    plain, count = Training.forward_backward, 0
 
-    def training_step(self: Stage, batch: dict, batch_idx: int) -> torch.Tensor:
+    def forward_backward(self: Training, batch: Batch) -> None:
         nonlocal count
         count += 1
         if count == after + 1:
             how()
-        return plain(self, batch, batch_idx)
+        plain(self, batch)
 
-    monkeypatch.setattr(Stage, "training_step", training_step)
+    monkeypatch.setattr(Training, "forward_backward", forward_backward)
 
 
 def crash() -> None:
@@ -232,14 +238,14 @@ def terminate() -> None:
 
 @on_cpu
 @pytest.mark.parametrize(
-    ("how", "after", "accumulate", "code", "step"),
+    ("how", "after", "accumulate", "ends", "step"),
     [
-        (crash, 4, 1, None, 4),  # one batch into the second epoch
-        (crash, 3, 1, None, 3),  # between two epochs
-        (press_control_c, 1, 1, 130, 1),
+        (crash, 4, 1, ArithmeticError, 4),  # one batch into the second epoch
+        (crash, 3, 1, ArithmeticError, 3),  # between two epochs
+        (press_control_c, 1, 1, KeyboardInterrupt, 1),  # which cli.run makes 130
         (terminate, 1, 1, 143, 2),  # the running batch is finished and kept
-        (crash, 5, 2, None, 3),  # batch 2 of the second epoch is done: a whole step
-        (crash, 4, 2, None, 2),  # inside a step: back to the epoch's start
+        (crash, 5, 2, ArithmeticError, 3),  # batch 2 of the second epoch is done: a whole step
+        (crash, 4, 2, ArithmeticError, 2),  # inside a step: back to the epoch's start
     ],
 )
 def test_interrupted_and_resumed_equals_unbroken(
@@ -250,18 +256,18 @@ def test_interrupted_and_resumed_equals_unbroken(
     how: Any,
     after: int,
     accumulate: int,
-    code: int,
+    ends: Any,
     step: int,
 ) -> None:
     given = {"accumulate": accumulate, "max_epochs": 2, "rates.attn3": 0.01, "schedule": "cosine"}
     given["save_every_minutes"] = 0
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, after, how)
-        if code is None:
-            with pytest.raises(ArithmeticError):
+        if isinstance(ends, type):
+            with pytest.raises(ends):
                 train("unet_only", converted, tmp_path / "s", world, **given)
         else:
-            assert train("unet_only", converted, tmp_path / "s", world, **given) == code
+            assert train("unet_only", converted, tmp_path / "s", world, **given) == ends
     assert about(tmp_path / "s" / "last.ckpt")["step"] == step
     assert train("unet_only", converted, tmp_path / "s", world, **given) == 0
     last = tmp_path / "s" / "last.ckpt"
@@ -276,7 +282,7 @@ def test_stopped_before_it_could_say_complete(
     world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "on_train_end", lambda self: crash())
+        patch.setattr(Checkpoints, "finish", lambda self: crash())
         with pytest.raises(ArithmeticError):
             train("stage1", converted, tmp_path / "s", world)
     before = tensors(tmp_path / "s" / "last.ckpt")
@@ -291,7 +297,9 @@ def test_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
     world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoil() -> None:
-        monkeypatch.setattr("ldm.training.stage.msc_loss", lambda tokens, *rest: tokens.mean((1, 2)) * float("nan"))
+        monkeypatch.setattr(
+            "ldm.training.objectives.msc_loss", lambda tokens, *rest: tokens.mean((1, 2)) * float("nan")
+        )
 
     interrupt(monkeypatch, 3, spoil)
     with pytest.raises(MedSoftError, match=r"the loss became nan in step 4 \(samples w5p\d+"):
@@ -304,15 +312,15 @@ def test_weights_that_break_in_the_last_step_keep_the_last_good_checkpoint(
     world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of that step is fine, and there is no later one that would not be."""
-    plain = Stage.optimizer_step
+    plain = Training.optimizer_step
 
-    def optimizer_step(self: Stage, *args: Any, **more: Any) -> None:
-        plain(self, *args, **more)
-        if self.current_epoch == 1:
-            self.net.msc.position.data[0] = float("nan")
+    def optimizer_step(self: Training) -> None:
+        plain(self)
+        if self.progress.epoch == 1:
+            self.stage.net.msc.position.data[0] = float("nan")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "optimizer_step", optimizer_step)
+        patch.setattr(Training, "optimizer_step", optimizer_step)
         with pytest.raises(MedSoftError, match=r"msc\.position holds NaN or infinite values after step 2; the last"):
             train("stage1", converted, tmp_path / "s", world, max_epochs=2, batch_size=9)
     last = tmp_path / "s" / "last.ckpt"

@@ -19,9 +19,11 @@ from tiny import ROOT, changed, on_cpu, tensors, train
 from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples, write_annotations
-from ldm.training.callbacks import best_files
-from ldm.training.feature_cache import FeatureCache
-from ldm.training.stage import Stage
+from ldm.features.names import FeatureNames
+from ldm.features.store import FeatureStore
+from ldm.training.dataset import Batch
+from ldm.training.loop import Training
+from ldm.training.saving import best_files
 
 SHORT = {"batch_size": 3, "max_epochs": 2, "rates.msc": 0.001}
 
@@ -32,15 +34,15 @@ def steps(folder: Path) -> list[dict[str, str]]:
 
 def test_settings_that_decide_no_weight_may_change(world: Path, converted: Path, tmp_path: Path) -> None:
     """Stopped in the second epoch by a disk error, and gone on with other such settings: the weights are the same."""
-    plain = Stage.training_step
+    plain = Training.forward_backward
 
-    def stumbles(self: Stage, batch: dict, batch_idx: int) -> Any:
-        if self.global_step == 4:
+    def stumbles(self: Training, batch: Batch) -> None:
+        if self.progress.step == 4:
             raise OSError("the power is gone")
-        return plain(self, batch, batch_idx)
+        plain(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "training_step", stumbles)
+        patch.setattr(Training, "forward_backward", stumbles)
         with pytest.raises(OSError, match="power"):
             train("stage1", converted, tmp_path / "a", world, **SHORT)
     other = {"workers": 1, "save_every_minutes": 5, "keep_best": 2, "pictures": 1, "max_rejected": 0.5, "val_draws": 2}
@@ -57,14 +59,14 @@ def test_settings_that_decide_no_weight_may_change(world: Path, converted: Path,
 def test_cures_for_full_memory_are_accepted_when_the_run_goes_on(
     world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, folder = Stage.training_step, tmp_path / "run"
+    plain, folder = Training.forward_backward, tmp_path / "run"
 
-    def full(self: Stage, batch: dict, batch_idx: int) -> Any:
-        if self.global_step == 4:
+    def full(self: Training, batch: Batch) -> None:
+        if self.progress.step == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(self, batch, batch_idx)
+        plain(self, batch)
 
-    monkeypatch.setattr(Stage, "training_step", full)
+    monkeypatch.setattr(Training, "forward_backward", full)
     cures = r"in step 5 .*; training\.activation_checkpointing=true or --precision bf16-mixed helps"
     with pytest.raises(MedSoftError, match=cures):
         train("stage1", converted, folder, world, **SHORT)
@@ -73,7 +75,7 @@ def test_cures_for_full_memory_are_accepted_when_the_run_goes_on(
     cured = {"activation_checkpointing": "true", "precision": "bf16-mixed", "compile": "true"}
     with pytest.raises(MedSoftError, match=r"in step 5 .*; a device with more memory helps"):
         train("stage1", converted, folder, world, **SHORT | cured)
-    monkeypatch.setattr(Stage, "training_step", plain)
+    monkeypatch.setattr(Training, "forward_backward", plain)
     assert train("stage1", converted, folder, world, **SHORT) == 0
     assert len(steps(folder)) == 6
 
@@ -81,18 +83,18 @@ def test_cures_for_full_memory_are_accepted_when_the_run_goes_on(
 def test_resumed_where_kernels_lie_otherwise_in_memory(trained: dict, world: Path, tmp_path: Path) -> None:
     """Begun on a device that wants kernels channels last, gone on with where they do not lie so."""
     given = {"max_epochs": 2, "save_every_minutes": 0, "rates.unet": 0.001, "ema_decay": 0.9}
-    plain = Stage.training_step
+    plain = Training.forward_backward
 
-    def stumbles(self: Stage, batch: dict, batch_idx: int) -> Any:
-        if self.global_step == 3:
+    def stumbles(self: Training, batch: Batch) -> None:
+        if self.progress.step == 3:
             raise OSError("the power is gone")
-        return plain(self, batch, batch_idx)
+        plain(self, batch)
 
     start, folder = trained["stage2_1"].last, tmp_path / "s"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldm.training.stage.kernel_layout", lambda *_: torch.channels_last)
         assert train("stage2_2", start, tmp_path / "whole", world, **given) == 0
-        patch.setattr(Stage, "training_step", stumbles)
+        patch.setattr(Training, "forward_backward", stumbles)
         with pytest.raises(OSError, match="power"):
             train("stage2_2", start, folder, world, **given)
     assert all(value.is_contiguous() for value in tensors(folder / "last.ckpt").values())
@@ -140,13 +142,14 @@ def test_full_disk_beside_the_checkpoints(
 def test_features_lost_under_a_worker_are_one_line(
     world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = FeatureCache._file
+    plain = FeatureStore.load
 
-    def gone(self: FeatureCache, item: Any, kind: str) -> Path:
-        path = plain(self, item, kind)
-        return path if self.model is not None else path.with_name("gone.safetensors")  # once the networks are given up
+    def gone(self: FeatureStore, item: Any) -> dict[str, torch.Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FeatureNames, "of_item", lambda *_: self.names.folder / "gone.safetensors")
+            return plain(self, item)
 
-    monkeypatch.setattr(FeatureCache, "_file", gone)
+    monkeypatch.setattr(FeatureStore, "load", gone)
     expected = r"^/[^\n]*gone\.safetensors: the cached features of [^\n]* are gone or damaged [^\n]*goes on$"
     with pytest.raises(MedSoftError, match=expected):
         train("stage1", converted, tmp_path / "run", world, **SHORT, workers=1)

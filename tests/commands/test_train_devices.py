@@ -84,15 +84,15 @@ def test_torchrun_and_a_termination(world: Path, converted: Path, tmp_path: Path
     stop.write_text(
         "import os, signal, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from ldm.training.stage import Stage\n"
+        "from ldm.training.loop import Training\n"
         "import ver_train\n"
         "from ldm.core import cli\n"
-        "plain = Stage.training_step\n"
-        "def training_step(self, batch, batch_idx):\n"
-        "    if self.global_step == 4 and os.environ['RANK'] == '1' and 'STOP' in os.environ:\n"
+        "plain = Training.forward_backward\n"
+        "def forward_backward(self, batch):\n"
+        "    if self.progress.step == 4 and os.environ['RANK'] == '1' and 'STOP' in os.environ:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return plain(self, batch, batch_idx)\n"
-        "Stage.training_step = training_step\n"
+        "    plain(self, batch)\n"
+        "Training.forward_backward = forward_backward\n"
         "cli.run(ver_train.build_parser(), ver_train.main)\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(stop), *given]

@@ -16,7 +16,9 @@ from ldm.core.devices import out_of_memory
 from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.images import read_image
+from ldm.training.dataset import Batch
 from ldm.training.estimates import fake_batch, fake_stage, stage_disk, stage_memory, step_operations
+from ldm.training.loop import Training
 from ldm.training.stage import Stage
 from tool import bench
 
@@ -61,7 +63,7 @@ def test_memory_estimate_is_what_autograd_keeps() -> None:
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        loss = stage.losses(fake_batch(config, 2), 0.0)[0].sum()
+        loss = stage(fake_batch(config, 2), 0.0)[0].sum()
     assert estimate.activations == pytest.approx(sum(v.untyped_storage().nbytes() for v in kept.values()), rel=0.05)
     assert loss.requires_grad
     assert estimate.parameters == sum(4 * value.numel() for value in stage.net.parameters())
@@ -153,11 +155,14 @@ def test_moving_average_is_validated_and_left(world: Path, converted: Path, tmp_
     given = {"batch_size": 9, "max_epochs": 3, "rates.msc": 0.01, "save_every_minutes": 0}
     states: list[dict[str, torch.Tensor]] = []
 
-    def keep(self: Stage) -> None:
-        states.append({key: value.detach().clone() for key, value in self.trained.items()})
+    plain_end = Training.end_epoch
+
+    def keep(self: Training, *values: float) -> None:
+        states.append({key: value.detach().clone() for key, value in self.stage.trained.items()})
+        plain_end(self, *values)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "on_train_epoch_end", keep)
+        patch.setattr(Training, "end_epoch", keep)
         assert train("stage1", converted, tmp_path / "average", world, ema_decay=0.5, **given) == 0
     assert train("stage1", converted, tmp_path / "plain", world, **given) == 0
     average, start = tensors(tmp_path / "average" / "last.ckpt"), tensors(converted)
@@ -191,16 +196,17 @@ def test_sound_stage_is_not_warned_about(
 
 def test_gradient_that_is_not_a_number(world: Path, converted: Path, tmp_path: Path) -> None:
     """The loss is fine, its gradient is not: stops before the step breaks the weights."""
-    plain = Stage.training_step
+    plain, calls = Stage.forward, []
 
-    def training_step(self: Stage, batch: dict, batch_idx: int) -> torch.Tensor:
-        loss = plain(self, batch, batch_idx)
-        if self.global_step == 2:
-            loss = loss + (self.net.msc.position[0, 0] * 0).sqrt()  # adds nothing; its slope is infinity times 0
-        return loss
+    def forward(self: Stage, batch: Batch, dropout: float) -> tuple:
+        losses, cosine = plain(self, batch, dropout)
+        calls.extend([batch] if dropout else [])  # without: validation, or an estimate
+        if dropout and len(calls) == 3:
+            losses = losses + (self.net.msc.position[0, 0] * 0).sqrt()  # adds nothing; its slope is infinity times 0
+        return losses, cosine
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "training_step", training_step)
+        patch.setattr(Stage, "forward", forward)
         with pytest.raises(
             MedSoftError, match=r"a gradient became nan in step 3 \(samples w5p\d+.*last good checkpoint"
         ):
@@ -211,11 +217,8 @@ def test_gradient_that_is_not_a_number(world: Path, converted: Path, tmp_path: P
 
 
 def test_out_of_memory_is_one_line(world: Path, converted: Path, tmp_path: Path) -> None:
-    def training_step(self: Stage, batch: dict, batch_idx: int) -> torch.Tensor:
-        return torch.empty(1 << 55)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "training_step", training_step)
+        patch.setattr(Training, "forward_backward", lambda self, batch: torch.empty(1 << 55))
         with pytest.raises(
             MedSoftError, match=r"out of memory in step 1 .*a smaller --batch_size with training\.accum"
         ):

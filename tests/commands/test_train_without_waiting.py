@@ -4,27 +4,32 @@ Such runs that are killed and resumed are in test_never_lose_work.py.
 """
 
 import csv
-import logging
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning_fabric import Fabric
 from test_never_lose_work import RUN, STEPS, command, rows
 from tiny import MODELS, ROOT, changed, on_cpu, tensors, train
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ldm.training.stage
+import ldm.training.loop
+import ldm.training.steps
 from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import load_config
 from ldm.core.errors import MedSoftError
+from ldm.networks.weight_average import WeightAverage
+from ldm.training.dataset import Batch
 from ldm.training.estimates import fake_batch, fake_stage
+from ldm.training.loop import Training
+from ldm.training.saving import Progress
 from ldm.training.stage import Stage
 
 pytestmark = on_cpu
@@ -37,7 +42,7 @@ def epochs(folder: Path) -> list[list[str]]:
 
 
 def read_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ldm.training.stage, "steps_behind", lambda device: 1)
+    monkeypatch.setattr(ldm.training.loop, "steps_behind", lambda device: 1)
 
 
 def test_read_later_is_the_same_run(
@@ -56,23 +61,24 @@ def test_read_later_is_the_same_run(
 CHILD = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import ldm.training.stage
-from ldm.training.callbacks import KeepWork
-from ldm.training.stage import Stage
+import ldm.training.loop
+from ldm.training.loop import Training
+from ldm.training.saving import Checkpoints
 import ver_train
 from ldm.core import cli
-ldm.training.stage.steps_behind = lambda device: 1
-step, save = Stage.training_step, KeepWork.save
-def training_step(self, batch, batch_idx):
-    if self.global_step == 4 and os.environ["RANK"] == "1" and os.environ["SPOIL"] == "stop":
+ldm.training.loop.steps_behind = lambda device: 1
+forward_backward, save, queues = Training.forward_backward, Checkpoints.save, []
+def spoilt(self, batch):
+    queues[:] = [self.queue]
+    if self.progress.step == 4 and os.environ["RANK"] == "1" and os.environ["SPOIL"] == "stop":
         os.kill(os.getpid(), signal.SIGTERM)
-    if self.global_step == 4 and os.environ["RANK"] == "1" and os.environ["SPOIL"] == "loss":
-        batch = {{**batch, "true": batch["true"] * float("nan")}}
-    return step(self, batch, batch_idx)
-def checked(self, trainer):
-    assert not trainer.lightning_module.taken and not trainer.lightning_module.steps, "saved before it was read"
-    save(self, trainer)
-Stage.training_step, KeepWork.save = training_step, checked
+    if self.progress.step == 4 and os.environ["RANK"] == "1" and os.environ["SPOIL"] == "loss":
+        batch = {{**batch, "target_tokens": batch["target_tokens"] * float("nan")}}
+    forward_backward(self, batch)
+def checked(self, epoch_ended):
+    assert not queues[0].pending and not queues[0].done, "saved before it was read"
+    save(self, epoch_ended)
+Training.forward_backward, Checkpoints.save = spoilt, checked
 cli.run(ver_train.build_parser(), ver_train.main)
 """
 
@@ -102,31 +108,28 @@ def test_two_processes_that_read_later_agree(world: Path, converted: Path, tmp_p
     assert read_checkpoint(tmp_path / "broken" / "last.ckpt").about["step"] == 3
 
 
-def test_lightning_still_asks_before_each_batch() -> None:
-    """What KeepWork takes away, since it would wait for the devices; once it is gone there, it can go here."""
-    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
-
-
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("later", [False, True])
 def test_what_is_not_finite_is_said_of_its_own_step(
     world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, later: bool
 ) -> None:
     """Also where it was computed a step before it is read; the file is that of the steps before it."""
-    plain, calls, ids = Stage.training_step, [], []
+    plain, calls, ids = Stage.forward, [], []
 
-    def training_step(stage: Stage, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        calls.append(batch_idx)
+    def forward(stage: Stage, batch: Batch, dropout: float) -> tuple:
+        if not dropout:  # validation, or an estimate
+            return plain(stage, batch, dropout)
+        calls.append(dropout)
         if len(calls) == BREAK and what == "loss":
-            batch = {**batch, "true": batch["true"] * float("nan")}
+            batch = {**batch, "target_tokens": batch["target_tokens"] * float("nan")}
         if len(calls) in (BREAK, BREAK + 1):
             ids.extend(batch["sample_id"])
-        loss = plain(stage, batch, batch_idx)
+        losses, cosine = plain(stage, batch, dropout)
         if len(calls) == BREAK and what == "gradient":
-            loss.register_hook(lambda gradient: gradient * float("inf"))
-        return loss
+            losses.register_hook(lambda gradient: gradient * float("inf"))
+        return losses, cosine
 
-    monkeypatch.setattr(Stage, "training_step", training_step)
+    monkeypatch.setattr(Stage, "forward", forward)
     if later:
         read_later(monkeypatch)
     with pytest.raises(MedSoftError, match=rf"a? ?{what} became (nan|inf) in step 3 \(samples .*\); the last") as found:
@@ -168,37 +171,44 @@ def moved(stage: Stage) -> Stage:
     named = dict(stage.net.named_parameters())
     stage.groups = {group: {key: named[key] for key in members} for group, members in stage.groups.items()}
     stage.trained = {key: named[key] for key in stage.trained}
-    stage.average = {key: torch.empty_like(value) for key, value in stage.trained.items()}
+    stage.average = WeightAverage(stage.trained, 0.9)
     return stage
 
 
 @pytest.mark.parametrize("stage", ["stage1", "unet_only", "stage2_1", "stage2_2"])
 def test_no_step_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     """On tensors without content, whose values nobody can read: reading one would be an error here."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     config = load_config(MODELS / f"phantom_{stage}.yaml", ["training.ema_decay=0.9"])
     monkeypatch.setattr(Stage, "device", torch.device("cuda"))
-    monkeypatch.setattr(ldm.training.stage, "on_host", lambda values: None)
-    monkeypatch.setattr(ldm.training.stage, "steps_behind", lambda device: 2)
+    monkeypatch.setattr(ldm.training.steps, "on_host", lambda values: None)
+    monkeypatch.setattr(ldm.training.loop, "steps_behind", lambda device: 2)
+    monkeypatch.setattr(Fabric, "backward", lambda self, loss: None)  # a backward pass needs the driver
+    monkeypatch.setattr(Fabric, "setup_module", lambda self, module, **_: module)
+    monkeypatch.setattr(Fabric, "no_backward_sync", lambda self, module, enabled: nullcontext())
     size = config.training.batch_size
     with FakeTensorMode():
         made = moved(fake_stage(config, False))
         with torch.device("cuda"):
             batch = fake_batch(config, size) | {"weight": torch.ones(size), "sample_id": ["spine"] * size}
-        made.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
         optimizer = made.adamw()
-        made.training_step(batch, 0)  # copies the noise schedule, once
+        progress = Progress()
+        checkpoints = SimpleNamespace(
+            progress=progress, optimizer=optimizer, scaler=torch.amp.GradScaler("cuda", enabled=False)
+        )
+        loaders = [[batch], [batch]]
+        run = Training(made, Fabric(accelerator="cpu"), "32-true", loaders, checkpoints, None, None)
+        run.movement.before = None  # looks at the first steps only
+        run.forward_backward(batch)  # copies the noise schedule, once
+        run.queue.batches = []
         with Waits() as waits:
             for _ in range(2):
-                assert made.training_step(batch, 0).requires_grad
+                run.forward_backward(batch)
                 for value in made.trained.values():
-                    value.grad = torch.empty_like(value)  # a backward pass needs the driver
-                made.on_before_optimizer_step(optimizer)
-                optimizer.step()
-                made.update_average()
-                optimizer.zero_grad()
+                    value.grad = torch.empty_like(value)
+                run.optimizer_step()
         for value in next(iter(made.groups.values())).values():
             value.grad = None
         norms, total = made.gradient_norms()  # of a group without gradients too
         assert {value.device.type for value in (*made.trained.values(), *norms.values(), total)} == {"cuda"}
+    assert progress.step == len(run.queue.pending) == 2
     assert not waits.found

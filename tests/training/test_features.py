@@ -1,11 +1,12 @@
 """What the stages learn from: BiomedCLIP's folder, the cached features, the order of an epoch."""
 
 import shutil
+import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ import pytest
 import torch
 from tiny import CLIP, MODELS, train
 
-from ldm.config import load_config
+import ldm.core.files
+from ldm.config import Config, load_config
 from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
 from ldm.data.png import write_png
-from ldm.data.preparation import prepare
+from ldm.data.preparation import digests_of, prepare
+from ldm.features.build import FeatureBuilder
+from ldm.features.names import Item, training_items
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel, hidden_region, hide
-from ldm.training.dataset import EpochOrder, StageData, training_items
-from ldm.training.feature_cache import FeatureCache
+from ldm.training.dataset import EpochOrder, StageData, read_training_inputs
 
 # --------------------------------------------------------------------------------------------------- BiomedCLIP
 
@@ -75,13 +78,30 @@ def networks(converted: Path) -> tuple[Any, MedSoftModel, BiomedClip]:
     return config, model, BiomedClip(CLIP)
 
 
+@dataclass
+class FeatureCache:
+    """A builder and its store, each time for the files as they are at that moment."""
+
+    folder: Path
+    config: Config
+    model: MedSoftModel
+    clip: Any
+
+    def builder(self, *items: Item) -> FeatureBuilder:
+        return FeatureBuilder(
+            self.folder, self.config, self.model, self.clip, digests_of(item.sample for item in items)
+        )
+
+    def build(self, items: list[Item]) -> list:
+        return self.builder(*items).build(items)
+
+    def load(self, item: Item) -> dict[str, torch.Tensor]:
+        return self.builder(item).store.load(item)
+
+
 @pytest.fixture
 def cache(tmp_path: Path, networks: tuple) -> FeatureCache:
     return FeatureCache(tmp_path / "features", *networks)
-
-
-def fresh(cache: FeatureCache) -> FeatureCache:
-    return FeatureCache(cache.folder, cache.config, cache.model, cache.clip)
 
 
 def items_of(folder: Path, networks: tuple) -> list:
@@ -103,10 +123,15 @@ def test_features_equal_direct_computation(world: Path, cache: FeatureCache, net
         seen, _ = clip.encode_image(image, hidden_region(mask))
         true, true_global = clip.encode_image(image)
         assert torch.equal(found["mask"], picture.mask)
-        expected = {"latent_mean": posterior.mean, "masked_latent": masked, "seen": seen, "true": true}
-        for name, value in {**expected, "latent_logvar": posterior.logvar, "true_global": true_global}.items():
+        expected = {
+            "latent_mean": posterior.mean,
+            "masked_latent": masked,
+            "context_tokens": seen,
+            "target_tokens": true,
+        }
+        for name, value in {**expected, "latent_logvar": posterior.logvar, "target_global": true_global}.items():
             assert torch.allclose(found[name], value[0], atol=2e-5), name
-    assert (found["seen"] != found["true"]).any()
+    assert (found["context_tokens"] != found["target_tokens"]).any()
 
 
 def test_second_run_computes_nothing(
@@ -114,9 +139,9 @@ def test_second_run_computes_nothing(
 ) -> None:
     items = items_of(world / "val", networks)
     cache.build(items)
-    monkeypatch.setattr(FeatureCache, "_compute", lambda self, items: pytest.fail("computed again"))
-    monkeypatch.setattr(FeatureCache, "_compute_prompts", lambda self, prompts: pytest.fail("computed again"))
-    assert fresh(cache).build(items) == []
+    monkeypatch.setattr(FeatureBuilder, "compute", lambda self, items: pytest.fail("computed again"))
+    monkeypatch.setattr(FeatureBuilder, "compute_prompts", lambda self, prompts: pytest.fail("computed again"))
+    assert cache.build(items) == []
 
 
 @pytest.mark.parametrize("name", ["image.png", "mask.png"])
@@ -130,9 +155,9 @@ def test_changed_file_is_computed_again(
     before = cache.load(item)
     file = tmp_path / "data" / folder.name / name
     write_png(file, read_image(file)[:, ::-1])
-    again = fresh(cache)
+    again = cache
     again.build([item])
-    assert not torch.equal(before["seen"], again.load(item)["seen"])
+    assert not torch.equal(before["context_tokens"], again.load(item)["context_tokens"])
 
 
 def test_sample_that_turns_healthy_is_computed_again(cache: FeatureCache, world: Path, networks: tuple) -> None:
@@ -140,14 +165,14 @@ def test_sample_that_turns_healthy_is_computed_again(cache: FeatureCache, world:
     diseased = [item for item in items_of(world / "val", networks) if not item.sample.healthy][:4]
     healthy = [replace(item, sample=replace(item.sample, prompt="healthy")) for item in diseased]
     assert len({item.name for item in diseased}) == 4
-    later = fresh(cache)
+    later = cache
     cache.build(diseased)
     later.build(healthy)
     for before, after in zip(diseased, healthy, strict=True):
         assert not torch.equal(cache.load(before)["mask"], later.load(after)["mask"])
     other = [replace(item, sample=replace(item.sample, prompt="another lesion")) for item in diseased]
     before = set(cache.folder.rglob("*.clip.safetensors"))
-    fresh(cache).build(other)
+    cache.build(other)
     assert set(cache.folder.rglob("*.clip.safetensors")) == before
 
 
@@ -165,8 +190,8 @@ def test_cached_sentences_equal_direct_computation(world: Path, tmp_path: Path, 
         for item in items:
             found, prompts = cache.load(item), [item.sample.prompt]
             assert torch.allclose(found["text"], model.cond_stage_model(prompts)[0], atol=1e-5)
-            assert torch.allclose(found["clip_text"], clip.encode_text(prompts)[0], atol=1e-5)
-        assert torch.allclose(cache.empty_text(), model.cond_stage_model([""]), atol=1e-5)
+            assert torch.allclose(found["prompt_embedding"], clip.encode_text(prompts)[0], atol=1e-5)
+        assert torch.allclose(cache.builder(*items).store.empty_text(), model.cond_stage_model([""]), atol=1e-5)
         before = set(cache.folder.rglob("*.safetensors"))
         next(model.cond_stage_model.parameters()).add_(1)
     FeatureCache(cache.folder, config, model, clip).build(items)
@@ -217,7 +242,7 @@ def test_damaged_features_are_computed_again(
     good = {name: value.clone() for name, value in cache.load(item).items()}
     file = next(cache.folder.rglob(f"*.{kind}.safetensors"))
     damage(file)
-    again = fresh(cache)
+    again = cache
     assert again.build([item]) == []
     found = again.load(item)
     assert found.keys() == good.keys()
@@ -274,10 +299,10 @@ def test_settings_that_decide_no_feature_compute_nothing(
     _, model, clip = networks
     items = items_of(world / "val", networks)
     cache.build(items)
-    monkeypatch.setattr(FeatureCache, "_write", lambda self, path, tensors: pytest.fail("computed again"))
+    monkeypatch.setattr("ldm.features.build.write_features", lambda *_: pytest.fail("computed again"))
     other = FeatureCache(cache.folder, load_config(MODELS / "phantom.yaml", [setting]), model, clip)
     assert other.build(items) == []
-    assert torch.equal(other.load(items[0])["seen"], cache.load(items[0])["seen"])
+    assert torch.equal(other.load(items[0])["context_tokens"], cache.load(items[0])["context_tokens"])
 
 
 def test_a_learning_rate_computes_nothing_and_a_feather_does(world: Path, converted: Path, tmp_path: Path) -> None:
@@ -301,19 +326,19 @@ def test_two_runs_at_once_compute_each_feature_once(
     """The second waits for the first and then finds everything there."""
     items = items_of(world / "val", networks)
     computed: list[str] = []
-    plain, started = FeatureCache._compute, threading.Event()
+    plain, started = FeatureBuilder.compute, threading.Event()
 
-    def slowly(self: FeatureCache, members: Any) -> list:
+    def slowly(self: FeatureBuilder, members: Any) -> list:
         computed.extend(item.name for item in members)
         started.set()
         time.sleep(0.5)
         return plain(self, members)
 
-    monkeypatch.setattr(FeatureCache, "_compute", slowly)
+    monkeypatch.setattr(FeatureBuilder, "compute", slowly)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(cache.build, items)
         assert started.wait(30)
-        second = pool.submit(fresh(cache).build, items)
+        second = pool.submit(cache.build, items)
         assert first.result(60) == second.result(60) == []
     assert sorted(computed) == sorted(item.name for item in items)
 
@@ -484,4 +509,31 @@ def test_two_folders_may_have_samples_of_the_same_name(
     items = [items_of(tmp_path / side, networks)[0] for side in ("train", "val")]
     assert items[0].name == items[1].name
     assert not cache.build(items)
-    assert not torch.equal(cache.load(items[0])["true"], cache.load(items[1])["true"])
+    assert not torch.equal(cache.load(items[0])["target_tokens"], cache.load(items[1])["target_tokens"])
+
+
+def test_every_file_is_hashed_once_at_a_start(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the run's identity, the check that the sets are disjoint, and the names of the features."""
+    plain, hashed = ldm.core.files.sha256_file, Counter()
+
+    def counted(path: Path) -> str:
+        hashed[Path(path)] += 1
+        return plain(path)
+
+    for name, module in sys.modules.items():
+        if name.startswith("ldm.") and hasattr(module, "sha256_file"):
+            monkeypatch.setattr(module, "sha256_file", counted)
+    given = ("--train_json", world / "train", "--val_json", world / "val")
+    assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=9) == 0
+    images = {sample.image for split in ("train", "val") for sample in load_samples(world / split)[0]}
+    assert {path: hashed[path] for path in images} == dict.fromkeys(images, 1)
+    assert set(hashed.values()) == {1}
+
+
+def test_inputs_carry_their_digests(world: Path) -> None:
+    config = load_config(MODELS / "phantom_stage1.yaml", ["training.balance=false"])
+    inputs = read_training_inputs({"train": world / "train", "val": world / "val"}, config)
+    files = {path for item in inputs.all_items for path in item.sample.files if path}
+    assert set(inputs.digests) == files

@@ -10,9 +10,9 @@ from ldm.core.errors import UsageError
 from ldm.networks.attention import Conditioning
 from ldm.networks.model import MedSoftModel
 from ldm.networks.msc import ControllerInputs
-from ldm.training.dataset import StageData
+from ldm.training.dataset import StageData, loader
 from ldm.training.estimates import fake_batch
-from ldm.training.stage import Stage, loader
+from ldm.training.stage import Stage
 
 
 @pytest.mark.parametrize("amx", [False, True])
@@ -22,7 +22,7 @@ def test_halved_kernels_lie_as_the_cpu_reads_them_fastest(monkeypatch: pytest.Mo
     config = load_config(MODELS / "phantom_unet_only.yaml", [])
     net = MedSoftModel(config, ["unet"])
     before = {key: value.detach().clone() for key, value in net.named_parameters()}
-    stage = Stage(config, net, {}, {}, torch.zeros(1, 77, config.text_encoder.width), half_frozen=True)
+    stage = Stage(config, net, {}, torch.zeros(1, 77, config.text_encoder.width), half_frozen=True)
     layouts = set()
     for key, value in net.named_parameters():
         halved = key not in stage.trained and value.ndim > 1
@@ -37,7 +37,7 @@ def test_halved_kernels_lie_as_the_cpu_reads_them_fastest(monkeypatch: pytest.Mo
 def test_gradients_are_scaled_down_to_the_norm_of_the_yaml(most: float, norm: float) -> None:
     torch.manual_seed(0)
     config = load_config(MODELS / "phantom_stage1.yaml", [f"training.clip_norm={most}"])
-    stage = Stage(config, MedSoftModel(config, ["msc"]), {}, {}, None)
+    stage = Stage(config, MedSoftModel(config, ["msc"]), {}, None)
     count = sum(value.numel() for value in stage.trained.values())
     for value in stage.trained.values():
         value.grad = torch.where(torch.rand_like(value) > 0.5, 1.0, -1.0) / count**0.5
@@ -73,12 +73,12 @@ def test_diffusion_loss_of_a_batch() -> None:
     for value in net.parameters():
         torch.nn.init.normal_(value, std=0.05)
     empty = torch.randn(1, 77, config.text_encoder.width)
-    stage = Stage(config, net, {}, {}, empty)
+    stage = Stage(config, net, {}, empty)
     batch = fake_batch(config, 3)
     batch["coin"] = torch.tensor([0.05, 0.5, 0.1])
     batch["t"] = torch.tensor([0.0, 0.5, 1.0 - 2**-25])  # which is 1 in float32
     with torch.no_grad():
-        found, cosine = stage.losses(batch, dropout=0.1)
+        found, cosine = stage(batch, dropout=0.1)
         assert cosine is None
         latent = batch["latent_mean"] + (batch["latent_logvar"] / 2).exp() * batch["posterior_noise"]
         alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2, 0)
@@ -86,8 +86,8 @@ def test_diffusion_loss_of_a_batch() -> None:
         noisy = alpha.sqrt() * 0.18215 * latent + (1 - alpha).sqrt() * batch["noise"]
         mask = torch.nn.functional.max_pool2d(batch["mask"], config.data.image_size // config.latent_size)
         patches = torch.nn.functional.adaptive_max_pool2d(batch["mask"], config.biomedclip.grid).flatten(1)
-        tokens, _ = net.msc(ControllerInputs(batch["seen"], batch["seen_global"], batch["clip_text"], batch["mask"]))
-        mixed = patches[..., None] * tokens + (1 - patches[..., None]) * batch["seen"]
+        tokens, _ = net.msc(ControllerInputs.of(batch))
+        mixed = patches[..., None] * tokens + (1 - patches[..., None]) * batch["context_tokens"]
         side = config.biomedclip.grid
         square = mixed.transpose(1, 2).reshape(3, -1, side, side)
         pooled = torch.nn.functional.avg_pool2d(square, 2).flatten(2).transpose(1, 2)
@@ -105,9 +105,9 @@ def test_diffusion_loss_of_a_batch() -> None:
 def test_processes_that_read_features(monkeypatch: pytest.MonkeyPatch, asked: int, gpu: bool, workers: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     config = load_config(MODELS / "phantom_stage1.yaml", [f"training.workers={asked}", "training.balance=false"])
-    made = loader(StageData([], None, config.training, fixed=False), config, shuffle=True)
+    made = loader(StageData([], None, config.training, fixed=False), config.training, shuffle=True)
     assert (made.num_workers, made.persistent_workers, made.pin_memory) == (workers, workers > 0, gpu)
-    made = loader(StageData([], None, config.training, fixed=True), config, shuffle=False)
+    made = loader(StageData([], None, config.training, fixed=True), config.training, shuffle=False)
     assert (made.num_workers, made.persistent_workers) == (workers, False)
 
 

@@ -1,0 +1,172 @@
+"""Frozen features computed once and kept on disk: latents and BiomedCLIP tokens of every training item, text of every
+prompt.
+
+Files are named by content (see FeatureNames), so stages, runs and processes share them, and nothing stale is ever read.
+One process computes at a time; others wait for it and find the work done.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.config import Config
+from ldm.core.errors import MedSoftError
+from ldm.core.files import remove_partials
+from ldm.core.locks import exclusive
+from ldm.data.preparation import prepare
+from ldm.data.samples import Reject
+from ldm.features.names import FeatureNames, Item
+from ldm.features.store import FeatureStore, sound_files, write_features
+from ldm.networks.encoder import ImageTextEncoder
+from ldm.networks.model import MedSoftModel, hidden_region, hide
+
+MASK_SEED = 0  # the fixed lesion-shaped masks of healthy training items are the same in every stage and run
+BATCH = 16
+
+
+class FeatureBuilder:
+    """Computes features with the frozen networks: the image-text encoder ``clip``, and the autoencoder and the text
+    encoder of ``model``, if it has them."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Config,
+        model: MedSoftModel,
+        clip: ImageTextEncoder,
+        digests: Mapping[Path | None, str],
+    ) -> None:
+        """``digests``: SHA-256 of each file of the items (see ``ldm.data.preparation.digests_of``)."""
+        self.data, self.model, self.clip = config.data, model, clip
+        encoders = {"clip": clip.fingerprint, "clip_text": clip.fingerprint}
+        if "autoencoder" in model.parts:
+            encoders["latents"] = _weights_fingerprint(model.first_stage_model)
+        if "text" in model.parts:
+            encoders["text"] = _weights_fingerprint(model.cond_stage_model)
+        self.names = FeatureNames(folder, config.data, encoders, digests)
+        self.store = FeatureStore(self.names)
+
+    def build(self, items: Sequence[Item], thorough: bool = True) -> list[Reject]:
+        """Compute what is missing or damaged, with a progress bar; items that cannot be read are returned as rejects.
+
+        ``thorough`` verifies the checksums of what is there; without it only the files' structure is looked at.
+        """
+        known, rejects = self._readable(items)
+        if not self._missing(known, thorough) and not self._missing_prompts(known, thorough):
+            return rejects
+        folder = self.names.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder / ".lock", f"another run is computing features in {folder}; waiting for it", wait=True):
+            for part in folder.iterdir():
+                if part.is_dir():
+                    remove_partials(part)
+            missing = self._missing(known, thorough)  # what the run before us has computed is not missing any more
+            for batch in _batches(missing, "features", "item"):
+                rejects += self.compute(batch)
+            for batch in _batches(self._missing_prompts(known, thorough), "prompts", "prompt"):
+                self.compute_prompts(batch)
+        return rejects
+
+    def _readable(self, items: Sequence[Item]) -> tuple[list[Item], list[Reject]]:
+        """The items all of whose files could be read, and the others."""
+        known, rejects = [], []
+        for item in items:
+            sample = item.sample
+            unread = [path for path in sample.files if path and path not in self.names.digests]
+            if unread:
+                reason = f"{unread[0]}: could not be read"
+                rejects.append(Reject(sample.sample_id, sample.image, reason.removeprefix(f"{sample.image}: ")))
+            else:
+                known.append(item)
+        return known, rejects
+
+    def _missing(self, items: Sequence[Item], thorough: bool) -> list[Item]:
+        files = [[self.names.of_item(item, kind) for kind in self.names.item_kinds] for item in items]
+        sound = sound_files((file for row in files for file in row), thorough)
+        return [item for item, row in zip(items, files, strict=True) if not sound.issuperset(row)]
+
+    def _missing_prompts(self, items: Sequence[Item], thorough: bool) -> list[str]:
+        prompts = sorted({item.sample.prompt for item in items} | {""})  # the empty one: guidance without a condition
+        files = {prompt: [self.names.of_prompt(prompt, kind) for kind in self.names.prompt_kinds] for prompt in prompts}
+        sound = sound_files((file for row in files.values() for file in row), thorough)
+        return [prompt for prompt, row in files.items() if not sound.issuperset(row)]
+
+    def compute(self, items: Sequence[Item]) -> list[Reject]:
+        """Write the features of ``items``; those that cannot be prepared are returned."""
+        ready, rejects = [], []
+        for item in items:
+            try:
+                ready.append((item, prepare(item.sample, self.data, MASK_SEED, item.variant, training=True)))
+            except MedSoftError as error:
+                rejects.append(Reject(item.sample.sample_id, item.sample.image, error.cause(item.sample.image)))
+        if not ready:
+            return rejects
+        device = self.clip.device
+        image = torch.stack([prepared.image for _, prepared in ready]).to(device)
+        mask = torch.stack([prepared.mask for _, prepared in ready]).to(device)
+        made = compute_features(self.model, self.clip, image, mask)
+        for kind in self.names.item_kinds:
+            for number, (item, _) in enumerate(ready):
+                features = {name: value[number] for name, value in made[kind].items()}
+                write_features(self.names.of_item(item, kind), features)
+        return rejects
+
+    @torch.no_grad()
+    def compute_prompts(self, prompts: Sequence[str]) -> None:
+        """Write the features of ``prompts``, one at a time: how one is padded must not depend on its neighbours."""
+        for prompt in prompts:
+            found = {"clip_text": {"prompt_embedding": self.clip.encode_text([prompt])[0]}}
+            if "text" in self.names.encoders:
+                found["text"] = {"text": self.model.cond_stage_model([prompt])[0]}
+            for kind, features in found.items():
+                write_features(self.names.of_prompt(prompt, kind), features)
+
+
+@torch.no_grad()
+def compute_features(
+    model: MedSoftModel, clip: ImageTextEncoder, image: Tensor, mask: Tensor
+) -> dict[str, dict[str, Tensor]]:
+    """By kind, what the frozen encoders say about images (B, 3, S, S) with soft masks (B, 1, S, S)."""
+    context, context_global = clip.encode_image(image, hidden_region(mask))
+    target, target_global = clip.encode_image(image)
+    contexts = {"context_tokens": context, "context_global": context_global, "mask": mask}
+    found = {"clip": {**contexts, "target_tokens": target, "target_global": target_global}}
+    if "autoencoder" in model.parts:
+        posterior = model.encode(image)
+        masked = model.scaled(model.encode(hide(image, mask)).mode)
+        moments = {"latent_mean": posterior.mean, "latent_logvar": posterior.logvar}
+        found["latents"] = {**moments, "masked_latent": masked, "mask": mask}
+    return found
+
+
+def cache_size(config: Config, items: Iterable[Item]) -> int:
+    """Bytes that the items' features take on the disk, estimated from the configuration."""
+    data, tokens = config.data, 2 * (config.biomedclip.grid**2 + 1) * config.biomedclip.token_dim
+    latent = 12 * config.autoencoder.latent_channels * config.latent_size**2
+    an_item, a_prompt = 4 * tokens + data.image_size**2, 4 * config.biomedclip.text_dim
+    if "autoencoder" in config.training.builds:
+        an_item += latent + data.image_size**2
+    if "text" in config.training.builds:
+        a_prompt += 4 * config.text_encoder.max_length * config.text_encoder.width
+    items = list(items)
+    return an_item * len(items) + a_prompt * len({item.sample.prompt for item in items})
+
+
+def _batches(things: Sequence, what: str, unit: str) -> Iterator[Sequence]:
+    with tqdm(total=len(things), desc=what, unit=unit, disable=not things, mininterval=1) as bar:
+        for first in range(0, len(things), BATCH):
+            batch = things[first : first + BATCH]
+            yield batch
+            bar.update(len(batch))
+
+
+def _weights_fingerprint(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

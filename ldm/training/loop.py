@@ -1,0 +1,241 @@
+"""The training loop, from top to bottom: forward, backward, clip, step, average, record, validate, save, stop.
+
+The launch of several processes, the devices and the exchange of gradients are Lightning Fabric's; everything that
+decides the weights is on this page.
+"""
+
+import math
+import signal
+import threading
+import traceback
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ldm.core import cli
+from ldm.core.devices import steps_behind
+from ldm.core.errors import MedSoftError
+from ldm.training.dataset import Batch
+from ldm.training.previews import Previews
+from ldm.training.records import Records
+from ldm.training.saving import Checkpoints
+from ldm.training.stage import Stage
+from ldm.training.steps import MovementWatch, StepQueue
+
+
+class Training:
+    """One run of a stage, from where ``checkpoints.progress`` says to the last epoch.
+
+    A step does not wait for a GPU: its numbers are read while the next one is computed (see steps.py).
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        fabric: Fabric,
+        precision: str,
+        loaders: tuple[DataLoader, DataLoader],
+        checkpoints: Checkpoints,
+        records: Records,
+        previews: Previews | None,
+    ) -> None:
+        """``precision``: 32-true, bf16-mixed or 16-mixed. ``loaders``: training and validation."""
+        self.stage, self.fabric, self.precision, self.config = stage, fabric, precision, stage.training_config
+        self.train_loader, self.val_loader = loaders
+        self.checkpoints, self.records, self.previews = checkpoints, records, previews
+        self.progress = checkpoints.progress
+        self.model = fabric.setup_module(stage, _reapply_compile=False)
+        self.optimizer, self.scaler = checkpoints.optimizer, checkpoints.scaler
+        self.queue = StepQueue(list(stage.groups), fabric.world_size, precision == "16-mixed", of_everyone)
+        self.movement = MovementWatch(stage.groups, self.progress.step)
+        self.requests = Requests()
+        self.steps_in_all = self.config.max_epochs * -(-len(self.train_loader) // self.config.accumulate)
+
+    def run(self) -> None:
+        """Train to the end. Raises Terminated after SIGTERM (saved), KeyboardInterrupt after Ctrl-C (not saved)."""
+        with self.requests:
+            self.records.open(self.progress.step, self.steps_in_all)
+            try:
+                while self.progress.epoch < self.config.max_epochs:
+                    self.train_epoch()
+                    self.end_epoch(*self.validate())
+                self.movement.look_at_weights(self.progress.step, last=True)
+            except BaseException as error:
+                with suppress(MedSoftError):  # a full disk has been reported
+                    self.record()  # up to the step that went wrong
+                traceback.clear_frames(error.__traceback__)  # in which a data loader's iterator lives
+                raise
+            finally:
+                self.records.close()
+                # The processes of a data loader end with its iterator. They ignore signals, so that Python would wait
+                # for them forever at its exit.
+                del self.train_loader, self.val_loader
+            self.checkpoints.finish()
+
+    def train_epoch(self) -> None:
+        """The rest of the epoch, from the batch that ``progress`` names."""
+        self.train_loader.sampler.set_epoch(self.progress.epoch)
+        self.records.start_epoch()
+        for batch in self.train_loader:
+            self.requests.raise_if_interrupted()
+            self.requests.save = self.fabric.is_global_zero and self.checkpoints.due()
+            last = self.progress.batches + 1 == len(self.train_loader)
+            closes_step = last or (self.progress.batches + 1) % self.config.accumulate == 0
+            with self.fabric.no_backward_sync(self.model, enabled=not closes_step):
+                self.forward_backward(self.fabric.to_device(batch))
+            self.progress.batches += 1
+            if closes_step:
+                self.optimizer_step()
+                # Before a checkpoint all numbers are read: one that is not finite must not be saved.
+                if last or self.queue.save_requested or self.queue.stop_requested:
+                    self.queue.read()
+                    self.record()
+                if not last and (self.queue.save_requested or self.queue.stop_requested):
+                    self.save_and_stop_if_requested()
+
+    def forward_backward(self, batch: Batch) -> None:
+        """Gradients of this process's share of a global batch."""
+        whole = len(batch["mask"]) == self.config.batch_size // self.fabric.world_size
+        with self.autocast(), nullcontext() if whole else self.stage.uncompiled():
+            losses, _ = self.model(batch, self.config.condition_dropout)
+        weight = batch["weight"].to(losses)
+        loss = (weight * losses).mean()
+        # One exchange tells all processes the loss of the global batch, its size, and what one of them requests.
+        mean = loss.detach().double()
+        requests = [mean.new_full((), value) for value in (self.requests.stop, self.requests.save)]  # no host copy
+        row = self.summed(torch.stack([mean, (weight > 0).double().sum(), *requests]))
+        self.queue.add_batch(batch["sample_id"], losses, row)
+        self.fabric.backward(self.scaler.scale(loss / self.config.accumulate))
+
+    def optimizer_step(self) -> None:
+        """Clip, step, average. Raises MedSoftError for a loss or gradient that is not finite (see StepQueue)."""
+        step, groups = self.progress.step, self.optimizer.param_groups
+        for group in groups:
+            group["lr"] = self.config.rates[group["name"]] * self.rate_factor(step)
+        self.scaler.unscale_(self.optimizer)
+        self.movement.look_at_gradients()
+        norms, total = self.stage.gradient_norms()
+        self.stage.clip(total)
+        rates = {group["name"]: group["lr"] for group in groups}
+        self.queue.close_step(step + 1, self.progress.epoch, rates, norms, total)
+        self.queue.read(steps_behind(self.stage.device))
+        self.record()
+        self.scaler.step(self.optimizer)  # the fp16 scaler skips steps whose gradients are not finite
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.progress.step = step + 1
+        self.stage.average.update(self.progress.step)
+        self.movement.look_at_weights(self.progress.step)
+
+    def rate_factor(self, step: int) -> float:
+        """By what the learning rates are multiplied in the step that follows ``step`` others."""
+        warm = min(1.0, (step + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
+        if self.config.schedule == "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.steps_in_all))))
+        return warm
+
+    @torch.no_grad()
+    def validate(self) -> tuple[float, float]:
+        """(loss, cosine on masked patches) of the moving average, over the validation set; nan for no cosine."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.stage.device)
+        with self.stage.average.swapped(), self.stage.uncompiled():
+            for batch in self.val_loader:
+                self.requests.raise_if_interrupted()
+                batch = self.fabric.to_device(batch)
+                with self.autocast():
+                    losses, cosine = self.stage(batch, dropout=0.0)
+                real = (batch["weight"] > 0).to(losses)
+                masked = torch.zeros_like(losses) if cosine is None else cosine * real
+                sums += torch.stack([(losses * real).sum(), masked.sum(), real.sum()])
+        loss, masked, count = self.summed(sums).tolist()
+        return loss / count, masked / count if self.config.objective == "msc" else math.nan
+
+    def end_epoch(self, val_loss: float, val_cosine: float) -> None:
+        """Records, the best weights, ``last.ckpt``, previews."""
+        epoch = self.progress.epoch
+        self.records.end_epoch(self.progress, val_loss, val_cosine)
+        # Invariant: the best weights of all epochs in last.ckpt are on disk before last.ckpt is replaced.
+        self.checkpoints.keep_if_best(val_loss)
+        self.progress.end_epoch()
+        self.save_and_stop_if_requested(epoch_ended=True)
+        if self.previews:
+            self.previews.make(epoch, self.config.max_epochs, self.progress.step, self.autocast())
+
+    def save_and_stop_if_requested(self, epoch_ended: bool = False) -> None:
+        """Write ``last.ckpt``; Terminated if one of the processes was asked to stop."""
+        self.checkpoints.save(epoch_ended)
+        self.queue.save_requested = False
+        if epoch_ended:  # also what came in during validation
+            asked = torch.tensor([float(self.requests.stop)], device=self.stage.device)
+            self.queue.stop_requested |= bool(self.summed(asked)[0])
+        if self.queue.stop_requested:
+            self.checkpoints.say_stopped()
+            raise cli.Terminated(cli.TERMINATED)
+
+    def record(self) -> None:
+        """Count the steps whose numbers have been read, and write them down."""
+        if steps := self.queue.take():
+            self.progress.count(steps)
+            self.records.add(steps)
+
+    def autocast(self) -> AbstractContextManager:
+        """The block multiplies matrices in half precision, if the run does."""
+        half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+        return torch.autocast(self.stage.device.type, half) if half else nullcontext()
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum of every process's ``values``. Fabric's own would wait for the device."""
+        if self.fabric.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+
+def of_everyone(sample_ids: list[str]) -> list[str]:
+    """The sample ids of all processes."""
+    if not torch.distributed.is_initialized():
+        return sample_ids
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, sample_ids)
+    return [name for share in shares for name in share]
+
+
+class Requests:
+    """What signals ask of this process, noted by handlers and acted on between two batches.
+
+    Python raises KeyboardInterrupt between any two instructions, also where a lock has just been taken and nobody will
+    release it: TensorBoard's writer then waited for itself forever. So the first Ctrl-C is noted only, and the loop
+    raises at the next batch; a second one, for whoever does not want to wait for that, ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.stop = self.save = self.interrupted = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Requests":
+        if threading.current_thread() is threading.main_thread():
+            self.before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._terminate)}
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it is ignored
+                self.before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.interrupted:
+            self.before.pop(signal.SIGINT)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _terminate(self, signum: int, frame: Any) -> None:
+        self.stop = True
+
+    def _interrupt(self, signum: int, frame: Any) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def raise_if_interrupted(self) -> None:
+        """KeyboardInterrupt after a Ctrl-C."""
+        if self.interrupted:
+            raise KeyboardInterrupt

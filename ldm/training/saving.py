@@ -1,0 +1,192 @@
+"""The checkpoints of a run: ``last.ckpt`` to go on from, and the weights of the best epochs beside it."""
+
+import logging
+import math
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.checkpoints.files import save_pickle
+from ldm.checkpoints.fitting import not_finite
+from ldm.core.errors import MedSoftError
+from ldm.core.files import atomic_file
+from ldm.networks.weight_average import laid_as
+from ldm.training.stage import Stage
+from ldm.training.steps import TrainingStep
+
+log = logging.getLogger(__name__)
+
+LAST = "last.ckpt"
+BEST = re.compile(r"best_epoch(\d+)_loss(.+)\.ckpt")
+
+
+@dataclass
+class Progress:
+    """How far a run is: it goes on with batch ``batches`` of epoch ``epoch``, both counted from 0."""
+
+    epoch: int = 0
+    batches: int = 0
+    step: int = 0  # optimizer steps taken
+    loss_sum: float = 0.0  # over the items of this epoch
+    items: int = 0
+
+    def count(self, steps: Sequence[TrainingStep]) -> None:
+        """Add the loss and the items of steps of this epoch."""
+        self.loss_sum += sum(loss * items for step in steps for loss, items in step.batches)
+        self.items += sum(items for step in steps for _, items in step.batches)
+
+    def end_epoch(self) -> None:
+        """The next epoch begins."""
+        self.epoch, self.batches, self.loss_sum, self.items = self.epoch + 1, 0, 0.0, 0
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Progress":
+        """Of an unfinished ``last.ckpt``, also of one that pytorch-lightning's Trainer wrote (before this loop)."""
+        rest = checkpoint.rest
+        if "progress" in rest:
+            return cls(**rest["progress"])
+        loop, records = rest["loops"]["fit_loop"], rest["callbacks"]["Records"]
+        epoch, batches = loop["epoch_progress"]["current"]["processed"], loop["epoch_loop.batch_progress"]
+        if batches["is_last_batch"]:
+            return cls(epoch, 0, rest["global_step"])
+        return cls(epoch, batches["current"]["completed"], rest["global_step"], **records)
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run, and puts the stage and its optimizer where ``previous`` ended.
+
+    All processes save together; the first one writes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stage: Stage,
+        metadata: dict[str, Any],
+        fabric: Fabric,
+        precision: str,
+        previous: Checkpoint | None,
+    ) -> None:
+        """``metadata``: what every file says about itself, under ``medsoft``."""
+        self.folder, self.path, self.stage, self.fabric = folder, folder / LAST, stage, fabric
+        self.metadata, self.training = metadata, stage.training_config
+        # With a gradient scaler a fused step would hide the unscaled gradients.
+        self.optimizer = stage.adamw(fused=precision != "16-mixed")
+        self.scaler = torch.amp.GradScaler(stage.device.type, enabled=precision == "16-mixed")
+        self.progress = Progress()
+        if previous:
+            self._resume(previous)
+        self.saved = time.monotonic()
+
+    def _resume(self, previous: Checkpoint) -> None:
+        self.progress = Progress.of(previous)
+        self.stage.load_weights(previous.state)
+        self.stage.average.load(previous.rest.get("average") or {})
+        self.optimizer.load_state_dict(previous.rest["optimizer_states"][0])
+        # The moments come in the memory layout of the device that saved them; copy them into this device's.
+        for parameter, kept in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in kept and kept[name].stride() != parameter.stride():
+                    kept[name] = laid_as(parameter, kept[name])
+        if scaler := previous.rest.get("MixedPrecision"):
+            self.scaler.load_state_dict(scaler)
+
+    def due(self) -> bool:
+        """True when ``training.save_every_minutes`` have passed since the last file."""
+        return time.monotonic() - self.saved > 60 * self.training.save_every_minutes
+
+    def save(self, epoch_ended: bool) -> None:
+        """Write ``last.ckpt``, unless the step just taken has broken the weights: then stop, and keep the old file."""
+        self._refuse_broken()
+        if self.fabric.is_global_zero:
+            content = {
+                "progress": asdict(self.progress),
+                "state_dict": _on_cpu(self.stage.weights()),
+                "optimizer_states": [self.optimizer.state_dict()],
+                "medsoft": self._about(self.progress.epoch - epoch_ended),
+            }
+            if self.stage.average.values:
+                content["average"] = self.stage.average.values
+            if self.scaler.is_enabled():
+                content["MixedPrecision"] = self.scaler.state_dict()
+            write(self.path, content)
+        self.fabric.barrier()
+        self.saved = time.monotonic()
+        if epoch_ended:
+            self._drop_worse()
+
+    def keep_if_best(self, loss: float) -> None:
+        """Write this epoch's weights if their validation ``loss`` is among the best so far."""
+        if not self.fabric.is_global_zero or not self.training.keep_best or not math.isfinite(loss):
+            return
+        self._refuse_broken()
+        mine = self.folder / f"best_epoch{self.progress.epoch:04d}_loss{loss:.6g}.ckpt"
+        if mine in _best_first({*best_files(self.folder), mine})[: self.training.keep_best] and not mine.exists():
+            self._write_weights(mine, self.progress.epoch)
+
+    def finish(self) -> None:
+        """The finished ``last.ckpt``: weights only (their moving average, if there is one), marked complete."""
+        self.metadata["complete"] = True
+        if self.fabric.is_global_zero:
+            self._write_weights(self.path, self.progress.epoch)
+        self._drop_worse()
+        self.fabric.barrier()
+
+    def say_stopped(self) -> None:
+        """For a run that was asked to stop, after it has saved."""
+        log.info("asked to stop: %s is saved; the same command goes on from there", self.path)
+
+    def _about(self, epoch: int) -> dict[str, Any]:
+        return {**self.metadata, "step": self.progress.step, "epoch": epoch}
+
+    def _refuse_broken(self) -> None:
+        bad = not_finite(self.stage.trained)
+        if bad:
+            raise MedSoftError(
+                f"{bad[0]} holds NaN or infinite values after step {self.progress.step}; the last good checkpoint is "
+                "kept. Lower training.rates, or set training.clip_norm"
+            )
+
+    def _write_weights(self, path: Path, epoch: int) -> None:
+        about = {**self._about(epoch), "averaged": bool(self.stage.average.values)}
+        with self.stage.average.swapped():
+            write(path, {"state_dict": _on_cpu(self.stage.weights()), "medsoft": about})
+
+    def _drop_worse(self) -> None:
+        """Delete the weights of epochs that are no longer among the best."""
+        if self.fabric.is_global_zero and self.training.keep_best:
+            for path in best_files(self.folder)[self.training.keep_best :]:
+                path.unlink(missing_ok=True)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint atomically."""
+    with atomic_file(path) as handle:
+        save_pickle(content, handle)
+
+
+def _on_cpu(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Plain tensors of the CPU, whatever device trains and however it lays them."""
+    return {key: value.cpu().contiguous() for key, value in weights.items()}
+
+
+def _best_loss(path: Path) -> float | None:
+    matched = BEST.fullmatch(path.name)
+    return float(matched.group(2)) if matched else None
+
+
+def _best_first(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (_best_loss(path), path.name))
+
+
+def best_files(folder: Path) -> list[Path]:
+    """The weights of the best epochs in a run's folder, best first."""
+    return _best_first(path for path in folder.glob("best_*") if _best_loss(path) is not None)

@@ -1,0 +1,161 @@
+"""The numbers of optimizer steps, on their way from the device to the records.
+
+A GPU must not wait for the host between two steps. So the numbers of a step are packed into one tensor, copied without
+waiting, and read while the next step is computed. On a CPU they are read before the weights change.
+"""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.core.devices import on_host
+from ldm.core.errors import MedSoftError
+
+log = logging.getLogger(__name__)
+
+MOVED_BY = 10  # optimizer steps after which every trained tensor should have moved
+MOVED_AT_LEAST = 3  # steps to judge by in a shorter run: behind a layer of zeros gradients begin with the second
+SAMPLED = 64  # values of each tensor that are compared to see whether it has moved
+
+
+class StepStats(NamedTuple):
+    """The numbers of one optimizer step, summed over the processes."""
+
+    batches: Tensor  # (batches, 4), a row: mean losses, items, requests to stop, requests to save
+    norms: Tensor  # (groups,) of the gradients of each group
+    total_norm: Tensor  # () of all gradients
+
+    def pack(self) -> Tensor:
+        """One tensor (4 * batches + groups + 1,), float64, so that one copy brings all of it to the host."""
+        return torch.cat([self.batches.flatten(), self.norms, self.total_norm[None]]).double()
+
+    @classmethod
+    def unpack(cls, packed: Tensor, groups: int) -> "StepStats":
+        """What ``pack`` of a step with so many ``groups`` returned."""
+        return cls(packed[: -groups - 1].view(-1, 4), packed[-groups - 1 : -1], packed[-1])
+
+
+class PendingStep(NamedTuple):
+    """An optimizer step whose numbers may still be on their way from the device."""
+
+    step: int  # counted from 1
+    epoch: int
+    learning_rates: dict[str, float]
+    batches: list[tuple[list[str], Tensor]]  # this process's (sample ids, losses), for each batch of the step
+    packed: Callable[[], Tensor]  # waits for the copy of StepStats.pack()
+
+
+class TrainingStep(NamedTuple):
+    """What is known of an optimizer step. Loss and items are those of the global batches."""
+
+    step: int  # counted from 1
+    epoch: int
+    learning_rates: dict[str, float]
+    grad_norms: dict[str, float]
+    batches: list[tuple[float, int]]  # (mean loss, items)
+
+
+class StepQueue:
+    """Steps in the order in which they were taken. The host reads their numbers later.
+
+    All processes read the same sums, so they agree on what one of them requests: ``stop_requested`` and
+    ``save_requested`` are true in all of them after the same step.
+    """
+
+    def __init__(
+        self, groups: Sequence[str], world_size: int, scaled: bool, everyone: Callable[[list[str]], list[str]]
+    ) -> None:
+        """``scaled``: a gradient scaler skips steps with gradients that are not finite. ``everyone``: sample ids of
+        this process -> those of all processes."""
+        self.groups, self.world_size, self.scaled, self.everyone = list(groups), world_size, scaled, everyone
+        self.batches: list[tuple[list[str], Tensor, Tensor]] = []  # since the last step: (ids, losses, summed row)
+        self.pending: deque[PendingStep] = deque()
+        self.done: list[TrainingStep] = []  # read, and not yet taken
+        self.stop_requested = self.save_requested = False
+
+    def add_batch(self, sample_ids: list[str], losses: Tensor, row: Tensor) -> None:
+        """A batch of the step to come: this process's samples, and a row of StepStats.batches."""
+        self.batches.append((sample_ids, losses.detach(), row))
+
+    def close_step(
+        self, step: int, epoch: int, learning_rates: dict[str, float], norms: Mapping[str, Tensor], total: Tensor
+    ) -> None:
+        """The batches since the last call make up ``step``."""
+        stats = StepStats(torch.stack([row for *_, row in self.batches]), torch.stack([*norms.values()]), total)
+        shares = [(ids, losses) for ids, losses, _ in self.batches]
+        self.pending.append(PendingStep(step, epoch, learning_rates, shares, on_host(stats.pack())))
+        self.batches = []
+
+    def read(self, behind: int = 0) -> None:
+        """Read the numbers of all steps but the last ``behind``; MedSoftError where one is not finite."""
+        while len(self.pending) > behind:
+            pending = self.pending.popleft()
+            stats = StepStats.unpack(pending.packed(), len(self.groups))
+            rows, total = stats.batches.tolist(), float(stats.total_norm)
+            means = [(loss / self.world_size, int(items)) for loss, items, *_ in rows]
+            self._refuse_not_finite(pending, [loss for loss, _ in means], total)
+            self.stop_requested |= any(stop > 0 for _, _, stop, _ in rows)
+            self.save_requested |= any(save > 0 for *_, save in rows)
+            norms = dict(zip(self.groups, stats.norms.tolist(), strict=True))
+            self.done.append(TrainingStep(pending.step, pending.epoch, pending.learning_rates, norms, means))
+
+    def take(self) -> list[TrainingStep]:
+        """The steps that were read since the last call."""
+        done, self.done = self.done, []
+        return done
+
+    def _refuse_not_finite(self, pending: PendingStep, losses: list[float], norm: float) -> None:
+        """MedSoftError if a loss of the global batches or the norm of all gradients is not finite."""
+        wrong = next((loss for loss in losses if not math.isfinite(loss)), None)
+        if wrong is not None:
+            each = [(name, value) for ids, found in pending.batches for name, value in zip(ids, found, strict=True)]
+            what, ids = f"the loss became {wrong}", [name for name, value in each if not torch.isfinite(value)]
+        elif not math.isfinite(norm) and not self.scaled:
+            what, ids = f"a gradient became {norm}", [name for ids, _ in pending.batches for name in ids]
+        else:
+            return
+        raise MedSoftError(
+            f"{what} in step {pending.step} (samples {', '.join(self.everyone(ids)[:4])}); the last good checkpoint is "
+            "kept. Lower training.rates, or look at these samples"
+        )
+
+
+class MovementWatch:
+    """Warns once, after the first steps, of trained tensors that had no gradient or whose values have not moved."""
+
+    def __init__(self, groups: Mapping[str, Mapping[str, nn.Parameter]], first_step: int) -> None:
+        self.groups, self.first = groups, first_step
+        self.trained = {key: value for members in groups.values() for key, value in members.items()}
+        self.silent = set(self.trained)
+        self.before: dict[str, Tensor] | None = {key: _sampled(value) for key, value in self.trained.items()}
+
+    def look_at_gradients(self) -> None:
+        """Before an optimizer step."""
+        if self.before is not None:
+            grads = {key: self.trained[key].grad for key in self.silent}
+            self.silent = {key for key, grad in grads.items() if grad is None or not grad.any()}
+
+    def look_at_weights(self, step: int, last: bool = False) -> None:
+        """After optimizer step ``step``, the ``last`` one of the run or not."""
+        if self.before is None or step - self.first < (MOVED_AT_LEAST if last else MOVED_BY):
+            return
+        still = {key for key, old in self.before.items() if torch.equal(old, _sampled(self.trained[key]))}
+        self.before = None
+        for name, members in self.groups.items():
+            for what, keys in (("had no gradient", self.silent), ("have not moved", still)):
+                found = [key for key in members if key in keys]
+                if found:
+                    log.warning(
+                        "warning: %s: %d of %d trained tensors %s in the first %d steps, for instance %s",
+                        *(name, len(found), len(members), what, step - self.first, found[0]),
+                    )
+
+
+def _sampled(value: Tensor) -> Tensor:
+    flat = value.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLED)].clone()
