@@ -17,17 +17,9 @@ safetensors scipy sklearn matplotlib cv2 PIL numpy omegaconf yaml jinja2 tensorb
 HEAVY = set(SLOW.split())
 
 # What is still above its limit, with what it may be at most until it is mended; nothing else may join.
-LONG_SCRIPTS = {
-    "dataset_infer.py": 230,
-    "compare_samplers.py": 170,
-    "doctor.py": 110,
-    "run_stages.py": 125,
-    "study.py": 240,
-}
-EDITS_PATH = {"compare_samplers.py"}
-WHOLE_CONFIGURATION = 75  # the goal: 20
-FLAGS_BELOW = {"training/run.py", "inference/tasks.py", "bench/inference.py", "bench/training.py", "bench/memory.py"}
-FLAGS_BELOW |= {"bench/batches.py", "core/cli.py"}  # core/cli.py is where they are parsed
+LONG_SCRIPTS = {"doctor.py": 103}
+WHOLE_CONFIGURATION = 70  # the goal: 20
+FLAGS_BELOW = {"training/run.py", "bench/inference.py", "bench/training.py", "bench/memory.py", "bench/batches.py"}
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -99,10 +91,10 @@ def test_init_files_import_nothing() -> None:
 def test_a_script_holds_flags_and_one_call() -> None:
     for path in SCRIPTS:
         assert lines([path]) <= LONG_SCRIPTS.get(path.name, 90), path.name
-        assert path.name in EDITS_PATH or "sys.path" not in path.read_text(), path.name
+        assert "sys.path" not in path.read_text(), path.name
 
 
-@pytest.mark.parametrize(("paths", "limit"), [(PACKAGE, 2), (SCRIPTS, 11)], ids=["ldm", "scripts"])
+@pytest.mark.parametrize(("paths", "limit"), [(PACKAGE, 2), (SCRIPTS, 2)], ids=["ldm", "scripts"])
 def test_imports_inside_functions_are_of_heavy_packages(paths: list[Path], limit: float) -> None:
     found = light_imports_inside_functions(paths)
     assert len(found) <= limit * lines(paths) / 1000, found
@@ -121,4 +113,4 @@ def test_few_functions_take_the_whole_configuration() -> None:
 
 def test_no_name_space_of_flags_below_the_scripts() -> None:
     found = {path.relative_to(ROOT / "ldm").as_posix() for path in PACKAGE if "argparse.Namespace" in path.read_text()}
-    assert found <= FLAGS_BELOW
+    assert found <= FLAGS_BELOW | {"core/cli.py"}  # where they are parsed

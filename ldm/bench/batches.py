@@ -82,7 +82,7 @@ def sweep(
     """Yields the measured row of one batch size after another, until the device's memory is full."""
     operations = step_operations(config, 1)
     for batch in sizes:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         try:
             row = measure(config, batch, repeats, device, half)
         except (RuntimeError, MemoryError) as error:

@@ -12,7 +12,7 @@ from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id, fingerprint, read_json, write_json
 from ldm.core.locks import exclusive
-from ldm.core.paths import ROOT
+from ldm.core.paths import INSTALLED, ROOT
 from ldm.workflow.plan_run import hang_up_with_terminal, run_steps
 from ldm.workflow.plans import Plan, PlanRecord, PlanStep, load_record
 from ldm.workflow.study_design import Arm, Design, Group, World, added_path, load_design, plan_groups
@@ -200,7 +200,9 @@ def report(design: Design, groups: list[Group]) -> int:
 
 
 def commit() -> str:
-    """The commit the study is run from, and whether files differ from it; "unknown" without git."""
+    """The commit the study is run from, and whether files differ from it; "unknown" without git or a checkout."""
+    if INSTALLED:  # whose repository the working directory may lie in, nobody knows
+        return "unknown"
     calls = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
     try:
         head, changed = (subprocess.run(c, cwd=ROOT, capture_output=True, text=True, check=True).stdout for c in calls)
