@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,195 +88,236 @@ def reproducible() -> Any:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
 
 
-class Trainer:
-    """One training run. Order, sampling, augmentation and initial weights are functions of (seed, epoch, sample or
-    position), so a resumed run computes what an unbroken one would."""
+class History:
+    """The epochs so far, one row each, and the chosen one: by validation, or ``test_epoch`` if that is given."""
 
-    def __init__(self, config: ClassifierConfig, data: ClassifierData, run: str) -> None:
-        self.config, self.data, self.run = config, data, run
-        self.folder = config.output
-        self.phases = make_phases(config, data)
-        self.val_labels = label_indices(data.val, data.classes)
-        self.device = pick_device(config.GPU)
-        torch.manual_seed(named_seed(config.seed, "weights"))
-        network = build_network(config.model, len(data.classes), config.img_size, config.channels, config.pretrained)
-        self.network = network.to(self.device, memory_format=torch.channels_last)
-        self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None  # the chosen epoch so far: its history row, validation and weights
+    def __init__(self, test_epoch: int | None = None) -> None:
+        self.test_epoch = test_epoch
+        self.rows: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None  # the chosen epoch so far: its row, validation and weights
 
-    def fit(self) -> None:
-        """Train what is missing, then write history.csv and classifier.safetensors (last: the sign of completion)."""
-        state = self._resume()
-        self.saved = time.monotonic()
-        for phase in self.phases:
-            self.optimizer = torch.optim.AdamW(
-                self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True
-            )
-            if state and state["history"][-1]["phase"] == phase.name:
-                self.optimizer.load_state_dict(state["optimizer"])
-            done = sum(row["phase"] == phase.name for row in self.history)
-            for epoch in range(done + 1, phase.epochs + 1):
-                self._fit_epoch(phase, epoch)
-        write_csv(self.folder / "history.csv", self.history)
-        self._save(self.folder / "classifier.safetensors", **self.best)
-        (self.folder / "last.pt").unlink(missing_ok=True)
+    def done(self, phase: str) -> int:
+        """How many epochs of this phase are over."""
+        return sum(row["phase"] == phase for row in self.rows)
 
-    def _fit_epoch(self, phase: Phase, epoch: int) -> None:
-        train_loss = self._epoch(phase, epoch)
-        validation = self._validate()
-        chosen_auc = validation["auc" if len(self.data.classes) == 2 else "macro_auc"]
-        row = {"phase": phase.name, "epoch": epoch, "train_loss": train_loss}
-        row |= {"val_loss": validation["loss"], "val_auc": chosen_auc}
-        self.history.append(row)
-        shown = "undefined" if chosen_auc is None else f"{chosen_auc:.3f}"
-        words = (phase.name, epoch, phase.epochs, train_loss, row["val_loss"], shown)
-        log.info("%s epoch %d/%d: train %.4f, val %.4f, val AUC %s", *words)
-        if phase.name == "train":
-            if self._is_chosen(row):
-                self.best = {"row": row, "validation": validation, "weights": _copy(self.network)}
-            if self.config.save_epoch and epoch % self.config.save_epoch == 0:
-                self._save(self.folder / f"epoch_{epoch}.safetensors", row, validation, _copy(self.network))
-        last = phase is self.phases[-1] and epoch == phase.epochs
-        if not last and time.monotonic() - self.saved >= STATE_EVERY_SECONDS:
-            self._save_state()
-            self.saved = time.monotonic()
+    def add(self, phase: str, epoch: int, train_loss: float, validation: Mapping[str, float | None]) -> dict[str, Any]:
+        """The row of one more epoch; with lesion types, the validation AUC is the mean over them."""
+        auc = validation["macro_auc" if "macro_auc" in validation else "auc"]
+        row = {"phase": phase, "epoch": epoch, "train_loss": train_loss, "val_loss": validation["loss"], "val_auc": auc}
+        self.rows.append(row)
+        return row
 
-    def _epoch(self, phase: Phase, epoch: int) -> float:
-        from tqdm import tqdm
-
-        moment = epoch if phase.name == "train" else f"{phase.name} {epoch}"
-        rows, names = self._order(phase, moment)
-        torch.manual_seed(named_seed(self.config.seed, "dropout", moment))
-        self.network.train()
-        n_batches = min(math.ceil(len(rows) / self.config.Batch_Size), len(rows) // 2)
-        batches = np.array_split(np.arange(len(rows)), n_batches)  # of equal sizes, never of one: that has no variance
-        total = 0.0
-        for number, places in enumerate(tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=None)):
-            self._set_rate((epoch - 1) * n_batches + number, phase.epochs * n_batches)
-            keys = [named_seed(self.config.seed, "augment", moment, names[place]) for place in places]
-            draws = np.array([np.random.default_rng(key).uniform(-1, 1, 6) for key in keys])
-            loss = self._step(phase, rows[places], draws)
-            if not math.isfinite(loss):
-                shown = ", ".join(names[place] for place in places[:4])
-                raise MedSoftError(
-                    f"epoch {epoch}, step {number}: the loss is not finite (samples {shown}...); lower lr"
-                )
-            total += loss * len(places)
-        return total / len(rows)
-
-    def _order(self, phase: Phase, moment: int | str) -> tuple[np.ndarray, list[str]]:
-        """Rows of an epoch in order, and the names that their augmentation depends on."""
-        seed, count = self.config.seed, len(phase.names)
-        if self.config.balance == "sampler":
-            chances = phase.shares[phase.labels].double().numpy()
-            rng = np.random.default_rng(named_seed(seed, "sampler", moment))
-            return rng.choice(count, count, p=chances / chances.sum()), [f"position {place}" for place in range(count)]
-        keys = [named_seed(seed, "order", moment, name) for name in phase.names]
-        rows = np.argsort(keys, kind="stable")
-        return rows, [phase.names[row] for row in rows]
-
-    def _step(self, phase: Phase, rows: np.ndarray, draws: np.ndarray) -> float:
-        """One step of the optimizer on these rows; returns the loss, and takes no step if that is not finite."""
-        inputs = normalise(augment(to_input(phase.images[rows], self.device), draws), self.network)
-        targets = phase.labels[torch.from_numpy(rows)].to(self.device)
-        with autocast(self.device):
-            logits = self.network(inputs)
-        weights = phase.shares.to(self.device) if self.config.balance == "loss" else None
-        loss = F.cross_entropy(logits.float(), targets, weight=weights)
-        value = loss.item()
-        if math.isfinite(value):
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-        return value
-
-    def _set_rate(self, step: int, steps: int) -> None:
-        """Linear warm-up over the first twentieth of the phase's steps, then cosine to zero."""
-        warm = max(1, steps // 20)
-        rate = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * rate
-
-    def _validate(self) -> dict[str, float | None]:
-        """The loss, weighted as in training, and every number of classifier_metrics; None where undefined."""
-        logits = compute_logits(self.network, self.data.val, 128, self.device)
-        targets, weights = torch.from_numpy(self.val_labels), self.phases[-1].shares
-        loss = float(F.cross_entropy(logits, targets, weight=weights))
-        if math.isnan(loss):
-            raise MedSoftError("the validation loss is not a number; lower lr")
-        return {"loss": loss, **point_values(self.val_labels, torch.softmax(logits.double(), 1).numpy())}
-
-    # --- the chosen epoch and the state -------------------------------------------------------------------------
-
-    @property
-    def _chosen_by(self) -> str:
-        if self.config.test_epoch is not None:
-            return "test_epoch"
-        return "validation AUC" if self.history[0]["val_auc"] is not None else "validation loss"
-
-    def _is_chosen(self, row: dict[str, Any]) -> bool:
-        if self.config.test_epoch is not None:
-            return row["epoch"] == self.config.test_epoch
+    def is_chosen(self, row: Mapping[str, Any]) -> bool:
+        """Whether this epoch of the last phase is better than all before it, or the one that was asked for."""
+        if self.test_epoch is not None:
+            return row["epoch"] == self.test_epoch
         if row["val_auc"] is None and row["epoch"] == 1:
             log.warning("validation holds one class: its AUC is undefined, the epoch is chosen by the validation loss")
         return self.best is None or _quality(row) > _quality(self.best["row"])
 
-    def _save(
-        self, path: Path, row: dict[str, Any], validation: dict[str, float | None], weights: dict[str, torch.Tensor]
-    ) -> None:
-        from safetensors.torch import save
-
-        data = self.data
-        info = {
-            "config": {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ("overwrite", "predict")},
-            "classes": data.classes,
-            "run": self.run,
-            "epoch": row["epoch"],
-            "chosen_by": self._chosen_by if path.name == "classifier.safetensors" else "test_epoch",
-            "train_loss": row["train_loss"],
-            "validation": validation,
-            "use_synthetic": self.config.use_synthetic,
-            "n_train_healthy": len(data.train) - len(data.train.diseased),
-            "n_train_diseased": len(data.train.diseased),
-            "n_synthetic_used": len(data.synthetic) if data.synthetic else 0,
-            "n_duplicated": len(data.duplicates) if data.duplicates else 0,
-            "n_val": len(data.val),
-        }
-        with atomic_file(path) as handle:
-            handle.write(save(weights, metadata={"classifier": json.dumps(info)}))
-
-    def _save_state(self) -> None:
-        state = {
-            "run": self.run,
-            "history": self.history,
-            "best": self.best,
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        with atomic_file(self.folder / "last.pt") as handle:
-            save_pickle(state, handle)
-
-    def _resume(self) -> dict[str, Any] | None:
-        """Take up the saved state, if there is one; returns it."""
-        path = self.folder / "last.pt"
-        if not path.exists():
-            return None
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self.network.load_state_dict(state["network"])
-            self.history, self.best, run = state["history"], state["best"], state["run"]
-        except Exception as error:
-            cure = "delete it to train from the start"
-            raise MedSoftError(f"{path}: this state cannot be read ({type(error).__name__}); {cure}") from error
-        if run != self.run:
-            raise UsageError(f"{path}: this state belongs to another run; set overwrite: true to train again")
-        log.info("going on after epoch %d of the phase %s", self.history[-1]["epoch"], self.history[-1]["phase"])
-        return state
+    @property
+    def chosen_by(self) -> str:
+        """What decided the choice, as classifier.safetensors says it."""
+        if self.test_epoch is not None:
+            return "test_epoch"
+        return "validation AUC" if self.rows[0]["val_auc"] is not None else "validation loss"
 
 
-def _quality(row: dict[str, Any]) -> tuple[float, float]:
+def _quality(row: Mapping[str, Any]) -> tuple[float, float]:
     """Larger is better: the validation AUC, then the lower loss; an undefined AUC leaves the loss to decide."""
     return (round(row["val_auc"] or 0.0, 6), -row["val_loss"])
+
+
+def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
+    """Train what is missing, then write history.csv and classifier.safetensors (last: the sign of completion).
+
+    Order, sampling, augmentation and initial weights are functions of (seed, epoch, sample or position), so a resumed
+    run computes what an unbroken one would. ``run`` names the run in what is saved.
+    """
+    folder, device, phases = config.output, pick_device(config.GPU), make_phases(config, data)
+    torch.manual_seed(named_seed(config.seed, "weights"))
+    network = build_network(config.model, len(data.classes), config.img_size, config.channels, config.pretrained)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    history = History(config.test_epoch)
+    moments = resume(folder / "last.pt", network, history, run)
+    saved = time.monotonic()
+    for phase in phases:
+        optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        if moments and history.rows[-1]["phase"] == phase.name:
+            optimizer.load_state_dict(moments)
+        for epoch in range(history.done(phase.name) + 1, phase.epochs + 1):
+            train_loss = train_epoch(network, optimizer, phase, epoch, config)
+            validation = validate(network, data, phases[-1].shares)
+            row = history.add(phase.name, epoch, train_loss, validation)
+            auc = "undefined" if row["val_auc"] is None else f"{row['val_auc']:.3f}"
+            shown = (phase.name, epoch, phase.epochs, train_loss, row["val_loss"], auc)
+            log.info("%s epoch %d/%d: train %.4f, val %.4f, val AUC %s", *shown)
+            if phase is phases[-1]:
+                if history.is_chosen(row):
+                    history.best = {"row": row, "validation": validation, "weights": _copy(network)}
+                if config.save_epoch and epoch % config.save_epoch == 0:
+                    kept = {"row": row, "validation": validation, "weights": _copy(network)}
+                    save_classifier(folder / f"epoch_{epoch}.safetensors", config, data, run, kept, "test_epoch")
+            last = phase is phases[-1] and epoch == phase.epochs
+            if not last and time.monotonic() - saved >= STATE_EVERY_SECONDS:
+                save_state(folder / "last.pt", network, optimizer, history, run)
+                saved = time.monotonic()
+    assert history.best is not None  # the last phase has an epoch, and its first one is chosen or test_epoch is in it
+    write_csv(folder / "history.csv", history.rows)
+    save_classifier(folder / "classifier.safetensors", config, data, run, history.best, history.chosen_by)
+    (folder / "last.pt").unlink(missing_ok=True)
+
+
+# --- one epoch --------------------------------------------------------------------------------------------------
+
+
+def train_epoch(
+    network: torch.nn.Module, optimizer: torch.optim.Optimizer, phase: Phase, epoch: int, config: ClassifierConfig
+) -> float:
+    """One pass over the images of a phase; returns the mean loss. Raises MedSoftError where it is not finite."""
+    from tqdm import tqdm
+
+    moment = _moment(phase, epoch)
+    rows, names = epoch_order(phase, epoch, config)
+    torch.manual_seed(named_seed(config.seed, "dropout", moment))
+    network.train()
+    n_batches = min(math.ceil(len(rows) / config.Batch_Size), len(rows) // 2)
+    batches = np.array_split(np.arange(len(rows)), n_batches)  # of equal sizes, never of one: that has no variance
+    total = 0.0
+    for number, places in enumerate(tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=None)):
+        rate = config.lr * rate_factor((epoch - 1) * n_batches + number, phase.epochs * n_batches)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        keys = [named_seed(config.seed, "augment", moment, names[place]) for place in places]
+        draws = np.array([np.random.default_rng(key).uniform(-1, 1, 6) for key in keys])
+        loss = train_step(network, optimizer, phase, rows[places], draws, weighted=config.balance == "loss")
+        if not math.isfinite(loss):
+            shown = ", ".join(names[place] for place in places[:4])
+            raise MedSoftError(f"epoch {epoch}, step {number}: the loss is not finite (samples {shown}...); lower lr")
+        total += loss * len(places)
+    return total / len(rows)
+
+
+def _moment(phase: Phase, epoch: int) -> int | str:
+    """The epoch's name among all of a run, on which its randomness depends."""
+    return epoch if phase.name == "train" else f"{phase.name} {epoch}"
+
+
+def epoch_order(phase: Phase, epoch: int, config: ClassifierConfig) -> tuple[np.ndarray, list[str]]:
+    """Rows of an epoch in order, and the names that their augmentation depends on."""
+    seed, count, moment = config.seed, len(phase.names), _moment(phase, epoch)
+    if config.balance == "sampler":
+        chances = phase.shares[phase.labels].double().numpy()
+        rng = np.random.default_rng(named_seed(seed, "sampler", moment))
+        return rng.choice(count, count, p=chances / chances.sum()), [f"position {place}" for place in range(count)]
+    keys = [named_seed(seed, "order", moment, name) for name in phase.names]
+    rows = np.argsort(keys, kind="stable")
+    return rows, [phase.names[row] for row in rows]
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """The learning rate's share: linear warm-up over the first twentieth of the steps, then cosine to zero."""
+    warm = max(1, steps // 20)
+    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train_step(
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    phase: Phase,
+    rows: np.ndarray,
+    draws: np.ndarray,
+    weighted: bool,
+) -> float:
+    """One step of the optimizer on these rows; returns the loss, and takes no step if that is not finite.
+
+    ``draws`` (B, 6) decide the augmentation; ``weighted``: the loss of a sample counts as much as its class's share.
+    """
+    device = next(network.parameters()).device
+    inputs = normalise(augment(to_input(phase.images[rows], device), draws), network)
+    targets = phase.labels[torch.from_numpy(rows)].to(device)
+    with autocast(device):
+        logits = network(inputs)
+    loss = F.cross_entropy(logits.float(), targets, weight=phase.shares.to(device) if weighted else None)
+    value = loss.item()
+    if math.isfinite(value):
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return value
+
+
+def validate(network: torch.nn.Module, data: ClassifierData, shares: torch.Tensor) -> dict[str, float | None]:
+    """The loss, weighted as in training, and every number of ``metrics.point_values``; None where undefined."""
+    labels = label_indices(data.val, data.classes)
+    logits = compute_logits(network, data.val, 128, next(network.parameters()).device)
+    loss = float(F.cross_entropy(logits, torch.from_numpy(labels), weight=shares))
+    if math.isnan(loss):
+        raise MedSoftError("the validation loss is not a number; lower lr")
+    return {"loss": loss, **point_values(labels, torch.softmax(logits.double(), 1).numpy())}
+
+
+# --- what is saved ----------------------------------------------------------------------------------------------
+
+
+def save_classifier(
+    path: Path, config: ClassifierConfig, data: ClassifierData, run: str, chosen: Mapping[str, Any], chosen_by: str
+) -> None:
+    """Write the weights of one epoch and what is known of them; ``chosen``: its row, validation and weights."""
+    from safetensors.torch import save
+
+    info = {
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("overwrite", "predict")},
+        "classes": data.classes,
+        "run": run,
+        "epoch": chosen["row"]["epoch"],
+        "chosen_by": chosen_by,
+        "train_loss": chosen["row"]["train_loss"],
+        "validation": chosen["validation"],
+        "use_synthetic": config.use_synthetic,
+        "n_train_healthy": len(data.train) - len(data.train.diseased),
+        "n_train_diseased": len(data.train.diseased),
+        "n_synthetic_used": len(data.synthetic) if data.synthetic else 0,
+        "n_duplicated": len(data.duplicates) if data.duplicates else 0,
+        "n_val": len(data.val),
+    }
+    with atomic_file(path) as handle:
+        handle.write(save(chosen["weights"], metadata={"classifier": json.dumps(info)}))
+
+
+def save_state(
+    path: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer, history: History, run: str
+) -> None:
+    """Write everything from which ``resume`` goes on after the epochs in ``history``."""
+    state = {
+        "run": run,
+        "history": history.rows,
+        "best": history.best,
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    with atomic_file(path) as handle:
+        save_pickle(state, handle)
+
+
+def resume(path: Path, network: torch.nn.Module, history: History, run: str) -> dict[str, Any] | None:
+    """Take up the saved state, if there is one, into ``network`` and ``history``; returns the optimizer's.
+
+    Raises MedSoftError for a state that cannot be read, UsageError for one of another run.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state["network"])
+        history.rows, history.best, saved_run = state["history"], state["best"], state["run"]
+    except Exception as error:
+        cure = "delete it to train from the start"
+        raise MedSoftError(f"{path}: this state cannot be read ({type(error).__name__}); {cure}") from error
+    if saved_run != run:
+        raise UsageError(f"{path}: this state belongs to another run; set overwrite: true to train again")
+    log.info("going on after epoch %d of the phase %s", history.rows[-1]["epoch"], history.rows[-1]["phase"])
+    return state["optimizer"]
 
 
 def _copy(network: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,21 +140,21 @@ def test_interrupted_run_goes_on_to_the_same_weights(
     history = rows_of(Path(world["output_dir"], "history.csv"))
 
     monkeypatch.setattr(classifier_training, "STATE_EVERY_SECONDS", 0.0)
-    epoch = classifier_training.Trainer._epoch
+    train_epoch = classifier_training.train_epoch
+    trained = []
 
-    def killed(trainer: classifier_training.Trainer, phase: classifier_training.Phase, number: int) -> float:
-        if (phase.name, number) == killed_in:
+    def killed(network: Any, optimizer: Any, phase: classifier_training.Phase, number: int, config: Any) -> float:
+        trained.append((phase.name, number))
+        if trained[-1] == killed_in:
             raise KeyboardInterrupt
-        return epoch(trainer, phase, number)
+        return train_epoch(network, optimizer, phase, number, config)
 
-    monkeypatch.setattr(classifier_training.Trainer, "_epoch", killed)
+    monkeypatch.setattr(classifier_training, "train_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
         run(world, "--overwrite")
     assert not Path(world["output_dir"], "metrics.json").exists()
-    trained = []
-    monkeypatch.setattr(
-        classifier_training.Trainer, "_epoch", lambda t, p, n: trained.append((p.name, n)) or epoch(t, p, n)
-    )
+    trained.clear()
+    killed_in = None
     assert run(world) == 0
     assert trained == left
     assert rows_of(Path(world["output_dir"], "history.csv")) == history
@@ -216,13 +217,12 @@ def test_pretraining_sees_synthetic_and_healthy_then_real_images_only(world: dic
 def test_sampler_draws_healthy_and_diseased_equally_often_and_by_seed(world: dict, tmp_path: Path) -> None:
     from ldm.classifier.config import classifier_config
     from ldm.classifier.data import load_data
-    from ldm.classifier.training import Trainer
+    from ldm.classifier.training import epoch_order, make_phases
 
     few = make_set(tmp_path / "few", "few", 120, 30, kinds=("healthy",) * 9 + ("osteolytic",))
     config = classifier_config(world | {"train_json": str(few), "balance": "sampler"})
-    trainer = Trainer(config, load_data(config), "run")
-    (phase,) = trainer.phases
-    epochs = [trainer._order(phase, epoch)[0] for epoch in (1, 2, 3, 1)]
+    (phase,) = make_phases(config, load_data(config))
+    epochs = [epoch_order(phase, epoch, config)[0] for epoch in (1, 2, 3, 1)]
     assert np.array_equal(epochs[0], epochs[3])
     assert not np.array_equal(epochs[0], epochs[1])
     assert np.mean(phase.labels.numpy()[np.concatenate(epochs[:3])]) == pytest.approx(0.5, abs=0.1)
