@@ -1,18 +1,32 @@
 """One training stage without a run: its loss, clipping, and frozen weights in half precision."""
 
+import os
+import signal
+from pathlib import Path
+
 import pytest
 import torch
-from tiny import MODELS
+from tiny import CLIP, MODELS
 
+from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import load_config
 from ldm.core.devices import kernel_layout, on_host
 from ldm.core.errors import UsageError
+from ldm.data.annotations import load_samples
+from ldm.data.preparation import digests_of, prepare
+from ldm.features.build import MASK_SEED, FeatureBuilder
+from ldm.features.names import training_items
+from ldm.inference.inpainter import Inpainter, Job
 from ldm.networks.attention import Conditioning
 from ldm.networks.model import MedSoftModel
 from ldm.networks.msc import ControllerInputs
+from ldm.networks.opening import open_model
 from ldm.training.dataset import StageData, loader
 from ldm.training.estimates import fake_batch
+from ldm.training.loop import Requests
+from ldm.training.previews import Previews
 from ldm.training.stage import Stage
+from ldm.training.steps import StepStats
 
 
 @pytest.mark.parametrize("amx", [False, True])
@@ -120,3 +134,51 @@ def test_numbers_on_their_way_to_the_host(device: str) -> None:
     found = on_host(values * 3)
     assert found().tolist() == [0, 3, 6, 9]
     assert not found().requires_grad
+
+
+@pytest.mark.parametrize(("batches", "groups"), [(1, 1), (3, 2)])
+def test_numbers_of_a_step_survive_the_way_to_the_host(batches: int, groups: int) -> None:
+    rows = torch.rand(batches, 4, dtype=torch.float64)
+    stats = StepStats(rows, torch.rand(groups), torch.tensor(2.5))
+    packed = stats.pack()
+    assert packed.shape == (4 * batches + groups + 1,)
+    found = StepStats.unpack(packed, groups)
+    assert torch.equal(found.batches, rows)
+    assert torch.equal(found.norms, stats.norms.double())
+    assert float(found.total_norm) == 2.5
+
+
+def test_a_control_c_is_noted_and_a_second_one_ends_the_process() -> None:
+    """Nothing is raised where a lock may just have been taken; the second Ctrl-C is the system's, which cannot wait."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Requests() as requests:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert requests.interrupted
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+            with pytest.raises(KeyboardInterrupt):
+                requests.raise_if_interrupted()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("more", ["sampling.sampler=ddim", "sampling.sampler=dpmpp_2m", "sampling.eta=1"])
+def test_previews_are_what_inference_generates(trained: dict, world: Path, more: str) -> None:
+    """The same items, noise, sampler, guidance and differential mask, from images and prompts instead of features."""
+    overrides = [more, "sampling.steps=3", "sampling.guidance_interval=[0.3,1]", "sampling.guidance_rescale=0.5"]
+    config = load_config(MODELS / "phantom_stage2_2.yaml", [*overrides, f"biomedclip.path={CLIP}"])
+    net, clip = open_model(config, read_checkpoint(trained["stage2_2"].last))
+    items, _ = training_items(load_samples(world / "val")[0], config.data)
+    builder = FeatureBuilder(world / "features", config, net, clip, digests_of(item.sample for item in items))
+    assert not builder.build(items)
+    stage = Stage(config, net, {}, builder.store.empty_text())
+    previews = Previews(world / "unused", stage, StageData(items, builder.store, config.training, fixed=True), None)
+    rows = previews.rows().unflatten(0, (-1, config.data.image_size))
+    chosen = [previews.data.sample(number) for number in previews.numbers]
+    jobs = [Job(0, sample.sample_id, 0, sample.prompt) for sample in chosen]
+    prepared = [prepare(sample, config.data, MASK_SEED, 0, training=True) for sample in chosen]
+    image, mask = (torch.stack([getattr(one, name) for one in prepared]) for name in ("image", "mask"))
+    with torch.inference_mode():
+        generated, errors = Inpainter(net, clip, config).generate(image, mask, jobs)
+    assert errors == [None] * len(jobs)
+    torch.testing.assert_close(rows[:, :, -config.data.image_size :], generated.permute(0, 2, 3, 1), atol=2e-3, rtol=0)
