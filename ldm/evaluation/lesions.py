@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import wasserstein_distance
 from torch import Tensor
 from tqdm import tqdm
 
@@ -247,8 +248,6 @@ MEASURES = {"diameter": "equivalent diameter, pixels", "contrast": "mean inside 
 
 def distributions(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
     """Quartiles of size, contrast and texture in both sets, and the Wasserstein-1 distance between them."""
-    from scipy.stats import wasserstein_distance
-
     found = {}
     for name in MEASURES:
         both = [np.array([getattr(lesion, name) for lesion in lesions]) for lesions in (real, synthetic)]

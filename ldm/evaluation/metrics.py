@@ -8,15 +8,16 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
-if TYPE_CHECKING:
-    from ldm.networks.encoder import ImageTextEncoder
+from ldm.networks.encoder import ImageTextEncoder
 
 NEIGHBOURS = 5  # k of density and coverage, as in their paper
 HALVES, DRAWS = 100, 2000  # resamplings of a set distance, of a mean or ratio
@@ -46,26 +47,28 @@ class PrecomputedFeatures(nn.Module):
 
 
 @torch.no_grad()
-def crop_features(clip: "ImageTextEncoder", images: Sequence[Tensor], hidden: Sequence[Tensor] | None = None) -> Tensor:
+def crop_features(
+    encoder: ImageTextEncoder, images: Sequence[Tensor], hidden: Sequence[Tensor] | None = None
+) -> Tensor:
     """BiomedCLIP's CLS token after the trunk's final norm, float64 (N, D).
 
     ``images``: batches (B, 3, S, S) in [-1, 1]; ``hidden``: for each batch (B, 1, S, S), > 0 where nothing is seen.
     """
     masks: Sequence[Tensor | None] = [None] * len(images) if hidden is None else hidden
-    found = [clip.encode_image(image, mask)[1].double().cpu() for image, mask in zip(images, masks, strict=True)]
+    found = [encoder.encode_image(image, mask)[1].double().cpu() for image, mask in zip(images, masks, strict=True)]
     return torch.cat(found)
 
 
 @torch.no_grad()
-def image_embeddings(clip: "ImageTextEncoder", images: Sequence[Tensor]) -> Tensor:
+def image_embeddings(encoder: ImageTextEncoder, images: Sequence[Tensor]) -> Tensor:
     """Projected image embeddings of length 1, comparable with ``text_embeddings``: float64 (N, E)."""
-    found = [clip.embed_image(image).double().cpu() for image in images]
+    found = [encoder.embed_image(image).double().cpu() for image in images]
     return F.normalize(torch.cat(found), dim=1)
 
 
-def text_embeddings(clip: "ImageTextEncoder", prompts: Sequence[str]) -> Tensor:
+def text_embeddings(encoder: ImageTextEncoder, prompts: Sequence[str]) -> Tensor:
     """Projected text embeddings of length 1, float64 (N, E)."""
-    return F.normalize(clip.encode_text(prompts).double().cpu(), dim=1)
+    return F.normalize(encoder.encode_text(prompts).double().cpu(), dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------ set distances
@@ -77,8 +80,6 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     Heusel et al. 2017, squared as is usual. With fewer rows than D + 1 the covariances are singular: see
     ``small_sample_warnings``.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     metric = FrechetInceptionDistance(feature=PrecomputedFeatures(first.shape[1])).set_dtype(torch.float64)
     metric.update(first.double(), real=True)
     metric.update(second.double(), real=False)
@@ -90,8 +91,6 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
 
     Binkowski et al. 2018. The larger set is cut to the smaller one's size, taken in turns.
     """
-    from torchmetrics.image.kid import KernelInceptionDistance
-
     size = min(len(first), len(second))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it keeps the features
@@ -185,8 +184,6 @@ def likeness(first: np.ndarray, second: np.ndarray, region: np.ndarray) -> tuple
 
     PSNR is infinite where they are equal. None for an empty region, and for images below SSIM's window, 11 x 11 pixels.
     """
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
     if not region.any() or min(first.shape) < 11:
         return None
     a, b = (torch.from_numpy(np.ascontiguousarray(x)).double()[None, None] for x in (first, second))
