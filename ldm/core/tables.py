@@ -12,11 +12,26 @@ from ldm.core.files import read_text, write_text
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
     """Write rows atomically under the header ``columns`` (default: the first row's keys); None becomes empty."""
+    columns = columns or list(rows[0])
+    write_text(path, csv_lines([dict(zip(columns, columns, strict=True)), *rows], columns))
+
+
+def csv_lines(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as lines of a CSV file without its header; what is None or missing stays empty."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns or list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, buffer.getvalue())
+    csv.DictWriter(buffer, columns, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def read_whole_lines(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file to which lines are added one by one: a last one that a crash cut short is left out.
+
+    Empty if there is no such file.
+    """
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 
 def read_table(path: str | Path, columns: Sequence[str], what: str = "table") -> list[dict[str, str]]:

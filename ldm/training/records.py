@@ -1,7 +1,5 @@
 """The records of a training run: steps.csv, metrics.csv, TensorBoard and the progress bar."""
 
-import csv
-import io
 import logging
 import math
 import time
@@ -14,7 +12,7 @@ from tqdm import tqdm
 
 from ldm.config import GROUPS
 from ldm.core.errors import MedSoftError
-from ldm.core.files import write_text
+from ldm.core.tables import csv_lines, read_whole_lines, write_csv
 from ldm.training.saving import Progress
 from ldm.training.steps import TrainingStep
 
@@ -43,8 +41,8 @@ class Records:
         from torch.utils.tensorboard import SummaryWriter
 
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
-        kept = [row for row in read_rows(self.folder / "steps.csv") if int(row["step"]) <= step]
-        write_rows(self.folder / "steps.csv", STEPS, kept)
+        kept = [row for row in read_whole_lines(self.folder / "steps.csv") if int(row["step"]) <= step]
+        write_csv(self.folder / "steps.csv", kept, STEPS)
         self.rows = open(self.folder / "steps.csv", "a", encoding="utf-8")  # noqa: SIM115 (closed when training ends)
         self.bar = tqdm(total=steps_in_all, initial=step, desc=f"training {self.stage}", unit="step", mininterval=1)
 
@@ -70,7 +68,7 @@ class Records:
         row |= {f"grad_norm_{name}": value for name, value in step.grad_norms.items()}
         row["items_per_second"] = items_per_second
         try:
-            self.rows.write(as_csv(STEPS, [{key: repr(value) for key, value in row.items()}]))
+            self.rows.write(csv_lines([{key: repr(value) for key, value in row.items()}], STEPS))
             self.rows.flush()
         except OSError as error:
             raise MedSoftError(
@@ -117,29 +115,9 @@ class Records:
 
 def append_metrics(path: Path, row: dict[str, float]) -> None:
     """Add one epoch to the CSV, replacing rows of that epoch or later ones (left by a run that was interrupted)."""
-    rows = [old for old in read_rows(path) if int(old["epoch"]) < row["epoch"]]
+    rows = [old for old in read_whole_lines(path) if int(old["epoch"]) < row["epoch"]]
     shown = {
         key: str(value) if isinstance(value, int) else "" if math.isnan(value) else f"{value:.6g}"
         for key, value in row.items()
     }
-    write_rows(path, METRICS, [*rows, shown])
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a CSV; a last line that a crash cut short is left out. Empty if there is no such file."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
-
-
-def write_rows(path: Path, names: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
-    """Write a CSV with its header, atomically."""
-    write_text(path, ",".join(names) + "\n" + as_csv(names, rows))
-
-
-def as_csv(names: Sequence[str], rows: Sequence[dict[str, str]]) -> str:
-    """Lines of a CSV without its header; what a row does not have stays empty."""
-    buffer = io.StringIO()
-    csv.DictWriter(buffer, names, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()
+    write_csv(path, [*rows, shown], METRICS)

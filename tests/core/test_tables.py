@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from ldm.core.errors import MedSoftError
-from ldm.core.tables import markdown_head, markdown_row, markdown_table, read_table, write_csv
+from ldm.core.tables import (
+    csv_lines,
+    markdown_head,
+    markdown_row,
+    markdown_table,
+    read_table,
+    read_whole_lines,
+    write_csv,
+)
 
 
 def test_csv_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -22,3 +30,12 @@ def test_a_markdown_table_is_its_head_and_its_rows() -> None:
     lines = ["| name | value |", "| --- | --- |", "| a | 1 |", "| b | None |"]
     assert markdown_table(["name", "value"], rows).split("\n") == lines
     assert [*markdown_head(["name", "value"]).split("\n"), *map(markdown_row, rows)] == lines
+
+
+def test_lines_are_added_and_one_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    assert read_whole_lines(path) == []
+    write_csv(path, [], ["step", "loss"])
+    with path.open("a") as handle:
+        handle.write(csv_lines([{"step": 1, "loss": 0.5}, {"step": 2}], ["step", "loss"]) + "3,0.")
+    assert read_whole_lines(path) == [{"step": "1", "loss": "0.5"}, {"step": "2", "loss": ""}]
