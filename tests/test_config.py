@@ -129,7 +129,7 @@ REFUSED = {
     "choice: part": ("training: {builds: [vae]}", r'training\.builds: .* found "vae"'),
     "choice: group": ("training: {rates: {text: 1.0e-4}}", r'training\.rates: .* found "text"'),
     "rate of zero": ("training: {rates: {msc: 0}}", r"training\.rates\.msc: expected a learning rate above 0"),
-    "batch of zero": ("training: {batch_size: 0}", r"training\.batch_size: expected at least 1"),
+    "batch of zero": ("training: {batch_size: 0}", r"training\.batch_size: expected a number of at least 1"),
     "too many steps": ("sampling: {steps: 2000}", r"sampling\.steps: .* found 2000"),
     "rescale above one": (
         "sampling: {guidance_rescale: 1.5}",

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import shlex
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class Rule:
 def within(low: float, high: float | None = None) -> Rule:
     """A number of at least ``low`` and, unless it is None, at most ``high``."""
     if high is None:
-        return Rule(lambda value: value >= low, f"at least {low}")
+        return Rule(lambda value: value >= low, f"a number of at least {low}")
     return Rule(lambda value: low <= value <= high, f"a number from {low} to {high}")
 
 
@@ -77,6 +78,17 @@ Whole = Annotated[int, within(0)]
 Amount = Annotated[float, within(0)]
 Share = Annotated[float, within(0, 1)]
 Text = Annotated[str, Rule(lambda value: bool(value.strip()), "text that is not blank")]
+
+
+def is_command(text: str) -> bool:
+    """Whether a text can be split into words as a shell would, into one at least."""
+    try:
+        return bool(shlex.split(text))
+    except ValueError:  # a quote that is not closed
+        return False
+
+
+Command = Annotated[str, Rule(is_command, "words of a command, their quotes closed")]
 
 
 # ------------------------------------------------------------------------------------------------------- from files
@@ -141,6 +153,16 @@ def read_yaml(path: Path, what: str, hint: str = "", deep: bool = True, above: t
     return found
 
 
+def yaml_base(path: Path) -> Path | None:
+    """The file that a YAML is based on. None also for a faulty one, which is for its reader to refuse."""
+    try:
+        content = yaml.load(read_text(path), _UniqueKeys)
+    except (yaml.YAMLError, MedSoftError):
+        return None
+    base = content.get("base") if isinstance(content, dict) else None
+    return path.parent / base if isinstance(base, str) else None
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key that stands twice in a mapping is an error."""
 
@@ -203,7 +225,8 @@ def _convert(kind: Any, value: Any, key: str, values: Values) -> Any:
         names = {name: _convert(inner[0], name, key, values) for name in value}
         return {names[name]: _convert(inner[1], each, f"{key}.{name}", values) for name, each in value.items()}
     if origin in (list, tuple) and isinstance(value, list):
-        return origin(_convert(inner[0], each, key, values) for each in value)
+        places = [f"{key}.{n}" if isinstance(each, dict) else key for n, each in enumerate(value, 1)]
+        return origin(_convert(inner[0], each, place, values) for each, place in zip(value, places, strict=True))
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         value = _as_number(value)  # YAML takes 1e-4, without a point, for text
     if kind is float and type(value) is float and math.isfinite(value):
@@ -218,12 +241,15 @@ def _convert(kind: Any, value: Any, key: str, values: Values) -> Any:
 
 
 def _convert_union(kind: Any, value: Any, key: str, values: Values) -> Any:
-    """By the alternative that is of the value's shape; where several or none are, by the first that takes it."""
-    if type(value) in (list, dict):
-        alike = [each for each in get_args(kind) if get_origin(each) is type(value)]
-        if len(alike) == 1:
-            return _convert(alike[0], value, key, values)
-    for each in get_args(kind):
+    """By the only alternative there is besides null, or of the value's shape; else by the first that takes it."""
+    kinds = [each for each in get_args(kind) if each is not types.NoneType]
+    if value is None and len(kinds) < len(get_args(kind)):
+        return None
+    plain = [get_args(each)[0] if get_origin(each) is Annotated else each for each in kinds]
+    alike = [each for each, bare in zip(kinds, plain, strict=True) if get_origin(bare) is type(value)]
+    if len(kinds) == 1 or len(alike) == 1:
+        return _convert(kinds[0] if len(kinds) == 1 else alike[0], value, key, values)
+    for each in kinds:
         try:
             return _convert(each, value, key, values)
         except UsageError:

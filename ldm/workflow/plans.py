@@ -1,21 +1,19 @@
 """Plans: commands run in order, each one only if it is not done yet. What a step and a plan are: tool/run_stages.py."""
 
 import os
-import re
 import shlex
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import fingerprint, read_json, read_text, sha256_file, write_json
-from ldm.core.paths import ROOT, SHIPPED, shipped
+from ldm.core.files import fingerprint, read_json, sha256_file, write_json
+from ldm.core.paths import ROOT, SHIPPED
+from ldm.core.schema import Command, Text, Values, build, read_yaml, yaml_base
 
 STATE_FILE = "stages.json"
 DONE_CODES = (cli.DONE, cli.SOME_REJECTED)
@@ -25,9 +23,9 @@ DONE_CODES = (cli.DONE, cli.SOME_REJECTED)
 class PlanStep:
     """One command of a plan and the files or folders (relative to the repository root) it leaves."""
 
-    name: str
-    run: str
-    makes: tuple[str, ...] = ()
+    name: Text
+    run: Command
+    makes: tuple[Text, ...] = ()
 
     @cached_property  # what it was before the step ran, even if a file is edited meanwhile
     def fingerprint(self) -> str:
@@ -60,9 +58,9 @@ def _named_files(words: list[str]) -> dict[str, str]:
         if name in found:
             continue
         found[name] = sha256_file(path)
-        if path.endswith((".yaml", ".yml")):  # not parsed: a faulty one is for the step itself to refuse
-            bases = re.findall(r"""^base:\s*["']?([^"'#\n]*[^"'#\s])""", read_text(path), re.MULTILINE)
-            waiting.extend(os.path.realpath(Path(path).parent / base) for base in bases)
+        base = yaml_base(Path(path)) if path.endswith((".yaml", ".yml")) else None
+        if base is not None:
+            waiting.append(os.path.realpath(base))
     return found
 
 
@@ -70,8 +68,8 @@ def _named_files(words: list[str]) -> dict[str, str]:
 class Plan:
     """Steps in order, and the folder (relative to the repository root) of their record."""
 
-    name: str
-    output_dir: str
+    name: Text
+    output_dir: Text
     steps: tuple[PlanStep, ...]
 
 
@@ -129,56 +127,19 @@ class PlanRecord:
         write_json(self.path, {"plan": self.plan.name, "steps": steps})
 
 
-def parse_steps(items: list[Any], where: str) -> tuple[PlanStep, ...]:
-    """The steps of a plan from its YAML; UsageError, beginning with ``where``, for any fault."""
-    if not items:
-        raise UsageError(f"{where}steps: expected at least one step, found none")
-    steps = tuple(_parse_step(item, f"{where}step {number}") for number, item in enumerate(items, 1))
-    names = [step.name for step in steps]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"{where}two steps have the name {name}; names must differ")
-    return steps
-
-
-def _parse_step(item: Any, where: str) -> PlanStep:
-    check_keys(item, {"name": str, "run": str, "makes": list}, f"{where}: ", optional=("makes",))
-    makes = item.get("makes", [])
-    if not all(isinstance(path, str) and path.strip() for path in makes):
-        raise UsageError(f"{where}: makes: expected a list of paths, found {makes!r}")
-    try:
-        words = shlex.split(item["run"])
-    except ValueError as error:
-        raise UsageError(f"{where}: run: not understood as a command ({error}): {item['run']}") from error
-    if not words:
-        raise UsageError(f"{where}: run: expected a command, found nothing")
-    return PlanStep(item["name"], item["run"].strip(), tuple(makes))
-
-
-def check_keys(values: Any, kinds: dict[str, type], where: str, optional: Collection[str] = ()) -> None:
-    """UsageError unless ``values`` is a mapping with these keys (texts not empty) and no other; ``where`` begins it."""
-    if not isinstance(values, dict):
-        raise UsageError(f"{where}expected the keys {', '.join(kinds)}, found {values!r}")
-    for key in values:
-        if key not in kinds:
-            raise UsageError(f"{where}unknown key {key}; known here: {', '.join(kinds)}")
-    for key, kind in kinds.items():
-        if key not in values and key in optional:
-            continue
-        if not isinstance(values.get(key), kind) or (kind is str and not values[key].strip()):
-            expected = {list: "a list", dict: "keys with values"}.get(kind, "text that is not empty")
-            raise UsageError(f"{where}{key}: expected {expected}, found {values.get(key)!r}")
-
-
 def load_plan(path: Path) -> Plan:
-    """Read a plan, looked up in the working directory, then among the shipped ones; UsageError for any fault in it."""
-    found = shipped(path)
-    try:
-        values = yaml.safe_load(read_text(found, "plan"))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{found}: not readable as YAML ({' '.join(str(error).split())})") from error
-    check_keys(values, {"name": str, "output_dir": str, "steps": list}, f"{found}: ")
-    return Plan(values["name"], values["output_dir"], parse_steps(values["steps"], f"{found}: "))
+    """Read a plan, looked up in the working directory, then among the shipped ones; UsageError for any error in it."""
+    values = read_yaml(path, "plan")
+    plan = build(Plan, values)
+    return replace(plan, steps=checked_steps(plan.steps, values))
+
+
+def checked_steps(steps: tuple[PlanStep, ...], values: Values) -> tuple[PlanStep, ...]:
+    """The steps with tidy commands; UsageError if there is none, or two have the same name."""
+    names = [step.name for step in steps]
+    if not names or len(set(names)) < len(names):
+        raise values.error("steps", "at least one step, each with a name of its own", names)
+    return tuple(replace(step, run=step.run.strip()) for step in steps)
 
 
 def load_record(plan: Plan) -> PlanRecord:

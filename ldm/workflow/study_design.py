@@ -3,18 +3,23 @@
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ldm.core.errors import UsageError
-from ldm.core.files import read_text
-from ldm.core.paths import shipped
-from ldm.workflow.plans import Plan, PlanStep, check_keys, parse_steps
+from ldm.core.schema import Command, Rule, Text, Values, Whole, build, is_command, read_yaml
+from ldm.workflow.plans import Plan, PlanStep, checked_steps
 
 TEST_WORLDS = 10_000  # the test patients of phantom world n are those of phantom seed n + 10000
-USES = ("mix", "pretrain", "duplicate_real")
-PHANTOM_COUNTS = ("healthy", "diseased", "test_healthy", "test_diseased")
+
+FolderName = Annotated[
+    str, Rule(lambda name: name.replace("_", "").replace("-", "").isalnum(), "a name of letters, digits, - and _")
+]
+Seeds = Annotated[list[Whole], Rule(lambda seeds: 0 < len(seeds) == len(set(seeds)), "different whole numbers")]
+Shares = Annotated[list[int | float], Rule(lambda shares: len(shares) == 3, "three shares")]
+Ratio = Annotated[float, Rule(lambda ratio: ratio > 0, "a number above 0")]
+Ratios = Annotated[tuple[Ratio, ...], Rule(lambda each: 0 < len(each) == len(set(each)), "ratios, each once")]
+Use = Literal["mix", "pretrain", "duplicate_real"]
 
 
 @dataclass(frozen=True)
@@ -32,39 +37,96 @@ class World:
 class Generator:
     """One way of training: stages in order (YAML and overrides, or ``merge``), and overrides for all of them."""
 
-    stages: tuple[str, ...]
-    set: tuple[str, ...] = ()
+    stages: tuple[Command, ...]
+    set: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way of training the classifier; ``add``: a dataset of real images that joins the training set."""
+class ArmKeys:
+    """What the YAML says of an arm; ``add``: a dataset of real images that joins the training set."""
 
-    name: str
-    use: str | None = None
+    use: Use | None = None
     generator: str | None = None
-    ratios: tuple[float | None, ...] = (None,)
-    set: tuple[str, ...] = ()
-    add: str | None = None
+    ratios: Ratios | None = None
+    set: tuple[Text, ...] = ()
+    add: Text | None = None
+
+
+@dataclass(frozen=True)
+class Arm(ArmKeys):
+    """One way of training the classifier, on real images alone (ratio None) or with synthetic ones."""
+
+    name: str = ""
+
+    @property
+    def all_ratios(self) -> tuple[float | None, ...]:
+        """The ratio of each of its cells."""
+        return self.ratios or (None,)
+
+
+@dataclass(frozen=True)
+class WorldFiles:
+    """The annotations of a world that is not made of phantoms."""
+
+    train_json: Text
+    val_json: Text
+    test_json: Text
+
+
+@dataclass(frozen=True)
+class Phantoms:
+    """How many patients a phantom world has, and which shares of them train, validate and test."""
+
+    healthy: Whole
+    diseased: Whole
+    test_healthy: Whole
+    test_diseased: Whole
+    fractions: Shares
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Names of the arms to compare; ratio None: the one that does best on validation."""
+
+    baseline: str
+    control: str
+    main: str
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class StudyKeys:
+    """What the YAML says of a study. Paths start at the repository root."""
+
+    name: Text
+    output_dir: Text
+    worlds: Seeds | dict[FolderName, WorldFiles]
+    seeds: Seeds
+    classifier: Text
+    arms: dict[FolderName, ArmKeys]
+    compare: Compared
+    generators: dict[FolderName, Generator] = field(default_factory=dict)
+    phantoms: Phantoms | None = None
+    checkpoint: Text | None = None
+    model: Text | None = None
+    draw: str = ""
+    set: tuple[Text, ...] = ()
+    steps: tuple[PlanStep, ...] = ()
 
 
 @dataclass(frozen=True)
 class Design:
-    """A study's YAML, checked."""
+    """A study, checked; ``keys`` as they stand in its YAML."""
 
-    name: str
-    output_dir: str
+    keys: StudyKeys
     worlds: tuple[World, ...]
-    seeds: tuple[int, ...]
-    generators: dict[str, Generator]
     arms: tuple[Arm, ...]
-    classifier: str
-    set: tuple[str, ...]
-    compare: dict[str, Any]
-    checkpoint: str = ""
-    model: str = ""
-    draw: str = ""
     steps: tuple[PlanStep, ...] = ()
+
+    @property
+    def output_dir(self) -> str:
+        """The folder of the whole study."""
+        return self.keys.output_dir
 
     def folder(self, *parts: str) -> str:
         """A path below the output folder, as it stands in commands."""
@@ -104,9 +166,9 @@ def plan_groups(design: Design) -> Iterator[Group]:
             name, *home = (f"{world.name}/{generator}", "generators", generator) if generator else (world.name,)
             cells = tuple(
                 plan_cell(design, world, arm, ratio, seed)
-                for seed in design.seeds  # another seed comes last: then nothing before it runs again
+                for seed in design.keys.seeds  # another seed comes last: then nothing before it runs again
                 for arm in arms
-                for ratio in arm.ratios
+                for ratio in arm.all_ratios
             )
             made = generator_steps(design, world, generator) if generator else ()
             steps = (*world.steps, *made, *(cell.step for cell in cells))
@@ -121,18 +183,17 @@ def added_path(design: Design, world: World, arm: Arm) -> str:
 def generator_steps(design: Design, world: World, name: str) -> tuple[PlanStep, ...]:
     """Convert, train the stages in order, draw. What stands before ``merge`` starts from the converted checkpoint,
     what stands behind it from the checkpoint before it."""
-    generator, home = design.generators[name], design.folder(world.name, "generators", name)
+    generator, home = design.keys.generators[name], design.folder(world.name, "generators", name)
     start = f"{home}/converted.ckpt"
-    convert = ["tool/model_convert.py", "--input_path", design.checkpoint, "--output_path", start]
-    steps = [command("convert", [*convert, "--config", design.model, *generator.set], start)]
+    convert = ["tool/model_convert.py", "--input_path", str(design.keys.checkpoint), "--output_path", start]
+    model = ["--config", str(design.keys.model), *generator.set]
+    steps = [command("convert", [*convert, *model], start)]
     trained: list[str] = []
     for position, stage in enumerate(generator.stages):
         if stage == "merge":
             start = f"{home}/merged.ckpt"
             merge = ["tool/tool_merge_for_stage2.py", "--stage1_path", trained[0], "--input_path", trained[1]]
-            steps.append(
-                command("merge", [*merge, "--output_path", start, "--config", design.model, *generator.set], start)
-            )
+            steps.append(command("merge", [*merge, "--output_path", start, *model], start))
             continue
         config, *overrides = shlex.split(stage)
         stem = Path(config).stem
@@ -142,8 +203,8 @@ def generator_steps(design: Design, world: World, name: str) -> tuple[PlanStep, 
         trained.append(f"{home}/{stem}/last.ckpt")
         steps.append(command(stem, train, trained[-1]))
         start = start if "merge" in generator.stages[position:] else trained[-1]
-    draw = ["dataset_infer.py", "--ckpt", start, "--config", design.model, "--output_dir", f"{home}/pictures"]
-    draw += ["--train_json", world.train, *shlex.split(design.draw), *generator.set]
+    draw = ["dataset_infer.py", "--ckpt", start, "--config", str(design.keys.model), "--output_dir", f"{home}/pictures"]
+    draw += ["--train_json", world.train, *shlex.split(design.keys.draw), *generator.set]
     return (*steps, command("draw", draw, f"{home}/pictures/inference.json"))
 
 
@@ -162,8 +223,8 @@ def plan_cell(design: Design, world: World, arm: Arm, ratio: float | None, seed:
         "use_synthetic": arm.use or "mix",
         "ratio": ratio,
     }
-    given = [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *design.set, *arm.set]
-    words = ["classifier.py", design.classifier, *(word for each in given for word in ("--set", each))]
+    given = [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *design.keys.set, *arm.set]
+    words = ["classifier.py", design.keys.classifier, *(word for each in given for word in ("--set", each))]
     return CellStep(world, arm, ratio, seed, folder, command(name, words, f"{folder}/metrics.json"))
 
 
@@ -181,194 +242,106 @@ def command(name: str, words: list[str], makes: str) -> PlanStep:
 
 
 def load_design(path: Path) -> Design:
-    """Read a study, looked up in the working directory, then among the shipped ones; UsageError for any fault in it."""
-    found = shipped(path)
-    values, where = read_layers(found), f"{found}: "
-    texts = dict.fromkeys(("name", "output_dir", "classifier", "checkpoint", "model", "draw"), str)
-    lists = dict.fromkeys(("seeds", "set", "steps"), list)
-    sections = dict.fromkeys(("arms", "compare", "generators", "phantoms"), dict)
-    optional = ("checkpoint", "model", "draw", "set", "steps", "generators", "phantoms")
-    worlds = values.pop("worlds", None) if isinstance(values, dict) else None
-    check_keys(values, texts | lists | sections, where, optional)
-    values = {"set": [], "steps": [], "generators": {}, "phantoms": {}} | values
-    values = place(values, values["output_dir"])
-    for name in values["generators"]:
-        for key in ("checkpoint", "model"):
-            if key not in values:
-                raise UsageError(f"{where}{key}: expected a path, since the generator {name} needs it; found none")
-    arms = tuple(parse_arm(name, item, values["generators"], where) for name, item in values["arms"].items())
-    labels = [label(arm, ratio) for arm in arms for ratio in arm.ratios]
-    for each in labels:
-        if labels.count(each) > 1:
-            raise UsageError(f"{where}arms: two arms have cells of the name {each}; rename one of them")
-    command_words(values.get("draw", ""), f"{where}draw: ")
-    return Design(
-        **{key: values[key] for key in texts if key in values},
-        worlds=parse_worlds(worlds, values["phantoms"], values["output_dir"], where),
-        seeds=tuple(whole_numbers(values["seeds"], f"{where}seeds: ")),
-        generators={name: parse_generator(name, item, where) for name, item in values["generators"].items()},
-        arms=arms,
-        set=words(values["set"], f"{where}set: "),
-        compare=parse_compare(values["compare"], arms, where),
-        steps=parse_steps(values["steps"], where) if values["steps"] else (),
-    )
+    """Read a study, looked up in the working directory, then among the shipped ones; UsageError for any error in it."""
+    values = read_yaml(path, "study", deep=False)
+    output_dir = values.content.get("output_dir")
+    if isinstance(output_dir, str):
+        values.content = in_folder(values.content, output_dir)
+    keys = build(StudyKeys, values)
+    arms = tuple(Arm(**vars(each), name=name) for name, each in keys.arms.items())
+    for arm in arms:
+        check_arm(arm, keys, values)
+    labels = [label(arm, ratio) for arm in arms for ratio in arm.all_ratios]
+    twice = [each for each in labels if labels.count(each) > 1]
+    if twice:
+        raise values.error("arms", "arms whose cells have different names", twice[0])
+    if keys.draw and not is_command(keys.draw):
+        raise values.error("draw", "words of a command, their quotes closed", keys.draw)
+    for name, generator in keys.generators.items():
+        check_generator(name, generator, keys, values)
+    check_compared(keys.compare, arms, values)
+    steps = checked_steps(keys.steps, values) if keys.steps else ()
+    return Design(keys, make_worlds(keys, values), arms, steps)
 
 
-def read_layers(path: Path, above: tuple[Path, ...] = ()) -> Any:
-    """The YAML's keys over those of its ``base:``; ``above``: the files that are based on it."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(read_text(path, "study"))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict) or "base" not in values:
-        return values
-    base = values.pop("base")
-    above = (*above, path.resolve())
-    if not isinstance(base, str) or (path.parent / base).resolve() in above:
-        raise UsageError(f"{path}: base: expected another study's YAML, found {base!r}")
-    below = read_layers(path.parent / base, above)
-    return {**below, **values} if isinstance(below, dict) else below
-
-
-def place(value: Any, output_dir: str) -> Any:
+def in_folder(value: Any, output_dir: str) -> Any:
     """``value`` with {output_dir} replaced in all its texts."""
     if isinstance(value, dict):
-        return {key: place(each, output_dir) for key, each in value.items()}
+        return {key: in_folder(each, output_dir) for key, each in value.items()}
     if isinstance(value, list):
-        return [place(each, output_dir) for each in value]
+        return [in_folder(each, output_dir) for each in value]
     return value.replace("{output_dir}", output_dir) if isinstance(value, str) else value
 
 
-def parse_worlds(worlds: Any, phantoms: dict[str, Any], output_dir: str, where: str) -> tuple[World, ...]:
+def make_worlds(keys: StudyKeys, values: Values) -> tuple[World, ...]:
     """Phantom worlds from a list of seeds, or others from annotation files by name."""
-    if isinstance(worlds, dict) and worlds:
-        keys = ("train_json", "val_json", "test_json")
-        for name, files in worlds.items():
-            check_keys(files, dict.fromkeys(keys, str), f"{where}worlds.{name}: ")
-        return tuple(World(plain(name, f"{where}worlds"), *map(files.get, keys)) for name, files in worlds.items())
-    if not isinstance(worlds, list) or not worlds:
-        raise UsageError(f"{where}worlds: expected phantom seeds, or names with annotation files; found {worlds!r}")
-    seeds = whole_numbers(worlds, f"{where}worlds: ")
-    if max(seeds) >= TEST_WORLDS:
-        raise UsageError(
-            f"{where}worlds: expected seeds below {TEST_WORLDS}, found {max(seeds)}; others are test worlds"
-        )
-    wanted = {*PHANTOM_COUNTS, "fractions"}
-    if set(phantoms) != wanted:
-        raise UsageError(f"{where}phantoms: expected the keys {', '.join(sorted(wanted))}, found {phantoms!r}")
-    if not isinstance(phantoms["fractions"], list) or len(phantoms["fractions"]) != 3:
-        raise UsageError(f"{where}phantoms.fractions: expected three shares, found {phantoms['fractions']!r}")
-    whole_numbers([phantoms[key] for key in PHANTOM_COUNTS], f"{where}phantoms: ", different=False)
-    return tuple(phantom_world(seed, phantoms, output_dir) for seed in seeds)
+    if isinstance(keys.worlds, dict):
+        if not keys.worlds:
+            raise values.error("worlds", "phantom seeds, or names with annotation files", {})
+        return tuple(World(name, *vars(files).values()) for name, files in keys.worlds.items())
+    if max(keys.worlds) >= TEST_WORLDS:
+        raise values.error("worlds", f"seeds below {TEST_WORLDS}; others are test worlds", max(keys.worlds))
+    if keys.phantoms is None:
+        raise values.error("phantoms", "how many patients a phantom world has", None)
+    return tuple(phantom_world(seed, keys.phantoms, keys.output_dir) for seed in keys.worlds)
 
 
-def phantom_world(seed: int, counts: dict[str, Any], output_dir: str) -> World:
+def phantom_world(seed: int, counts: Phantoms, output_dir: str) -> World:
     """Patients to train and validate on, split by patient, and many others to test on."""
     name, home = f"world_{seed}", f"{output_dir}/world_{seed}"
     make = ["tool/make_phantoms.py", "--output_dir"]
-    own = [f"{home}/phantoms", "--seed", seed, "--healthy", counts["healthy"], "--diseased", counts["diseased"]]
-    test = [f"{home}/test", "--seed", seed + TEST_WORLDS, "--healthy", counts["test_healthy"]]
+    own = [f"{home}/phantoms", "--seed", seed, "--healthy", counts.healthy, "--diseased", counts.diseased]
+    test = [f"{home}/test", "--seed", seed + TEST_WORLDS, "--healthy", counts.test_healthy]
     split = ["ver_openImagesDatasets.py", "--root_dir", f"{home}/phantoms", "--output_file", f"{home}/annotations.json"]
-    split += ["--fractions", *counts["fractions"]]
+    split += ["--fractions", *map(str, counts.fractions)]
     steps = (
         command("phantoms", [*make, *map(str, own)], f"{home}/phantoms/phantoms.json"),
-        command("prepare", [str(word) for word in split], f"{home}/annotations_train.json"),
+        command("prepare", split, f"{home}/annotations_train.json"),
         command(
-            "test", [*make, *map(str, test), "--diseased", str(counts["test_diseased"])], f"{home}/test/phantoms.json"
+            "test", [*make, *map(str, test), "--diseased", str(counts.test_diseased)], f"{home}/test/phantoms.json"
         ),
     )
     return World(name, f"{home}/annotations_train.json", f"{home}/annotations_val.json", f"{home}/test", steps)
 
 
-def parse_generator(name: str, item: Any, where: str) -> Generator:
-    """The generator ``name`` of a study YAML; UsageError that says where it is wrong."""
-    check_keys(item, {"stages": list, "set": list}, f"{where}generators.{plain(name, where)}: ", ("set",))
-    here = f"{where}generators.{name}.stages: "
-    stages = words(item["stages"], here)
+def check_generator(name: str, generator: Generator, keys: StudyKeys, values: Values) -> None:
+    """UsageError unless the stages can follow each other, and checkpoint and model say what they start from."""
+    for key in ("checkpoint", "model"):
+        if getattr(keys, key) is None:
+            raise values.error(key, f"a path, since the generator {name} needs it", None)
+    stages, here = generator.stages, f"generators.{name}.stages"
     if "merge" in stages and (stages.index("merge") != 2 or stages.count("merge") > 1):
-        raise UsageError(f"{here}merge joins the two stages before it; expected it once, as the third")
-    stems = [Path(command_words(stage, here)[0]).stem for stage in stages]
+        raise values.error(here, "merge once, as the third, since it joins the two stages before it", stages)
+    stems = [Path(shlex.split(stage)[0]).stem for stage in stages]
     if len(set(stems)) < len(stems):
-        raise UsageError(f"{here}two stages have the same YAML name ({', '.join(stems)}); names must differ")
-    return Generator(stages, words(item.get("set", []), f"{where}generators.{name}.set: "))
+        raise values.error(here, "YAMLs of different names", stems)
 
 
-def parse_arm(name: str, item: Any, generators: dict[str, Any], where: str) -> Arm:
-    """The arm ``name`` of a study YAML; UsageError that says where it is wrong."""
-    here = f"{where}arms.{plain(name, where)}: "
-    kinds = {"use": str, "generator": str, "ratios": list, "set": list, "add": str}
-    check_keys(item, kinds, here, tuple(kinds))
-    use, generator, ratios = item.get("use"), item.get("generator"), item.get("ratios")
-    if use is not None and use not in USES:
-        raise UsageError(f"{here}use: expected one of {', '.join(USES)}, found {use!r}")
-    if generator is not None and generator not in generators:
-        raise UsageError(f"{here}generator: expected one of {', '.join(generators)}, found {generator!r}")
-    if (generator is not None) != (use in ("mix", "pretrain")):
-        raise UsageError(f"{here}expected use: mix or pretrain together with a generator; found {item!r}")
-    if (ratios is None) != (use is None):
-        raise UsageError(f"{here}expected ratios together with use; found {item!r}")
-    for ratio in ratios or ():
-        if type(ratio) not in (int, float) or not ratio > 0:
-            raise UsageError(f"{here}ratios: expected numbers above 0, found {ratio!r}")
-    if ratios == [] or len(set(ratios or ())) < len(ratios or ()):
-        raise UsageError(f"{here}ratios: expected at least one, each once; found {ratios!r}")
-    given = tuple(float(ratio) for ratio in ratios) if ratios else (None,)
-    return Arm(name, use, generator, given, words(item.get("set", []), f"{here}set: "), item.get("add"))
+def check_arm(arm: Arm, keys: StudyKeys, values: Values) -> None:
+    """UsageError unless use, generator and ratios of the arm agree with each other."""
+    here, item = f"arms.{arm.name}", keys.arms[arm.name]
+    if arm.generator is not None and arm.generator not in keys.generators:
+        raise values.error(f"{here}.generator", f"one of {', '.join(keys.generators)}", arm.generator)
+    if (arm.generator is not None) != (arm.use in ("mix", "pretrain")):
+        raise values.error(here, "use: mix or pretrain together with a generator", vars(item))
+    if (arm.ratios is None) != (arm.use is None):
+        raise values.error(here, "ratios together with use", vars(item))
 
 
-def parse_compare(item: dict[str, Any], arms: tuple[Arm, ...], where: str) -> dict[str, Any]:
-    """Names of the arms to compare, and the ratio or None."""
-    here, names = f"{where}compare", [arm.name for arm in arms]
-    if set(item) != {"baseline", "control", "main", "ratio"}:
-        raise UsageError(f"{here}: expected the keys baseline, control, main, ratio; found {item!r}")
+def check_compared(compare: Compared, arms: tuple[Arm, ...], values: Values) -> None:
+    """UsageError unless the arms exist, and main and control have the ratios to compare."""
+    by_name = {arm.name: arm for arm in arms}
     for key in ("baseline", "control", "main"):
-        if item[key] not in names:
-            raise UsageError(f"{here}.{key}: expected one of the arms {', '.join(names)}, found {item[key]!r}")
-    baseline, control, main = (arms[names.index(item[key])] for key in ("baseline", "control", "main"))
+        if getattr(compare, key) not in by_name:
+            raise values.error(f"compare.{key}", f"one of the arms {', '.join(by_name)}", getattr(compare, key))
+    baseline, control, main = by_name[compare.baseline], by_name[compare.control], by_name[compare.main]
     if baseline.use is not None:
-        raise UsageError(f"{here}.baseline: expected an arm without ratios, found {baseline.name}")
-    if main.use is None:
-        raise UsageError(f"{here}.main: expected an arm with ratios, found {main.name}")
-    if item["ratio"] is not None and item["ratio"] not in main.ratios:
-        raise UsageError(f"{here}.ratio: expected a ratio of {main.name} or null, found {item['ratio']!r}")
-    needed = main.ratios if item["ratio"] is None else (float(item["ratio"]),)
-    if not set(needed) <= set(control.ratios):
+        raise values.error("compare.baseline", "an arm without ratios", baseline.name)
+    if main.ratios is None:
+        raise values.error("compare.main", "an arm with ratios", main.name)
+    if compare.ratio is not None and compare.ratio not in main.ratios:
+        raise values.error("compare.ratio", f"a ratio of {main.name} or null", compare.ratio)
+    needed = main.ratios if compare.ratio is None else (compare.ratio,)
+    if not set(needed) <= set(control.all_ratios):
         asked = ", ".join(f"{ratio:g}" for ratio in needed)
-        raise UsageError(
-            f"{here}.control: expected an arm with the ratios {asked} of {main.name}, found {control.name}"
-        )
-    return {**item, "ratio": None if item["ratio"] is None else float(item["ratio"])}
-
-
-def command_words(text: str, where: str) -> list[str]:
-    """The words of a part of a command; UsageError if a quote is left open."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UsageError(f"{where}not understood as part of a command ({error}): {text}") from error
-
-
-def words(items: list[Any], where: str) -> tuple[str, ...]:
-    """The items, which must be texts that are not blank."""
-    for item in items:
-        if not isinstance(item, str) or not item.strip():
-            raise UsageError(f"{where}expected texts, found {item!r}")
-    return tuple(items)
-
-
-def whole_numbers(items: list[Any], where: str, different: bool = True) -> list[int]:
-    """The items, which must be whole numbers of at least 0 and, unless told otherwise, ``different``."""
-    if not items or not all(type(item) is int and item >= 0 for item in items):
-        raise UsageError(f"{where}expected whole numbers of at least 0, found {items!r}")
-    if different and len(set(items)) < len(items):
-        raise UsageError(f"{where}expected different numbers, found {items!r}")
-    return items
-
-
-def plain(name: Any, where: str) -> str:
-    """A name that can be a folder's."""
-    if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
-        raise UsageError(f"{where}: expected names of letters, digits, - and _, found {name!r}")
-    return name
+        raise values.error("compare.control", f"an arm with the ratios {asked} of {main.name}", control.name)

@@ -57,7 +57,8 @@ class Cell:
     @property
     def added(self) -> int | None:
         """Images that joined the real ones: drawn, or repeated. None where the metrics do not say."""
-        return None if None in self.counts.values() or not self.counts else sum(self.counts.values())
+        known = [count for count in self.counts.values() if count is not None]
+        return sum(known) if known and len(known) == len(self.counts) else None
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Interval:
     @property
     def verdict(self) -> str:
         """What the interval of a difference supports."""
-        if self.low is None:
+        if self.low is None or self.high is None:
             return "not shown (one world)"
         return "higher" if self.low > 0 else "lower" if self.high < 0 else "not shown (the interval contains 0)"
 
@@ -160,8 +161,9 @@ class Study:
         common = set.intersection(*(set(each) for each in runs.values())) if runs else set()
         if not common:
             return None
-        means = {ratio: _over_worlds({run: runs[ratio][run] for run in common}).mean for ratio in ratios}
-        return max(ratios, key=lambda ratio: (round(means[ratio], 6), -ratio))
+        over = {ratio: _over_worlds({run: runs[ratio][run] for run in common}) for ratio in ratios}
+        means = {ratio: each.mean for ratio, each in over.items() if each is not None}
+        return max(means, key=lambda ratio: (round(means[ratio], 6), -ratio))
 
     def differences(self) -> list[tuple[Treatment, Treatment, Interval]]:
         """Every treatment against the baseline, the control at its ratio and, for other arms, the main arm there."""
@@ -306,8 +308,8 @@ def dose_figure(study: Study) -> "Figure":
 
 def _error_bars(means: Sequence[Interval]) -> tuple[list[float], list[float]]:
     """Lengths below and above each mean; 0 for a single world."""
-    known = [(each.mean, each.low, each.high) if each.low is not None else (each.mean,) * 3 for each in means]
-    return [mean - low for mean, low, _ in known], [high - mean for mean, _, high in known]
+    below = [0.0 if each.low is None else each.mean - each.low for each in means]
+    return below, [0.0 if each.high is None else each.high - each.mean for each in means]
 
 
 def cell_rows(cells: Sequence[Cell], seconds: Mapping[Any, float | None]) -> list[dict[str, Any]]:

@@ -120,8 +120,8 @@ def check_unchanged(design: Design, world: World, added: list[Arm]) -> None:
         if not (ROOT / source).exists():
             raise UsageError(f"world {world.name}: {source} does not exist; give its {name} annotations")
     for arm in added:
-        sources[f"arms.{arm.name}.add"] = arm.add
-        if not (ROOT / arm.add).exists():
+        sources[f"arms.{arm.name}.add"] = str(arm.add)
+        if not (ROOT / str(arm.add)).exists():
             raise UsageError(f"arms.{arm.name}.add: {arm.add} does not exist; name a dataset folder or annotation JSON")
     found = {name: source_id(ROOT / source) for name, source in sources.items()}
     known = read_json(path, "record of a world") if path.exists() else {}
@@ -162,7 +162,7 @@ def add_real(design: Design, world: World, arm: Arm) -> None:
     path = ROOT / added_path(design, world, arm)
     if path.exists():
         return
-    (own, _), (more, rejects) = load_samples(ROOT / world.train), load_samples(ROOT / arm.add)
+    (own, _), (more, rejects) = load_samples(ROOT / world.train), load_samples(ROOT / str(arm.add))
     write_rejects(rejects_of(design, world, arm), rejects)
     write_annotations(path, [*own, *more])
 
@@ -192,9 +192,9 @@ def report(design: Design, groups: list[Group]) -> int:
         state += f"; left out, as other settings or an older generator made them: {outdated}"
     if not cells:
         raise MedSoftError(f"{design.output_dir}: {state}; run the study first")
-    study = Study(cells, ComparisonDesign(**design.compare))
+    study = Study(cells, ComparisonDesign(**vars(design.keys.compare)))
     notes = [f"{state}. Reported at commit {commit()}.", f"Time: {timing(seconds, generator_seconds(groups))}"]
-    write_study_report(ROOT / design.output_dir, design.name, study, seconds, notes)
+    write_study_report(ROOT / design.output_dir, design.keys.name, study, seconds, notes)
     print(f"{design.folder('study.md')}: {state}", flush=True)
     return cli.DONE
 

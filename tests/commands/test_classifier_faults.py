@@ -42,7 +42,7 @@ def world(tmp_path: Path) -> dict:
         ({"use_synthetic": "both"}, 'use_synthetic: expected one of mix, pretrain, duplicate_real, found "both"'),
         ({"use_synthetic": "duplicate_real"}, "ratio: expected a number with use_synthetic duplicate_real"),
         ({"use_synthetic": "pretrain"}, "synthetic: expected result folders with use_synthetic pretrain"),
-        ({"pretrain_epochs": 0}, "pretrain_epochs: expected at least 1"),
+        ({"pretrain_epochs": 0}, "pretrain_epochs: expected a number of at least 1"),
         ({"balance": "weights"}, "balance: expected one of loss, sampler"),
         ({"channels": 3}, "channels: expected one of grey, rgb, found 3"),
         ({"channels": "rgba"}, "channels: expected one of grey, rgb"),

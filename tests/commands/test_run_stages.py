@@ -53,15 +53,21 @@ def recorded(tmp_path: Path) -> list[dict[str, Any]]:
     ("change", "message"),
     [
         ({"stepz": []}, "unknown key stepz"),
-        ({"steps": [{"name": "a", "run": "python -V", "make": []}]}, "step 1: unknown key make"),
-        ({"steps": [{"name": "a", "run": "x"}, {"name": "a", "run": "y"}]}, "two steps have the name a"),
-        ({"steps": [{"name": "a"}]}, "step 1: run: expected text"),
-        ({"steps": [{"name": "a", "run": "python 'x"}]}, "not understood as a command"),
+        (
+            {"steps": [{"name": "a", "run": "python -V", "make": []}]},
+            "unknown key steps.1.make; did you mean steps.1.ma",
+        ),
+        (
+            {"steps": [{"name": "a", "run": "x"}, {"name": "a", "run": "y"}]},
+            "steps: expected at least one step, each with",
+        ),
+        ({"steps": [{"name": "a"}]}, "steps.1.run: expected words of a command, their quotes closed, found nothing"),
+        ({"steps": [{"name": "a", "run": "python 'x"}]}, "steps.1.run: expected words of a command"),
         ({"steps": [{"name": "a", "run": "x", "makes": "file"}]}, "makes: expected a list"),
-        ({"steps": [{"name": "a", "run": "x", "makes": [1]}]}, "makes: expected a list of paths"),
+        ({"steps": [{"name": "a", "run": "x", "makes": [1]}]}, "steps.1.makes: expected text, found 1"),
         ({"steps": []}, "at least one step"),
         ({"output_dir": " "}, "output_dir: expected text"),
-        ({"steps": ["python -V"]}, "step 1: expected the keys name, run, makes"),
+        ({"steps": ["python -V"]}, "steps: expected keys with values, found .python -V"),
     ],
 )
 def test_plans_with_mistakes_are_refused(write_plan, change: dict[str, Any], message: str) -> None:
@@ -298,7 +304,7 @@ def test_command_line_shows_one_line_and_the_exit_code(write_plan, tmp_path: Pat
     path = write_plan({"name": "a", "run": "x", "typo": 1})
     done = subprocess.run([sys.executable, str(SCRIPT), str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"error: {path}: step 1: unknown key typo; known here: name, run, makes\n"
+    assert done.stderr == f"error: {path}: unknown key steps.1.typo; known here: name, run, makes\n"
 
 
 # ----------------------------------------------------------------------------------------------------- the demo

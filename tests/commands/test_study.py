@@ -72,22 +72,25 @@ GENERATOR = {"checkpoint": "a.ckpt", "model": "models/phantom.yaml"}
     ("change", "message"),
     [
         ({"colour": 1}, "unknown key colour"),
-        ({"name": None}, "name: expected text that is not empty, found None"),
-        ({"seeds": 3}, "seeds: expected a list, found 3"),
-        ({"seeds": []}, r"seeds: expected whole numbers of at least 0, found \[\]"),
-        ({"seeds": [0, 0]}, "seeds: expected different numbers"),
-        ({"seeds": [0.5]}, "seeds: expected whole numbers"),
-        ({"worlds": None}, "worlds: expected phantom seeds, or names with annotation files; found None"),
-        ({"worlds": [10_000]}, "worlds: expected seeds below 10000, found 10000"),
-        ({"worlds": {"a": {"train_json": "x"}}}, "worlds.a: val_json: expected text that is not empty"),
-        ({"worlds": {"a/b": dict.fromkeys(("train_json", "val_json", "test_json"), "x")}}, "names of letters, digits"),
-        ({"phantoms": {"healthy": 3}}, "phantoms: expected the keys diseased, fractions, healthy"),
-        ({"phantoms": SMALL["phantoms"] | {"healthy": "8"}}, "phantoms: expected whole numbers of at least 0, found"),
-        ({"phantoms": SMALL["phantoms"] | {"fractions": 0.6}}, "phantoms.fractions: expected three shares, found 0.6"),
-        ({"arms": {"real": {"uses": "mix"}}}, "arms.real: unknown key uses"),
+        ({"name": None}, "name: expected text that is not blank, found nothing"),
+        ({"seeds": 3}, "seeds: expected a list of a number of at least 0, found 3"),
+        ({"seeds": []}, r"seeds: expected different whole numbers, found \[\]"),
+        ({"seeds": [0, 0]}, r"seeds: expected different whole numbers, found \[0, 0\]"),
+        ({"seeds": [0.5]}, "seeds: expected a whole number, found 0.5"),
+        ({"worlds": None}, "worlds: expected different whole numbers or keys with values, found nothing"),
+        ({"worlds": [10_000]}, "worlds: expected seeds below 10000; others are test worlds, found 10000"),
+        ({"worlds": {"a": {"train_json": "x"}}}, "worlds.a.val_json: expected text that is not blank, found nothing"),
+        ({"worlds": {"a/b": dict.fromkeys(("train_json", "val_json", "test_json"), "x")}}, "a name of letters, digits"),
+        ({"phantoms": {"healthy": 3}}, "phantoms.diseased: expected a number of at least 0, found"),
+        ({"phantoms": SMALL["phantoms"] | {"healthy": "8"}}, "phantoms.healthy: expected a whole number, found .8"),
+        (
+            {"phantoms": SMALL["phantoms"] | {"fractions": 0.6}},
+            "fractions: expected a list of a whole number or a number, found 0.6",
+        ),
+        ({"arms": {"real": {"uses": "mix"}}}, "unknown key arms.real.uses; did you mean arms.real.use"),
         (
             {"arms": {"a": {"use": "mixed"}}},
-            "arms.a: use: expected one of mix, pretrain, duplicate_real, found 'mixed'",
+            "arms.a.use: expected one of mix, pretrain, duplicate_real, found .mixed",
         ),
         (
             {"arms": {"a": {"use": "mix", "ratios": [1]}}},
@@ -96,40 +99,52 @@ GENERATOR = {"checkpoint": "a.ckpt", "model": "models/phantom.yaml"}
         ({"arms": {"a": {"use": "duplicate_real"}}}, "arms.a: expected ratios together with use"),
         (
             {"arms": {"a": {"use": "duplicate_real", "ratios": [0]}}},
-            "arms.a: ratios: expected numbers above 0, found 0",
+            "arms.a.ratios: expected a number above 0, found 0",
         ),
-        ({"arms": {"a": {"use": "duplicate_real", "ratios": [1, 1]}}}, "ratios: expected at least one, each once"),
-        ({"arms": {"a": {"set": [3]}}}, "arms.a: set: expected texts, found 3"),
-        ({"arms": {"a": {"generator": "g", "use": "mix", "ratios": [1]}}}, "generator: expected one of , found 'g'"),
+        ({"arms": {"a": {"use": "duplicate_real", "ratios": [1, 1]}}}, "arms.a.ratios: expected ratios, each once"),
+        ({"arms": {"a": {"set": [3]}}}, "arms.a.set: expected text, found 3"),
+        (
+            {"arms": {"a": {"generator": "g", "use": "mix", "ratios": [1]}}},
+            "a.generator: expected one of , found .g",
+        ),
         ({"generators": {"g": {"stages": []}}}, "checkpoint: expected a path, since the generator g needs it"),
-        ({**GENERATOR, "generators": {"g": {"stage": []}}}, "generators.g: unknown key stage"),
-        ({**GENERATOR, "generators": {"g": {"stages": ["a.yaml", "merge"]}}}, "merge joins the two stages before it"),
-        ({**GENERATOR, "generators": {"g": {"stages": ["a.yaml", "b/a.yaml"]}}}, "two stages have the same YAML name"),
-        ({"compare": {"baseline": "real"}}, "compare: expected the keys baseline, control, main, ratio"),
+        ({**GENERATOR, "generators": {"g": {"stage": []}}}, "unknown key generators.g.stage; did you mean"),
+        (
+            {**GENERATOR, "generators": {"g": {"stages": ["a.yaml", "merge"]}}},
+            "expected merge once, as the third",
+        ),
+        (
+            {**GENERATOR, "generators": {"g": {"stages": ["a.yaml", "b/a.yaml"]}}},
+            "expected YAMLs of different names",
+        ),
+        ({"compare": {"baseline": "real"}}, "compare.control: expected text, found nothing"),
         ({"compare": SMALL["compare"] | {"main": "ours"}}, "compare.main: expected one of the arms real, duplicated"),
         (
             {"compare": SMALL["compare"] | {"ratio": 2}},
             "compare.ratio: expected a ratio of duplicated or null, found 2",
         ),
-        ({"steps": [{"name": "a", "runs": "x"}]}, "step 1: unknown key runs"),
-        ({"base": "study.yaml"}, "base: expected another study's YAML"),
-        ({"compare": SMALL["compare"] | {"main": "real"}}, "compare.main: expected an arm with ratios, found real"),
+        ({"steps": [{"name": "a", "runs": "x"}]}, "unknown key steps.1.runs"),
+        ({"base": "study.yaml"}, "its `base:` leads back to itself"),
+        ({"compare": SMALL["compare"] | {"main": "real"}}, "compare.main: expected an arm with ratios, found .real"),
         (
             {"compare": SMALL["compare"] | {"baseline": "duplicated"}},
-            "compare.baseline: expected an arm without ratios, found duplicated",
+            "compare.baseline: expected an arm without ratios, found .dupl",
         ),
         (
             {
                 "arms": SMALL["arms"] | {"twice": {"use": "duplicate_real", "ratios": [1, 2]}},
                 "compare": SMALL["compare"] | {"main": "twice"},
             },
-            "compare.control: expected an arm with the ratios 1, 2 of twice, found duplicated",
+            "compare.control: expected an arm with the ratios 1, 2 of twice, found .dupl",
         ),
-        ({"arms": SMALL["arms"] | {"duplicated_1": {}}}, "two arms have cells of the name duplicated_1; rename one"),
-        ({"draw": "--prompt 'osteolytic"}, "draw: not understood as part of a command .No closing quotation"),
+        (
+            {"arms": SMALL["arms"] | {"duplicated_1": {}}},
+            "arms: expected arms whose cells have different names, found .duplicated_1",
+        ),
+        ({"draw": "--prompt 'osteolytic"}, "draw: expected words of a command, their quotes closed"),
         (
             {**GENERATOR, "generators": {"g": {"stages": ["a.yaml training.rates='{"]}}},
-            "generators.g.stages: not understood as part of a command",
+            "generators.g.stages: expected words of a command",
         ),
     ],
 )
@@ -146,10 +161,10 @@ def test_files_that_are_no_study(tmp_path: Path) -> None:
         study_design.load_design(tmp_path / "broken.yaml")
     for name, other in (("one", "two"), ("two", "one")):
         (tmp_path / f"{name}.yaml").write_text(f"base: {other}.yaml")
-    with pytest.raises(UsageError, match=r"two.yaml: base: expected another study's YAML, found 'one.yaml'"):
+    with pytest.raises(UsageError, match=r"two.yaml: its `base:` leads back to itself"):
         study_design.load_design(tmp_path / "one.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(UsageError, match="expected the keys name"):
+    with pytest.raises(UsageError, match=r"expected keys with values, found \[1\]"):
         study_design.load_design(tmp_path / "list.yaml")
 
 
@@ -200,13 +215,13 @@ def test_development_confirmation_test_and_base_share_no_phantom_world() -> None
     assert len(set(seeds)) == len(seeds) == 20
     assert max(map(int, seeds)) < 90_000  # the phantom base's worlds begin there
     ours, theirs = ({arm.name: arm for arm in design.arms} for design in designs)
-    ratio = designs[1].compare["ratio"]
+    ratio = designs[1].keys.compare.ratio
     assert ratio is not None
     for name, arm in theirs.items():  # the same treatments, at the ratio that was chosen before
         assert arm == dataclasses.replace(ours[name], ratios=arm.ratios)
-        assert arm.ratios in ((None,), (ratio,))
-    assert designs[0].generators == designs[1].generators
-    assert designs[0].set == designs[1].set
+        assert arm.all_ratios in ((None,), (ratio,))
+    assert designs[0].keys.generators == designs[1].keys.generators
+    assert designs[0].keys.set == designs[1].keys.set
 
 
 def test_generator_stages_start_where_they_must(write_study) -> None:
