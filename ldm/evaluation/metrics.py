@@ -50,7 +50,7 @@ class PrecomputedFeatures(nn.Module):
 def crop_features(
     encoder: ImageTextEncoder, images: Sequence[Tensor], hidden: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """BiomedCLIP's CLS token after the trunk's final norm, float64 (N, D).
+    """The encoder's global token of each image, float64 (N, D).
 
     ``images``: batches (B, 3, S, S) in [-1, 1]; ``hidden``: for each batch (B, 1, S, S), > 0 where nothing is seen.
     """
