@@ -11,7 +11,7 @@ from ldm.core.schema import Amount, Count, Rule, Values, Whole, add_overrides, b
 
 MIX, PRETRAIN, DUPLICATE_REAL = "mix", "pretrain", "duplicate_real"  # what use_synthetic may be
 UseSynthetic = Literal["mix", "pretrain", "duplicate_real"]
-HUB = "hub"  # what pretrained may be besides a path
+PRETRAINED_HUB = "hub"  # what pretrained may be besides a path
 
 # Below 32 a ResNet halves a map of one pixel. The gradient of that convolution is now and then garbage in bfloat16 on
 # CPUs with AMX (torch 2.14).

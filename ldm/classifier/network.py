@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ldm.classifier.config import HUB
+from ldm.classifier.config import PRETRAINED_HUB
 from ldm.classifier.data import ImageSet
 from ldm.core.errors import MedSoftError, UsageError
 
@@ -42,7 +42,7 @@ def build_network(
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"model {model} does not work at img_size {img_size}: {reason}") from error
-    if pretrained == HUB:
+    if pretrained == PRETRAINED_HUB:
         return _fetch(model, options)
     if pretrained:
         _load_pretrained(network, Path(pretrained), CHANNELS[channels])
@@ -57,9 +57,9 @@ def check_model(model: str, pretrained: str | None) -> None:
         tagged = timm.list_pretrained(model.split(".")[0] + ".*") if "." in model else []
         near = difflib.get_close_matches(model, tagged or timm.list_models(), n=3) or tagged[:3]
         raise UsageError(f"model {model} is not known to timm" + (f"; near: {', '.join(near)}" if near else ""))
-    if pretrained == HUB and not timm.is_model_pretrained(model):
+    if pretrained == PRETRAINED_HUB and not timm.is_model_pretrained(model):
         raise UsageError(f"pretrained hub: timm has no weights of {model}; set pretrained to a file, or to null")
-    if pretrained and pretrained != HUB and not Path(pretrained).is_file():
+    if pretrained and pretrained != PRETRAINED_HUB and not Path(pretrained).is_file():
         raise MedSoftError(
             f"{pretrained}: the file that `pretrained` names does not exist; set it to null to start at random"
         )
@@ -172,7 +172,7 @@ def compute_logits(network: torch.nn.Module, images: ImageSet, batch_size: int, 
     return logits
 
 
-def compute_features(network: torch.nn.Module, images: ImageSet, batch_size: int, device: torch.device) -> torch.Tensor:
+def compute_pooled(network: torch.nn.Module, images: ImageSet, batch_size: int, device: torch.device) -> torch.Tensor:
     """What the classification layer reads, (N, D) on the CPU."""
 
     def features(pictures: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from ldm.classifier.config import ClassifierConfig
 from ldm.classifier.data import ImageSet, load_data, load_images, require_source
 from ldm.classifier.metrics import summarise
-from ldm.classifier.network import build_network, check_model, compute_features, compute_logits, pick_device
+from ldm.classifier.network import build_network, check_model, compute_logits, compute_pooled, pick_device
 from ldm.classifier.report import REJECT_COLUMNS, Scored, prediction_rows, write_test
 from ldm.classifier.training import fit, reproducible
 from ldm.core.errors import MedSoftError, UsageError
@@ -56,7 +56,7 @@ class Classifier:
 
     def score(self, images: ImageSet) -> Scored:
         """Probabilities and features of a set."""
-        features = compute_features(self.network, images, 64, self.device).numpy()
+        features = compute_pooled(self.network, images, 64, self.device).numpy()
         return Scored(images, self.probabilities(images), features)
 
 

@@ -246,7 +246,7 @@ def lesion_shaped(
         depth = _half_of(depth, side)
     places = np.argwhere(depth >= min(0.75 * radius, 0.999 * depth.max()))
     row, column = places[rng.integers(len(places))]
-    blob = _blob(inner.shape, (int(row), int(column)), radius, rng, irregularity) & (inner > 0)
+    blob = _star_shape(inner.shape, (int(row), int(column)), radius, rng, irregularity) & (inner > 0)
     blob[row, column] = True
     _, parts = cv2.connectedComponents(blob.astype(np.uint8), connectivity=4)
     result = np.zeros(region.shape, bool)
@@ -263,7 +263,7 @@ def _half_of(depth: np.ndarray, side: str) -> np.ndarray:
     return half if half.any() else depth
 
 
-def _blob(
+def _star_shape(
     shape: tuple[int, int],
     centre: tuple[int, int],
     radius: float,

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.data import annotations
 from ldm.data.annotations import load_samples, write_annotations, write_rejects
 from ldm.data.folders import scan_folder
 from ldm.data.png import write_png
@@ -439,3 +440,30 @@ def test_write_png_of_the_fixture_is_what_scan_reads(tmp_path: Path, write_sampl
     write_png(folder / "mask.png", soft)
     (found,), _ = scan_folder(tmp_path)
     assert found.box == (6 / 24, 3 / 20, 1 / 24, 2 / 20)  # the region of mask >= 0.5
+
+
+def test_another_data_source_is_one_entry(tmp_path: Path, write_sample: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JSON in the manner of COCO, images and annotations apart: ``load_samples`` reads it as it reads any other."""
+    folder = write_sample(tmp_path / "a")
+    content = {
+        "images": [{"id": 7, "file_name": "a/image.png"}],
+        "annotations": [{"image_id": 7, "mask": "a/mask.png", "caption": "a lytic lesion", "bbox": [0, 0, 1, 1]}],
+    }
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps(content))
+
+    def recognises(path: Path) -> bool:
+        return path.suffix == ".json" and isinstance(json.loads(path.read_text()), dict)
+
+    def read(path: Path) -> tuple[list[Sample], list[Reject]]:
+        found = json.loads(path.read_text())
+        images = {image["id"]: path.parent / image["file_name"] for image in found["images"]}
+        samples = [
+            Sample(str(n), images[each["image_id"]], path.parent / each["mask"], each["caption"], (0, 0, 1, 1), "p")
+            for n, each in enumerate(found["annotations"])
+        ]
+        return samples, []
+
+    monkeypatch.setattr(annotations, "SOURCES", [annotations.Source(recognises, read), *annotations.SOURCES])
+    ((sample,), rejects) = load_samples(path)
+    assert (sample.image, sample.prompt, rejects) == (folder / "image.png", "a lytic lesion", [])
