@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
+from ldm.core.errors import UsageError
 from ldm.core.files import write_text
 from ldm.core.schema import Amount, Count, Rule, Share, Values, Whole, add_overrides, build, read_yaml, setting, within
 
@@ -210,6 +211,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = read_yaml(Path(path), "configuration", "; the shipped ones are in models/")
     add_overrides(values, Config, overrides, "override", "training.batch_size=4")
     return _checked(values)
+
+
+def stage_configs(path: Path, overrides: Sequence[str] = ()) -> dict[str, Config]:
+    """The stage that a YAML names, or all stages that stand beside a YAML without one, ``<its name>_*.yaml``.
+
+    In an order in which they can be trained: those that build less come first. UsageError if there is none.
+    """
+    config = load_config(path, overrides)
+    if config.training.stage:
+        return {config.training.stage: config}
+    beside = [load_config(file, overrides) for file in sorted(path.parent.glob(f"{path.stem}_*.yaml"))]
+    stages = [found for found in beside if found.training.stage]
+    if not stages:
+        raise UsageError(f"{path}: names no stage, and no {path.stem}_*.yaml beside it does")
+    return {found.training.stage: found for found in sorted(stages, key=lambda each: len(each.training.builds))}
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> Config:

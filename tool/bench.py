@@ -12,6 +12,7 @@ makes: 50 guided steps of DDIM on both sides, and our 20 of DPM-Solver++(2M), 17
 """
 
 import argparse
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    return importlib.import_module(f"ldm.bench.{args.what}").main(args)
+    from ldm.bench.common import BenchOptions
+
+    options = BenchOptions(**{item.name: getattr(args, item.name) for item in dataclasses.fields(BenchOptions)})
+    return importlib.import_module(f"ldm.bench.{args.what}").main(options)
 
 
 if __name__ == "__main__":

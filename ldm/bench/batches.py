@@ -5,7 +5,6 @@ Random weights and cached features; a step is forward, backward, clipping and fu
 matrix product in bfloat16, measured first.
 """
 
-import argparse
 import gc
 import logging
 import platform
@@ -17,8 +16,9 @@ from typing import Any
 
 import torch
 
-from ldm.bench.training import optimizer_step, stage_configs
-from ldm.config import Config
+from ldm.bench.common import BenchOptions
+from ldm.bench.training import optimizer_step
+from ldm.config import Config, stage_configs
 from ldm.core import cli
 from ldm.core.devices import on_host, out_of_memory, resolve_precision, steps_behind
 from ldm.core.errors import UsageError
@@ -32,24 +32,24 @@ COLUMNS = ("stage", "compiled", "batch", "first step, s", "a step, ms", "items/s
 WARM_UP = 2  # steps after the first
 
 
-def main(args: argparse.Namespace) -> int:
+def main(options: BenchOptions) -> int:
     """Log one Markdown row for each stage and batch size; with --output the numbers as JSON too."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    configs = stage_configs(args.config, args.overrides)
-    sizes = batch_sizes(args.sizes)
+    configs = stage_configs(options.config, options.overrides)
+    sizes = batch_sizes(options.sizes)
     precision = resolve_precision(next(iter(configs.values())).training.precision)
     peak = matrix_speed(device)
     log.info("%s, torch %s, %s, peak %.0f TFLOP/s", where, torch.__version__, precision, peak / 1e12)
     log.info("\n%s", markdown_head(COLUMNS))
     rows: list[dict[str, Any]] = []
     for stage, config in configs.items():
-        for row in sweep(config, sizes, args.repeats, device, precision == "bf16-mixed"):
+        for row in sweep(config, sizes, options.repeats, device, precision == "bf16-mixed"):
             rows.append({"stage": stage, "compiled": config.training.compile, **row})
             log.info("%s", as_line(rows[-1], peak))
-    if args.output:
+    if options.output:
         about = {"where": where, "torch": torch.__version__, "precision": precision, "peak": peak}
-        write_json(args.output, {**about, "steps": rows})
+        write_json(options.output, {**about, "steps": rows})
     return cli.DONE
 
 

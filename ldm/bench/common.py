@@ -4,6 +4,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,20 @@ from ldm.core.paths import SHIPPED
 from ldm.networks.model import MedSoftModel
 
 PHANTOM_CLIP = SHIPPED / "models" / "phantom_base" / "biomedclip"
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What a measurement is told; the flags of tool/bench.py."""
+
+    config: Path
+    batch_size: int
+    repeats: int
+    precision: str
+    steps: int
+    sizes: str | None
+    output: Path | None
+    overrides: list[str]
 
 
 def diffusers_twins(model: MedSoftModel, config: Config) -> tuple[Any, Any]:

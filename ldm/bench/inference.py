@@ -1,6 +1,5 @@
 """Speed of drawing, ours beside diffusers' StableDiffusionInpaintPipeline, on the same weights in the same run."""
 
-import argparse
 import dataclasses
 import logging
 import platform
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.bench.common import diffusers_pipeline, measure_alternately
+from ldm.bench.common import BenchOptions, diffusers_pipeline, measure_alternately
 from ldm.config import Config, load_config
 from ldm.core import cli
 from ldm.core.errors import require
@@ -27,30 +26,30 @@ REFERENCE = {"sampler": "ddim", "steps": 50, "guidance_interval": [0.0, 1.0]}  #
 FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": [0.15, 1.0]}  # docs/inference.md says why
 
 
-def main(args: argparse.Namespace) -> int:
+def main(options: BenchOptions) -> int:
     """Measure and log one line per part: seconds of ours and of diffusers', and their ratio."""
     require("diffusers", "test")
-    config = load_config(args.config, [*args.overrides, f"sampling.precision={args.precision}"])
+    config = load_config(options.config, [*options.overrides, f"sampling.precision={options.precision}"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     about = {
-        "config": str(args.config),
+        "config": str(options.config),
         "device": where,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "precision": args.precision,
-        "batch_size": args.batch_size,
-        "steps": args.steps,
+        "precision": options.precision,
+        "batch_size": options.batch_size,
+        "steps": options.steps,
     }
     log.info("%s", ", ".join(f"{key} {value}" for key, value in about.items()))
     with torch.inference_mode():
-        rows = measure(config, device, args)
-    if args.output:
-        write_json(args.output, {**about, "measured": rows})
+        rows = measure(config, device, options)
+    if options.output:
+        write_json(options.output, {**about, "measured": rows})
     return cli.DONE
 
 
-def measure(config: Config, device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(config: Config, device: torch.device, options: BenchOptions) -> list[dict[str, Any]]:
     """Seconds of ours, of theirs and their ratio (above 1: ours is faster), one row per comparison."""
     torch.manual_seed(0)
     model = MedSoftModel(config, ["unet", "autoencoder"]).to(device).eval()
@@ -59,7 +58,7 @@ def measure(config: Config, device: torch.device, args: argparse.Namespace) -> l
     for part in (pipeline.unet, pipeline.vae):
         part.to(dtype)
     for_inference(model, dtype)
-    inputs = Inputs(config, device, args.batch_size)
+    inputs = Inputs(config, device, options.batch_size)
     rows: list[dict[str, Any]] = []
 
     def add(name: str, mine: float, other: float) -> tuple[float, float]:
@@ -71,15 +70,15 @@ def measure(config: Config, device: torch.device, args: argparse.Namespace) -> l
         return add(name, *measure_alternately(ours, theirs, repeats, device, warm_up))
 
     calls = Calls(model, pipeline, inputs, config)
-    guided = compare("U-Net call with guidance", calls.ours, calls.theirs, args.repeats)
-    prompted = compare("U-Net call with the prompt alone", calls.ours_prompted, calls.theirs_prompted, args.repeats)
-    encoding = compare("encoded picture", calls.our_encoding, calls.their_encoding, args.repeats)
-    decoding = compare("decoded picture", calls.our_decoding, calls.their_decoding, args.repeats)
-    if args.steps:
-        plain = dataclasses.replace(config.sampling, **{**REFERENCE, "steps": args.steps})
-        name = f"picture, {args.steps} steps of DDIM with guidance"
-        pictures = max(1, args.repeats // 4)
-        compare(name, lambda: calls.our_picture(plain), lambda: calls.their_picture(args.steps), pictures, 1)
+    guided = compare("U-Net call with guidance", calls.ours, calls.theirs, options.repeats)
+    prompted = compare("U-Net call with the prompt alone", calls.ours_prompted, calls.theirs_prompted, options.repeats)
+    encoding = compare("encoded picture", calls.our_encoding, calls.their_encoding, options.repeats)
+    decoding = compare("decoded picture", calls.our_decoding, calls.their_decoding, options.repeats)
+    if options.steps:
+        plain = dataclasses.replace(config.sampling, **{**REFERENCE, "steps": options.steps})
+        name = f"picture, {options.steps} steps of DDIM with guidance"
+        pictures = max(1, options.repeats // 4)
+        compare(name, lambda: calls.our_picture(plain), lambda: calls.their_picture(options.steps), pictures, 1)
     steps, reference = FAST["steps"], REFERENCE["steps"]
     both = len(guided_steps(steps, FAST["guidance_interval"]))
     # Ours encodes the picture and the masked picture, diffusers the masked one alone.

@@ -4,7 +4,6 @@ The step runs in a process of its own, with random weights and cached features, 
 but the networks of a step is there, as in training.
 """
 
-import argparse
 import logging
 import multiprocessing
 import time
@@ -13,8 +12,9 @@ from typing import Any
 
 import torch
 
-from ldm.bench.training import optimizer_step, stage_configs
-from ldm.config import Config
+from ldm.bench.common import BenchOptions
+from ldm.bench.training import optimizer_step
+from ldm.config import Config, stage_configs
 from ldm.core import cli
 from ldm.core.devices import half_is_fast, peak_memory
 from ldm.core.files import write_json
@@ -26,9 +26,9 @@ log = logging.getLogger("bench")
 COLUMNS = ("parameters", "gradients", "optimizer", "activations", "total")
 
 
-def main(args: argparse.Namespace) -> int:
+def main(options: BenchOptions) -> int:
     """Log the Markdown tables; with --output the numbers as JSON too."""
-    stages = stage_configs(args.config, args.overrides)
+    stages = stage_configs(options.config, options.overrides)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: list[dict[str, Any]] = []
     log.info("%s", markdown_head(("stage", "precision", "checkpointing", *COLUMNS)))
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
         for half in (False, True):
             for again in (False, True):
                 config.training.activation_checkpointing = again
-                memory = stage_memory(config, args.batch_size, half, device)
+                memory = stage_memory(config, options.batch_size, half, device)
                 precision = "bf16-mixed" if half else "32-true"
                 log.info("%s", markdown_row((stage, precision, "yes" if again else "no", *_shown(memory))))
                 results.append({"stage": stage, "precision": precision, "checkpointing": again, **vars(memory)})
@@ -45,14 +45,15 @@ def main(args: argparse.Namespace) -> int:
     log.info("%s", markdown_head(("stage", "one step, measured", "computed", "seconds")))
     for stage in stages:
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # its peak is its own
-            row = pool.apply(one_step, (args.config, stage, args.overrides, args.batch_size))
+            row = pool.apply(one_step, (options.config, stage, options.overrides, options.batch_size))
         measured.append(row)
         numbers = f"{row['peak'] / GIB:.2f}", f"{row['computed'] / GIB:.2f}", f"{row['seconds']:.0f}"
         log.info("%s", markdown_row((stage, *numbers)))
-    log.info("in GiB, batch %d; measured: the most that the process ever held (%s)", args.batch_size, _where())
-    if args.output:
+    log.info("in GiB, batch %d; measured: the most that the process ever held (%s)", options.batch_size, _where())
+    if options.output:
         write_json(
-            args.output, {"where": _where(), "batch_size": args.batch_size, "computed": results, "measured": measured}
+            options.output,
+            {"where": _where(), "batch_size": options.batch_size, "computed": results, "measured": measured},
         )
     return cli.DONE
 

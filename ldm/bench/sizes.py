@@ -4,7 +4,6 @@ Nothing is downloaded and no weights are made: the networks are built on PyTorch
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from open_clip import CustomTextCLIP
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.checkpoints.checkpoint import NAMES
-from ldm.config import Config, load_config
+from ldm.config import Config, load_config, stage_configs
 from ldm.core.paths import SHIPPED
 from ldm.core.tables import markdown_table
 from ldm.networks.attention import Conditioning
@@ -22,7 +21,6 @@ from ldm.networks.msc import ControllerInputs, input_shapes
 from ldm.training.groups import training_groups
 
 BASE = SHIPPED / "models" / "mldm_v15.yaml"
-STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
 
 # The network of microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224: model_cfg of its open_clip_config.json. The
 # sizes of its text tower, microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract, are BERT's defaults.
@@ -61,8 +59,8 @@ def document() -> str:
         calls = [[name, f"{count / 1e9:.1f}"] for name, count in operations(model, clip, config)]
     converted = sum(4 * count for _, count in parameters(model))
     files = [["`ckpt_for_stage1.ckpt`, `ckpt_for_stage2.ckpt`", ", ".join(NAMES.values()), "", _gb(converted)]]
-    for stage in STAGES:
-        row = stage_sizes(BASE.with_name(f"{BASE.stem}_{stage}.yaml"))
+    for stage, config in stage_configs(BASE).items():
+        row = stage_sizes(config)
         built = ", ".join(NAMES[part] for part in row["parts"])
         trained = f"{row['trained'] / 1e6:.2f} M"
         total = f"{_gb(row['weights'] + row['optimizer'])} ({_gb(row['weights'])} + {_gb(row['optimizer'])})"
@@ -106,9 +104,8 @@ def parameters(model: MedSoftModel, clip: CustomTextCLIP | None = None) -> list[
     return rows
 
 
-def stage_sizes(path: Path) -> dict[str, Any]:
+def stage_sizes(config: Config) -> dict[str, Any]:
     """A stage's ``parts`` (names), ``trained`` parameters, and bytes of ``weights`` and ``optimizer`` in last.ckpt."""
-    config = load_config(path)
     with torch.device("meta"):
         net = MedSoftModel(config, config.training.builds)
     groups = training_groups(net, config.training).values()

@@ -6,7 +6,6 @@ features on the fly runs the frozen encoders first: in float32, which gives the 
 is cheaper and less exact, in the step's bfloat16.
 """
 
-import argparse
 import gc
 import logging
 import statistics
@@ -19,11 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ldm.bench.common import random_biomedclip
-from ldm.config import Config, load_config
+from ldm.bench.common import BenchOptions, random_biomedclip
+from ldm.config import Config, stage_configs
 from ldm.core import cli
 from ldm.core.devices import peak_memory, resolve_precision
-from ldm.core.errors import UsageError
 from ldm.core.files import write_json
 from ldm.features.build import compute_features
 from ldm.networks.encoder import ImageTextEncoder
@@ -34,7 +32,6 @@ from ldm.training.stage import Stage, for_steps
 
 log = logging.getLogger("bench")
 
-STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
 PROMPT = "osteolytic lesion with a pathological fracture of the vertebral body"
 
 
@@ -178,36 +175,25 @@ def measure(steps: Steps, repeats: int, warm_up: int = 1) -> dict[str, list[tupl
     return found
 
 
-def stage_configs(path: Path, overrides: list[str]) -> dict[str, Config]:
-    """The stage that a YAML names, or the four stages that stand beside a YAML without one."""
-    config = load_config(path, overrides)
-    if config.training.stage:
-        return {config.training.stage: config}
-    found = {stage: path.with_name(f"{path.stem}_{stage}.yaml") for stage in STAGES}
-    if not all(file.is_file() for file in found.values()):
-        raise UsageError(f"{path}: names no stage, and {path.stem}_{STAGES[0]}.yaml and the others are not beside it")
-    return {stage: load_config(file, overrides) for stage, file in found.items()}
-
-
-def main(args: argparse.Namespace) -> int:
+def main(options: BenchOptions) -> int:
     """Measure the stages one after another; the numbers as text and, with --output, as JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    configs = stage_configs(args.config, args.overrides)
+    configs = stage_configs(options.config, options.overrides)
     precision = resolve_precision(next(iter(configs.values())).training.precision)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    log.info("%s, torch %s, %s, batch %d", where, torch.__version__, precision, args.batch_size)
+    log.info("%s, torch %s, %s, batch %d", where, torch.__version__, precision, options.batch_size)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for stage, config in configs.items():
             config.biomedclip.path = str(random_biomedclip(config, Path(scratch)))
             clip = open_encoder(config.biomedclip)
-            times = measure(Steps(config, clip, args.batch_size, device), args.repeats)
-            results += report(stage, times, args.batch_size, step_operations(config, args.batch_size))
+            times = measure(Steps(config, clip, options.batch_size, device), options.repeats)
+            results += report(stage, times, options.batch_size, step_operations(config, options.batch_size))
             gc.collect()
     peak = peak_memory(device)
     log.info("most memory: %.1f GiB", peak / GIB)
-    if args.output:
-        write_json(args.output, {"where": where, "precision": precision, "peak_bytes": peak, "stages": results})
+    if options.output:
+        write_json(options.output, {"where": where, "precision": precision, "peak_bytes": peak, "stages": results})
     return cli.DONE
 
 

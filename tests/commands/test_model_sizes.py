@@ -72,12 +72,12 @@ def test_operations_of_the_published_models(true_size: tuple[Any, Any, Any]) -> 
     ],
 )
 def test_every_true_size_stage_builds(stage: str, parts: list[str], trained: int) -> None:
-    found = sizes.stage_sizes(MODELS / f"mldm_v15_{stage}.yaml")
+    found = sizes.stage_sizes(load_config(MODELS / f"mldm_v15_{stage}.yaml"))
     assert found["parts"] == parts
     assert found["trained"] == trained
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_sizes_of_finished_checkpoints_are_those_on_the_disk(stage: str, trained: dict[str, Any]) -> None:
-    found = sizes.stage_sizes(MODELS / f"phantom_{stage}.yaml")
+    found = sizes.stage_sizes(load_config(MODELS / f"phantom_{stage}.yaml"))
     assert trained[stage].last.stat().st_size == pytest.approx(found["weights"], rel=0.05)
