@@ -14,10 +14,10 @@ def guided_steps(steps: int, interval: tuple[float, float]) -> range:
 def rescaled(guided: Tensor, prompted: Tensor, x: Tensor, alpha: float, mask: Tensor, share: float) -> Tensor:
     """Guided noise, changed so that guidance adds less contrast: eps (B, C, h, w), float32.
 
-    Guidance also raises the standard deviation of what it draws. The predicted x_0 is multiplied so that its deviation
+    Guidance also raises the standard deviation of the sample. The predicted x_0 is multiplied so that its deviation
     inside the soft ``mask`` (B, 1, h, w) goes back to that under the prompt alone, by ``share`` (1: wholly). Lin et al.
     2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", equations 15 and 16, which rescale the whole
-    prediction; here it is x_0 and the region that is drawn.
+    prediction; here it is x_0 and the region that is inpainted.
     """
     signal, noise = alpha**0.5, (1 - alpha) ** 0.5
     clean, plain = ((x - noise * eps) / signal for eps in (guided, prompted))

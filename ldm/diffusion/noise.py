@@ -14,7 +14,7 @@ def named_generator(*names: object) -> torch.Generator:
 
 
 def image_noise(seed: int, sample_id: str, variant: int, shape: tuple[int, ...]) -> Tensor:
-    """The initial noise of one picture, standard normal of ``shape``, from (seed, sample_id, variant)."""
+    """The initial noise of one image, standard normal of ``shape``, from (seed, sample_id, variant)."""
     return torch.randn(shape, generator=named_generator("picture", seed, sample_id, variant))
 
 

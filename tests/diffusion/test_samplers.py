@@ -1,5 +1,6 @@
 """The noise schedule and the samplers, step by step against diffusers; the differential mask; the guidance interval."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from ldm.diffusion.guidance import guided_steps, rescaled
 from ldm.diffusion.noise import image_noise
 from ldm.diffusion.samplers import DifferentialMask, ddim, dpmpp_2m, leading_timesteps
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.networks.attention import Conditioning
+from ldm.networks.sampling import GuidanceConditions, sample_latent
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.0120, "beta_schedule": "scaled_linear"}
 BOTH = pytest.mark.parametrize("sampler", [ddim, dpmpp_2m])
@@ -196,3 +199,25 @@ def test_picture_noise_depends_on_names_only() -> None:
     assert torch.equal(first, image_noise(0, "patient/a", 0, (4, 8, 8)))
     for other in ((1, "patient/a", 0), (0, "patient/b", 0), (0, "patient/a", 1)):
         assert not torch.equal(first, image_noise(*other, (4, 8, 8)))
+
+
+def test_another_sampler_is_one_function_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets guided predictions, whoever samples."""
+
+    def one_step(predict: samplers.Predict, noise: Tensor, schedule: NoiseSchedule, *rest: Any) -> Tensor:
+        return noise - predict(noise, 500, 0)
+
+    class Net:
+        schedule = NoiseSchedule(DiffusionConfig())
+
+        def denoise(self, noisy: Tensor, t: Tensor, mask: Tensor, masked: Tensor, condition: Conditioning) -> Tensor:
+            return condition.text.mean() * condition.text[:, :1, :1, None].expand(-1, 4, 2, 2)
+
+    monkeypatch.setitem(samplers.SAMPLERS, "one_step", one_step)
+    sampling = dataclasses.replace(config.SamplingConfig(), guidance_scale=3.0, differential=False)
+    object.__setattr__(sampling, "sampler", "one_step")
+    both = Conditioning(torch.tensor([2.0, 0.0])[:, None, None])  # with the prompt, and without it
+    conditions = GuidanceConditions(Conditioning(torch.ones(1, 1, 1)), both)
+    latent, mask = torch.zeros(1, 4, 2, 2), torch.ones(1, 1, 2, 2)
+    found = sample_latent(Net(), sampling, latent, mask, latent, None, conditions)  # type: ignore[arg-type]
+    assert torch.equal(found, torch.full((1, 4, 2, 2), -6.0))  # 0 - (0 + 3 * (2 - 0))
