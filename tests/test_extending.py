@@ -119,7 +119,7 @@ def read_coco_like(path: Path) -> tuple[list[Sample], list[Reject]]:
                 image=folder / image["file_name"],
                 mask=mask,
                 prompt=each["caption"],
-                box=mask_box(read_mask(mask).hard),
+                box=mask_box(read_mask(mask)),
                 patient_id=image["patient"],
             )
         )

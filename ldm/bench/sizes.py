@@ -126,7 +126,7 @@ def operations(model: MedSoftModel, clip: CustomTextCLIP, config: Config) -> lis
     x, mask, t = torch.empty(1, 9, size, size), torch.empty(1, 1, size, size), torch.empty(1)
     text = torch.empty(1, config.text_encoder.max_length, config.unet.context_dim)
     semantic = torch.empty(1, sizes.grid**2 // 4, config.unet.semantic_dim)
-    inputs = ControllerInputs(*(torch.empty(shape) for shape in input_shapes(sizes, 1, pixels)))
+    inputs = ControllerInputs.of({name: torch.empty(shape) for name, shape in input_shapes(sizes, 1, pixels).items()})
     return [
         ("U-Net, third attention silent", counted(lambda: model.unet(x, t, Conditioning(text)))),
         (

@@ -35,10 +35,14 @@ class ControllerInputs(NamedTuple):
         return cls(*(features[name] for name in cls._fields))
 
 
-def input_shapes(clip: BiomedClipConfig, batch: int, pixels: int) -> tuple[tuple[int, ...], ...]:
-    """The shapes of ``ControllerInputs``' fields, in their order, for ``batch`` images of ``pixels`` x ``pixels``."""
-    tokens = (batch, clip.grid**2, clip.token_dim)
-    return tokens, (batch, clip.token_dim), (batch, clip.text_dim), (batch, 1, pixels, pixels)
+def input_shapes(clip: BiomedClipConfig, batch: int, pixels: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each field of ``ControllerInputs`` for ``batch`` images of ``pixels`` x ``pixels``."""
+    return {
+        "context_tokens": (batch, clip.grid**2, clip.token_dim),
+        "context_global": (batch, clip.token_dim),
+        "prompt_embedding": (batch, clip.text_dim),
+        "mask": (batch, 1, pixels, pixels),
+    }
 
 
 class MSCBlock(nn.Module):
