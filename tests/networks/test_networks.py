@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.config import AutoencoderConfig, BiomedClipConfig, Config, MSCConfig, TextEncoderConfig, UNetConfig
+from ldm.config import (
+    AutoencoderConfig,
+    BiomedClipConfig,
+    Config,
+    MSCConfig,
+    TextEncoderConfig,
+    TrainingConfig,
+    UNetConfig,
+)
 from ldm.diffusion.schedule import diffusion_loss
 from ldm.networks.attention import Conditioning
 from ldm.networks.autoencoder import Autoencoder
@@ -23,6 +31,7 @@ from ldm.networks.msc import (
     semantic_tokens,
 )
 from ldm.networks.unet import UNet
+from ldm.training.groups import training_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 UNET = UNetConfig(
@@ -277,7 +286,8 @@ def test_latent_scale_is_applied_once_each_way(small_model: MedSoftModel) -> Non
 
 
 def test_groups_share_no_parameter_and_leave_out_the_frozen_parts(small_model: MedSoftModel) -> None:
-    groups = {name: set(found) for name, found in small_model.groups(("msc", "attn3", "unet")).items()}
+    rates = {"msc": 1e-4, "attn3": 1e-4, "unet": 1e-5}
+    groups = training_groups(small_model, TrainingConfig(rates=rates, objective="diffusion"))
     everything = {key for key, _ in small_model.named_parameters()}
     chosen = set().union(*groups.values())
     assert sum(map(len, groups.values())) == len(chosen)
@@ -285,5 +295,5 @@ def test_groups_share_no_parameter_and_leave_out_the_frozen_parts(small_model: M
     assert all(key.startswith(("first_stage_model.", "msc.global_head.")) for key in frozen)
     assert any(key.startswith("msc.global_head.") for key in frozen)
     assert all(".attn3." in key or ".norm4." in key for key in groups["attn3"])
-    small_model.config.training.objective = "msc"
-    assert "msc.global_head.weight" in small_model.groups(["msc"])["msc"]
+    alone = training_groups(small_model, TrainingConfig(rates={"msc": 1e-4}, objective="msc"))
+    assert "msc.global_head.weight" in alone["msc"]
