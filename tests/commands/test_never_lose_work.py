@@ -35,7 +35,6 @@ STEPS = 20
 CHILD = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell of a background job has it ignored
-sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 import ldm.training.loop
@@ -75,7 +74,7 @@ def run_and_signal(
     name: str, after: int, arguments: list[str], where: dict[str, str] = KILL_IN_STEP, behind: int = 0
 ) -> int:
     """The exit code of ver_train.py in a process that sends itself a signal."""
-    code = CHILD.format(root=str(ROOT), after=after, name=name, behind=behind, **{"when": "True", **where})
+    code = CHILD.format(after=after, name=name, behind=behind, **{"when": "True", **where})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, timeout=300).returncode
 
@@ -145,7 +144,7 @@ def test_interrupted_twice_and_resumed_is_bit_identical(
 ) -> None:
     """An impatient user: the second Ctrl-C comes while the first is being dealt with."""
     folder = tmp_path / "run"
-    code = CHILD.format(root=str(ROOT), after=STEPS * 2, name="SIGINT", behind=0, **{"when": "True", **KILL_IN_STEP})
+    code = CHILD.format(after=STEPS * 2, name="SIGINT", behind=0, **{"when": "True", **KILL_IN_STEP})
     words = [sys.executable, "-c", code, *command(converted, world, folder, **RUN)]
     with subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
         while not (folder / "steps.csv").is_file() or len(rows(folder)) < 3:
@@ -202,7 +201,6 @@ def test_best_weights_survive_a_kill_between_two_files(
 # Reads the number of a first step, forks, and the child writes checkpoints from that step on until it is killed.
 WRITERS = """
 import itertools, os, sys
-sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
@@ -229,7 +227,7 @@ def kill_writers(path: Path, temporary: Path, trials: int) -> int:
     path.parent.mkdir()
     orphans, draw, first = 0, random.Random(0), 0
     environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
-    code = WRITERS.format(root=str(ROOT), path=str(path))
+    code = WRITERS.format(path=str(path))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as parent:
         for _ in range(trials):

@@ -170,7 +170,7 @@ def test_signal_to_every_process(
     folder = tmp_path / "run"
     given = {"batch_size": 2, "max_epochs": 200, "rates.msc": 0.001, "save_every_minutes": 0}
     start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); import runpy; "
-    start += f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'ver_train.py'; "
+    start += "sys.argv[0] = 'ver_train.py'; "
     start += f"runpy.run_path({str(ROOT / 'ver_train.py')!r}, run_name='__main__')"
     words = [sys.executable, "-c", start, *command(converted, world, folder, **given), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -83,7 +83,6 @@ def test_torchrun_and_a_termination(world: Path, converted: Path, tmp_path: Path
     stop = tmp_path / "stop.py"
     stop.write_text(
         "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from ldm.training.loop import Training\n"
         "import ver_train\n"
         "from ldm.core import cli\n"

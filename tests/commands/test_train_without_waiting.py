@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from test_never_lose_work import RUN, STEPS, command, rows
-from tiny import MODELS, ROOT, changed, on_cpu, tensors, train
+from tiny import MODELS, changed, on_cpu, tensors, train
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,7 +60,6 @@ def test_read_later_is_the_same_run(
 
 CHILD = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
 import ldm.training.loop
 from ldm.training.loop import Training
 from ldm.training.saving import Checkpoints
@@ -87,7 +86,7 @@ def test_two_processes_that_read_later_agree(world: Path, converted: Path, tmp_p
     """On when to save and to stop, and on what went wrong in one of them. Three steps an epoch."""
     given = {"batch_size": 4, "max_epochs": 4, "rates.msc": 0.001, "ema_decay": 0.9}
     child = tmp_path / "child.py"
-    child.write_text(CHILD.format(root=str(ROOT)))
+    child.write_text(CHILD.format())
 
     def launch(name: str, spoil: str) -> subprocess.CompletedProcess:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(child)]
