@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from ldm.checkpoints.checkpoint import PREFIXES
 from ldm.config import Config
 from ldm.networks.model import MedSoftModel
-from ldm.networks.msc import ControllerInputs, input_shapes
+from ldm.networks.msc import input_shapes
 from ldm.training.dataset import Batch
 from ldm.training.groups import training_groups
 from ldm.training.stage import STEP_PARTS, Stage
@@ -116,9 +116,7 @@ def fake_stage(config: Config, half: bool) -> Stage:
 def fake_batch(config: Config, batch: int) -> Batch:
     """Features of ``batch`` items, of the right shapes; random."""
     latent = (batch, config.autoencoder.latent_channels, config.latent_size, config.latent_size)
-    inputs = dict(
-        zip(ControllerInputs._fields, input_shapes(config.biomedclip, batch, config.data.image_size), strict=True)
-    )
+    inputs = input_shapes(config.biomedclip, batch, config.data.image_size)
     shapes = {
         **inputs,
         "target_tokens": inputs["context_tokens"],

@@ -204,7 +204,7 @@ def test_frozen_msc_in_half_precision_takes_full_inputs() -> None:
     """As in a bf16-mixed stage that uses the MSC but does not train it."""
     clip = BiomedClipConfig(grid=4, token_dim=8, text_dim=6)
     msc = MedicalSemanticController(MSCConfig(width=32, layers=1, heads=4), clip)
-    inputs = ControllerInputs(*map(torch.rand, input_shapes(clip, batch=2, pixels=8)))
+    inputs = ControllerInputs(*map(torch.rand, input_shapes(clip, batch=2, pixels=8).values()))
     whole = msc(inputs)[0]
     with torch.autocast("cpu", torch.bfloat16):
         halved = msc.bfloat16()(inputs)[0]
