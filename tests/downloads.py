@@ -13,7 +13,7 @@ import torch
 from tiny import CLIP
 from torch import Tensor
 
-from ldm.bench.sizes import BIOMEDCLIP
+from ldm.bench.common import BIOMEDCLIP
 
 # open_clip_config.json of microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224.
 RELEASED = {

@@ -17,8 +17,9 @@ import importlib
 from pathlib import Path
 
 from ldm.core import cli
+from ldm.core.files import write_json
 
-# Each measurement is the `main(args)` of ldm/bench/<name>.py.
+# Each measurement is the `main(options)` of ldm/bench/<name>.py.
 MEASUREMENTS = ("inference", "training", "batches", "memory")
 
 
@@ -50,7 +51,10 @@ def main(args: argparse.Namespace) -> int:
     from ldm.bench.common import BenchOptions
 
     options = BenchOptions(**{item.name: getattr(args, item.name) for item in dataclasses.fields(BenchOptions)})
-    return importlib.import_module(f"ldm.bench.{args.what}").main(options)
+    numbers = importlib.import_module(f"ldm.bench.{args.what}").main(options)
+    if args.output:
+        write_json(args.output, numbers)
+    return cli.DONE
 
 
 if __name__ == "__main__":

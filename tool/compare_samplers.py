@@ -14,13 +14,13 @@ compared.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = cli.parser(__doc__, raw=True)
     parser.add_argument("--ckpt", type=Path, required=True, help="a final checkpoint")
     parser.add_argument("--config", type=Path, required=True, help="model YAML")
@@ -38,18 +38,8 @@ def main(args: argparse.Namespace) -> int:
     """Draw, measure and write; 3 when a picture could not be drawn."""
     from ldm.bench.samplers import SamplerComparison, compare_samplers
 
-    comparison = SamplerComparison(
-        ckpt=args.ckpt,
-        config=args.config,
-        data=args.data,
-        judge=args.judge,
-        output_dir=args.output_dir,
-        seeds=args.seeds,
-        limit=args.limit,
-        device=args.device,
-        overrides=tuple(args.overrides),
-    )
-    return cli.DONE if compare_samplers(comparison) else cli.SOME_REJECTED
+    flags = {item.name: getattr(args, item.name) for item in dataclasses.fields(SamplerComparison)}
+    return cli.DONE if compare_samplers(SamplerComparison(**flags)) else cli.SOME_REJECTED
 
 
 if __name__ == "__main__":

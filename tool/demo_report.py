@@ -12,7 +12,6 @@ from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     made = cli.parser("Write summary.json, report.html and sheet.png from what the demo's other steps have left.")
     made.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="the demo's output folder")
     return made

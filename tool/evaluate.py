@@ -15,7 +15,6 @@ from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     made = cli.parser(__doc__, raw=True)
     made.add_argument("real", metavar="REAL", type=Path, help="real samples, best ones the generator has not seen")
     made.add_argument("synthetic", metavar="SYNTH", type=Path, help="results of dataset_infer.py")

@@ -16,7 +16,6 @@ from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = cli.parser(__doc__, raw=True)
     parser.add_argument("--ckpt", type=Path, required=True, help="a final checkpoint")
     parser.add_argument("--config", type=Path, required=True, help="model YAML")

@@ -7,7 +7,6 @@ matrix product in bfloat16, measured first.
 
 import gc
 import logging
-import platform
 import statistics
 import time
 from collections import deque
@@ -16,13 +15,11 @@ from typing import Any
 
 import torch
 
-from ldm.bench.common import BenchOptions
+from ldm.bench.common import BenchOptions, this_machine
 from ldm.bench.training import optimizer_step
 from ldm.config import Config, stage_configs
-from ldm.core import cli
 from ldm.core.devices import on_host, out_of_memory, resolve_precision, steps_behind
 from ldm.core.errors import UsageError
-from ldm.core.files import write_json
 from ldm.core.tables import markdown_head, markdown_row
 from ldm.training.estimates import GIB, fake_batch, fake_stage, step_operations
 
@@ -32,10 +29,9 @@ COLUMNS = ("stage", "compiled", "batch", "first step, s", "a step, ms", "items/s
 WARM_UP = 2  # steps after the first
 
 
-def main(options: BenchOptions) -> int:
-    """Log one Markdown row for each stage and batch size; with --output the numbers as JSON too."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+def main(options: BenchOptions) -> dict[str, Any]:
+    """Log one Markdown row for each stage and batch size; returns the numbers for JSON."""
+    device, where = this_machine()
     configs = stage_configs(options.config, options.overrides)
     sizes = batch_sizes(options.sizes)
     precision = resolve_precision(next(iter(configs.values())).training.precision)
@@ -47,10 +43,7 @@ def main(options: BenchOptions) -> int:
         for row in sweep(config, sizes, options.repeats, device, precision == "bf16-mixed"):
             rows.append({"stage": stage, "compiled": config.training.compile, **row})
             log.info("%s", as_line(rows[-1], peak))
-    if options.output:
-        about = {"where": where, "torch": torch.__version__, "precision": precision, "peak": peak}
-        write_json(options.output, {**about, "steps": rows})
-    return cli.DONE
+    return {"where": where, "torch": torch.__version__, "precision": precision, "peak": peak, "steps": rows}
 
 
 def batch_sizes(text: str | None) -> list[int]:
@@ -71,7 +64,8 @@ def matrix_speed(device: torch.device) -> float:
     for _ in range(turns):
         start = time.perf_counter()
         left @ right
-        _wait(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return 2 * side**3 / statistics.median(times)
 
@@ -119,15 +113,9 @@ def measure(config: Config, batch: int, repeats: int, device: torch.device, half
 
 
 def as_line(row: dict[str, Any], peak: float) -> str:
-    """The row as Markdown."""
     seconds = statistics.median(row["seconds"])
     speed = row["operations"] / seconds
     cells = [row["stage"], "yes" if row["compiled"] else "no", f"{row['batch']}", f"{row['first']:.1f}"]
     cells += [f"{1000 * seconds:.1f}", f"{row['batch'] / seconds:.2f}", f"{speed / 1e12:.1f}", f"{speed / peak:.0%}"]
     cells.append("-" if row["memory"] is None else f"{row['memory'] / GIB:.1f}")
     return markdown_row(cells)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

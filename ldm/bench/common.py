@@ -1,5 +1,6 @@
 """What the speed measurements share: the same networks in diffusers, and two calls that take turns."""
 
+import platform
 import shutil
 import statistics
 import time
@@ -13,9 +14,31 @@ import torch
 from ldm.config import Config
 from ldm.core.files import write_json
 from ldm.core.paths import SHIPPED
+from ldm.networks.biomedclip import build_clip
 from ldm.networks.model import MedSoftModel
 
 PHANTOM_CLIP = SHIPPED / "models" / "phantom_base" / "biomedclip"
+
+# The network of microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224: model_cfg of its open_clip_config.json. The
+# sizes of its text tower, microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract, are BERT's defaults.
+BIOMEDCLIP: dict[str, Any] = {
+    "embed_dim": 512,
+    "vision_cfg": {
+        "timm_model_name": "vit_base_patch16_224",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": 224,
+    },
+    "text_cfg": {
+        "hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
+        "hf_tokenizer_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
+        "hf_proj_type": "mlp",
+        "hf_pooler_type": "cls_last_hidden_state_pooler",
+        "context_length": 256,
+    },
+}
+BIOMEDBERT = {"model_type": "bert"}
 
 
 @dataclass(frozen=True)
@@ -28,8 +51,14 @@ class BenchOptions:
     precision: str
     steps: int
     sizes: str | None
-    output: Path | None
     overrides: list[str]
+
+
+def this_machine() -> tuple[torch.device, str]:
+    """The device that is measured, and its name."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    return torch.device("cpu"), platform.processor() or platform.machine()
 
 
 def diffusers_twins(model: MedSoftModel, config: Config) -> tuple[Any, Any]:
@@ -118,17 +147,7 @@ def random_biomedclip(config: Config, scratch: Path) -> Path:
         return PHANTOM_CLIP
     if target.is_dir():
         return target
-    from open_clip.model import CustomTextCLIP
-
     shutil.copytree(PHANTOM_CLIP, target, ignore=shutil.ignore_patterns("*.bin", "config.json"))
-    text = {"hf_model_name": str(target), "hf_model_pretrained": False, "hf_proj_type": "mlp", "context_length": 256}
-    text["hf_pooler_type"] = "cls_last_hidden_state_pooler"
-    vision = {"timm_model_name": "vit_base_patch16_224", "timm_model_pretrained": False, "timm_pool": ""}
-    vision |= {"timm_proj": "linear", "image_size": 224}
-    settings = {"embed_dim": config.biomedclip.text_dim, "vision_cfg": vision, "text_cfg": text}
-    bert = {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12}
-    write_json(target / "config.json", bert | {"num_attention_heads": 12, "intermediate_size": 3072})
-    write_json(target / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": {}})
-    clip = CustomTextCLIP(settings["embed_dim"], vision, text)
-    torch.save(clip.state_dict(), target / "open_clip_pytorch_model.bin")
+    write_json(target / "open_clip_config.json", {"model_cfg": BIOMEDCLIP, "preprocess_cfg": {}})
+    torch.save(build_clip(BIOMEDCLIP, BIOMEDBERT).state_dict(), target / "open_clip_pytorch_model.bin")
     return target

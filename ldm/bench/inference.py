@@ -2,18 +2,16 @@
 
 import dataclasses
 import logging
-import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.bench.common import BenchOptions, diffusers_pipeline, measure_alternately
+from ldm.bench.common import BenchOptions, diffusers_pipeline, measure_alternately, this_machine
 from ldm.config import Config, load_config
-from ldm.core import cli
 from ldm.core.errors import require
-from ldm.core.files import write_json
 from ldm.diffusion.guidance import guided_steps
 from ldm.inference.inpainter import DTYPES, for_inference
 from ldm.networks.attention import Conditioning
@@ -26,12 +24,11 @@ REFERENCE = {"sampler": "ddim", "steps": 50, "guidance_interval": [0.0, 1.0]}  #
 FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": [0.15, 1.0]}  # docs/inference.md says why
 
 
-def main(options: BenchOptions) -> int:
-    """Measure and log one line per part: seconds of ours and of diffusers', and their ratio."""
+def main(options: BenchOptions) -> dict[str, Any]:
+    """Measure and log one line per part: seconds of ours and of diffusers', and their ratio; returns the numbers."""
     require("diffusers", "test")
     config = load_config(options.config, [*options.overrides, f"sampling.precision={options.precision}"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    device, where = this_machine()
     about = {
         "config": str(options.config),
         "device": where,
@@ -43,10 +40,7 @@ def main(options: BenchOptions) -> int:
     }
     log.info("%s", ", ".join(f"{key} {value}" for key, value in about.items()))
     with torch.inference_mode():
-        rows = measure(config, device, options)
-    if options.output:
-        write_json(options.output, {**about, "measured": rows})
-    return cli.DONE
+        return {**about, "measured": measure(config, device, options)}
 
 
 def measure(config: Config, device: torch.device, options: BenchOptions) -> list[dict[str, Any]]:
@@ -70,8 +64,10 @@ def measure(config: Config, device: torch.device, options: BenchOptions) -> list
         return add(name, *measure_alternately(ours, theirs, repeats, device, warm_up))
 
     calls = Calls(model, pipeline, inputs, config)
-    guided = compare("U-Net call with guidance", calls.ours, calls.theirs, options.repeats)
-    prompted = compare("U-Net call with the prompt alone", calls.ours_prompted, calls.theirs_prompted, options.repeats)
+    theirs_guided = partial(calls.theirs, inputs.empty, inputs.text)
+    guided = compare("U-Net call with guidance", partial(calls.ours, calls.both), theirs_guided, options.repeats)
+    alone = partial(calls.ours, calls.prompt_alone), partial(calls.theirs, inputs.text)
+    prompted = compare("U-Net call with the prompt alone", *alone, options.repeats)
     encoding = compare("encoded picture", calls.our_encoding, calls.their_encoding, options.repeats)
     decoding = compare("decoded picture", calls.our_decoding, calls.their_decoding, options.repeats)
     if options.steps:
@@ -123,25 +119,13 @@ class Calls:
         text = given.text.to(self.dtype)
         return guidance_conditions(self.model, self.latent_mask, text, given.empty[:1], given.tokens)
 
-    def ours(self) -> Tensor:
-        return self._ours(self.both)
-
-    def ours_prompted(self) -> Tensor:
-        return self._ours(self.prompt_alone)
-
-    def _ours(self, conditioning: Conditioning) -> Tensor:
+    def ours(self, conditioning: Conditioning) -> Tensor:
         given = self.inputs
         t = torch.tensor([501], device=given.noise.device)
         noisy = given.noise.to(self.dtype)
         return self.model.denoise(noisy, t, self.latent_mask.to(self.dtype), noisy, conditioning)
 
-    def theirs(self) -> Tensor:
-        return self._theirs([self.inputs.empty, self.inputs.text])
-
-    def theirs_prompted(self) -> Tensor:
-        return self._theirs([self.inputs.text])
-
-    def _theirs(self, texts: list[Tensor]) -> Tensor:
+    def theirs(self, *texts: Tensor) -> Tensor:
         given = self.inputs
         x = torch.cat([given.noise, self.latent_mask, given.noise], dim=1).to(self.dtype)
         return self.pipeline.unet(torch.cat([x] * len(texts)), 501, torch.cat(texts).to(self.dtype)).sample
@@ -170,15 +154,14 @@ class Calls:
 
     def their_picture(self, steps: int) -> Tensor:
         given = self.inputs
-        size = self.config.data.image_size
         return self.pipeline(
             image=(given.image + 1) / 2,
             mask_image=given.mask,
             prompt_embeds=given.text.to(self.dtype),
             negative_prompt_embeds=given.empty.to(self.dtype),
             latents=given.noise.to(self.dtype),
-            height=size,
-            width=size,
+            height=given.image.shape[-2],
+            width=given.image.shape[-1],
             num_inference_steps=steps,
             guidance_scale=self.config.sampling.guidance_scale,
             output_type="pt",

@@ -14,20 +14,18 @@ import torch
 
 from ldm.bench.common import BenchOptions
 from ldm.bench.training import optimizer_step
-from ldm.config import Config, stage_configs
-from ldm.core import cli
+from ldm.config import stage_configs
 from ldm.core.devices import half_is_fast, peak_memory
-from ldm.core.files import write_json
 from ldm.core.tables import markdown_head, markdown_row
-from ldm.training.estimates import GIB, Memory, fake_batch, fake_stage, stage_memory
+from ldm.training.estimates import GIB, fake_batch, fake_stage, stage_memory
 
 log = logging.getLogger("bench")
 
 COLUMNS = ("parameters", "gradients", "optimizer", "activations", "total")
 
 
-def main(options: BenchOptions) -> int:
-    """Log the Markdown tables; with --output the numbers as JSON too."""
+def main(options: BenchOptions) -> dict[str, Any]:
+    """Log the Markdown tables; returns the numbers for JSON."""
     stages = stage_configs(options.config, options.overrides)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: list[dict[str, Any]] = []
@@ -38,11 +36,11 @@ def main(options: BenchOptions) -> int:
                 config.training.activation_checkpointing = again
                 memory = stage_memory(config, options.batch_size, half, device)
                 precision = "bf16-mixed" if half else "32-true"
-                log.info("%s", markdown_row((stage, precision, "yes" if again else "no", *_shown(memory))))
+                shown = [f"{getattr(memory, name) / GIB:.2f}" for name in COLUMNS]
+                log.info("%s", markdown_row((stage, precision, "yes" if again else "no", *shown)))
                 results.append({"stage": stage, "precision": precision, "checkpointing": again, **vars(memory)})
     measured = []
-    log.info("")
-    log.info("%s", markdown_head(("stage", "one step, measured", "computed", "seconds")))
+    log.info("\n%s", markdown_head(("stage", "one step, measured", "computed", "seconds")))
     for stage in stages:
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # its peak is its own
             row = pool.apply(one_step, (options.config, stage, options.overrides, options.batch_size))
@@ -50,12 +48,7 @@ def main(options: BenchOptions) -> int:
         numbers = f"{row['peak'] / GIB:.2f}", f"{row['computed'] / GIB:.2f}", f"{row['seconds']:.0f}"
         log.info("%s", markdown_row((stage, *numbers)))
     log.info("in GiB, batch %d; measured: the most that the process ever held (%s)", options.batch_size, _where())
-    if options.output:
-        write_json(
-            options.output,
-            {"where": _where(), "batch_size": options.batch_size, "computed": results, "measured": measured},
-        )
-    return cli.DONE
+    return {"where": _where(), "batch_size": options.batch_size, "computed": results, "measured": measured}
 
 
 def _where() -> str:
@@ -64,13 +57,9 @@ def _where() -> str:
     return f"{device}, {precision}, activation checkpointing, torch {torch.__version__}"
 
 
-def _shown(memory: Memory) -> list[str]:
-    return [f"{getattr(memory, name) / GIB:.2f}" for name in COLUMNS]
-
-
 def one_step(path: Path, stage: str, overrides: list[str], batch_size: int) -> dict[str, Any]:
     """Build the stage and take one optimizer step; {"stage", "peak", "computed", "seconds"}, memory in bytes."""
-    config: Config = stage_configs(path, overrides)[stage]
+    config = stage_configs(path, overrides)[stage]
     config.training.activation_checkpointing, config.training.compile = True, False
     device, half = torch.device("cuda" if torch.cuda.is_available() else "cpu"), half_is_fast()
     computed = stage_memory(config, batch_size, half, device.type).total
@@ -81,6 +70,5 @@ def one_step(path: Path, stage: str, overrides: list[str], batch_size: int) -> d
     loss = float(optimizer_step(made, made.adamw(), batch, half))
     moved = sum(not torch.equal(value, made.trained[key].detach().flatten()[:8]) for key, value in before.items())
     peak = peak_memory(device)
-    seconds = time.perf_counter() - start
-    found = {"stage": stage, "peak": peak, "computed": computed, "seconds": seconds, "loss": loss}
-    return {**found, "tensors": len(before), "moved": moved}
+    numbers = {"stage": stage, "peak": peak, "computed": computed, "seconds": time.perf_counter() - start}
+    return {**numbers, "loss": loss, "tensors": len(before), "moved": moved}

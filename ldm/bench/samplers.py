@@ -28,11 +28,7 @@ from ldm.networks.opening import open_encoder
 
 log = logging.getLogger("compare_samplers")
 
-MEASURES = {  # with the sign of better
-    "frechet_distance": -1,
-    "lesion_detection_rate": 1,
-    "prompt_agreement": 1,
-}
+MEASURES = {"frechet_distance": -1, "lesion_detection_rate": 1, "prompt_agreement": 1}  # with the sign of better
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,10 @@ class SamplerComparison:
     data: Path
     judge: Path
     output_dir: Path
-    seeds: int = 3
-    limit: int | None = None
-    device: str = "auto"
-    overrides: tuple[str, ...] = ()
+    seeds: int
+    limit: int | None
+    device: str
+    overrides: list[str]
 
     def check(self) -> None:
         """UsageError for too few seeds, and for files that are not there."""
@@ -59,7 +55,6 @@ class SamplerComparison:
 
     def inference(self, prompts: Path, folder: Path, seed: int, setting: dict[str, Any]) -> InferenceOptions:
         """The inference of one seed with one setting, into ``folder``."""
-        first, last = setting["guidance_interval"]
         return InferenceOptions(
             output_dir=folder,
             ckpt=self.ckpt,
@@ -71,9 +66,9 @@ class SamplerComparison:
             seed=seed,
             sampler=setting["sampler"],
             steps=setting["steps"],
-            guidance_interval=(first, last),
+            guidance_interval=tuple(setting["guidance_interval"]),
             device=self.device,
-            overrides=self.overrides,
+            overrides=tuple(self.overrides),
         )
 
 
@@ -104,14 +99,9 @@ def compare_samplers(given: SamplerComparison) -> bool:
             images += len(samples)
             log.info("%s, seed %d: %s", name, seed, {key: round(value, 4) for key, value in runs[name][-1].items()})
     compared = verdicts(**runs)
+    counts = {"pictures": images, "real": len(real)}
     measured = {
-        "settings": {
-            "reference": REFERENCE,
-            "fast": FAST,
-            "overrides": list(given.overrides),
-            "pictures": images,
-            "real": len(real),
-        },
+        "settings": {"reference": REFERENCE, "fast": FAST, "overrides": given.overrides, **counts},
         "real": judged(given.judge, prompts, real),
         "seeds": runs,
         "measures": compared,
@@ -119,8 +109,8 @@ def compare_samplers(given: SamplerComparison) -> bool:
     write_json(given.output_dir / "comparison.json", measured)
     for name, row in compared.items():
         verdict = "no worse" if row["no_worse"] else "WORSE"
-        shown = row["reference"], row["fast"], row["spread"], verdict
-        log.info("%-22s 50 steps of DDIM %.4f, fast %.4f, spread of the seeds %.4f: %s", name, *shown)
+        shown = f"{row['reference']:.4f}, fast {row['fast']:.4f}, spread of the seeds {row['spread']:.4f}: {verdict}"
+        log.info("%-22s 50 steps of DDIM %s", name, shown)
     if cli.SOME_REJECTED in codes:
         log.warning("not every picture could be drawn; rejects.json in the folders says why")
     return cli.SOME_REJECTED not in codes
@@ -131,9 +121,8 @@ def common_samples(folders: Sequence[Path]) -> list[list[Sample]]:
     found = [load_samples(folder)[0] for folder in folders]
     names = set.intersection(*({sample.sample_id for sample in samples} for samples in found))
     if len(names) < 2:
-        raise MedSoftError(
-            f"{folders[0]}, {folders[1]}: {len(names)} pictures in common; expected at least 2; draw more"
-        )
+        what = f"{len(names)} pictures in common; expected at least 2; draw more"
+        raise MedSoftError(f"{folders[0]}, {folders[1]}: {what}")
     return [[sample for sample in samples if sample.sample_id in names] for samples in found]
 
 

@@ -10,6 +10,7 @@ import torch
 from open_clip import CustomTextCLIP
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.bench.common import BIOMEDBERT, BIOMEDCLIP
 from ldm.checkpoints.checkpoint import NAMES
 from ldm.config import Config, load_config, stage_configs
 from ldm.core.paths import SHIPPED
@@ -21,27 +22,6 @@ from ldm.networks.msc import ControllerInputs, input_shapes
 from ldm.training.groups import training_groups
 
 BASE = SHIPPED / "models" / "mldm_v15.yaml"
-
-# The network of microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224: model_cfg of its open_clip_config.json. The
-# sizes of its text tower, microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract, are BERT's defaults.
-BIOMEDCLIP = {
-    "embed_dim": 512,
-    "vision_cfg": {
-        "timm_model_name": "vit_base_patch16_224",
-        "timm_model_pretrained": False,
-        "timm_pool": "",
-        "timm_proj": "linear",
-        "image_size": 224,
-    },
-    "text_cfg": {
-        "hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
-        "hf_tokenizer_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
-        "hf_proj_type": "mlp",
-        "hf_pooler_type": "cls_last_hidden_state_pooler",
-        "context_length": 256,
-    },
-}
-BIOMEDBERT = {"model_type": "bert"}
 
 INTRODUCTION = """# Sizes
 

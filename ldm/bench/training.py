@@ -20,9 +20,7 @@ import torch
 
 from ldm.bench.common import BenchOptions, random_biomedclip
 from ldm.config import Config, stage_configs
-from ldm.core import cli
 from ldm.core.devices import peak_memory, resolve_precision
-from ldm.core.files import write_json
 from ldm.features.build import compute_features
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel
@@ -76,7 +74,7 @@ class Steps:
         if self.half and self._frozen_kernels():
             found["other layout of kernels"] = Variant(self._other_layout, True)
         if self.half:
-            found["float32"] = Variant(self._float32_step, False)
+            found["float32"] = Variant(lambda: _in_float32(self.stage.net), False)
         return found
 
     def step(self, variant: Variant) -> None:
@@ -111,8 +109,7 @@ class Steps:
             value.requires_grad_(True)
         yield
         for value in frozen:
-            value.requires_grad_(False)
-            value.grad = None
+            value.requires_grad_(False).grad = None
 
     def _frozen_kernels(self) -> list[torch.nn.Parameter]:
         return [value for value in self._step_parameters() if value.ndim == 4 and not value.requires_grad]
@@ -131,9 +128,6 @@ class Steps:
         net = self.stage.net
         homes = {"autoencoder": "first_stage_model", "text": "cond_stage_model"}
         return _in_float32(self.clip, *(getattr(net, home) for part, home in homes.items() if part in net.parts))
-
-    def _float32_step(self) -> AbstractContextManager:
-        return _in_float32(self.stage.net)
 
 
 @contextmanager
@@ -175,8 +169,8 @@ def measure(steps: Steps, repeats: int, warm_up: int = 1) -> dict[str, list[tupl
     return found
 
 
-def main(options: BenchOptions) -> int:
-    """Measure the stages one after another; the numbers as text and, with --output, as JSON."""
+def main(options: BenchOptions) -> dict[str, Any]:
+    """Measure the stages one after another; logs the numbers and returns them for JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     configs = stage_configs(options.config, options.overrides)
     precision = resolve_precision(next(iter(configs.values())).training.precision)
@@ -192,9 +186,7 @@ def main(options: BenchOptions) -> int:
             gc.collect()
     peak = peak_memory(device)
     log.info("most memory: %.1f GiB", peak / GIB)
-    if options.output:
-        write_json(options.output, {"where": where, "precision": precision, "peak_bytes": peak, "stages": results})
-    return cli.DONE
+    return {"where": where, "precision": precision, "peak_bytes": peak, "stages": results}
 
 
 def report(

@@ -8,6 +8,7 @@ import torch
 from tiny import MODELS, ROOT, STAGES, call
 
 from ldm.bench import sizes
+from ldm.bench.common import BIOMEDBERT, BIOMEDCLIP
 from ldm.config import load_config
 from ldm.networks.biomedclip import build_clip
 from ldm.networks.model import MedSoftModel
@@ -33,7 +34,7 @@ def true_size() -> tuple[Any, Any, Any]:
     """Configuration, MedSoftModel and BiomedCLIP on the meta device."""
     config = load_config(MODELS / "mldm_v15.yaml")
     with torch.device("meta"):
-        return config, MedSoftModel(config), build_clip(sizes.BIOMEDCLIP, sizes.BIOMEDBERT)
+        return config, MedSoftModel(config), build_clip(BIOMEDCLIP, BIOMEDBERT)
 
 
 def test_parameters_are_those_of_the_published_models(true_size: tuple[Any, Any, Any]) -> None:
