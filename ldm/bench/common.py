@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ldm.checkpoints.checkpoint import NEW_IN_UNET
 from ldm.config import Config
 from ldm.core.files import write_json
 from ldm.core.paths import SHIPPED
@@ -66,7 +67,7 @@ def diffusers_twins(model: MedSoftModel, config: Config) -> tuple[Any, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
-    state = {key: value for key, value in model.state_dict().items() if ".attn3." not in key and ".norm4." not in key}
+    state = {key: value for key, value in model.state_dict().items() if not NEW_IN_UNET.match(key)}
     widths = [config.unet.model_channels * mult for mult in config.unet.channel_mult]
     cross = [level in config.unet.attention_levels for level in range(len(widths))]
     unet = UNet2DConditionModel(

@@ -129,7 +129,7 @@ def common_samples(folders: Sequence[Path]) -> list[list[Sample]]:
 def features(samples: Sequence[Sample], encoder: ImageTextEncoder, config: Config) -> Tensor:
     """The encoder's global tokens (N, D) of the samples' crops, as the model sees them."""
     crops = torch.stack([prepare(sample, config.data, 0, 0).image for sample in samples])
-    return crop_features(encoder, crops.split(config.sampling.batch_size))
+    return torch.cat([crop_features(encoder, each) for each in crops.split(config.sampling.batch_size)])
 
 
 def judged(judge: Path, source: Path, samples: Sequence[Sample]) -> dict[str, float]:

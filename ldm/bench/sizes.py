@@ -11,7 +11,7 @@ from open_clip import CustomTextCLIP
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.bench.common import BIOMEDBERT, BIOMEDCLIP
-from ldm.checkpoints.checkpoint import NAMES
+from ldm.checkpoints.checkpoint import NAMES, NEW_IN_UNET
 from ldm.config import Config, load_config, stage_configs
 from ldm.core.paths import SHIPPED
 from ldm.core.tables import markdown_table
@@ -68,7 +68,7 @@ def parameters(model: MedSoftModel, clip: CustomTextCLIP | None = None) -> list[
 
     def count(prefix: str, third: bool = False) -> int:
         found = (key for key in named if key.startswith(prefix))
-        return sum(named[key] for key in found if third == (".attn3." in key or ".norm4." in key))
+        return sum(named[key] for key in found if third == bool(NEW_IN_UNET.match(key)))
 
     rows = [
         ("U-Net (Stable Diffusion 1.5 inpainting)", count("model.")),

@@ -1,5 +1,6 @@
 """Does a synthetic lesion repeat a training lesion? Its nearest training lesions by features, then by pixels."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from tqdm import tqdm
 from ldm.core.errors import MedSoftError
 from ldm.evaluation.lesions import Lesion, lesion_rows
 from ldm.evaluation.metrics import correlation
+
+log = logging.getLogger("evaluate")
 
 CANDIDATES = 10  # nearest training lesions whose pixels are compared
 REACH = 3  # pixels by which a lesion may have moved
@@ -41,11 +44,11 @@ class CopyCheck:
 
     @property
     def copies(self) -> list[Neighbour]:
-        """Most alike first."""
         return [each for each in self.ranked if each.correlation >= self.threshold]
 
     @property
     def ranked(self) -> list[Neighbour]:
+        """Most alike first."""
         return sorted(self.neighbours, key=lambda each: (-each.correlation, each.lesion.sample.sample_id))
 
 
@@ -73,11 +76,8 @@ def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> l
     same = lesions is train
     cosines, found = lesion_rows(lesions, "alone") @ lesion_rows(train, "alone").T, []
     for row, lesion in enumerate(tqdm(lesions, desc=name, leave=False, disable=None)):
-        allowed = [
-            column
-            for column, other in enumerate(train)
-            if not same or other.sample.patient_id != lesion.sample.patient_id
-        ]
+        patient = lesion.sample.patient_id if same else None
+        allowed = [column for column, other in enumerate(train) if other.sample.patient_id != patient]
         if not allowed:
             continue
         order = sorted(allowed, key=lambda column: -float(cosines[row, column]))[:CANDIDATES]
@@ -88,8 +88,9 @@ def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> l
     return found
 
 
-def quarantine_copies(copies: Sequence[Neighbour], folder: Path, target: Path) -> None:
-    """Move the sample folders of copies out of the synthetic folder into ``target``, keeping their relative paths."""
+def quarantine_copies(copies: Sequence[Neighbour], folder: Path) -> None:
+    """Move the sample folders of copies from the synthetic ``folder`` to FOLDER_quarantine, under the same paths."""
+    target = folder.with_name(f"{folder.name}_quarantine")
     for each in copies:
         sample_folder = each.lesion.sample.image.parent
         goal = target / sample_folder.relative_to(folder.resolve())
@@ -97,3 +98,5 @@ def quarantine_copies(copies: Sequence[Neighbour], folder: Path, target: Path) -
             raise MedSoftError(f"{goal}: is there already; move it away, then run again")
         goal.parent.mkdir(parents=True, exist_ok=True)
         sample_folder.rename(goal)
+    if copies:
+        log.warning("%d copies moved to %s", len(copies), target)

@@ -84,17 +84,18 @@ def read_lesions(
     samples: Sequence[Sample], data: DataConfig, encoder: ImageTextEncoder, name: str
 ) -> tuple[list[Lesion], list[Reject]]:
     """The diseased samples among ``samples``; those that cannot be read come back as rejects."""
-    found, rejects, waiting = [], [], []
+    found: list[Lesion] = []
+    rejects, waiting = [], []
     diseased = [sample for sample in samples if not sample.healthy]
-    for sample in tqdm(diseased, desc=f"reading {name}", leave=False, disable=None):
+    for number, sample in enumerate(tqdm(diseased, desc=f"reading {name}", leave=False, disable=None), start=1):
         try:
             waiting.append((sample, prepare(sample, data, 0, 0)))
         except MedSoftError as error:
             rejects.append(Reject(sample.sample_id, sample.image, str(error)))
-        if len(waiting) == BATCH:
+        if waiting and (len(waiting) == BATCH or number == len(diseased)):
             found += _lesions(waiting, encoder)
             waiting = []
-    return found + (_lesions(waiting, encoder) if waiting else []), rejects
+    return found, rejects
 
 
 def _lesions(read: Sequence[tuple[Sample, PreparedSample]], encoder: ImageTextEncoder) -> list[Lesion]:
@@ -104,8 +105,8 @@ def _lesions(read: Sequence[tuple[Sample, PreparedSample]], encoder: ImageTextEn
     grey = F.interpolate(images.mean(dim=1, keepdim=True), size=(side, side), mode="area")
     crops = ((grey + 1) * 127.5).round().clamp(0, 255).byte().squeeze(1).numpy()
     inside = (F.adaptive_max_pool2d(masks, side) >= FULLY).squeeze(1).numpy()
-    alone = F.normalize(crop_features(encoder, [images], [masks < FULLY]), dim=1)
-    rows = zip(crops, inside, crop_features(encoder, [images]), alone, image_embeddings(encoder, [images]), strict=True)
+    alone = F.normalize(crop_features(encoder, images, masks < FULLY), dim=1)
+    rows = zip(crops, inside, crop_features(encoder, images), alone, image_embeddings(encoder, images), strict=True)
     return [
         Lesion(sample, crop, within, *_native_numbers(image), features, own, embedding)
         for (sample, image), (crop, within, features, own, embedding) in zip(read, rows, strict=True)
@@ -125,9 +126,6 @@ def _native_numbers(image: PreparedSample) -> tuple[float, float, float]:
 def lesion_rows(lesions: Sequence[Lesion], name: str) -> Tensor:
     """One of the lesions' rows as float64 (N, D)."""
     return torch.stack([getattr(lesion, name) for lesion in lesions])
-
-
-# ------------------------------------------------------------------------------------------------------ distances
 
 
 def set_distances(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
@@ -159,14 +157,9 @@ def small_sample_warnings(real: int, synthetic: int, dimensions: int) -> list[st
     if fewest < 50:
         warnings.append(f"{fewest} pictures in the smaller set: kernel distance, density and coverage are rough.")
     if real <= 2 * (NEIGHBOURS + 1):
-        warnings.append(
-            f"Density and coverage need more than {2 * (NEIGHBOURS + 1)} real pictures, {real} were given: not "
-            "measured."
-        )
+        needed = f"Density and coverage need more than {2 * (NEIGHBOURS + 1)} real pictures"
+        warnings.append(f"{needed}, {real} were given: not measured.")
     return warnings
-
-
-# ------------------------------------------------------------------------------------------------------ parents
 
 
 def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
@@ -178,13 +171,11 @@ def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
     regions = {name: {"ssim": [], "psnr": []} for name in ("outside", "inside")}
     equal, orphans = 0, 0
     for lesion in tqdm(synthetic, desc="parents", leave=False, disable=None):
-        if not isinstance(lesion.sample.meta.get("parent_image"), str) or lesion.sample.soft_mask is None:
-            orphans += 1
-            continue
         try:
             image = read_result(lesion.sample)
         except MedSoftError as error:
-            log.warning("not compared with its parent: %s", error)
+            if isinstance(lesion.sample.meta.get("parent_image"), str) and lesion.sample.soft_mask is not None:
+                log.warning("not compared with its parent: %s", error)
             orphans += 1
             continue
         original, result = (x if x.ndim == 2 else x.mean(axis=2) for x in image.shown())
@@ -209,25 +200,19 @@ def as_dict(estimate: Estimate | None) -> dict[str, Any] | None:
     return None if estimate is None else dataclasses.asdict(estimate)
 
 
-# ------------------------------------------------------------------------------------------------------ text
-
-
 def text_agreement(encoder: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict[str, Any] | None:
     """Cosine of each crop with its own prompt and, on average, with others'; how often its own is the closer one.
 
     Others': prompts with other words and, where both are known, of another lesion type. None without any such pair.
     """
     prompts = [lesion.sample.prompt for lesion in lesions]
-    types = [lesion.sample.lesion_type for lesion in lesions]
     texts = list(dict.fromkeys(prompts))
     own_column = torch.tensor([texts.index(prompt) for prompt in prompts])
-    type_of = dict(zip(prompts, types, strict=True))
+    pairs = [(lesion.sample.prompt, lesion.sample.lesion_type) for lesion in lesions]
+    type_of = dict(pairs)
     cosines = lesion_rows(lesions, "embedding") @ text_embeddings(encoder, texts).T  # (N, T)
     comparable = torch.tensor(
-        [
-            [text != prompt and not (lesion_type and lesion_type == type_of[text]) for text in texts]
-            for prompt, lesion_type in zip(prompts, types, strict=True)
-        ]
+        [[text != prompt and not (kind and kind == type_of[text]) for text in texts] for prompt, kind in pairs]
     )
     if not comparable.any():
         return None
@@ -240,8 +225,6 @@ def text_agreement(encoder: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict
     numbers = {"own": own, "others": mean_other, "difference": own - mean_other, "own_is_closer": wins}
     return {name: as_dict(mean_of(each.tolist(), patients)) for name, each in numbers.items()}
 
-
-# ------------------------------------------------------------------------------------------------------ distributions
 
 MEASURES = {"diameter": "equivalent diameter, pixels", "contrast": "mean inside - ring around", "texture": "std inside"}
 

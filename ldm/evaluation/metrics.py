@@ -43,35 +43,24 @@ class PrecomputedFeatures(nn.Module):
         return features
 
 
-# ------------------------------------------------------------------------------------------------------ features
-
-
 @torch.no_grad()
-def crop_features(
-    encoder: ImageTextEncoder, images: Sequence[Tensor], hidden: Sequence[Tensor] | None = None
-) -> Tensor:
-    """The encoder's global token of each image, float64 (N, D).
+def crop_features(encoder: ImageTextEncoder, images: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """The encoder's global token of each image (N, 3, S, S) in [-1, 1]: float64 (N, D).
 
-    ``images``: batches (B, 3, S, S) in [-1, 1]; ``hidden``: for each batch (B, 1, S, S), > 0 where nothing is seen.
+    ``hidden``: (N, 1, S, S), > 0 where nothing is seen.
     """
-    masks: Sequence[Tensor | None] = [None] * len(images) if hidden is None else hidden
-    found = [encoder.encode_image(image, mask)[1].double().cpu() for image, mask in zip(images, masks, strict=True)]
-    return torch.cat(found)
+    return encoder.encode_image(images, hidden)[1].double().cpu()
 
 
 @torch.no_grad()
-def image_embeddings(encoder: ImageTextEncoder, images: Sequence[Tensor]) -> Tensor:
-    """Projected image embeddings of length 1, comparable with ``text_embeddings``: float64 (N, E)."""
-    found = [encoder.embed_image(image).double().cpu() for image in images]
-    return F.normalize(torch.cat(found), dim=1)
+def image_embeddings(encoder: ImageTextEncoder, images: Tensor) -> Tensor:
+    """Projected embeddings of length 1 of images (N, 3, S, S), comparable with ``text_embeddings``: float64 (N, E)."""
+    return F.normalize(encoder.embed_image(images).double().cpu(), dim=1)
 
 
 def text_embeddings(encoder: ImageTextEncoder, prompts: Sequence[str]) -> Tensor:
     """Projected text embeddings of length 1, float64 (N, E)."""
     return F.normalize(encoder.encode_text(prompts).double().cpu(), dim=1)
-
-
-# ------------------------------------------------------------------------------------------------------ set distances
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -100,50 +89,49 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
     return float(metric.compute()[0])
 
 
-def density(real: Tensor, other: Tensor, k: int = NEIGHBOURS) -> float:
-    """How many real neighbourhoods an ``other`` image lies in, over k: 1 for the real distribution itself.
+def density(real: Tensor, other: Tensor) -> float:
+    """How many real neighbourhoods an ``other`` image lies in, over NEIGHBOURS: 1 for the real distribution itself.
 
     Naeem et al. 2020, "Reliable fidelity and diversity metrics". A real image's neighbourhood is the ball to its
-    k-th nearest other real one. Needs more than k real rows.
+    NEIGHBOURS-th nearest other real one. Needs more than NEIGHBOURS real rows.
     """
-    return float(_inside(real, other, k).double().sum() / (k * len(other)))
+    return float(_inside(real, other).double().sum() / (NEIGHBOURS * len(other)))
 
 
-def coverage(real: Tensor, other: Tensor, k: int = NEIGHBOURS) -> float:
+def coverage(real: Tensor, other: Tensor) -> float:
     """Share of real neighbourhoods (see ``density``) that hold an ``other`` image: 1 = all of the variety."""
-    return float(_inside(real, other, k).any(dim=1).double().mean())
+    return float(_inside(real, other).any(dim=1).double().mean())
 
 
-def _inside(real: Tensor, other: Tensor, k: int) -> Tensor:
+def _inside(real: Tensor, other: Tensor) -> Tensor:
     """Bool (N, M): is the other image within the real one's neighbourhood?"""
-    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest one is the image itself
+    radius = torch.cdist(real, real).kthvalue(NEIGHBOURS + 1, dim=1).values  # the nearest one is the image itself
     return torch.cdist(real, other) < radius[:, None]
 
 
-def by_halves(measure: Callable[[Tensor, Tensor], float], first: Tensor, second: Tensor, seed: int = 0) -> Estimate:
+def by_halves(measure: Callable[[Tensor, Tensor], float], first: Tensor, second: Tensor) -> Estimate:
     """``measure`` of two feature sets with an interval by half-samples (delete-half jackknife, Shao and Wu 1989).
 
     The spread of the number over random halves, drawn without replacement, is its standard error on the whole; the
     interval is 1.96 of that to either side, and too wide (up to twice) where the two sets hardly differ. None with
-    fewer than 2 (k + 1) rows in a set.
+    fewer than 2 (NEIGHBOURS + 1) rows in a set.
     """
     value, least = measure(first, second), 2 * (NEIGHBOURS + 1)
     if min(len(first), len(second)) < least:
         return Estimate(value)
-    generator = torch.Generator().manual_seed(seed)
-    found = []
+    generator, found = torch.Generator().manual_seed(0), []
     for _ in range(HALVES):
-        halves = [x[torch.randperm(len(x), generator=generator)[: len(x) // 2]] for x in (first, second)]
+        halves = (x[torch.randperm(len(x), generator=generator)[: len(x) // 2]] for x in (first, second))
         found.append(measure(*halves))
     half = 1.96 * float(np.std(found, ddof=1))
     return Estimate(value, value - half, value + half)
 
 
-def between_halves(measure: Callable[[Tensor, Tensor], float], features: Tensor, seed: int = 0) -> float | None:
+def between_halves(measure: Callable[[Tensor, Tensor], float], features: Tensor) -> float | None:
     """Mean of ``measure`` between two random halves of one set: what two sets of one kind, so small, differ by."""
     if len(features) < 4 * (NEIGHBOURS + 1):
         return None
-    generator, found = torch.Generator().manual_seed(seed), []
+    generator, found = torch.Generator().manual_seed(0), []
     for _ in range(HALVES // 5):
         order = torch.randperm(len(features), generator=generator)
         found.append(measure(features[order[: len(order) // 2]], features[order[len(order) // 2 :]]))
@@ -155,9 +143,7 @@ def mean_of(values: Sequence[float], patients: Sequence[str]) -> Estimate | None
     return ratio_of(values, [1.0] * len(values), patients) if len(values) else None
 
 
-def ratio_of(
-    numerators: Sequence[float], denominators: Sequence[float], patients: Sequence[str], seed: int = 0
-) -> Estimate:
+def ratio_of(numerators: Sequence[float], denominators: Sequence[float], patients: Sequence[str]) -> Estimate:
     """Sum of the numerators over sum of the denominators, of at least one image each with its patient.
 
     The interval is a percentile bootstrap over patients, since the images of one patient resemble each other; with as
@@ -170,13 +156,10 @@ def ratio_of(
         return Estimate(value)
     by_patient = np.zeros((2, len(known)))
     np.add.at(by_patient.T, [known[patient] for patient in patients], sums.T)
-    chosen = np.random.default_rng(seed).integers(0, len(known), (DRAWS, len(known)))
+    chosen = np.random.default_rng(0).integers(0, len(known), (DRAWS, len(known)))
     resampled = by_patient[:, chosen].sum(axis=2)
     low, high = np.percentile(resampled[0] / resampled[1], (2.5, 97.5))
     return Estimate(value, float(low), float(high))
-
-
-# ------------------------------------------------------------------------------------------------------ likeness
 
 
 def likeness(first: np.ndarray, second: np.ndarray, region: np.ndarray) -> tuple[float, float] | None:
@@ -189,9 +172,9 @@ def likeness(first: np.ndarray, second: np.ndarray, region: np.ndarray) -> tuple
     a, b = (torch.from_numpy(np.ascontiguousarray(x)).double()[None, None] for x in (first, second))
     inside = torch.from_numpy(region)[None, None]
     _, full = structural_similarity_index_measure(a, b, data_range=1.0, return_full_image=True)
-    if torch.equal(a[inside], b[inside]):
-        return float(full[inside].mean()), math.inf
-    return float(full[inside].mean()), float(peak_signal_noise_ratio(a[inside], b[inside], data_range=1.0))
+    equal = torch.equal(a[inside], b[inside])
+    psnr = math.inf if equal else float(peak_signal_noise_ratio(a[inside], b[inside], data_range=1.0))
+    return float(full[inside].mean()), psnr
 
 
 def correlation(first: np.ndarray, mask: np.ndarray, second: np.ndarray, other: np.ndarray, reach: int) -> float:

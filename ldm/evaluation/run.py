@@ -14,7 +14,7 @@ from ldm.core.schema import identity
 from ldm.data.annotations import load_samples
 from ldm.data.preparation import sample_identity
 from ldm.data.samples import Reject, Sample
-from ldm.evaluation.copies import CopyCheck, check_copies, quarantine_copies
+from ldm.evaluation.copies import check_copies, quarantine_copies
 from ldm.evaluation.lesions import (
     Lesion,
     distributions,
@@ -29,6 +29,8 @@ from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.opening import open_encoder
 
 log = logging.getLogger("evaluate")
+
+EXTRACTOR = "BiomedCLIP, CLS token after the trunk's final norm, of the model's crop around the lesion"
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,8 @@ class Sources:
             if not path.exists():
                 raise UsageError(f"{path}: does not exist; expected a dataset folder or an annotation file")
         if self.real.resolve() == self.synthetic.resolve():
-            raise UsageError(
-                f"{self.real}: REAL and SYNTH are the same; expected real samples and results of dataset_infer.py"
-            )
+            same = "REAL and SYNTH are the same; expected real samples and results of dataset_infer.py"
+            raise UsageError(f"{self.real}: {same}")
 
 
 def evaluate(
@@ -93,7 +94,7 @@ def evaluate(
         write_files(output_dir, measured, copies, lesions, rejects)
         folder.finish(**measured)
         if quarantine:
-            _quarantine(copies, sources.synthetic)
+            quarantine_copies(copies.copies, sources.synthetic)
     _log_summary(output_dir, measured, rejects)
     return not (copies.copies or rejects)
 
@@ -124,10 +125,8 @@ def _read_lesions(
     lesions.setdefault("train", lesions["real"])
     for name, least in (("real", 2), ("synthetic", 2), ("train", 1)):
         if len(lesions[name]) < least:
-            raise MedSoftError(
-                f"{sources.by_name()[name]}: expected at least {least} diseased samples with a mask, found "
-                f"{len(lesions[name])}"
-            )
+            wanted = f"expected at least {least} diseased samples with a mask, found {len(lesions[name])}"
+            raise MedSoftError(f"{sources.by_name()[name]}: {wanted}")
     return lesions
 
 
@@ -135,14 +134,10 @@ def _measure(encoder: ImageTextEncoder, lesions: Mapping[str, list[Lesion]]) -> 
     """Everything but copies."""
     real, synthetic = lesions["real"], lesions["synthetic"]
     dimensions = encoder.token_dim
+    extractor = {"fingerprint": encoder.fingerprint, "dimensions": dimensions}
     return {
         "pictures": {name: len(each) for name, each in lesions.items()},
-        "extractor": {
-            "name": "BiomedCLIP, CLS token after the trunk's final norm, of the model's crop around the lesion",
-            "folder": str(encoder.folder),
-            "fingerprint": encoder.fingerprint,
-            "dimensions": dimensions,
-        },
+        "extractor": {"name": EXTRACTOR, "folder": str(encoder.folder), **extractor},
         "warnings": [*small_sample_warnings(len(real), len(synthetic), dimensions), *_shared_patients(lesions)],
         "distances": set_distances(real, synthetic),
         "parents": parent_likeness(synthetic),
@@ -156,17 +151,8 @@ def _shared_patients(lesions: Mapping[str, list[Lesion]]) -> list[str]:
     if lesions["train"] is lesions["real"]:
         return []
     train, real = ({each.sample.patient_id for each in lesions[name]} for name in ("train", "real"))
-    warning = (
-        f"{len(train & real)} patients of REAL are also in the training set: it is no yardstick for what was not seen."
-    )
-    return [warning] if train & real else []
-
-
-def _quarantine(check: CopyCheck, synthetic: Path) -> None:
-    if check.copies:
-        target = synthetic.with_name(f"{synthetic.name}_quarantine")
-        quarantine_copies(check.copies, synthetic, target)
-        log.warning("%d copies moved to %s", len(check.copies), target)
+    what = "patients of REAL are also in the training set: it is no yardstick for what was not seen."
+    return [f"{len(train & real)} {what}"] if train & real else []
 
 
 def _log_summary(folder: Path, measured: Mapping[str, Any], rejects: list[Reject]) -> None:

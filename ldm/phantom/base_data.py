@@ -16,15 +16,13 @@ from ldm.phantom.spines import BASE_WORLD, biomedclip_pairs, render_phantom
 
 def healthy_crops(config: DataConfig, count: int, masks: int) -> tuple[Tensor, Tensor]:
     """Crops (count * masks, 1, S, S) in [0, 1] around lesion-shaped masks in healthy spines, and the soft masks."""
-    crops, softs = [], []
+    pairs = []
     for index in tqdm(range(count), desc="healthy spines", leave=False):
         phantom = render_phantom(BASE_WORLD, index, None)
         for k in range(masks):
             hard = lesion_shaped(phantom.anatomy == TARGET_LABEL, named_seed("base", index, k))
-            crop, soft = _crop(config, phantom.image, hard)
-            crops.append(crop)
-            softs.append(soft)
-    return _stacked(crops), _stacked(softs)
+            pairs.append(_crop(config, phantom.image, hard))
+    return _stacked([crop for crop, _ in pairs]), _stacked([soft for _, soft in pairs])
 
 
 def generic_images(config: DataConfig, count: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -33,7 +31,7 @@ def generic_images(config: DataConfig, count: int) -> tuple[Tensor, Tensor, list
     for index in tqdm(range(count), desc="generic images", leave=False):
         image, mask, prompt = generic_image(np.random.default_rng(named_seed("generic", index)))
         images.append(image)
-        softs.append(soft_mask_for(Mask(mask.astype(np.float32)), _feather(config)))
+        softs.append(_soft(config, mask))
         prompts.append(prompt)
     return _stacked(images), _stacked(softs), prompts
 
@@ -58,13 +56,13 @@ def clip_pairs(config: DataConfig, count: int) -> tuple[Tensor, list[str]]:
 
 def _crop(config: DataConfig, image: np.ndarray, hard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The crop that the model would see around this hard mask (HxW), and the soft mask in it."""
-    soft = soft_mask_for(Mask(hard.astype(np.float32)), _feather(config))
+    soft = _soft(config, hard)
     window = Fit(config.fit, config.image_size, config.context).crop_window(image.shape, soft)
     return window.forward(to_unit(image)), window.forward_mask(soft)
 
 
-def _feather(config: DataConfig) -> Feather:
-    return Feather(config.feather, config.feather_unit)
+def _soft(config: DataConfig, hard: np.ndarray) -> np.ndarray:
+    return soft_mask_for(Mask(hard.astype(np.float32)), Feather(config.feather, config.feather_unit))
 
 
 def _stacked(images: list[np.ndarray]) -> Tensor:

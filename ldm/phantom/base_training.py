@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ldm.checkpoints.checkpoint import read_tensors, write_checkpoint
+from ldm.checkpoints.checkpoint import NEW_IN_UNET, read_tensors, write_checkpoint
 from ldm.config import Config, DataConfig, DiffusionConfig
 from ldm.core.devices import autocast
 from ldm.core.errors import UsageError
@@ -38,6 +38,7 @@ AUTOENCODER_NAME = "autoencoder.safetensors"  # until the whole checkpoint is wr
 CLIP_NAME = "biomedclip/open_clip_pytorch_model.bin"
 LOG_NAME = "training_log.csv"
 COLUMNS = ("part", "step", "loss", "seconds", "psnr_or_hits")
+Rows = list[dict[str, str]]  # of one part in the log
 
 
 def train_base(config: Config, output: Path, steps: Mapping[str, int], seed: int = 0, overwrite: bool = False) -> None:
@@ -56,10 +57,13 @@ def train_base(config: Config, output: Path, steps: Mapping[str, int], seed: int
             if found and not overwrite:
                 log.info("%s: already trained (in %s)", part, found[0])
             else:
-                train[part](config, output, steps[part], seed)
+                rows = train[part](config, output, steps[part], seed)
+                path = output / LOG_NAME
+                before = read_table(path, COLUMNS, "training log") if path.exists() else []
+                write_csv(path, [*(row for row in before if row["part"] != part), *rows], COLUMNS)
 
 
-def train_autoencoder(config: Config, output: Path, steps: int, seed: int, batch: int = 16) -> None:
+def train_autoencoder(config: Config, output: Path, steps: int, seed: int, batch: int = 16) -> Rows:
     """Reconstruction (squared error, and that of the gradients) with a slight pull of latents to the normal."""
     torch.manual_seed(named_seed("autoencoder", seed))
     net = Autoencoder(config.autoencoder)
@@ -82,7 +86,7 @@ def train_autoencoder(config: Config, output: Path, steps: int, seed: int, batch
     rows = logged("autoencoder", losses, steps, lambda psnr: f"{psnr:.2f}")
     rescale(net, data[:256] * 2 - 1, config.diffusion)
     write_checkpoint(output / AUTOENCODER_NAME, net.state_dict(), {})
-    write_log(output, rows)
+    return rows
 
 
 @torch.no_grad()
@@ -96,7 +100,7 @@ def rescale(net: Autoencoder, images: Tensor, config: DiffusionConfig) -> None:
     net.post_quant_conv.weight *= spread
 
 
-def train_unet(config: Config, output: Path, steps: int, seed: int, batch: int = 32) -> None:
+def train_unet(config: Config, output: Path, steps: int, seed: int, batch: int = 32) -> Rows:
     """Inpainting with plain words; the third attention does not exist here, as it does not in Stable Diffusion."""
     autoencoder = output / AUTOENCODER_NAME
     if not autoencoder.exists():
@@ -107,7 +111,7 @@ def train_unet(config: Config, output: Path, steps: int, seed: int, batch: int =
     model.first_stage_model.requires_grad_(False)
     moments, masked, softs, prompts = latents(model, config.data, steps * batch)
     for name, parameter in model.named_parameters():
-        if is_third_attention(name):
+        if NEW_IN_UNET.match(name):
             parameter.requires_grad_(False)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=False)
     smooth = torch.ones(())
@@ -118,9 +122,8 @@ def train_unet(config: Config, output: Path, steps: int, seed: int, batch: int =
         latent = model.scaled(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
         t = torch.randint(0, model.schedule.timesteps, (len(chosen),))
         noise = torch.randn_like(latent)
-        chosen_prompts = [
-            "" if torch.rand(()) < 0.1 else prompts[index][number % len(prompts[index])] for index in chosen
-        ]
+        given = [prompts[index] for index in chosen]
+        chosen_prompts = ["" if torch.rand(()) < 0.1 else each[number % len(each)] for each in given]
         noisy = model.schedule.add_noise(latent, noise, t)
         with autocast(CPU):
             text = model.cond_stage_model(chosen_prompts)
@@ -138,9 +141,11 @@ def train_unet(config: Config, output: Path, steps: int, seed: int, batch: int =
             yield smooth, figure
 
     rows = logged("unet", averaged(), steps, lambda figure: "")
-    save_base(average.module, output / CHECKPOINT_NAME)
+    # Half precision, without the parts Stable Diffusion does not have.
+    state = {key: value.half() for key, value in average.module.state_dict().items() if not NEW_IN_UNET.match(key)}
+    write_checkpoint(output / CHECKPOINT_NAME, state, {"origin": "tool/train_phantom_base.py"})
     autoencoder.unlink()
-    write_log(output, rows)
+    return rows
 
 
 @torch.no_grad()
@@ -162,18 +167,7 @@ def latents(
     return (torch.cat(means), torch.cat(logvars)), torch.cat(masked), model.latent_mask(softs), prompts
 
 
-def is_third_attention(key: str) -> bool:
-    """Whether a parameter belongs to what Stable Diffusion does not have."""
-    return ".attn3." in key or ".norm4." in key
-
-
-def save_base(model: torch.nn.Module, path: Path) -> None:
-    """Half precision, without the parts Stable Diffusion does not have."""
-    state = {key: value.half() for key, value in model.state_dict().items() if not is_third_attention(key)}
-    write_checkpoint(path, state, {"origin": "tool/train_phantom_base.py"})
-
-
-def train_clip(config: Config, output: Path, steps: int, seed: int, batch: int = 64) -> None:
+def train_clip(config: Config, output: Path, steps: int, seed: int, batch: int = 64) -> Rows:
     """Contrastive training on crops of healthy and diseased phantoms and their prompts, through open_clip."""
     folder = output / "biomedclip"
     images, prompts = clip_pairs(config.data, min(BIOMEDCLIP_PAIRS, steps * batch))
@@ -203,11 +197,11 @@ def train_clip(config: Config, output: Path, steps: int, seed: int, batch: int =
             yield values
 
     rows = logged("clip", limited(), steps, lambda hits: f"{hits:.3f}")
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # torch.save itself would not tell a full disk as an OSError
     torch.save(net.state_dict(), buffer)
     with atomic_file(output / CLIP_NAME) as handle:
         handle.write(buffer.getvalue())
-    write_log(output, rows)
+    return rows
 
 
 def batches(count: int, size: int, steps: int, part: str, seed: int) -> Iterator[tuple[int, Tensor]]:
@@ -221,7 +215,7 @@ def batches(count: int, size: int, steps: int, part: str, seed: int) -> Iterator
         order = order[size:]
 
 
-def logged(part: str, losses: Iterable[Loss], steps: int, shown: Callable[[float], str]) -> list[dict[str, str]]:
+def logged(part: str, losses: Iterable[Loss], steps: int, shown: Callable[[float], str]) -> Rows:
     """Run all steps; a row of the log for every twentieth and for the last one."""
     rows, start = [], time.monotonic()
     for number, (loss, figure) in enumerate(losses):
@@ -229,10 +223,3 @@ def logged(part: str, losses: Iterable[Loss], steps: int, shown: Callable[[float
             values = part, str(number), f"{loss.item():.5f}", f"{time.monotonic() - start:.0f}", shown(figure.item())
             rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
-
-
-def write_log(output: Path, rows: list[dict[str, str]]) -> None:
-    """Replace one part's rows in OUTPUT/training_log.csv."""
-    path = output / LOG_NAME
-    before = read_table(path, COLUMNS, "training log") if path.exists() else []
-    write_csv(path, [*(row for row in before if row["part"] != rows[0]["part"]), *rows], COLUMNS)

@@ -28,7 +28,7 @@ def calibrate(seed: int) -> str:
     start = time.perf_counter()
     with tqdm(desc="steps", total=FEW_RUNS * _steps(*FEW) + _steps(*MANY)) as bar:
         test_x, test_y = _images(1000 + seed, *TEST)
-        severities = np.array([severity or "healthy" for *_, severity in plan(*TEST)])
+        severities = np.array([severity or "healthy" for _, _, severity, _ in plan(*TEST)])
         few = []
         for run in range(FEW_RUNS):
             network = _train(*_images(2000 + FEW_RUNS * seed + run, *FEW[:2]), *FEW, seed=run, bar=bar)
@@ -41,8 +41,7 @@ def calibrate(seed: int) -> str:
     return (
         f"test AUC {sum(few) / len(few):.3f} ({min(few):.3f}-{max(few):.3f}, {len(few)} runs) with {FEW[1]} diseased "
         f"and {FEW[0]} healthy patients; {many:.3f} with {MANY[1]} and {MANY[0]} (called diseased: {called}); "
-        f"{len(test_y)} test patients; "
-        f"{(time.perf_counter() - start) / 60:.1f} minutes on {_hardware()}"
+        f"{len(test_y)} test patients; {(time.perf_counter() - start) / 60:.1f} minutes on {_hardware()}"
     )
 
 
@@ -52,10 +51,7 @@ def _steps(healthy: int, diseased: int, epochs: int, batch: int) -> int:
 
 def _images(seed: int, healthy: int, diseased: int) -> tuple[Tensor, np.ndarray]:
     """Whole phantoms resized to float32 Nx1x64x64, about zero mean, and whether each has a lesion."""
-    phantoms = [
-        render_phantom(seed, index, lesion_type, severity, n)
-        for index, n, lesion_type, severity in plan(healthy, diseased)
-    ]
+    phantoms = [render_phantom(seed, *each) for each in plan(healthy, diseased)]
     small = [cv2.resize(phantom.image, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for phantom in phantoms]
     pixels = torch.from_numpy(np.stack(small)).float()[:, None] / 255
     return (pixels - 0.35) / 0.2, np.array([not phantom.healthy for phantom in phantoms])

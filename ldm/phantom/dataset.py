@@ -1,7 +1,6 @@
 """Dataset folders of phantoms: every sample folder whole, the record of the arguments last."""
 
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -23,6 +22,7 @@ from ldm.phantom.spines import (
 )
 
 INDEX_FILE = "phantoms.json"
+META = ("sample_id", "patient_id", "lesion_type", "level", "severity", "spacing_mm", "seed")  # of meta.json
 TILE = 148  # pixels of a contact sheet; no phantom is larger
 
 
@@ -44,14 +44,9 @@ def write_dataset(
     arguments = {"version": VERSION, "seed": seed, "healthy": n_healthy, "diseased": n_diseased}
     arguments["per_patient"] = per_patient
     if n_healthy < 0 or n_diseased < 0 or n_healthy + n_diseased == 0 or per_patient < 1 or seed < 0:
-        raise UsageError(
-            f"{root}: expected counts of at least 0 (not both 0), per_patient of at least 1, seed of at "
-            f"least 0; found {arguments}"
-        )
-    items = [
-        (seed, index, lesion_type, severity, n)
-        for index, n, lesion_type, severity in plan(n_healthy, n_diseased, per_patient)
-    ]
+        expected = "expected counts of at least 0 (not both 0), per_patient of at least 1, seed of at least 0"
+        raise UsageError(f"{root}: {expected}; found {arguments}")
+    items = [(seed, *each) for each in plan(n_healthy, n_diseased, per_patient)]
     return _write(Path(root), arguments, items, overwrite, progress)
 
 
@@ -79,20 +74,8 @@ def _write(root: Path, arguments: dict[str, int], items: list[tuple], overwrite:
 
 
 def _write_phantom(root: Path, phantom: Phantom) -> None:
-    meta: dict[str, Any] = {
-        "sample_id": phantom.sample_id,
-        "patient_id": phantom.patient_id,
-        "lesion_type": phantom.lesion_type,
-        "level": phantom.level,
-        "severity": phantom.severity,
-        "spacing_mm": phantom.spacing_mm,
-        "seed": phantom.seed,
-        "synthetic": False,
-    }
-    files: dict[str, np.ndarray | Path | bytes] = {
-        "image.png": _png(phantom.image),
-        "anatomy.png": _png(phantom.anatomy),
-    }
+    meta = {name: getattr(phantom, name) for name in META} | {"synthetic": False}
+    files = {"image.png": _png(phantom.image), "anatomy.png": _png(phantom.anatomy)}
     if not phantom.healthy:
         files["mask.png"] = _png(phantom.mask.astype(np.uint8) * 255)
     write_sample(root / phantom.sample_id, files, phantom.prompt, meta)
@@ -112,13 +95,9 @@ def write_sheet(path: Path, seed: int, columns: int = 9) -> None:
         tiles = []
         for column in range(columns):
             severity = SEVERITIES[column * len(SEVERITIES) // columns] if lesion_type else None
-            image = render_phantom(
-                seed, 2 * (row * columns + column) + (lesion_type is not None), lesion_type, severity
-            ).image
-            tile = np.zeros((TILE, TILE), np.uint8)
-            top, left = (TILE - image.shape[0]) // 2, (TILE - image.shape[1]) // 2
-            tile[top : top + image.shape[0], left : left + image.shape[1]] = image
-            tiles.append(tile)
+            patient = 2 * (row * columns + column) + (lesion_type is not None)
+            image = render_phantom(seed, patient, lesion_type, severity).image
+            tiles.append(np.pad(image, [((TILE - side) // 2, (TILE - side + 1) // 2) for side in image.shape]))
         rows.append(np.hstack(tiles))
     with atomic_file(path) as handle:
         handle.write(cv2.imencode(".png", np.vstack(rows))[1].tobytes())

@@ -58,9 +58,6 @@ def _shown(summary: Mapping[str, Any], key: str) -> str:
     return f"{summary[key]:.1f}" if key == "minutes" else number(summary[key])
 
 
-# ------------------------------------------------------------------------------------------------------ inputs
-
-
 Key = tuple[str | None, Any]  # (parent_id, variant) of a synthetic image
 
 
@@ -92,9 +89,8 @@ class Inputs:
 
     def verdict(self, folder: str, key: Key) -> Verdict:
         """The judge's verdict on a synthetic image."""
-        return _look_up(
-            self.verdicts[folder], self.samples[folder][key].sample_id, f"predictions_{folder}.csv", "judge"
-        )
+        name = self.samples[folder][key].sample_id
+        return _look_up(self.verdicts[folder], name, f"predictions_{folder}.csv", "judge")
 
     def parent(self, key: Key) -> Verdict:
         """The judge's verdict on the original of a synthetic image."""
@@ -129,9 +125,8 @@ def read_inputs(folder: Path) -> Inputs:
         return _with_test_numbers(metrics), rows
 
     if not (folder / "stages.json").exists():
-        raise MedSoftError(
-            f"{folder / 'stages.json'}: does not exist; run the demo: python tool/run_stages.py configs/demo.yaml"
-        )
+        run = "run the demo: python tool/run_stages.py configs/demo.yaml"
+        raise MedSoftError(f"{folder / 'stages.json'}: does not exist; {run}")
     record = read_json(folder / "stages.json")
     seconds = {step["name"]: step["seconds"] for step in record["steps"]}
     judge, _ = classifier("classifier_judge", "judge")
@@ -162,9 +157,8 @@ def _with_test_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _verdict(row: dict[str, str]) -> Verdict:
     lesions = {key[2:]: float(value) for key, value in row.items() if key.startswith("p_") and key != "p_healthy"}
-    return Verdict(
-        row["predicted"] != "healthy", max(lesions, key=lambda name: lesions[name]), float(row["disease_probability"])
-    )
+    likeliest = max(lesions, key=lambda name: lesions[name])
+    return Verdict(row["predicted"] != "healthy", likeliest, float(row["disease_probability"]))
 
 
 def _check_pairs(inputs: Inputs) -> None:
@@ -173,16 +167,11 @@ def _check_pairs(inputs: Inputs) -> None:
         healthy = _look_up(inputs.samples["results_healthy"], key, "results_healthy", "redraw_healthy")
         base = _look_up(inputs.samples["results_base"], key, "results_base", "draw_base")
         if not healthy.healthy:
-            raise MedSoftError(
-                f"{healthy.image}: drawn with {healthy.prompt!r}, expected healthy; {_again('redraw_healthy')}"
-            )
+            wrong = f"drawn with {healthy.prompt!r}, expected healthy"
+            raise MedSoftError(f"{healthy.image}: {wrong}; {_again('redraw_healthy')}")
         if base.prompt != sample.prompt:
-            raise MedSoftError(
-                f"{base.image}: drawn with {base.prompt!r}, expected {sample.prompt!r}; {_again('draw_base')}"
-            )
-
-
-# ----------------------------------------------------------------------------------------------------- numbers
+            wrong = f"drawn with {base.prompt!r}, expected {sample.prompt!r}"
+            raise MedSoftError(f"{base.image}: {wrong}; {_again('draw_base')}")
 
 
 def rate(values: Iterable[bool]) -> float | None:
@@ -198,10 +187,9 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
     subtle = [key for key, sample in results.items() if sample.severity == "subtle"]
     if not coarse:
         raise MedSoftError(f"{inputs.folder / 'results'}: holds no moderate or severe lesion; {_again('draw')}")
-    chance = chance_agreement(
-        [results[key].lesion_type for key in coarse],
-        [inputs.verdict("results_base", key).lesion_type for key in coarse],
-    )
+    named = [inputs.verdict("results_base", key).lesion_type for key in coarse]
+    chance = chance_agreement([results[key].lesion_type for key in coarse], named)
+    every = [sample for samples in inputs.samples.values() for sample in samples.values()]
     parents = {key[0]: inputs.parent(key).diseased for key in coarse}
     summary = {
         "n_pictures": len(results),
@@ -217,7 +205,10 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
         "base_agreement_limit": chance + 1.96 * math.sqrt(chance * (1 - chance) / len(coarse)),
         "subtle_detection_rate": _detection_rate(inputs, "results", subtle),
         "subtle_prompt_agreement": _type_agreement(inputs, "results", subtle),
-        "changed_outside_pixels": _changed_outside(inputs),
+        # Counted from the files of all three folders, not taken from what dataset_infer.py reports.
+        "changed_outside_pixels": sum(
+            read_result(s).changed_outside for s in tqdm(every, "comparing pixels", disable=None)
+        ),
         "auc_real": inputs.classifiers["real"].get("auc"),
         "auc_augmented": inputs.classifiers["augmented"].get("auc"),
         "n_synthetic": inputs.classifiers["augmented"]["n_synthetic_used"],
@@ -260,12 +251,6 @@ def _type_agreement(inputs: Inputs, folder: str, keys: Sequence[Key]) -> float |
     return rate(inputs.verdict(folder, key).lesion_type == inputs.samples["results"][key].lesion_type for key in keys)
 
 
-def _changed_outside(inputs: Inputs) -> int:
-    """Counted from the files of all three folders, not taken from what dataset_infer.py reports."""
-    every = [sample for samples in inputs.samples.values() for sample in samples.values()]
-    return sum(read_result(sample).changed_outside for sample in tqdm(every, "comparing pixels", disable=None))
-
-
 def _judge_numbers(inputs: Inputs) -> dict[str, Any]:
     """How good the judge is on real phantoms: its own test set, and the moderate and severe held-out ones."""
     diseased = [row for row in inputs.heldout if row.get("severity") in COARSE]
@@ -297,13 +282,13 @@ def _by_type(inputs: Inputs, coarse: Sequence[Key]) -> dict[str, dict[str, Any]]
     }
 
 
-# ------------------------------------------------------------------------------------------------------ report
-
-
 def write_report(inputs: Inputs, summary: Mapping[str, Any]) -> None:
     """Write report.html with its images, and sheet.png."""
     path, results = inputs.folder / "report.html", inputs.samples["results"]
     coarse = [sample for sample in results.values() if sample.severity in COARSE]
+    columns = list(next(iter(summary["by_type"].values())))
+    type_rows = [[lesion, *(row[column] for column in columns)] for lesion, row in summary["by_type"].items()]
+    total = sum(inputs.seconds.values())
     write_sheet(inputs.folder / "sheet.png", [read_result(sample) for sample in interleave(coarse, CONTROLS)])
     write_page(
         path,
@@ -312,9 +297,9 @@ def write_report(inputs: Inputs, summary: Mapping[str, Any]) -> None:
         bars=[(key, _shown(summary, key), limit) for key, (limit, _) in bars(summary).items()],
         samples=write_cards(path, "sample", _sample_cards(inputs)),
         controls=write_cards(path, "control", _control_cards(inputs, coarse)),
-        type_table=_type_table(summary["by_type"]),
+        type_table=(["lesion type", *(column.replace("_", " ") for column in columns)], type_rows),
         judge_rows=[[key, _interval(value)] for key, value in summary["judge"].items()],
-        time_rows=_time_rows(inputs.seconds),
+        time_rows=[[name, f"{each:.1f}"] for name, each in [*inputs.seconds.items(), ("total", total)]],
         **_training_plots(inputs, path),
         **_classifiers(inputs, path),
     )
@@ -336,11 +321,7 @@ def _control_cards(
         panels = {name: read_result(inputs.samples[name][key]).panels() for name in RESULTS}
         images = {"original": panels["results"]["original"]}
         probabilities = {"P(disease) original": f"{inputs.parent(key).probability:.2f}"}
-        for title, name in (
-            ("with the prompt", "results"),
-            ("with healthy", "results_healthy"),
-            ("base model", "results_base"),
-        ):
+        for title, name in zip(("with the prompt", "with healthy", "base model"), RESULTS, strict=True):
             images[title] = panels[name]["result"]
             probabilities[title] = f"{inputs.verdict(name, key).probability:.2f}"
         yield sample.prompt, images, probabilities
@@ -350,10 +331,8 @@ def _training_plots(inputs: Inputs, path: Path) -> dict[str, Any]:
     columns = ("epoch", "train_loss", "val_loss")
     stages = {stage: read_table(inputs.folder / stage / "metrics.csv", columns, "training log") for stage in STAGES}
     whole = write_image(path, "validation", validation_figure(stages))
-    plots = {
-        f"loss of {stage}": write_image(path, f"loss_{stage}", loss_figure(rows, stage))
-        for stage, rows in stages.items()
-    }
+    figures = {stage: loss_figure(rows, stage) for stage, rows in stages.items()}
+    plots = {f"loss of {stage}": write_image(path, f"loss_{stage}", figure) for stage, figure in figures.items()}
     return {"validation_plot": whole, "loss_plots": plots}
 
 
@@ -369,14 +348,3 @@ def _classifiers(inputs: Inputs, path: Path) -> dict[str, Any]:
 
 def _interval(value: Any) -> Any:
     return f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list) else value
-
-
-def _type_table(by_type: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    columns = list(next(iter(by_type.values())))
-    header = ["lesion type", *(column.replace("_", " ") for column in columns)]
-    return header, [[lesion, *(row[column] for column in columns)] for lesion, row in by_type.items()]
-
-
-def _time_rows(seconds: Mapping[str, float]) -> list[list[str]]:
-    rows = [[name, f"{each:.1f}"] for name, each in seconds.items()]
-    return [*rows, ["total", f"{sum(seconds.values()):.1f}"]]

@@ -97,9 +97,8 @@ def _texture(rng: np.random.Generator, lesion_type: str, canvas: np.ndarray, bod
 def draw_benign(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> None:
     """Draw what healthy bodies show and a hurried reader mistakes for a lesion; changes ``canvas`` in place."""
     inside = np.clip(body.depth, 0, 1)
-    hw, hh = body.half_width, body.half_height
     slope_u, slope_v = rng.normal(0, 0.025), rng.normal(0, 0.025)
-    canvas += inside * (slope_u * body.u / hw + slope_v * body.v / hh)  # density gradient
+    canvas += inside * (slope_u * body.u / body.half_width + slope_v * body.v / body.half_height)  # density gradient
     if rng.random() < 0.80:
         _vessel(rng, canvas, body)
     if rng.random() < 0.45:
@@ -107,20 +106,18 @@ def draw_benign(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> Non
     if rng.random() < 0.45:
         _endplate_sclerosis(rng, canvas, body)
     if rng.random() < 0.40:  # bone island
-        spot = _spot(
-            body, rng.uniform(-0.7, 0.7) * hw, rng.uniform(-0.7, 0.7) * hh, rng.uniform(1.1, 2.4), rng.uniform(1.1, 2.4)
-        )
+        spot = _spot(rng, body, 0.7, (1.1, 2.4))
         canvas += inside * spot * np.clip(rng.uniform(0.75, 0.95) - canvas, 0, 1)
     for _ in range(rng.integers(0, 4)):  # fatty or denser marrow, without an edge
-        spot = _spot(
-            body, rng.uniform(-0.8, 0.8) * hw, rng.uniform(-0.8, 0.8) * hh, rng.uniform(3, 7), rng.uniform(3, 7)
-        )
-        canvas += inside * spot * rng.uniform(-0.14, 0.11)
+        canvas += inside * _spot(rng, body, 0.8, (3, 7)) * rng.uniform(-0.14, 0.11)
     if rng.random() < 0.3:  # thin bone: the upright trabeculae stand out in the whole body
         canvas += inside * rng.uniform(0.025, 0.055) * smooth_noise(rng, canvas.shape, 1.0, 5.0)
 
 
-def _spot(body: Body, u: float, v: float, radius_u: float, radius_v: float) -> np.ndarray:
+def _spot(rng: np.random.Generator, body: Body, reach: float, radii: tuple[float, float]) -> np.ndarray:
+    """A blurred ellipse at most ``reach`` of the way from the body's middle to its walls."""
+    u, v = rng.uniform(-reach, reach) * body.half_width, rng.uniform(-reach, reach) * body.half_height
+    radius_u, radius_v = rng.uniform(*radii), rng.uniform(*radii)
     return np.exp(-0.5 * (((body.u - u) / radius_u) ** 2 + ((body.v - v) / radius_v) ** 2))
 
 

@@ -18,8 +18,6 @@ import numpy as np
 from ldm.core.files import named_seed
 from ldm.phantom.lesions import LESION_TYPES, SEVERITIES, Body, draw_benign, draw_lesion, smooth_noise
 
-__all__ = ["LESION_TYPES", "LEVELS", "SEVERITIES", "Phantom", "lesion_prompt", "render_phantom"]
-
 LEVELS = ("T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5")
 BASE_WORLD = 90_000  # phantom worlds from here on belong to the phantom base alone; no demo or study uses them
 BIOMEDCLIP_PAIRS = 3000  # images that the BiomedCLIP stand-in was trained on
@@ -58,8 +56,7 @@ class Phantom:
 
 def lesion_prompt(lesion_type: str, severity: str, level: str, variant: int = 0) -> str:
     """The lesion in words; ``variant`` chooses the wording (any integer)."""
-    template = _TEMPLATES[variant % len(_TEMPLATES)]
-    return template.format(lesion_type=lesion_type, severity=severity, level=level)
+    return _TEMPLATES[variant % len(_TEMPLATES)].format(lesion_type=lesion_type, severity=severity, level=level)
 
 
 def render_phantom(
@@ -126,12 +123,8 @@ class _Spine:
     @classmethod
     def of(cls, patient_rng: np.random.Generator, image_rng: np.random.Generator) -> "_Spine":
         scale, ratio, disc = patient_rng.normal(0, 1.4), patient_rng.uniform(0.72, 0.80), patient_rng.uniform(6.0, 9.5)
-        bend, bone, tissue = (
-            patient_rng.normal(0, 0.0012),
-            patient_rng.uniform(0.44, 0.60),
-            patient_rng.uniform(0.26, 0.33),
-        )
-        canal, gain = patient_rng.uniform(13.0, 18.0), patient_rng.uniform(0.6, 1.4)
+        bend, bone = patient_rng.normal(0, 0.0012), patient_rng.uniform(0.44, 0.60)
+        tissue, canal, gain = (patient_rng.uniform(*ends) for ends in ((0.26, 0.33), (13.0, 18.0), (0.6, 1.4)))
         rank = int(image_rng.integers(len(LEVELS)))
         width = float(np.clip(37.5 + 0.9 * rank + scale, 36, 46))
         height = float(np.clip(width * ratio, 26, 36))
@@ -165,20 +158,17 @@ def _draw_spine(spine: _Spine, rng: np.random.Generator) -> tuple[np.ndarray, np
     gaps = np.concatenate([[np.float32(0)], (spine.heights[:-1] + spine.heights[1:]) / 2 + spine.discs])
     middles = np.cumsum(gaps) - np.cumsum(gaps)[2]
     nearest = np.searchsorted((middles[:-1] + middles[1:]) / 2, s).astype(np.intp)
-    half_widths, half_heights = spine.widths / 2, spine.heights / 2
     slips = (rng.normal(0, 0.5, 5) * (np.arange(5) != 2)).astype(np.float32)
     u, v = t - slips[nearest], s - middles[nearest]
-    depth = _body_depth(u, v, half_widths[nearest], half_heights[nearest], nearest, rng)
+    depth = _body_depth(spine, u, v, nearest, rng)
     canvas = _soft_tissue(spine, t, s, rng)
     canal_mask = _canal(spine, canvas, t, s, rng)
     marrow = spine.bone * rng.uniform(0.8, 1.0) + 0.04 * smooth_noise(rng, spine.shape, 1.1)
     for k in range(5):
-        _spinous_process(spine, canvas, marrow, t - half_widths[2] - spine.canal, s - middles[k], rng)
-    disc_mask = _discs(spine, canvas, t, depth, half_widths, nearest, s - middles[nearest], rng)
-    bodies = [
-        Body(u, v, np.where(nearest == k, depth, -9).astype(np.float32), half_widths[k], half_heights[k])
-        for k in range(5)
-    ]
+        _spinous_process(spine, canvas, marrow, t - spine.widths[2] / 2 - spine.canal, s - middles[k], rng)
+    disc_mask = _discs(spine, canvas, t, depth, nearest, v, rng)
+    depths = [np.where(nearest == k, depth, -9).astype(np.float32) for k in range(5)]
+    bodies = [Body(u, v, depths[k], spine.widths[k] / 2, spine.heights[k] / 2) for k in range(5)]
     _bone(spine, canvas, u, v, depth, rng)
     for body in bodies:
         if (body.depth > 0).any():
@@ -202,18 +192,14 @@ def _column_frame(spine: _Spine, rng: np.random.Generator) -> tuple[np.ndarray, 
 
 
 def _body_depth(
-    u: np.ndarray,
-    v: np.ndarray,
-    half_width: np.ndarray,
-    half_height: np.ndarray,
-    nearest: np.ndarray,
-    rng: np.random.Generator,
+    spine: _Spine, u: np.ndarray, v: np.ndarray, nearest: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """Distance in pixels from the surface of the nearest body, positive inside: a waisted box with round corners."""
     waist = rng.uniform(0.04, 0.10, 5).astype(np.float32)[nearest]
     hollow = rng.uniform(0.3, 1.8, 5).astype(np.float32)[nearest]
     wedge = rng.normal(0.02, 0.03, 5).astype(np.float32)[nearest]
     spur = (rng.uniform(1, 4.5, 5) * (rng.random(5) < 0.35)).astype(np.float32)[nearest]
+    half_width, half_height = spine.widths[nearest] / 2, spine.heights[nearest] / 2
     low, across = v / half_height, u / half_width
     front = u < 0
     wall = half_width * (1 - waist * np.clip(1 - low**2, 0, 1))
@@ -288,13 +274,12 @@ def _discs(
     canvas: np.ndarray,
     t: np.ndarray,
     depth: np.ndarray,
-    half_widths: np.ndarray,
     nearest: np.ndarray,
     v: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Draw the discs between the bodies; returns them as bool HxW."""
-    reach = half_widths[nearest] + rng.uniform(-1.0, 1.2)
+    reach = spine.widths[nearest] / 2 + rng.uniform(-1.0, 1.2)
     between = np.abs(v) > spine.heights[nearest] / 2 - 4
     cover = np.clip(reach - np.abs(t) + 0.5, 0, 1) * between
     core = np.clip(1 - np.abs(t) / (0.75 * reach), 0, 1)
@@ -350,17 +335,17 @@ def _acquire(
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
-def plan(n_healthy: int, n_diseased: int, per_patient: int = 1) -> Iterator[tuple[int, int, str | None, str | None]]:
-    """The dataset's images as (patient index, image of that patient, lesion type, severity).
+def plan(n_healthy: int, n_diseased: int, per_patient: int = 1) -> Iterator[tuple[int, str | None, str | None, int]]:
+    """The dataset's images as (patient index, lesion type, severity, image of that patient).
 
     Healthy patients have even numbers, diseased ones odd numbers; types and severities take turns. So a larger
     dataset of the same seed contains the smaller one.
     """
     for n in range(n_healthy):
-        yield 2 * (n // per_patient), n % per_patient, None, None
+        yield 2 * (n // per_patient), None, None, n % per_patient
     for n in range(n_diseased):
-        lesion_type, round_ = LESION_TYPES[n % len(LESION_TYPES)], n // len(LESION_TYPES)
-        yield 2 * (n // per_patient) + 1, n % per_patient, lesion_type, _SEVERITY_CYCLE[round_ % len(_SEVERITY_CYCLE)]
+        lesion_type, severity = LESION_TYPES[n % len(LESION_TYPES)], _SEVERITY_CYCLE[n // len(LESION_TYPES) % 8]
+        yield 2 * (n // per_patient) + 1, lesion_type, severity, n % per_patient
 
 
 def biomedclip_pairs(count: int) -> Iterator[tuple[int, int, str | None, str | None]]:

@@ -208,14 +208,15 @@ def test_correlation_of_nothing_is_0() -> None:
 def test_features_are_biomedclips_and_do_not_depend_on_the_batch() -> None:
     clip = BiomedClip(tiny.CLIP)
     images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    whole = crop_features(clip, [images])
+    whole = crop_features(clip, images)
     assert torch.equal(whole, clip.encode_image(images)[1].double())
-    torch.testing.assert_close(crop_features(clip, [images[:2], images[2:]]), whole, rtol=1e-4, atol=1e-5)
+    parts = [crop_features(clip, part) for part in (images[:2], images[2:])]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
     hidden = torch.zeros(5, 1, 64, 64)
     hidden[:, :, :32] = 1
     below = images.clone()
     below[:, :, :24] = -below[:, :, :24]  # not so close to what is seen that resizing mixes it in
-    seen = [crop_features(clip, [each], [hidden]) for each in (images, below)]
+    seen = [crop_features(clip, each, hidden) for each in (images, below)]
     assert not torch.allclose(seen[0], whole)
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
 
@@ -224,6 +225,6 @@ def test_embeddings_are_open_clips_of_length_one() -> None:
     clip = BiomedClip(tiny.CLIP)
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     reference = clip.clip.encode_image(clip.normalise(images), normalize=True).detach()
-    torch.testing.assert_close(image_embeddings(clip, [images]).float(), reference, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(image_embeddings(clip, images).float(), reference, rtol=1e-4, atol=1e-5)
     texts = text_embeddings(clip, ["healthy", "a severe osteolytic lesion"])
     torch.testing.assert_close(texts.norm(dim=1), torch.ones(2, dtype=torch.float64))

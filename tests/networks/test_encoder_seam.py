@@ -57,7 +57,7 @@ def test_another_encoder_trains_the_msc_and_inpaints(world: Path, converted: Pat
 def test_another_encoder_measures(tmp_path: Path) -> None:
     encoder = open_encoder(load_config(PHANTOM).biomedclip)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    cosines = image_embeddings(encoder, [images]) @ text_embeddings(encoder, ["lesion", "healthy"]).T
+    cosines = image_embeddings(encoder, images) @ text_embeddings(encoder, ["lesion", "healthy"]).T
     assert cosines.shape == (2, 2)
     assert cosines.abs().max() <= 1 + 1e-9
 

@@ -163,13 +163,13 @@ def test_unknown_names_are_refused(kind, severity, named):
 def test_plan_is_balanced_and_a_larger_one_contains_the_smaller():
     small, large = list(plan(6, 64)), list(plan(9, 96))
     assert set(small) < set(large)
-    kinds = [kind for _, _, kind, _ in small if kind]
+    kinds = [kind for _, kind, _, _ in small if kind]
     assert {kind: kinds.count(kind) for kind in LESION_TYPES} == dict.fromkeys(LESION_TYPES, 16)
-    assert sum(severity == "subtle" for *_, severity in small) == 16
+    assert sum(severity == "subtle" for _, _, severity, _ in small) == 16
     assert len({index for index, *_ in small}) == 70
     grouped = list(plan(4, 4, per_patient=2))
     assert len({index for index, *_ in grouped}) == 4
-    assert len({(index, image) for index, image, *_ in grouped}) == 8
+    assert len({(index, image) for index, *_, image in grouped}) == 8
 
 
 def test_dataset_on_disk(tmp_path, capsys):
