@@ -73,7 +73,7 @@ test-full: lint ## Run all tests, the true-size ones too (24 GB of memory, 40 GB
 lint: $(INSTALLED) ## Check style, layers and types only
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(dir $(PYTHON))lint-imports" --no-cache
+	$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-cache
 	$(PYTHON) -m mypy
 
 bench: $(INSTALLED) ## Measure the speed of this machine
