@@ -78,7 +78,6 @@ class Steps:
         return found
 
     def step(self, variant: Variant) -> None:
-        """One optimizer step."""
         batch = self.batch
         if variant.encoders:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=variant.encoders == torch.bfloat16):

@@ -6,7 +6,7 @@ synthetic image is its parent's but for the lesion.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,21 +25,8 @@ from ldm.data.images import to_unit
 from ldm.data.masks import equivalent_diameter
 from ldm.data.preparation import PreparedSample, prepare
 from ldm.data.samples import Reject, Sample
-from ldm.evaluation.metrics import (
-    NEIGHBOURS,
-    Estimate,
-    between_halves,
-    by_halves,
-    coverage,
-    crop_features,
-    density,
-    frechet_distance,
-    image_embeddings,
-    kernel_distance,
-    likeness,
-    mean_of,
-    text_embeddings,
-)
+from ldm.evaluation import metrics
+from ldm.evaluation.metrics import NEIGHBOURS, crop_features, image_embeddings, likeness, mean_of, text_embeddings
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.reports.comparison import read_result
 
@@ -131,17 +118,17 @@ def lesion_rows(lesions: Sequence[Lesion], name: str) -> Tensor:
 def set_distances(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
     """Frechet, kernel, density and coverage with intervals, and what two halves of the real ones differ by."""
     first, second = lesion_rows(real, "features"), lesion_rows(synthetic, "features")
-    measures: dict[str, Callable[[Tensor, Tensor], float]] = {"frechet": frechet_distance, "kernel": kernel_distance}
+    measures = {"frechet": metrics.frechet_distance, "kernel": metrics.kernel_distance}
     if len(real) > 2 * (NEIGHBOURS + 1):
-        measures |= {"density": density, "coverage": coverage}
+        measures |= {"density": metrics.density, "coverage": metrics.coverage}
     found: dict[str, Any] = {}
     for name, measure in tqdm(measures.items(), desc="distances", leave=False, disable=None):
-        estimate = dataclasses.asdict(by_halves(measure, first, second))
+        estimate = dataclasses.asdict(metrics.by_halves(measure, first, second))
         if name != "kernel" and estimate["low"] is not None:
             estimate["low"] = max(estimate["low"], 0.0)
         if name == "coverage" and estimate["high"] is not None:
             estimate["high"] = min(estimate["high"], 1.0)
-        found[name] = {**estimate, "between_halves_of_real": between_halves(measure, first)}
+        found[name] = {**estimate, "between_halves_of_real": metrics.between_halves(measure, first)}
     return found
 
 
@@ -167,8 +154,8 @@ def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
 
     Outside: so far from the soft mask that SSIM's window does not reach it.
     """
-    regions: dict[str, dict[str, list[tuple[float, str]]]]  # (value, patient) by region and measure
-    regions = {name: {"ssim": [], "psnr": []} for name in ("outside", "inside")}
+    found: dict[tuple[str, str], tuple[list[float], list[str]]]  # values and patients by region and measure
+    found = {(region, measure): ([], []) for region in ("outside", "inside") for measure in ("ssim", "psnr")}
     equal, orphans = 0, 0
     for lesion in tqdm(synthetic, desc="parents", leave=False, disable=None):
         try:
@@ -182,21 +169,19 @@ def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
         near = cv2.dilate((image.soft > 0).astype(np.uint8), np.ones((2 * SSIM_REACH + 1,) * 2, np.uint8)) > 0
         equal += image.changed_outside == 0
         for name, region in (("outside", ~near), ("inside", image.soft >= 0.5)):
-            found = likeness(original, result, region)
-            for measure, value in zip(("ssim", "psnr"), found or (), strict=False):
+            for measure, value in zip(("ssim", "psnr"), likeness(original, result, region) or (), strict=False):
                 if np.isfinite(value):
-                    regions[name][measure].append((value, lesion.sample.patient_id))
+                    found[name, measure][0].append(value)
+                    found[name, measure][1].append(lesion.sample.patient_id)
     compared = len(synthetic) - orphans
-    summary: dict[str, dict[str, Any]] = {
-        name: {key: as_dict(mean_of([v for v, _ in each], [p for _, p in each])) for key, each in measures.items()}
-        for name, measures in regions.items()
-    }
+    summary: dict[str, dict[str, Any]] = {"outside": {}, "inside": {}}
+    for (name, measure), each in found.items():
+        summary[name][measure] = _as_dict(mean_of(*each))
     summary["outside"]["unchanged_pictures"] = equal / compared if compared else None
     return {"compared": compared, "without_parent": orphans, **summary}
 
 
-def as_dict(estimate: Estimate | None) -> dict[str, Any] | None:
-    """An estimate as evaluation.json holds it."""
+def _as_dict(estimate: metrics.Estimate | None) -> dict[str, Any] | None:
     return None if estimate is None else dataclasses.asdict(estimate)
 
 
@@ -223,7 +208,7 @@ def text_agreement(encoder: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict
     wins = ((own[:, None] > other) * weights).sum(dim=1) / weights.sum(dim=1)
     patients = [lesion.sample.patient_id for lesion, keep in zip(lesions, kept.tolist(), strict=True) if keep]
     numbers = {"own": own, "others": mean_other, "difference": own - mean_other, "own_is_closer": wins}
-    return {name: as_dict(mean_of(each.tolist(), patients)) for name, each in numbers.items()}
+    return {name: _as_dict(mean_of(each.tolist(), patients)) for name, each in numbers.items()}
 
 
 MEASURES = {"diameter": "equivalent diameter, pixels", "contrast": "mean inside - ring around", "texture": "std inside"}

@@ -33,8 +33,9 @@ def write_files(
     rejects: list[Reject],
 ) -> None:
     """Write ``OWN_FILES``; ``measured`` is what evaluation.json will hold."""
-    write_csv(folder / "neighbours.csv", [_neighbour_row(each, check.threshold) for each in check.ranked])
-    write_json(folder / "copies.json", [_neighbour_row(each, check.threshold) for each in check.copies])
+    neighbours = [_neighbour_row(each, check.threshold) for each in check.ranked]
+    write_csv(folder / "neighbours.csv", neighbours)
+    write_json(folder / "copies.json", [row for row in neighbours if row["copy"]])
     write_rejects(folder / "rejects.json", rejects)
     write_figure(folder / "lesions.png", lesion_figure(lesions["real"], lesions["synthetic"]), dpi=120)
     write_png(folder / "closest_pairs.png", pair_sheet(check.ranked[:SHOWN_PAIRS], check.threshold))
@@ -51,7 +52,7 @@ def write_files(
         parent_rows=_parent_rows(measured["parents"]),
         text_rows=[[name, *map(estimate_text, (known or {}).values())] for name, known in measured["text"].items()],
         lesion_rows=list(_lesion_rows(measured["lesions"])),
-        copy_rows=[[name.replace("_", " "), value] for name, value in copy_numbers(check).items()],
+        copy_rows=[[name.replace("_", " "), value] for name, value in measured["copies"].items()],
     )
 
 
@@ -123,9 +124,8 @@ def pair_sheet(pairs: Sequence[Neighbour], threshold: float) -> np.ndarray:
     for row, pair in enumerate(pairs):
         top = head + row * (TILE + caption + gap)
         verdict = "COPY" if pair.correlation >= threshold else "not a copy"
-        text = (
-            f"{verdict}: correlation {pair.correlation:.3f}, cosine {pair.cosine:.3f}; {pair.lesion.sample.sample_id}"
-        )
+        numbers = f"correlation {pair.correlation:.3f}, cosine {pair.cosine:.3f}"
+        text = f"{verdict}: {numbers}; {pair.lesion.sample.sample_id}"
         draw.text((gap, top), text, "#c62828" if verdict == "COPY" else "#1c2733", ImageFont.load_default(14))
         crops = [pair.lesion.crop, pair.match.crop]
         alone = [np.where(each.inside, each.crop, 255) for each in (pair.lesion, pair.match)]

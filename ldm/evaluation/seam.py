@@ -18,7 +18,7 @@ from ldm.data.images import to_unit
 from ldm.data.preparation import prepare
 from ldm.data.samples import Sample
 from ldm.data.seam import border_gradient, hard_composite
-from ldm.evaluation.metrics import Estimate, ratio_of
+from ldm.evaluation.metrics import ratio_of
 from ldm.inference.inpainter import Inpainter, Job, load_inpainter
 
 log = logging.getLogger("measure_seam")
@@ -58,9 +58,8 @@ def measure_seam(
     for border in BORDERS:
         for name, text in COMPOSITES.items():
             row = rows[border][name]
-            interval = (
-                "one patient: no interval" if row["low"] is None else f"95 % [{row['low']:.3f}, {row['high']:.3f}]"
-            )
+            known = row["low"] is not None
+            interval = f"95 % [{row['low']:.3f}, {row['high']:.3f}]" if known else "one patient: no interval"
             shown = border, text, row["value"], interval, row["pictures"]
             log.info("%-8s %-25s %.3f of the real gradient, %s, %d pictures", *shown)
     log.info("%s", output)
@@ -90,5 +89,5 @@ def border_gradients(inpainter: Inpainter, samples: Sequence[Sample], seed: int)
 def _ratio(found: Sequence[BorderGradient], name: str) -> dict[str, Any]:
     """Mean gradient of one composite over that of the real images, with an interval over patients."""
     values = [getattr(each, name) for each in found]
-    ratio: Estimate = ratio_of(values, [each.real for each in found], [each.patient_id for each in found])
+    ratio = ratio_of(values, [each.real for each in found], [each.patient_id for each in found])
     return {**dataclasses.asdict(ratio), "pictures": len(found)}

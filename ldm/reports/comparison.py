@@ -76,10 +76,8 @@ def read_result(sample: Sample) -> ResultImage:
         raise MedSoftError(f"{sample.image.with_name('soft_mask.png')}: does not exist; draw this sample again")
     original, result = read_image(parent), read_image(sample.image)
     if original.shape != result.shape or original.dtype != result.dtype:
-        raise MedSoftError(
-            f"{sample.image}: {result.dtype} pixels of shape {result.shape}, but its original {parent} has "
-            f"{original.dtype} pixels of shape {original.shape}; draw this sample again"
-        )
+        found, expected = (f"{each.dtype} pixels of shape {each.shape}" for each in (result, original))
+        raise MedSoftError(f"{sample.image}: {found}, but its original {parent} has {expected}; draw this sample again")
     return ResultImage(sample, original, result, read_mask(sample.soft_mask, result.shape, soft=True).values)
 
 
@@ -104,12 +102,9 @@ def interleave(samples: Sequence[Sample], count: int) -> list[Sample]:
 
     The choice depends on types, severities and names only, never on how good an image is.
     """
-    order = ("severe", "moderate", "subtle")
-    ranked = sorted(
-        samples, key=lambda s: (order.index(s.severity) if s.severity in order else len(order), s.sample_id)
-    )
+    order = {"severe": 0, "moderate": 1, "subtle": 2}
     kinds: dict[str, list[Sample]] = {}
-    for sample in ranked:
+    for sample in sorted(samples, key=lambda s: (order.get(s.severity or "", len(order)), s.sample_id)):
         kinds.setdefault(sample.lesion_type or "", []).append(sample)
     queues = [kinds[kind] for kind in sorted(kinds)]
     rounds = range(max(map(len, queues), default=0))
@@ -128,24 +123,18 @@ def facts(image: ResultImage) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class Card:
-    """A prompt, the files of its panels and its facts, both by name, as ``templates/macros.html`` shows them."""
-
-    prompt: str
-    panels: Mapping[str, str]
-    facts: Mapping[str, Any]
-
-
 def write_cards(
     page_path: str | Path, prefix: str, cards: Iterable[tuple[str, Mapping[str, np.ndarray], Mapping[str, Any]]]
-) -> list[Card]:
-    """Write the panels (HxWx3 uint8) of each (prompt, panels, facts) beside the page."""
+) -> list[dict[str, Any]]:
+    """Write the panels (HxWx3 uint8) of each (prompt, panels, facts) beside the page.
+
+    Returns the same with the panels' files, as the card of ``templates/macros.html`` shows them.
+    """
     written = []
     for index, (prompt, panels, known) in enumerate(cards):
         names = {name: f"{prefix}_{index:04d}_{name.replace(' ', '_')}" for name in panels}
         sources = {name: write_image(page_path, names[name], pixels) for name, pixels in panels.items()}
-        written.append(Card(prompt, sources, known))
+        written.append({"prompt": prompt, "panels": sources, "facts": known})
     return written
 
 
