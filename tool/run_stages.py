@@ -19,15 +19,15 @@ A step is done when it ended with 0 or 3, everything it makes exists, no step be
 command nor a file of models/ or configs/ that the command names (a YAML with its ``base:`` files) has changed. So a
 step that runs makes all after it run: they find out themselves whether anything is left to do. A step that refuses
 (exit code 2) since its folder holds the work of other settings stops the plan; with --overwrite it is run once more
-with its own --overwrite. The seconds of a step
-are all that was spent on it with these settings; an "already complete" adds its moment to the real time.
+with its own --overwrite. The seconds of a step are all that was spent on it with these settings; an "already complete"
+adds its moment to the real time.
 """
 
 import argparse
 from pathlib import Path
 
 from ldm.core import cli
-from ldm.workflow.plan_run import PlanOptions, run_plan
+from ldm.workflow.plan_run import run_plan
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Run what is to do; the exit code of the step that failed, 3 if a step rejected inputs, else 0."""
-    return run_plan(args.plan, PlanOptions(args.start, tuple(args.only or ()), args.overwrite, args.list))
+    return run_plan(args.plan, args.start, args.only or (), args.overwrite, args.list)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from ldm.core import cli
-from ldm.workflow.study_run import StudyOptions, run_study
+from ldm.workflow.study_run import run_study
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Run what is to do, report after every group; the code of the step that failed, 3 if one rejected inputs."""
-    return run_study(args.study, StudyOptions(args.worlds, args.collect, args.overwrite, args.list))
+    return run_study(args.study, args.worlds, args.collect, args.overwrite, args.list)
 
 
 if __name__ == "__main__":

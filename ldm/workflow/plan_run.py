@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ldm.core import cli
@@ -25,43 +25,29 @@ CHILD_ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """Which steps of a plan to run: those not done, or some by force."""
-
-    start: str | None = None  # this one and all after it, done or not
-    only: tuple[str, ...] = ()  # these only, done or not
-    overwrite: bool = False  # let a step replace what other settings have left, where it refuses to
-    list: bool = False  # show the steps, run nothing
-
-
-def run_plan(path: Path, options: PlanOptions) -> int:
+def run_plan(path: Path, start: str | None, only: Sequence[str], overwrite: bool, list_only: bool) -> int:
     """Run what is to do of the plan; the exit code of the step that failed, 3 if a step rejected inputs, else 0.
 
+    Of steps that are done, ``start`` and all after it, or those in ``only``, run again; ``overwrite`` lets a step
+    replace what other settings have left. With ``list_only`` the steps are shown and nothing runs.
     Raises UsageError for a faulty plan, a step that it does not have, or ``start`` together with ``only``.
     """
     hang_up_with_terminal()
     plan = load_plan(path)
-    if options.start and options.only:
+    if start and only:
         raise UsageError("--from and --only exclude each other; give one of them")
-    forced = _forced(plan, options)
+    names = [step.name for step in plan.steps]
+    for name in [*([start] if start else []), *only]:
+        if name not in names:
+            raise UsageError(f"{name}: no such step in plan {plan.name}; it has {', '.join(names)}")
+    forced = names[names.index(start) :] if start else only
     record = load_record(plan)
-    if options.list:
+    if list_only:
         for number, step in enumerate(plan.steps, 1):
             print(f"{count(plan, number)} {step.name} ({'done' if record.done(step) else 'to do'}): {step.run}")
         return cli.DONE
-    chosen = [step.name for step in plan.steps if not forced or step.name in forced]
     again = shlex.join(["python", "tool/run_stages.py", str(path)])
-    return run_steps(record, chosen, again, forced, options.overwrite) or _summarise(record)
-
-
-def _forced(plan: Plan, options: PlanOptions) -> set[str]:
-    """Names of the steps that run although they are done; UsageError for a name that is not in the plan."""
-    names = [step.name for step in plan.steps]
-    for name in [*([options.start] if options.start else []), *options.only]:
-        if name not in names:
-            raise UsageError(f"{name}: no such step in plan {plan.name}; it has {', '.join(names)}")
-    return set(names[names.index(options.start) :]) if options.start else set(options.only)
+    return run_steps(record, forced or names, again, forced, overwrite) or _summarise(record)
 
 
 def _summarise(record: PlanRecord) -> int:
@@ -69,13 +55,12 @@ def _summarise(record: PlanRecord) -> int:
     print(f"\n{'step':<20} {'seconds':>9}  result")
     total, rejected = 0.0, []
     for step in record.plan.steps:
-        entry = record.known(step)
-        total += entry.get("seconds", 0.0)
-        result = "done" if record.done(step) else "to do"
-        if record.done(step) and entry["exit_code"] == cli.SOME_REJECTED:
+        seconds, result = record.known(step).get("seconds", 0.0), "done" if record.done(step) else "to do"
+        total += seconds
+        if record.done(step) and record.known(step)["exit_code"] == cli.SOME_REJECTED:
             result = "done, some inputs rejected"
             rejected.append(step.name)
-        print(f"{step.name:<20} {entry.get('seconds', 0.0):>9.1f}  {result}")
+        print(f"{step.name:<20} {seconds:>9.1f}  {result}")
     print(f"{'total':<20} {total:>9.1f}  {total / 60:.1f} minutes", flush=True)
     if rejected:
         print(f"some inputs were rejected in: {', '.join(rejected)} (listed beside their outputs)", flush=True)
@@ -168,9 +153,8 @@ def _run_child(words: list[str], step: PlanStep) -> int:
 def _stop(child: subprocess.Popen, signum: int) -> None:
     """Pass a signal on and wait, so that the child can finish what it must; a second one from the user kills it."""
     try:
-        os.killpg(child.pid, signum)
-        child.wait()
-    except ProcessLookupError:  # it ended by itself in the meantime
+        with suppress(ProcessLookupError):  # it ended by itself in the meantime
+            os.killpg(child.pid, signum)
         child.wait()
     except (KeyboardInterrupt, cli.Terminated):
         os.killpg(child.pid, signal.SIGKILL)

@@ -151,12 +151,10 @@ def load_record(plan: Plan) -> PlanRecord:
     try:
         name, entries = stored["plan"], {entry["name"]: entry for entry in stored["steps"]}
     except (TypeError, KeyError) as error:
-        raise MedSoftError(
-            f"{record.path}: not a record of finished steps; delete it to run all steps again"
-        ) from error
+        message = f"{record.path}: not a record of finished steps; delete it to run all steps again"
+        raise MedSoftError(message) from error
     if name != plan.name:
-        raise UsageError(
-            f"{record.path}: belongs to the plan {name}, not {plan.name}; give the plans different folders"
-        )
+        where = f"{record.path}: belongs to the plan {name}, not {plan.name}"
+        raise UsageError(f"{where}; give the plans different folders")
     record.entries = entries
     return record

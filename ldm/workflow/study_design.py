@@ -86,7 +86,10 @@ class Phantoms:
 
 @dataclass(frozen=True)
 class Compared:
-    """Names of the arms to compare; ratio None: the one that does best on validation."""
+    """``main`` at ``ratio`` minus ``control`` is the claim, ``baseline`` has nothing added.
+
+    Ratio None: the one that does best on validation.
+    """
 
     baseline: str
     control: str
@@ -123,14 +126,9 @@ class Design:
     arms: tuple[Arm, ...]
     steps: tuple[PlanStep, ...] = ()
 
-    @property
-    def output_dir(self) -> str:
-        """The folder of the whole study."""
-        return self.keys.output_dir
-
     def folder(self, *parts: str) -> str:
         """A path below the output folder, as it stands in commands."""
-        return "/".join([self.output_dir, *parts])
+        return "/".join([self.keys.output_dir, *parts])
 
 
 @dataclass(frozen=True)
@@ -152,9 +150,6 @@ class Group:
     plan: Plan
     world: World
     cells: tuple[CellStep, ...]
-
-
-# ------------------------------------------------------------------------------------------------------- plans
 
 
 def plan_groups(design: Design) -> Iterator[Group]:
@@ -238,9 +233,6 @@ def command(name: str, words: list[str], makes: str) -> PlanStep:
     return PlanStep(name, shlex.join(["python", *words]), (makes,))
 
 
-# ------------------------------------------------------------------------------------------------------- the YAML
-
-
 def load_design(path: Path) -> Design:
     """Read a study, looked up in the working directory, then among the shipped ones; UsageError for any error in it."""
     values = read_yaml(path, "study", deep=False)
@@ -292,14 +284,13 @@ def phantom_world(seed: int, counts: Phantoms, output_dir: str) -> World:
     make = ["tool/make_phantoms.py", "--output_dir"]
     own = [f"{home}/phantoms", "--seed", seed, "--healthy", counts.healthy, "--diseased", counts.diseased]
     test = [f"{home}/test", "--seed", seed + TEST_WORLDS, "--healthy", counts.test_healthy]
+    test += ["--diseased", counts.test_diseased]
     split = ["ver_openImagesDatasets.py", "--root_dir", f"{home}/phantoms", "--output_file", f"{home}/annotations.json"]
     split += ["--fractions", *map(str, counts.fractions)]
     steps = (
         command("phantoms", [*make, *map(str, own)], f"{home}/phantoms/phantoms.json"),
         command("prepare", split, f"{home}/annotations_train.json"),
-        command(
-            "test", [*make, *map(str, test), "--diseased", str(counts.test_diseased)], f"{home}/test/phantoms.json"
-        ),
+        command("test", [*make, *map(str, test)], f"{home}/test/phantoms.json"),
     )
     return World(name, f"{home}/annotations_train.json", f"{home}/annotations_val.json", f"{home}/test", steps)
 

@@ -18,6 +18,7 @@ from ldm.core.files import read_json, write_text
 from ldm.core.tables import markdown_table, write_csv
 from ldm.reports.figures import write_figure
 from ldm.reports.html import write_page
+from ldm.workflow.study_design import Compared
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,16 +83,6 @@ class Interval:
         return "higher" if self.low > 0 else "lower" if self.high < 0 else "not shown (the interval contains 0)"
 
 
-@dataclass(frozen=True)
-class ComparisonDesign:
-    """Which arms are compared: ``main`` at ``ratio`` minus ``control`` is the claim, ``baseline`` has nothing added."""
-
-    baseline: str
-    control: str
-    main: str
-    ratio: float | None = None  # None = chosen by the validation AUC of these worlds
-
-
 def read_cell(folder: Path, world: str, treatment: Treatment, seed: int) -> Cell | None:
     """The cell in a classifier's output folder; None if it is not finished."""
     path = folder / "metrics.json"
@@ -123,7 +114,7 @@ def interval(values: Sequence[float]) -> Interval:
 class Study:
     """All finished cells, looked at together."""
 
-    def __init__(self, cells: Iterable[Cell], comparison: ComparisonDesign) -> None:
+    def __init__(self, cells: Iterable[Cell], comparison: Compared) -> None:
         self.cells = list(cells)
         self.comparison = comparison
         self._known = {(cell.treatment, cell.world, cell.seed): cell.values for cell in self.cells}
@@ -142,9 +133,9 @@ class Study:
         """Over worlds, seeds averaged first; None if nothing is defined."""
         return _over_worlds(self._runs(treatment, metric))
 
-    def difference(self, first: Treatment, second: Treatment, metric: str = AUC) -> Interval | None:
-        """``first`` - ``second``, paired by world and seed; None without a common pair."""
-        ours, theirs = self._runs(first, metric), self._runs(second, metric)
+    def difference(self, first: Treatment, second: Treatment) -> Interval | None:
+        """Test AUC of ``first`` - ``second``, paired by world and seed; None without a common pair."""
+        ours, theirs = self._runs(first, AUC), self._runs(second, AUC)
         return _over_worlds({run: ours[run] - theirs[run] for run in ours if run in theirs})
 
     def ratios(self, arm: str) -> list[float]:
@@ -190,10 +181,6 @@ class Study:
                 found.append(f"{world}, seed {seed}: {number} in {treatment}, {other} in {control}")
         return found
 
-    def undefined(self) -> list[Cell]:
-        """Cells whose test AUC is undefined: their test set holds one class."""
-        return [cell for cell in self.cells if cell.values.get(AUC) is None]
-
 
 def _over_worlds(runs: dict[tuple[str, int], float]) -> Interval | None:
     worlds: dict[str, list[float]] = defaultdict(list)
@@ -202,24 +189,16 @@ def _over_worlds(runs: dict[tuple[str, int], float]) -> Interval | None:
     return interval([statistics.fmean(values) for values in worlds.values()]) if worlds else None
 
 
-# ------------------------------------------------------------------------------------------------------ in words
-
-
 def paragraph(study: Study) -> str:
     """What the cells support and what they do not, in sentences that follow from the intervals alone."""
     compared, ratio = study.comparison, study.chosen_ratio()
     if ratio is None:
         return f"Nothing can be said yet: no finished cell of {compared.main} has a validation AUC."
     how = "fixed beforehand" if compared.ratio is not None else "the one with the best validation AUC of these worlds"
-    main, control, nothing = (
-        Treatment(compared.main, ratio),
-        Treatment(compared.control, ratio),
-        Treatment(compared.baseline),
-    )
-    parts = [f"The ratio is {ratio:g} ({how})."]
-    parts.append(
-        _sentence(study, main, control, "The main comparison, ") or f"{main} and {control}: no finished pair yet."
-    )
+    main, control = Treatment(compared.main, ratio), Treatment(compared.control, ratio)
+    nothing = Treatment(compared.baseline)
+    claim = _sentence(study, main, control, "The main comparison, ") or f"{main} and {control}: no finished pair yet."
+    parts = [f"The ratio is {ratio:g} ({how}).", claim]
     parts += [_sentence(study, main, nothing), _sentence(study, control, nothing)]
     for other in study.treatments:
         if other.arm not in (compared.main, compared.control, compared.baseline) and other.ratio is not None:
@@ -242,13 +221,9 @@ def _sentence(study: Study, first: Treatment, second: Treatment, lead: str = "")
     if change is None:
         return ""
     worlds = f"{change.worlds} world{'s' if change.worlds > 1 else ''}"
-    said = {"higher": "a gain is shown", "lower": "a loss is shown"}.get(
-        change.verdict, f"a difference is {change.verdict}"
-    )
+    shown = {"higher": "a gain is shown", "lower": "a loss is shown"}
+    said = shown.get(change.verdict, f"a difference is {change.verdict}")
     return f"{lead}{first} minus {second}: {change} of test AUC over {worlds}; {said}."
-
-
-# ------------------------------------------------------------------------------------------------------ tables, plot
 
 
 def mean_rows(study: Study, metrics: Sequence[str]) -> list[list[str]]:
@@ -289,27 +264,19 @@ def dose_figure(study: Study) -> "Figure":
     axes.axhline(0, color="0.45", linestyle="--", label=compared.baseline)
     every = sorted({*study.ratios(compared.main), *study.ratios(compared.control)})
     for arm, colour, shift in ((compared.control, "tab:orange", -0.04), (compared.main, "tab:blue", 0.04)):
-        found = [
-            (every.index(ratio) + shift, study.difference(Treatment(arm, ratio), nothing))
-            for ratio in study.ratios(arm)
-        ]
-        shown = [(place, change) for place, change in found if change is not None]
+        found = {ratio: study.difference(Treatment(arm, ratio), nothing) for ratio in study.ratios(arm)}
+        shown = {every.index(ratio) + shift: change for ratio, change in found.items() if change is not None}
         if shown:
-            below, above = _error_bars([change for _, change in shown])
-            places, heights = [place for place, _ in shown], [change.mean for _, change in shown]
-            axes.errorbar(places, heights, [below, above], color=colour, marker="o", capsize=3, label=arm)
+            heights = [each.mean for each in shown.values()]
+            below = [0.0 if each.low is None else each.mean - each.low for each in shown.values()]
+            above = [0.0 if each.high is None else each.high - each.mean for each in shown.values()]
+            axes.errorbar(list(shown), heights, [below, above], color=colour, marker="o", capsize=3, label=arm)
     axes.set_xticks(range(len(every)), [f"{ratio:g}" for ratio in every])
     label = f"test AUC minus that of {compared.baseline}\n(mean and 95 % over worlds)"
     axes.set(xlabel="images added per real diseased image", ylabel=label)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=9)
     return figure
-
-
-def _error_bars(means: Sequence[Interval]) -> tuple[list[float], list[float]]:
-    """Lengths below and above each mean; 0 for a single world."""
-    below = [0.0 if each.low is None else each.mean - each.low for each in means]
-    return below, [0.0 if each.high is None else each.high - each.mean for each in means]
 
 
 def cell_rows(cells: Sequence[Cell], seconds: Mapping[Any, float | None]) -> list[dict[str, Any]]:
@@ -338,15 +305,10 @@ def timing(seconds: Mapping[Any, float | None], generators: Mapping[str, float])
 
 
 def write_study_report(
-    folder: Path,
-    name: str,
-    study: Study,
-    seconds: Mapping[Any, float | None],
-    notes: Sequence[str],
+    folder: Path, name: str, study: Study, seconds: Mapping[Any, float | None], notes: Sequence[str]
 ) -> None:
     """results.csv, dose_response.png, study.md and study.html in ``folder``; ``notes``: how they came about."""
-    rows = cell_rows(study.cells, seconds)
-    write_csv(folder / "results.csv", [{k: "" if v is None else v for k, v in row.items()} for row in rows])
+    write_csv(folder / "results.csv", cell_rows(study.cells, seconds))
     write_figure(folder / "dose_response.png", dose_figure(study), dpi=130)
     shown = [metric for metric in SHOWN if any(metric in cell.values for cell in study.cells)]
     heads = (["arm", "worlds", *(SHOWN[metric] for metric in shown)], ["", "minus", "test AUC", "worlds", "verdict"])
@@ -357,8 +319,8 @@ def write_study_report(
         "Means over worlds, the classifier seeds averaged first; in brackets 95 % intervals, Student's t over worlds. "
         "Differences are paired by world and seed.",
     ]
-    if study.undefined():
-        notes.append(f"{len(study.undefined())} cells have no test AUC: their test set holds one class.")
+    if undefined := sum(cell.values.get(AUC) is None for cell in study.cells):
+        notes.append(f"{undefined} cells have no test AUC: their test set holds one class.")
     if uneven := study.uneven():
         notes.append(
             f"In {len(uneven)} cells another number of images was added than in the control, which is unfair (the "

@@ -4,7 +4,6 @@ import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,44 +13,41 @@ from ldm.core.files import content_id, fingerprint, read_json, write_json
 from ldm.core.locks import exclusive
 from ldm.core.paths import INSTALLED, ROOT
 from ldm.workflow.plan_run import hang_up_with_terminal, run_steps
-from ldm.workflow.plans import Plan, PlanRecord, PlanStep, load_record
+from ldm.workflow.plans import Plan, PlanRecord, load_record
 from ldm.workflow.study_design import Arm, Design, Group, World, added_path, load_design, plan_groups
 
 
-@dataclass(frozen=True)
-class StudyOptions:
-    """What to do with a study: run it, or parts of it, or only look."""
+def run_study(path: Path, worlds: Sequence[str] | None, collect: bool, overwrite: bool, list_only: bool) -> int:
+    """Run what is to do, report after every group; the code of the step that failed, 3 if one rejected inputs.
 
-    worlds: Sequence[str] | None = None  # these only; other processes may run others at the same time
-    collect: bool = False  # run nothing, report the cells that are finished
-    overwrite: bool = False  # let a step replace what other settings have left, where it refuses to
-    list: bool = False  # show the steps, run nothing
-
-
-def run_study(path: Path, options: StudyOptions) -> int:
-    """Run what is to do, report after every group; the code of the step that failed, 3 if one rejected inputs."""
+    Of ``worlds`` only, if given: other processes may run others at the same time. ``collect`` reports what is finished
+    and runs nothing, ``list_only`` shows the steps; ``overwrite`` lets a step replace what other settings have left.
+    """
     hang_up_with_terminal()
     design = load_design(path)
     groups = list(plan_groups(design))
-    once = Plan("study", design.output_dir, design.steps)
-    if options.list:
+    once = Plan("study", design.keys.output_dir, design.steps)
+    if list_only:
         return show([once, *(group.plan for group in groups)])
-    if options.collect:
+    if collect:
         return report(design, groups)
     again = shlex.join(["python", "tool/study.py", str(path)])
-    run = partial(run_steps, again=again, overwrite=options.overwrite)
-    mine = choose(groups, options.worlds)
+    run = partial(run_steps, again=again, overwrite=overwrite)
+    mine = choose(groups, worlds)
     with ExitStack() as locks:
-        for world in dict.fromkeys(group.world.name for group in mine):
-            lock = design.folder(f"{world}.lock")
+        for name in dict.fromkeys(group.world.name for group in mine):
+            lock = design.folder(f"{name}.lock")
             locks.enter_context(exclusive(ROOT / lock, f"{lock}: this world is running already"))
         with whole_study(design):
-            code = run(load_record(once), step_names(design.steps))
+            code = run(load_record(once), [step.name for step in design.steps])
         for group in mine:
             code = code or run_group(design, groups, group, run)
     if code:
         return code
-    rejecting = [plan.name for plan in (once, *(g.plan for g in mine)) if cli.SOME_REJECTED in exit_codes(plan)]
+    rejecting = []
+    for record in map(load_record, (once, *(group.plan for group in mine))):
+        if any(record.known(step).get("exit_code") == cli.SOME_REJECTED for step in record.plan.steps):
+            rejecting.append(record.plan.name)
     lists = [rejects_of(design, group.world, arm) for group in mine for arm in adding(group)]
     rejecting += [str(path) for path in lists if path.exists()]
     if rejecting:
@@ -78,26 +74,17 @@ def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[
     """Data first, then what is made from them in here, generator and cells, report; 0, or the failed step's code."""
     print(f"--- {group.plan.name}", flush=True)
     record = load_record(group.plan)
-    code = run(record, step_names(group.world.steps))
-    if code:
+    names, made = [step.name for step in group.plan.steps], len(group.world.steps)
+    if code := run(record, names[:made]):
         return code
     check_unchanged(design, group.world, adding(group))
     for arm in adding(group):
         add_real(design, group.world, arm)
-    code = run(record, step_names(group.plan.steps[len(group.world.steps) :]))
+    code = run(record, names[made:])
     if not code:
         with whole_study(design):
             report(design, groups)
     return code
-
-
-def step_names(steps: tuple[PlanStep, ...]) -> list[str]:
-    return [step.name for step in steps]
-
-
-def exit_codes(plan: Plan) -> list[int | None]:
-    record = load_record(plan)
-    return [record.known(step).get("exit_code") for step in plan.steps]
 
 
 def show(plans: list[Plan]) -> int:
@@ -167,12 +154,9 @@ def add_real(design: Design, world: World, arm: Arm) -> None:
     write_annotations(path, [*own, *more])
 
 
-# ------------------------------------------------------------------------------------------------------- report
-
-
 def report(design: Design, groups: list[Group]) -> int:
     """Write the report of all finished cells of these settings; MedSoftError if there is none."""
-    from ldm.workflow.study_results import ComparisonDesign, Study, Treatment, read_cell, timing, write_study_report
+    from ldm.workflow.study_results import Study, Treatment, read_cell, timing, write_study_report
 
     cells, seconds, outdated = [], {}, 0
     for group in groups:
@@ -191,10 +175,10 @@ def report(design: Design, groups: list[Group]) -> int:
     if outdated:
         state += f"; left out, as other settings or an older generator made them: {outdated}"
     if not cells:
-        raise MedSoftError(f"{design.output_dir}: {state}; run the study first")
-    study = Study(cells, ComparisonDesign(**vars(design.keys.compare)))
+        raise MedSoftError(f"{design.keys.output_dir}: {state}; run the study first")
+    study = Study(cells, design.keys.compare)
     notes = [f"{state}. Reported at commit {commit()}.", f"Time: {timing(seconds, generator_seconds(groups))}"]
-    write_study_report(ROOT / design.output_dir, design.keys.name, study, seconds, notes)
+    write_study_report(ROOT / design.keys.output_dir, design.keys.name, study, seconds, notes)
     print(f"{design.folder('study.md')}: {state}", flush=True)
     return cli.DONE
 

@@ -2,7 +2,6 @@
 
 import statistics
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +9,9 @@ from scipy import stats
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import write_json
+from ldm.workflow.study_design import Compared
 from ldm.workflow.study_results import (
     Cell,
-    ComparisonDesign,
     Study,
     Treatment,
     interval,
@@ -34,13 +33,13 @@ def cells(values: dict[tuple[str, float | None], list[list[float]]], validation:
     ]
 
 
-def made(gain: float, noise: float = 0.001, **compare: Any) -> Study:
+def made(gain: float, noise: float = 0.001, ratio: float | None = None) -> Study:
     """Three worlds of different difficulty: ours = duplicated + gain + noise."""
     rng = np.random.default_rng(0)
     levels = np.array([[0.7, 0.72], [0.8, 0.81], [0.9, 0.88]])
     ours = (levels + gain + noise * rng.standard_normal(levels.shape)).tolist()
     values = {("real", None): levels.tolist(), ("duplicated", 1.0): levels.tolist(), ("ours", 1.0): ours}
-    return Study(cells(values), ComparisonDesign("real", "duplicated", "ours", **compare))
+    return Study(cells(values), Compared("real", "duplicated", "ours", ratio))
 
 
 def test_interval_is_students_t_over_worlds() -> None:
@@ -54,7 +53,7 @@ def test_interval_is_students_t_over_worlds() -> None:
 def test_differences_are_paired_by_world_and_seed_then_averaged_by_world() -> None:
     study_ = Study(
         cells({("a", None): [[0.9, 0.8], [0.6, 0.6]], ("b", None): [[0.7], [0.5, 0.7]]}),
-        ComparisonDesign("b", "b", "a"),
+        Compared("b", "b", "a", None),
     )
     found = study_.difference(Treatment("a"), Treatment("b"))
     expected = interval([0.2, statistics.fmean([0.1, -0.1])])  # seed 1 of world 1 has no partner
@@ -78,10 +77,10 @@ def test_the_ratio_is_chosen_on_validation_and_never_on_the_test_set() -> None:
     values = {("ours", 0.5): [[0.6, 0.6]], ("ours", 1.0): [[0.9, 0.9]], ("ours", 3.0): [[0.7, 0.7]]}
     validation = {("ours", 0.5): 0.8, ("ours", 1.0): 0.7, ("ours", 3.0): 0.8}
     assert (
-        Study(cells(values, validation), ComparisonDesign("real", "dup", "ours")).chosen_ratio() == 0.5
+        Study(cells(values, validation), Compared("real", "dup", "ours", None)).chosen_ratio() == 0.5
     )  # the smaller one
-    assert Study(cells(values, validation), ComparisonDesign("real", "dup", "ours", 3.0)).chosen_ratio() == 3.0
-    assert Study([], ComparisonDesign("real", "dup", "ours")).chosen_ratio() is None
+    assert Study(cells(values, validation), Compared("real", "dup", "ours", 3.0)).chosen_ratio() == 3.0
+    assert Study([], Compared("real", "dup", "ours", None)).chosen_ratio() is None
 
 
 def test_the_ratio_is_chosen_over_runs_that_all_ratios_have() -> None:
@@ -91,7 +90,7 @@ def test_the_ratio_is_chosen_over_runs_that_all_ratios_have() -> None:
         Cell(c.world, c.treatment, c.seed, c.values | {"validation_auc": 0.99}, {}) if c.world == "w2" else c
         for c in both
     ]
-    assert Study(easier, ComparisonDesign("real", "dup", "ours")).chosen_ratio() == 3.0
+    assert Study(easier, Compared("real", "dup", "ours", None)).chosen_ratio() == 3.0
 
 
 @pytest.mark.parametrize(
@@ -115,17 +114,18 @@ def test_the_paragraph_says_what_the_interval_supports(gain: float, noise: float
 
 
 def test_one_world_or_none_shows_nothing() -> None:
-    single = Study([c for c in made(0.3).cells if c.world == "w1"], ComparisonDesign("real", "duplicated", "ours"))
+    single = Study([c for c in made(0.3).cells if c.world == "w1"], Compared("real", "duplicated", "ours", None))
     assert "a difference is not shown (one world)" in paragraph(single)
     assert "is shown" not in paragraph(single)
-    assert paragraph(Study([], ComparisonDesign("real", "dup", "ours"))).startswith("Nothing can be said yet")
+    assert paragraph(Study([], Compared("real", "dup", "ours", None))).startswith("Nothing can be said yet")
 
 
-def test_cells_without_an_auc_are_left_out_and_counted() -> None:
+def test_cells_without_an_auc_are_left_out_and_counted(tmp_path: Path) -> None:
     found = made(0.01)
     found.cells[0] = Cell("w1", Treatment("real"), 0, {"auc": None, "validation_auc": None}, {})
     again = Study(found.cells, found.comparison)
-    assert len(again.undefined()) == 1
+    write_study_report(tmp_path, "s", again, {}, [])
+    assert "1 cells have no test AUC: their test set holds one class." in (tmp_path / "study.md").read_text()
     assert again.mean(Treatment("real")).mean == pytest.approx(statistics.fmean([0.72, 0.805, 0.89]))
 
 
@@ -161,7 +161,7 @@ def test_another_number_of_added_images_than_in_the_control_is_said(tmp_path: Pa
             ("base", 3.0, 30, 0),
         )
     ]
-    uneven = Study(found, ComparisonDesign("real", "duplicated", "ours"))
+    uneven = Study(found, Compared("real", "duplicated", "ours", None))
     assert uneven.uneven() == ["w1, seed 0: 28 in ours at 3, 30 in duplicated at 3"]
     write_study_report(tmp_path, "s", uneven, {}, [])
     said = (
