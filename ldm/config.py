@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 
 from ldm.core.errors import UsageError
-from ldm.core.files import write_text
 from ldm.core.schema import Amount, Count, Rule, Share, Values, Whole, add_overrides, build, read_yaml, setting, within
 
 Part = Literal["unet", "autoencoder", "text", "biomedclip", "msc"]
@@ -24,13 +23,10 @@ GROUPS, SAMPLERS, SAMPLING_PRECISIONS = get_args(Group), get_args(Sampler), get_
 Rate = Annotated[float, Rule(lambda rate: rate > 0, "a learning rate above 0 (leave the group out to freeze it)")]
 Channels = Annotated[int, Rule(lambda count: count % 32 == 0, "a multiple of 32 (group normalisation has 32 groups)")]
 Grid = Annotated[int, Rule(lambda side: side % 2 == 0, "an even number: tokens are pooled 2x2")]
-Interval = Annotated[
-    list[float],
-    Rule(
-        lambda ends: len(ends) == 2 and 0 <= ends[0] <= ends[1] <= 1,
-        "two shares, [from, to], rising from 0 to 1",
-    ),
-]
+RISING = Rule(
+    lambda ends: len(ends) == 2 and 0 <= ends[0] <= ends[1] <= 1, "two shares, [from, to], rising from 0 to 1"
+)
+Interval = Annotated[list[float], RISING]
 
 # What a field decides: the scopes of ``identity``. Two runs are the same where all that decides their result is equal.
 NETWORK = frozenset({"architecture", "images", "weights"})  # shapes of the parameters
@@ -233,13 +229,7 @@ def config_from_dict(values: dict[str, Any], source: str) -> Config:
     return _checked(Values(source, values))
 
 
-def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved configuration as YAML, atomically."""
-    write_text(path, as_yaml(config))
-
-
 def as_yaml(config: Config) -> str:
-    """The resolved configuration as YAML."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 

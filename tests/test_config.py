@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ldm.classifier.config import ClassifierConfig
-from ldm.config import Config, config_from_dict, load_config, save_config
+from ldm.config import Config, as_yaml, config_from_dict, load_config
 from ldm.core.errors import UsageError
 from ldm.core.files import fingerprint
 from ldm.core.schema import identity
@@ -92,7 +92,7 @@ def test_overrides_come_last_and_leave_the_rest(tmp_path: Path) -> None:
 
 def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
     config = load_config(MODELS / "mldm_v15_stage2_2.yaml", ["data.image_size=256"])
-    save_config(config, tmp_path / "resolved.yaml")
+    (tmp_path / "resolved.yaml").write_text(as_yaml(config), encoding="utf-8")
     assert load_config(tmp_path / "resolved.yaml") == config
 
 

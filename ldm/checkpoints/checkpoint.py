@@ -18,7 +18,7 @@ from ldm.checkpoints.files import detect_format, read_safetensors, save_pickle, 
 from ldm.checkpoints.pickles import read_pickle
 from ldm.config import Config, config_from_dict
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import atomic_file, refuse_existing
+from ldm.core.files import atomic_file
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -162,5 +162,5 @@ def already_made(path: str | Path, overwrite: bool, **made: str) -> bool:
     except MedSoftError:
         same = False
     if not same:
-        refuse_existing(path, overwrite)
+        raise UsageError(f"{path}: already exists; give another path, or --overwrite to replace it")
     return same

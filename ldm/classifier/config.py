@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from ldm.config import NOTHING, WEIGHTS
 from ldm.core.files import read_json
@@ -67,7 +67,8 @@ class ClassifierConfig:
 def load_classifier_config(path: str | Path, overrides: Sequence[str] = ()) -> ClassifierConfig:
     """Read a classifier JSON, then ``key=value`` overrides.
 
-    Raises UsageError naming file and key for an unknown key, a wrong type or a value out of range.
+    Raises UsageError naming file and key for an unknown key, a wrong type, a value out of range, or one that does not
+    agree with another key.
     """
     content = read_json(path, "classifier configuration")
     values = Values(str(path))
@@ -75,16 +76,6 @@ def load_classifier_config(path: str | Path, overrides: Sequence[str] = ()) -> C
         raise values.error("", "a JSON object with keys such as img_size", content)
     values.add(content, str(path))
     add_overrides(values, ClassifierConfig, overrides, "--set", "--set EPOCHS=5")
-    return _checked(values)
-
-
-def classifier_config(content: dict[str, Any], source: str = "config") -> ClassifierConfig:
-    """A checked ClassifierConfig from plain values; ``source`` names them in errors."""
-    return _checked(Values(source, content))
-
-
-def _checked(values: Values) -> ClassifierConfig:
-    """The configuration; UsageError where a key is wrong in itself, or does not agree with another one."""
     config = build(ClassifierConfig, values)
     if config.train:
         use = config.use_synthetic

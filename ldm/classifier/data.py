@@ -2,9 +2,10 @@
 No torch."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,6 @@ log = logging.getLogger(__name__)
 
 HEALTHY, DISEASED = "healthy", "diseased"
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's "L"
-
-
-# --- images -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -55,13 +53,10 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """What this set holds: names, labels, patients and pixels."""
-        rows = [
-            [s.sample_id, s.patient_id, c, h] for s, c, h in zip(self.samples, self.labels, self.hashes, strict=True)
-        ]
-        return fingerprint(rows)
+        rows = zip(self.samples, self.labels, self.hashes, strict=True)
+        return fingerprint([[s.sample_id, s.patient_id, label, digest] for s, label, digest in rows])
 
     def counts(self) -> dict[str, int]:
-        """Samples per class."""
         return dict(sorted(Counter(self.labels).items()))
 
 
@@ -77,33 +72,26 @@ def load_images(
 
     require_source(name, source)
     samples, rejects = load_samples(Path(source))
-    kept, images, labels, hashes = [], [], [], []
+    rows = []
     for sample in tqdm(samples, desc=f"reading {name}", leave=False, disable=None):
         label = label_of(sample, task)
         if need_label and not label:
-            rejects.append(
-                Reject(
-                    sample.sample_id,
-                    sample.image.with_name("meta.json"),
-                    "diseased, but its lesion_type is missing or healthy",
-                )
-            )
+            reason = "diseased, but its lesion_type is missing or healthy"
+            rejects.append(Reject(sample.sample_id, sample.image.with_name("meta.json"), reason))
             continue
         try:
             picture, digest = square(sample, size, channels)
         except MedSoftError as error:
-            rejects.append(Reject(sample.sample_id, sample.image, getattr(error, "reason", str(error))))
+            rejects.append(Reject(sample.sample_id, sample.image, error.cause(sample.image)))
             continue
-        kept.append(sample)
-        images.append(picture)
-        labels.append(label)
-        hashes.append(digest)
+        rows.append((sample, picture, label, digest))
     for reject in rejects:
         log.warning("%s: %s skipped: %s", name, reject.sample_id, reject.reason)
-    if not kept:
+    if not rows:
         first = f"; the first: {rejects[0].sample_id}: {rejects[0].reason}" if rejects else ""
         raise MedSoftError(f"{source}: the {name} set has no usable sample ({len(rejects)} rejected{first})")
-    return ImageSet(name, kept, np.stack(images), labels, hashes, rejects)
+    kept, pictures, labels, hashes = map(list, zip(*rows, strict=True))
+    return ImageSet(name, kept, np.stack(pictures), labels, hashes, rejects)
 
 
 def prepare_annotations(config: ClassifierConfig) -> list[Reject]:
@@ -133,12 +121,8 @@ def require_source(name: str, source: str) -> None:
     key = f"{name}_json" if name in ("train", "val", "test") else name
     if path.suffix.lower() != ".json":
         raise MedSoftError(f"{path}: the folder that `{key}` names does not exist; point it elsewhere: --set {key}=...")
-    stem = path.stem
-    for ending in ("_train", "_val", "_test"):
-        stem = stem.removesuffix(ending)
-    command = (
-        f"python ver_openImagesDatasets.py --root_dir {path.parent} --output_file {path.with_name(stem + '.json')}"
-    )
+    family = path.with_name(re.sub("_(train|val|test)$", "", path.stem) + ".json")
+    command = f"python ver_openImagesDatasets.py --root_dir {path.parent} --output_file {family}"
     raise MedSoftError(
         f"{path}: the annotation file that `{key}` names does not exist; put the data into {path.parent} (one "
         f"folder per image with image.png, mask.png, prompt.txt and, for the patient, meta.json) and make it with "
@@ -167,9 +151,6 @@ def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
     if unit.shape[:2] != (size, size):
         unit = cv2.resize(unit, (size, size), interpolation=cv2.INTER_AREA)
     return np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8), pixel_digest(pixels)
-
-
-# --- leak guards ------------------------------------------------------------------------------------------------
 
 
 def check_image_sets_disjoint(sets: Sequence[ImageSet]) -> None:
@@ -228,10 +209,8 @@ def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[Imag
             "dataset or an earlier split: draw on the samples of train_json"
         )
     if strangers:
-        log.warning(
-            "%s: %d of %d samples name no parent in the training set (the first: %s)",
-            *(synthetic.name, len(strangers), len(synthetic), strangers[0].sample_id),
-        )
+        counts = synthetic.name, len(strangers), len(synthetic), strangers[0].sample_id
+        log.warning("%s: %d of %d samples name no parent in the training set (the first: %s)", *counts)
 
 
 def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence[ImageSet]) -> ImageSet | None:
@@ -259,9 +238,8 @@ def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence
     if config.ratio is not None:
         wanted = round(config.ratio * len(train.diseased))
         if wanted > len(diseased):
-            log.warning(
-                "ratio %g asks for %d synthetic images, %d exist: all are used", config.ratio, wanted, len(diseased)
-            )
+            counts = config.ratio, wanted, len(diseased)
+            log.warning("ratio %g asks for %d synthetic images, %d exist: all are used", *counts)
         diseased = sorted(_drawn(config.seed, "synthetic", pool, diseased)[:wanted])
     return pool.subset(diseased)
 
@@ -269,10 +247,8 @@ def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence
 def pick_duplicates(config: ClassifierConfig, train: ImageSet) -> ImageSet:
     """Real diseased training pictures again, as many as ``ratio`` asks for: each equally often, the rest by seed."""
     order = _drawn(config.seed, "duplicate", train, train.diseased)
-    wanted = round(config.ratio * len(order))
-    rounds, rest = divmod(wanted, len(order))
-    copies = train.subset([*order * rounds, *order[:rest]])
-    return ImageSet("duplicates", copies.samples, copies.images, copies.labels, copies.hashes, [])
+    rounds, rest = divmod(round(config.ratio * len(order)), len(order))
+    return replace(train.subset([*order * rounds, *order[:rest]]), name="duplicates", rejects=[])
 
 
 def _drawn(seed: int, purpose: str, images: ImageSet, positions: Sequence[int]) -> list[int]:
@@ -294,7 +270,6 @@ class ClassifierData:
 
     @property
     def sets(self) -> list[ImageSet]:
-        """Those that there are."""
         return [s for s in (self.train, self.synthetic, self.duplicates, self.val, self.test) if s is not None]
 
     @property
@@ -317,8 +292,7 @@ def load_data(config: ClassifierConfig) -> ClassifierData:
     for folder in [] if duplicating else config.synthetic:
         require_source("synthetic", folder)
     sizes = (config.img_size, config.task, config.channels)
-    loaded = {n: load_images(n, s, *sizes) for n, s in sources.items() if s}
-    train, val, test = loaded["train"], loaded["val"], loaded.get("test")
+    train, val, test = (load_images(n, s, *sizes) if s else None for n, s in sources.items())
     held_out = [images for images in (val, test) if images is not None]
     check_image_sets_disjoint([train, *held_out])
     classes = class_names(config, train)

@@ -68,8 +68,7 @@ def _notes(
     images: ImageSet, measured: Mapping[str, Mapping[str, Any]], truth: np.ndarray, n_patients: int
 ) -> list[str]:
     notes = []
-    synthetic = sum(sample.synthetic for sample in images.samples)
-    if synthetic:
+    if synthetic := sum(sample.synthetic for sample in images.samples):
         notes.append(f"{synthetic} of {len(images)} test samples are synthetic: this is no test on real images alone.")
     if len(np.unique(truth)) < 2:
         only = "diseased" if truth.any() else "healthy"
@@ -117,9 +116,6 @@ def point_values(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, flo
     """Every number by name, None where undefined, without intervals; arguments as for ``compute_metrics``."""
     numbers = _numbers(labels, probabilities, np.ones((1, len(labels))))
     return {name: None if np.isnan(value[0]) else float(value[0]) for name, value in numbers.items()}
-
-
-# --- numbers of weighted samples: ``weights`` (R, N) = how often each sample was drawn; results (R,), NaN = undefined
 
 
 def _numbers(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:

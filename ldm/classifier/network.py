@@ -84,14 +84,13 @@ def _load_pretrained(network: torch.nn.Module, path: Path, channels: int) -> Non
     from timm.models import adapt_input_conv
 
     state = _read_weights(path)
-    settings = network.pretrained_cfg
-    stems = settings.get("first_conv") or ()
-    for stem in (stems,) if isinstance(stems, str) else stems:
+    # timm names the first convolutions and the classification layers: none, one or several
+    names = [network.pretrained_cfg.get(key) or () for key in ("first_conv", "classifier")]
+    stems, heads = ((each,) if isinstance(each, str) else tuple(each) for each in names)
+    for stem in stems:
         if f"{stem}.weight" in state:
             state[f"{stem}.weight"] = adapt_input_conv(channels, state[f"{stem}.weight"])
     own = network.state_dict()
-    heads = settings.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
     new = {key for key in own if key.startswith(tuple(f"{head}." for head in heads))}
     missing = [key for key in own if key not in new and key not in state]
     wrong = [key for key in state if key not in new and (key not in own or own[key].shape != state[key].shape)]
@@ -108,10 +107,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise MedSoftError(f"{path}: not readable as weights ({str(error).splitlines()[0]})") from error
     except Exception as error:  # torch raises pickle.UnpicklingError, whose text is a page
@@ -126,8 +123,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def pick_device(gpu: str | list[int] | list[str]) -> torch.device:
     """The device named by the ``GPU`` key: "cpu", ids as list or "0,1" (the first is used), or automatic."""
-    names = [name.strip() for name in gpu.split(",")] if isinstance(gpu, str) else [str(name) for name in gpu]
-    names = [name for name in names if name]
+    given = gpu.split(",") if isinstance(gpu, str) else map(str, gpu)
+    names = [name.strip() for name in given if name.strip()]
     if not names:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if names == ["cpu"]:
@@ -160,9 +157,9 @@ def normalise(images: torch.Tensor, network: torch.nn.Module) -> torch.Tensor:
     return ((images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).contiguous(memory_format=torch.channels_last)
 
 
-def compute_logits(network: torch.nn.Module, images: ImageSet, batch_size: int, device: torch.device) -> torch.Tensor:
+def compute_logits(network: torch.nn.Module, images: ImageSet, batch_size: int) -> torch.Tensor:
     """Logits (N, K) on the CPU; raises MedSoftError naming the first sample where they are not finite."""
-    logits = _compute(network, network, images, batch_size, device)
+    logits = _compute(network, network, images, batch_size)
     bad = (~torch.isfinite(logits).all(1)).nonzero().flatten().tolist()
     if bad:
         raise MedSoftError(
@@ -172,25 +169,21 @@ def compute_logits(network: torch.nn.Module, images: ImageSet, batch_size: int, 
     return logits
 
 
-def compute_pooled(network: torch.nn.Module, images: ImageSet, batch_size: int, device: torch.device) -> torch.Tensor:
+def compute_pooled(network: torch.nn.Module, images: ImageSet, batch_size: int) -> torch.Tensor:
     """What the classification layer reads, (N, D) on the CPU."""
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
         return network.forward_head(network.forward_features(pictures), pre_logits=True)
 
-    return _compute(network, features, images, batch_size, device)
+    return _compute(network, features, images, batch_size)
 
 
 @torch.inference_mode()
 def _compute(
-    network: torch.nn.Module,
-    function: Callable[[torch.Tensor], torch.Tensor],
-    images: ImageSet,
-    batch_size: int,
-    device: torch.device,
+    network: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor], images: ImageSet, batch_size: int
 ) -> torch.Tensor:
     """``function`` of every picture, batch by batch, float32 on the CPU; the network is left in evaluation mode."""
-    network.eval()
+    device = next(network.eval().parameters()).device
     pieces = [
         function(normalise(to_input(images.images[start : start + batch_size], device), network)).float().cpu()
         for start in range(0, len(images), batch_size)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-REJECT_COLUMNS = ["set", "sample_id", "file", "reason"]
 MISTAKES = 24  # shown, the most confident ones first
 PERPLEXITY = 30.0
 LEAST_POINTS, MOST_POINTS = 10, 2000  # of the map of features
@@ -41,29 +40,24 @@ class Scored:
     features: np.ndarray
 
 
-# --- tables -----------------------------------------------------------------------------------------------------
-
-
 def prediction_rows(images: ImageSet, probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
     """One row per sample, as in predictions_*.csv: who it is, what it is, what the classifier says."""
     score, named = disease_probability(probabilities), predicted_classes(probabilities)
-    rows = []
-    for position, sample in enumerate(images.samples):
-        rows.append(
-            {
-                "sample_id": sample.sample_id,
-                "patient_id": sample.patient_id,
-                "parent_id": sample.parent_id or "",
-                "prompt": sample.prompt,
-                "lesion_type": sample.lesion_type or "",
-                "severity": sample.severity or "",
-                "label": images.labels[position],
-                "disease_probability": float(score[position]),
-                "predicted": classes[named[position]],
-                **{f"p_{name}": float(p) for name, p in zip(classes, probabilities[position], strict=True)},
-            }
-        )
-    return rows
+    return [
+        {
+            "sample_id": sample.sample_id,
+            "patient_id": sample.patient_id,
+            "parent_id": sample.parent_id or "",
+            "prompt": sample.prompt,
+            "lesion_type": sample.lesion_type or "",
+            "severity": sample.severity or "",
+            "label": images.labels[position],
+            "disease_probability": float(score[position]),
+            "predicted": classes[named[position]],
+            **{f"p_{name}": float(p) for name, p in zip(classes, probabilities[position], strict=True)},
+        }
+        for position, sample in enumerate(images.samples)
+    ]
 
 
 def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,9 +67,6 @@ def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     for name, entry in metrics["test"].items():
         row |= {name: entry["value"], f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
     return row
-
-
-# --- everything of one test -------------------------------------------------------------------------------------
 
 
 def write_test(
@@ -95,22 +86,17 @@ def write_test(
         path,
         "classifier",
         metrics=metrics,
-        number_rows=_number_rows(metrics),
+        number_rows=[
+            (name.replace("_", " "), entry["value"], _interval(entry), metrics["validation"].get(name))
+            for name, entry in metrics["test"].items()
+        ],
         fact_rows=[(key.replace("_", " "), metrics.get(key)) for key in FACTS],
         training_plots=_training_plots(folder, path, metrics["epoch"]),
-        curve_plots=_curve_plots(path, metrics, test),
-        calibration_plots=_calibration_plots(path, metrics, test),
+        **_test_plots(path, metrics, test),
         map=_feature_map(path, test, synthetic),
         mistake_count=count,
         mistakes=mistakes,
     )
-
-
-def _number_rows(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    return [
-        (name.replace("_", " "), entry["value"], _interval(entry), metrics["validation"].get(name))
-        for name, entry in metrics["test"].items()
-    ]
 
 
 def _interval(entry: Mapping[str, Any]) -> str:
@@ -131,23 +117,17 @@ def _training_plots(folder: Path, path: Path, chosen: int) -> dict[str, str]:
     return plots | {"validation AUC by epoch": _plot(path, "val_auc", figure)}
 
 
-def _curve_plots(path: Path, metrics: Mapping[str, Any], test: Scored) -> dict[str, str]:
-    """ROC and precision-recall curve; nothing where the test set holds one class."""
-    if metrics["test"]["auc"]["value"] is None:
-        return {}
+def _test_plots(path: Path, metrics: Mapping[str, Any], test: Scored) -> dict[str, dict[str, str]]:
+    """Files by description: the curves (none where the test set holds one class), confusion and reliability."""
     truth = label_indices(test.images, metrics["classes"]) > 0
     score = disease_probability(test.probabilities)
-    figures = {"roc": roc_figure({"test": (truth, score)}), "pr": pr_figure(truth, score)}
-    return {f"{name} curve": _plot(path, name, figure) for name, figure in figures.items()}
-
-
-def _calibration_plots(path: Path, metrics: Mapping[str, Any], test: Scored) -> dict[str, str]:
-    truth = label_indices(test.images, metrics["classes"]) > 0
-    figures = {
-        "confusion": confusion_figure(np.array(metrics["confusion"]), metrics["classes"]),
-        "reliability": reliability_figure(truth, disease_probability(test.probabilities)),
-    }
-    return {name: _plot(path, name, figure) for name, figure in figures.items()}
+    curves = {}
+    if metrics["test"]["auc"]["value"] is not None:
+        curves["roc curve"] = _plot(path, "roc", roc_figure({"test": (truth, score)}))
+        curves["pr curve"] = _plot(path, "pr", pr_figure(truth, score))
+    confusion = _plot(path, "confusion", confusion_figure(np.array(metrics["confusion"]), metrics["classes"]))
+    reliability = _plot(path, "reliability", reliability_figure(truth, score))
+    return {"curve_plots": curves, "calibration_plots": {"confusion": confusion, "reliability": reliability}}
 
 
 def _feature_map(path: Path, test: Scored, synthetic: Scored | None) -> dict[str, Any]:
@@ -179,9 +159,6 @@ def _mistakes(path: Path, rows: Sequence[Mapping[str, Any]], images: ImageSet) -
         for place, i in enumerate(worst)
     ]
     return len(wrong), shown
-
-
-# --- figures ----------------------------------------------------------------------------------------------------
 
 
 def _plot(path: Path, name: str, figure: "Figure") -> str:
@@ -241,8 +218,7 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> "Figure":
 def reliability_figure(truth: np.ndarray, score: np.ndarray) -> "Figure":
     """Share of diseased samples over mean P(disease), one point per bin; its size grows with the samples in it."""
     bins = calibration_bins(score)
-    filled = np.unique(bins)
-    counts = np.array([np.sum(bins == b) for b in filled])
+    filled, counts = np.unique(bins, return_counts=True)
     axes = _axes()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
     means = [[values[bins == b].mean() for b in filled] for values in (score, truth)]

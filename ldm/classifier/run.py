@@ -17,7 +17,7 @@ from ldm.classifier.config import ClassifierConfig
 from ldm.classifier.data import ImageSet, load_data, load_images, require_source
 from ldm.classifier.metrics import summarise
 from ldm.classifier.network import build_network, check_model, compute_logits, compute_pooled, pick_device
-from ldm.classifier.report import REJECT_COLUMNS, Scored, prediction_rows, write_test
+from ldm.classifier.report import Scored, prediction_rows, write_test
 from ldm.classifier.training import fit, reproducible
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id, fingerprint, read_json, sha256_file, write_json
@@ -28,7 +28,6 @@ from ldm.data.samples import Reject
 
 log = logging.getLogger(__name__)
 
-RECORD = "run.json"
 OWN_FILES = (  # patterns of what a run writes, but for its predictions, whose names predictions.json holds
     *("last.pt", "classifier.safetensors", "epoch_*.safetensors", "history.csv", "rejects.csv", "predictions.json"),
     *("metrics.json", "metrics.csv", "metrics_epoch_*", "report.html", "report_epoch_*.html", "report*_files"),
@@ -42,7 +41,6 @@ class Classifier:
 
     network: torch.nn.Module
     info: dict[str, Any]  # config, classes, epoch, run (fingerprint) and the training summary
-    device: torch.device
 
     @property
     def classes(self) -> list[str]:
@@ -51,16 +49,12 @@ class Classifier:
 
     def probabilities(self, images: ImageSet, batch_size: int = 64) -> np.ndarray:
         """Softmax of the logits, float64 (N, K); raises MedSoftError naming a sample whose logits are not finite."""
-        logits = compute_logits(self.network, images, batch_size, self.device)
+        logits = compute_logits(self.network, images, batch_size)
         return torch.softmax(logits.double(), 1).numpy()
 
     def score(self, images: ImageSet) -> Scored:
         """Probabilities and features of a set."""
-        features = compute_pooled(self.network, images, 64, self.device).numpy()
-        return Scored(images, self.probabilities(images), features)
-
-
-# --- public operations ------------------------------------------------------------------------------------------
+        return Scored(images, self.probabilities(images), compute_pooled(self.network, images, 64).numpy())
 
 
 def run_classifier(config: ClassifierConfig) -> dict[str, Any]:
@@ -108,10 +102,8 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
 
 def _run_folder(path: Path) -> RunFolder:
     """The output folder, in which other files may lie: a run's are OWN_FILES and those in predictions.json."""
-    predicted = [f"predictions_{glob.escape(name)}.csv" for name in _predicted(path)]
-    return RunFolder(
-        path, RECORD, own=(*OWN_FILES, *predicted), shared=True, flag="output_dir", overwrite_flag="overwrite: true"
-    )
+    own = (*OWN_FILES, *(f"predictions_{glob.escape(name)}.csv" for name in _predicted(path)))
+    return RunFolder(path, "run.json", own=own, shared=True, flag="output_dir", overwrite_flag="overwrite: true")
 
 
 def _predicted(folder: Path) -> dict[str, Any]:
@@ -151,18 +143,13 @@ def load_classifier(weights: str | Path, gpu: str | list[int] | list[str] = "") 
             info = json.loads((handle.metadata() or {})["classifier"])
             state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise MedSoftError(
-            f"{path}: not a classifier saved by classifier.py ({type(error).__name__}: {error})"
-        ) from error
+        cause = f"{type(error).__name__}: {error}"
+        raise MedSoftError(f"{path}: not a classifier saved by classifier.py ({cause})") from error
     # Keys that classifiers saved before do not have stand for what was done then, which is their default.
     saved = info["config"] = {**dataclasses.asdict(ClassifierConfig()), **info["config"]}
     network = build_network(saved["model"], len(info["classes"]), saved["img_size"], saved["channels"])
     network.load_state_dict(state)
-    device = pick_device(gpu)
-    return Classifier(network.to(device, memory_format=torch.channels_last).eval(), info, device)
-
-
-# --- output folder ----------------------------------------------------------------------------------------------
+    return Classifier(network.to(pick_device(gpu), memory_format=torch.channels_last).eval(), info)
 
 
 def _test(
@@ -194,11 +181,8 @@ def _test(
         scored = classifier.score(test)
         metrics.update(summarise(test, scored.probabilities, classifier.classes, config.seed))
         write_test(folder, metrics, scored, classifier.score(synthetic) if synthetic else None, suffix)
-    write_csv(
-        folder / "rejects.csv",
-        [{"set": n, "sample_id": r.sample_id, "file": str(r.file), "reason": r.reason} for n, r in rejects],
-        REJECT_COLUMNS,
-    )
+    rows = [{"set": name, **vars(reject)} for name, reject in rejects]
+    write_csv(folder / "rejects.csv", rows, ["set", "sample_id", "file", "reason"])
     metrics["evaluation"] = question
     write_json(path, metrics)
     _tell(folder, metrics)
@@ -225,14 +209,12 @@ def _test_saved(config: ClassifierConfig) -> dict[str, Any]:
     saved = classifier.info["config"]
     for key in ("img_size", "model", "task", "channels"):
         if saved[key] != getattr(config, key):
-            raise UsageError(
-                f"{weights}: trained with {key} {saved[key]!r}, the configuration says {getattr(config, key)!r}"
-            )
+            asked = f"the configuration says {getattr(config, key)!r}"
+            raise UsageError(f"{weights}: trained with {key} {saved[key]!r}, {asked}")
     if not config.test_json:
         return {"n_rejected": 0, "already_complete": False, "classes": classifier.classes}
     test = load_images("test", config.test_json, config.img_size, config.task, config.channels)
-    unknown = sorted(set(test.labels) - set(classifier.classes))
-    if unknown:
+    if unknown := sorted(set(test.labels) - set(classifier.classes)):
         raise MedSoftError(f"{config.test_json}: lesion type {unknown[0]} is not a class of {weights}")
     return _test(config, classifier, weights, test, [("test", reject) for reject in test.rejects])
 
@@ -270,17 +252,12 @@ def _predict_folder(config: ClassifierConfig, source: str, name: str) -> int:
     if name not in record and path.exists():
         raise UsageError(f"{path}: was not written by this command; rename it, or {source}")
     if record.get(name, {}).get("source", where) != where and not config.overwrite:
-        raise UsageError(
-            f"predictions_{name}.csv already holds {record[name]['source']}; rename {source}, or set overwrite"
-        )
+        known = record[name]["source"]
+        raise UsageError(f"predictions_{name}.csv already holds {known}; rename {source}, or set overwrite")
     rows, rejects = predict(_saved_weights(config), source, gpu=config.GPU)
     diseased = sum(row["predicted"] != "healthy" for row in rows)
-    record[name] = {
-        "source": where,
-        "n": len(rows),
-        "n_called_diseased": diseased,
-        "rejected": [{"sample_id": r.sample_id, "file": str(r.file), "reason": r.reason} for r in rejects],
-    }
+    rejected = [{**vars(reject), "file": str(reject.file)} for reject in rejects]
+    record[name] = {"source": where, "n": len(rows), "n_called_diseased": diseased, "rejected": rejected}
     write_json(config.output / "predictions.json", record)  # first: the table is then known as this command's
     write_csv(path, rows)
     log.info("%s: %d of %d called diseased", source, diseased, len(rows))

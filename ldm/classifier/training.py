@@ -49,12 +49,11 @@ def make_phases(config: ClassifierConfig, data: ClassifierData) -> list[Phase]:
     def phase(name: str, epochs: int, sets: Sequence[ImageSet | None]) -> Phase:
         used = [images for images in sets if images]
         labels = torch.cat([torch.from_numpy(label_indices(images, data.classes)) for images in used])
-        names = [f"{images.name}/{sample.sample_id}" for images in used for sample in images.samples]
-        seen: Counter[str] = Counter()
-        for place, sample_name in enumerate(names):
+        names, seen = [], Counter()
+        for sample_name in (f"{images.name}/{sample.sample_id}" for images in used for sample in images.samples):
             seen[sample_name] += 1
-            if seen[sample_name] > 1:
-                names[place] = f"{sample_name} ({seen[sample_name]})"
+            again = f" ({seen[sample_name]})" if seen[sample_name] > 1 else ""
+            names.append(f"{sample_name}{again}")
         pictures = np.concatenate([images.images for images in used])
         return Phase(name, epochs, pictures, labels, names, class_weights(labels, len(data.classes)))
 
@@ -152,12 +151,13 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
             auc = "undefined" if row["val_auc"] is None else f"{row['val_auc']:.3f}"
             shown = (phase.name, epoch, phase.epochs, train_loss, row["val_loss"], auc)
             log.info("%s epoch %d/%d: train %.4f, val %.4f, val AUC %s", *shown)
-            if phase is phases[-1]:
-                if history.is_chosen(row):
-                    history.best = {"row": row, "validation": validation, "weights": _copy(network)}
-                if config.save_epoch and epoch % config.save_epoch == 0:
-                    kept = {"row": row, "validation": validation, "weights": _copy(network)}
-                    save_classifier(folder / f"epoch_{epoch}.safetensors", config, data, run, kept, "test_epoch")
+            chosen = phase is phases[-1] and history.is_chosen(row)
+            kept = phase is phases[-1] and config.save_epoch and epoch % config.save_epoch == 0
+            if chosen or kept:
+                found = {"row": row, "validation": validation, "weights": _copy(network)}
+                history.best = found if chosen else history.best
+                if kept:
+                    save_classifier(folder / f"epoch_{epoch}.safetensors", config, data, run, found, "test_epoch")
             last = phase is phases[-1] and epoch == phase.epochs
             if not last and time.monotonic() - saved >= STATE_EVERY_SECONDS:
                 save_state(folder / "last.pt", network, optimizer, history, run)
@@ -166,9 +166,6 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
     write_csv(folder / "history.csv", history.rows)
     save_classifier(folder / "classifier.safetensors", config, data, run, history.best, history.chosen_by)
     (folder / "last.pt").unlink(missing_ok=True)
-
-
-# --- one epoch --------------------------------------------------------------------------------------------------
 
 
 def train_epoch(
@@ -250,14 +247,11 @@ def train_step(
 def validate(network: torch.nn.Module, data: ClassifierData, shares: torch.Tensor) -> dict[str, float | None]:
     """The loss, weighted as in training, and every number of ``metrics.point_values``; None where undefined."""
     labels = label_indices(data.val, data.classes)
-    logits = compute_logits(network, data.val, 128, next(network.parameters()).device)
+    logits = compute_logits(network, data.val, 128)
     loss = float(F.cross_entropy(logits, torch.from_numpy(labels), weight=shares))
     if math.isnan(loss):
         raise MedSoftError("the validation loss is not a number; lower lr")
     return {"loss": loss, **point_values(labels, torch.softmax(logits.double(), 1).numpy())}
-
-
-# --- what is saved ----------------------------------------------------------------------------------------------
 
 
 def save_classifier(
@@ -289,13 +283,8 @@ def save_state(
     path: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer, history: History, run: str
 ) -> None:
     """Write everything from which ``resume`` goes on after the epochs in ``history``."""
-    state = {
-        "run": run,
-        "history": history.rows,
-        "best": history.best,
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
+    state = {"run": run, "history": history.rows, "best": history.best}
+    state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
     with atomic_file(path) as handle:
         save_pickle(state, handle)
 

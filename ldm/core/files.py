@@ -38,9 +38,8 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         temporary = None
         sync_folder(path.parent)
     except OSError as error:
-        raise MedSoftError(
-            f"{path}: could not be written ({error.strerror or error}); nothing was changed there"
-        ) from error
+        cause = error.strerror or error
+        raise MedSoftError(f"{path}: could not be written ({cause}); nothing was changed there") from error
     finally:
         if temporary is not None:
             with suppress(OSError):
@@ -99,13 +98,10 @@ def sync_folder(folder: Path) -> None:
 
 def remove_partials(folder: Path) -> int:
     """Delete what an interrupted ``atomic_file`` left in ``folder``; returns how many files that were."""
-    count = 0
-    if folder.is_dir():
-        for orphan in folder.glob(PARTIAL_PREFIX + "*"):
-            if orphan.is_file():
-                orphan.unlink()
-                count += 1
-    return count
+    orphans = [path for path in folder.glob(PARTIAL_PREFIX + "*") if path.is_file()]
+    for orphan in orphans:
+        orphan.unlink()
+    return len(orphans)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -142,18 +138,14 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise MedSoftError(
-            f"{path}: not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})"
-        ) from error
+        where = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise MedSoftError(f"{path}: not valid JSON ({where})") from error
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal, read in pieces of 4 MiB."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as handle:
-        while piece := handle.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def content_id(path: str | Path | None) -> str | None:
@@ -202,9 +194,3 @@ def check_target(path: str | Path, size: int, *inputs: str | Path) -> None:
         raise MedSoftError(f"{path}: cannot be written there ({folder}: {error.strerror or error})") from error
     if free < size:
         raise MedSoftError(f"{path}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on that disk; make room")
-
-
-def refuse_existing(path: str | Path, overwrite: bool) -> None:
-    """Raise a UsageError if ``path`` exists and may not be replaced."""
-    if Path(path).exists() and not overwrite:
-        raise UsageError(f"{path}: already exists; give another path, or --overwrite to replace it")

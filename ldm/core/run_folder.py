@@ -68,16 +68,19 @@ class RunFolder:
         self.settings: dict[str, Any] = {}
         self.same_run = False  # whether what the folder holds is this run's; set by open() and claim()
 
-    # ------------------------------------------------------------------------------------------------ one process
-
     @contextmanager
     def lock(self, wait: bool = False, first: bool = True) -> Iterator[None]:
         """Keep other processes that ask for the same folder out for the block; UsageError, or ``wait`` for them.
 
-        Of the processes of one run, only the ``first`` holds the lock. The lock file ``.NAME.lock`` lies beside the
-        folder, so that a refused run leaves no trace in it (inside it, where the folder above may not be written to).
+        UsageError also unless the path is, or can become, a folder in which files may be written. Of the processes of
+        one run, only the ``first`` holds the lock. The lock file ``.NAME.lock`` lies beside the folder, so that a
+        refused run leaves no trace in it (inside it, where the folder above may not be written to).
         """
-        self._check_writable()
+        above = nearest_existing(self.path.absolute())
+        if not above.is_dir():
+            raise UsageError(f"{self.flag} {self.path}: expected a folder, found a file ({above}); give another")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise UsageError(f"{self.flag} {self.path}: {above} may not be written to; give another folder")
         if not first:
             yield
             return
@@ -87,16 +90,6 @@ class RunFolder:
         cure = "waiting for it to end" if wait else f"give another {self.flag}"
         with exclusive(place, f"{self.path}: another run is writing here at this moment; {cure}", wait):
             yield
-
-    def _check_writable(self) -> None:
-        """UsageError unless the path is, or can become, a folder in which files may be written."""
-        above = nearest_existing(self.path.absolute())
-        if not above.is_dir():
-            raise UsageError(f"{self.flag} {self.path}: expected a folder, found a file ({above}); give another")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise UsageError(f"{self.flag} {self.path}: {above} may not be written to; give another folder")
-
-    # ------------------------------------------------------------------------------------------------ one run
 
     def open(
         self, settings: Mapping[str, Any], overwrite: bool = False, legacy: str | None = None, anew: bool = False
@@ -173,8 +166,6 @@ class RunFolder:
                 f"{self.record.name} is not); give another {self.flag}"
             )
 
-    # ------------------------------------------------------------------------------------------------ files
-
     def _work(self) -> list[Path]:
         """What runs have written here, the record aside: files and folders of ``own``, sample folders."""
         found = [path for pattern in self.own for path in sorted(self.path.glob(pattern)) if path != self.record]
@@ -196,16 +187,11 @@ class RunFolder:
             self.forget_record()
             for path in self._work():
                 _remove(path)
-        self._remove_partials()
+        search = self.path.rglob if self.samples else self.path.glob  # sample folders have partials of their own
+        for orphan in list(search(PARTIAL_PREFIX + "*")):
+            _remove(orphan)  # it may have lain in one that was just removed
         self.write_record(False, **values)
         self.same_run = True
-
-    def _remove_partials(self) -> None:
-        """Delete what killed runs left half-written, in sub-folders only where sample folders lie in them."""
-        if self.path.is_dir():
-            search = self.path.rglob if self.samples else self.path.glob
-            for orphan in list(search(PARTIAL_PREFIX + "*")):
-                _remove(orphan)  # it may have lain in one that was just removed
 
     def finish(self, **values: Any) -> None:
         """Write the record of a complete run, as the last file."""
@@ -231,11 +217,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     old = flatten({key: before[key] for key in now if key in before})
     new = flatten({key: now[key] for key in now if key in before})
-    return [
-        f"{key}: {_shown(old.get(key))} -> {_shown(new.get(key))}"
-        for key in dict.fromkeys((*new, *old))
-        if old.get(key) != new.get(key)
-    ]
+    changed = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    return [f"{key}: {_shown(old.get(key))} -> {_shown(new.get(key))}" for key in changed]
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

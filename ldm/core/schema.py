@@ -13,6 +13,7 @@ import math
 import shlex
 import types
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -25,9 +26,6 @@ from ldm.core.paths import shipped
 
 T = TypeVar("T")
 UNIONS = (Union, types.UnionType)
-
-
-# ------------------------------------------------------------------------------------------------------- identity
 
 
 def setting(default: Any, decides: frozenset[str]) -> Any:
@@ -53,9 +51,6 @@ def identity(config: Any, *scopes: str) -> dict[str, Any]:
         elif item.metadata["decides"].intersection(scopes):
             found[item.name] = value
     return found
-
-
-# ------------------------------------------------------------------------------------------------------- limits
 
 
 @dataclass(frozen=True)
@@ -89,9 +84,6 @@ def is_command(text: str) -> bool:
 
 
 Command = Annotated[str, Rule(is_command, "words of a command, their quotes closed")]
-
-
-# ------------------------------------------------------------------------------------------------------- from files
 
 
 @dataclass
@@ -199,9 +191,6 @@ def add_overrides(values: Values, kind: type, texts: Sequence[str], flag: str, e
         values.add(value, f"{flag} {text}")
 
 
-# ------------------------------------------------------------------------------------------------------- checking
-
-
 def build(kind: type[T], values: Values) -> T:
     """A ``kind`` (a dataclass) from plain values; UsageError names source, key, what was expected and found."""
     return _convert(kind, values.content, "", values)
@@ -209,18 +198,18 @@ def build(kind: type[T], values: Values) -> T:
 
 def _convert(kind: Any, value: Any, key: str, values: Values) -> Any:
     """``value`` as the type ``kind`` wants it."""
-    if get_origin(kind) is Annotated:
-        plain, *rules = get_args(kind)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        plain, *rules = inner
         value = _convert(plain, value, key, values)
         for rule in rules:
             if not rule.holds(value):
                 raise values.error(key, rule.expected, value)
         return value
-    if get_origin(kind) in UNIONS:
+    if origin in UNIONS:
         return _convert_union(kind, value, key, values)
     if _is_section(kind) and isinstance(value, dict):
         return _section(kind, value, key, values)
-    origin, inner = get_origin(kind), get_args(kind)
     if origin is dict and isinstance(value, dict):
         names = {name: _convert(inner[0], name, key, values) for name in value}
         return {names[name]: _convert(inner[1], each, f"{key}.{name}", values) for name, each in value.items()}
@@ -228,7 +217,8 @@ def _convert(kind: Any, value: Any, key: str, values: Values) -> Any:
         places = [f"{key}.{n}" if isinstance(each, dict) else key for n, each in enumerate(value, 1)]
         return origin(_convert(inner[0], each, place, values) for each, place in zip(value, places, strict=True))
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        value = _as_number(value)  # YAML takes 1e-4, without a point, for text
+        with suppress(ValueError):
+            value = float(value)  # YAML takes 1e-4, without a point, for text
     if kind is float and type(value) is float and math.isfinite(value):
         return value
     if kind is str and isinstance(value, str) and "${" in value:
@@ -248,12 +238,10 @@ def _convert_union(kind: Any, value: Any, key: str, values: Values) -> Any:
     plain = [get_args(each)[0] if get_origin(each) is Annotated else each for each in kinds]
     alike = [each for each, bare in zip(kinds, plain, strict=True) if get_origin(bare) is type(value)]
     if len(kinds) == 1 or len(alike) == 1:
-        return _convert(kinds[0] if len(kinds) == 1 else alike[0], value, key, values)
+        return _convert((alike or kinds)[0], value, key, values)
     for each in kinds:
-        try:
+        with suppress(UsageError):
             return _convert(each, value, key, values)
-        except UsageError:
-            continue
     raise values.error(key, _described(kind), value)
 
 
@@ -277,19 +265,12 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
-def _as_number(value: int | str) -> Any:
-    try:
-        return float(value)
-    except ValueError:
-        return value
-
-
 def _described(kind: Any) -> str:
     """A type in words."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return inner[1].expected
-    if get_origin(kind) in UNIONS:
+    if origin in UNIONS:
         return " or ".join(_described(part) for part in inner)
     if origin is Literal:
         return f"one of {', '.join(inner)}"

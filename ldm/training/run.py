@@ -12,11 +12,11 @@ import torch
 from lightning_fabric import Fabric
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from ldm.config import Config, TrainingConfig, as_yaml, config_from_dict, save_config
+from ldm.config import Config, TrainingConfig, as_yaml, config_from_dict
 from ldm.core import cli
 from ldm.core.devices import free_memory, is_first_on_node, is_first_process, out_of_memory, resolve_precision
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import fingerprint, free_bytes, remove_partials, sha256_file
+from ldm.core.files import fingerprint, free_bytes, remove_partials, sha256_file, write_text
 from ldm.core.run_folder import RunFolder, differences
 from ldm.core.schema import identity
 from ldm.data.annotations import write_rejects
@@ -283,7 +283,7 @@ def _run(options: TrainingOptions, config: Config, inputs: TrainingInputs, sourc
 def _prepare_folder(folder: Path, config: Config, inputs: TrainingInputs, previous: Checkpoint | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_partials(folder)
-    save_config(config, folder / "config.yaml")
+    write_text(folder / "config.yaml", as_yaml(config))
     write_rejects(folder / REJECTS, inputs.rejects)
     if previous is None:
         for old in best_files(folder):

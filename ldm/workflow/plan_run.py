@@ -162,7 +162,6 @@ def _stop(child: subprocess.Popen, signum: int) -> None:
 
 
 def count(plan: Plan, number: int) -> str:
-    """Step ``number`` of all: [3/19]."""
     return f"[{number}/{len(plan.steps)}]"
 
 

@@ -82,7 +82,6 @@ class PlanRecord:
 
     @property
     def path(self) -> Path:
-        """The JSON file it is kept in."""
         return ROOT / self.plan.output_dir / STATE_FILE
 
     def known(self, step: PlanStep) -> dict[str, Any]:

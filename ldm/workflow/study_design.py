@@ -60,7 +60,6 @@ class Arm(ArmKeys):
 
     @property
     def all_ratios(self) -> tuple[float | None, ...]:
-        """The ratio of each of its cells."""
         return self.ratios or (None,)
 
 
@@ -224,7 +223,6 @@ def plan_cell(design: Design, world: World, arm: Arm, ratio: float | None, seed:
 
 
 def label(arm: Arm, ratio: float | None) -> str:
-    """Names the arm's cells at this ratio."""
     return arm.name if ratio is None else f"{arm.name}_{ratio:g}"
 
 

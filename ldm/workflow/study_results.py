@@ -7,7 +7,7 @@ it first, and intervals are Student's t over worlds.
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,7 +52,6 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, Treatment, int]:
-        """What makes it this cell and no other."""
         return self.world, self.treatment, self.seed
 
     @property
@@ -111,13 +110,12 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, len(values))
 
 
+@dataclass
 class Study:
     """All finished cells, looked at together."""
 
-    def __init__(self, cells: Iterable[Cell], comparison: Compared) -> None:
-        self.cells = list(cells)
-        self.comparison = comparison
-        self._known = {(cell.treatment, cell.world, cell.seed): cell.values for cell in self.cells}
+    cells: list[Cell]
+    comparison: Compared
 
     @property
     def treatments(self) -> list[Treatment]:
@@ -126,7 +124,7 @@ class Study:
 
     def _runs(self, treatment: Treatment, metric: str) -> dict[tuple[str, int], float]:
         """Value by (world, seed), without undefined ones."""
-        found = {(world, seed): v.get(metric) for (own, world, seed), v in self._known.items() if own == treatment}
+        found = {(each.world, each.seed): each.values.get(metric) for each in self.cells if each.treatment == treatment}
         return {run: value for run, value in found.items() if value is not None}
 
     def mean(self, treatment: Treatment, metric: str = AUC) -> Interval | None:
@@ -139,7 +137,6 @@ class Study:
         return _over_worlds({run: ours[run] - theirs[run] for run in ours if run in theirs})
 
     def ratios(self, arm: str) -> list[float]:
-        """The ratios of an arm, rising."""
         return sorted(t.ratio for t in self.treatments if t.arm == arm and t.ratio is not None)
 
     def chosen_ratio(self) -> float | None:

@@ -180,30 +180,30 @@ def test_duplicates_are_as_many_as_synthetic_ones_would_be(world: dict, ratio: f
 
 
 def test_duplicates_repeat_each_diseased_image_equally_often(world: dict) -> None:
-    from ldm.classifier.config import classifier_config
+    from ldm.classifier.config import ClassifierConfig
     from ldm.classifier.data import load_data
     from ldm.classifier.training import make_phases
 
     control = world | {"use_synthetic": "duplicate_real", "ratio": 1.5}
-    data = load_data(classifier_config(control))
+    data = load_data(ClassifierConfig(**control))
     names = [sample.sample_id for sample in data.duplicates.samples]
     assert sorted(names.count(name) for name in set(names)) == [1, 1, 1, 2, 2, 2]
     assert set(data.duplicates.labels) == {"diseased"}
-    other = load_data(classifier_config(control | {"seed": 1})).duplicates
+    other = load_data(ClassifierConfig(**control | {"seed": 1})).duplicates
     assert names != [sample.sample_id for sample in other.samples]
-    (phase,) = make_phases(classifier_config(control), data)
+    (phase,) = make_phases(ClassifierConfig(**control), data)
     assert len(phase.labels) == 12 + 9
     assert len(set(phase.names)) == len(phase.names)  # copies are not augmented alike
 
 
 def test_pretraining_sees_synthetic_and_healthy_then_real_images_only(world: dict, tmp_path: Path) -> None:
-    from ldm.classifier.config import classifier_config
+    from ldm.classifier.config import ClassifierConfig
     from ldm.classifier.data import load_data
     from ldm.classifier.training import make_phases
 
     folder = synthetic_set(tmp_path / "results", "train-patient0", "train000")
     world |= {"synthetic": [folder], "use_synthetic": "pretrain", "pretrain_epochs": 2, "EPOCHS": 1}
-    config = classifier_config(world)
+    config = ClassifierConfig(**world)
     first, second = make_phases(config, load_data(config))
     assert {name.split("/")[0] for name in first.names} == {"train", "synthetic"}
     assert first.labels.tolist() == [0] * 6 + [1] * 5
@@ -215,12 +215,12 @@ def test_pretraining_sees_synthetic_and_healthy_then_real_images_only(world: dic
 
 
 def test_sampler_draws_healthy_and_diseased_equally_often_and_by_seed(world: dict, tmp_path: Path) -> None:
-    from ldm.classifier.config import classifier_config
+    from ldm.classifier.config import ClassifierConfig
     from ldm.classifier.data import load_data
     from ldm.classifier.training import epoch_order, make_phases
 
     few = make_set(tmp_path / "few", "few", 120, 30, kinds=("healthy",) * 9 + ("osteolytic",))
-    config = classifier_config(world | {"train_json": str(few), "balance": "sampler"})
+    config = ClassifierConfig(**world | {"train_json": str(few), "balance": "sampler"})
     (phase,) = make_phases(config, load_data(config))
     epochs = [epoch_order(phase, epoch, config)[0] for epoch in (1, 2, 3, 1)]
     assert np.array_equal(epochs[0], epochs[3])
