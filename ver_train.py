@@ -21,18 +21,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint that gives the first weights")
     parser.add_argument("--config", type=Path, required=True, help="stage YAML in models/")
     parser.add_argument("--save_path", type=Path, required=True, help="folder for last.ckpt, config.yaml, metrics.csv")
-    parser.add_argument(
-        "--train_json",
-        type=Path,
-        default=Path("openimages_format_train.json"),
-        help="annotations to train on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--val_json",
-        type=Path,
-        default=Path("openimages_format_val.json"),
-        help="annotations to validate on (default: %(default)s)",
-    )
+    for split, use in (("train", "train"), ("val", "validate")):
+        default = Path(f"openimages_format_{split}.json")
+        text = f"annotations to {use} on (default: %(default)s)"
+        parser.add_argument(f"--{split}_json", type=Path, default=default, help=text)
     parser.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
     parser.add_argument(
         "--cache_dir", type=Path, help="folder of cached features (default: feature_cache beside SAVE_PATH)"
@@ -73,8 +65,8 @@ def main(args: argparse.Namespace) -> int:
     config = resolve(args)
     from ldm.training.run import TrainingOptions, run_stage
 
-    names = (item.name for item in dataclasses.fields(TrainingOptions))
-    return run_stage(TrainingOptions(**{name: getattr(args, name) for name in names}), config)
+    fields = dataclasses.fields(TrainingOptions)
+    return run_stage(TrainingOptions(**{item.name: getattr(args, item.name) for item in fields}), config)
 
 
 if __name__ == "__main__":

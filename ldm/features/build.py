@@ -56,7 +56,7 @@ class FeatureBuilder:
         ``thorough`` verifies the checksums of what is there; without it only the files' structure is looked at.
         """
         known, rejects = self._readable(items)
-        if not self._missing(known, thorough) and not self._missing_prompts(known, thorough):
+        if not any(self._missing(known, thorough)):
             return rejects
         folder = self.names.folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,10 +64,10 @@ class FeatureBuilder:
             for part in folder.iterdir():
                 if part.is_dir():
                     remove_partials(part)
-            missing = self._missing(known, thorough)  # what the run before us has computed is not missing any more
+            missing, prompts = self._missing(known, thorough)  # no more what the run before us has computed
             for batch in _batches(missing, "features", "item"):
                 rejects += self.compute(batch)
-            for batch in _batches(self._missing_prompts(known, thorough), "prompts", "prompt"):
+            for batch in _batches(prompts, "prompts", "prompt"):
                 self.compute_prompts(batch)
         return rejects
 
@@ -78,22 +78,21 @@ class FeatureBuilder:
             sample = item.sample
             unread = [path for path in sample.files if path and path not in self.names.digests]
             if unread:
-                reason = f"{unread[0]}: could not be read"
+                reason = f"{unread[0]}: could not be read{_system_error(unread[0])}"
                 rejects.append(Reject(sample.sample_id, sample.image, reason.removeprefix(f"{sample.image}: ")))
             else:
                 known.append(item)
         return known, rejects
 
-    def _missing(self, items: Sequence[Item], thorough: bool) -> list[Item]:
-        files = [[self.names.of_item(item, kind) for kind in self.names.item_kinds] for item in items]
-        sound = sound_files((file for row in files for file in row), thorough)
-        return [item for item, row in zip(items, files, strict=True) if not sound.issuperset(row)]
-
-    def _missing_prompts(self, items: Sequence[Item], thorough: bool) -> list[str]:
+    def _missing(self, items: Sequence[Item], thorough: bool) -> tuple[list[Item], list[str]]:
+        """The items and the prompts without whole files of all their features."""
+        names = self.names
         prompts = sorted({item.sample.prompt for item in items} | {""})  # the empty one: guidance without a condition
-        files = {prompt: [self.names.of_prompt(prompt, kind) for kind in self.names.prompt_kinds] for prompt in prompts}
-        sound = sound_files((file for row in files.values() for file in row), thorough)
-        return [prompt for prompt, row in files.items() if not sound.issuperset(row)]
+        of_items = [(item, [names.of_item(item, kind) for kind in names.item_kinds]) for item in items]
+        of_prompts = [(prompt, [names.of_prompt(prompt, kind) for kind in names.prompt_kinds]) for prompt in prompts]
+        sound = sound_files({file for _, files in [*of_items, *of_prompts] for file in files}, thorough)
+        missing = [item for item, files in of_items if not sound.issuperset(files)]
+        return missing, [prompt for prompt, files in of_prompts if not sound.issuperset(files)]
 
     def compute(self, items: Sequence[Item]) -> list[Reject]:
         """Write the features of ``items``; those that cannot be prepared are returned."""
@@ -154,6 +153,15 @@ def cache_size(config: Config, items: Iterable[Item]) -> int:
         a_prompt += 4 * config.text_encoder.max_length * config.text_encoder.width
     items = list(items)
     return an_item * len(items) + a_prompt * len({item.sample.prompt for item in items})
+
+
+def _system_error(path: Path) -> str:
+    """What the system says when it is asked to read a file, in brackets; "" if it does read it this time."""
+    try:
+        path.read_bytes()
+    except OSError as error:
+        return f" ({error.strerror or error})"
+    return ""
 
 
 def _batches(things: Sequence, what: str, unit: str) -> Iterator[Sequence]:

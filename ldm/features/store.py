@@ -3,7 +3,6 @@
 import logging
 import os
 import zlib
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,9 +80,8 @@ def write_features(path: Path, features: dict[str, Tensor]) -> None:
         handle.write(save(plain, metadata={"crc32": str(_checksum(plain))}))
 
 
-def sound_files(files: Iterable[Path], thorough: bool) -> set[Path]:
+def sound_files(files: set[Path], thorough: bool) -> set[Path]:
     """Those of ``files`` that are whole, looked at by several threads; ``thorough`` verifies their checksums."""
-    files = set(files)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         whole = pool.map(lambda file: _whole(file, thorough), files)
         return {file for file, sound in zip(files, whole, strict=True) if sound}

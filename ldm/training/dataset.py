@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from ldm.data.preparation import digests_of, sample_identity
 from ldm.data.samples import Reject, Sample
 from ldm.diffusion.noise import named_generator
 from ldm.features.names import Item, training_items
+from ldm.features.store import FeatureStore
 
 log = logging.getLogger("ver_train")
 
@@ -147,14 +148,6 @@ class Batch(TypedDict, total=False):
     coin: Tensor  # (B,) of the guidance drop-out, [0, 1)
 
 
-class Features(Protocol):
-    """Where the features of an item come from: a FeatureStore."""
-
-    def load(self, item: Item) -> dict[str, Tensor]:
-        """The item's features by name, float32 on the CPU."""
-        ...
-
-
 class StageData(Dataset):
     """Cached features of the items, with the random numbers of each use of each item.
 
@@ -164,7 +157,7 @@ class StageData(Dataset):
     schedule and over its masks or crops. ``weight`` is handed on (see EpochOrder).
     """
 
-    def __init__(self, items: Sequence[Item], features: Features, training: TrainingConfig, fixed: bool) -> None:
+    def __init__(self, items: Sequence[Item], features: FeatureStore, training: TrainingConfig, fixed: bool) -> None:
         self.features, self.training, self.fixed = features, training, fixed
         self.by_sample: dict[str, list[Item]] = {}
         for item in items:
@@ -211,10 +204,6 @@ class EpochOrder(Sampler):
         self.rank, self.world = rank, world
         self.epoch, self.start = 0, 0
         self.count = len(self._uses())
-
-    def set_epoch(self, epoch: int) -> None:
-        """The next iteration is that of ``epoch``."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return -(-self.count // self.world)

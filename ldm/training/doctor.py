@@ -4,7 +4,7 @@ disk and memory. Each check yields Findings; nothing is written and nothing is t
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +41,10 @@ class DatasetInspection:
     """What decoding one sample has shown: faults, and numbers for the statistics over the data set."""
 
     sample_id: str
-    faults: tuple[tuple[str, str, str], ...]  # level, where, text
+    faults: tuple[Finding, ...]
     digest: str | None = None
     shape: tuple[int, ...] = ()
     depth: int = 0  # bits
-    covered: float = 0.0  # share of the image that the mask marks
 
 
 def look(sample: Sample) -> DatasetInspection:
@@ -53,14 +52,14 @@ def look(sample: Sample) -> DatasetInspection:
     from ldm.data.images import pixel_digest, read_image
     from ldm.data.masks import read_anatomy, read_mask
 
-    faults: list[tuple[str, str, str]] = []
     try:
         image = read_image(sample.image)
     except MedSoftError as error:
-        return DatasetInspection(sample.sample_id, (("sample", str(sample.image), error.cause(sample.image)),))
+        return DatasetInspection(sample.sample_id, (Finding("sample", str(sample.image), error.cause(sample.image)),))
     seen: dict[str, Any] = {"digest": pixel_digest(image), "shape": image.shape, "depth": 8 * image.dtype.itemsize}
+    faults: list[Finding] = []
     if image.min() == image.max():
-        faults.append(("warning", str(sample.image), f"every pixel is {image.min()}: an empty picture"))
+        faults.append(Finding("warning", str(sample.image), f"every pixel is {image.min()}: an empty picture"))
     try:
         mask = read_mask(sample.mask, image.shape) if sample.mask else None
         if sample.soft_mask:
@@ -68,29 +67,21 @@ def look(sample: Sample) -> DatasetInspection:
         if sample.anatomy:
             read_anatomy(sample.anatomy, image.shape)
     except MedSoftError as error:
-        return DatasetInspection(sample.sample_id, (*faults, ("sample", str(sample.image.parent), str(error))), **seen)
-    if mask is not None and not sample.healthy:
-        faults += _mask_faults(sample, mask)
-        seen["covered"] = float(mask.hard.mean())
+        faults.append(Finding("sample", str(sample.image.parent), str(error)))
+    else:
+        faults += _mask_faults(str(sample.mask), mask) if mask is not None and not sample.healthy else []
     return DatasetInspection(sample.sample_id, tuple(faults), **seen)
 
 
-def _mask_faults(sample: Sample, mask: Any) -> list[tuple[str, str, str]]:
-    if mask.empty:
-        return [("sample", str(sample.mask), "the mask is empty (all zero), but the prompt names a lesion")]
-    covered = float(mask.hard.mean())
-    if covered > HUGE_MASK:
-        return [
-            (
-                "warning",
-                str(sample.mask),
-                f"marks {covered:.0%} of the image: inverted? 1 (white) is the lesion, 0 everything else",
-            )
-        ]
+def _mask_faults(file: str, mask: Any) -> Iterator[Finding]:
     edge = np.concatenate([mask.hard[0], mask.hard[-1], mask.hard[:, 0], mask.hard[:, -1]]).mean()
-    if edge > HUGE_MASK:
-        return [("warning", str(sample.mask), "marks most of the image's border: inverted? 1 (white) is the lesion")]
-    return []
+    if mask.empty:
+        yield Finding("sample", file, "the mask is empty (all zero), but the prompt names a lesion")
+    elif (covered := mask.hard.mean()) > HUGE_MASK:
+        text = f"marks {covered:.0%} of the image: inverted? 1 (white) is the lesion, 0 everything else"
+        yield Finding("warning", file, text)
+    elif edge > HUGE_MASK:
+        yield Finding("warning", file, "marks most of the image's border: inverted? 1 (white) is the lesion")
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -105,15 +96,14 @@ def check_data(sets: dict[str, Path], workers: int | None = None) -> Iterator[Fi
         except MedSoftError as error:
             yield Finding("error", name, str(error))
             continue
-        for reject in rejects:
-            yield Finding("sample", str(reject.file), reject.reason)
+        yield from (Finding("sample", str(reject.file), reject.reason) for reject in rejects)
     everyone = [sample for group in members.values() for sample in group]
     looks: dict[str, list[DatasetInspection]] = {}
     start = time.perf_counter()
     for name, group in members.items():
         looks[name] = _look_at(group, name, workers)
         for seen in looks[name]:
-            yield from (Finding(*fault) for fault in seen.faults)
+            yield from seen.faults
     seconds = time.perf_counter() - start
     words = (len(everyone), seconds, 60 * len(everyone) / max(seconds, 1e-9))
     log.info("every file of %d samples decoded in %.1f s (%.0f samples a minute)", *words)
@@ -124,8 +114,7 @@ def check_data(sets: dict[str, Path], workers: int | None = None) -> Iterator[Fi
         digests = {seen.sample_id: seen.digest for seen in looks[name] if seen.digest}
         yield from _repeated(name, looks[name])
         rows += annotation_rows(name, group, digests)
-    for leak in leaks(rows):
-        yield Finding("error", " and ".join(sets), leak)
+    yield from (Finding("error", " and ".join(sets), leak) for leak in leaks(rows))
     yield from check_prompts(everyone)
 
 
@@ -154,7 +143,7 @@ def _about(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> 
         if np.prod(large) > 16 * np.prod(small):
             words = f"{small[1]} x {small[0]} to {large[1]} x {large[0]} pixels"
             yield Finding("warning", name, f"sizes from {words}: lesions differ in scale; see `fit` in the YAML")
-    inverted = sum("inverted?" in text for seen in looks for _, _, text in seen.faults)
+    inverted = sum("inverted?" in fault.text for seen in looks for fault in seen.faults)
     sick = sum(not sample.healthy for sample in samples)
     if sick and inverted > sick / 2:
         yield Finding("error", name, f"{inverted} of {sick} masks look inverted: 1 (white) must be the lesion")
@@ -165,14 +154,12 @@ def _repeated(name: str, looks: list[DatasetInspection]) -> Iterator[Finding]:
     for seen in looks:
         twin = first.setdefault(seen.digest, seen.sample_id) if seen.digest else seen.sample_id
         if twin != seen.sample_id:
-            yield Finding(
-                "warning", name, f"samples {twin} and {seen.sample_id} have the same picture, pixel for pixel"
-            )
+            text = f"samples {twin} and {seen.sample_id} have the same picture, pixel for pixel"
+            yield Finding("warning", name, text)
 
 
-def check_prompts(samples: Iterable[Sample]) -> Iterator[Finding]:
+def check_prompts(samples: list[Sample]) -> Iterator[Finding]:
     """Empty, badly encoded, long and nearly equal prompts."""
-    samples = list(samples)
     for sample in samples:
         file = sample.image.parent / "prompt.txt"
         if not sample.prompt.strip():
@@ -180,9 +167,8 @@ def check_prompts(samples: Iterable[Sample]) -> Iterator[Finding]:
         if ODD_PROMPT in sample.prompt or any(ord(char) < 32 and char not in "\t\n\r" for char in sample.prompt):
             yield Finding("warning", str(file), f"odd characters, saved in another encoding? {sample.prompt[:60]!r}")
         if len(sample.prompt) > LONG_PROMPT:
-            yield Finding(
-                "warning", str(file), f"{len(sample.prompt)} characters: the text encoder reads 75 tokens only"
-            )
+            text = f"{len(sample.prompt)} characters: the text encoder reads 75 tokens only"
+            yield Finding("warning", str(file), text)
         if file.is_file():
             try:
                 if read_text(file).strip() != sample.prompt.strip():
@@ -231,9 +217,8 @@ def check_versions(versions: dict[str, str]) -> Iterator[Finding]:
             yield Finding("error", "torchvision", f"built for {vision}, torch for {torch}; install both together")
     lightning = versions.get("pytorch-lightning", "")
     if lightning and number(lightning) < (2, 6, 6):
-        yield Finding(
-            "error", "pytorch-lightning", f"{lightning}: older than 2.6.6, which closed a security hole; update"
-        )
+        text = f"{lightning}: older than 2.6.6, which closed a security hole; update"
+        yield Finding("error", "pytorch-lightning", text)
 
 
 def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Iterator[Finding]:
@@ -245,7 +230,7 @@ def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Ite
     from ldm.networks.model import MedSoftModel
     from ldm.networks.opening import open_encoder
     from ldm.training.groups import training_groups
-    from ldm.training.stage import frozen_tensors
+    from ldm.training.stage import tensors_of_stage
 
     source = None
     try:
@@ -256,7 +241,9 @@ def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Ite
         if ckpt:
             source = read_checkpoint(ckpt)
             check_preparation(source, config)
-            problems = compare(net.state_dict(), frozen_tensors(source, config))
+            wanted = tensors_of_stage(config)
+            offered = {key: value for key, value in source.state.items() if key in wanted}
+            problems = compare(net.state_dict(), offered)
             if problems:
                 raise MedSoftError(f"{ckpt}: does not fit the configuration: {'; '.join(problems)}")
             check_finite(source.state, ckpt)

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ldm.checkpoints.checkpoint import PREFIXES
 from ldm.config import Config
 from ldm.networks.model import MedSoftModel
 from ldm.networks.msc import input_shapes
 from ldm.training.dataset import Batch
-from ldm.training.groups import training_groups
-from ldm.training.stage import STEP_PARTS, Stage
+from ldm.training.groups import group_of
+from ldm.training.stage import STEP_PARTS, Stage, tensors_of_stage
 
 GIB = 2**30
 
@@ -48,8 +47,7 @@ def stage_memory(config: Config, batch: int, half: bool, device: str = "cpu") ->
         stage = fake_stage(config, half)
         trained = sum(value.numel() for value in stage.trained.values())
         parameters = sum(value.numel() * value.element_size() for value in stage.net.parameters())
-        norms = NormsInFloat32() if half and device == "cuda" else nullcontext()
-        with norms:
+        with NormsInFloat32() if half and device == "cuda" else nullcontext():
             activations = saved_bytes(stage, fake_batch(config, batch), half)
     average = 4 * trained if config.training.ema_decay else 0
     return Memory(parameters, 4 * trained, 8 * trained, average, activations)
@@ -80,14 +78,10 @@ class Disk:
 
 def stage_disk(config: Config, features: int) -> Disk:
     """Disk of a stage's run; ``features`` are the bytes of its cached features."""
-    training = config.training
-    with torch.device("meta"):
-        net = MedSoftModel(config, training.builds)
-    prefixes = tuple(PREFIXES[part] for part in training.builds if part in PREFIXES)
-    weights = 4 * sum(value.numel() for key, value in net.state_dict().items() if key.startswith(prefixes))
-    groups = training_groups(net, training)
-    trained = sum(value.numel() for members in groups.values() for value in members.values())
-    state = 8 * trained + (4 * trained if training.ema_decay else 0)
+    training, tensors = config.training, tensors_of_stage(config)
+    weights = 4 * sum(value.numel() for value in tensors.values())
+    trained = [value for key, value in tensors.items() if group_of(key, training.objective) in training.rates]
+    state = (12 if training.ema_decay else 8) * sum(value.numel() for value in trained)
     best = (training.keep_best + 1) * weights if training.keep_best else 0
     return Disk(weights + state, best, features)
 
@@ -141,15 +135,7 @@ def saved_bytes(stage: Stage, batch: Batch, half: bool) -> int:
             kept[value.untyped_storage()._cdata] = value
         return value
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, _same),
-        torch.autocast("cpu", torch.bfloat16, enabled=half),
-    ):
-        loss = stage(batch, 0.0)[0].mean()
-    total = sum(value.untyped_storage().nbytes() for value in kept.values())
-    del loss
-    return total
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = stage(batch, 0.0)[0].mean()  # noqa: F841 (what it keeps is counted while it is there)
+    return sum(value.untyped_storage().nbytes() for value in kept.values())

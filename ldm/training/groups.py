@@ -1,8 +1,5 @@
-"""Which parameters a stage trains, in groups with a learning rate each, and the optimizer of these groups."""
+"""Which parameters a stage trains, in groups with a learning rate each."""
 
-from collections.abc import Mapping
-
-import torch
 from torch import nn
 
 from ldm.config import TrainingConfig
@@ -37,13 +34,3 @@ def training_groups(net: nn.Module, training: TrainingConfig) -> Groups:
     if not groups:
         raise UsageError("training.rates: names no group, so nothing would be trained; give at least one of msc, attn3")
     return groups
-
-
-def adamw(
-    groups: Groups, learning_rates: Mapping[str, float], weight_decay: float, fused: bool = True
-) -> torch.optim.AdamW:
-    """AdamW with a learning rate per group. A fused step makes no temporary copies."""
-    settings = [
-        {"params": list(members.values()), "lr": learning_rates[name], "name": name} for name, members in groups.items()
-    ]
-    return torch.optim.AdamW(settings, weight_decay=weight_decay, fused=fused)

@@ -4,6 +4,7 @@ The launch of several processes, the devices and the exchange of gradients are L
 decides the weights is on this page.
 """
 
+import logging
 import math
 import signal
 import threading
@@ -25,6 +26,8 @@ from ldm.training.records import Records
 from ldm.training.saving import Checkpoints
 from ldm.training.stage import Stage
 from ldm.training.steps import MovementWatch, StepQueue
+
+log = logging.getLogger(__name__)
 
 
 class Training:
@@ -50,7 +53,7 @@ class Training:
         self.progress = checkpoints.progress
         self.model = fabric.setup_module(stage, _reapply_compile=False)
         self.optimizer, self.scaler = checkpoints.optimizer, checkpoints.scaler
-        self.queue = StepQueue(list(stage.groups), fabric.world_size, precision == "16-mixed", of_everyone)
+        self.queue = StepQueue(stage.groups, fabric.world_size, precision == "16-mixed")
         self.movement = MovementWatch(stage.groups, self.progress.step)
         self.requests = Requests()
         self.steps_in_all = self.config.max_epochs * -(-len(self.train_loader) // self.config.accumulate)
@@ -78,7 +81,7 @@ class Training:
 
     def train_epoch(self) -> None:
         """The rest of the epoch, from the batch that ``progress`` names."""
-        self.train_loader.sampler.set_epoch(self.progress.epoch)
+        self.train_loader.sampler.epoch = self.progress.epoch
         self.records.start_epoch()
         for batch in self.train_loader:
             self.requests.raise_if_interrupted()
@@ -173,7 +176,7 @@ class Training:
             asked = torch.tensor([float(self.requests.stop)], device=self.stage.device)
             self.queue.stop_requested |= bool(self.summed(asked)[0])
         if self.queue.stop_requested:
-            self.checkpoints.say_stopped()
+            log.info("asked to stop: %s is saved; the same command goes on from there", self.checkpoints.path)
             raise cli.Terminated(cli.TERMINATED)
 
     def record(self) -> None:
@@ -192,15 +195,6 @@ class Training:
         if self.fabric.world_size > 1:
             torch.distributed.all_reduce(values)
         return values
-
-
-def of_everyone(sample_ids: list[str]) -> list[str]:
-    """The sample ids of all processes."""
-    if not torch.distributed.is_initialized():
-        return sample_ids
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, sample_ids)
-    return [name for share in shares for name in share]
 
 
 class Requests:

@@ -15,6 +15,7 @@ from ldm.data.png import write_png
 from ldm.diffusion.noise import image_noise, step_noise
 from ldm.networks.sampling import guidance_conditions, sample_latent
 from ldm.training.dataset import StageData
+from ldm.training.objectives import semantic_tokens_of
 from ldm.training.records import Records
 from ldm.training.stage import Stage
 
@@ -50,7 +51,8 @@ class Previews:
         batch = default_collate([self.data[0, number, 0, 1.0] for number in self.numbers])
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         names = [(SEED, sample_id, 0) for sample_id in batch["sample_id"]]
-        mask, masked, semantic = net.latent_mask(batch["mask"]), batch["masked_latent"], self.stage.semantic(batch)
+        mask, masked = net.latent_mask(batch["mask"]), batch["masked_latent"]
+        semantic = semantic_tokens_of(net, batch, self.stage.training_config.inside)
         original = net.scaled(batch["latent_mean"])  # the posterior's mode
         noise = torch.stack([image_noise(*name, tuple(masked.shape[1:])) for name in names]).to(device)
         latent = sample_latent(

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import signal
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from ldm.training.loop import Training
 from ldm.training.previews import Previews
 from ldm.training.records import Records
 from ldm.training.saving import LAST, Checkpoints, best_files
-from ldm.training.stage import STEP_PARTS, Stage, frozen_tensors
+from ldm.training.stage import STEP_PARTS, Stage, tensors_of_stage
 
 log = logging.getLogger("ver_train")
 
@@ -46,21 +45,16 @@ class TrainingOptions:
     save_path: Path
     train_json: Path
     val_json: Path
-    cache_dir: Path | None = None
-    devices: str = "auto"
-    num_nodes: int = 1
-    overwrite: bool = False
-    dry_run: bool = False
-
-    @property
-    def features(self) -> Path:
-        """The folder of cached features."""
-        return self.cache_dir or self.save_path.parent / "feature_cache"
+    cache_dir: Path | None
+    devices: str
+    num_nodes: int
+    overwrite: bool
+    dry_run: bool
 
 
 def run_stage(options: TrainingOptions, config: Config) -> int:
     """Train the stage that ``config`` describes; the exit code."""
-    quiet_lightning()
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it talks about choices that are ours
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)  # one voice is enough
     log.info("%s", as_yaml(config))
@@ -71,16 +65,6 @@ def run_stage(options: TrainingOptions, config: Config) -> int:
     folder = RunFolder(options.save_path, LAST, what="checkpoints", shared=True, flag="--save_path")
     with folder.lock(first=is_first_process()):
         return _run(options, config, inputs, source)
-
-
-def quiet_lightning() -> None:
-    """Keep Lightning's remarks on our own, deliberate choices off the screen; warnings stay."""
-    for name in ("lightning_fabric", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-        for child in logging.root.manager.loggerDict:
-            if child.startswith(name + "."):
-                logging.getLogger(child).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
 
 
 # What makes two runs the same, and what is done where they are not.
@@ -262,22 +246,25 @@ def _run(options: TrainingOptions, config: Config, inputs: TrainingInputs, sourc
     check_disk(folder, config, inputs)
     log_memory(config, fabric.device, half, fabric.world_size, begun=previous is not None)
     net.to(fabric.device)
-    builder = FeatureBuilder(options.features, config, net, clip.to(fabric.device), inputs.digests)
+    cache = options.cache_dir or folder.parent / "feature_cache"
+    builder = FeatureBuilder(cache, config, net, clip.to(fabric.device), inputs.digests)
     inputs.leave_out(builder.build(inputs.all_items, thorough=is_first_on_node()), training.max_rejected)
     features = builder.store
     del builder, clip  # the encoders' memory is free: what the store needs is on the disk
     net.drop([part for part in net.parts if part not in STEP_PARTS and not (part == "autoencoder" and previews)])
-    stage = Stage(config, net, frozen_tensors(source, config), features.empty_text(), half)
+    wanted = tensors_of_stage(config)
+    frozen = {key: value for key, value in source.state.items() if key in wanted}
+    stage = Stage(config, net, frozen, features.empty_text(), half)
     if is_first_process():
         _prepare_folder(folder, config, inputs, previous)
     fabric.launch()
     checkpoints = Checkpoints(folder, stage, metadata, fabric, precision, previous)
     loop = _training(folder, fabric, precision, stage, checkpoints, inputs, features, previews)
-    code = _guarded(loop)
-    if code == cli.DONE:
-        log.info("%s: %d steps, complete", checkpoints.path, checkpoints.progress.step)
-        return cli.SOME_REJECTED if inputs.rejects else cli.DONE
-    return code
+    if code := _guarded(loop):
+        return code
+    log.info("%s: %d steps, complete", checkpoints.path, checkpoints.progress.step)
+    # The launcher kills the first process when one that it started does not end with 0.
+    return cli.SOME_REJECTED if inputs.rejects and fabric.is_global_zero else cli.DONE
 
 
 def _prepare_folder(folder: Path, config: Config, inputs: TrainingInputs, previous: Checkpoint | None) -> None:
@@ -305,10 +292,8 @@ def _training(
     world, rank, training = fabric.world_size, fabric.global_rank, stage.training_config
     sets = {name: StageData(items, features, training, name == "val") for name, items in inputs.items.items()}
     start = checkpoints.progress.batches * training.batch_size // world
-    loaders = (
-        loader(sets["train"], training, True, rank, world, start),
-        loader(sets["val"], training, False, rank, world),
-    )
+    train_loader = loader(sets["train"], training, True, rank, world, start)
+    loaders = (train_loader, loader(sets["val"], training, False, rank, world))
     records = Records(folder, training.stage, fabric.is_global_zero)
     drawn = Previews(folder, stage, sets["val"], records) if previews and fabric.is_global_zero else None
     return Training(stage, fabric, precision, loaders, checkpoints, records, drawn)

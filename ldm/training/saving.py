@@ -1,10 +1,9 @@
 """The checkpoints of a run: ``last.ckpt`` to go on from, and the weights of the best epochs beside it."""
 
-import logging
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from ldm.core.files import atomic_file
 from ldm.networks.weight_average import laid_as
 from ldm.training.stage import Stage
 from ldm.training.steps import TrainingStep
-
-log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
 BEST = re.compile(r"best_epoch(\d+)_loss(.+)\.ckpt")
@@ -88,7 +85,9 @@ class Checkpoints:
 
     def _resume(self, previous: Checkpoint) -> None:
         self.progress = Progress.of(previous)
-        self.stage.load_weights(previous.state)
+        with torch.no_grad():  # what is frozen is that of the first checkpoint already
+            for key, parameter in self.stage.trained.items():
+                parameter.copy_(previous.state[key])
         self.stage.average.load(previous.rest.get("average") or {})
         self.optimizer.load_state_dict(previous.rest["optimizer_states"][0])
         # The moments come in the memory layout of the device that saved them; copy them into this device's.
@@ -129,7 +128,7 @@ class Checkpoints:
             return
         self._refuse_broken()
         mine = self.folder / f"best_epoch{self.progress.epoch:04d}_loss{loss:.6g}.ckpt"
-        if mine in _best_first({*best_files(self.folder), mine})[: self.training.keep_best] and not mine.exists():
+        if mine in best_files(self.folder, mine)[: self.training.keep_best] and not mine.exists():
             self._write_weights(mine, self.progress.epoch)
 
     def finish(self) -> None:
@@ -139,10 +138,6 @@ class Checkpoints:
             self._write_weights(self.path, self.progress.epoch)
         self._drop_worse()
         self.fabric.barrier()
-
-    def say_stopped(self) -> None:
-        """For a run that was asked to stop, after it has saved."""
-        log.info("asked to stop: %s is saved; the same command goes on from there", self.path)
 
     def _about(self, epoch: int) -> dict[str, Any]:
         return {**self.metadata, "step": self.progress.step, "epoch": epoch}
@@ -178,15 +173,8 @@ def _on_cpu(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.cpu().contiguous() for key, value in weights.items()}
 
 
-def _best_loss(path: Path) -> float | None:
-    matched = BEST.fullmatch(path.name)
-    return float(matched.group(2)) if matched else None
-
-
-def _best_first(paths: Iterable[Path]) -> list[Path]:
-    return sorted(paths, key=lambda path: (_best_loss(path), path.name))
-
-
-def best_files(folder: Path) -> list[Path]:
-    """The weights of the best epochs in a run's folder, best first."""
-    return _best_first(path for path in folder.glob("best_*") if _best_loss(path) is not None)
+def best_files(folder: Path, *more: Path) -> list[Path]:
+    """The weights of the best epochs in a run's folder, and ``more`` that may not be there yet, best first."""
+    losses = {path: BEST.fullmatch(path.name) for path in (*folder.glob("best_*"), *more)}
+    found = [(float(matched.group(2)), path.name, path) for path, matched in losses.items() if matched]
+    return [path for *_, path in sorted(found)]

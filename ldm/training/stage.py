@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ldm.checkpoints.checkpoint import PREFIXES, Checkpoint
+from ldm.checkpoints.checkpoint import PREFIXES
 from ldm.config import Config
 from ldm.core.devices import kernel_layout
 from ldm.networks.model import MedSoftModel
 from ldm.networks.weight_average import WeightAverage
 from ldm.training.dataset import Batch
-from ldm.training.groups import adamw, training_groups
-from ldm.training.objectives import OBJECTIVES, Losses, semantic_tokens_of
+from ldm.training.groups import training_groups
+from ldm.training.objectives import OBJECTIVES, Losses
 
 STEP_PARTS = ("unet", "msc")  # what a training step runs; the other parts only make features
 
@@ -67,28 +67,20 @@ class Stage(nn.Module):
         """Every tensor of the stage in float32, trained or not, whatever its type and layout in memory."""
         return {key: value.detach().float() for key, value in {**self.frozen, **self.trained}.items()}
 
-    @torch.no_grad()
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take the trained tensors over; the frozen ones are those of the first checkpoint already."""
-        for key, parameter in self.trained.items():
-            parameter.copy_(weights[key])
-
     def forward(self, batch: Batch, dropout: float) -> Losses:
         """(loss of each sample (B,), cosine on masked patches (B,) or None)."""
         training = self.training_config
         return OBJECTIVES[training.objective](self.net, batch, training, dropout, self.empty_text)
-
-    def semantic(self, batch: Batch) -> Tensor:
-        """The tokens of the third attention (B, N / 4, D), as this stage makes them."""
-        return semantic_tokens_of(self.net, batch, self.training_config.inside)
 
     def uncompiled(self) -> AbstractContextManager:
         """The block runs the U-Net as it is. Compiling takes minutes: once is enough, for full training batches."""
         return torch.compiler.set_stance("force_eager") if self.training_config.compile else nullcontext()
 
     def adamw(self, fused: bool = True) -> torch.optim.AdamW:
-        """The optimizer of the trained groups."""
-        return adamw(self.groups, self.training_config.rates, self.training_config.weight_decay, fused)
+        """AdamW with a learning rate for each group. A ``fused`` step makes no temporary copies."""
+        rates = self.training_config.rates
+        groups = [{"params": [*own.values()], "lr": rates[name], "name": name} for name, own in self.groups.items()]
+        return torch.optim.AdamW(groups, weight_decay=self.training_config.weight_decay, fused=fused)
 
     def gradient_norms(self) -> tuple[dict[str, Tensor], Tensor]:
         """The norm of each group's gradients, and of all."""
@@ -118,9 +110,9 @@ def for_steps(net: nn.Module, half: bool) -> None:
             parameter.data = parameter.data.to(dtype, memory_format=layout)
 
 
-def frozen_tensors(checkpoint: Checkpoint, config: Config) -> dict[str, Tensor]:
-    """The tensors of ``checkpoint`` (memory-mapped) that belong to the parts of the stage."""
+def tensors_of_stage(config: Config) -> dict[str, Tensor]:
+    """The tensors that a checkpoint of the stage holds, by key, without memory."""
     with torch.device("meta"):
-        wanted = MedSoftModel(config, config.training.builds).state_dict()
+        tensors = MedSoftModel(config, config.training.builds).state_dict()
     prefixes = tuple(PREFIXES[part] for part in config.training.builds if part in PREFIXES)
-    return {key: value for key, value in checkpoint.state.items() if key in wanted and key.startswith(prefixes)}
+    return {key: value for key, value in tensors.items() if key.startswith(prefixes)}

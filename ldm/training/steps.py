@@ -7,8 +7,8 @@ waiting, and read while the next step is computed. On a CPU they are read before
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +67,9 @@ class StepQueue:
     ``save_requested`` are true in all of them after the same step.
     """
 
-    def __init__(
-        self, groups: Sequence[str], world_size: int, scaled: bool, everyone: Callable[[list[str]], list[str]]
-    ) -> None:
-        """``scaled``: a gradient scaler skips steps with gradients that are not finite. ``everyone``: sample ids of
-        this process -> those of all processes."""
-        self.groups, self.world_size, self.scaled, self.everyone = list(groups), world_size, scaled, everyone
+    def __init__(self, groups: Iterable[str], world_size: int, scaled: bool) -> None:
+        """``scaled``: a gradient scaler skips steps with gradients that are not finite."""
+        self.groups, self.world_size, self.scaled = list(groups), world_size, scaled
         self.batches: list[tuple[list[str], Tensor, Tensor]] = []  # since the last step: (ids, losses, summed row)
         self.pending: deque[PendingStep] = deque()
         self.done: list[TrainingStep] = []  # read, and not yet taken
@@ -120,9 +117,18 @@ class StepQueue:
         else:
             return
         raise MedSoftError(
-            f"{what} in step {pending.step} (samples {', '.join(self.everyone(ids)[:4])}); the last good checkpoint is "
+            f"{what} in step {pending.step} (samples {', '.join(of_everyone(ids)[:4])}); the last good checkpoint is "
             "kept. Lower training.rates, or look at these samples"
         )
+
+
+def of_everyone(sample_ids: list[str]) -> list[str]:
+    """The sample ids of all processes."""
+    if not torch.distributed.is_initialized():
+        return sample_ids
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, sample_ids)
+    return [name for share in shares for name in share]
 
 
 class MovementWatch:

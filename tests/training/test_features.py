@@ -232,6 +232,13 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def test_reject_of_an_unreadable_file_says_why(world: Path, cache: FeatureCache, networks: tuple) -> None:
+    item = items_of(world / "val", networks)[-1]
+    folder = item.sample.image.parent
+    (reject,) = cache.build([replace(item, sample=replace(item.sample, mask=folder))])
+    assert str(reject) == f"{item.sample.image}: {folder}: could not be read (Is a directory)"
+
+
 @pytest.mark.parametrize("kind", ["clip", "latents", "clip_text"])
 @pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
 def test_damaged_features_are_computed_again(
@@ -374,7 +381,7 @@ def stage_data(world: Path, networks: tuple) -> Any:
 
 def uses(data: StageData, world: int, rank: int, epoch: int = 0, **settings: Any) -> list:
     order = EpochOrder(data, replace(data.training, **settings), True, rank, world)
-    order.set_epoch(epoch)
+    order.epoch = epoch
     return list(order)
 
 
@@ -410,7 +417,7 @@ def test_validation_sees_each_sample_at_times_spread_over_the_schedule(stage_dat
     order = EpochOrder(data, data.training, shuffle=False)
     seen = list(order)
     assert len(order) == len(seen) == 4 * 9
-    order.set_epoch(1)
+    order.epoch = 1
     times: dict[int, list[float]] = {}
     for key, later in zip(seen, order, strict=True):
         item = data[key]
