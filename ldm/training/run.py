@@ -259,7 +259,7 @@ def _run(options: TrainingOptions, config: Config, inputs: TrainingInputs, sourc
         _prepare_folder(folder, config, inputs, previous)
     fabric.launch()
     checkpoints = Checkpoints(folder, stage, metadata, fabric, precision, previous)
-    loop = _training(folder, fabric, precision, stage, checkpoints, inputs, features, previews)
+    loop = _training(checkpoints, precision, inputs, features, previews)
     if code := _guarded(loop):
         return code
     log.info("%s: %d steps, complete", checkpoints.path, checkpoints.progress.step)
@@ -280,15 +280,9 @@ def _prepare_folder(folder: Path, config: Config, inputs: TrainingInputs, previo
 
 
 def _training(
-    folder: Path,
-    fabric: Fabric,
-    precision: str,
-    stage: Stage,
-    checkpoints: Checkpoints,
-    inputs: TrainingInputs,
-    features: FeatureStore,
-    previews: bool,
+    checkpoints: Checkpoints, precision: str, inputs: TrainingInputs, features: FeatureStore, previews: bool
 ) -> Training:
+    folder, stage, fabric = checkpoints.folder, checkpoints.stage, checkpoints.fabric
     world, rank, training = fabric.world_size, fabric.global_rank, stage.training_config
     sets = {name: StageData(items, features, training, name == "val") for name, items in inputs.items.items()}
     start = checkpoints.progress.batches * training.batch_size // world
