@@ -37,7 +37,7 @@ class Checkpoint:
 
     path: Path
     state: dict[str, Tensor]
-    about: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     rest: dict[str, Any] = field(default_factory=dict)
     external: list[str] = field(default_factory=list)  # classes of other programs that it names; never run
 
@@ -48,13 +48,13 @@ class Checkpoint:
     @property
     def step(self) -> int | None:
         """Optimizer steps behind the weights, if the file says (ours, or Lightning's ``global_step``)."""
-        found = self.about.get("step", self.rest.get("global_step"))
+        found = self.metadata.get("step", self.rest.get("global_step"))
         return found if isinstance(found, int) else None
 
     @property
     def config(self) -> Config | None:
         """The configuration the file was made with, if it says."""
-        return config_from_dict(self.about["config"], str(self.path)) if "config" in self.about else None
+        return config_from_dict(self.metadata["config"], str(self.path)) if "config" in self.metadata else None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -67,24 +67,24 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     kind = detect_format(path)
     if kind == "safetensors":
-        state, metadata = read_safetensors(path)
-        return Checkpoint(path, state, _parse_metadata(path, metadata.get("medsoft", "{}")))
+        state, header = read_safetensors(path)
+        return Checkpoint(path, state, _parse_metadata(path, header.get("medsoft", "{}")))
     content, external = read_pickle(path, kind)
     if not isinstance(content, dict):
         raise MedSoftError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
     state, rest = _tensors_of(content)
     if not state:
         raise MedSoftError(f"{path}: holds no tensors; expected a model checkpoint with a `state_dict`")
-    about = rest.pop("medsoft", {})
-    return Checkpoint(path, state, about if isinstance(about, dict) else {}, rest, external)
+    metadata = rest.pop("medsoft", {})
+    return Checkpoint(path, state, metadata if isinstance(metadata, dict) else {}, rest, external)
 
 
 def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
     try:
-        about = json.loads(text)
+        metadata = json.loads(text)
     except json.JSONDecodeError as error:
         raise MedSoftError(f"{path}: damaged, its metadata `medsoft` is not JSON ({error.msg})") from error
-    return about if isinstance(about, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _tensors_of(content: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -103,17 +103,17 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return read_checkpoint(path).state
 
 
-def write_checkpoint(path: str | Path, state: dict[str, Tensor], about: dict[str, Any], **rest: Any) -> None:
+def write_checkpoint(path: str | Path, state: dict[str, Tensor], metadata: dict[str, Any], **rest: Any) -> None:
     """Write atomically: safetensors if the suffix says so, else a ``.ckpt`` for ``torch.load(weights_only=True)``.
 
-    ``about`` (plain values) is kept as ``medsoft``. Memory-mapped tensors go from file to file: the whole is never
+    ``metadata`` (plain values) is kept as ``medsoft``. Memory-mapped tensors go from file to file: the whole is never
     held in memory.
     """
     with atomic_file(path) as handle:
         if Path(path).suffix == ".safetensors":
-            save_safetensors(state, {"medsoft": json.dumps(about)}, handle)
+            save_safetensors(state, {"medsoft": json.dumps(metadata)}, handle)
         else:
-            save_pickle({"state_dict": state, "medsoft": about, **rest}, handle)
+            save_pickle({"state_dict": state, "medsoft": metadata, **rest}, handle)
 
 
 def part_of(key: str) -> str:
@@ -157,8 +157,8 @@ def already_made(path: str | Path, overwrite: bool, **made: str) -> bool:
     if overwrite or not Path(path).exists():
         return False
     try:
-        about = read_checkpoint(path).about
-        same = all(about.get(name) == value for name, value in made.items())
+        metadata = read_checkpoint(path).metadata
+        same = all(metadata.get(name) == value for name, value in made.items())
     except MedSoftError:
         same = False
     if not same:

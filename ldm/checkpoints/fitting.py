@@ -85,7 +85,7 @@ def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
     everything. Another setting of one of the soft mask's switches is a known ablation, and only said.
     """
     theirs = checkpoint.config
-    if theirs is None or checkpoint.about.get("stage") == "converted":
+    if theirs is None or checkpoint.metadata.get("stage") == "converted":
         return
     made, here = (identity(each, "images") for each in (theirs, config))
     for section in ("data", "diffusion"):
@@ -126,7 +126,7 @@ def compare(expected: Mapping[str, Tensor], offered: Mapping[str, Tensor]) -> li
 
 def _hint(checkpoint: Checkpoint, parts: list[str], config: Config) -> str:
     missing = [part for part in parts if part not in checkpoint.parts()]
-    stage = checkpoint.about.get("stage")
+    stage = checkpoint.metadata.get("stage")
     if missing:
         made = f" (it was left by {stage})" if stage else ""
         return (

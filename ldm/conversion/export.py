@@ -41,7 +41,7 @@ def export_folder(ckpt: Path, output_dir: Path, overwrite: bool = False) -> None
     log.info("checked: %s, %s", ckpt, verify(ckpt))
     state = parts_of(checkpoint, parts, config, skeleton(config, parts))
     origin = {"file": ckpt.name, "sha256": digest}
-    ours = {"about": checkpoint.about, "parts": parts, "exported_from": origin}
+    ours = {"about": checkpoint.metadata, "parts": parts, "exported_from": origin}
     with atomic_folder(output_dir.absolute()) as partial:
         write_folder(partial, state, ours, config)
     for line in parameter_table(state):

@@ -45,7 +45,7 @@ def inspect_file(path: Path, as_json: bool = False) -> None:
 
 def describe(checkpoint: Checkpoint, integrity: str) -> dict[str, Any]:
     """Everything this command prints, as plain values."""
-    about = checkpoint.about
+    metadata = checkpoint.metadata
     return {
         "file": str(checkpoint.path),
         "kind": detect_format(checkpoint.path),
@@ -53,11 +53,11 @@ def describe(checkpoint: Checkpoint, integrity: str) -> dict[str, Any]:
         "integrity": integrity,
         "parts": summary(checkpoint.state),
         "missing": [part for part in PREFIXES if part not in checkpoint.parts()],
-        "stage": about.get("stage"),
+        "stage": metadata.get("stage"),
         "step": checkpoint.step,
-        "complete": about.get("complete"),
-        "origin": about.get("origin"),
-        "biomedclip": about.get("biomedclip"),
+        "complete": metadata.get("complete"),
+        "origin": metadata.get("origin"),
+        "biomedclip": metadata.get("biomedclip"),
         "foreign": checkpoint.external,
         "besides": sorted(str(key) for key in checkpoint.rest),
         **fits(checkpoint),

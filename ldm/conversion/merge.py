@@ -53,7 +53,7 @@ def merge_files(
     if already_made(output_path, overwrite, run=run):
         log.info("%s: already complete", output_path)
         return
-    known = [c.about["biomedclip"] for c in (controller, rest) if c.about.get("biomedclip")]
+    known = [c.metadata["biomedclip"] for c in (controller, rest) if c.metadata.get("biomedclip")]
     if len(set(known)) > 1:
         raise MedSoftError(
             f"{stage1_path} and {input_path} were trained with different BiomedCLIP folders; train one of "
@@ -75,7 +75,7 @@ def merge_files(
 
 def check_roles(controller: Checkpoint, rest: Checkpoint, config: Config) -> None:
     """Refuse swapped arguments and files prepared otherwise; warn of unexpected stages and of older files."""
-    made = (controller.about.get("stage"), rest.about.get("stage"))
+    made = (controller.metadata.get("stage"), rest.metadata.get("stage"))
     has_msc = ("msc" in controller.parts(), "msc" in rest.parts())
     if has_msc == (False, True) or made == ("unet_only", "stage1"):
         which = f"--stage1_path {controller.path}", f"--input_path {rest.path}"
@@ -85,7 +85,7 @@ def check_roles(controller: Checkpoint, rest: Checkpoint, config: Config) -> Non
             else f"{which[0]} was left by unet_only and {which[1]} by stage1: the two are swapped"
         )
     for checkpoint, flag, stage in ((controller, "--stage1_path", "stage1"), (rest, "--input_path", "unet_only")):
-        left_by = checkpoint.about.get("stage")
+        left_by = checkpoint.metadata.get("stage")
         if left_by not in (None, stage):
             log.warning("warning: %s %s was left by %s, expected %s", flag, checkpoint.path, left_by, stage)
         check_preparation(checkpoint, config)

@@ -25,7 +25,7 @@ def open_encoder(cfg: BiomedClipConfig, checkpoint: Checkpoint | None = None) ->
                 f"{encoder.folder}: biomedclip.{key} is {found}, the configuration expects {expected}; "
                 "use the YAML that belongs to this encoder"
             )
-    trained_with = checkpoint.about.get("biomedclip") if checkpoint else None
+    trained_with = checkpoint.metadata.get("biomedclip") if checkpoint else None
     if checkpoint and trained_with and trained_with != encoder.fingerprint:
         raise MedSoftError(
             f"{encoder.folder}: is not the BiomedCLIP that {checkpoint.path} was trained with; give that folder with "

@@ -75,21 +75,21 @@ def run_fingerprint(config: Config, inputs: list[Any]) -> str:
     return fingerprint([identity(config, "weights", "rounding"), *inputs])
 
 
-def other_run(about: dict[str, Any], config: Config, inputs: list[Any], source: Path) -> str:
-    """What makes the run that ``about`` (of the checkpoint ``source``) tells of another one; "" if it is the same.
+def other_run(metadata: dict[str, Any], config: Config, inputs: list[Any], source: Path) -> str:
+    """What makes the run that ``metadata`` (of the checkpoint ``source``) tells of another one; "" if it is the same.
 
     What only changes the rounding of its results may differ; its fingerprint is that of its own configuration.
     """
-    if "config" not in about:
+    if "config" not in metadata:
         return "it does not say which"
     try:
-        theirs = config_from_dict(about["config"], str(source))
+        theirs = config_from_dict(metadata["config"], str(source))
     except UsageError as error:
         return error.cause(source)
     changed = differences(identity(theirs, "weights"), identity(config, "weights"))
     if changed:
         return ", ".join(changed)
-    return "" if about.get("run") == run_fingerprint(theirs, inputs) else "other data or another --ckpt"
+    return "" if metadata.get("run") == run_fingerprint(theirs, inputs) else "other data or another --ckpt"
 
 
 def previous_run(options: TrainingOptions, config: Config, inputs: list[Any]) -> Checkpoint | None:
@@ -111,7 +111,7 @@ def previous_run(options: TrainingOptions, config: Config, inputs: list[Any]) ->
         kept = best_files(options.save_path)
         start = f"--ckpt {kept[0]} and another --save_path start from the best kept weights, " if kept else ""
         raise MedSoftError(f"{error}; {start}--overwrite starts this run again") from error
-    other = other_run(found.about, config, inputs, last)
+    other = other_run(found.metadata, config, inputs, last)
     if not other:
         return found
     if not options.overwrite:
@@ -124,8 +124,8 @@ def previous_run(options: TrainingOptions, config: Config, inputs: list[Any]) ->
 def _refuse_to_lose_best(folder: Path, config: Config, inputs: list[Any]) -> None:
     """UsageError for best weights without a ``last.ckpt``, unless this run was killed in its first epoch."""
     for path in best_files(folder):
-        about = read_checkpoint(path).about
-        if about.get("epoch") or other_run(about, config, inputs, path):
+        metadata = read_checkpoint(path).metadata
+        if metadata.get("epoch") or other_run(metadata, config, inputs, path):
             raise UsageError(
                 f"{path}: best weights of a run whose last.ckpt is gone; --ckpt {path} and another --save_path start "
                 "from them, --overwrite deletes them and starts again"
@@ -141,7 +141,7 @@ def log_groups(net: MedSoftModel, training: TrainingConfig, source: Checkpoint) 
         count = sum(parameter.numel() for parameter in members.values())
         shown = (name, len(members), count / 1e6, training.rates[name])
         log.info("trains %s: %d tensors, %.2f M parameters, learning rate %g", *shown)
-    if training.stage == "stage2_1" and source.about.get("stage") == "stage2_1":
+    if training.stage == "stage2_1" and source.metadata.get("stage") == "stage2_1":
         log.info(
             "note: stage2_1 trains the MSC only, also for this checkpoint that it has trained before; "
             "the YAML that trains the full model is the one ending in _stage2_2.yaml"
@@ -227,20 +227,21 @@ def _run(options: TrainingOptions, config: Config, inputs: TrainingInputs, sourc
     training, folder = config.training, options.save_path
     decisive = [inputs.identities, sha256_file(options.ckpt)]
     previous = previous_run(options, config, decisive)
-    if previous and previous.about.get("complete"):
-        log.info("%s: already complete (%d steps)", folder, previous.about["step"])
+    if previous and previous.metadata.get("complete"):
+        log.info("%s: already complete (%d steps)", folder, previous.metadata["step"])
         return cli.SOME_REJECTED if (folder / REJECTS).exists() else cli.DONE
     fabric, precision = make_fabric(options, training)
     half, previews = precision == "bf16-mixed", training.pictures > 0 and training.objective == "diffusion"
 
     torch.manual_seed(training.seed)
     net, clip = open_model(config, source, training.builds)
+    theirs = source.metadata
     metadata = {
         "config": dataclasses.asdict(config),
         "stage": training.stage,
         "run": run_fingerprint(config, decisive),
         "biomedclip": clip.fingerprint,
-        "origin": {"file": options.ckpt.name, "stage": source.about.get("stage"), "from": source.about.get("origin")},
+        "origin": {"file": options.ckpt.name, "stage": theirs.get("stage"), "from": theirs.get("origin")},
     }
     log_groups(net, training, source)
     check_disk(folder, config, inputs)
@@ -276,7 +277,7 @@ def _prepare_folder(folder: Path, config: Config, inputs: TrainingInputs, previo
         for old in best_files(folder):
             old.unlink()
     else:
-        log.info("resuming after step %d", previous.about["step"])
+        log.info("resuming after step %d", previous.metadata["step"])
 
 
 def _training(

@@ -284,7 +284,7 @@ def test_every_kind_of_tensor_comes_back(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     write_checkpoint(path, STATE, {"step": 3})
     found = read_checkpoint(path)
-    assert found.about == {"step": 3}
+    assert found.metadata == {"step": 3}
     assert set(found.state) == set(STATE)
     for key, value in STATE.items():
         assert found.state[key].dtype == value.dtype

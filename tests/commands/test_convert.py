@@ -79,7 +79,7 @@ def test_safetensors_in_and_out(converted: Path, tmp_path: Path) -> None:
     found = read_checkpoint(tmp_path / "out.safetensors")
     assert not changed(tensors(converted), found.state)
     assert found.config == load_config(MODELS / "phantom.yaml")
-    assert found.about["stage"] == "converted"
+    assert found.metadata["stage"] == "converted"
 
 
 def test_zip_under_the_name_of_safetensors(converted: Path, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_existing_output_needs_overwrite(tmp_path: Path) -> None:
         convert(SD, output)
     assert output.read_bytes() == b"mine"
     assert convert(SD, output, "--overwrite") == 0
-    assert read_checkpoint(output).about["stage"] == "converted"
+    assert read_checkpoint(output).metadata["stage"] == "converted"
 
 
 def no_reading(*_: Any) -> None:
@@ -310,7 +310,7 @@ def test_half_precision_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
     caplog.set_level("INFO")
     assert convert(SD, tmp_path / "out.safetensors") == 0
     assert "weights in torch.float16 brought to torch.float32" in caplog.text
-    about = read_checkpoint(tmp_path / "out.safetensors").about
+    about = read_checkpoint(tmp_path / "out.safetensors").metadata
     assert about["origin"] == {"file": SD.name, "sha256": sha256_file(SD)}
 
 
@@ -386,7 +386,7 @@ def test_output_that_is_a_folder(tmp_path: Path) -> None:
 
 def test_missing_output_folder_is_made(tmp_path: Path) -> None:
     assert convert(SD, tmp_path / "new" / "deep" / "out.ckpt") == 0
-    assert read_checkpoint(tmp_path / "new" / "deep" / "out.ckpt").about["stage"] == "converted"
+    assert read_checkpoint(tmp_path / "new" / "deep" / "out.ckpt").metadata["stage"] == "converted"
 
 
 # ----------------------------------------------------------------------------------------------------------- merge
@@ -403,8 +403,8 @@ def test_controller_of_one_and_the_rest_of_the_other(sources: tuple[Path, Path],
     assert set(merged.state) == set(stage1) | set(unet_only)
     assert not changed(stage1, {key: v for key, v in merged.state.items() if key.startswith("msc.")})
     assert not changed(unet_only, {key: v for key, v in merged.state.items() if not key.startswith("msc.")})
-    assert merged.about["stage"] == "merged"
-    digests = {flag: made["sha256"] for flag, made in merged.about["origin"].items()}
+    assert merged.metadata["stage"] == "merged"
+    digests = {flag: made["sha256"] for flag, made in merged.metadata["origin"].items()}
     assert digests == {"stage1_path": sha256_file(sources[0]), "input_path": sha256_file(sources[1])}
 
 

@@ -29,7 +29,7 @@ def trained_like(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     path = edit(converted, tmp_path_factory.mktemp("export") / "final.ckpt", keep=awake)
     found = read_checkpoint(path)
     state = {key: value.clone() for key, value in found.state.items()}
-    write_checkpoint(path, state, {**found.about, "stage": "stage2_2", "step": 40, "complete": True})
+    write_checkpoint(path, state, {**found.metadata, "stage": "stage2_2", "step": 40, "complete": True})
     return path
 
 
@@ -87,9 +87,9 @@ def test_back_again_bit_for_bit(trained_like: Path, exported: Path, tmp_path: Pa
     assert before.state.keys() == after.state.keys()
     assert all(value.numpy().tobytes() == after.state[key].numpy().tobytes() for key, value in before.state.items())
     kept = ("stage", "step", "complete", "config")
-    assert {key: after.about[key] for key in kept} == {key: before.about[key] for key in kept}
-    assert after.about["origin"]["file"] == "exported"
-    assert set(after.about["origin"]["files"]) >= {"medsoft/msc.safetensors", "medsoft/attention.safetensors"}
+    assert {key: after.metadata[key] for key in kept} == {key: before.metadata[key] for key in kept}
+    assert after.metadata["origin"]["file"] == "exported"
+    assert set(after.metadata["origin"]["files"]) >= {"medsoft/msc.safetensors", "medsoft/attention.safetensors"}
 
 
 def test_without_controller_and_back(trained_like: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_folder_that_diffusers_wrote(pipeline: Any, converted: Path, tmp_path: P
     pipeline.save_pretrained(tmp_path / "theirs")
     assert convert(tmp_path / "theirs", tmp_path / "out.ckpt") == 0
     expected, found = read_checkpoint(converted), read_checkpoint(tmp_path / "out.ckpt")
-    assert found.about["stage"] == "converted"
+    assert found.metadata["stage"] == "converted"
     assert expected.state.keys() == found.state.keys()
     assert all(torch.equal(value, found.state[key]) for key, value in expected.state.items())
 

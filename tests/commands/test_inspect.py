@@ -62,7 +62,7 @@ def test_text_says_it_all(converted: Path, tmp_path: Path, caplog: pytest.LogCap
     caplog.set_level("INFO")
     found = read_checkpoint(converted)
     origin = {flag: {"file": f"{flag}.ckpt", "sha256": "ab" * 32} for flag in ("stage1_path", "input_path")}
-    about = {**found.about, "stage": "merged", "step": 9, "origin": origin}
+    about = {**found.metadata, "stage": "merged", "step": 9, "origin": origin}
     write_checkpoint(tmp_path / "in.ckpt", found.state, about, optimizer_states=[])
     assert inspect(tmp_path / "in.ckpt") == 0
     said = [record.message for record in caplog.records]
@@ -90,8 +90,8 @@ def test_true_size_original_is_recognised(tmp_path: Path, capsys: pytest.Capture
 
 def test_heads_that_no_yaml_has(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     found = read_checkpoint(converted)
-    config = {**found.about["config"], "msc": {**found.about["config"]["msc"], "heads": 2}}
-    write_checkpoint(tmp_path / "in.ckpt", found.state, {**found.about, "config": config})
+    config = {**found.metadata["config"], "msc": {**found.metadata["config"]["msc"], "heads": 2}}
+    write_checkpoint(tmp_path / "in.ckpt", found.state, {**found.metadata, "config": config})
     assert inspected(tmp_path / "in.ckpt", capsys)["fits"] == []
 
 

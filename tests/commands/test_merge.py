@@ -22,14 +22,14 @@ def pair(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     paths = folder / "stage1.ckpt", folder / "unet_only.ckpt"
     for path, stage in zip(paths, ("stage1", "unet_only"), strict=True):
         state = {key: value for key, value in found.state.items() if key.startswith("msc.") == (stage == "stage1")}
-        write_checkpoint(path, state, {**found.about, "stage": stage, "step": 7})
+        write_checkpoint(path, state, {**found.metadata, "stage": stage, "step": 7})
     return paths
 
 
 def written(source: Path, target: Path, **about: object) -> Path:
     """A copy that says something else about itself."""
     found = read_checkpoint(source)
-    write_checkpoint(target, found.state, {**found.about, **about})
+    write_checkpoint(target, found.state, {**found.metadata, **about})
     return target
 
 
@@ -102,7 +102,7 @@ def test_swapped_arguments_by_stage(pair: tuple[Path, Path], converted: Path, tm
 
 
 def test_number_of_heads_which_no_shape_shows(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    config = read_checkpoint(pair[0]).about["config"]
+    config = read_checkpoint(pair[0]).metadata["config"]
     other = written(pair[0], tmp_path / "other.ckpt", config={**config, "msc": {**config["msc"], "heads": 2}})
     with pytest.raises(MedSoftError, match=r"other\.ckpt: was made with msc\.heads=2, this configuration has 4"):
         merge(other, pair[1], tmp_path / "out.ckpt")
@@ -110,7 +110,7 @@ def test_number_of_heads_which_no_shape_shows(pair: tuple[Path, Path], tmp_path:
 
 
 def test_files_of_different_preparations(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    config = read_checkpoint(pair[1]).about["config"]
+    config = read_checkpoint(pair[1]).metadata["config"]
     config = {**config, "diffusion": {**config["diffusion"], "beta_end": 0.02}}
     other = written(pair[1], tmp_path / "other.ckpt", config=config)
     with pytest.raises(UsageError, match=r"other\.ckpt: was trained with diffusion\.beta_end=0\.02"):
@@ -147,7 +147,7 @@ def test_training_state_is_left_out_and_said(
     caplog.set_level("INFO")
     found = read_checkpoint(pair[0])
     laden = {"optimizer_states": [{"state": {0: {"exp_avg": torch.ones(1 << 20)}}}], "loops": {}}
-    write_checkpoint(tmp_path / "laden.ckpt", found.state, found.about, **laden)
+    write_checkpoint(tmp_path / "laden.ckpt", found.state, found.metadata, **laden)
     assert merge(tmp_path / "laden.ckpt", pair[1], tmp_path / "out.ckpt") == 0
     assert "laden.ckpt: optimizer_states, loops (training state)" in caplog.text
     assert not read_checkpoint(tmp_path / "out.ckpt").rest

@@ -94,7 +94,7 @@ def unbroken(world: Path, converted: Path, tmp_path_factory: pytest.TempPathFact
 
 def test_the_run_has_twenty_steps_and_an_average(unbroken: Path) -> None:
     assert len(rows(unbroken)) == STEPS
-    assert read_checkpoint(unbroken / "last.ckpt").about["averaged"] is True
+    assert read_checkpoint(unbroken / "last.ckpt").metadata["averaged"] is True
 
 
 @on_cpu
@@ -128,7 +128,7 @@ def test_killed_and_resumed_is_bit_identical(
     """Weights and the loss of every step: mid-epoch, with accumulation and a moving average."""
     folder = tmp_path / "run"
     assert run_and_signal(name, after, command(converted, world, folder, **RUN), where, behind) == code
-    assert read_checkpoint(folder / "last.ckpt").about["step"] == first_step
+    assert read_checkpoint(folder / "last.ckpt").metadata["step"] == first_step
     monkeypatch.setattr("ldm.training.loop.steps_behind", lambda device: behind)
     assert train("stage1", converted, folder, world, **RUN) == 0
     assert not changed(tensors(unbroken / "last.ckpt"), tensors(folder / "last.ckpt"))
@@ -154,7 +154,7 @@ def test_interrupted_twice_and_resumed_is_bit_identical(
         time.sleep(0.02)
         run.send_signal(signal.SIGINT)
         assert run.wait(timeout=120) in (130, -signal.SIGINT)
-    assert read_checkpoint(folder / "last.ckpt").about["step"] < STEPS
+    assert read_checkpoint(folder / "last.ckpt").metadata["step"] < STEPS
     assert train("stage1", converted, folder, world, **RUN) == 0
     assert not changed(tensors(unbroken / "last.ckpt"), tensors(folder / "last.ckpt"))
     assert rows(folder) == rows(unbroken)
@@ -187,10 +187,10 @@ def test_best_weights_survive_a_kill_between_two_files(
     def best_is_kept(epochs: int) -> None:
         losses = [float(row["val_loss"]) for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
         best = min(range(epochs), key=losses.__getitem__)
-        assert best in {read_checkpoint(path).about["epoch"] for path in folder.glob("best_*.ckpt")}
+        assert best in {read_checkpoint(path).metadata["epoch"] for path in folder.glob("best_*.ckpt")}
 
     if (folder / "last.ckpt").exists():
-        best_is_kept(read_checkpoint(folder / "last.ckpt").about["epoch"] + 1)
+        best_is_kept(read_checkpoint(folder / "last.ckpt").metadata["epoch"] + 1)
     assert call(ver_train, *arguments) == 0
     best_is_kept(3)
     assert len(list(folder.glob("best_*.ckpt"))) == 1
@@ -239,7 +239,7 @@ def kill_writers(path: Path, temporary: Path, trials: int) -> int:
             while (line := parent.stdout.readline().strip()) != "dead":
                 last = int(line)
             found = read_checkpoint(path)
-            step = found.about["step"]
+            step = found.metadata["step"]
             assert last <= step <= last + 1
             assert all((value == step).all() for value in found.state.values())
             orphans += remove_partials(path.parent)
@@ -269,10 +269,10 @@ def test_orphan_of_a_kill_inside_a_write_is_removed_by_the_same_command(
     assert run_and_signal("SIGKILL", 1, arguments, KILL_IN_CHECKPOINT) == -signal.SIGKILL
     (orphan,) = folder.glob(".partial-*")
     assert orphan.stat().st_size > 1e6
-    assert read_checkpoint(folder / "last.ckpt").about["step"] == 1
+    assert read_checkpoint(folder / "last.ckpt").metadata["step"] == 1
     assert call(ver_train, *arguments) == 0
     assert not list(folder.glob(".partial-*"))
-    assert read_checkpoint(folder / "last.ckpt").about["step"] == 3
+    assert read_checkpoint(folder / "last.ckpt").metadata["step"] == 3
 
 
 @pytest.mark.slow
@@ -316,10 +316,10 @@ def test_full_disk_keeps_the_checkpoint_before(
                 train("stage1", converted, folder, world, **given)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert read_checkpoint(folder / "last.ckpt").about["step"] == 1
+    assert read_checkpoint(folder / "last.ckpt").metadata["step"] == 1
     assert not list(folder.glob(".partial-*"))
     assert train("stage1", converted, folder, world, **given) == 0
-    assert read_checkpoint(folder / "last.ckpt").about["step"] == 2
+    assert read_checkpoint(folder / "last.ckpt").metadata["step"] == 2
 
 
 def test_too_little_disk_is_said_before_training(
@@ -355,9 +355,9 @@ def test_rising_validation_loss_last_is_last_and_best_is_best(world: Path, conve
     assert train("stage1", converted, folder, world, **given) == 0
     losses = [float(row["val_loss"]) for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
     assert min(losses[1:]) > losses[0]
-    assert read_checkpoint(folder / "last.ckpt").about["step"] == 4
+    assert read_checkpoint(folder / "last.ckpt").metadata["step"] == 4
     order = sorted(range(4), key=losses.__getitem__)[:2]
-    assert {read_checkpoint(path).about["epoch"] for path in folder.glob("best_*.ckpt")} == set(order)
+    assert {read_checkpoint(path).metadata["epoch"] for path in folder.glob("best_*.ckpt")} == set(order)
     for path in folder.glob("best_*.ckpt"):
         assert set(torch.load(path, weights_only=True)) == {"state_dict", "medsoft"}  # weights only
     assert len(list(folder.glob("*.ckpt"))) == 3

@@ -109,7 +109,7 @@ def test_best_weights_without_their_run_are_not_deleted(world: Path, converted: 
     folder = tmp_path / "run"
     assert train("stage1", converted, folder, world, **SHORT) == 0
     (best,) = best_files(folder)
-    assert read_checkpoint(best).about["epoch"] == 1
+    assert read_checkpoint(best).metadata["epoch"] == 1
     (folder / "last.ckpt").unlink()
     with pytest.raises(UsageError, match=rf"{best.name}: best weights of a run whose last\.ckpt is gone; --ckpt .*"):
         train("stage1", converted, folder, world, **SHORT)
@@ -182,7 +182,7 @@ def test_signal_to_every_process(
         _, errors = run.communicate(timeout=120)
     assert run.returncode == code, errors
     assert "Traceback" not in errors
-    found = read_checkpoint(folder / "last.ckpt").about["step"]
+    found = read_checkpoint(folder / "last.ckpt").metadata["step"]
     assert 11 <= found < 1000
 
 

@@ -100,8 +100,8 @@ def test_torchrun_and_a_termination(world: Path, converted: Path, tmp_path: Path
     found = subprocess.run(launch, env={**environment, "STOP": "1"}, capture_output=True, text=True, timeout=900)
     assert found.returncode != 0
     assert found.stderr.count("features:   0%") == 1  # one bar: one process computed them
-    assert read_checkpoint(tmp_path / "run" / "last.ckpt").about["step"] == 5
-    assert not read_checkpoint(tmp_path / "run" / "last.ckpt").about.get("complete")
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt").metadata["step"] == 5
+    assert not read_checkpoint(tmp_path / "run" / "last.ckpt").metadata.get("complete")
     again = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=900)
     assert again.returncode == 0, again.stderr
     assert "features: 100%" not in again.stderr

@@ -45,7 +45,7 @@ def test_dry_run_says_it_all(world: Path, converted: Path, tmp_path: Path, caplo
 
 def test_resolved_configuration_is_in_folder_and_checkpoint(trained: dict) -> None:
     run = trained["stage1"]
-    stored = config_from_dict(read_checkpoint(run.last).about["config"], "checkpoint")
+    stored = config_from_dict(read_checkpoint(run.last).metadata["config"], "checkpoint")
     assert load_config(run.folder / "config.yaml") == stored
     assert stored.training.batch_size == 3
 
@@ -213,7 +213,7 @@ def test_gradient_that_is_not_a_number(world: Path, converted: Path, tmp_path: P
             train("stage1", converted, tmp_path / "s", world, save_every_minutes=0)
     found = tensors(tmp_path / "s" / "last.ckpt")
     assert all(torch.isfinite(value).all() for value in found.values())
-    assert read_checkpoint(tmp_path / "s" / "last.ckpt").about["step"] == 2
+    assert read_checkpoint(tmp_path / "s" / "last.ckpt").metadata["step"] == 2
 
 
 def test_out_of_memory_is_one_line(world: Path, converted: Path, tmp_path: Path) -> None:

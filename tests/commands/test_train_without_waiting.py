@@ -96,7 +96,7 @@ def test_two_processes_that_read_later_agree(world: Path, converted: Path, tmp_p
 
     stopped = launch("run", "stop")
     assert stopped.returncode != 0
-    assert read_checkpoint(tmp_path / "run" / "last.ckpt").about["step"] == 6, stopped.stderr
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt").metadata["step"] == 6, stopped.stderr
     assert train("stage1", converted, tmp_path / "one", world, **given) == 0
     one, two = ({row[1]: float(row[2]) for row in rows(tmp_path / name)} for name in ("one", "run"))
     assert len(one) == 12
@@ -104,7 +104,7 @@ def test_two_processes_that_read_later_agree(world: Path, converted: Path, tmp_p
     broken = launch("broken", "loss")
     assert broken.returncode != 0
     assert "the loss became nan in step 5 (samples w5p" in broken.stderr
-    assert read_checkpoint(tmp_path / "broken" / "last.ckpt").about["step"] == 3
+    assert read_checkpoint(tmp_path / "broken" / "last.ckpt").metadata["step"] == 3
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -137,7 +137,7 @@ def test_what_is_not_finite_is_said_of_its_own_step(
     assert f"(samples {', '.join(said)})" in str(found.value)
     assert len(calls) == (8 if later else 6)
     kept = read_checkpoint(tmp_path / "run" / "last.ckpt")
-    assert kept.about["step"] == 2
+    assert kept.metadata["step"] == 2
     assert all(value.isfinite().all() for value in kept.state.values())
     assert len(rows(tmp_path / "run")) == 2
 

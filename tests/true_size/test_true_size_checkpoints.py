@@ -83,7 +83,7 @@ def test_true_size_conversion_keeps_every_byte(source: Path, converted: Path) ->
     assert all(torch.equal(before[key].view(torch.int32), after.state[key].view(torch.int32)) for key in kept)
     new = set(after.state) - set(kept)
     assert all(NEW_IN_UNET.match(key) or key.startswith("msc.") for key in new)
-    assert after.about["origin"]["file"] == source.name
+    assert after.metadata["origin"]["file"] == source.name
 
 
 @pytest.mark.slow
@@ -95,9 +95,9 @@ def test_true_size_merge(converted: Path, suffix: str) -> None:
     controller = {key: value for key, value in found.state.items() if key.startswith("msc.")}
     moments = {"exp_avg": list(controller.values()), "exp_avg_sq": [value.square() for value in controller.values()]}
     stage1, unet_only = folder / "stage1.ckpt", folder / "unet_only.ckpt"
-    write_checkpoint(stage1, controller, {**found.about, "stage": "stage1"}, optimizer_states=[moments])
+    write_checkpoint(stage1, controller, {**found.metadata, "stage": "stage1"}, optimizer_states=[moments])
     rest = {key: value for key, value in found.state.items() if key not in controller}
-    write_checkpoint(unet_only, rest, {**found.about, "stage": "unet_only"})
+    write_checkpoint(unet_only, rest, {**found.metadata, "stage": "unet_only"})
     output = folder / f"ckpt_for_stage2.{suffix}"
     flags = ["--stage1_path", stage1, "--input_path", unet_only, "--output_path", output, "--config", YAML]
     used = measured(ROOT / "tool" / "tool_merge_for_stage2.py", *flags)

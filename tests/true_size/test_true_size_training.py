@@ -92,6 +92,6 @@ def test_every_stage_trains_at_true_size(tmp_path: Path) -> None:
         moved = changed(before.state, after.state)
         assert moved
         assert all(belongs(stage, key) for key in moved)
-        assert after.about["stage"] == stage
+        assert after.metadata["stage"] == stage
         if stage == "stage2_1":
             files["ckpt_for_stage2"].unlink()
