@@ -110,7 +110,7 @@ class Checkpoints:
                 "progress": asdict(self.progress),
                 "state_dict": _on_cpu(self.stage.weights()),
                 "optimizer_states": [self.optimizer.state_dict()],
-                "medsoft": self._about(self.progress.epoch - epoch_ended),
+                "medsoft": self._metadata(self.progress.epoch - epoch_ended),
             }
             if self.stage.average.values:
                 content["average"] = self.stage.average.values
@@ -139,7 +139,7 @@ class Checkpoints:
         self._drop_worse()
         self.fabric.barrier()
 
-    def _about(self, epoch: int) -> dict[str, Any]:
+    def _metadata(self, epoch: int) -> dict[str, Any]:
         return {**self.metadata, "step": self.progress.step, "epoch": epoch}
 
     def _refuse_broken(self) -> None:
@@ -151,9 +151,9 @@ class Checkpoints:
             )
 
     def _write_weights(self, path: Path, epoch: int) -> None:
-        about = {**self._about(epoch), "averaged": bool(self.stage.average.values)}
+        metadata = {**self._metadata(epoch), "averaged": bool(self.stage.average.values)}
         with self.stage.average.swapped():
-            write(path, {"state_dict": _on_cpu(self.stage.weights()), "medsoft": about})
+            write(path, {"state_dict": _on_cpu(self.stage.weights()), "medsoft": metadata})
 
     def _drop_worse(self) -> None:
         """Delete the weights of epochs that are no longer among the best."""
