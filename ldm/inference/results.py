@@ -1,6 +1,5 @@
 """One result on the disk: a sample folder whose meta.json says how it was made."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,18 @@ TAG = "synthetic picture drawn by MedSoft-Diffusion; not a patient's image; not 
 FILES = ("image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json")
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """What the meta.json of a result says about how it was made: enough for --replay to make it again."""
-
-    checkpoint: Path
-    checkpoint_sha256: str
-    config: Path
-    config_sha256: str
-    overrides: list[str]
-    exact: bool
-    command: str
-
-
 def write_result(
     folder: Path,
     task: Task,
     prepared: PreparedSample,
     pixels: np.ndarray,
-    provenance: Provenance,
+    provenance: dict[str, Any],
     parent_sha256: str | None,
 ) -> None:
     """Write the sample folder of one result, whole or not at all; one that lacks a file is replaced.
 
-    pixels: the composited image, like ``prepared.original``; parent_sha256: the digest of the sample's image file.
+    pixels: the composited image, like ``prepared.original``; provenance: what its meta.json says about how it was made,
+    enough for --replay to make it again; parent_sha256: the digest of the sample's image file.
     """
     differs = (pixels != prepared.original).reshape(*prepared.soft.shape, -1).any(axis=-1)
     changed = int(np.count_nonzero(differs & (prepared.soft == 0)))
@@ -53,7 +40,7 @@ def write_result(
 
 
 def result_metadata(
-    task: Task, prepared: PreparedSample, changed: int, provenance: Provenance, parent_sha256: str | None
+    task: Task, prepared: PreparedSample, changed: int, provenance: dict[str, Any], parent_sha256: str | None
 ) -> dict[str, Any]:
     """The meta.json of a result of which ``changed`` pixels outside the soft mask differ from the parent's."""
     if task.record is not None:
@@ -76,12 +63,6 @@ def result_metadata(
         "parent_image": str(parent.image),
         "parent_sha256": parent_sha256,
         "changed_outside_pixels": changed,
-        "checkpoint": str(provenance.checkpoint),
-        "checkpoint_sha256": provenance.checkpoint_sha256,
-        "config": str(provenance.config),
-        "overrides": provenance.overrides,
-        "config_sha256": provenance.config_sha256,
-        "exact": provenance.exact,
-        "command": provenance.command,
+        **provenance,
     }
     return {key: value for key, value in metadata.items() if value is not None or key in ("lesion_type", "severity")}

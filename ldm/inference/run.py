@@ -29,9 +29,9 @@ from ldm.data.annotations import write_rejects
 from ldm.data.preparation import PreparedSample, sample_identity
 from ldm.data.samples import Reject
 from ldm.inference.gallery import write_gallery
-from ldm.inference.inpainter import InpaintedImage, Inpainter, Job, load_inpainter
+from ldm.inference.inpainter import Inpainter, Job, load_inpainter
 from ldm.inference.options import InferenceOptions
-from ldm.inference.results import FILES, Provenance, write_result
+from ldm.inference.results import FILES, write_result
 from ldm.inference.tasks import Task, plan_tasks, prepare_task, read_record
 
 log = logging.getLogger(__name__)
@@ -53,16 +53,16 @@ def run(options: InferenceOptions) -> int:
         logging.disable(logging.INFO)  # one process speaks for all
     detect_format(options.ckpt)
     settings = identity(config, "images")
-    command = " ".join(shlex.quote(part) for part in ["python", *sys.argv])
-    provenance = Provenance(
-        checkpoint=options.ckpt.resolve(),
-        checkpoint_sha256=sha256_file(options.ckpt),
-        config=options.config.resolve(),
-        config_sha256=fingerprint(settings),
-        overrides=overrides,
-        exact=options.exact,
-        command=command,
-    )
+    digest = sha256_file(options.ckpt)
+    provenance = {
+        "checkpoint": str(options.ckpt.resolve()),
+        "checkpoint_sha256": digest,
+        "config": str(options.config.resolve()),
+        "overrides": overrides,
+        "config_sha256": fingerprint(settings),
+        "exact": options.exact,
+        "command": shlex.join(["python", *sys.argv]),
+    }
     if options.replay:
         _check_replay(options, provenance)
     content: Content = functools.cache(content_id)  # each file is read once, however many results share it
@@ -73,8 +73,8 @@ def run(options: InferenceOptions) -> int:
     results = RunFolder(options.output_dir, "inference.json", samples="*__v*/meta.json")
     with results.lock(first=is_first_process()):
         plan = [_identity(task, content) for task in tasks]
-        known = {"ckpt": provenance.checkpoint_sha256, "exact": options.exact, "images": fingerprint(plan)}
-        legacy = fingerprint([provenance.checkpoint_sha256, settings, options.exact, plan])
+        known = {"ckpt": digest, "exact": options.exact, "images": fingerprint(plan)}
+        legacy = fingerprint([digest, settings, options.exact, plan])
         before = results.open({**known, **settings}, options.overwrite, legacy)
         if before and before.get("complete") and _finished(results, tasks) == before["pictures"]:
             log.info("%s: already complete (%d pictures)", results.path, before["pictures"])
@@ -83,8 +83,7 @@ def run(options: InferenceOptions) -> int:
         processes.barrier()
         if options.exact:
             torch.set_num_threads(1)
-        load = functools.partial(load_inpainter, options.ckpt, config, processes.device)
-        return InferenceRun(results, tasks, rejects, config, provenance, content, processes).inpaint(load)
+        return InferenceRun(results, tasks, rejects, config, provenance, content, processes).inpaint(options.ckpt)
 
 
 def resolve(options: InferenceOptions) -> tuple[InferenceOptions, Config, list[str]]:
@@ -107,15 +106,15 @@ def resolve(options: InferenceOptions) -> tuple[InferenceOptions, Config, list[s
     return options, load_config(options.config, overrides), overrides
 
 
-def _check_replay(options: InferenceOptions, provenance: Provenance) -> None:
+def _check_replay(options: InferenceOptions, provenance: dict[str, Any]) -> None:
     """MedSoftError unless checkpoint and settings are those the result was made with."""
     assert options.replay is not None
     record = read_record(options.replay)
-    if provenance.checkpoint_sha256 != record["checkpoint_sha256"]:
+    if provenance["checkpoint_sha256"] != record["checkpoint_sha256"]:
         raise MedSoftError(
             f"{options.ckpt}: is not the checkpoint {options.replay} was drawn with; give that one with --ckpt"
         )
-    if provenance.config_sha256 != record["config_sha256"]:
+    if provenance["config_sha256"] != record["config_sha256"]:
         raise MedSoftError(
             f"{options.config}: no longer says what {options.replay} was drawn with; give that YAML with --config"
         )
@@ -139,25 +138,27 @@ class InferenceRun:
     tasks: Sequence[Task]
     rejects: Sequence[Reject]  # samples that gave no task
     config: Config
-    provenance: Provenance
+    provenance: dict[str, Any]  # see ``write_result``
     content: Content
     processes: Processes
 
-    def inpaint(self, load: Callable[[], Inpainter]) -> int:
-        """Inpaint what is missing; returns the exit code. ``load`` is called only if something is missing.
+    def inpaint(self, ckpt: Path) -> int:
+        """Inpaint what is missing; returns the exit code. The model is loaded only if something is missing.
 
         A model that cannot be loaded leaves the folder as it was. Each process does its share, and the first one keeps
         the record.
         """
         start = time.monotonic()
-        missing = self.processes.share(self._missing())
+        # The numbers of the tasks whose results are not there, as the first process sees the folder.
+        there = {task.name for task in self.tasks if self.results.same_run and self.results.has(task.name, *FILES)}
+        missing = self.processes.share([k for k, task in enumerate(self.tasks) if task.name not in there])
         if len(missing) < len(self.tasks):
             log.info("%d of %d pictures are there already", len(self.tasks) - len(missing), len(self.tasks))
         with advice_on_memory(self.config.sampling):
-            inpainter = load() if missing else None
+            inpainter = load_inpainter(ckpt, self.config, self.processes.device) if missing else None
         self.processes.barrier()  # all models are loaded: now the folder may change
-        if self._first:
-            self.results.claim(command=self.provenance.command)
+        if self.processes.rank == 0:
+            self.results.claim(command=self.provenance["command"])
         self.processes.barrier()
         mine = [self.tasks[k] for k in missing[self.processes.rank :: self.processes.size]]
         rejects: list[Reject] = []
@@ -170,56 +171,43 @@ class InferenceRun:
         outcomes = self.processes.gather((rejects, error))
         code = cli.DONE
         try:
-            if self._first:  # it speaks for all of them
+            if self.processes.rank == 0:  # it speaks for all of them
                 code = self._finish(outcomes, start)
         finally:
             code = self.processes.share(code)
         return code
-
-    @property
-    def _first(self) -> bool:
-        return self.processes.rank == 0
-
-    def _missing(self) -> list[int]:
-        """The numbers of the tasks whose results are not there, as the first process sees the folder."""
-        kept = self.results.same_run
-        return [k for k, task in enumerate(self.tasks) if not (kept and self.results.has(task.name, *FILES))]
 
     def _inpaint_all(self, tasks: Sequence[Task], inpainter: Inpainter) -> list[Reject]:
         """Inpaint batch by batch; the next one is read and the last one written while the model works."""
         size = self.config.sampling.batch_size
         batches = [tasks[first : first + size] for first in range(0, len(tasks), size)]
         rejects: list[Reject] = []
-        share = f" (process 1 of {self.processes.size})" if self.processes.size > 1 else ""
+        label = f"drawing (process 1 of {self.processes.size})" if self.processes.size > 1 else "drawing"
         with (
             ThreadPoolExecutor(4) as pool,
-            tqdm(
-                total=len(tasks), desc=f"drawing{share}", mininterval=1, bar_format=BAR, disable=not self._first
-            ) as bar,
+            tqdm(total=len(tasks), desc=label, mininterval=1, bar_format=BAR, disable=self.processes.rank > 0) as bar,
         ):
             written: list[Future] = []
             for batch, prepared in _ahead(pool, lambda task: prepare_task(task, self.config.data), batches):
                 pairs = list(zip(batch, prepared, strict=True))
                 sound = [(task, sample) for task, sample in pairs if isinstance(sample, PreparedSample)]
                 rejects += [sample for _, sample in pairs if isinstance(sample, Reject)]
-                inpainted = _inpaint_batch(sound, inpainter) if sound else []
+                jobs = [Job(task.seed, task.sample.sample_id, task.variant, task.prompt) for task, _ in sound]
+                inpainted = inpainter.inpaint([sample for _, sample in sound], jobs) if sound else []
                 for future in written:
                     future.result()
                 written = []
                 for (task, sample), result in zip(sound, inpainted, strict=True):
                     if result.pixels is None:
-                        rejects.append(_not_finite(task, result))
-                    else:
-                        written.append(pool.submit(self._write, task, sample, result))
+                        rejects.append(_not_finite(task, result.error))
+                        continue
+                    folder = self.results.path / task.name
+                    about = self.provenance, self.content(task.sample.image)
+                    written.append(pool.submit(write_result, folder, task, sample, result.pixels, *about))
                 bar.update(len(batch))
             for future in written:
                 future.result()
         return rejects
-
-    def _write(self, task: Task, sample: PreparedSample, result: InpaintedImage) -> None:
-        assert result.pixels is not None
-        digest = self.content(task.sample.image)
-        write_result(self.results.path / task.name, task, sample, result.pixels, self.provenance, digest)
 
     def _finish(self, outcomes: Sequence[tuple[list[Reject], MedSoftError | None]], start: float) -> int:
         """Write the list of rejects, the record and the report; returns the exit code, or raises a process's error."""
@@ -239,12 +227,12 @@ class InferenceRun:
             raise MedSoftError(f"{folder}: no picture could be drawn; first: {rejects[0]}; all are in {reject_file}")
         changed = sum(read_json(folder / task.name / "meta.json")["changed_outside_pixels"] for task in done)
         self.results.finish(
-            command=self.provenance.command,
+            command=self.provenance["command"],
             pictures=len(done),
             rejected=len(rejects),
             changed_outside_pixels=changed,
             seconds=round(time.monotonic() - start, 1),
-            checkpoint_sha256=self.provenance.checkpoint_sha256,
+            checkpoint_sha256=self.provenance["checkpoint_sha256"],
         )
         log.info("%s: %d pictures, %d pixels changed outside the soft masks", folder, len(done), changed)
         try:
@@ -254,15 +242,9 @@ class InferenceRun:
         return cli.SOME_REJECTED if rejects else cli.DONE
 
 
-def _inpaint_batch(samples: Sequence[tuple[Task, PreparedSample]], inpainter: Inpainter) -> list[InpaintedImage]:
-    jobs = [Job(task.seed, task.sample.sample_id, task.variant, task.prompt) for task, _ in samples]
-    return inpainter.inpaint([sample for _, sample in samples], jobs)
-
-
-def _not_finite(task: Task, result: InpaintedImage) -> Reject:
+def _not_finite(task: Task, error: str | None) -> Reject:
     reason = (
-        f"variant {task.variant}: values that are not numbers (NaN or infinity) appeared {result.error}; "
-        "nothing was written"
+        f"variant {task.variant}: values that are not numbers (NaN or infinity) appeared {error}; nothing was written"
     )
     return Reject(task.sample.sample_id, task.sample.image, reason)
 

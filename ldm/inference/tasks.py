@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,9 @@ def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
             if options.prompt is not None:
                 tasks.append(Task(sample, k, options.prompt, options.seed, None, marked))
                 continue
-            source = sampled_prompt(sources, options.seed, sample, k) if sample.healthy and sources else sample
+            source = sample
+            if sample.healthy and sources:  # each source is as likely, so lesion types keep their frequencies
+                source = sources[named_seed("prompt", options.seed, sample.sample_id, k) % len(sources)]
             tasks.append(Task(sample, k, source.prompt, options.seed, source, marked))
     if options.prompt is not None:
         prompts = f"the prompt {options.prompt!r}"
@@ -110,11 +112,6 @@ def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
     if not tasks:
         raise MedSoftError(f"{data}: no sample can be drawn on ({len(rejects)} rejected)")
     return tasks, rejects
-
-
-def sampled_prompt(sources: Sequence[Sample], seed: int, sample: Sample, variant: int) -> Sample:
-    """The diseased sample whose prompt this result gets: each as likely, so lesion types keep their frequencies."""
-    return sources[named_seed("prompt", seed, sample.sample_id, variant) % len(sources)]
 
 
 def _prompt_samples(path: Path) -> list[Sample]:
@@ -170,12 +167,8 @@ def tasks_from_results(options: InferenceOptions, folder: Path) -> tuple[list[Ta
         if options.prompt is not None:
             task = dataclasses.replace(task, prompt=options.prompt, source=None)
         tasks.append(task)
-    log.info(
-        "drawing %d pictures again in the masks of %s, with %s",
-        len(tasks),
-        folder,
-        "their own prompts" if options.prompt is None else f"the prompt {options.prompt!r}",
-    )
+    prompts = "their own prompts" if options.prompt is None else f"the prompt {options.prompt!r}"
+    log.info("drawing %d pictures again in the masks of %s, with %s", len(tasks), folder, prompts)
     if not tasks:
         raise MedSoftError(f"{folder}: holds no results")
     return tasks, rejects
