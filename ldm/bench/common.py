@@ -13,6 +13,7 @@ import torch
 
 from ldm.checkpoints.checkpoint import NEW_IN_UNET
 from ldm.config import Config
+from ldm.conversion.diffusers_folder import autoencoder_configuration, scheduler_configuration, unet_configuration
 from ldm.core.files import write_json
 from ldm.core.paths import SHIPPED
 from ldm.networks.biomedclip import build_clip
@@ -68,27 +69,9 @@ def diffusers_twins(model: MedSoftModel, config: Config) -> tuple[Any, Any]:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
     state = {key: value for key, value in model.state_dict().items() if not NEW_IN_UNET.match(key)}
-    widths = [config.unet.model_channels * mult for mult in config.unet.channel_mult]
-    cross = [level in config.unet.attention_levels for level in range(len(widths))]
-    unet = UNet2DConditionModel(
-        sample_size=config.latent_size,
-        in_channels=config.unet.in_channels,
-        block_out_channels=widths,
-        layers_per_block=config.unet.num_res_blocks,
-        down_block_types=["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in cross],
-        up_block_types=["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(cross)],
-        attention_head_dim=config.unet.num_heads,
-        cross_attention_dim=config.unet.context_dim,
-    )
+    unet = UNet2DConditionModel.from_config(unet_configuration(config))
     unet.load_state_dict(convert_ldm_unet_checkpoint(state, dict(unet.config)))
-    levels = len(config.autoencoder.channel_mult)
-    vae = AutoencoderKL(
-        block_out_channels=[config.autoencoder.channels * mult for mult in config.autoencoder.channel_mult],
-        layers_per_block=config.autoencoder.num_res_blocks,
-        latent_channels=config.autoencoder.latent_channels,
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-    )
+    vae = AutoencoderKL.from_config(autoencoder_configuration(config))
     vae.load_state_dict(convert_ldm_vae_checkpoint(state, dict(vae.config)))
     device = next(model.parameters()).device
     return unet.to(device).eval(), vae.to(device).eval()
@@ -99,27 +82,13 @@ def diffusers_pipeline(model: MedSoftModel, config: Config) -> Any:
     from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 
     unet, vae = diffusers_twins(model, config)
-    vae.register_to_config(scaling_factor=config.diffusion.latent_scale)
-    noise = config.diffusion
-    scheduler = DDIMScheduler(
-        num_train_timesteps=noise.timesteps,
-        beta_start=noise.beta_start,
-        beta_end=noise.beta_end,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    made = StableDiffusionInpaintPipeline(
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = {
+        "vae": vae,
+        "unet": unet,
+        "scheduler": DDIMScheduler.from_config(scheduler_configuration(config.diffusion)),
+    }
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    made = StableDiffusionInpaintPipeline(**parts, **absent, requires_safety_checker=False)
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -36,7 +36,10 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
     expected = skeleton(config)
     size = sum(value.numel() * value.element_size() for value in expected.values())
     check_target(output_path, size if overwrite or not output_path.exists() else 0, input_path)
-    source = read_source(input_path, config, expected)
+    if input_path.is_dir():
+        source = from_folder(input_path, config, expected)
+    else:
+        source = from_checkpoint(read_checkpoint(input_path), expected)
     check_kind(source, config)
     sizes = [file.stat().st_size for file in weight_files(input_path)]
     architecture = identity(config, "architecture")
@@ -51,20 +54,10 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
         log.info("checked: %s, %s", file, verify(file))
     state, new = convert(source, config, expected, seed)
     log_origin(source, state, new)
-    metadata = source.own["about"] if source.own else _converted(config)
+    converted = {"config": dataclasses.asdict(config), "stage": "converted", "step": 0}
+    metadata = source.own["about"] if source.own else converted
     write_checkpoint(output_path, state, {**metadata, "origin": origin, "asked": asked, "run": run})
     log.info("written: %s", output_path)
-
-
-def _converted(config: Config) -> dict[str, Any]:
-    return {"config": dataclasses.asdict(config), "stage": "converted", "step": 0}
-
-
-def read_source(path: Path, config: Config, expected: Mapping[str, Tensor]) -> SourceCheckpoint:
-    """The input's tensors under our keys, whatever kind of file or folder it is."""
-    if path.is_dir():
-        return from_folder(path, config, expected)
-    return from_checkpoint(read_checkpoint(path), [key for key in expected if key.startswith(PREFIXES["unet"])])
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -123,8 +116,7 @@ def new_parameters(config: Config, seed: int) -> dict[str, Tensor]:
         dim = block.norm4.normalized_shape[0]
         attention = CrossAttention(dim, config.unet.semantic_dim, block.attn3.heads, zero_output=True)
         for part, module in (("attn3", attention), ("norm4", torch.nn.LayerNorm(dim))):
-            for key, value in module.state_dict(prefix=f"{PREFIXES['unet']}{name}.{part}.").items():
-                made[key] = value
+            made |= module.state_dict(prefix=f"{PREFIXES['unet']}{name}.{part}.")
     made |= MedicalSemanticController(config.msc, config.biomedclip).state_dict(prefix=PREFIXES["msc"])
     return made
 

@@ -18,17 +18,14 @@ from torch import Tensor
 
 from ldm.checkpoints.checkpoint import NEW_IN_UNET, PREFIXES, read_tensors
 from ldm.checkpoints.files import save_safetensors
-from ldm.config import Config, DiffusionConfig, TextEncoderConfig
+from ldm.config import Config, DiffusionConfig
 from ldm.conversion.sd_layouts import SourceCheckpoint
 from ldm.core.errors import MedSoftError
 from ldm.core.files import atomic_file, read_json, write_json, write_text
+from ldm.networks.text_encoder import clip_settings
 
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 OURS = "medsoft"
 RESNET = {
     "in_layers.0": "norm1",
@@ -220,14 +217,19 @@ def _configurations(config: Config) -> dict[str, dict[str, Any]]:
             "image_encoder": [None, None],
             "requires_safety_checker": False,
         },
-        "unet/config.json": _unet_configuration(config),
-        "vae/config.json": _autoencoder_configuration(config),
-        "text_encoder/config.json": _text_configuration(config.text_encoder),
-        "scheduler/scheduler_config.json": _scheduler_configuration(config.diffusion),
+        "unet/config.json": unet_configuration(config),
+        "vae/config.json": autoencoder_configuration(config),
+        "text_encoder/config.json": {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            **clip_settings(config.text_encoder),
+        },
+        "scheduler/scheduler_config.json": scheduler_configuration(config.diffusion),
     }
 
 
-def _unet_configuration(config: Config) -> dict[str, Any]:
+def unet_configuration(config: Config) -> dict[str, Any]:
+    """The settings of diffusers' UNet2DConditionModel."""
     unet = config.unet
     cross = [level in unet.attention_levels for level in range(len(unet.channel_mult))]
     return {
@@ -244,7 +246,8 @@ def _unet_configuration(config: Config) -> dict[str, Any]:
     }
 
 
-def _autoencoder_configuration(config: Config) -> dict[str, Any]:
+def autoencoder_configuration(config: Config) -> dict[str, Any]:
+    """The settings of diffusers' AutoencoderKL."""
     vae = config.autoencoder
     return {
         "_class_name": "AutoencoderKL",
@@ -260,25 +263,8 @@ def _autoencoder_configuration(config: Config) -> dict[str, Any]:
     }
 
 
-def _text_configuration(text: TextEncoderConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.width,
-        "intermediate_size": 4 * text.width,
-        "num_hidden_layers": text.layers,
-        "num_attention_heads": text.heads,
-        "max_position_embeddings": text.max_length,
-        "projection_dim": text.width,
-        "hidden_act": "quick_gelu",
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "pad_token_id": 49407,
-    }
-
-
-def _scheduler_configuration(noise: DiffusionConfig) -> dict[str, Any]:
+def scheduler_configuration(noise: DiffusionConfig) -> dict[str, Any]:
+    """The settings of diffusers' DDIMScheduler."""
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": noise.timesteps,

@@ -101,15 +101,9 @@ def warn_of_newer(checkpoint: Checkpoint) -> None:
                 step = read_checkpoint(other).step
             except MedSoftError:
                 continue
-            log.warning(
-                "warning: %s (step %s, %s) is older than %s beside it (step %s, %s); is it the one you mean?",
-                checkpoint.path,
-                checkpoint.step,
-                _clock(age),
-                other.name,
-                step,
-                _clock(other.stat().st_mtime),
-            )
+            older = f"{checkpoint.path} (step {checkpoint.step}, {_clock(age)})"
+            newer = f"{other.name} beside it (step {step}, {_clock(other.stat().st_mtime)})"
+            log.warning("warning: %s is older than %s; is it the one you mean?", older, newer)
 
 
 def _clock(seconds: float) -> str:

@@ -5,6 +5,7 @@ Also names what a file is when it is not an SD 1.5 inpainting model. The diffuse
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,8 +42,8 @@ class SourceCheckpoint:
     own: dict | None = None
 
 
-def from_checkpoint(checkpoint: Checkpoint, unet_keys: list[str]) -> SourceCheckpoint:
-    """The checkpoint's tensors under the original layout's keys; ``unet_keys``: those the U-Net needs.
+def from_checkpoint(checkpoint: Checkpoint, expected: Iterable[str]) -> SourceCheckpoint:
+    """The checkpoint's tensors under the original layout's keys; ``expected``: those that the networks need.
 
     Wrapper levels (``module.``, ``_orig_mod.``) are dropped, the shorter text-encoder names of transformers >= 5.6
     accepted. Weights are the plain ones; moving averages (``model_ema.*``) only if the U-Net is there in no other form.
@@ -62,16 +63,13 @@ def from_checkpoint(checkpoint: Checkpoint, unet_keys: list[str]) -> SourceCheck
         state[plain] = value
     if renamed:
         notes.append(f"{renamed} keys brought to the original layout (levels added by other programs)")
-    averages = {key: _average_of(key) for key in unet_keys}
+    # LDM's moving average keeps ``model.diffusion_model.*`` without its dots.
+    needed = [key for key in expected if key.startswith(PREFIXES["unet"])]
+    averages = {key: "model_ema." + key.removeprefix("model.").replace(".", "") for key in needed}
     if not any(key.startswith(PREFIXES["unet"]) for key in state) and averages.get(STEM) in state:
         state |= {key: state.pop(average) for key, average in averages.items() if average in state}
         notes.append("U-Net taken from the moving averages (model_ema.*): the file has no plain U-Net")
     return SourceCheckpoint(checkpoint.path, state, notes)
-
-
-def _average_of(key: str) -> str:
-    """The name under which LDM's moving average keeps ``model.diffusion_model.*``: without its dots."""
-    return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
 def check_kind(source: SourceCheckpoint, config: Config) -> None:

@@ -1,11 +1,12 @@
 """Classifier-free guidance: at which steps it acts, and how its gain in contrast is taken back."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
 
-def guided_steps(steps: int, interval: tuple[float, float]) -> range:
+def guided_steps(steps: int, interval: Sequence[float]) -> range:
     """The indices of the steps at which guidance acts: those whose share index / steps is in [from, to)."""
     first, last = interval
     return range(math.ceil(first * steps - 1e-9), math.ceil(last * steps - 1e-9))

@@ -136,7 +136,7 @@ def compute_features(
     found = {"clip": {**contexts, "target_tokens": target, "target_global": target_global}}
     if "autoencoder" in model.parts:
         posterior = model.encode(image)
-        masked = model.scaled(model.encode(hide(image, mask)).mode)
+        masked = model.scaled(model.encode(hide(image, mask)).mean)
         moments = {"latent_mean": posterior.mean, "latent_logvar": posterior.logvar}
         found["latents"] = {**moments, "masked_latent": masked, "mask": mask}
     return found

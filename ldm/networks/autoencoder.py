@@ -13,15 +13,10 @@ from ldm.networks.unet import Upsample
 
 @dataclass(frozen=True)
 class Posterior:
-    """A diagonal Gaussian over latents: ``mean`` and ``logvar``, each (B, 4, h, w), before the latent scale."""
+    """A diagonal Gaussian over latents: ``mean``, also its mode, and ``logvar``: (B, 4, h, w), before the latent scale."""
 
     mean: Tensor
     logvar: Tensor
-
-    @property
-    def mode(self) -> Tensor:
-        """The most probable latent, which is the mean."""
-        return self.mean
 
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std * noise, with ``noise`` standard normal of the mean's shape."""

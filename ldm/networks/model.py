@@ -3,7 +3,7 @@
 Masks are soft, float in [0, 1], 1 = lesion region = to be drawn. Images are (B, 3, S, S) in [-1, 1].
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -18,8 +18,6 @@ from ldm.networks.autoencoder import Autoencoder, Posterior
 from ldm.networks.msc import MedicalSemanticController, patch_mask, semantic_tokens
 from ldm.networks.text_encoder import TextEncoder
 from ldm.networks.unet import UNet
-
-TRAINABLE_PARTS = ("unet", "autoencoder", "text", "msc")
 
 
 def hidden_region(soft_mask: Tensor) -> Tensor:
@@ -39,10 +37,10 @@ class MedSoftModel(nn.Module):
     frozen, never stored, and its features come in as tensors.
     """
 
-    def __init__(self, config: Config, parts: Sequence[str] = TRAINABLE_PARTS) -> None:
+    def __init__(self, config: Config, parts: Collection[str] = PREFIXES) -> None:
         super().__init__()
         self.config = config
-        self.parts = [part for part in TRAINABLE_PARTS if part in parts]
+        self.parts = [part for part in PREFIXES if part in parts]
         self.schedule = NoiseSchedule(config.diffusion)
         if "unet" in self.parts:
             self.model = nn.ModuleDict({"diffusion_model": UNet(config.unet)})
@@ -53,7 +51,7 @@ class MedSoftModel(nn.Module):
         if "msc" in self.parts:
             self.msc = MedicalSemanticController(config.msc, config.biomedclip)
 
-    def drop(self, parts: Sequence[str]) -> None:
+    def drop(self, parts: Collection[str]) -> None:
         """Give up parts that are not needed any more, and their memory."""
         homes = {"unet": "model", "autoencoder": "first_stage_model", "text": "cond_stage_model", "msc": "msc"}
         for part in parts:
@@ -112,9 +110,7 @@ class MedSoftModel(nn.Module):
         return self.unet(torch.cat([noisy, channel, masked_latent], dim=1), t, cond)  # (B, 9, s, s) -> (B, 4, s, s)
 
 
-def skeleton(config: Config, parts: Iterable[str] = tuple(PREFIXES)) -> dict[str, Tensor]:
+def skeleton(config: Config, parts: Collection[str] = PREFIXES) -> dict[str, Tensor]:
     """Every key and shape that ``config`` asks of ``parts``, as tensors without memory (on the meta device)."""
-    pass
-
     with torch.device("meta"):
-        return MedSoftModel(config, list(parts)).state_dict()
+        return MedSoftModel(config, parts).state_dict()

@@ -1,14 +1,14 @@
 """The networks of a checkpoint, and the image-text encoder that their configuration names, checked together."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
-from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.checkpoints.checkpoint import PREFIXES, Checkpoint
 from ldm.checkpoints.fitting import check_preparation, load_parts
 from ldm.config import BiomedClipConfig, Config
 from ldm.core.errors import MedSoftError
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.encoder import ImageTextEncoder
-from ldm.networks.model import TRAINABLE_PARTS, MedSoftModel
+from ldm.networks.model import MedSoftModel
 
 
 def open_encoder(cfg: BiomedClipConfig, checkpoint: Checkpoint | None = None) -> ImageTextEncoder:
@@ -35,7 +35,7 @@ def open_encoder(cfg: BiomedClipConfig, checkpoint: Checkpoint | None = None) ->
 
 
 def open_model(
-    config: Config, checkpoint: Checkpoint, parts: Sequence[str] = TRAINABLE_PARTS
+    config: Config, checkpoint: Checkpoint, parts: Collection[str] = PREFIXES
 ) -> tuple[MedSoftModel, ImageTextEncoder]:
     """The networks ``parts`` with the checkpoint's weights, on the CPU, and the encoder whose tokens they read.
 

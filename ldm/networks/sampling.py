@@ -38,7 +38,7 @@ def guidance_conditions(
 
 def latent_of(net: MedSoftModel, image: Tensor, dtype: torch.dtype) -> Tensor:
     """Scaled latent (B, 4, s, s), float32, of an image (B, 3, S, S) in [-1, 1]: the posterior's mode."""
-    return net.scaled(net.encode(image.to(dtype, memory_format=torch.channels_last)).mode.float())
+    return net.scaled(net.encode(image.to(dtype, memory_format=torch.channels_last)).mean.float())
 
 
 def sample_latent(
@@ -62,8 +62,7 @@ def sample_latent(
     dtype = conditions.prompted.text.dtype
     inputs = mask.to(dtype), masked.to(dtype)
     scale = sampling.guidance_scale
-    first, last = sampling.guidance_interval
-    guided = guided_steps(sampling.steps, (first, last)) if scale != 1.0 else range(0)
+    guided = guided_steps(sampling.steps, sampling.guidance_interval) if scale != 1.0 else range(0)
 
     def predict(x: Tensor, t: int, index: int) -> Tensor:
         condition = conditions.both if index in guided else conditions.prompted

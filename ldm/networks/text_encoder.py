@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,26 @@ class TruncationWarnings:
         """Warn that of the prompt's tokens, one (start, end) of ``offsets`` each, only ``room`` are read."""
         if prompt not in self.said:
             self.said.add(prompt)
-            lost = prompt[offsets[room][0] :]
-            log.warning(
-                'prompt cut: %s reads %d of the %d tokens of "%s"; lost is "%s"',
-                encoder,
-                room,
-                len(offsets),
-                shortened(prompt),
-                shortened(lost),
-            )
+            texts = shortened(prompt), shortened(prompt[offsets[room][0] :])
+            message = 'prompt cut: %s reads %d of the %d tokens of "%s"; lost is "%s"'
+            log.warning(message, encoder, room, len(offsets), *texts)
+
+
+def clip_settings(cfg: TextEncoderConfig) -> dict[str, Any]:
+    """The settings of transformers' CLIPTextModel."""
+    return {
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.width,
+        "intermediate_size": 4 * cfg.width,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "max_position_embeddings": cfg.max_length,
+        "projection_dim": cfg.width,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": START,
+        "eos_token_id": END,
+        "pad_token_id": END,
+    }
 
 
 class TextEncoder(nn.Module):
@@ -49,21 +61,7 @@ class TextEncoder(nn.Module):
 
         self.max_length = cfg.max_length
         self._cuts = TruncationWarnings()
-        clip = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=cfg.vocab_size,
-                hidden_size=cfg.width,
-                intermediate_size=4 * cfg.width,
-                num_hidden_layers=cfg.layers,
-                num_attention_heads=cfg.heads,
-                max_position_embeddings=cfg.max_length,
-                hidden_act="quick_gelu",
-                projection_dim=cfg.width,
-                bos_token_id=START,
-                eos_token_id=END,
-                pad_token_id=END,
-            )
-        )
+        clip = CLIPTextModel(CLIPTextConfig(**clip_settings(cfg)))
         self.transformer = nn.ModuleDict({"text_model": getattr(clip, "text_model", clip)})
 
     @cached_property

@@ -163,7 +163,7 @@ def latents(
         posterior = model.encode(rgb)
         means.append(posterior.mean)
         logvars.append(posterior.logvar)
-        masked.append(model.scaled(model.encode(hide(rgb, soft)).mode))
+        masked.append(model.scaled(model.encode(hide(rgb, soft)).mean))
     return (torch.cat(means), torch.cat(logvars)), torch.cat(masked), model.latent_mask(softs), prompts
 
 

@@ -119,7 +119,7 @@ def test_features_equal_direct_computation(world: Path, cache: FeatureCache, net
         found = cache.load(item)
         with torch.no_grad():
             posterior = model.encode(image)
-            masked = model.encode(hide(image, mask)).mode * 0.18215
+            masked = model.encode(hide(image, mask)).mean * 0.18215
         seen, _ = clip.encode_image(image, hidden_region(mask))
         true, true_global = clip.encode_image(image)
         assert torch.equal(found["mask"], picture.mask)
