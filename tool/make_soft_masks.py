@@ -8,6 +8,7 @@ dataset_infer.py draws in these masks, in healthy images too. The same command a
 """
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -60,17 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     from ldm.data.soft_masks import SoftMaskOptions, make_soft_masks
 
-    options = SoftMaskOptions(
-        source=args.source,
-        labels=tuple(args.labels),
-        boxes=args.boxes,
-        feather=args.feather,
-        feather_unit=args.feather_unit,
-        size=tuple(args.size),
-        side=args.side,
-        irregularity=args.irregularity,
-        seed=args.seed,
-    )
+    options = SoftMaskOptions(**{field.name: getattr(args, field.name) for field in fields(SoftMaskOptions)})
     return make_soft_masks(args.data, args.output_dir, options, args.overwrite)
 
 

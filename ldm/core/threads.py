@@ -4,6 +4,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 
-def thread_pool(workers: int | None = None) -> ThreadPoolExecutor:
-    """A pool of ``workers`` threads; by default one for each processor, eight at most: disks give no more to more."""
-    return ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+def thread_pool() -> ThreadPoolExecutor:
+    """A pool of one thread for each processor, eight at most: disks give no more to more."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))

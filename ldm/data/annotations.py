@@ -5,14 +5,14 @@ A data source of another kind is one function here (or in a module of its own) a
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_json, write_json
 from ldm.data.folders import scan_folder
-from ldm.data.samples import META_TEXTS, Reject, Sample, is_number, wrong_value
+from ldm.data.samples import META_TEXTS, Reject, Sample, is_box, wrong_value
 
 
 def load_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
@@ -90,8 +90,7 @@ def read_annotations(path: Path) -> tuple[list[Sample], list[Reject]]:
     usable: list[Sample] = []
     rejects: list[Reject] = []
     for sample in samples:
-        files = (sample.image, sample.mask, sample.anatomy, sample.soft_mask)
-        missing = next((file for file in files if file is not None and not file.is_file()), None)
+        missing = next((file for file in sample.files if file is not None and not file.is_file()), None)
         if missing is None:
             usable.append(sample)
         else:
@@ -140,8 +139,7 @@ class _Record:
     def box(self) -> tuple[float, float, float, float]:
         """x, y, width and height as fractions of the image, in [0, 1]."""
         value = self.values.get("box")
-        numbers = isinstance(value, list) and len(value) == 4 and all(is_number(number) for number in value)
-        if not numbers or min(value) < 0 or value[0] + value[2] > 1 + 1e-6 or value[1] + value[3] > 1 + 1e-6:
+        if not is_box(value):
             raise self.error("box", "four numbers [x, y, w, h], fractions inside the image")
         x, y, width, height = map(float, value)
         return (x, y, width, height)
@@ -196,8 +194,7 @@ def _with_identities(path: Path, samples: list[Sample]) -> list[Sample]:
         if sample_id in seen:
             raise MedSoftError(f"{path}: records {seen[sample_id]} and {index} have the same sample_id {sample_id!r}")
         seen[sample_id] = index
-        values = {**sample.__dict__, "sample_id": sample_id, "patient_id": sample.patient_id or sample_id}
-        result.append(Sample(**values))
+        result.append(replace(sample, sample_id=sample_id, patient_id=sample.patient_id or sample_id))
     return result
 
 

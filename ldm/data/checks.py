@@ -91,7 +91,7 @@ def damaged_files(samples: Sequence[Sample]) -> list[Reject]:
     """The samples with a file whose beginning or end shows that it cannot be read (see ``check_ends``)."""
 
     def look(sample: Sample) -> Reject | None:
-        for path in (sample.image, sample.mask, sample.soft_mask, sample.anatomy):
+        for path in sample.files:
             try:
                 if path is not None:
                     check_ends(path)

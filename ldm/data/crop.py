@@ -85,11 +85,6 @@ class CropWindow:
     width: int
     size: int
 
-    @property
-    def exact(self) -> bool:
-        """True if one model pixel is one native pixel."""
-        return self.height == self.width == self.size
-
     def forward(self, image: np.ndarray) -> np.ndarray:
         """HxW(x3) -> size x size(x3), float32: area average down, cubic up (never beyond the values present)."""
         return _resized(self._cut(image).astype(np.float32), self.size, self.size)

@@ -22,9 +22,7 @@ from ldm.data.png import write_png
 from ldm.data.samples import HEALTHY, META_TEXTS, Reject, Sample, wrong_value
 
 
-def scan_folder(
-    root: str | Path, workers: int | None = None, progress: bool = False
-) -> tuple[list[Sample], list[Reject]]:
+def scan_folder(root: str | Path, progress: bool = False) -> tuple[list[Sample], list[Reject]]:
     """Find and check every sample folder below ``root``, in the order of their ids.
 
     A sample folder is any that holds ``image.*``, ``mask.*`` or ``prompt.txt``; hidden folders are left out. Every file
@@ -42,7 +40,7 @@ def scan_folder(
             f"{root}: holds no sample; expected folders with an image ({', '.join(SUFFIXES)}), a mask and a prompt.txt"
         )
     samples: list[Sample] = []
-    pool = thread_pool(workers)
+    pool = thread_pool()
     try:
         results = pool.map(lambda item: _checked(*item), folders)
         for result in tqdm(results, "checking", len(folders), unit=" samples", disable=None if progress else True):
@@ -66,17 +64,13 @@ def _sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
 
     for name, children, files in os.walk(root, onerror=unreadable, followlinks=True):
         passed = above.pop(name)
-        inner = {os.path.join(name, child): os.path.realpath(os.path.join(name, child)) for child in sorted(children)}
-        children[:] = [os.path.basename(path) for path, real in inner.items() if _visible(path) and real not in passed]
-        above.update({path: passed | {real} for path, real in inner.items()})
+        inner = {child: os.path.realpath(os.path.join(name, child)) for child in sorted(children) if child[0] != "."}
+        children[:] = [child for child, real in inner.items() if real not in passed]
+        above.update({os.path.join(name, child): passed | {inner[child]} for child in children})
         stems = {Path(file).stem for file in (*files, *children) if Path(file).suffix.lower() in SUFFIXES}
         if stems & {"image", "mask"} or "prompt.txt" in files:
             folders.append((_identity(root, Path(name)), Path(name)))
     return sorted(folders), rejects
-
-
-def _visible(path: str) -> bool:
-    return not os.path.basename(path).startswith(".")
 
 
 def _identity(root: Path, folder: Path) -> str:

@@ -20,13 +20,7 @@ PERCENTILES = (0.5, 99.5)
 _ORIENTATION_TAG = 0x0112
 _ALPHA_MODES = ("LA", "RGBA", "La", "RGBa", "PA")  # Pillow's
 TAIL = 1024  # bytes at a file's end that are looked at
-_IMAGE_MAGIC = {
-    PNG_SIGNATURE: "PNG",
-    b"\xff\xd8\xff": "JPEG",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-}
+_IMAGE_MAGIC = {PNG_SIGNATURE: "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 _OTHER_MAGIC = {
     b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
     b"GIF8": "a GIF image",
@@ -258,22 +252,6 @@ def to_unit(image: np.ndarray, intensity_range: tuple[float, float] | None = Non
     return np.clip((image.astype(np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
 
 
-def from_unit(values: np.ndarray, intensity_range: tuple[float, float], dtype: Any = np.uint8) -> np.ndarray:
-    """The inverse of ``to_unit``: float values -> rounded and clipped pixels of ``dtype``. Refuses NaN and infinity."""
-    return _to_pixels(_at_intensity(values, intensity_range), np.dtype(dtype))
-
-
-def _at_intensity(values: np.ndarray, intensity_range: tuple[float, float]) -> np.ndarray:
-    low, high = intensity_range
-    return np.clip(values, 0, 1) * np.float32(high - low) + np.float32(low)
-
-
-def _to_pixels(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if not np.isfinite(values).all():
-        raise MedSoftError("the picture holds values that are not numbers (NaN or infinity); nothing was written")
-    return np.clip(np.rint(values), 0, np.iinfo(dtype).max).astype(dtype)
-
-
 def composite(
     original: np.ndarray, generated: np.ndarray, soft: np.ndarray, intensity_range: tuple[float, float] | None = None
 ) -> np.ndarray:
@@ -289,15 +267,18 @@ def composite(
             f"composite: image {dimensions(original)}, generated {dimensions(generated)} and mask {dimensions(soft)} "
             "differ in size"
         )
-    intensity_range = intensity_range_of(original) if intensity_range is None else intensity_range
+    low, high = intensity_range_of(original) if intensity_range is None else intensity_range
     inside = soft > 0
     weight = soft[inside].astype(np.float32)
-    values = _at_intensity(match_channels(generated, original)[inside], intensity_range)
+    unit = np.clip(match_channels(generated, original)[inside], 0, 1)
+    values = unit * np.float32(high - low) + np.float32(low)
     if original.ndim == 3:
         weight = weight[:, None]
-    result = original.copy()
     blended = weight * values + (1 - weight) * original[inside].astype(np.float32)
-    result[inside] = _to_pixels(blended, original.dtype)
+    if not np.isfinite(blended).all():
+        raise MedSoftError("the picture holds values that are not numbers (NaN or infinity); nothing was written")
+    result = original.copy()
+    result[inside] = np.clip(np.rint(blended), 0, np.iinfo(original.dtype).max)
     return result
 
 

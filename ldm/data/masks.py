@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -15,9 +15,7 @@ import numpy as np
 from ldm.config import FeatherUnit
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.data.images import is_grey, read_image, read_labels
-
-if TYPE_CHECKING:
-    from ldm.data.samples import Sample
+from ldm.data.samples import Sample
 
 FEATHER_UNITS = get_args(FeatherUnit)
 TARGET_LABEL = 1  # in anatomy.png: the vertebral body the image is about
@@ -178,19 +176,10 @@ def soft_mask_for(mask: Mask, feather: Feather, spacing: Any = None) -> np.ndarr
     return soften(mask.hard, feather.pixels(mask.hard, spacing))
 
 
-def soft_mask_of(sample: "Sample", shape: tuple[int, ...], feather: Feather) -> np.ndarray:
-    """The soft mask of a sample with a mask: its ``soft_mask.png`` if there is one, else its mask, feathered."""
-    if sample.soft_mask is not None:
-        return read_mask(sample.soft_mask, shape, soft=True).values
-    if sample.mask is None:
-        raise MedSoftError(f"{sample.sample_id}: has no mask to draw in")
-    return soft_mask_for(read_mask(sample.mask, shape), feather, sample.meta.get("spacing_mm"))
-
-
 # ---------------------------------------------------------------------------------------------------- drawn masks
 
 
-def region_for(sample: "Sample", shape: tuple[int, ...]) -> np.ndarray | None:
+def region_for(sample: Sample, shape: tuple[int, ...]) -> np.ndarray | None:
     """Where a lesion may be drawn into a healthy sample (bool HxW), or None if nothing says where its vertebra is.
 
     The target vertebra of ``anatomy.png``, else the sample's own non-empty mask, else its box.

@@ -1,9 +1,7 @@
 """From samples to what the networks see."""
 
 import math
-import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from ldm.config import DataConfig
 from ldm.core.errors import MedSoftError
 from ldm.core.files import content_id, named_seed
+from ldm.core.threads import thread_pool
 from ldm.data.crop import CropWindow, Fit
 from ldm.data.images import intensity_range_of, read_image, to_unit
 from ldm.data.masks import (
@@ -27,7 +26,6 @@ from ldm.data.masks import (
     read_mask,
     region_for,
     soft_mask_for,
-    soft_mask_of,
 )
 from ldm.data.samples import Sample
 
@@ -62,7 +60,7 @@ def sample_identity(sample: Sample, content: Callable[[Path | None], str | None]
 def digests_of(samples: Iterable[Sample]) -> dict[Path | None, str]:
     """SHA-256 of every file of ``samples`` that can be read, each read once, by several threads."""
     paths = list({path for sample in samples for path in sample.files if path})
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with thread_pool() as pool:
         found = zip(paths, pool.map(content_id, paths), strict=True)
         return {path: digest for path, digest in found if digest is not None}
 
@@ -133,11 +131,10 @@ def fit_sample(
 
     ``offset`` moves the crop (see ``Fit.crop_window``).
     """
-    feather = Feather(data.feather, data.feather_unit)
     if sample.soft_mask is not None and not sample.healthy:
-        soft = soft_mask_of(sample, original.shape, feather)
+        soft = read_mask(sample.soft_mask, original.shape, soft=True).values
     else:
-        soft = soft_mask_for(mask, feather, sample.meta.get("spacing_mm"))
+        soft = soft_mask_for(mask, Feather(data.feather, data.feather_unit), sample.meta.get("spacing_mm"))
     crop_window = Fit(data.fit, data.image_size, data.context).crop_window(original.shape, soft, offset)
     intensity_range = intensity_range_of(original, sample.meta.get("window"))
     unit = crop_window.forward(to_unit(original, intensity_range))

@@ -79,5 +79,11 @@ def _is_window(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] < value[1]
 
 
+def is_box(value: Any) -> bool:
+    """True for [x, y, w, h], fractions inside an image."""
+    numbers = isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+    return numbers and min(value) >= 0 and value[0] + value[2] <= 1 + 1e-6 and value[1] + value[3] <= 1 + 1e-6
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -29,7 +28,7 @@ from ldm.data.masks import (
     soft_mask_for,
 )
 from ldm.data.preparation import sample_identity
-from ldm.data.samples import Reject, Sample
+from ldm.data.samples import META_TEXTS, Reject, Sample, is_box
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +37,10 @@ Boxes = Mapping[str, Sequence[Sequence[float]]]  # sample_id -> boxes [x, y, w, 
 
 @dataclass(frozen=True)
 class SoftMaskOptions:
-    """Where masks come from and what their borders are like: the flags of the command, checked."""
+    """Where masks come from and what their borders are like: the flags of the command, under their names."""
 
     source: str  # mask, anatomy, box or lesion
-    labels: tuple[int, ...]  # of anatomy.png, for source anatomy
+    labels: Sequence[int]  # of anatomy.png, for source anatomy
     boxes: Path | None  # for source box; None: the annotation's own
     feather: float
     feather_unit: FeatherUnit
@@ -126,7 +125,7 @@ def _write_missing(
 
 def _write(folder: Path, sample: Sample, hard: np.ndarray, soft: np.ndarray) -> None:
     """The sample with its new masks; image and anatomy are copies, meta.json says what is known of the sample."""
-    known = {key: getattr(sample, key) for key in ("patient_id", "parent_id", "lesion_type", "level", "severity")}
+    known = {key: getattr(sample, key) for key in META_TEXTS}
     meta = {key: value for key, value in known.items() if value is not None} | sample.meta
     meta |= {"synthetic": True} if sample.synthetic else {}
     originals = {"image": sample.image, "anatomy": sample.anatomy}
@@ -174,16 +173,8 @@ def read_boxes(path: Path) -> Boxes:
     boxes = {name: value if value and isinstance(value[0], list) else [value] for name, value in found.items()}
     for name, some in boxes.items():
         for box in some:
-            if not inside_image(box):
+            if not (is_box(box) and box[2] > 0 and box[3] > 0):
                 raise MedSoftError(
                     f"{path}: {name}: {box} is no box inside the image; expected [x, y, w, h] as fractions"
                 )
     return boxes
-
-
-def inside_image(box: Any) -> bool:
-    """True for [x, y, w, h], fractions of an image that hold something of it."""
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
-        return False
-    x, y, w, h = box
-    return x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= 1 + 1e-6 and y + h <= 1 + 1e-6

@@ -45,9 +45,8 @@ def split_by_patient(
     for name in wanted:
         if not sides[name] and len(ordered) >= len(wanted):
             trained = Counter(strata[patient] for patient in sides["train"])
-            commonest = max(
-                sorted(trained), key=lambda stratum: trained[stratum]
-            )  # it can spare one; on a tie, the healthy ones
+            # The commonest kind can spare one; on a tie, the healthy ones.
+            commonest = max(sorted(trained), key=lambda stratum: trained[stratum])
             moved = next(patient for patient in reversed(sides["train"]) if strata[patient] == commonest)
             sides["train"].remove(moved)
             sides[name].append(moved)

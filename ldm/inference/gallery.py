@@ -4,9 +4,7 @@ One small image per result, loaded when it comes into view, and a few lines of s
 2,000 results opens at once. It opens from disk and loads nothing from anywhere else.
 """
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +20,6 @@ from ldm.reports.html import files_folder, write_page
 
 TILE = 160  # pixels of a panel
 PANELS = ("original", "soft mask", "result", "difference")
-
-
-@dataclass(frozen=True)
-class GalleryCard:
-    """What the page shows of one result: its thumbnail's path inside the page, and facts by name."""
-
-    sample_id: str
-    prompt: str
-    source: str
-    facts: Mapping[str, Any]
 
 
 def write_gallery(folder: Path) -> Path:
@@ -65,8 +53,8 @@ def _thumbnail(page: Path, sample: Sample) -> Path:
     return files_folder(page) / f"{sample.sample_id.replace('/', '__')}.png"
 
 
-def _card(page: Path, sample: Sample) -> GalleryCard:
-    """The card of one result; makes its thumbnail and its numbers unless they are there from before."""
+def _card(page: Path, sample: Sample) -> dict[str, Any]:
+    """What the page shows of one result; makes its thumbnail and its numbers unless they are there from before."""
     thumbnail = _thumbnail(page, sample)
     stored = thumbnail.with_suffix(".json")
     meta = sample.image.with_name("meta.json")
@@ -83,7 +71,8 @@ def _card(page: Path, sample: Sample) -> GalleryCard:
         "change inside": numbers["inside"],
     }
     known = {name: value for name, value in facts.items() if value is not None}
-    return GalleryCard(sample.sample_id, sample.prompt, f"{thumbnail.parent.name}/{thumbnail.name}", known)
+    source = f"{thumbnail.parent.name}/{thumbnail.name}"
+    return {"sample_id": sample.sample_id, "prompt": sample.prompt, "source": source, "facts": known}
 
 
 def _strip(image: ResultImage) -> np.ndarray:

@@ -226,12 +226,9 @@ def prepare_task(task: Task, data: DataConfig) -> PreparedSample | Reject:
         return Reject(task.sample.sample_id, task.sample.image, str(error))
     marked = float(prepared.hard.mean())
     if marked > MOSTLY:
-        log.warning(
-            "warning: %s: %.0f %% of the image is marked; white (1) is the lesion, the part to be drawn: if the "
-            "lesion is black in this mask, invert it",
-            task.sample.mask or task.sample.sample_id,
-            100 * marked,
-        )
+        advice = "white (1) is the lesion, the part to be drawn: if the lesion is black in this mask, invert it"
+        file = task.sample.mask or task.sample.sample_id
+        log.warning("warning: %s: %.0f %% of the image is marked; %s", file, 100 * marked, advice)
     return prepared
 
 

@@ -13,7 +13,7 @@ from ldm.networks.unet import Upsample
 
 @dataclass(frozen=True)
 class Posterior:
-    """A diagonal Gaussian over latents: ``mean``, also its mode, and ``logvar``: (B, 4, h, w), before the latent scale."""
+    """A diagonal Gaussian over unscaled latents: ``mean``, which is its mode too, and ``logvar``, each (B, 4, h, w)."""
 
     mean: Tensor
     logvar: Tensor

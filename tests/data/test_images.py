@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.data.crop import CropWindow, Fit
-from ldm.data.images import composite, from_unit, intensity_range_of, is_grey, read_image, read_labels, to_unit
+from ldm.data.images import composite, intensity_range_of, is_grey, read_image, read_labels, to_unit
 from ldm.data.png import encode_png, write_png
 
 FEW = settings(max_examples=30, deadline=None)
@@ -290,10 +290,16 @@ def test_unit_and_back_is_exact_inside_the_window(dtype: type, seed: int) -> Non
     np.testing.assert_array_equal(from_unit(to_unit(image, window), window, dtype), image)
 
 
-def test_from_unit_rounds_clips_and_refuses_nan() -> None:
-    np.testing.assert_array_equal(from_unit(np.array([-1, 0.5, 2.0]), (0, 255)), [0, 128, 255])
+def from_unit(values: np.ndarray, window: tuple[float, float], dtype: type) -> np.ndarray:
+    """The pixels of a composite that is generated everywhere."""
+    other = np.arange(values.size).reshape(values.shape).astype(dtype)  # in colour, if the values are
+    return composite(other, values, np.ones(values.shape[:2], np.float32), window)
+
+
+def test_composite_rounds_clips_and_refuses_nan() -> None:
+    np.testing.assert_array_equal(from_unit(np.array([[-1, 0.5, 2.0]]), (0, 255), np.uint8), [[0, 128, 255]])
     with pytest.raises(MedSoftError, match="NaN"):
-        from_unit(np.array([np.nan]), (0, 255))
+        from_unit(np.array([[np.nan]]), (0, 255), np.uint8)
 
 
 @FEW
@@ -394,7 +400,7 @@ def test_native_crop_is_pixel_exact_both_ways(height: int, width: int, seed: int
     mask = np.zeros((height, width), np.float32)
     mask[seed % height, seed % width] = 1
     window = Fit("crop", 8).crop_window(image.shape, mask)
-    assert window.exact
+    assert window.height == window.width == window.size == 8
     assert min(window.top, window.left) >= 0
     small = window.forward(image)
     rows, columns = slice(window.top, window.top + 8), slice(window.left, window.left + 8)

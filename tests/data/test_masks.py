@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ldm.config import DataConfig
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.data.folders import read_sample
 from ldm.data.masks import (
@@ -22,10 +23,10 @@ from ldm.data.masks import (
     read_mask,
     region_for,
     soft_mask_for,
-    soft_mask_of,
     soften,
 )
 from ldm.data.png import write_png
+from ldm.data.preparation import prepare
 
 FEW = settings(max_examples=30, deadline=None)
 
@@ -209,13 +210,14 @@ def test_soft_mask_of_a_sample_prefers_its_own_file(tmp_path: Path, write_sample
     ramp = np.zeros((20, 24), np.uint8)
     ramp[5, :4] = (64, 128, 255, 128)
     own = read_sample("a", write_sample(tmp_path / "a", soft_mask=ramp))
-    np.testing.assert_allclose(soft_mask_of(own, (20, 24), Feather()), ramp / 255, rtol=1e-6)
+    np.testing.assert_allclose(prepare(own, DataConfig(), 0, 0).soft, ramp / 255, rtol=1e-6)
     made = read_sample("b", write_sample(tmp_path / "b", meta={"spacing_mm": 2.0}))
     hard = read_mask(made.mask).hard
-    np.testing.assert_array_equal(soft_mask_of(made, (20, 24), Feather(12, "mm")), soften(hard, 6))
+    feathered = prepare(made, DataConfig(feather=12, feather_unit="mm"), 0, 0).soft
+    np.testing.assert_array_equal(feathered, soften(hard, 6))
     healthy = read_sample("c", write_sample(tmp_path / "c", prompt="healthy", mask=None))
-    with pytest.raises(MedSoftError, match="c: has no mask"):
-        soft_mask_of(healthy, (20, 24), Feather())
+    with pytest.raises(MedSoftError, match="c: healthy, and neither"):
+        prepare(healthy, DataConfig(), 0, 0)
 
 
 # ------------------------------------------------------------------------------------------------ drawn masks
