@@ -31,7 +31,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Scan, split, write; returns the exit code."""
     from ldm.data.splits import prepare_dataset
 
     rejects = prepare_dataset(args.root_dir, args.output_file, args.seed, args.fractions, args.strict)

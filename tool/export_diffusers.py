@@ -22,7 +22,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Export; returns the exit code."""
     from ldm.conversion.export import export_folder
 
     export_folder(args.ckpt, args.output_dir, args.overwrite)

@@ -20,7 +20,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Inspect; returns the exit code."""
     from ldm.conversion.inspection import inspect_file
 
     inspect_file(args.ckpt, args.json)

@@ -32,7 +32,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Convert; returns the exit code."""
     from ldm.config import load_config
     from ldm.conversion.convert import convert_file
 

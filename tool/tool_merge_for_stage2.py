@@ -24,7 +24,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Merge; returns the exit code."""
     from ldm.config import load_config
     from ldm.conversion.merge import merge_files
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import MedSoftError, first_line
 
-# Classes that training programs leave in checkpoints beside the tensors; only their names are looked at.
-EXTERNAL_CLASSES = re.compile(r"(pytorch_lightning|lightning|lightning_fabric|omegaconf)(\.\w+)*\._?[A-Z]\w*")
-EXTERNAL_NAMES = re.compile(
-    r"numpy\._?core\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray)|numpy\.dtypes\.\w+DType"
+# What training programs leave in checkpoints beside the tensors; only the names are looked at.
+EXTERNAL = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf)(\.\w+)*\._?[A-Z]\w*"
+    r"|numpy\._?core\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray)|numpy\.dtypes\.\w+DType"
     r"|argparse\.Namespace|pathlib\.(Pure)?(Posix|Windows)?Path|collections\.defaultdict|typing\.Any"
     r"|builtins\.(dict|list|tuple|int|float|str|bool)"
 )
@@ -53,7 +53,7 @@ def read_pickle(path: Path, kind: str) -> tuple[Any, list[str]]:
     try:
         return _load(path, kind), []
     except pickle.UnpicklingError as error:
-        found = [name for name in _global_names(path, kind) if _is_external(name)]
+        found = [name for name in _global_names(path, kind) if EXTERNAL.fullmatch(name)]
         if not found:
             raise _refusal(path, error) from error
     # Still safe: the same restricted reader, told to put a placeholder where a known class of another program is named.
@@ -65,10 +65,6 @@ def read_pickle(path: Path, kind: str) -> tuple[Any, list[str]]:
             return _load(path, kind), found
     except pickle.UnpicklingError as error:
         raise _refusal(path, error) from error
-
-
-def _is_external(name: str) -> bool:
-    return bool(EXTERNAL_CLASSES.fullmatch(name) or EXTERNAL_NAMES.fullmatch(name))
 
 
 def _refusal(path: Path, error: pickle.UnpicklingError) -> MedSoftError:
@@ -91,9 +87,8 @@ def _load(path: Path, kind: str) -> Any:
 
 
 def _damaged(path: Path, before: str, error: Exception) -> MedSoftError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    size = path.stat().st_size
-    return MedSoftError(f"{path}: {before}damaged or cut short ({size} bytes; {reason}); copy or download it again")
+    found = f"{path.stat().st_size} bytes; {first_line(error)}"
+    return MedSoftError(f"{path}: {before}damaged or cut short ({found}); copy or download it again")
 
 
 def _other_archive(path: Path) -> str:

@@ -40,6 +40,11 @@ class FileError(MedSoftError):
         return self.reason if self.path == Path(str(path)) else str(self)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of the error's text, or its kind if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def require(package: str, extra: str) -> None:
     """MedSoftError with the line that installs ``package``, a part of one of our extras, where it is missing."""
     if find_spec(package) is None:

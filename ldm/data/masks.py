@@ -96,11 +96,10 @@ def _grey_levels(path: str | Path, image: np.ndarray) -> np.ndarray:
     return strongest
 
 
-def read_anatomy(path: str | Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
+def read_anatomy(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
     """The label map HxW: 0 background, 1 target vertebra, 2 other vertebrae, 3 discs, 4 spinal canal."""
     labels = read_labels(path)
-    if shape is not None:
-        check_same_size(path, labels, shape)
+    check_same_size(path, labels, shape)
     return labels
 
 

@@ -89,15 +89,11 @@ class InferenceOptions:
 
     def as_overrides(self) -> list[str]:
         """The configuration keys that the flags set, as KEY=VALUE; dotted overrides come after them, so they win."""
-        flags = {
-            "sampling.batch_size": self.batch_size,
-            "sampling.sampler": self.sampler,
-            "sampling.steps": self.steps,
-            "sampling.guidance_scale": self.guidance_scale,
-            "sampling.guidance_interval": None if self.guidance_interval is None else list(self.guidance_interval),
-            "sampling.precision": self.precision,
-            "biomedclip.path": self._biomedclip_path(),
-        }
+        names = ("batch_size", "sampler", "steps", "guidance_scale", "guidance_interval", "precision")
+        flags = {f"sampling.{name}": getattr(self, name) for name in names}
+        if self.guidance_interval is not None:
+            flags["sampling.guidance_interval"] = list(self.guidance_interval)  # as YAML spells it
+        flags["biomedclip.path"] = self._biomedclip_path()
         exact = ["sampling.batch_size=1"] if self.exact else []
         return [*(f"{key}={value}" for key, value in flags.items() if value is not None), *self.overrides, *exact]
 

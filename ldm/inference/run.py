@@ -21,7 +21,7 @@ from ldm.config import Config, SamplingConfig, load_config
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory
 from ldm.core.distributed import Processes, start_processes
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.core.files import content_id, fingerprint, read_json, sha256_file
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
@@ -76,7 +76,8 @@ def run(options: InferenceOptions) -> int:
         known = {"ckpt": digest, "exact": options.exact, "images": fingerprint(plan)}
         legacy = fingerprint([digest, settings, options.exact, plan])
         before = results.open({**known, **settings}, options.overwrite, legacy)
-        if before and before.get("complete") and _finished(results, tasks) == before["pictures"]:
+        there = sum(results.has(task.name, *FILES) for task in tasks)
+        if before and before.get("complete") and there == before["pictures"]:
             log.info("%s: already complete (%d pictures)", results.path, before["pictures"])
             return cli.SOME_REJECTED if before["rejected"] else cli.DONE
         processes = start_processes(options.device, options.devices, options.num_nodes)
@@ -124,10 +125,6 @@ def _identity(task: Task, content: Content) -> tuple:
     """Everything about a task that decides its result."""
     source = (sample_identity(task.source, content),) if task.source and not task.fixed_mask else ()
     return (sample_identity(task.sample, content), task.variant, task.prompt, task.seed, task.fixed_mask, *source)
-
-
-def _finished(results: RunFolder, tasks: Sequence[Task]) -> int:
-    return sum(results.has(task.name, *FILES) for task in tasks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,13 +254,12 @@ def advice_on_memory(sampling: SamplingConfig) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         cures = [
             *(["a smaller --batch_size"] if sampling.batch_size > 1 else []),
             *(["--precision bf16-true"] if sampling.precision == "32-true" else []),
         ]
         raise MedSoftError(
-            f"out of memory with batches of {sampling.batch_size} in {sampling.precision} ({reason}); "
+            f"out of memory with batches of {sampling.batch_size} in {sampling.precision} ({first_line(error)}); "
             f"{' or '.join(cures) or 'a smaller model'} needs less; finished pictures are kept"
         ) from error
 

@@ -215,11 +215,13 @@ def task_from_metadata(path: Path, content: Callable[[Path | None], str | None])
 
 def prepare_task(task: Task, data: DataConfig) -> PreparedSample | Reject:
     """What the networks see of a task's sample, or why it cannot be inpainted."""
-    try:
-        diameter = _source_diameter(task)
-    except FileError as error:
-        reason = f"{error.reason}; {task.name} is not drawn, as prompt and lesion size come from this sample"
-        return Reject(task.source.sample_id if task.source else task.name, error.path, reason)
+    diameter = None
+    if task.source is not None and task.sample.healthy and not task.fixed_mask:
+        try:
+            diameter = lesion_diameter(task.source)  # that of the lesion which the prompt was written about
+        except FileError as error:
+            reason = f"{error.reason}; {task.name} is not drawn, as prompt and lesion size come from this sample"
+            return Reject(task.source.sample_id, error.path, reason)
     try:
         prepared = _prepare(task, data, diameter)
     except MedSoftError as error:
@@ -230,13 +232,6 @@ def prepare_task(task: Task, data: DataConfig) -> PreparedSample | Reject:
         file = task.sample.mask or task.sample.sample_id
         log.warning("warning: %s: %.0f %% of the image is marked; %s", file, 100 * marked, advice)
     return prepared
-
-
-def _source_diameter(task: Task) -> float | None:
-    """The relative size of the lesion that a healthy sample's prompt was written about, None for any."""
-    if task.source is None or not task.sample.healthy or task.fixed_mask:
-        return None
-    return lesion_diameter(task.source)
 
 
 def _prepare(task: Task, data: DataConfig, diameter: float | None) -> PreparedSample:

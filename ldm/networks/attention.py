@@ -197,9 +197,9 @@ class SpatialTransformer(nn.Module):
         return cond.spread(x) + self.proj_out(out)
 
 
-def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of time steps, cosines first (SD's order): (B,) -> (B, dim), float32."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps.float()[:, None] * torch.exp(-torch.log(torch.tensor(max_period)) * exponents)
+    angles = timesteps.float()[:, None] * torch.exp(-torch.log(torch.tensor(10_000.0)) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

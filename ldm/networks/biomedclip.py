@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.checkpoints.fitting import check_finite, compare
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import sha256_file
-from ldm.networks.biomedclip_folder import BiomedClipFolder, first_line, read_folder, read_tokenizer
+from ldm.networks.biomedclip_folder import BiomedClipFolder, read_folder, read_tokenizer
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.text_encoder import TruncationWarnings
 

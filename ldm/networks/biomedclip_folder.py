@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from ldm.checkpoints.checkpoint import read_tensors
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import read_json
 from ldm.core.paths import shipped
 
@@ -95,11 +95,6 @@ def bert_config(state: dict[str, Tensor]) -> dict[str, Any]:
         "max_position_embeddings": state[prefix + "embeddings.position_embeddings.weight"].shape[0],
         "type_vocab_size": state[prefix + "embeddings.token_type_embeddings.weight"].shape[0],
     }
-
-
-def first_line(error: Exception) -> str:
-    """The first line of the error's text, or its kind if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
