@@ -137,6 +137,7 @@ REFUSED = {
     ),
     "drop-out of one": ("training: {condition_dropout: 1.0}", r"training\.condition_dropout"),
     "size that does not divide": ("data: {image_size: 500}", r"data\.image_size: expected a multiple of 64"),
+    "context that cuts the lesion": ("data: {context: 0.5}", r"data\.context: expected a number of at least 1"),
     "size of zero": ("data: {image_size: 0}", r"data\.image_size: .* found 0"),
     "4-channel U-Net": ("unet: {in_channels: 4}", r"unet\.in_channels: expected 9"),
     "text width": ("unet: {context_dim: 1024}", r"unet\.context_dim: expected text_encoder\.width"),

@@ -98,11 +98,6 @@ def _tensors_of(content: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
     return state, {key: value for key, value in content.items() if key not in state}
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Only the tensors of ``read_checkpoint``."""
-    return read_checkpoint(path).state
-
-
 def write_checkpoint(path: str | Path, state: dict[str, Tensor], metadata: dict[str, Any], **rest: Any) -> None:
     """Write atomically: safetensors if the suffix says so, else a ``.ckpt`` for ``torch.load(weights_only=True)``.
 

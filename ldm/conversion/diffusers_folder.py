@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints.checkpoint import NEW_IN_UNET, PREFIXES, read_tensors
+from ldm.checkpoints.checkpoint import NEW_IN_UNET, PREFIXES, read_checkpoint
 from ldm.checkpoints.files import save_safetensors
 from ldm.config import Config, DiffusionConfig
 from ldm.conversion.sd_layouts import SourceCheckpoint
@@ -128,7 +128,7 @@ def from_folder(folder: Path, config: Config, expected: Mapping[str, Tensor]) ->
     ours = {diffusers_name(key, config): key for key in base}
     state: dict[str, Tensor] = {}
     for file in files_of(folder):
-        for name, value in read_tensors(file).items():
+        for name, value in read_checkpoint(file).state.items():
             part = file.parent.name
             key = name if part == OURS else ours.get((part, _current(part, name)), f"{part}/{name}")
             state[key] = _fitted(value, expected.get(key))

@@ -1,17 +1,14 @@
 """How an image and its mask are brought to the model's square and back. NumPy and OpenCV; no torch."""
 
 from dataclasses import dataclass
-from typing import get_args
 
 import cv2
 import numpy as np
 
 from ldm.config import FitMode
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError
 from ldm.data.images import dimensions, match_channels
 from ldm.data.masks import extents
-
-FIT_MODES = get_args(FitMode)
 
 
 @dataclass(frozen=True)
@@ -26,14 +23,6 @@ class Fit:
     mode: FitMode = "crop"
     size: int = 512
     context: float = 2.0
-
-    def __post_init__(self) -> None:
-        if self.mode not in FIT_MODES:
-            raise UsageError(f"fit.mode: expected one of {', '.join(FIT_MODES)}, found {self.mode!r}")
-        if self.size < 1:
-            raise UsageError(f"fit.size: expected a positive number of pixels, found {self.size}")
-        if not self.context >= 1:
-            raise UsageError(f"fit.context: expected at least 1, found {self.context}")
 
     def crop_window(
         self, shape: tuple[int, ...], mask: np.ndarray | None = None, offset: tuple[float, float] = (0, 0)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,7 +17,6 @@ from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.data.images import is_grey, read_image, read_labels
 from ldm.data.samples import Sample
 
-FEATHER_UNITS = get_args(FeatherUnit)
 TARGET_LABEL = 1  # in anatomy.png: the vertebral body the image is about
 SIDES = ("left", "right", "top", "bottom")  # of the picture
 DIAMETERS = (0.35, 0.7)  # of lesion-shaped masks, relative to the smaller side of the vertebra
@@ -120,8 +119,6 @@ class Feather:
     unit: FeatherUnit = "diameter"
 
     def __post_init__(self) -> None:
-        if self.unit not in FEATHER_UNITS:
-            raise UsageError(f"feather.unit: expected one of {', '.join(FEATHER_UNITS)}, found {self.unit!r}")
         if not (math.isfinite(self.amount) and self.amount >= 0):
             raise UsageError(f"feather.amount: expected a number of at least 0, found {self.amount}")
 

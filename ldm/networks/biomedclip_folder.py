@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ldm.checkpoints.checkpoint import read_tensors
+from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import read_json
 from ldm.core.paths import shipped
@@ -54,7 +54,7 @@ def read_folder(source: str | Path) -> BiomedClipFolder:
         raise MedSoftError(f"{folder}: no tokenizer_config.json; download it too")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise MedSoftError(f"{folder}: no tokenizer; expected tokenizer.json or vocab.txt")
-    state = read_tensors(found[0])
+    state = read_checkpoint(found[0]).state
     state.pop("text.transformer.embeddings.position_ids", None)  # a buffer that newer transformers do not have
     own = folder / "config.json"  # not in the download; kept by who has saved the text tower beside it
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ldm.checkpoints.checkpoint import NEW_IN_UNET, read_tensors, write_checkpoint
+from ldm.checkpoints.checkpoint import NEW_IN_UNET, read_checkpoint, write_checkpoint
 from ldm.config import Config, DataConfig, DiffusionConfig
 from ldm.core.devices import autocast
 from ldm.core.errors import UsageError
@@ -107,7 +107,7 @@ def train_unet(config: Config, output: Path, steps: int, seed: int, batch: int =
         raise UsageError(f"{autoencoder}: does not exist; train the autoencoder in the same command")
     torch.manual_seed(named_seed("unet", seed))
     model = MedSoftModel(config, ["unet", "autoencoder", "text"])
-    model.first_stage_model.load_state_dict(read_tensors(autoencoder))
+    model.first_stage_model.load_state_dict(read_checkpoint(autoencoder).state)
     model.first_stage_model.requires_grad_(False)
     moments, masked, softs, prompts = latents(model, config.data, steps * batch)
     for name, parameter in model.named_parameters():

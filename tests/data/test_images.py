@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from ldm.core.errors import FileError, MedSoftError, UsageError
+from ldm.core.errors import FileError, MedSoftError
 from ldm.data.crop import CropWindow, Fit
 from ldm.data.images import composite, intensity_range_of, is_grey, read_image, read_labels, to_unit
 from ldm.data.png import encode_png, write_png
@@ -448,15 +448,6 @@ def test_smooth_image_survives_the_way_there_and_back() -> None:
     for mode in ("pad", "resize"):
         window = Fit(mode, 48).crop_window(image.shape)
         assert np.abs(window.backward(window.forward(image), image) - image).max() < 0.02
-
-
-@pytest.mark.parametrize(
-    ("values", "reason"),
-    [({"mode": "zoom"}, "fit.mode"), ({"size": 0}, "fit.size"), ({"context": 0.5}, "fit.context")],
-)
-def test_impossible_fit_is_refused(values: dict, reason: str) -> None:
-    with pytest.raises(UsageError, match=reason):
-        Fit(**values)
 
 
 def test_sizes_that_do_not_match_are_refused() -> None:

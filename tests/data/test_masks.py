@@ -200,7 +200,7 @@ def test_feather_units() -> None:
         Feather(3, "mm").pixels(hard)
 
 
-@pytest.mark.parametrize(("amount", "unit"), [(-1, "pixels"), (math.nan, "mm"), (1, "inch")])
+@pytest.mark.parametrize(("amount", "unit"), [(-1, "pixels"), (math.nan, "mm")])
 def test_impossible_feather_is_refused(amount: float, unit: str) -> None:
     with pytest.raises(UsageError, match=r"feather\."):
         Feather(amount, unit)
