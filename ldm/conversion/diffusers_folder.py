@@ -229,7 +229,6 @@ def _configurations(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def unet_configuration(config: Config) -> dict[str, Any]:
-    """The settings of diffusers' UNet2DConditionModel."""
     unet = config.unet
     cross = [level in unet.attention_levels for level in range(len(unet.channel_mult))]
     return {
@@ -247,7 +246,6 @@ def unet_configuration(config: Config) -> dict[str, Any]:
 
 
 def autoencoder_configuration(config: Config) -> dict[str, Any]:
-    """The settings of diffusers' AutoencoderKL."""
     vae = config.autoencoder
     return {
         "_class_name": "AutoencoderKL",
@@ -264,7 +262,6 @@ def autoencoder_configuration(config: Config) -> dict[str, Any]:
 
 
 def scheduler_configuration(noise: DiffusionConfig) -> dict[str, Any]:
-    """The settings of diffusers' DDIMScheduler."""
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": noise.timesteps,

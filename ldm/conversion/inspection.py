@@ -44,7 +44,6 @@ def inspect_file(path: Path, as_json: bool = False) -> None:
 
 
 def describe(checkpoint: Checkpoint, integrity: str) -> dict[str, Any]:
-    """Everything this command prints, as plain values."""
     metadata = checkpoint.metadata
     return {
         "file": str(checkpoint.path),
@@ -104,7 +103,6 @@ def part_states(checkpoint: Checkpoint, config: Config, expected: Mapping[str, T
 
 
 def log_text(found: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Say the description as lines of text."""
     log.info("%s: %s, %.3f GB", found["file"], found["kind"], found["bytes"] / 1e9)
     log.info("integrity: %s", found["integrity"])
     for line in parameter_table(state):

@@ -107,19 +107,16 @@ class _Record:
     values: Any
 
     def error(self, key: str, expected: str) -> MedSoftError:
-        """What is wrong with ``key``, as an error to raise."""
         found = repr(self.values[key]) if key in self.values else "nothing"
         return MedSoftError(f"{self.path}: record {self.index}, key {key!r}: expected {expected}, found {found[:80]}")
 
     def text(self, key: str) -> str | None:
-        """The text under ``key``; None if there is none."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, str):
             raise self.error(key, "text")
         return value
 
     def required_text(self, key: str) -> str:
-        """The text under ``key``, which must be there and not be empty."""
         value = self.values.get(key)
         if not isinstance(value, str) or not value.strip():
             raise self.error(key, "text that is not empty")
@@ -131,7 +128,6 @@ class _Record:
         return self.path_of(key, value, folder) if value else None
 
     def path_of(self, key: str, value: str, folder: Path) -> Path:
-        """The path ``value`` of ``key``, seen from ``folder``."""
         if "\0" in value:
             raise self.error(key, "a path")
         return Path(os.path.normpath(folder / value))

@@ -28,7 +28,6 @@ class Row(NamedTuple):
 
 
 def annotation_rows(group: str, samples: Iterable[Sample], digests: Mapping[str, str] | None = None) -> list[Row]:
-    """Rows of a set; ``digests`` by sample_id."""
     return [Row(group, s.sample_id, s.patient_id, (digests or {}).get(s.sample_id)) for s in samples]
 
 

@@ -131,12 +131,10 @@ def _pixels(path: Path, opened: Image.Image, indices: bool, alpha: bool) -> np.n
             return rgba
         visible = np.where(rgba[..., 3:] == 0, np.uint8(0), rgba[..., :3])
         return visible[..., 0] if grey or (mode in ("P", "PA") and is_grey(visible)) else visible
-    if mode == "P":
-        colours = np.asarray(opened.convert("RGB"))
-        return colours[..., 0] if is_grey(colours) else colours
     if mode in ("1", "L"):
         return np.asarray(opened.convert("L"))
-    return np.asarray(opened.convert("RGB"))
+    colours = np.asarray(opened.convert("RGB"))
+    return colours[..., 0] if mode == "P" and is_grey(colours) else colours
 
 
 def _deep_grey(path: Path, values: np.ndarray) -> np.ndarray:

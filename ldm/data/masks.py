@@ -38,7 +38,6 @@ class Mask:
 
     @property
     def empty(self) -> bool:
-        """True if nothing is marked."""
         return not self.values.any()
 
 

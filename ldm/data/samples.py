@@ -30,7 +30,6 @@ class Sample:
 
     @property
     def healthy(self) -> bool:
-        """True if the prompt says so."""
         return self.prompt.strip().lower() == HEALTHY
 
     @property

@@ -122,7 +122,6 @@ def _check_replay(options: InferenceOptions, provenance: dict[str, Any]) -> None
 
 
 def _identity(task: Task, content: Content) -> tuple:
-    """Everything about a task that decides its result."""
     source = (sample_identity(task.source, content),) if task.source and not task.fixed_mask else ()
     return (sample_identity(task.sample, content), task.variant, task.prompt, task.seed, task.fixed_mask, *source)
 

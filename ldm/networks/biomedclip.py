@@ -96,7 +96,6 @@ class BiomedClip(ImageTextEncoder):
 
 
 def _built(found: BiomedClipFolder) -> "CustomTextCLIP":
-    """The network with the weights of the folder."""
     try:
         made = build_clip(found.model_cfg, found.bert)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:

@@ -23,7 +23,6 @@ class ImageTextEncoder(nn.Module, ABC):
     text_dim: int  # width of a prompt's vector
 
     def freeze(self) -> None:
-        """No gradients from here on, and evaluation mode."""
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -32,7 +31,6 @@ class ImageTextEncoder(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters lie."""
         return next(self.parameters()).device
 
     @abstractmethod

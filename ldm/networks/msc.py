@@ -22,8 +22,6 @@ from ldm.networks.attention import attend
 
 
 class ControllerInputs(NamedTuple):
-    """What the MSC reads."""
-
     context_tokens: Tensor  # (B, N, D) patch tokens of the masked image
     context_global: Tensor  # (B, D) its CLS token
     prompt_embedding: Tensor  # (B, D_t) projected BiomedCLIP text embedding
@@ -46,8 +44,6 @@ def input_shapes(clip: BiomedClipConfig, batch: int, pixels: int) -> dict[str, t
 
 
 class MSCBlock(nn.Module):
-    """Pre-norm transformer block."""
-
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads

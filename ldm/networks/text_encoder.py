@@ -32,7 +32,6 @@ class TruncationWarnings:
 
 
 def clip_settings(cfg: TextEncoderConfig) -> dict[str, Any]:
-    """The settings of transformers' CLIPTextModel."""
     return {
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.width,
