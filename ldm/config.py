@@ -178,24 +178,43 @@ class SamplingConfig:
     batch_size: Count = setting(8, NOTHING)
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """What the networks are built from; ``part`` names the part of a checkpoint that a section gives its shape."""
+
+    unet: UNetConfig = field(metadata={"part": "unet"})
+    autoencoder: AutoencoderConfig = field(metadata={"part": "autoencoder"})
+    text_encoder: TextEncoderConfig = field(metadata={"part": "text"})
+    biomedclip: BiomedClipConfig = field(metadata={"part": "msc"})
+    msc: MSCConfig = field(metadata={"part": "msc"})
+    diffusion: DiffusionConfig
+    image_size: int = setting(512, PREPARATION)
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latent for the model's square."""
+        return self.image_size // self.autoencoder.factor
+
+
 @dataclass
 class Config:
-    """A whole YAML file from ``models/``; ``part`` names the part of a checkpoint that a section gives its shape."""
+    """A whole YAML file from ``models/``."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    unet: UNetConfig = field(default_factory=UNetConfig, metadata={"part": "unet"})
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig, metadata={"part": "autoencoder"})
-    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig, metadata={"part": "text"})
-    biomedclip: BiomedClipConfig = field(default_factory=BiomedClipConfig, metadata={"part": "msc"})
-    msc: MSCConfig = field(default_factory=MSCConfig, metadata={"part": "msc"})
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    biomedclip: BiomedClipConfig = field(default_factory=BiomedClipConfig)
+    msc: MSCConfig = field(default_factory=MSCConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     @property
-    def latent_size(self) -> int:
-        """Side of the latent for the model's square."""
-        return self.data.image_size // self.autoencoder.factor
+    def architecture(self) -> Architecture:
+        """The sections that the networks are built from; they are shared, not copied."""
+        sections = self.unet, self.autoencoder, self.text_encoder, self.biomedclip, self.msc, self.diffusion
+        return Architecture(*sections, image_size=self.data.image_size)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -17,7 +17,7 @@ import torch
 
 from ldm.bench.common import BenchOptions, this_machine
 from ldm.bench.training import optimizer_step
-from ldm.config import Config, stage_configs
+from ldm.config import Architecture, TrainingConfig, stage_configs
 from ldm.core.devices import on_host, out_of_memory, resolve_precision, steps_behind
 from ldm.core.errors import UsageError
 from ldm.core.tables import markdown_head, markdown_row
@@ -40,7 +40,9 @@ def main(options: BenchOptions) -> dict[str, Any]:
     log.info("\n%s", markdown_head(COLUMNS))
     rows: list[dict[str, Any]] = []
     for stage, config in configs.items():
-        for row in sweep(config, sizes, options.repeats, device, precision == "bf16-mixed"):
+        for row in sweep(
+            config.architecture, config.training, sizes, options.repeats, device, precision == "bf16-mixed"
+        ):
             rows.append({"stage": stage, "compiled": config.training.compile, **row})
             log.info("%s", as_line(rows[-1], peak))
     return {"where": where, "torch": torch.__version__, "precision": precision, "peak": peak, "steps": rows}
@@ -71,18 +73,23 @@ def matrix_speed(device: torch.device) -> float:
 
 
 def sweep(
-    config: Config, sizes: Iterable[int], repeats: int, device: torch.device, half: bool
+    architecture: Architecture,
+    training: TrainingConfig,
+    sizes: Iterable[int],
+    repeats: int,
+    device: torch.device,
+    half: bool,
 ) -> Iterator[dict[str, Any]]:
     """Yields the measured row of one batch size after another, until the device's memory is full."""
-    operations = step_operations(config, 1)
+    operations = step_operations(architecture, training, 1)
     for batch in sizes:
         torch.compiler.reset()
         try:
-            row = measure(config, batch, repeats, device, half)
+            row = measure(architecture, training, batch, repeats, device, half)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            log.info("| %s | batch %d: out of memory |", config.training.stage, batch)
+            log.info("| %s | batch %d: out of memory |", training.stage, batch)
             return
         finally:
             gc.collect()
@@ -91,7 +98,9 @@ def sweep(
         yield {**row, "operations": operations * batch}
 
 
-def measure(config: Config, batch: int, repeats: int, device: torch.device, half: bool) -> dict[str, Any]:
+def measure(
+    architecture: Architecture, training: TrainingConfig, batch: int, repeats: int, device: torch.device, half: bool
+) -> dict[str, Any]:
     """Seconds of the first step and of ``repeats`` later ones, and on a GPU the most memory that was allocated.
 
     A later step's time is that from one loss read to the next.
@@ -99,8 +108,8 @@ def measure(config: Config, batch: int, repeats: int, device: torch.device, half
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with device:
-        stage = fake_stage(config, half).to(device)
-        items = fake_batch(config, batch)
+        stage = fake_stage(architecture, training, half).to(device)
+        items = fake_batch(architecture, batch)
     optimizer, times, losses = stage.adamw(), [], deque()
     for _ in range(1 + WARM_UP + repeats):
         start = time.perf_counter()

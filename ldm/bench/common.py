@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoints.checkpoint import NEW_IN_UNET
-from ldm.config import Config
+from ldm.config import BiomedClipConfig
 from ldm.conversion.diffusers_folder import autoencoder_configuration, scheduler_configuration, unet_configuration
 from ldm.core.files import write_json
 from ldm.core.paths import SHIPPED
@@ -63,29 +63,29 @@ def this_machine() -> tuple[torch.device, str]:
     return torch.device("cpu"), platform.processor() or platform.machine()
 
 
-def diffusers_twins(model: MedSoftModel, config: Config) -> tuple[Any, Any]:
+def diffusers_twins(model: MedSoftModel) -> tuple[Any, Any]:
     """UNet2DConditionModel and AutoencoderKL of the same sizes, with the model's weights, on its device."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
     state = {key: value for key, value in model.state_dict().items() if not NEW_IN_UNET.match(key)}
-    unet = UNet2DConditionModel.from_config(unet_configuration(config))
+    unet = UNet2DConditionModel.from_config(unet_configuration(model.architecture))
     unet.load_state_dict(convert_ldm_unet_checkpoint(state, dict(unet.config)))
-    vae = AutoencoderKL.from_config(autoencoder_configuration(config))
+    vae = AutoencoderKL.from_config(autoencoder_configuration(model.architecture))
     vae.load_state_dict(convert_ldm_vae_checkpoint(state, dict(vae.config)))
     device = next(model.parameters()).device
     return unet.to(device).eval(), vae.to(device).eval()
 
 
-def diffusers_pipeline(model: MedSoftModel, config: Config) -> Any:
+def diffusers_pipeline(model: MedSoftModel) -> Any:
     """StableDiffusionInpaintPipeline of the same weights with DDIM, for text-encoder states given as prompt_embeds."""
     from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 
-    unet, vae = diffusers_twins(model, config)
+    unet, vae = diffusers_twins(model)
     parts = {
         "vae": vae,
         "unet": unet,
-        "scheduler": DDIMScheduler.from_config(scheduler_configuration(config.diffusion)),
+        "scheduler": DDIMScheduler.from_config(scheduler_configuration(model.architecture.diffusion)),
     }
     absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     made = StableDiffusionInpaintPipeline(**parts, **absent, requires_safety_checker=False)
@@ -109,11 +109,11 @@ def measure_alternately(
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def random_biomedclip(config: Config, scratch: Path) -> Path:
-    """A folder with a BiomedCLIP of the size that ``config`` asks for: the phantoms', or one of the released sizes with
+def random_biomedclip(sizes: BiomedClipConfig, scratch: Path) -> Path:
+    """A folder with a BiomedCLIP of the size that is asked for: the phantoms', or one of the released sizes with
     random weights (0.8 GB), made in ``scratch``."""
     target = scratch / "biomedclip"
-    if config.biomedclip.token_dim != 768:  # a phantom's
+    if sizes.token_dim != 768:  # a phantom's
         return PHANTOM_CLIP
     if target.is_dir():
         return target

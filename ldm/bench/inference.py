@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.bench.common import BenchOptions, diffusers_pipeline, measure_alternately, this_machine
-from ldm.config import Config, load_config
+from ldm.config import Architecture, Config, SamplingConfig, load_config
 from ldm.core.errors import require
 from ldm.diffusion.guidance import guided_steps
 from ldm.inference.inpainter import DTYPES, for_inference
@@ -46,13 +46,13 @@ def main(options: BenchOptions) -> dict[str, Any]:
 def measure(config: Config, device: torch.device, options: BenchOptions) -> list[dict[str, Any]]:
     """Seconds of ours, of theirs and their ratio (above 1: ours is faster), one row per comparison."""
     torch.manual_seed(0)
-    model = MedSoftModel(config, ["unet", "autoencoder"]).to(device).eval()
-    pipeline = diffusers_pipeline(model, config)
+    model = MedSoftModel(config.architecture, ["unet", "autoencoder"]).to(device).eval()
+    pipeline = diffusers_pipeline(model)
     dtype = DTYPES[config.sampling.precision]
     for part in (pipeline.unet, pipeline.vae):
         part.to(dtype)
     for_inference(model, dtype)
-    inputs = Inputs(config, device, options.batch_size)
+    inputs = Inputs(config.architecture, device, options.batch_size)
     rows: list[dict[str, Any]] = []
 
     def add(name: str, mine: float, other: float) -> tuple[float, float]:
@@ -63,7 +63,7 @@ def measure(config: Config, device: torch.device, options: BenchOptions) -> list
     def compare(name: str, ours: Callable, theirs: Callable, repeats: int, warm_up: int = 2) -> tuple[float, float]:
         return add(name, *measure_alternately(ours, theirs, repeats, device, warm_up))
 
-    calls = Calls(model, pipeline, inputs, config)
+    calls = Calls(model, pipeline, inputs, config.sampling)
     theirs_guided = partial(calls.theirs, inputs.empty, inputs.text)
     guided = compare("U-Net call with guidance", partial(calls.ours, calls.both), theirs_guided, options.repeats)
     alone = partial(calls.ours, calls.prompt_alone), partial(calls.theirs, inputs.text)
@@ -89,27 +89,27 @@ def measure(config: Config, device: torch.device, options: BenchOptions) -> list
 class Inputs:
     """Random inputs of the model's sizes: a batch of pictures with a round mask, text and MSC tokens."""
 
-    def __init__(self, config: Config, device: torch.device, batch: int) -> None:
+    def __init__(self, sizes: Architecture, device: torch.device, batch: int) -> None:
         def drawn(*shape: int) -> Tensor:
             return torch.randn(batch, *shape, device=device)
 
-        size, latent = config.data.image_size, config.latent_size
+        size, latent = sizes.image_size, sizes.latent_size
         self.image = drawn(3, size, size).clamp(-1, 1)
         axis = torch.linspace(-1, 1, size, device=device)
         far = (axis[:, None] ** 2 + axis[None, :] ** 2).sqrt()
         self.mask = (1.5 - 4 * far).clamp(0, 1).expand(batch, 1, size, size)  # 1 in the middle, soft border
         self.noise = drawn(4, latent, latent)
-        self.text = drawn(config.text_encoder.max_length, config.unet.context_dim)
-        self.empty = drawn(config.text_encoder.max_length, config.unet.context_dim)
-        self.tokens = drawn((config.biomedclip.grid // 2) ** 2, config.unet.semantic_dim)
+        self.text = drawn(sizes.text_encoder.max_length, sizes.unet.context_dim)
+        self.empty = drawn(sizes.text_encoder.max_length, sizes.unet.context_dim)
+        self.tokens = drawn((sizes.biomedclip.grid // 2) ** 2, sizes.unet.semantic_dim)
 
 
 class Calls:
     """What is compared, ours and theirs. Ours includes the third attention."""
 
-    def __init__(self, model: MedSoftModel, pipeline: Any, inputs: Inputs, config: Config) -> None:
-        self.model, self.pipeline, self.inputs, self.config = model, pipeline, inputs, config
-        self.dtype = DTYPES[config.sampling.precision]
+    def __init__(self, model: MedSoftModel, pipeline: Any, inputs: Inputs, sampling: SamplingConfig) -> None:
+        self.model, self.pipeline, self.inputs, self.sampling = model, pipeline, inputs, sampling
+        self.dtype = DTYPES[sampling.precision]
         self.latent_mask = model.latent_mask(inputs.mask)
         # A trained model is not silent; its third attention costs the same whatever its weights.
         self.prompt_alone, self.both = self.conditions()
@@ -140,7 +140,7 @@ class Calls:
         return self.model.decode(self.inputs.noise.to(self.dtype))
 
     def their_decoding(self) -> Tensor:
-        scale = self.config.diffusion.latent_scale
+        scale = self.model.architecture.diffusion.latent_scale
         return self.pipeline.vae.decode(self.inputs.noise.to(self.dtype) / scale).sample
 
     def our_picture(self, sampling: Any) -> Tensor:
@@ -163,6 +163,6 @@ class Calls:
             height=given.image.shape[-2],
             width=given.image.shape[-1],
             num_inference_steps=steps,
-            guidance_scale=self.config.sampling.guidance_scale,
+            guidance_scale=self.sampling.guidance_scale,
             output_type="pt",
         ).images

@@ -4,6 +4,7 @@ The step runs in a process of its own, with random weights and cached features, 
 but the networks of a step is there, as in training.
 """
 
+import dataclasses
 import logging
 import multiprocessing
 import time
@@ -34,7 +35,7 @@ def main(options: BenchOptions) -> dict[str, Any]:
         for half in (False, True):
             for again in (False, True):
                 config.training.activation_checkpointing = again
-                memory = stage_memory(config, options.batch_size, half, device)
+                memory = stage_memory(config.architecture, config.training, options.batch_size, half, device)
                 precision = "bf16-mixed" if half else "32-true"
                 shown = [f"{getattr(memory, name) / GIB:.2f}" for name in COLUMNS]
                 log.info("%s", markdown_row((stage, precision, "yes" if again else "no", *shown)))
@@ -60,12 +61,13 @@ def _where() -> str:
 def one_step(path: Path, stage: str, overrides: list[str], batch_size: int) -> dict[str, Any]:
     """Build the stage and take one optimizer step; {"stage", "peak", "computed", "seconds"}, memory in bytes."""
     config = stage_configs(path, overrides)[stage]
-    config.training.activation_checkpointing, config.training.compile = True, False
+    architecture = config.architecture
+    training = dataclasses.replace(config.training, activation_checkpointing=True, compile=False)
     device, half = torch.device("cuda" if torch.cuda.is_available() else "cpu"), half_is_fast()
-    computed = stage_memory(config, batch_size, half, device.type).total
+    computed = stage_memory(architecture, training, batch_size, half, device.type).total
     start = time.perf_counter()
     with device:
-        made, batch = fake_stage(config, half).to(device), fake_batch(config, batch_size)
+        made, batch = fake_stage(architecture, training, half).to(device), fake_batch(architecture, batch_size)
     before = {key: value.detach().flatten()[:8].clone() for key, value in made.trained.items()}
     loss = float(optimizer_step(made, made.adamw(), batch, half))
     moved = sum(not torch.equal(value, made.trained[key].detach().flatten()[:8]) for key, value in before.items())

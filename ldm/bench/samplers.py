@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.bench.inference import FAST, REFERENCE
 from ldm.classifier.run import predict
-from ldm.config import Config, load_config
+from ldm.config import DataConfig, load_config
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_json
@@ -86,7 +86,7 @@ def compare_samplers(given: SamplerComparison) -> bool:
     prompts = given.output_dir / "prompts.json"
     write_annotations(prompts, real)
     encoder = open_encoder(config.biomedclip)
-    of_real = features(real, encoder, config)
+    of_real = features(real, encoder, config.data, config.sampling.batch_size)
     runs: dict[str, list[dict[str, float]]] = {"reference": [], "fast": []}
     codes, images = set(), 0
     for seed in range(given.seeds):
@@ -94,7 +94,8 @@ def compare_samplers(given: SamplerComparison) -> bool:
         for folder, setting in zip(folders, (REFERENCE, FAST), strict=True):
             codes.add(run(given.inference(prompts, folder, seed, setting)))
         for name, folder, samples in zip(runs, folders, common_samples(folders), strict=True):
-            distance = frechet_distance(of_real, features(samples, encoder, config))
+            found = features(samples, encoder, config.data, config.sampling.batch_size)
+            distance = frechet_distance(of_real, found)
             runs[name].append({"frechet_distance": distance, **judged(given.judge, folder, samples)})
             images += len(samples)
             log.info("%s, seed %d: %s", name, seed, {key: round(value, 4) for key, value in runs[name][-1].items()})
@@ -126,10 +127,10 @@ def common_samples(folders: Sequence[Path]) -> list[list[Sample]]:
     return [[sample for sample in samples if sample.sample_id in names] for samples in found]
 
 
-def features(samples: Sequence[Sample], encoder: ImageTextEncoder, config: Config) -> Tensor:
+def features(samples: Sequence[Sample], encoder: ImageTextEncoder, data: DataConfig, batch_size: int) -> Tensor:
     """The encoder's global tokens (N, D) of the samples' crops, as the model sees them."""
-    crops = torch.stack([prepare(sample, config.data, 0, 0).image for sample in samples])
-    return torch.cat([crop_features(encoder, each) for each in crops.split(config.sampling.batch_size)])
+    crops = torch.stack([prepare(sample, data, 0, 0).image for sample in samples])
+    return torch.cat([crop_features(encoder, each) for each in crops.split(batch_size)])
 
 
 def judged(judge: Path, source: Path, samples: Sequence[Sample]) -> dict[str, float]:

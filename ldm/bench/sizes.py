@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.bench.common import BIOMEDBERT, BIOMEDCLIP
 from ldm.checkpoints.checkpoint import NAMES, NEW_IN_UNET
-from ldm.config import Config, load_config, stage_configs
+from ldm.config import Architecture, TrainingConfig, load_config, stage_configs
 from ldm.core.paths import SHIPPED
 from ldm.core.tables import markdown_table
 from ldm.networks.attention import Conditioning
@@ -34,13 +34,13 @@ def document() -> str:
     """The whole Markdown text."""
     with torch.device("meta"), torch.no_grad():
         config = load_config(BASE)
-        model, clip = MedSoftModel(config), build_clip(BIOMEDCLIP, BIOMEDBERT)
+        model, clip = MedSoftModel(config.architecture), build_clip(BIOMEDCLIP, BIOMEDBERT)
         parts = [[name, f"{count / 1e6:.2f} M", f"{4 * count / 1e9:.2f} GB"] for name, count in parameters(model, clip)]
-        calls = [[name, f"{count / 1e9:.1f}"] for name, count in operations(model, clip, config)]
+        calls = [[name, f"{count / 1e9:.1f}"] for name, count in operations(model, clip)]
     converted = sum(4 * count for _, count in parameters(model))
     files = [["`ckpt_for_stage1.ckpt`, `ckpt_for_stage2.ckpt`", ", ".join(NAMES.values()), "", _gb(converted)]]
     for stage, config in stage_configs(BASE).items():
-        row = stage_sizes(config)
+        row = stage_sizes(config.architecture, config.training)
         built = ", ".join(NAMES[part] for part in row["parts"])
         trained = f"{row['trained'] / 1e6:.2f} M"
         total = f"{_gb(row['weights'] + row['optimizer'])} ({_gb(row['weights'])} + {_gb(row['optimizer'])})"
@@ -84,17 +84,17 @@ def parameters(model: MedSoftModel, clip: CustomTextCLIP | None = None) -> list[
     return rows
 
 
-def stage_sizes(config: Config) -> dict[str, Any]:
+def stage_sizes(architecture: Architecture, training: TrainingConfig) -> dict[str, Any]:
     """A stage's ``parts`` (names), ``trained`` parameters, and bytes of ``weights`` and ``optimizer`` in last.ckpt."""
     with torch.device("meta"):
-        net = MedSoftModel(config, config.training.builds)
-    groups = training_groups(net, config.training).values()
+        net = MedSoftModel(architecture, training.builds)
+    groups = training_groups(net, training).values()
     trained = sum(parameter.numel() for group in groups for parameter in group.values())
     weights = sum(tensor.nbytes for tensor in net.state_dict().values())
     return {"parts": net.parts, "trained": trained, "weights": weights, "optimizer": 2 * 4 * trained}
 
 
-def operations(model: MedSoftModel, clip: CustomTextCLIP, config: Config) -> list[tuple[str, int]]:
+def operations(model: MedSoftModel, clip: CustomTextCLIP) -> list[tuple[str, int]]:
     """Floating-point operations of single calls of networks on the meta device."""
 
     def counted(call: Callable[[], Any]) -> int:
@@ -102,10 +102,11 @@ def operations(model: MedSoftModel, clip: CustomTextCLIP, config: Config) -> lis
             call()
         return counter.get_total_flops()
 
-    size, pixels, sizes = config.latent_size, config.data.image_size, config.biomedclip
+    asked = model.architecture
+    size, pixels, sizes = asked.latent_size, asked.image_size, asked.biomedclip
     x, mask, t = torch.empty(1, 9, size, size), torch.empty(1, 1, size, size), torch.empty(1)
-    text = torch.empty(1, config.text_encoder.max_length, config.unet.context_dim)
-    semantic = torch.empty(1, sizes.grid**2 // 4, config.unet.semantic_dim)
+    text = torch.empty(1, asked.text_encoder.max_length, asked.unet.context_dim)
+    semantic = torch.empty(1, sizes.grid**2 // 4, asked.unet.semantic_dim)
     inputs = ControllerInputs.of({name: torch.empty(shape) for name, shape in input_shapes(sizes, 1, pixels).items()})
     return [
         ("U-Net, third attention silent", counted(lambda: model.unet(x, t, Conditioning(text)))),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ldm.bench.common import BenchOptions, random_biomedclip
-from ldm.config import Config, stage_configs
+from ldm.config import Architecture, TrainingConfig, stage_configs
 from ldm.core.devices import peak_memory, resolve_precision
 from ldm.features.build import compute_features
 from ldm.networks.encoder import ImageTextEncoder
@@ -44,22 +44,29 @@ class Variant(NamedTuple):
 class Steps:
     """A stage on one device, with steps in several variants."""
 
-    def __init__(self, config: Config, clip: ImageTextEncoder, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        training: TrainingConfig,
+        clip: ImageTextEncoder,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
         torch.manual_seed(0)
         self.device, self.clip = device, clip.to(device)
-        self.half = resolve_precision(config.training.precision) == "bf16-mixed"
+        self.half = resolve_precision(training.precision) == "bf16-mixed"
         if self.half:  # as the other frozen networks: else they would be cast at every use
             for_steps(self.clip, True)
-        net = MedSoftModel(config, config.training.builds).to(device)
+        net = MedSoftModel(architecture, training.builds).to(device)
         empty = None
         if "text" in net.parts:
             with torch.no_grad():
                 empty = net.cond_stage_model([""])
-        self.stage = Stage(config, net, {}, empty, self.half).to(device)
+        self.stage = Stage(training, net, {}, empty, self.half).to(device)
         self.optimizer = self.stage.adamw()
-        self.batch = {name: value.to(device) for name, value in fake_batch(config, batch_size).items()}
+        self.batch = {name: value.to(device) for name, value in fake_batch(architecture, batch_size).items()}
         self.batch["mask"] = (self.batch["mask"] > 0.9).float()
-        self.image = torch.rand(batch_size, 3, config.data.image_size, config.data.image_size, device=device) * 2 - 1
+        self.image = torch.rand(batch_size, 3, architecture.image_size, architecture.image_size, device=device) * 2 - 1
 
     def variants(self) -> dict[str, Variant]:
         """By name. Features on the fly are those that the cache holds, or cheaper ones of encoders in bfloat16."""
@@ -178,10 +185,11 @@ def main(options: BenchOptions) -> dict[str, Any]:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for stage, config in configs.items():
-            config.biomedclip.path = str(random_biomedclip(config, Path(scratch)))
+            config.biomedclip.path = str(random_biomedclip(config.biomedclip, Path(scratch)))
             clip = open_encoder(config.biomedclip)
-            times = measure(Steps(config, clip, options.batch_size, device), options.repeats)
-            results += report(stage, times, options.batch_size, step_operations(config, options.batch_size))
+            asked = config.architecture, config.training
+            times = measure(Steps(*asked, clip, options.batch_size, device), options.repeats)
+            results += report(stage, times, options.batch_size, step_operations(*asked, options.batch_size))
             gc.collect()
     peak = peak_memory(device)
     log.info("most memory: %.1f GiB", peak / GIB)

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.checkpoint import PREFIXES, Checkpoint
-from ldm.config import Config
+from ldm.config import Architecture, Config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.schema import identity
 
 log = logging.getLogger(__name__)
 
 
-def parts_of(checkpoint: Checkpoint, parts: Iterable[str], config: Config, expected: Mapping[str, Tensor]) -> dict:
+def parts_of(
+    checkpoint: Checkpoint, parts: Iterable[str], architecture: Architecture, expected: Mapping[str, Tensor]
+) -> dict:
     """The tensors of exactly ``parts``; each of ``expected`` must be there, fit and be finite, and none be left over.
 
     Raises MedSoftError saying what is missing, left over, of another shape or not finite, and what to do.
@@ -27,9 +29,9 @@ def parts_of(checkpoint: Checkpoint, parts: Iterable[str], config: Config, expec
     offered = {key: value for key, value in offered.items() if not key.endswith("embeddings.position_ids")}
     problems = compare(expected, offered)
     if problems:
-        hint = _hint(checkpoint, parts, config)
+        hint = _hint(checkpoint, parts, architecture)
         raise MedSoftError(f"{checkpoint.path}: does not fit this configuration: {'; '.join(problems)}. {hint}")
-    check_architecture(checkpoint, parts, config)
+    check_architecture(checkpoint, parts, architecture)
     check_finite(offered, checkpoint.path)
     return offered
 
@@ -54,22 +56,22 @@ def not_finite(state: Mapping[str, Tensor]) -> list[str]:
     return [key for key, value in state.items() if not finite(value)]
 
 
-def load_parts(model: nn.Module, checkpoint: Checkpoint, parts: list[str], config: Config) -> None:
+def load_parts(model: nn.Module, checkpoint: Checkpoint, parts: list[str], architecture: Architecture) -> None:
     """Load exactly ``parts`` (keys of PREFIXES) into a MedSoftModel; raises as ``parts_of`` does."""
     prefixes = tuple(PREFIXES[part] for part in parts)
     expected = {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
-    offered = parts_of(checkpoint, parts, config, expected)
+    offered = parts_of(checkpoint, parts, architecture, expected)
     model.load_state_dict({**model.state_dict(), **offered}, strict=True)
 
 
-def check_architecture(checkpoint: Checkpoint, parts: Iterable[str], config: Config) -> None:
+def check_architecture(checkpoint: Checkpoint, parts: Iterable[str], architecture: Architecture) -> None:
     """Refuse a checkpoint whose parts were made for other sizes, such as a number of heads, which no shape shows."""
     theirs = checkpoint.config
     if theirs is None:
         return
-    made, asked = (identity(each, "architecture") for each in (theirs, config))
+    made, asked = (identity(each, "architecture") for each in (theirs.architecture, architecture))
     parts = set(parts)
-    for section in [item.name for item in fields(Config) if item.metadata.get("part") in parts]:
+    for section in [item.name for item in fields(Architecture) if item.metadata.get("part") in parts]:
         for key, value in made[section].items():
             if asked[section][key] != value:
                 raise MedSoftError(
@@ -124,7 +126,7 @@ def compare(expected: Mapping[str, Tensor], offered: Mapping[str, Tensor]) -> li
     ]
 
 
-def _hint(checkpoint: Checkpoint, parts: list[str], config: Config) -> str:
+def _hint(checkpoint: Checkpoint, parts: list[str], architecture: Architecture) -> str:
     missing = [part for part in parts if part not in checkpoint.parts()]
     stage = checkpoint.metadata.get("stage")
     if missing:
@@ -134,6 +136,6 @@ def _hint(checkpoint: Checkpoint, parts: list[str], config: Config) -> str:
             "Convert with tool/model_convert.py, or merge with tool/tool_merge_for_stage2.py, first"
         )
     theirs = checkpoint.config
-    if theirs and identity(theirs, "architecture") != identity(config, "architecture"):
+    if theirs and identity(theirs.architecture, "architecture") != identity(architecture, "architecture"):
         return "It was made with another model configuration; use the YAML it was made with"
     return "Use the YAML it was made for, or convert it again with tool/model_convert.py"

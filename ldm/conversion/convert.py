@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.checkpoints.checkpoint import PREFIXES, already_made, parameter_table, read_checkpoint, write_checkpoint
 from ldm.checkpoints.files import verify
 from ldm.checkpoints.fitting import compare, not_finite
-from ldm.config import Config
+from ldm.config import Architecture, Config
 from ldm.conversion.diffusers_folder import files_of, from_folder
 from ldm.conversion.sd_layouts import SourceCheckpoint, check_kind, from_checkpoint, left_behind
 from ldm.core.errors import MedSoftError
@@ -33,14 +33,14 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
     ``seed``. An output that was made from the same input is left as it is. Raises MedSoftError for an input that is
     damaged or does not fit ``config``, UsageError for an output that was made from something else.
     """
-    expected = skeleton(config)
+    expected = skeleton(config.architecture)
     size = sum(value.numel() * value.element_size() for value in expected.values())
     check_target(output_path, size if overwrite or not output_path.exists() else 0, input_path)
     if input_path.is_dir():
-        source = from_folder(input_path, config, expected)
+        source = from_folder(input_path, config.architecture, expected)
     else:
         source = from_checkpoint(read_checkpoint(input_path), expected)
-    check_kind(source, config)
+    check_kind(source, config.unet)
     sizes = [file.stat().st_size for file in weight_files(input_path)]
     architecture = identity(config, "architecture")
     asked = fingerprint(["convert", sizes, architecture, seed])
@@ -52,7 +52,7 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
         return
     for file in weight_files(input_path):
         log.info("checked: %s, %s", file, verify(file))
-    state, new = convert(source, config, expected, seed)
+    state, new = convert(source, config.architecture, expected, seed)
     log_origin(source, state, new)
     converted = {"config": dataclasses.asdict(config), "stage": "converted", "step": 0}
     metadata = source.own["about"] if source.own else converted
@@ -74,7 +74,7 @@ def origin_of(path: Path) -> dict[str, Any]:
 
 
 def convert(
-    source: SourceCheckpoint, config: Config, expected: Mapping[str, Tensor], seed: int
+    source: SourceCheckpoint, architecture: Architecture, expected: Mapping[str, Tensor], seed: int
 ) -> tuple[dict[str, Tensor], list[str]]:
     """(state of the whole model, new keys). Raises MedSoftError where the source does not fit.
 
@@ -83,7 +83,7 @@ def convert(
     """
     fresh: dict[str, Tensor] = {}
     if source.own is None:
-        fresh = new_parameters(config, seed)
+        fresh = new_parameters(architecture, seed)
         wanted = {key: value for key, value in expected.items() if key not in fresh}
     else:
         prefixes = tuple(PREFIXES[part] for part in source.own["parts"])
@@ -106,18 +106,20 @@ def convert(
     return {key: both[key] for key in expected if key in both}, list(fresh)
 
 
-def new_parameters(config: Config, seed: int) -> dict[str, Tensor]:
+def new_parameters(architecture: Architecture, seed: int) -> dict[str, Tensor]:
     """First values of what Stable Diffusion does not have: attn3 and norm4 of every block, and the MSC."""
     torch.manual_seed(seed)
     with torch.device("meta"):
-        blocks = {n: block for n, block in UNet(config.unet).named_modules() if isinstance(block, TransformerBlock)}
+        blocks = {
+            n: block for n, block in UNet(architecture.unet).named_modules() if isinstance(block, TransformerBlock)
+        }
     made = {}
     for name, block in blocks.items():
         dim = block.norm4.normalized_shape[0]
-        attention = CrossAttention(dim, config.unet.semantic_dim, block.attn3.heads, zero_output=True)
+        attention = CrossAttention(dim, architecture.unet.semantic_dim, block.attn3.heads, zero_output=True)
         for part, module in (("attn3", attention), ("norm4", torch.nn.LayerNorm(dim))):
             made |= module.state_dict(prefix=f"{PREFIXES['unet']}{name}.{part}.")
-    made |= MedicalSemanticController(config.msc, config.biomedclip).state_dict(prefix=PREFIXES["msc"])
+    made |= MedicalSemanticController(architecture.msc, architecture.biomedclip).state_dict(prefix=PREFIXES["msc"])
     return made
 
 

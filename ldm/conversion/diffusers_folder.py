@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.checkpoints.checkpoint import NEW_IN_UNET, PREFIXES, read_checkpoint
 from ldm.checkpoints.files import save_safetensors
-from ldm.config import Config, DiffusionConfig
+from ldm.config import Architecture, DiffusionConfig, UNetConfig
 from ldm.conversion.sd_layouts import SourceCheckpoint
 from ldm.core.errors import MedSoftError
 from ldm.core.files import atomic_file, read_json, write_json, write_text
@@ -50,18 +50,18 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 # --------------------------------------------------------------------------------------------------------------- names
 
 
-def diffusers_name(key: str, config: Config) -> tuple[str, str]:
+def diffusers_name(key: str, architecture: Architecture) -> tuple[str, str]:
     """(folder, name) of one of our base keys, such as ("unet", "down_blocks.0.resnets.0.norm1.weight")."""
     part = next(part for part, prefix in PREFIXES.items() if key.startswith(prefix))
     inner = key.removeprefix(PREFIXES[part])
     if part == "unet":
-        return FOLDERS[part], _unet_name(inner, config)
+        return FOLDERS[part], _unet_name(inner, architecture.unet)
     if part == "autoencoder":
-        return FOLDERS[part], _autoencoder_name(inner, len(config.autoencoder.channel_mult))
+        return FOLDERS[part], _autoencoder_name(inner, len(architecture.autoencoder.channel_mult))
     return FOLDERS[part], "text_model." + inner
 
 
-def _unet_name(inner: str, config: Config) -> str:
+def _unet_name(inner: str, unet: UNetConfig) -> str:
     for ours, theirs in ENDS.items():
         if inner.startswith(ours + "."):
             return theirs + inner.removeprefix(ours)
@@ -70,7 +70,7 @@ def _unet_name(inner: str, config: Config) -> str:
         return f"mid_block.{MIDDLE[place]}.{_resnet(rest)}"
     blocks, number, position, rest = inner.split(".", 3)
     down = blocks == "input_blocks"
-    level, index = divmod(int(number) - down, config.unet.num_res_blocks + 1)  # the first input block is conv_in
+    level, index = divmod(int(number) - down, unet.num_res_blocks + 1)  # the first input block is conv_in
     block = f"{'down' if down else 'up'}_blocks.{level}"
     if rest.startswith("op."):
         return f"{block}.downsamplers.0.conv.{rest.removeprefix('op.')}"
@@ -118,14 +118,14 @@ def _weights(folder: Path) -> Path:
     )
 
 
-def from_folder(folder: Path, config: Config, expected: Mapping[str, Tensor]) -> SourceCheckpoint:
-    """The tensors of a diffusers folder under our keys; ``expected`` gives keys and shapes that the configuration asks.
+def from_folder(folder: Path, architecture: Architecture, expected: Mapping[str, Tensor]) -> SourceCheckpoint:
+    """The tensors of a diffusers folder under our keys; ``expected`` gives keys and shapes that are asked for.
 
     Both spellings of the autoencoder's attention, linear and 1x1-convolution weights, and the text encoder's names with
     and without ``text_model.`` are accepted. ``medsoft/`` is read if it is there.
     """
     base = [key for key in expected if not NEW_IN_UNET.match(key) and not key.startswith(PREFIXES["msc"])]
-    ours = {diffusers_name(key, config): key for key in base}
+    ours = {diffusers_name(key, architecture): key for key in base}
     state: dict[str, Tensor] = {}
     for file in files_of(folder):
         for name, value in read_checkpoint(file).state.items():
@@ -175,7 +175,7 @@ def _fitted(value: Tensor, wanted: Tensor | None) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_folder(folder: Path, state: Mapping[str, Tensor], ours: dict[str, Any], config: Config) -> None:
+def write_folder(folder: Path, state: Mapping[str, Tensor], ours: dict[str, Any], architecture: Architecture) -> None:
     """Write the whole diffusers folder into the existing, empty ``folder``.
 
     ``state``: our keys; the MSC may be missing. ``ours`` becomes ``medsoft/config.json``: what a checkpoint says about
@@ -188,7 +188,7 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], ours: dict[str, Any]
         elif key.startswith(PREFIXES["msc"]):
             file, name = Path(OURS, "msc.safetensors"), key
         else:
-            part, name = diffusers_name(key, config)
+            part, name = diffusers_name(key, architecture)
             file = Path(part, WEIGHTS[part] + ".safetensors")
             if part == "vae" and ".attentions." in name and value.ndim == 4:
                 value = value.flatten(1)
@@ -196,12 +196,12 @@ def write_folder(folder: Path, state: Mapping[str, Tensor], ours: dict[str, Any]
     for file, tensors in shares.items():
         with atomic_file(folder / file) as handle:
             save_safetensors(tensors, {"format": "pt"}, handle)
-    for name, values in {**_configurations(config), f"{OURS}/config.json": ours}.items():
+    for name, values in {**_configurations(architecture), f"{OURS}/config.json": ours}.items():
         write_json(folder / name, values)
-    _write_tokenizer(folder / "tokenizer", config.text_encoder.max_length)
+    _write_tokenizer(folder / "tokenizer", architecture.text_encoder.max_length)
 
 
-def _configurations(config: Config) -> dict[str, dict[str, Any]]:
+def _configurations(architecture: Architecture) -> dict[str, dict[str, Any]]:
     """What diffusers and transformers need to build the same networks; all else is their default."""
     return {
         "model_index.json": {
@@ -217,23 +217,23 @@ def _configurations(config: Config) -> dict[str, dict[str, Any]]:
             "image_encoder": [None, None],
             "requires_safety_checker": False,
         },
-        "unet/config.json": unet_configuration(config),
-        "vae/config.json": autoencoder_configuration(config),
+        "unet/config.json": unet_configuration(architecture),
+        "vae/config.json": autoencoder_configuration(architecture),
         "text_encoder/config.json": {
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",
-            **clip_settings(config.text_encoder),
+            **clip_settings(architecture.text_encoder),
         },
-        "scheduler/scheduler_config.json": scheduler_configuration(config.diffusion),
+        "scheduler/scheduler_config.json": scheduler_configuration(architecture.diffusion),
     }
 
 
-def unet_configuration(config: Config) -> dict[str, Any]:
-    unet = config.unet
+def unet_configuration(architecture: Architecture) -> dict[str, Any]:
+    unet = architecture.unet
     cross = [level in unet.attention_levels for level in range(len(unet.channel_mult))]
     return {
         "_class_name": "UNet2DConditionModel",
-        "sample_size": config.latent_size,
+        "sample_size": architecture.latent_size,
         "in_channels": unet.in_channels,
         "out_channels": unet.out_channels,
         "block_out_channels": [unet.model_channels * mult for mult in unet.channel_mult],
@@ -245,11 +245,11 @@ def unet_configuration(config: Config) -> dict[str, Any]:
     }
 
 
-def autoencoder_configuration(config: Config) -> dict[str, Any]:
-    vae = config.autoencoder
+def autoencoder_configuration(architecture: Architecture) -> dict[str, Any]:
+    vae = architecture.autoencoder
     return {
         "_class_name": "AutoencoderKL",
-        "sample_size": config.data.image_size,
+        "sample_size": architecture.image_size,
         "in_channels": vae.in_channels,
         "out_channels": vae.in_channels,
         "latent_channels": vae.latent_channels,
@@ -257,7 +257,7 @@ def autoencoder_configuration(config: Config) -> dict[str, Any]:
         "layers_per_block": vae.num_res_blocks,
         "down_block_types": ["DownEncoderBlock2D"] * len(vae.channel_mult),
         "up_block_types": ["UpDecoderBlock2D"] * len(vae.channel_mult),
-        "scaling_factor": config.diffusion.latent_scale,
+        "scaling_factor": architecture.diffusion.latent_scale,
     }
 
 

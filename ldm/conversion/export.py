@@ -39,11 +39,12 @@ def export_folder(ckpt: Path, output_dir: Path, overwrite: bool = False) -> None
         log.info("%s: already complete", output_dir)
         return
     log.info("checked: %s, %s", ckpt, verify(ckpt))
-    state = parts_of(checkpoint, parts, config, skeleton(config, parts))
+    architecture = config.architecture
+    state = parts_of(checkpoint, parts, architecture, skeleton(architecture, parts))
     origin = {"file": ckpt.name, "sha256": digest}
     ours = {"about": checkpoint.metadata, "parts": parts, "exported_from": origin}
     with atomic_folder(output_dir.absolute()) as partial:
-        write_folder(partial, state, ours, config)
+        write_folder(partial, state, ours, architecture)
     for line in parameter_table(state):
         log.info("%s", line)
     log.info("written: %s", output_dir)

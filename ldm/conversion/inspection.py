@@ -19,7 +19,7 @@ from ldm.checkpoints.checkpoint import (
 )
 from ldm.checkpoints.files import detect_format, verify
 from ldm.checkpoints.fitting import check_architecture, check_finite, compare
-from ldm.config import Config, load_config
+from ldm.config import Architecture, load_config
 from ldm.core.errors import MedSoftError
 from ldm.core.paths import SHIPPED
 from ldm.core.schema import identity
@@ -72,7 +72,7 @@ def fits(checkpoint: Checkpoint) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"fits": [], "unconverted": [], "can_start": []}
     shapes = {name: identity(config, "architecture") for name, config in configs.items()}
     for family, sizes in families.items():
-        state = part_states(checkpoint, sizes, skeleton(sizes))
+        state = part_states(checkpoint, sizes.architecture, skeleton(sizes.architecture))
         if not state or "other" in state.values():
             continue
         found["unconverted" if "unconverted" in state.values() else "fits"].append(family)
@@ -84,7 +84,7 @@ def fits(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return found
 
 
-def part_states(checkpoint: Checkpoint, config: Config, expected: Mapping[str, Tensor]) -> dict[str, str]:
+def part_states(checkpoint: Checkpoint, architecture: Architecture, expected: Mapping[str, Tensor]) -> dict[str, str]:
     """For each part in the file: whole, unconverted (a U-Net without third attention), or other (does not fit)."""
     states = {}
     for part in checkpoint.parts():
@@ -96,7 +96,7 @@ def part_states(checkpoint: Checkpoint, config: Config, expected: Mapping[str, T
             "whole" if not compare(wanted, offered) else "other" if compare(before, offered) else "unconverted"
         )
     try:
-        check_architecture(checkpoint, states, config)
+        check_architecture(checkpoint, states, architecture)
     except MedSoftError:
         return dict.fromkeys(states, "other")
     return states

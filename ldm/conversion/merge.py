@@ -37,7 +37,7 @@ def merge_files(
     left as it is. Raises MedSoftError for files that are damaged or do not fit each other or ``config``, UsageError
     for swapped ones and for an output that was made from something else.
     """
-    expected = skeleton(config)
+    expected = skeleton(config.architecture)
     size = sum(value.numel() * value.element_size() for value in expected.values())
     size = size if overwrite or not output_path.exists() else 0
     check_target(output_path, size, stage1_path, input_path)
@@ -64,7 +64,7 @@ def merge_files(
         log.info("checked: %s, %s", source.path, verify(source.path))
         prefixes = tuple(PREFIXES[part] for part in parts)
         wanted = {key: value for key, value in expected.items() if key.startswith(prefixes)}
-        state |= parts_of(source, parts, config, wanted)
+        state |= parts_of(source, parts, config.architecture, wanted)
     log_sources(controller, rest, state)
     metadata = {"config": dataclasses.asdict(config), "stage": "merged", "step": 0, "origin": sources}
     metadata |= {"asked": asked, "run": run}

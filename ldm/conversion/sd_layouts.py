@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.checkpoints.checkpoint import PREFIXES, Checkpoint
-from ldm.config import Config
+from ldm.config import UNetConfig
 from ldm.core.errors import MedSoftError
 
 STEM = PREFIXES["unet"] + "input_blocks.0.0.weight"
@@ -72,15 +72,13 @@ def from_checkpoint(checkpoint: Checkpoint, expected: Iterable[str]) -> SourceCh
     return SourceCheckpoint(checkpoint.path, state, notes)
 
 
-def check_kind(source: SourceCheckpoint, config: Config) -> None:
+def check_kind(source: SourceCheckpoint, unet: UNetConfig) -> None:
     """Raise a MedSoftError that names the usual mistakes: another model family, a text-to-image model, our own file."""
     state, path = source.state, source.path
     if any(key.startswith(("conditioner.embedders.", PREFIXES["unet"] + "label_emb.")) for key in state):
         raise MedSoftError(f"{path}: is a Stable Diffusion XL model; download sd-v1-5-inpainting.ckpt")
     width = state[TEXT_KEYS].shape[1] if TEXT_KEYS in state else None
-    if width != config.unet.context_dim and (
-        width == 1024 or any(k.startswith("cond_stage_model.model.") for k in state)
-    ):
+    if width != unet.context_dim and (width == 1024 or any(k.startswith("cond_stage_model.model.") for k in state)):
         raise MedSoftError(
             f"{path}: is a Stable Diffusion 2 model (OpenCLIP text encoder); download sd-v1-5-inpainting.ckpt"
         )
@@ -91,10 +89,10 @@ def check_kind(source: SourceCheckpoint, config: Config) -> None:
             f"{path}: has no {STEM}, so it is not a Stable Diffusion checkpoint in the original layout; expected "
             + ("the whole diffusers folder (unet/, vae/, text_encoder/)" if alone else "sd-v1-5-inpainting.ckpt")
         )
-    if stem.shape[1] != config.unet.in_channels:
+    if stem.shape[1] != unet.in_channels:
         raise MedSoftError(
             f"{path}: its first convolution reads {stem.shape[1]} channels, an inpainting model's reads "
-            f"{config.unet.in_channels}; this is a text-to-image checkpoint. Download sd-v1-5-inpainting.ckpt"
+            f"{unet.in_channels}; this is a text-to-image checkpoint. Download sd-v1-5-inpainting.ckpt"
         )
     if source.own is None and any(key.startswith(PREFIXES["msc"]) for key in state):
         raise MedSoftError(f"{path}: is converted already (it has msc.* keys); use it as it is")

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm.config import Config
+from ldm.config import Config, DataConfig
 from ldm.core.distributed import start_processes
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import sha256_file, write_json
@@ -50,7 +50,7 @@ def measure_seam(
     if not diseased:
         raise MedSoftError(f"{source}: has no diseased sample; they are redrawn in their own masks")
     inpainter = load_inpainter(checkpoint, config, start_processes(device, 1, 1).device)
-    found = border_gradients(inpainter, diseased, seed)
+    found = border_gradients(inpainter, diseased, config.data, seed)
     if not any(each.real for each in found["contour"]):
         raise MedSoftError(f"{source}: no mask has a border with a gradient in the real image")
     rows: dict[str, Any] = {border: {name: _ratio(found[border], name) for name in COMPOSITES} for border in BORDERS}
@@ -65,13 +65,15 @@ def measure_seam(
     log.info("%s", output)
 
 
-def border_gradients(inpainter: Inpainter, samples: Sequence[Sample], seed: int) -> dict[str, list[BorderGradient]]:
+def border_gradients(
+    inpainter: Inpainter, samples: Sequence[Sample], data: DataConfig, seed: int
+) -> dict[str, list[BorderGradient]]:
     """Gradients across the band and the contour of each sample's mask; a mask that covers its image has no border."""
     found: dict[str, list[BorderGradient]] = {border: [] for border in BORDERS}
-    size = inpainter.config.sampling.batch_size
+    size = inpainter.sampling.batch_size
     for first in tqdm(range(0, len(samples), size), "redrawing", unit=" batches"):
         batch = samples[first : first + size]
-        prepared = [prepare(sample, inpainter.config.data, seed, 0) for sample in batch]
+        prepared = [prepare(sample, data, seed, 0) for sample in batch]
         results = inpainter.inpaint(prepared, [Job(seed, sample.sample_id, 0, sample.prompt) for sample in batch])
         for sample, image, result in zip(batch, prepared, results, strict=True):
             if result.pixels is None or result.generated is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config import Config
+from ldm.config import Architecture, DataConfig
 from ldm.core.errors import MedSoftError
 from ldm.core.files import remove_partials
 from ldm.core.locks import exclusive
@@ -35,19 +35,19 @@ class FeatureBuilder:
     def __init__(
         self,
         folder: str | Path,
-        config: Config,
+        data: DataConfig,
         model: MedSoftModel,
         clip: ImageTextEncoder,
         digests: Mapping[Path | None, str],
     ) -> None:
         """``digests``: SHA-256 of each file of the items (see ``ldm.data.preparation.digests_of``)."""
-        self.data, self.model, self.clip = config.data, model, clip
+        self.data, self.model, self.clip = data, model, clip
         encoders = {"clip": clip.fingerprint, "clip_text": clip.fingerprint}
         if "autoencoder" in model.parts:
             encoders["latents"] = _weights_fingerprint(model.first_stage_model)
         if "text" in model.parts:
             encoders["text"] = _weights_fingerprint(model.cond_stage_model)
-        self.names = FeatureNames(folder, config.data, encoders, digests)
+        self.names = FeatureNames(folder, data, encoders, digests)
         self.store = FeatureStore(self.names)
 
     def build(self, items: Sequence[Item], thorough: bool = True) -> list[Reject]:
@@ -142,15 +142,15 @@ def compute_features(
     return found
 
 
-def cache_size(config: Config, items: Iterable[Item]) -> int:
-    """Bytes that the items' features take on the disk, estimated from the configuration."""
-    data, tokens = config.data, 2 * (config.biomedclip.grid**2 + 1) * config.biomedclip.token_dim
-    latent = 12 * config.autoencoder.latent_channels * config.latent_size**2
-    an_item, a_prompt = 4 * tokens + data.image_size**2, 4 * config.biomedclip.text_dim
-    if "autoencoder" in config.training.builds:
-        an_item += latent + data.image_size**2
-    if "text" in config.training.builds:
-        a_prompt += 4 * config.text_encoder.max_length * config.text_encoder.width
+def cache_size(sizes: Architecture, parts: Sequence[str], items: Iterable[Item]) -> int:
+    """Bytes that the items' features, as a stage with these ``parts`` needs them, take on the disk; an estimate."""
+    clip, text = sizes.biomedclip, sizes.text_encoder
+    an_item = 8 * (clip.grid**2 + 1) * clip.token_dim + sizes.image_size**2
+    a_prompt = 4 * clip.text_dim
+    if "autoencoder" in parts:
+        an_item += 12 * sizes.autoencoder.latent_channels * sizes.latent_size**2 + sizes.image_size**2
+    if "text" in parts:
+        a_prompt += 4 * text.max_length * text.width
     items = list(items)
     return an_item * len(items) + a_prompt * len({item.sample.prompt for item in items})
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.checkpoint import read_checkpoint
-from ldm.config import Config
+from ldm.config import Config, SamplingConfig
 from ldm.core.devices import kernel_layout
 from ldm.data.images import composite, to_unit
 from ldm.data.preparation import PreparedSample
@@ -47,14 +47,14 @@ class InpaintedImage:
 
 
 class Inpainter:
-    """Inpaints with one model and one configuration (``config.sampling``)."""
+    """Inpaints with one model and one way of sampling."""
 
     def __init__(
-        self, net: MedSoftModel, encoder: ImageTextEncoder, config: Config, device: torch.device | str = "cpu"
+        self, net: MedSoftModel, encoder: ImageTextEncoder, sampling: SamplingConfig, device: torch.device | str = "cpu"
     ) -> None:
-        self.net, self.encoder, self.config = net.to(device).eval(), encoder.to(device), config
+        self.net, self.encoder, self.sampling = net.to(device).eval(), encoder.to(device), sampling
         self.device = torch.device(device)
-        for_inference(self.net, DTYPES[config.sampling.precision])
+        for_inference(self.net, DTYPES[sampling.precision])
 
     @torch.inference_mode()
     def inpaint(self, samples: Sequence[PreparedSample], jobs: Sequence[Job]) -> list[InpaintedImage]:
@@ -79,7 +79,7 @@ class Inpainter:
 
         With it, for each image, None or where its first value that is no number appeared.
         """
-        sampling, net = self.config.sampling, self.net
+        sampling, net = self.sampling, self.net
         dtype = DTYPES[sampling.precision]
         mask = net.latent_mask(soft_mask)
         masked = latent_of(net, hide(image, soft_mask), dtype)
@@ -105,7 +105,7 @@ class Inpainter:
         return decoded, [e or (None if ok else "while decoding") for e, ok in zip(errors, sound, strict=True)]
 
     def _conditions(self, image: Tensor, soft_mask: Tensor, mask: Tensor, prompts: list[str]) -> GuidanceConditions:
-        net, dtype = self.net, DTYPES[self.config.sampling.precision]
+        net, dtype = self.net, DTYPES[self.sampling.precision]
         context, context_global = self.encoder.encode_image(image, hidden_region(soft_mask))
         lesion, _ = net.msc(ControllerInputs(context, context_global, self.encoder.encode_text(prompts), soft_mask))
         text, empty = net.cond_stage_model(prompts).to(dtype), net.cond_stage_model([""])
@@ -115,7 +115,7 @@ class Inpainter:
 def load_inpainter(ckpt: str | Path, config: Config, device: str) -> Inpainter:
     """The model of a final checkpoint with BiomedCLIP, checked against the configuration, ready to inpaint."""
     net, encoder = open_model(config, read_checkpoint(ckpt))
-    return Inpainter(net, encoder, config, device)
+    return Inpainter(net, encoder, config.sampling, device)
 
 
 def for_inference(net: MedSoftModel, dtype: torch.dtype) -> None:

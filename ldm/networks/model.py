@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoints.checkpoint import PREFIXES
-from ldm.config import Config
+from ldm.config import Architecture
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.networks.attention import Conditioning
 from ldm.networks.autoencoder import Autoencoder, Posterior
@@ -37,19 +37,19 @@ class MedSoftModel(nn.Module):
     frozen, never stored, and its features come in as tensors.
     """
 
-    def __init__(self, config: Config, parts: Collection[str] = PREFIXES) -> None:
+    def __init__(self, architecture: Architecture, parts: Collection[str] = PREFIXES) -> None:
         super().__init__()
-        self.config = config
+        self.architecture = architecture
         self.parts = [part for part in PREFIXES if part in parts]
-        self.schedule = NoiseSchedule(config.diffusion)
+        self.schedule = NoiseSchedule(architecture.diffusion)
         if "unet" in self.parts:
-            self.model = nn.ModuleDict({"diffusion_model": UNet(config.unet)})
+            self.model = nn.ModuleDict({"diffusion_model": UNet(architecture.unet)})
         if "autoencoder" in self.parts:
-            self.first_stage_model = Autoencoder(config.autoencoder)
+            self.first_stage_model = Autoencoder(architecture.autoencoder)
         if "text" in self.parts:
-            self.cond_stage_model = TextEncoder(config.text_encoder)
+            self.cond_stage_model = TextEncoder(architecture.text_encoder)
         if "msc" in self.parts:
-            self.msc = MedicalSemanticController(config.msc, config.biomedclip)
+            self.msc = MedicalSemanticController(architecture.msc, architecture.biomedclip)
 
     def drop(self, parts: Collection[str]) -> None:
         """Give up parts that are not needed any more, and their memory."""
@@ -70,19 +70,19 @@ class MedSoftModel(nn.Module):
 
     def scaled(self, latent: Tensor) -> Tensor:
         """Unscaled latent -> what the U-Net works on (times 0.18215)."""
-        return latent * self.config.diffusion.latent_scale
+        return latent * self.architecture.diffusion.latent_scale
 
     def decode(self, scaled_latent: Tensor) -> Tensor:
         """Scaled latent (B, 4, s, s) -> image (B, 3, S, S), clamped to [-1, 1]."""
-        return self.first_stage_model.decode(scaled_latent / self.config.diffusion.latent_scale).clamp(-1, 1)
+        return self.first_stage_model.decode(scaled_latent / self.architecture.diffusion.latent_scale).clamp(-1, 1)
 
     def latent_mask(self, soft_mask: Tensor) -> Tensor:
         """Soft mask (B, 1, S, S) at latent size (B, 1, s, s), by maximum."""
-        return F.adaptive_max_pool2d(soft_mask, self.config.latent_size)
+        return F.adaptive_max_pool2d(soft_mask, self.architecture.latent_size)
 
     def patch_mask(self, soft_mask: Tensor) -> Tensor:
         """Soft mask (B, 1, S, S) -> soft patch values (B, N) on BiomedCLIP's grid, by maximum."""
-        return patch_mask(soft_mask, self.config.biomedclip.grid)
+        return patch_mask(soft_mask, self.architecture.biomedclip.grid)
 
     def semantic(self, context_tokens: Tensor, lesion_tokens: Tensor, soft_mask: Tensor) -> Tensor:
         """Tokens for the third attention (B, N / 4, D) from those around and inside the lesion (B, N, D)."""
@@ -102,15 +102,15 @@ class MedSoftModel(nn.Module):
 
         ``reuse``: keys, values and gates are computed once and kept for all the steps of a picture.
         """
-        return Conditioning(text, semantic, mask if self.config.unet.soft_mask_attention else None, reuse)
+        return Conditioning(text, semantic, mask if self.architecture.unet.soft_mask_attention else None, reuse)
 
     def denoise(self, noisy: Tensor, t: Tensor, mask: Tensor, masked_latent: Tensor, cond: Conditioning) -> Tensor:
         """``predict_noise`` with a conditioning made before."""
-        channel = mask if self.config.unet.soft_mask_channel else hidden_region(mask).to(mask.dtype)
+        channel = mask if self.architecture.unet.soft_mask_channel else hidden_region(mask).to(mask.dtype)
         return self.unet(torch.cat([noisy, channel, masked_latent], dim=1), t, cond)  # (B, 9, s, s) -> (B, 4, s, s)
 
 
-def skeleton(config: Config, parts: Collection[str] = PREFIXES) -> dict[str, Tensor]:
-    """Every key and shape that ``config`` asks of ``parts``, as tensors without memory (on the meta device)."""
+def skeleton(architecture: Architecture, parts: Collection[str] = PREFIXES) -> dict[str, Tensor]:
+    """Every key and shape of ``parts``, as tensors without memory (on the meta device)."""
     with torch.device("meta"):
-        return MedSoftModel(config, parts).state_dict()
+        return MedSoftModel(architecture, parts).state_dict()

@@ -43,6 +43,6 @@ def open_model(
     """
     check_preparation(checkpoint, config)
     encoder = open_encoder(config.biomedclip, checkpoint)
-    net = MedSoftModel(config, parts)
-    load_parts(net, checkpoint, net.parts, config)
+    net = MedSoftModel(config.architecture, parts)
+    load_parts(net, checkpoint, net.parts, net.architecture)
     return net, encoder

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ldm.checkpoints.checkpoint import NEW_IN_UNET, read_checkpoint, write_checkpoint
-from ldm.config import Config, DataConfig, DiffusionConfig
+from ldm.config import Architecture, Config, DataConfig, DiffusionConfig
 from ldm.core.devices import autocast
 from ldm.core.errors import UsageError
 from ldm.core.files import atomic_file, named_seed, remove_partials
@@ -57,19 +57,21 @@ def train_base(config: Config, output: Path, steps: Mapping[str, int], seed: int
             if found and not overwrite:
                 log.info("%s: already trained (in %s)", part, found[0])
             else:
-                rows = train[part](config, output, steps[part], seed)
+                rows = train[part](config.architecture, config.data, output, steps[part], seed)
                 path = output / LOG_NAME
                 before = read_table(path, COLUMNS, "training log") if path.exists() else []
                 write_csv(path, [*(row for row in before if row["part"] != part), *rows], COLUMNS)
 
 
-def train_autoencoder(config: Config, output: Path, steps: int, seed: int, batch: int = 16) -> Rows:
+def train_autoencoder(
+    sizes: Architecture, crops: DataConfig, output: Path, steps: int, seed: int, batch: int = 16
+) -> Rows:
     """Reconstruction (squared error, and that of the gradients) with a slight pull of latents to the normal."""
     torch.manual_seed(named_seed("autoencoder", seed))
-    net = Autoencoder(config.autoencoder)
+    net = Autoencoder(sizes.autoencoder)
     most = steps * batch  # no more images than will be looked at
-    spines, _ = healthy_crops(config.data, min(500, most), 3)
-    generic, _, _ = generic_images(config.data, min(1000, most))
+    spines, _ = healthy_crops(crops, min(500, most), 3)
+    generic, _, _ = generic_images(crops, min(1000, most))
     data = torch.cat([spines, generic, textures(min(1000, most))]).expand(-1, 3, -1, -1)
 
     def step(chosen: tuple[int, Tensor]) -> Loss:
@@ -84,7 +86,7 @@ def train_autoencoder(config: Config, output: Path, steps: int, seed: int, batch
 
     losses = fit(net.parameters(), batches(len(data), batch, steps, "autoencoder", seed), step, steps, 2e-3)
     rows = logged("autoencoder", losses, steps, lambda psnr: f"{psnr:.2f}")
-    rescale(net, data[:256] * 2 - 1, config.diffusion)
+    rescale(net, data[:256] * 2 - 1, sizes.diffusion)
     write_checkpoint(output / AUTOENCODER_NAME, net.state_dict(), {})
     return rows
 
@@ -100,16 +102,16 @@ def rescale(net: Autoencoder, images: Tensor, config: DiffusionConfig) -> None:
     net.post_quant_conv.weight *= spread
 
 
-def train_unet(config: Config, output: Path, steps: int, seed: int, batch: int = 32) -> Rows:
+def train_unet(sizes: Architecture, crops: DataConfig, output: Path, steps: int, seed: int, batch: int = 32) -> Rows:
     """Inpainting with plain words; the third attention does not exist here, as it does not in Stable Diffusion."""
     autoencoder = output / AUTOENCODER_NAME
     if not autoencoder.exists():
         raise UsageError(f"{autoencoder}: does not exist; train the autoencoder in the same command")
     torch.manual_seed(named_seed("unet", seed))
-    model = MedSoftModel(config, ["unet", "autoencoder", "text"])
+    model = MedSoftModel(sizes, ["unet", "autoencoder", "text"])
     model.first_stage_model.load_state_dict(read_checkpoint(autoencoder).state)
     model.first_stage_model.requires_grad_(False)
-    moments, masked, softs, prompts = latents(model, config.data, steps * batch)
+    moments, masked, softs, prompts = latents(model, crops, steps * batch)
     for name, parameter in model.named_parameters():
         if NEW_IN_UNET.match(name):
             parameter.requires_grad_(False)
@@ -167,16 +169,16 @@ def latents(
     return (torch.cat(means), torch.cat(logvars)), torch.cat(masked), model.latent_mask(softs), prompts
 
 
-def train_clip(config: Config, output: Path, steps: int, seed: int, batch: int = 64) -> Rows:
+def train_clip(sizes: Architecture, crops: DataConfig, output: Path, steps: int, seed: int, batch: int = 64) -> Rows:
     """Contrastive training on crops of healthy and diseased phantoms and their prompts, through open_clip."""
     folder = output / "biomedclip"
-    images, prompts = clip_pairs(config.data, min(BIOMEDCLIP_PAIRS, steps * batch))
-    sizes = write_clip_folder(folder, prompts, config.biomedclip)["model_cfg"]
+    images, prompts = clip_pairs(crops, min(BIOMEDCLIP_PAIRS, steps * batch))
+    made = write_clip_folder(folder, prompts, sizes.biomedclip)["model_cfg"]
     torch.manual_seed(named_seed("clip", seed))
-    text_cfg = {**sizes["text_cfg"], "hf_model_name": str(folder), "hf_model_pretrained": False}
-    net = CustomTextCLIP(sizes["embed_dim"], {**sizes["vision_cfg"], "timm_model_pretrained": False}, text_cfg)
-    ids = HFTokenizer(str(folder), context_length=sizes["text_cfg"]["context_length"])(prompts)
-    size = sizes["vision_cfg"]["image_size"]
+    text_cfg = {**made["text_cfg"], "hf_model_name": str(folder), "hf_model_pretrained": False}
+    net = CustomTextCLIP(made["embed_dim"], {**made["vision_cfg"], "timm_model_pretrained": False}, text_cfg)
+    ids = HFTokenizer(str(folder), context_length=made["text_cfg"]["context_length"])(prompts)
+    size = made["vision_cfg"]["image_size"]
 
     def step(numbered: tuple[int, Tensor]) -> Loss:
         chosen = numbered[1]

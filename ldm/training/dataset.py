@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm.config import Config, TrainingConfig
+from ldm.config import Config, DataConfig, TrainingConfig
 from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples
 from ldm.data.checks import (
@@ -81,7 +81,7 @@ def read_training_inputs(paths: Mapping[str, Path], config: Config) -> TrainingI
     """
     inputs = TrainingInputs()
     for name, path in paths.items():
-        _read_set(inputs, name, path, config)
+        _read_set(inputs, name, path, config.data)
     check_rejected(inputs.unreadable, inputs.total, config.training.max_rejected)
     samples = {name: inputs.samples(name) for name in paths}
     check_classes(str(paths["train"]), samples["train"], config.training.balance)
@@ -96,13 +96,13 @@ def read_training_inputs(paths: Mapping[str, Path], config: Config) -> TrainingI
     return inputs
 
 
-def _read_set(inputs: TrainingInputs, name: str, path: Path, config: Config) -> None:
+def _read_set(inputs: TrainingInputs, name: str, path: Path, data: DataConfig) -> None:
     samples, missing = load_samples(path)
     damaged = damaged_files(samples)
     inputs.total += len(samples) + len(missing)
     names = {reject.sample_id for reject in damaged}
     samples = [sample for sample in samples if sample.sample_id not in names]
-    items, undrawable = training_items(samples, config.data)
+    items, undrawable = training_items(samples, data)
     if not items:
         raise MedSoftError(f"{path}: no sample can be used for training ({len(samples)} read, all without a mask)")
     inputs.items[name] = items

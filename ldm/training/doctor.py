@@ -227,21 +227,20 @@ def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Ite
 
     from ldm.checkpoints.checkpoint import read_checkpoint
     from ldm.checkpoints.fitting import check_finite, check_preparation, compare
-    from ldm.networks.model import MedSoftModel
+    from ldm.networks.model import MedSoftModel, skeleton
     from ldm.networks.opening import open_encoder
     from ldm.training.groups import training_groups
-    from ldm.training.stage import tensors_of_stage
 
     source = None
     try:
         with torch.device("meta"):
-            net = MedSoftModel(config, config.training.builds)
+            net = MedSoftModel(config.architecture, config.training.builds)
         if config.training.stage:
             training_groups(net, config.training)
         if ckpt:
             source = read_checkpoint(ckpt)
             check_preparation(source, config)
-            wanted = tensors_of_stage(config)
+            wanted = skeleton(net.architecture, net.parts)
             offered = {key: value for key, value in source.state.items() if key in wanted}
             problems = compare(net.state_dict(), offered)
             if problems:
@@ -262,20 +261,21 @@ def check_disk_and_memory(config: Config, sets: dict[str, Path], save_path: Path
     from ldm.features.names import training_items
     from ldm.training.estimates import GIB, stage_disk, stage_memory
 
-    items = []
+    items, architecture, training = [], config.architecture, config.training
     for path in sets.values():
         try:
             items += training_items(load_samples(path)[0], config.data)[0]
         except MedSoftError:
             continue  # said where the data is looked at
-    disk = stage_disk(config, cache_size(config, items))
+    disk = stage_disk(architecture, training, cache_size(architecture, training.builds, items))
     free = free_bytes(save_path)
     if free < disk.total:
         words = f"{free / GIB:.1f} GiB are free, the run and its features take up to {disk.total / GIB:.1f} GiB"
         yield Finding("error" if free < 2 * disk.last else "warning", str(save_path), words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    half = resolve_precision(config.training.precision) == "bf16-mixed"
-    needed = stage_memory(config, max(1, config.training.batch_size // devices), half, device.type).total
+    half = resolve_precision(training.precision) == "bf16-mixed"
+    batch = max(1, training.batch_size // devices)
+    needed = stage_memory(architecture, training, batch, half, device.type).total
     if needed > free_memory(device):
         words = f"a step needs about {needed / GIB:.1f} GiB, {free_memory(device) / GIB:.1f} GiB are free"
         help_with = "a smaller batch_size with accumulate, activation_checkpointing, --precision bf16-mixed"

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ldm.config import Config
-from ldm.networks.model import MedSoftModel
+from ldm.config import Architecture, TrainingConfig
+from ldm.networks.model import MedSoftModel, skeleton
 from ldm.networks.msc import input_shapes
 from ldm.training.dataset import Batch
 from ldm.training.groups import group_of
-from ldm.training.stage import STEP_PARTS, Stage, tensors_of_stage
+from ldm.training.stage import STEP_PARTS, Stage
 
 GIB = 2**30
 
@@ -35,21 +35,22 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.average + self.activations
 
 
-def stage_memory(config: Config, batch: int, half: bool, device: str = "cpu") -> Memory:
+def stage_memory(
+    architecture: Architecture, training: TrainingConfig, batch: int, half: bool, device: str = "cpu"
+) -> Memory:
     """Memory of a stage for ``batch`` items per device, with ``half`` in bf16-mixed. Nothing is allocated.
 
     ``device`` is cpu or cuda, whose autocast runs the norms in float32 and so keeps a third more of the U-Net's.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    config = replace(config, training=replace(config.training, compile=False))
     with FakeTensorMode():
-        stage = fake_stage(config, half)
+        stage = fake_stage(architecture, replace(training, compile=False), half)
         trained = sum(value.numel() for value in stage.trained.values())
         parameters = sum(value.numel() * value.element_size() for value in stage.net.parameters())
         with NormsInFloat32() if half and device == "cuda" else nullcontext():
-            activations = saved_bytes(stage, fake_batch(config, batch), half)
-    average = 4 * trained if config.training.ema_decay else 0
+            activations = saved_bytes(stage, fake_batch(architecture, batch), half)
+    average = 4 * trained if training.ema_decay else 0
     return Memory(parameters, 4 * trained, 8 * trained, average, activations)
 
 
@@ -76,9 +77,9 @@ class Disk:
         return 2 * self.last + self.best + self.features
 
 
-def stage_disk(config: Config, features: int) -> Disk:
+def stage_disk(architecture: Architecture, training: TrainingConfig, features: int) -> Disk:
     """Disk of a stage's run; ``features`` are the bytes of its cached features."""
-    training, tensors = config.training, tensors_of_stage(config)
+    tensors = skeleton(architecture, training.builds)
     weights = 4 * sum(value.numel() for value in tensors.values())
     trained = [value for key, value in tensors.items() if group_of(key, training.objective) in training.rates]
     state = (12 if training.ema_decay else 8) * sum(value.numel() for value in trained)
@@ -86,36 +87,36 @@ def stage_disk(config: Config, features: int) -> Disk:
     return Disk(weights + state, best, features)
 
 
-def step_operations(config: Config, batch: int) -> int:
+def step_operations(architecture: Architecture, training: TrainingConfig, batch: int) -> int:
     """Floating-point operations of the forward and the backward pass of a step, two for each multiplication that is
     added. What activation checkpointing or fused attention compute once more is not counted."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = replace(config, training=replace(config.training, activation_checkpointing=False, compile=False))
+    training = replace(training, activation_checkpointing=False, compile=False)
     counter = FlopCounterMode(display=False)
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), counter:
-        fake_stage(config, False)(fake_batch(config, batch), 0.0)[0].mean().backward()
+        fake_stage(architecture, training, False)(fake_batch(architecture, batch), 0.0)[0].mean().backward()
     return counter.get_total_flops()
 
 
-def fake_stage(config: Config, half: bool) -> Stage:
+def fake_stage(architecture: Architecture, training: TrainingConfig, half: bool) -> Stage:
     """The stage with the networks that a step runs; under FakeTensorMode it weighs nothing."""
-    net = MedSoftModel(config, [part for part in config.training.builds if part in STEP_PARTS])
-    empty = torch.zeros(1, config.text_encoder.max_length, config.text_encoder.width)
-    return Stage(config, net, {}, empty, half)
+    net = MedSoftModel(architecture, [part for part in training.builds if part in STEP_PARTS])
+    empty = torch.zeros(1, architecture.text_encoder.max_length, architecture.text_encoder.width)
+    return Stage(training, net, {}, empty, half)
 
 
-def fake_batch(config: Config, batch: int) -> Batch:
+def fake_batch(sizes: Architecture, batch: int) -> Batch:
     """Features of ``batch`` items, of the right shapes; random."""
-    latent = (batch, config.autoencoder.latent_channels, config.latent_size, config.latent_size)
-    inputs = input_shapes(config.biomedclip, batch, config.data.image_size)
+    latent = (batch, sizes.autoencoder.latent_channels, sizes.latent_size, sizes.latent_size)
+    inputs = input_shapes(sizes.biomedclip, batch, sizes.image_size)
     shapes = {
         **inputs,
         "target_tokens": inputs["context_tokens"],
         "target_global": inputs["context_global"],
-        "text": (batch, config.text_encoder.max_length, config.text_encoder.width),
+        "text": (batch, sizes.text_encoder.max_length, sizes.text_encoder.width),
         **dict.fromkeys(("latent_mean", "latent_logvar", "masked_latent", "posterior_noise", "noise"), latent),
         **dict.fromkeys(("t", "coin"), (batch,)),
     }

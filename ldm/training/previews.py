@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ldm.config import SamplingConfig
 from ldm.core.files import remove_partials
 from ldm.data.png import write_png
 from ldm.diffusion.noise import image_noise, step_noise
@@ -29,8 +30,9 @@ class Previews:
     A row of the image shows the original, what the network sees of it, and the result.
     """
 
-    def __init__(self, folder: Path, stage: Stage, data: StageData, records: Records) -> None:
-        self.folder, self.stage, self.data, self.records = folder / "pictures", stage, data, records
+    def __init__(self, folder: Path, stage: Stage, sampling: SamplingConfig, data: StageData, records: Records) -> None:
+        self.folder, self.stage, self.sampling = folder / "pictures", stage, sampling
+        self.data, self.records = data, records
         self.numbers = fixed_items(data, stage.training_config.pictures)
         remove_partials(self.folder)
 
@@ -47,7 +49,7 @@ class Previews:
     @torch.no_grad()
     def rows(self) -> Tensor:
         """(items * S, 3 * S, 3) in about [-1, 1]."""
-        net, sampling, device = self.stage.net, self.stage.sampling_config, self.stage.device
+        net, device = self.stage.net, self.stage.device
         batch = default_collate([self.data[0, number, 0, 1.0] for number in self.numbers])
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         names = [(SEED, sample_id, 0) for sample_id in batch["sample_id"]]
@@ -56,7 +58,7 @@ class Previews:
         original = net.scaled(batch["latent_mean"])  # the posterior's mode
         noise = torch.stack([image_noise(*name, tuple(masked.shape[1:])) for name in names]).to(device)
         latent = sample_latent(
-            *(net, sampling, noise, mask, masked, original),
+            *(net, self.sampling, noise, mask, masked, original),
             guidance_conditions(net, mask, batch["text"], self.stage.empty_text, semantic),
             lambda index: step_noise(index, names, noise),
         )

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from ldm.config import Config, TrainingConfig, as_yaml, config_from_dict
+from ldm.config import Architecture, Config, SamplingConfig, TrainingConfig, as_yaml, config_from_dict
 from ldm.core import cli
 from ldm.core.devices import free_memory, is_first_on_node, is_first_process, out_of_memory, resolve_precision
 from ldm.core.errors import MedSoftError, UsageError
@@ -20,8 +21,9 @@ from ldm.core.run_folder import RunFolder, differences
 from ldm.core.schema import identity
 from ldm.data.annotations import write_rejects
 from ldm.features.build import FeatureBuilder, cache_size
+from ldm.features.names import Item
 from ldm.features.store import FeatureStore
-from ldm.networks.model import MedSoftModel
+from ldm.networks.model import MedSoftModel, skeleton
 from ldm.networks.opening import open_model
 from ldm.training.dataset import StageData, TrainingInputs, loader, read_training_inputs
 from ldm.training.estimates import GIB, stage_disk, stage_memory
@@ -30,7 +32,7 @@ from ldm.training.loop import Training
 from ldm.training.previews import Previews
 from ldm.training.records import Records
 from ldm.training.saving import LAST, Checkpoints, best_files
-from ldm.training.stage import STEP_PARTS, Stage, tensors_of_stage
+from ldm.training.stage import STEP_PARTS, Stage
 
 log = logging.getLogger("ver_train")
 
@@ -70,29 +72,37 @@ def run_stage(options: TrainingOptions, config: Config) -> int:
 # What makes two runs the same, and what is done where they are not.
 
 
-def run_fingerprint(config: Config, inputs: list[Any]) -> str:
-    """The hash of a run; ``inputs`` are the identities of its samples and the digest of its first weights."""
-    return fingerprint([identity(config, "weights", "rounding"), *inputs])
+@dataclass(frozen=True)
+class RunIdentity:
+    """All that decides what a run trains; ``inputs``: identities of its samples, digest of its first weights."""
+
+    config: Config
+    inputs: list[Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of the run, which its checkpoints keep."""
+        return fingerprint([identity(self.config, "weights", "rounding"), *self.inputs])
+
+    def difference(self, metadata: dict[str, Any], source: Path) -> str:
+        """What makes the run that ``metadata`` (of the checkpoint ``source``) tells of another one; "" if nothing does.
+
+        What only changes the rounding of its results may differ; its fingerprint is that of its own configuration.
+        """
+        if "config" not in metadata:
+            return "it does not say which"
+        try:
+            theirs = config_from_dict(metadata["config"], str(source))
+        except UsageError as error:
+            return error.cause(source)
+        changed = differences(identity(theirs, "weights"), identity(self.config, "weights"))
+        if changed:
+            return ", ".join(changed)
+        same = metadata.get("run") == RunIdentity(theirs, self.inputs).fingerprint
+        return "" if same else "other data or another --ckpt"
 
 
-def other_run(metadata: dict[str, Any], config: Config, inputs: list[Any], source: Path) -> str:
-    """What makes the run that ``metadata`` (of the checkpoint ``source``) tells of another one; "" if it is the same.
-
-    What only changes the rounding of its results may differ; its fingerprint is that of its own configuration.
-    """
-    if "config" not in metadata:
-        return "it does not say which"
-    try:
-        theirs = config_from_dict(metadata["config"], str(source))
-    except UsageError as error:
-        return error.cause(source)
-    changed = differences(identity(theirs, "weights"), identity(config, "weights"))
-    if changed:
-        return ", ".join(changed)
-    return "" if metadata.get("run") == run_fingerprint(theirs, inputs) else "other data or another --ckpt"
-
-
-def previous_run(options: TrainingOptions, config: Config, inputs: list[Any]) -> Checkpoint | None:
+def previous_run(options: TrainingOptions, run: RunIdentity) -> Checkpoint | None:
     """The checkpoint to resume from, or None for a fresh start; refuses a folder that holds another run."""
     last = options.save_path / LAST
     if last.resolve() == options.ckpt.resolve():
@@ -101,7 +111,7 @@ def previous_run(options: TrainingOptions, config: Config, inputs: list[Any]) ->
         )
     if not last.exists():
         if not options.overwrite:
-            _refuse_to_lose_best(options.save_path, config, inputs)
+            _refuse_to_lose_best(options.save_path, run)
         return None
     try:
         found = read_checkpoint(last)
@@ -111,7 +121,7 @@ def previous_run(options: TrainingOptions, config: Config, inputs: list[Any]) ->
         kept = best_files(options.save_path)
         start = f"--ckpt {kept[0]} and another --save_path start from the best kept weights, " if kept else ""
         raise MedSoftError(f"{error}; {start}--overwrite starts this run again") from error
-    other = other_run(found.metadata, config, inputs, last)
+    other = run.difference(found.metadata, last)
     if not other:
         return found
     if not options.overwrite:
@@ -121,11 +131,11 @@ def previous_run(options: TrainingOptions, config: Config, inputs: list[Any]) ->
     return None
 
 
-def _refuse_to_lose_best(folder: Path, config: Config, inputs: list[Any]) -> None:
+def _refuse_to_lose_best(folder: Path, run: RunIdentity) -> None:
     """UsageError for best weights without a ``last.ckpt``, unless this run was killed in its first epoch."""
     for path in best_files(folder):
         metadata = read_checkpoint(path).metadata
-        if metadata.get("epoch") or other_run(metadata, config, inputs, path):
+        if metadata.get("epoch") or run.difference(metadata, path):
             raise UsageError(
                 f"{path}: best weights of a run whose last.ckpt is gone; --ckpt {path} and another --save_path start "
                 "from them, --overwrite deletes them and starts again"
@@ -148,9 +158,9 @@ def log_groups(net: MedSoftModel, training: TrainingConfig, source: Checkpoint) 
         )
 
 
-def check_disk(folder: Path, config: Config, inputs: TrainingInputs) -> None:
+def check_disk(folder: Path, architecture: Architecture, training: TrainingConfig, items: Sequence[Item]) -> None:
     """Log what the run will write; MedSoftError where not even two checkpoints fit."""
-    disk = stage_disk(config, cache_size(config, inputs.all_items))
+    disk = stage_disk(architecture, training, cache_size(architecture, training.builds, items))
     free = free_bytes(folder)
     log.info(
         "disk: at most %s (last.ckpt %s, twice while it is replaced; best epochs %s; features %s); %s free",
@@ -173,14 +183,15 @@ def memory_cures(training: TrainingConfig, half: bool, begun: bool) -> str:
     return f"{' or '.join(cures) or 'a device with more memory'} helps"
 
 
-def log_memory(config: Config, device: torch.device, half: bool, world: int, begun: bool) -> None:
+def log_memory(architecture: Architecture, training: TrainingConfig, fabric: Fabric, half: bool, begun: bool) -> None:
     """Log what a training step needs, and warn where it will not fit."""
-    memory = stage_memory(config, config.training.batch_size // world, half, device.type)
+    device = fabric.device
+    memory = stage_memory(architecture, training, training.batch_size // fabric.world_size, half, device.type)
     free = free_memory(device)
     parts = [f"{name} {size(getattr(memory, name))}" for name in memory.__dataclass_fields__ if getattr(memory, name)]
     log.info("memory on %s: about %s (%s); %s free", device.type, size(memory.total), ", ".join(parts), size(free))
     if memory.total > free:
-        log.warning("warning: that is more than is free; %s", memory_cures(config.training, half, begun))
+        log.warning("warning: that is more than is free; %s", memory_cures(training, half, begun))
 
 
 def size(count: int) -> str:
@@ -193,8 +204,8 @@ def dry_run(options: TrainingOptions, config: Config, inputs: TrainingInputs, so
     fabric, precision = make_fabric(options, config.training)
     net, _ = open_model(config, source, config.training.builds)
     log_groups(net, config.training, source)
-    log_memory(config, fabric.device, precision == "bf16-mixed", fabric.world_size, begun=False)
-    check_disk(options.save_path, config, inputs)
+    log_memory(net.architecture, config.training, fabric, precision == "bf16-mixed", begun=False)
+    check_disk(options.save_path, net.architecture, config.training, inputs.all_items)
     return cli.DONE
 
 
@@ -225,13 +236,14 @@ def make_fabric(options: TrainingOptions, training: TrainingConfig) -> tuple[Fab
 
 def _run(options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint) -> int:
     training, folder = config.training, options.save_path
-    decisive = [inputs.identities, sha256_file(options.ckpt)]
-    previous = previous_run(options, config, decisive)
+    run = RunIdentity(config, [inputs.identities, sha256_file(options.ckpt)])
+    previous = previous_run(options, run)
     if previous and previous.metadata.get("complete"):
         log.info("%s: already complete (%d steps)", folder, previous.metadata["step"])
         return cli.SOME_REJECTED if (folder / REJECTS).exists() else cli.DONE
     fabric, precision = make_fabric(options, training)
-    half, previews = precision == "bf16-mixed", training.pictures > 0 and training.objective == "diffusion"
+    half = precision == "bf16-mixed"
+    previews = config.sampling if training.pictures > 0 and training.objective == "diffusion" else None
 
     torch.manual_seed(training.seed)
     net, clip = open_model(config, source, training.builds)
@@ -239,23 +251,23 @@ def _run(options: TrainingOptions, config: Config, inputs: TrainingInputs, sourc
     metadata = {
         "config": dataclasses.asdict(config),
         "stage": training.stage,
-        "run": run_fingerprint(config, decisive),
+        "run": run.fingerprint,
         "biomedclip": clip.fingerprint,
         "origin": {"file": options.ckpt.name, "stage": theirs.get("stage"), "from": theirs.get("origin")},
     }
     log_groups(net, training, source)
-    check_disk(folder, config, inputs)
-    log_memory(config, fabric.device, half, fabric.world_size, begun=previous is not None)
+    check_disk(folder, net.architecture, training, inputs.all_items)
+    log_memory(net.architecture, training, fabric, half, begun=previous is not None)
     net.to(fabric.device)
     cache = options.cache_dir or folder.parent / "feature_cache"
-    builder = FeatureBuilder(cache, config, net, clip.to(fabric.device), inputs.digests)
+    builder = FeatureBuilder(cache, config.data, net, clip.to(fabric.device), inputs.digests)
     inputs.leave_out(builder.build(inputs.all_items, thorough=is_first_on_node()), training.max_rejected)
     features = builder.store
     del builder, clip  # the encoders' memory is free: what the store needs is on the disk
     net.drop([part for part in net.parts if part not in STEP_PARTS and not (part == "autoencoder" and previews)])
-    wanted = tensors_of_stage(config)
+    wanted = skeleton(net.architecture, training.builds)
     frozen = {key: value for key, value in source.state.items() if key in wanted}
-    stage = Stage(config, net, frozen, features.empty_text(), half)
+    stage = Stage(training, net, frozen, features.empty_text(), half)
     if is_first_process():
         _prepare_folder(folder, config, inputs, previous)
     fabric.launch()
@@ -281,7 +293,11 @@ def _prepare_folder(folder: Path, config: Config, inputs: TrainingInputs, previo
 
 
 def _training(
-    checkpoints: Checkpoints, precision: str, inputs: TrainingInputs, features: FeatureStore, previews: bool
+    checkpoints: Checkpoints,
+    precision: str,
+    inputs: TrainingInputs,
+    features: FeatureStore,
+    previews: SamplingConfig | None,
 ) -> Training:
     folder, stage, fabric = checkpoints.folder, checkpoints.stage, checkpoints.fabric
     world, rank, training = fabric.world_size, fabric.global_rank, stage.training_config
@@ -290,7 +306,7 @@ def _training(
     train_loader = loader(sets["train"], training, True, rank, world, start)
     loaders = (train_loader, loader(sets["val"], training, False, rank, world))
     records = Records(folder, training.stage, fabric.is_global_zero)
-    drawn = Previews(folder, stage, sets["val"], records) if previews and fabric.is_global_zero else None
+    drawn = Previews(folder, stage, previews, sets["val"], records) if previews and fabric.is_global_zero else None
     return Training(stage, fabric, precision, loaders, checkpoints, records, drawn)
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ldm.checkpoints.checkpoint import PREFIXES
-from ldm.config import Config
+from ldm.config import TrainingConfig
 from ldm.core.devices import kernel_layout
 from ldm.networks.model import MedSoftModel
 from ldm.networks.weight_average import WeightAverage
@@ -28,7 +27,7 @@ class Stage(nn.Module):
 
     def __init__(
         self,
-        config: Config,
+        training: TrainingConfig,
         net: MedSoftModel,
         frozen: dict[str, Tensor],
         empty_text: Tensor | None,
@@ -36,21 +35,20 @@ class Stage(nn.Module):
     ) -> None:
         """``empty_text``: text states (1, 77, D) of the empty prompt; None for a stage without a U-Net."""
         super().__init__()
-        self.training_config, self.sampling_config = config.training, config.sampling
-        self.net, self.frozen = net, frozen
+        self.training_config, self.net, self.frozen = training, net, frozen
         self.register_buffer("empty_text", empty_text, persistent=False)
-        self.groups = training_groups(net, config.training)
+        self.groups = training_groups(net, training)
         net.requires_grad_(False).eval()
         for members in self.groups.values():
             for parameter in members.values():
                 parameter.requires_grad_(True)
         for_steps(net, half_frozen)
         if "unet" in net.parts:
-            net.unet.activation_checkpointing = config.training.activation_checkpointing
-            if config.training.compile:
+            net.unet.activation_checkpointing = training.activation_checkpointing
+            if training.compile:
                 net.unet.compile(dynamic=False)
         self.trained = {key: value for members in self.groups.values() for key, value in members.items()}
-        self.average = WeightAverage(self.trained, config.training.ema_decay)
+        self.average = WeightAverage(self.trained, training.ema_decay)
 
     @property
     def device(self) -> torch.device:
@@ -108,11 +106,3 @@ def for_steps(net: nn.Module, half: bool) -> None:
             dtype = torch.bfloat16 if half and not parameter.requires_grad else parameter.dtype
             layout = kernel_layout(parameter.device, dtype) if parameter.ndim == 4 else torch.contiguous_format
             parameter.data = parameter.data.to(dtype, memory_format=layout)
-
-
-def tensors_of_stage(config: Config) -> dict[str, Tensor]:
-    """The tensors that a checkpoint of the stage holds, by key, without memory."""
-    with torch.device("meta"):
-        tensors = MedSoftModel(config, config.training.builds).state_dict()
-    prefixes = tuple(PREFIXES[part] for part in config.training.builds if part in PREFIXES)
-    return {key: value for key, value in tensors.items() if key.startswith(prefixes)}

@@ -54,7 +54,11 @@ def test_golden_list_is_the_whole_file() -> None:
 
 
 def test_true_size_networks_have_exactly_these_keys(true_size: Config, meta: dict) -> None:
-    ours = {k: v for k, v in skeleton(true_size).items() if not NEW_IN_UNET.match(k) and not k.startswith("msc.")}
+    ours = {
+        k: v
+        for k, v in skeleton(true_size.architecture).items()
+        if not NEW_IN_UNET.match(k) and not k.startswith("msc.")
+    }
     wanted = {key: value for key, value in meta.items() if key.startswith(tuple(NETWORKS))}
     assert shapes(ours) == {key: shape for key, shape in shapes(wanted).items() if not key.endswith("position_ids")}
 
@@ -98,7 +102,7 @@ def test_diffusers_names_agree_with_diffusers(true_size: Config, meta: dict) -> 
         ("vae", "first_stage_model.", convert_ldm_vae_checkpoint(dict(meta), vae)),
     ):
         keys = [key for key in meta if key.startswith(prefix)]
-        names = {key: diffusers_name(key, true_size) for key in keys}
+        names = {key: diffusers_name(key, true_size.architecture) for key in keys}
         assert {name for _, name in names.values()} == set(renamed)
         assert {part for part, _ in names.values()} == {folder}
         same = [key for key, (_, name) in names.items() if renamed[name] is meta[key]]
@@ -110,7 +114,7 @@ def test_diffusers_names_agree_with_diffusers(true_size: Config, meta: dict) -> 
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, torch.Tensor]:
-    expected = skeleton(load_config(MODELS / "mldm_v15.yaml", SMALL))
+    expected = skeleton(load_config(MODELS / "mldm_v15.yaml", SMALL).architecture)
     return original(shapes(expected))
 
 

@@ -51,8 +51,8 @@ def pipeline(exported: Path) -> Any:
 @torch.no_grad()
 def test_pipeline_computes_what_the_checkpoint_computes(trained_like: Path, pipeline: Any) -> None:
     found = read_checkpoint(trained_like)
-    model = MedSoftModel(found.config).eval()
-    load_parts(model, found, list(PREFIXES), found.config)
+    model = MedSoftModel(found.config.architecture).eval()
+    load_parts(model, found, list(PREFIXES), found.config.architecture)
     ids = pipeline.tokenizer(
         PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
     ).input_ids

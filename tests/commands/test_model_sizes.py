@@ -34,7 +34,7 @@ def true_size() -> tuple[Any, Any, Any]:
     """Configuration, MedSoftModel and BiomedCLIP on the meta device."""
     config = load_config(MODELS / "mldm_v15.yaml")
     with torch.device("meta"):
-        return config, MedSoftModel(config), build_clip(BIOMEDCLIP, BIOMEDBERT)
+        return config, MedSoftModel(config.architecture), build_clip(BIOMEDCLIP, BIOMEDBERT)
 
 
 def test_parameters_are_those_of_the_published_models(true_size: tuple[Any, Any, Any]) -> None:
@@ -54,9 +54,9 @@ def test_parameters_are_those_of_the_published_models(true_size: tuple[Any, Any,
 
 
 def test_operations_of_the_published_models(true_size: tuple[Any, Any, Any]) -> None:
-    config, model, clip = true_size
+    _, model, clip = true_size
     with torch.device("meta"), torch.no_grad():
-        found = dict(sizes.operations(model, clip, config))
+        found = dict(sizes.operations(model, clip))
     assert found["U-Net, third attention silent"] == pytest.approx(803.4e9, abs=0.05e9)
     assert found["autoencoder: decode"] == pytest.approx(2514.5e9, abs=0.05e9)
     assert found["autoencoder: encode"] == pytest.approx(1116.7e9, abs=0.05e9)
@@ -73,12 +73,14 @@ def test_operations_of_the_published_models(true_size: tuple[Any, Any, Any]) -> 
     ],
 )
 def test_every_true_size_stage_builds(stage: str, parts: list[str], trained: int) -> None:
-    found = sizes.stage_sizes(load_config(MODELS / f"mldm_v15_{stage}.yaml"))
+    config = load_config(MODELS / f"mldm_v15_{stage}.yaml")
+    found = sizes.stage_sizes(config.architecture, config.training)
     assert found["parts"] == parts
     assert found["trained"] == trained
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_sizes_of_finished_checkpoints_are_those_on_the_disk(stage: str, trained: dict[str, Any]) -> None:
-    found = sizes.stage_sizes(load_config(MODELS / f"phantom_{stage}.yaml"))
+    config = load_config(MODELS / f"phantom_{stage}.yaml")
+    found = sizes.stage_sizes(config.architecture, config.training)
     assert trained[stage].last.stat().st_size == pytest.approx(found["weights"], rel=0.05)

@@ -164,7 +164,7 @@ def test_true_size_yaml_shrunk_by_overrides_trains(trained: dict, world: Path, t
 def test_every_true_size_stage_builds_what_it_names(stage: str) -> None:
     config = load_config(MODELS / f"mldm_v15_{stage}.yaml")
     with torch.device("meta"):
-        model = MedSoftModel(config, config.training.builds)
+        model = MedSoftModel(config.architecture, config.training.builds)
     built = {"stage1": {"msc"}, "unet_only": {"unet", "autoencoder", "text"}}
     assert set(model.parts) == built.get(stage, {"unet", "autoencoder", "text", "msc"})
     groups = training_groups(model, config.training)

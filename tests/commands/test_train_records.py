@@ -53,8 +53,8 @@ def test_resolved_configuration_is_in_folder_and_checkpoint(trained: dict) -> No
 def test_memory_estimate_is_what_autograd_keeps() -> None:
     """Against the same networks with real tensors; and checkpointing keeps less."""
     config = load_config(MODELS / "phantom_unet_only.yaml", ["training.mask_weight=0"])
-    estimate = stage_memory(config, 2, half=False)
-    stage, kept = fake_stage(config, False), {}
+    estimate = stage_memory(config.architecture, config.training, 2, half=False)
+    stage, kept = fake_stage(config.architecture, config.training, False), {}
     own = {value.data_ptr() for value in stage.parameters()}
 
     def pack(value: torch.Tensor) -> torch.Tensor:
@@ -63,25 +63,28 @@ def test_memory_estimate_is_what_autograd_keeps() -> None:
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        loss = stage(fake_batch(config, 2), 0.0)[0].sum()
+        loss = stage(fake_batch(config.architecture, 2), 0.0)[0].sum()
     assert estimate.activations == pytest.approx(sum(v.untyped_storage().nbytes() for v in kept.values()), rel=0.05)
     assert loss.requires_grad
     assert estimate.parameters == sum(4 * value.numel() for value in stage.net.parameters())
     assert estimate.gradients * 2 == estimate.optimizer
     config.training.activation_checkpointing = True
-    assert stage_memory(config, 2, half=False).activations < estimate.activations / 2
+    assert stage_memory(config.architecture, config.training, 2, half=False).activations < estimate.activations / 2
 
 
 def test_memory_estimate_for_a_gpu() -> None:
     """Against what an NVIDIA H200 allocated (`bench.py batches`, docs/memory.md): 69.5 GiB."""
     config = load_config(MODELS / "mldm_v15_unet_only.yaml", [])
-    assert stage_memory(config, 64, half=True, device="cuda").total / 2**30 == pytest.approx(69.5, rel=0.05)
+    assert stage_memory(
+        config.architecture, config.training, 64, half=True, device="cuda"
+    ).total / 2**30 == pytest.approx(69.5, rel=0.05)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "unet_only"])
 def test_disk_estimate_covers_what_is_written(trained: dict, stage: str) -> None:
     run = trained[stage]
-    disk = stage_disk(load_config(run.folder / "config.yaml"), features=0)
+    config = load_config(run.folder / "config.yaml")
+    disk = stage_disk(config.architecture, config.training, features=0)
     files = {path.name: path.stat().st_size for path in run.folder.glob("*.ckpt")}
     assert files["last.ckpt"] < disk.last  # finished: without the optimizer's state
     assert sum(files.values()) < disk.total
@@ -390,10 +393,11 @@ def test_operations_of_a_step() -> None:
     first = (
         2 * batch * (clip.token_dim * width * (count - 1) + clip.text_dim * width)
     )  # need no gradient of their input
-    assert step_operations(config, batch) == 3 * forward - first
+    assert step_operations(config.architecture, config.training, batch) == 3 * forward - first
     plain = load_config(MODELS / "phantom_unet_only.yaml", [])
     again = load_config(MODELS / "phantom_unet_only.yaml", ["training.activation_checkpointing=true"])
-    assert 2 * step_operations(plain, 1) == step_operations(again, 2)
+    once = step_operations(plain.architecture, plain.training, 1)
+    assert 2 * once == step_operations(again.architecture, again.training, 2)
 
 
 def test_bench_of_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

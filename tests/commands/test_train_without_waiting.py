@@ -186,9 +186,9 @@ def test_no_step_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch, stage: str) ->
     monkeypatch.setattr(Fabric, "no_backward_sync", lambda self, module, enabled: nullcontext())
     size = config.training.batch_size
     with FakeTensorMode():
-        made = moved(fake_stage(config, False))
+        made = moved(fake_stage(config.architecture, config.training, False))
         with torch.device("cuda"):
-            batch = fake_batch(config, size) | {"weight": torch.ones(size), "sample_id": ["spine"] * size}
+            batch = fake_batch(config.architecture, size) | {"weight": torch.ones(size), "sample_id": ["spine"] * size}
         optimizer = made.adamw()
         progress = Progress()
         checkpoints = SimpleNamespace(

@@ -38,8 +38,8 @@ def net(config: Config, tmp_path_factory: pytest.TempPathFactory) -> MedSoftMode
     """The phantom base after conversion: trained weights, the third attention still silent."""
     path = tmp_path_factory.mktemp("pipeline") / "converted.ckpt"
     assert convert(SD, path) == 0
-    model = MedSoftModel(config).eval()
-    load_parts(model, read_checkpoint(path), list(PREFIXES), config)
+    model = MedSoftModel(config.architecture).eval()
+    load_parts(model, read_checkpoint(path), list(PREFIXES), config.architecture)
     return model
 
 
@@ -50,7 +50,7 @@ def pipeline(net: MedSoftModel, config: Config, tmp_path_factory: pytest.TempPat
 
     from ldm.bench.common import diffusers_twins
 
-    unet, vae = diffusers_twins(net, config)
+    unet, vae = diffusers_twins(net)
     unet.register_to_config(sample_size=64)  # the pipeline wants to know it; height and width are given anyhow
     text = CLIPTextModel(
         CLIPTextConfig(hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
@@ -117,7 +117,7 @@ def test_inpainting_agrees_with_diffusers(
 ) -> None:
     jobs = [Job(seed=3, sample_id="s", variant=index, prompt=prompt) for index, prompt in enumerate(PROMPTS)]
     expected = drawn_by_diffusers(pipeline, picture, jobs, config)
-    inpainter = Inpainter(net, BiomedClip(CLIP), config)
+    inpainter = Inpainter(net, BiomedClip(CLIP), config.sampling)
 
     square, _ = inpainter.generate(torch.stack([picture.image] * 2), torch.stack([picture.mask] * 2), jobs)
     found = (square / 2 + 0.5).permute(0, 2, 3, 1).numpy()
@@ -138,7 +138,7 @@ def test_prompt_and_third_attention_change_the_picture(
     net: MedSoftModel, picture: PreparedSample, config: Config
 ) -> None:
     """What the agreement above would not notice if it were ignored on both sides."""
-    inpainter = Inpainter(net, BiomedClip(CLIP), config)
+    inpainter = Inpainter(net, BiomedClip(CLIP), config.sampling)
 
     def drawn(prompt: str) -> np.ndarray:
         return inpainter.inpaint([picture], [Job(3, "s", 0, prompt)])[0].pixels.astype(int)

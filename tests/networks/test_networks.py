@@ -139,8 +139,8 @@ def test_stable_diffusions_layout_agrees_with_diffusers() -> None:
     from ldm.bench.common import diffusers_twins
 
     config = Config(unet=UNetConfig(model_channels=32), autoencoder=AutoencoderConfig(channels=32))
-    model = scrambled(MedSoftModel(config, ["unet", "autoencoder"]))
-    unet, autoencoder = diffusers_twins(model, config)
+    model = scrambled(MedSoftModel(config.architecture, ["unet", "autoencoder"]))
+    unet, autoencoder = diffusers_twins(model)
     x, text, t = noise(2, 9, 16, 8), noise(2, 77, 768), torch.tensor([1, 981])
     assert relative_error(model.unet(x, t, Conditioning(text)), unet(x, t, text).sample) < 1e-5
     image, latent = noise(1, 3, 64, 32).clamp(-1, 1), noise(1, 4, 8, 4)
@@ -244,7 +244,7 @@ def small_model() -> MedSoftModel:
         msc=MSCConfig(width=32, layers=1, heads=4),
     )
     config.data.image_size = 32
-    return MedSoftModel(config, ["unet", "autoencoder", "msc"])
+    return MedSoftModel(config.architecture, ["unet", "autoencoder", "msc"])
 
 
 def test_unet_input_order_and_gate(small_model: MedSoftModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,8 @@ def test_unet_input_order_and_gate(small_model: MedSoftModel, monkeypatch: pytes
     monkeypatch.setattr(small_model.unet, "forward", lambda x, t, cond: calls.append((x, cond)) or x)
     noisy, masked, mask = noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1), torch.rand(1, 1, 8, 8)
     for soft in (True, False):
-        small_model.config.unet.soft_mask_attention = small_model.config.unet.soft_mask_channel = soft
+        unet = small_model.architecture.unet
+        unet.soft_mask_attention = unet.soft_mask_channel = soft
         small_model.predict_noise(noisy, torch.tensor([5]), mask, masked, noise(1, 77, 24), noise(1, 4, 16))
     (x, cond), (plain, ungated) = calls
     assert torch.equal(x[:, :4], noisy)
@@ -269,11 +270,11 @@ def test_mask_embeddings_are_mixed_or_chosen(small_model: MedSoftModel) -> None:
     soft = noise(1, 1, 32, 32).abs().clamp(0, 1) * torch.linspace(0, 1, 32)
     inputs = ControllerInputs(noise(1, 16, 16), noise(1, 16), noise(1, 8), soft)
     mixed, hard = small_model.msc(inputs)[0], inputs._replace(mask=(soft >= 0.5).float())
-    small_model.config.msc.soft_mask_mixing = False
+    small_model.architecture.msc.soft_mask_mixing = False
     chosen, of_hard = small_model.msc(inputs)[0], small_model.msc(hard)[0]
     assert not torch.allclose(chosen, mixed, atol=1e-3)
     assert torch.equal(small_model.patch_mask(soft), patch_mask(soft, 4))  # the loss stays soft
-    small_model.config.msc.soft_mask_mixing = True
+    small_model.architecture.msc.soft_mask_mixing = True
     assert torch.equal(chosen, small_model.msc(hard)[0])
     assert torch.equal(of_hard, small_model.msc(hard)[0])
 

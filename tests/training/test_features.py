@@ -73,8 +73,8 @@ def networks(converted: Path) -> tuple[Any, MedSoftModel, BiomedClip]:
     from ldm.checkpoints.fitting import load_parts
 
     config = load_config(MODELS / "phantom.yaml")
-    model = MedSoftModel(config, ["autoencoder"]).eval()
-    load_parts(model, read_checkpoint(converted), ["autoencoder"], config)
+    model = MedSoftModel(config.architecture, ["autoencoder"]).eval()
+    load_parts(model, read_checkpoint(converted), ["autoencoder"], config.architecture)
     return config, model, BiomedClip(CLIP)
 
 
@@ -89,7 +89,7 @@ class FeatureCache:
 
     def builder(self, *items: Item) -> FeatureBuilder:
         return FeatureBuilder(
-            self.folder, self.config, self.model, self.clip, digests_of(item.sample for item in items)
+            self.folder, self.config.data, self.model, self.clip, digests_of(item.sample for item in items)
         )
 
     def build(self, items: list[Item]) -> list:
@@ -181,8 +181,8 @@ def test_cached_sentences_equal_direct_computation(world: Path, tmp_path: Path, 
     from ldm.checkpoints.fitting import load_parts
 
     config, _, clip = networks
-    model = MedSoftModel(config, ["text"]).eval()
-    load_parts(model, read_checkpoint(trained["stage2_1"].last), ["text"], config)
+    model = MedSoftModel(config.architecture, ["text"]).eval()
+    load_parts(model, read_checkpoint(trained["stage2_1"].last), ["text"], config.architecture)
     cache = FeatureCache(tmp_path / "features", config, model, clip)
     items = items_of(world / "val", networks)
     cache.build(items)

@@ -34,9 +34,9 @@ def test_halved_kernels_lie_as_the_cpu_reads_them_fastest(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     config = load_config(MODELS / "phantom_unet_only.yaml", [])
-    net = MedSoftModel(config, ["unet"])
+    net = MedSoftModel(config.architecture, ["unet"])
     before = {key: value.detach().clone() for key, value in net.named_parameters()}
-    stage = Stage(config, net, {}, torch.zeros(1, 77, config.text_encoder.width), half_frozen=True)
+    stage = Stage(config.training, net, {}, torch.zeros(1, 77, config.text_encoder.width), half_frozen=True)
     layouts = set()
     for key, value in net.named_parameters():
         halved = key not in stage.trained and value.ndim > 1
@@ -51,7 +51,7 @@ def test_halved_kernels_lie_as_the_cpu_reads_them_fastest(monkeypatch: pytest.Mo
 def test_gradients_are_scaled_down_to_the_norm_of_the_yaml(most: float, norm: float) -> None:
     torch.manual_seed(0)
     config = load_config(MODELS / "phantom_stage1.yaml", [f"training.clip_norm={most}"])
-    stage = Stage(config, MedSoftModel(config, ["msc"]), {}, None)
+    stage = Stage(config.training, MedSoftModel(config.architecture, ["msc"]), {}, None)
     count = sum(value.numel() for value in stage.trained.values())
     for value in stage.trained.values():
         value.grad = torch.where(torch.rand_like(value) > 0.5, 1.0, -1.0) / count**0.5
@@ -83,12 +83,12 @@ def test_diffusion_loss_of_a_batch() -> None:
     """By hand: latents from moments, one coin for sentence and tokens, the soft mask as channel, gate and weight."""
     torch.manual_seed(0)
     config = load_config(MODELS / "phantom_stage2_2.yaml", ["training.mask_weight=2"])
-    net = MedSoftModel(config, ["unet", "msc"])
+    net = MedSoftModel(config.architecture, ["unet", "msc"])
     for value in net.parameters():
         torch.nn.init.normal_(value, std=0.05)
     empty = torch.randn(1, 77, config.text_encoder.width)
-    stage = Stage(config, net, {}, empty)
-    batch = fake_batch(config, 3)
+    stage = Stage(config.training, net, {}, empty)
+    batch = fake_batch(config.architecture, 3)
     batch["coin"] = torch.tensor([0.05, 0.5, 0.1])
     batch["t"] = torch.tensor([0.0, 0.5, 1.0 - 2**-25])  # which is 1 in float32
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_diffusion_loss_of_a_batch() -> None:
         alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2, 0)
         alpha = alphas[[0, 500, 999]].float()[:, None, None, None]
         noisy = alpha.sqrt() * 0.18215 * latent + (1 - alpha).sqrt() * batch["noise"]
-        mask = torch.nn.functional.max_pool2d(batch["mask"], config.data.image_size // config.latent_size)
+        mask = torch.nn.functional.max_pool2d(batch["mask"], config.data.image_size // config.architecture.latent_size)
         patches = torch.nn.functional.adaptive_max_pool2d(batch["mask"], config.biomedclip.grid).flatten(1)
         tokens, _ = net.msc(ControllerInputs.of(batch))
         mixed = patches[..., None] * tokens + (1 - patches[..., None]) * batch["context_tokens"]
@@ -169,16 +169,17 @@ def test_previews_are_what_inference_generates(trained: dict, world: Path, more:
     config = load_config(MODELS / "phantom_stage2_2.yaml", [*overrides, f"biomedclip.path={CLIP}"])
     net, clip = open_model(config, read_checkpoint(trained["stage2_2"].last))
     items, _ = training_items(load_samples(world / "val")[0], config.data)
-    builder = FeatureBuilder(world / "features", config, net, clip, digests_of(item.sample for item in items))
+    builder = FeatureBuilder(world / "features", config.data, net, clip, digests_of(item.sample for item in items))
     assert not builder.build(items)
-    stage = Stage(config, net, {}, builder.store.empty_text())
-    previews = Previews(world / "unused", stage, StageData(items, builder.store, config.training, fixed=True), None)
+    stage = Stage(config.training, net, {}, builder.store.empty_text())
+    data = StageData(items, builder.store, config.training, fixed=True)
+    previews = Previews(world / "unused", stage, config.sampling, data, None)
     rows = previews.rows().unflatten(0, (-1, config.data.image_size))
     chosen = [previews.data.sample(number) for number in previews.numbers]
     jobs = [Job(0, sample.sample_id, 0, sample.prompt) for sample in chosen]
     prepared = [prepare(sample, config.data, MASK_SEED, 0, training=True) for sample in chosen]
     image, mask = (torch.stack([getattr(one, name) for one in prepared]) for name in ("image", "mask"))
     with torch.inference_mode():
-        generated, errors = Inpainter(net, clip, config).generate(image, mask, jobs)
+        generated, errors = Inpainter(net, clip, config.sampling).generate(image, mask, jobs)
     assert errors == [None] * len(jobs)
     torch.testing.assert_close(rows[:, :, -config.data.image_size :], generated.permute(0, 2, 3, 1), atol=2e-3, rtol=0)

@@ -56,13 +56,13 @@ def config() -> Config:
 @pytest.fixture(scope="module")
 def model(config: Config) -> MedSoftModel:
     """All parts, 5.1 GB."""
-    return typical(MedSoftModel(config))
+    return typical(MedSoftModel(config.architecture))
 
 
-def test_unet_and_autoencoder_agree_with_diffusers(model: MedSoftModel, config: Config) -> None:
+def test_unet_and_autoencoder_agree_with_diffusers(model: MedSoftModel) -> None:
     from ldm.bench.common import diffusers_twins
 
-    unet, autoencoder = diffusers_twins(model, config)
+    unet, autoencoder = diffusers_twins(model)
     x, text, t = noise(1, 9, 64, 64), noise(1, 77, 768), torch.tensor([501])
     expected = unet(x, t, text).sample
     assert expected.std() > 1e-2
@@ -120,7 +120,7 @@ def test_biomedclip_agrees_with_open_clip(biomedclip: Path, config: Config, tmp_
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_builds(stage: str) -> None:
     config = load_config(MODELS / f"mldm_v15_{stage}.yaml")
-    net = MedSoftModel(config, config.training.builds)
+    net = MedSoftModel(config.architecture, config.training.builds)
     assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
     if "unet" in net.parts:
         silent = [value for key, value in net.named_parameters() if ".attn3.to_out." in key]
@@ -139,7 +139,7 @@ def test_the_whole_model_draws(model: MedSoftModel, biomedclip: Path, config: Co
     picture = prepare(sample, config.data, seed=0, variant=0)
     assert picture.image.shape == (3, 512, 512)
     config.sampling.steps = 2
-    (made,) = Inpainter(model, BiomedClip(biomedclip), config).inpaint([picture], [Job(0, "s", 0, PROMPTS[2])])
+    (made,) = Inpainter(model, BiomedClip(biomedclip), config.sampling).inpaint([picture], [Job(0, "s", 0, PROMPTS[2])])
     drawn = made.pixels
     assert drawn.shape == image.shape
     outside = picture.soft == 0

@@ -54,7 +54,7 @@ def sensible(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def starting_files(folder: Path) -> None:
     """The original file and a BiomedCLIP, random."""
     save_original(folder / "sd-v1-5-inpainting.ckpt", sensible(original()))
-    random_biomedclip(load_config(MODELS / "mldm_v15.yaml"), folder)
+    random_biomedclip(load_config(MODELS / "mldm_v15.yaml").biomedclip, folder)
 
 
 @pytest.mark.slow
