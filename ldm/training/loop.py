@@ -155,7 +155,7 @@ class Training:
                 masked = torch.zeros_like(losses) if cosine is None else cosine * real
                 sums += torch.stack([(losses * real).sum(), masked.sum(), real.sum()])
         loss, masked, count = self.summed(sums).tolist()
-        return loss / count, masked / count if self.config.objective == "msc" else math.nan
+        return loss / count, math.nan if cosine is None else masked / count
 
     def end_epoch(self, val_loss: float, val_cosine: float) -> None:
         """Records, the best weights, ``last.ckpt``, previews."""

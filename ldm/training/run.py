@@ -79,15 +79,11 @@ class RunIdentity:
     config: Config
     inputs: list[Any]
 
-    @property
-    def fingerprint(self) -> str:
-        """The hash of the run, which its checkpoints keep."""
-        return fingerprint([identity(self.config, "weights", "rounding"), *self.inputs])
-
     def difference(self, metadata: dict[str, Any], source: Path) -> str:
         """What makes the run that ``metadata`` (of the checkpoint ``source``) tells of another one; "" if nothing does.
 
-        What only changes the rounding of its results may differ; its fingerprint is that of its own configuration.
+        What only changes the rounding of the results may differ. Older versions stored one hash of their own
+        configuration and the inputs.
         """
         if "config" not in metadata:
             return "it does not say which"
@@ -98,17 +94,18 @@ class RunIdentity:
         changed = differences(identity(theirs, "weights"), identity(self.config, "weights"))
         if changed:
             return ", ".join(changed)
-        same = metadata.get("run") == RunIdentity(theirs, self.inputs).fingerprint
+        if "inputs" in metadata:
+            same = metadata["inputs"] == fingerprint(self.inputs)
+        else:
+            same = metadata.get("run") == fingerprint([identity(theirs, "weights", "rounding"), *self.inputs])
         return "" if same else "other data or another --ckpt"
 
 
 def previous_run(options: TrainingOptions, run: RunIdentity) -> Checkpoint | None:
     """The checkpoint to resume from, or None for a fresh start; refuses a folder that holds another run."""
     last = options.save_path / LAST
-    if last.resolve() == options.ckpt.resolve():
-        raise UsageError(
-            f"--ckpt {options.ckpt}: lies in --save_path and would be overwritten; give another --save_path"
-        )
+    if options.ckpt.resolve() in [path.resolve() for path in (last, *best_files(options.save_path))]:
+        raise UsageError(f"--ckpt {options.ckpt}: lies in --save_path and would be replaced; give another --save_path")
     if not last.exists():
         if not options.overwrite:
             _refuse_to_lose_best(options.save_path, run)
@@ -161,14 +158,15 @@ def log_groups(net: MedSoftModel, training: TrainingConfig, source: Checkpoint) 
 def check_disk(folder: Path, architecture: Architecture, training: TrainingConfig, items: Sequence[Item]) -> None:
     """Log what the run will write; MedSoftError where not even two checkpoints fit."""
     disk = stage_disk(architecture, training, cache_size(architecture, training.builds, items))
-    free = free_bytes(folder)
+    free, old = free_bytes(folder), folder / LAST
     log.info(
         "disk: at most %s (last.ckpt %s, twice while it is replaced; best epochs %s; features %s); %s free",
         *map(size, (disk.total, disk.last, disk.best, disk.features, free)),
     )
-    if free < 2 * disk.last:
+    needed = 2 * disk.last - (old.stat().st_size if old.exists() else 0)
+    if free < needed:
         raise MedSoftError(
-            f"{folder}: {size(free)} are free, but saving takes {size(2 * disk.last)} (the new checkpoint "
+            f"{folder}: {size(free)} are free, but saving takes {size(needed)} (the new checkpoint "
             "beside the old one); make room, or give a --save_path on another disk"
         )
 
@@ -243,7 +241,7 @@ def _run(options: TrainingOptions, config: Config, inputs: TrainingInputs, sourc
         return cli.SOME_REJECTED if (folder / REJECTS).exists() else cli.DONE
     fabric, precision = make_fabric(options, training)
     half = precision == "bf16-mixed"
-    previews = config.sampling if training.pictures > 0 and training.objective == "diffusion" else None
+    previews = config.sampling if training.pictures > 0 and "unet" in training.builds else None
 
     torch.manual_seed(training.seed)
     net, clip = open_model(config, source, training.builds)
@@ -251,7 +249,7 @@ def _run(options: TrainingOptions, config: Config, inputs: TrainingInputs, sourc
     metadata = {
         "config": dataclasses.asdict(config),
         "stage": training.stage,
-        "run": run.fingerprint,
+        "inputs": fingerprint(run.inputs),
         "biomedclip": clip.fingerprint,
         "origin": {"file": options.ckpt.name, "stage": theirs.get("stage"), "from": theirs.get("origin")},
     }
@@ -321,11 +319,13 @@ def _guarded(loop: Training) -> int:
     except BaseException as error:
         for process in getattr(loop.fabric.strategy.launcher, "procs", []):
             process.send_signal(signal.SIGKILL)  # they would wait for this one for half an hour
-        if isinstance(error, KeyboardInterrupt) and not first:
-            return cli.DONE
+        if isinstance(error, KeyboardInterrupt) or loop.requests.interrupted:  # it may have failed to reach another one
+            if not first:
+                return cli.DONE
+            raise KeyboardInterrupt from error
         if out_of_memory(error):
             cures = memory_cures(loop.config, loop.precision == "bf16-mixed", loop.checkpoints.path.exists())
-            reason, step = str(error).splitlines()[0], loop.progress.step + 1
+            reason, step = (str(error) or type(error).__name__).splitlines()[0], loop.progress.step + 1
             raise MedSoftError(f"out of memory in step {step} ({reason}); {cures}") from error
         if isinstance(error, MedSoftError) and "\nOriginal Traceback" in str(error):  # from a data-loader process
             raise MedSoftError(str(error).strip().rsplit("\n", 1)[-1].split(": ", 1)[-1]) from error

@@ -22,7 +22,7 @@ from ldm.training.stage import Stage
 from ldm.training.steps import TrainingStep
 
 LAST = "last.ckpt"
-BEST = re.compile(r"best_epoch(\d+)_loss(.+)\.ckpt")
+BEST = re.compile(r"best_epoch(\d+)_loss([-+.e\d]+)\.ckpt")
 
 
 @dataclass

@@ -56,6 +56,20 @@ def test_settings_that_decide_no_weight_may_change(world: Path, converted: Path,
         train("stage1", converted, tmp_path / "b", world, **SHORT | {"rates.msc": 0.002})
 
 
+def test_a_key_that_older_versions_did_not_know_makes_no_other_run(
+    world: Path, converted: Path, tmp_path: Path
+) -> None:
+    last = tmp_path / "s" / "last.ckpt"
+    assert train("stage1", converted, tmp_path / "s", world, **SHORT) == 0
+    (tmp_path / "s" / "best_epoch0000_loss0.5 (copy).ckpt").write_bytes(b"somebody's copy")
+    content = torch.load(last, weights_only=True)
+    del content["medsoft"]["config"]["training"]["clip_norm"]  # its default is what the run was made with
+    torch.save(content, last)
+    before = last.read_bytes()
+    assert train("stage1", converted, tmp_path / "s", world, **SHORT) == 0  # already complete
+    assert last.read_bytes() == before
+
+
 def test_cures_for_full_memory_are_accepted_when_the_run_goes_on(
     world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
