@@ -25,8 +25,7 @@ versions stored the same run; they stored no settings.
 A folder of which only parts are a run's (``shared=True``: training, classifier, evaluation) may hold other files, which
 stay whatever happens. Otherwise a folder that is not empty and has no record is refused.
 
-A run whose record lies elsewhere (training: in ``last.ckpt``) overrides ``read_record``,
-``write_record`` and ``forget_record``.
+A training takes the lock only: its record is in ``last.ckpt``, which replaces itself (``ldm.training.run``).
 """
 
 import json

@@ -73,7 +73,8 @@ def run(options: InferenceOptions) -> int:
     results = RunFolder(options.output_dir, "inference.json", samples="*__v*/meta.json")
     with results.lock(first=is_first_process()):
         plan = [_identity(task, content) for task in tasks]
-        known = {"ckpt": digest, "exact": options.exact, "images": fingerprint(plan)}
+        flags = {name: getattr(options, name) for name in ("exact", "seed", "prompt", "variants")}
+        known = {"ckpt": digest, **flags, "images": fingerprint(plan)}  # what differs is named in this order
         legacy = fingerprint([digest, settings, options.exact, plan])
         before = results.open({**known, **settings}, options.overwrite, legacy)
         there = sum(results.has(task.name, *FILES) for task in tasks)

@@ -283,9 +283,9 @@ def _prepare_folder(folder: Path, config: Config, inputs: TrainingInputs, previo
     remove_partials(folder)
     write_text(folder / "config.yaml", as_yaml(config))
     write_rejects(folder / REJECTS, inputs.rejects)
-    if previous is None:
-        for old in best_files(folder):
-            old.unlink()
+    if previous is None:  # what another run has left must not be taken for this one's
+        for old in (folder / LAST, *best_files(folder)):
+            old.unlink(missing_ok=True)
     else:
         log.info("resuming after step %d", previous.metadata["step"])
 

@@ -132,6 +132,20 @@ def test_best_weights_without_their_run_are_not_deleted(world: Path, converted: 
     assert best_files(folder) == [best]  # of the new run: the same one
 
 
+def test_overwrite_leaves_nothing_of_the_other_run_in_a_run_that_dies(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(self: Training) -> None:
+        raise OSError("the power is gone")
+
+    assert train("stage1", converted, tmp_path / "s", world, **SHORT) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "run", dies)
+        with pytest.raises(OSError, match="power"):
+            train("stage1", converted, tmp_path / "s", world, "--overwrite", **SHORT | {"seed": 1})
+    assert not list((tmp_path / "s").glob("*.ckpt"))
+
+
 def test_orphaned_pictures_are_removed(world: Path, trained: dict, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "pictures"
     folder.mkdir(parents=True)
