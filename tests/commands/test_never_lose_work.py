@@ -172,7 +172,7 @@ def test_killed_while_features_are_computed(world: Path, converted: Path, tmp_pa
     times = {file: file.stat().st_mtime_ns for file in kept}
     assert call(ver_train, *given) == 0
     assert {file: file.stat().st_mtime_ns for file in kept} == times
-    assert not [file for file in tmp_path.rglob(".*") if file.is_file()]  # neither locks nor half files
+    assert not list(tmp_path.rglob(".partial-*"))
 
 
 @pytest.mark.parametrize("after", [1, 3])
