@@ -212,7 +212,7 @@ def _remove(path: Path) -> None:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """``key: stored -> given`` for every setting that differs, nested ones with dots.
 
-    Settings that the older record does not know at all are left out: nobody can tell whether they differ.
+    Settings of the first level that the older record does not know are left out: nobody can tell whether they differ.
     """
     old = flatten({key: before[key] for key in now if key in before})
     new = flatten({key: now[key] for key in now if key in before})
