@@ -92,18 +92,11 @@ class CropWindow:
 
         Pixel exact both ways when no scaling is needed; the number of channels follows the canvas.
         """
-        if values.shape[:2] != (self.size, self.size):
-            raise MedSoftError(
-                f"crop window: expected {self.size} x {self.size} pixels from the model, found {dimensions(values)}"
-            )
         result = canvas.astype(np.float32)
         native = _resized(match_channels(values, canvas).astype(np.float32), self.height, self.width)
-        top, left = max(self.top, 0), max(self.left, 0)
-        bottom = min(self.top + self.height, canvas.shape[0])
-        right = min(self.left + self.width, canvas.shape[1])
-        result[top:bottom, left:right] = native[
-            top - self.top : bottom - self.top, left - self.left : right - self.left
-        ]
+        rows, columns = self.top + np.arange(self.height), self.left + np.arange(self.width)
+        below, right = (rows >= 0) & (rows < canvas.shape[0]), (columns >= 0) & (columns < canvas.shape[1])
+        result[np.ix_(rows[below], columns[right])] = native[np.ix_(below, right)]
         return result
 
     def _cut(self, image: np.ndarray) -> np.ndarray:
@@ -113,14 +106,13 @@ class CropWindow:
 
 
 def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Float image to height x width, each axis by its own rule: area average down, cubic up."""
+    """Float image to height x width, one axis after the other: area average down, cubic up."""
     low, high = image.min(), image.max()
-    if height != image.shape[0]:
-        rule = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_CUBIC
-        image = cv2.resize(image, (image.shape[1], height), interpolation=rule)
-    if width != image.shape[1]:
-        rule = cv2.INTER_AREA if width < image.shape[1] else cv2.INTER_CUBIC
-        image = cv2.resize(image, (width, image.shape[0]), interpolation=rule)
+    for rows, columns in ((height, image.shape[1]), (height, width)):
+        if (rows, columns) != image.shape[:2]:
+            smaller = rows < image.shape[0] or columns < image.shape[1]
+            rule = cv2.INTER_AREA if smaller else cv2.INTER_CUBIC
+            image = cv2.resize(image, (columns, rows), interpolation=rule)
     return np.clip(image, low, high)
 
 

@@ -1,10 +1,11 @@
-"""Read any image safely, its range of intensities, and the composite. NumPy, OpenCV and Pillow; no torch.
+"""Read any image safely, its range of intensities, the composite and its border. NumPy, OpenCV and Pillow; no torch.
 
 Pixels are HxW (grey) or HxWx3 (RGB), uint8 or uint16, as in the file. "Unit" images are float32 in [0, 1].
 """
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 PERCENTILES = (0.5, 99.5)
 _ORIENTATION_TAG = 0x0112
 _ALPHA_MODES = ("LA", "RGBA", "La", "RGBa", "PA")  # Pillow's
-TAIL = 1024  # bytes at a file's end that are looked at
 _IMAGE_MAGIC = {PNG_SIGNATURE: "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 _OTHER_MAGIC = {
     b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
@@ -56,9 +56,6 @@ def with_alpha(result: np.ndarray, path: str | Path, inside: np.ndarray) -> np.n
     Where ``inside`` (bool HxW) is False, the colour that lies under alpha 0 is the file's again. A file without alpha
     gives ``result`` itself.
     """
-    with Image.open(path) as opened:  # reads the header only
-        if opened.mode not in _ALPHA_MODES and "transparency" not in opened.info:
-            return result
     layers = _decode(Path(path), indices=False, alpha=True)
     channels = 1 if result.ndim == 2 else result.shape[2]
     if layers.ndim == 2 or layers.shape[2] == 3:
@@ -145,17 +142,9 @@ def _deep_grey(path: Path, values: np.ndarray) -> np.ndarray:
 
 
 def _oriented(pixels: np.ndarray, orientation: Any) -> np.ndarray:
-    transposed = np.swapaxes(pixels, 0, 1)
-    turned = {
-        2: pixels[:, ::-1],
-        3: pixels[::-1, ::-1],
-        4: pixels[::-1],
-        5: transposed,
-        6: transposed[:, ::-1],
-        7: transposed[::-1, ::-1],
-        8: transposed[::-1],
-    }
-    return turned.get(orientation, pixels)
+    """The pixels upright, for an EXIF ``orientation``: 2, 4, 5 and 7 are mirrored too, the others only rotated."""
+    mirrored = pixels[:, ::-1] if orientation in (2, 4, 5, 7) else pixels
+    return np.rot90(mirrored, {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0))
 
 
 def _read_bytes(path: Path) -> tuple[bytes, str]:
@@ -164,10 +153,7 @@ def _read_bytes(path: Path) -> tuple[bytes, str]:
     Raises FileError for a missing, unreadable or empty file, and for one that is no image, saying what it is.
     """
     try:
-        with open(path, "rb") as handle:
-            kind = detect_image_format(path, handle.read(512))
-            handle.seek(0)
-            data = handle.read()
+        data = path.read_bytes()
     except FileNotFoundError as error:
         reason = "points to a file that does not exist" if path.is_symlink() else "does not exist"
         raise FileError(path, reason) from error
@@ -175,7 +161,7 @@ def _read_bytes(path: Path) -> tuple[bytes, str]:
         raise FileError(path, "expected an image file, found a folder") from error
     except OSError as error:
         raise FileError(path, f"could not be read ({error.strerror or error})") from error
-    return data, kind
+    return data, _image_format(path, data[:512])
 
 
 def check_ends(path: str | Path) -> None:
@@ -184,9 +170,8 @@ def check_ends(path: str | Path) -> None:
     path = Path(path)
     try:
         with open(path, "rb") as handle:
-            kind = detect_image_format(path, handle.read(512))
-            handle.seek(0, 2)
-            handle.seek(max(0, handle.tell() - TAIL))
+            kind = _image_format(path, handle.read(512))
+            handle.seek(-min(1024, handle.seek(0, 2)), 2)
             ended = b"IEND" in handle.read()
     except OSError as error:
         raise FileError(path, f"could not be read ({error.strerror or error})") from error
@@ -194,14 +179,14 @@ def check_ends(path: str | Path) -> None:
         check_png(path, path.read_bytes())  # says what is wrong with it
 
 
-def detect_image_format(path: Path, head: bytes) -> str:
+def _image_format(path: Path, head: bytes) -> str:
     """The image format the first bytes of a file announce; FileError naming what the file is instead."""
     if not head:
         raise FileError(path, "the file is empty (0 bytes); copy it again")
-    for magic, kind in _IMAGE_MAGIC.items():
-        if head.startswith(magic):
-            return kind
-    raise FileError(path, f"not an image: {_describe(head)}; expected PNG, JPEG, BMP or TIFF")
+    kind = next((kind for magic, kind in _IMAGE_MAGIC.items() if head.startswith(magic)), None)
+    if kind is None:
+        raise FileError(path, f"not an image: {_describe(head)}; expected PNG, JPEG, BMP or TIFF")
+    return kind
 
 
 def _describe(head: bytes) -> str:
@@ -210,34 +195,24 @@ def _describe(head: bytes) -> str:
             return f"this is {what}"
     if head[128:132] == b"DICM":
         return "this is a DICOM file: export it as PNG first"
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<head")):
-        return "this is an HTML page (a failed download?)"
-    if start.startswith(b"<"):
-        return "this is XML or HTML text"
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        return "this is HTML or XML text (a failed download?)"
     text_bytes = set(range(32, 256)) | {7, 8, 9, 10, 12, 13, 27}
     if all(byte in text_bytes for byte in head):
         return "this is a text file"
     return f"unknown content beginning with {head[:8].hex(' ')}"
 
 
-def intensity_range_of(image: np.ndarray, given: Any = None) -> tuple[float, float]:
+def intensity_range_of(image: np.ndarray, given: Sequence[float] | None = None) -> tuple[float, float]:
     """The (low, high) pixel values that become 0 and 1.
 
-    8-bit: (0, 255). 16-bit: ``given`` (for instance meta.json's ``window``) or the 0.5-99.5 percentile; where those
-    coincide the extremes, and for a constant image one level above it. Raises MedSoftError for a ``given`` that is not
-    two rising numbers.
+    8-bit: (0, 255). 16-bit: ``given`` (meta.json's ``window``: two rising numbers) or the 0.5-99.5 percentile; where
+    those coincide the extremes, and for a constant image one level above it.
     """
     if image.dtype == np.uint8:
         return 0.0, 255.0
     if given is not None:
-        try:
-            low, high = (float(value) for value in given)
-        except (TypeError, ValueError) as error:
-            raise MedSoftError(f"window: expected two numbers [low, high], found {given!r}") from error
-        if not (np.isfinite([low, high]).all() and low < high):
-            raise MedSoftError(f"window: expected low < high, found {given!r}")
-        return low, high
+        return float(given[0]), float(given[1])
     low, high = (float(value) for value in np.percentile(image, PERCENTILES))
     if low >= high:
         low, high = float(image.min()), float(image.max())
@@ -274,10 +249,21 @@ def composite(
         weight = weight[:, None]
     blended = weight * values + (1 - weight) * original[inside].astype(np.float32)
     if not np.isfinite(blended).all():
-        raise MedSoftError("the picture holds values that are not numbers (NaN or infinity); nothing was written")
+        raise MedSoftError("the image holds values that are not numbers (NaN or infinity); nothing was written")
     result = original.copy()
     result[inside] = np.clip(np.rint(blended), 0, np.iinfo(original.dtype).max)
     return result
+
+
+def border_gradient(unit: np.ndarray, soft: np.ndarray) -> float:
+    """How visible the border of a mask is: the mean absolute difference of neighbours whose soft values differ.
+
+    ``unit``: HxW or HxWx3 in [0, 1]; ``soft``: HxW. There the composite passes from the original to the generated
+    image; a seam shows as a value that differs from the original's. NaN for a mask without a border.
+    """
+    grey = unit if unit.ndim == 2 else unit.mean(axis=2)
+    across = np.concatenate([np.abs(np.diff(grey, axis=axis))[np.diff(soft, axis=axis) != 0] for axis in (0, 1)])
+    return float(across.mean()) if across.size else float("nan")
 
 
 def dimensions(image: np.ndarray) -> str:

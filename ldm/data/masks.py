@@ -1,6 +1,6 @@
-"""Masks: hard and soft, read from files, feathered, or drawn in the shape of a lesion. NumPy and OpenCV; no torch.
+"""Masks: hard and soft, read from files, feathered, or made in the shape of a lesion. NumPy and OpenCV; no torch.
 
-A mask is float32 in [0, 1]; 1 is the lesion region, the part to be drawn. Everywhere, always.
+A mask is float32 in [0, 1]; 1 is the lesion region, the part to be inpainted. Everywhere, always.
 """
 
 import math
@@ -18,15 +18,15 @@ from ldm.data.images import is_grey, read_image, read_labels
 from ldm.data.samples import Sample
 
 TARGET_LABEL = 1  # in anatomy.png: the vertebral body the image is about
-SIDES = ("left", "right", "top", "bottom")  # of the picture
+SIDES = ("left", "right", "top", "bottom")  # of the image
 DIAMETERS = (0.35, 0.7)  # of lesion-shaped masks, relative to the smaller side of the vertebra
-MIN_REGION = 4  # pixels; nothing lesion-shaped fits into less
+MIN_REGION = 4  # pixels: the smallest side of a region that a lesion-shaped mask fits into
 _PROFILE_POINTS = 4097
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """values: float32 HxW in [0, 1]. soft: the file already held intermediate values, so no feather is added."""
+    """values: float32 HxW in [0, 1]. soft: the file already holds intermediate values, so no feather is added."""
 
     values: np.ndarray
     soft: bool = False
@@ -38,6 +38,7 @@ class Mask:
 
     @property
     def empty(self) -> bool:
+        """True if no pixel is marked."""
         return not self.values.any()
 
 
@@ -52,7 +53,7 @@ def read_mask(path: str | Path, shape: tuple[int, ...] | None = None, soft: bool
     """
     image = read_image(path)
     if shape is not None:
-        check_same_size(path, image, shape)
+        _check_same_size(path, image, shape)
     levels = _grey_levels(path, image)
     present = np.unique(levels)
     top, highest = int(present[-1]), np.iinfo(levels.dtype).max
@@ -67,7 +68,7 @@ def read_mask(path: str | Path, shape: tuple[int, ...] | None = None, soft: bool
     )
 
 
-def check_same_size(path: str | Path, found: np.ndarray, shape: tuple[int, ...]) -> None:
+def _check_same_size(path: str | Path, found: np.ndarray, shape: tuple[int, ...]) -> None:
     """FileError naming both sizes unless ``found`` has the height and width of the image."""
     if found.shape[:2] != tuple(shape[:2]):
         raise FileError(
@@ -97,7 +98,7 @@ def _grey_levels(path: str | Path, image: np.ndarray) -> np.ndarray:
 def read_anatomy(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
     """The label map HxW: 0 background, 1 target vertebra, 2 other vertebrae, 3 discs, 4 spinal canal."""
     labels = read_labels(path)
-    check_same_size(path, labels, shape)
+    _check_same_size(path, labels, shape)
     return labels
 
 
@@ -105,9 +106,6 @@ def extents(region: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
     """(first, last + 1) of the rows and of the columns that a non-empty boolean region (HxW) occupies."""
     rows, columns = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
     return (int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)
-
-
-# ---------------------------------------------------------------------------------------------------- soft masks
 
 
 @dataclass(frozen=True)
@@ -165,17 +163,12 @@ def _edge_profile() -> np.ndarray:
 
 
 def soft_mask_for(mask: Mask, feather: Feather, spacing: Any = None) -> np.ndarray:
-    """The soft mask (float32 HxW) to draw with: a mask that is soft already as it is, a hard one feathered."""
-    if mask.soft:
-        return mask.values
-    return soften(mask.hard, feather.pixels(mask.hard, spacing))
-
-
-# ---------------------------------------------------------------------------------------------------- drawn masks
+    """The soft mask (float32 HxW) to inpaint with: a mask that is soft already as it is, a hard one feathered."""
+    return mask.values if mask.soft else soften(mask.hard, feather.pixels(mask.hard, spacing))
 
 
 def region_for(sample: Sample, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Where a lesion may be drawn into a healthy sample (bool HxW), or None if nothing says where its vertebra is.
+    """Where a healthy sample may get a lesion (bool HxW), or None if nothing says where its vertebra is.
 
     The target vertebra of ``anatomy.png``, else the sample's own non-empty mask, else its box.
     """
@@ -239,20 +232,15 @@ def lesion_shaped(
 
 
 def _half_of(depth: np.ndarray, side: str) -> np.ndarray:
-    """``depth`` with zeros in the half opposite to ``side``; as it is where nothing would be left."""
-    axis = 1 if side in ("left", "right") else 0
-    middle, place = depth.shape[axis] / 2, np.arange(depth.shape[axis]) + 0.5
-    keep = place <= middle if side in ("left", "top") else place >= middle
-    half = depth * (keep[None, :] if axis else keep[:, None])
+    """``depth`` with zeros in the half opposite to ``side``; unchanged where nothing would be left."""
+    rows, columns = (np.arange(length) + 0.5 - length / 2 for length in depth.shape)  # relative to the middle
+    keep = {"left": columns <= 0, "right": columns >= 0, "top": rows[:, None] <= 0, "bottom": rows[:, None] >= 0}
+    half = depth * keep[side]
     return half if half.any() else depth
 
 
 def _star_shape(
-    shape: tuple[int, int],
-    centre: tuple[int, int],
-    radius: float,
-    rng: np.random.Generator,
-    irregularity: float | None = None,
+    shape: tuple[int, int], centre: tuple[int, int], radius: float, rng: np.random.Generator, irregularity: float | None
 ) -> np.ndarray:
     """A star-shaped region: an ellipse whose radius is modulated by a few random harmonics; its area is near pi r^2."""
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float64)
@@ -261,8 +249,8 @@ def _star_shape(
     along = (math.cos(turn) * x + math.sin(turn) * y) / stretch
     across = (math.cos(turn) * y - math.sin(turn) * x) * stretch
     angle, reach = np.arctan2(across, along), np.ones(shape)
-    roughness = rng.uniform(0.05, 0.4)  # drawn in any case: what follows does not depend on the argument
-    roughness = roughness if irregularity is None else 0.4 * irregularity
+    random_roughness = rng.uniform(0.05, 0.4)  # taken from the generator even if unused: later numbers stay the same
+    roughness = random_roughness if irregularity is None else 0.4 * irregularity
     for order in range(2, 7):
         reach += roughness / (order - 1) * rng.uniform(0.3, 1) * np.cos(order * angle + rng.uniform(0, 2 * math.pi))
     return np.hypot(along, across) <= radius * np.maximum(reach, 0.3)

@@ -116,14 +116,12 @@ def _raw_length(data: bytes) -> int:
 
 def _inflated_length(path: str | Path, data: bytes, enough: int) -> int:
     """Inflate the pixel data in small pieces, keeping none, until ``enough`` bytes came out or the stream ends."""
-    inflater, total = zlib.decompressobj(), 0
+    stream, total = zlib.decompressobj(), 0
     try:
         with PngImageFile(io.BytesIO(data)) as opened:
             opened.load_prepare()
-            while total < enough and not inflater.eof and (waiting := opened.load_read(1 << 16)):
-                while waiting and total < enough and not inflater.eof:
-                    total += len(inflater.decompress(waiting, 1 << 20))
-                    waiting = inflater.unconsumed_tail
+            while total < enough and (piece := stream.unconsumed_tail or opened.load_read(1 << 16)) and not stream.eof:
+                total += len(stream.decompress(piece, 1 << 20))
     except zlib.error as error:
         raise FileError(path, f"damaged PNG: its pixel data cannot be inflated ({error}); copy it again") from error
     return total

@@ -1,6 +1,5 @@
 """From samples to what the networks see."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ldm.data.masks import (
     TARGET_LABEL,
     Feather,
     Mask,
+    equivalent_diameter,
     extents,
     lesion_shaped,
     read_anatomy,
@@ -28,6 +28,8 @@ from ldm.data.masks import (
     soft_mask_for,
 )
 from ldm.data.samples import Sample
+
+MAX_SHIFT = 0.125  # of a training crop, as a share of its side, in either direction
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ class PreparedSample:
 
 
 def sample_identity(sample: Sample, content: Callable[[Path | None], str | None] = content_id) -> list:
-    """Everything about a sample that decides what is learned from it or drawn on it, for a run's fingerprint.
+    """Everything about a sample that decides what is learned from it or generated for it, for a run's fingerprint.
 
     ``content`` gives a file's SHA-256, perhaps one that it remembers.
     """
@@ -65,16 +67,13 @@ def digests_of(samples: Iterable[Sample]) -> dict[Path | None, str]:
         return {path: digest for path, digest in found if digest is not None}
 
 
-def drawable(sample: Sample) -> str | None:
-    """Why a lesion cannot be drawn on this sample, or None if it can (judged without opening a file)."""
+def inpainting_obstacle(sample: Sample) -> str | None:
+    """Why this sample cannot be inpainted, or None if it can (judged without opening a file)."""
     if not sample.healthy and sample.mask is None:
         return "a diseased sample without a mask"
     if sample.healthy and sample.anatomy is None and sample.mask is None and not any(sample.box):
         return "healthy, and neither anatomy.png nor a mask nor a box says where the vertebra is"
     return None
-
-
-MOST_SHIFT = 0.125  # of a training crop, as a share of its side, in either direction
 
 
 def prepare(
@@ -87,7 +86,7 @@ def prepare(
     (seed, sample_id, variant) alone; ``diameter`` is the size of a healthy one's mask, within a tenth (see
     ``lesion_diameter``). Raises MedSoftError naming the sample's file when something is wrong with it.
     """
-    reason = drawable(sample)
+    reason = inpainting_obstacle(sample)
     if reason:
         raise MedSoftError(f"{sample.sample_id}: {reason}")
     original = read_image(sample.image)
@@ -96,16 +95,16 @@ def prepare(
         if region is None:
             raise MedSoftError(f"{sample.sample_id}: no vertebra is marked in {sample.anatomy or sample.mask}")
         sizes = (0.9 * diameter, 1.1 * diameter) if diameter else DIAMETERS
-        drawn = lesion_shaped(region, named_seed("lesion-shaped", seed, sample.sample_id, variant), sizes)
-        return fit_sample(sample, original, Mask(drawn.astype(np.float32)), data)
-    assert sample.mask is not None  # or it could not be drawn on
+        lesion = lesion_shaped(region, named_seed("lesion-shaped", seed, sample.sample_id, variant), sizes)
+        return fit_sample(sample, original, Mask(lesion.astype(np.float32)), data)
+    assert sample.mask is not None  # inpainting_obstacle has seen it
     own = read_mask(sample.mask, original.shape)
     if own.empty:
         raise MedSoftError(f"{sample.mask}: diseased, but the mask is empty")
     offset = (0.0, 0.0)
     if training and variant > 0:
         rng = np.random.default_rng(named_seed("crop", seed, sample.sample_id, variant))
-        offset = tuple(rng.uniform(-MOST_SHIFT, MOST_SHIFT, 2))
+        offset = tuple(rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2))
     return fit_sample(sample, original, own, data, offset)
 
 
@@ -121,13 +120,13 @@ def lesion_diameter(sample: Sample) -> float | None:
     if not vertebra.any() or not lesion.any():
         return None
     smaller = min(last - first for first, last in extents(vertebra))
-    return 2 * math.sqrt(np.count_nonzero(lesion) / math.pi) / smaller
+    return equivalent_diameter(lesion) / smaller
 
 
 def fit_sample(
     sample: Sample, original: np.ndarray, mask: Mask, data: DataConfig, offset: tuple[float, float] = (0.0, 0.0)
 ) -> PreparedSample:
-    """Put an image and the mask to draw in together; a diseased sample's ``soft_mask.png`` is used as it is.
+    """Put an image and the mask to inpaint together; a diseased sample's ``soft_mask.png`` is used as it is.
 
     ``offset`` moves the crop (see ``Fit.crop_window``).
     """

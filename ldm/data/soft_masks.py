@@ -86,9 +86,9 @@ def make_soft_masks(data: Path, output_dir: Path, options: SoftMaskOptions, over
         if not written:
             raise MedSoftError(f"{data}: no mask could be made; first: {rejects[0]}")
         folder.finish(masks=written, rejected=len(rejects), source=options.source)
-    log.info("%s: %d soft masks, %d samples rejected", output_dir, written, len(rejects))
+    log.info("%s: %d soft masks", output_dir, written)
     if rejects:
-        log.warning("%d samples were rejected; all of them are in %s", len(rejects), output_dir / "rejects.json")
+        log.warning("%d samples rejected, listed in %s", len(rejects), output_dir / "rejects.json")
     return cli.SOME_REJECTED if rejects else cli.DONE
 
 

@@ -14,10 +14,9 @@ from ldm.core.distributed import start_processes
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import sha256_file, write_json
 from ldm.data.annotations import load_samples
-from ldm.data.images import to_unit
+from ldm.data.images import border_gradient, to_unit
 from ldm.data.preparation import prepare
 from ldm.data.samples import Sample
-from ldm.data.seam import border_gradient, hard_composite
 from ldm.evaluation.metrics import ratio_of
 from ldm.inference.inpainter import Inpainter, Job, load_inpainter
 
@@ -79,7 +78,8 @@ def border_gradients(
             if result.pixels is None or result.generated is None:
                 raise MedSoftError(f"{sample.sample_id}: values that are not numbers appeared {result.error}")
             real = to_unit(image.original, image.intensity_range)
-            pasted = hard_composite(real, result.generated, image.soft)
+            pasted = real.copy()
+            pasted[image.soft >= 0.5] = result.generated[image.soft >= 0.5]
             compared = (real, to_unit(result.pixels, image.intensity_range), pasted)
             for border, soft in (("band", image.soft), ("contour", image.soft >= 0.5)):
                 across = [border_gradient(each, soft) for each in compared]

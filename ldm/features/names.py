@@ -7,7 +7,7 @@ from pathlib import Path
 from ldm.config import DataConfig
 from ldm.core.files import fingerprint
 from ldm.core.schema import identity
-from ldm.data.preparation import drawable
+from ldm.data.preparation import inpainting_obstacle
 from ldm.data.samples import Reject, Sample
 
 FORMAT = 2  # raise when what is stored changes its meaning
@@ -31,7 +31,7 @@ def training_items(samples: Sequence[Sample], data: DataConfig) -> tuple[list[It
     """Every mask or crop of every sample that can be drawn on, and the samples that cannot, with the reason."""
     items, rejects = [], []
     for sample in samples:
-        reason = drawable(sample)
+        reason = inpainting_obstacle(sample)
         if reason:
             rejects.append(Reject(sample.sample_id, sample.image, reason))
         else:

@@ -12,9 +12,9 @@ import numpy as np
 
 from ldm.core.files import read_json, write_json
 from ldm.data.crop import Fit
+from ldm.data.images import border_gradient
 from ldm.data.png import write_png
 from ldm.data.samples import Sample
-from ldm.data.seam import border_gradient
 from ldm.reports.comparison import ResultImage, colour, read_all_results, read_result, signed_colours
 from ldm.reports.html import files_folder, write_page
 

@@ -14,7 +14,7 @@ from ldm.data.annotations import load_samples
 from ldm.data.folders import read_sample
 from ldm.data.images import read_image
 from ldm.data.masks import read_mask
-from ldm.data.preparation import PreparedSample, drawable, fit_sample, lesion_diameter, prepare
+from ldm.data.preparation import PreparedSample, fit_sample, inpainting_obstacle, lesion_diameter, prepare
 from ldm.data.samples import Reject, Sample
 from ldm.inference.options import InferenceOptions
 
@@ -87,7 +87,7 @@ def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
     tasks = []
     for sample in chosen[: options.limit]:
         marked = sample.healthy and sample.soft_mask is not None  # someone says where the lesion goes
-        reason = None if marked else drawable(sample)
+        reason = None if marked else inpainting_obstacle(sample)
         if reason:
             rejects.append(Reject(sample.sample_id, sample.image, reason))
             continue

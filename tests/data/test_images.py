@@ -178,8 +178,8 @@ REFUSED = {
     "no size": (png_of(0, 16, 8, 0, b""), "declares a size of 0 x 16"),
     "empty": (b"", r"empty \(0 bytes\)"),
     "text": (b"see the other folder\n", "this is a text file"),
-    "html": (b"<!DOCTYPE html><html>404</html>", "HTML page"),
-    "xml": (b"<svg></svg>", "XML or HTML text"),
+    "html": (b"<!DOCTYPE html><html>404</html>", "HTML or XML text"),
+    "xml": (b"<svg></svg>", "HTML or XML text"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "Git LFS pointer: run `git lfs pull`"),
     "gif": (b"GIF89a....", "a GIF image"),
     "dicom": (bytes(128) + b"DICM" + bytes(9), "a DICOM file"),
@@ -274,12 +274,6 @@ def test_a_12_bit_image_is_neither_white_nor_black() -> None:
     assert unit.dtype == np.float32
     assert (unit.min(), unit.max()) == (0, 1)
     assert 0.45 < unit.mean() < 0.55
-
-
-@pytest.mark.parametrize("given_window", [[3, 1], [1, 1], [1], "no", [0, float("nan")]])
-def test_impossible_window_is_refused(given_window: object) -> None:
-    with pytest.raises(MedSoftError, match="window: expected"):
-        intensity_range_of(pixels((3, 3), np.uint16), given_window)
 
 
 @FEW
@@ -453,5 +447,3 @@ def test_smooth_image_survives_the_way_there_and_back() -> None:
 def test_sizes_that_do_not_match_are_refused() -> None:
     with pytest.raises(MedSoftError, match="the image has 5 x 4 pixels, the mask 4 x 5"):
         Fit().crop_window((4, 5), np.zeros((5, 4)))
-    with pytest.raises(MedSoftError, match="expected 4 x 4 pixels from the model, found 5 x 5"):
-        Fit("pad", 4).crop_window((9, 9)).backward(np.zeros((5, 5)), np.zeros((9, 9)))
