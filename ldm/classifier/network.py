@@ -4,13 +4,16 @@ import difflib
 import json
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
+from timm.models import adapt_input_conv
 
+from ldm.checkpoints.checkpoint import read_checkpoint
+from ldm.checkpoints.fitting import check_finite
 from ldm.classifier.config import PRETRAINED_HUB
 from ldm.classifier.data import ImageSet
 from ldm.core.errors import MedSoftError, UsageError
@@ -23,13 +26,11 @@ CHANNELS = {"grey": 1, "rgb": 3}
 def build_network(
     model: str, n_classes: int, img_size: int = 224, channels: str = "grey", pretrained: str | None = None
 ) -> torch.nn.Module:
-    """A timm network for grey or rgb squares; weights drawn at random, read from a local file, or timm's from the hub.
+    """A timm network for grey or rgb squares with random weights, those of a local file, or timm's from the hub.
 
     Raises UsageError for an unknown model or one without weights on the hub, MedSoftError for weights that cannot be
     read or fetched.
     """
-    import timm
-
     check_model(model, pretrained)
     options = {"in_chans": CHANNELS[channels], "num_classes": n_classes}
     settings = timm.get_pretrained_cfg(model)
@@ -51,8 +52,6 @@ def build_network(
 
 def check_model(model: str, pretrained: str | None) -> None:
     """Raise UsageError for a model that timm does not know or has no weights of, MedSoftError for a missing file."""
-    import timm
-
     if not timm.is_model(model) or ("." in model and not timm.is_model_pretrained(model)):
         tagged = timm.list_pretrained(model.split(".")[0] + ".*") if "." in model else []
         near = difflib.get_close_matches(model, tagged or timm.list_models(), n=3) or tagged[:3]
@@ -66,8 +65,6 @@ def check_model(model: str, pretrained: str | None) -> None:
 
 
 def _fetch(model: str, options: dict[str, int]) -> torch.nn.Module:
-    import timm
-
     log.info("fetching timm's weights of %s, unless they are in the hub's cache", model)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its attempts, without a network
     try:
@@ -80,10 +77,8 @@ def _fetch(model: str, options: dict[str, int]) -> torch.nn.Module:
 
 
 def _load_pretrained(network: torch.nn.Module, path: Path, channels: int) -> None:
-    """Everything but the classification layer must fit; a colour stem is summed over its colours for grey pictures."""
-    from timm.models import adapt_input_conv
-
-    state = _read_weights(path)
+    """Everything but the classification layer must fit; a colour stem is summed over its colours for grey images."""
+    state = read_checkpoint(path).state
     # timm names the first convolutions and the classification layers: none, one or several
     names = [network.pretrained_cfg.get(key) or () for key in ("first_conv", "classifier")]
     stems, heads = ((each,) if isinstance(each, str) else tuple(each) for each in names)
@@ -99,26 +94,8 @@ def _load_pretrained(network: torch.nn.Module, path: Path, channels: int) -> Non
             f"{path}: these weights do not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), "
             f"{len(wrong)} unknown or of another shape ({', '.join(wrong[:3])}); give weights of the same timm model"
         )
+    check_finite(state, path)
     network.load_state_dict({**own, **{key: value for key, value in state.items() if key not in new}})
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        safe = path.suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise MedSoftError(f"{path}: not readable as weights ({str(error).splitlines()[0]})") from error
-    except Exception as error:  # torch raises pickle.UnpicklingError, whose text is a page
-        raise MedSoftError(f"{path}: refused: not a file of plain tensors ({type(error).__name__})") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise MedSoftError(f"{path}: expected a dictionary of tensors")
-    if not all(bool(torch.isfinite(value).all()) for value in state.values()):
-        raise MedSoftError(f"{path}: these weights hold values that are not finite")
-    return state
 
 
 def pick_device(gpu: str | list[int] | list[str]) -> torch.device:
@@ -149,7 +126,7 @@ def to_input(images: np.ndarray, device: torch.device) -> torch.Tensor:
 def normalise(images: torch.Tensor, network: torch.nn.Module) -> torch.Tensor:
     """(B, C, S, S) in [0, 1] to the scale that the model's ImageNet weights expect, channels last in memory.
 
-    Grey pictures take the average over the colours.
+    Grey images take the average over the colours.
     """
     mean, std = (images.new_tensor(network.pretrained_cfg[key]) for key in ("mean", "std"))
     if images.shape[1] == 1:
@@ -157,38 +134,28 @@ def normalise(images: torch.Tensor, network: torch.nn.Module) -> torch.Tensor:
     return ((images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).contiguous(memory_format=torch.channels_last)
 
 
-def compute_logits(network: torch.nn.Module, images: ImageSet, batch_size: int) -> torch.Tensor:
-    """Logits (N, K) on the CPU; raises MedSoftError naming the first sample where they are not finite."""
-    logits = _compute(network, network, images, batch_size)
+@torch.inference_mode()
+def compute_outputs(
+    network: torch.nn.Module, images: ImageSet, batch_size: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, K) and what the classification layer reads (N, D), float32 on the CPU.
+
+    The network is left in evaluation mode. Raises MedSoftError naming the first sample whose logits are not finite.
+    """
+    device, pieces = next(network.eval().parameters()).device, []
+    for start in range(0, len(images), batch_size):
+        inputs = normalise(to_input(images.images[start : start + batch_size], device), network)
+        features = network.forward_features(inputs)
+        outputs = network.forward_head(features), network.forward_head(features, pre_logits=True)
+        pieces.append([each.float().cpu() for each in outputs])
+    logits, pooled = map(torch.cat, zip(*pieces, strict=True))
     bad = (~torch.isfinite(logits).all(1)).nonzero().flatten().tolist()
     if bad:
         raise MedSoftError(
             f"the classifier gives values that are not finite for {len(bad)} {images.name} samples (first: "
             f"{images.samples[bad[0]].sample_id}); lower lr, or train again"
         )
-    return logits
-
-
-def compute_pooled(network: torch.nn.Module, images: ImageSet, batch_size: int) -> torch.Tensor:
-    """What the classification layer reads, (N, D) on the CPU."""
-
-    def features(pictures: torch.Tensor) -> torch.Tensor:
-        return network.forward_head(network.forward_features(pictures), pre_logits=True)
-
-    return _compute(network, features, images, batch_size)
-
-
-@torch.inference_mode()
-def _compute(
-    network: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor], images: ImageSet, batch_size: int
-) -> torch.Tensor:
-    """``function`` of every picture, batch by batch, float32 on the CPU; the network is left in evaluation mode."""
-    device = next(network.eval().parameters()).device
-    pieces = [
-        function(normalise(to_input(images.images[start : start + batch_size], device), network)).float().cpu()
-        for start in range(0, len(images), batch_size)
-    ]
-    return torch.cat(pieces)
+    return logits, pooled
 
 
 def augment(images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
@@ -196,11 +163,11 @@ def augment(images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
 
     ``images`` (B, C, S, S) in [0, 1]; ``draws`` (B, 6) uniform in [-1, 1]. Edges are repeated, not blackened.
     """
-    draw = torch.from_numpy(draws).float().to(images.device)
-    angle, scale = draw[:, 0] * math.radians(8), 1 + 0.06 * draw[:, 1]
-    cos, sin, shift = torch.cos(angle) * scale, torch.sin(angle) * scale, 0.12 * draw[:, 2:4]  # 2 = the full side
+    change = torch.from_numpy(draws).float().to(images.device)
+    angle, scale = change[:, 0] * math.radians(8), 1 + 0.06 * change[:, 1]
+    cos, sin, shift = torch.cos(angle) * scale, torch.sin(angle) * scale, 0.12 * change[:, 2:4]  # 2 = the full side
     rows = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(-1, 2, 3)
     grid = F.affine_grid(rows, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    gain, offset = 1 + 0.12 * draw[:, 4], 0.05 * draw[:, 5]
+    gain, offset = 1 + 0.12 * change[:, 4], 0.05 * change[:, 5]
     return (moved * gain.view(-1, 1, 1, 1) + offset.view(-1, 1, 1, 1)).clamp_(0, 1)

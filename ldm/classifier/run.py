@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from ldm.checkpoints.files import read_safetensors
 from ldm.classifier.config import ClassifierConfig
 from ldm.classifier.data import ImageSet, load_data, load_images, require_source
 from ldm.classifier.metrics import summarise
-from ldm.classifier.network import build_network, check_model, compute_logits, compute_pooled, pick_device
+from ldm.classifier.network import build_network, check_model, compute_outputs, pick_device
 from ldm.classifier.report import Scored, prediction_rows, write_test
 from ldm.classifier.training import fit, reproducible
 from ldm.core.errors import MedSoftError, UsageError
@@ -40,21 +40,12 @@ class Classifier:
     """A trained network in evaluation mode, and what was saved with it."""
 
     network: torch.nn.Module
-    info: dict[str, Any]  # config, classes, epoch, run (fingerprint) and the training summary
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names in the order of the outputs, healthy first."""
-        return self.info["classes"]
-
-    def probabilities(self, images: ImageSet, batch_size: int = 64) -> np.ndarray:
-        """Softmax of the logits, float64 (N, K); raises MedSoftError naming a sample whose logits are not finite."""
-        logits = compute_logits(self.network, images, batch_size)
-        return torch.softmax(logits.double(), 1).numpy()
+    info: dict[str, Any]  # config, classes (healthy first, as the outputs), epoch, run and the training summary
 
     def score(self, images: ImageSet) -> Scored:
-        """Probabilities and features of a set."""
-        return Scored(images, self.probabilities(images), compute_pooled(self.network, images, 64).numpy())
+        """Class probabilities and features of a set; MedSoftError naming a sample whose logits are not finite."""
+        logits, pooled = compute_outputs(self.network, images)
+        return Scored(images, torch.softmax(logits.double(), 1).numpy(), pooled.numpy())
 
 
 def run_classifier(config: ClassifierConfig) -> dict[str, Any]:
@@ -116,7 +107,7 @@ def _predicted(folder: Path) -> dict[str, Any]:
 
 
 def predict(
-    weights: str | Path, source: str | Path, batch_size: int = 64, gpu: str | list[int] | list[str] = ""
+    weights: str | Path, source: str | Path, gpu: str | list[int] | list[str] = ""
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
     """Predict a dataset folder or annotation JSON with saved weights; writes nothing.
 
@@ -127,24 +118,19 @@ def predict(
     saved = classifier.info["config"]
     sizes = (saved["img_size"], saved["task"], saved["channels"])
     images = load_images(f"predict {source}", str(source), *sizes, need_label=False)
-    rows = prediction_rows(images, classifier.probabilities(images, batch_size), classifier.classes)
-    return rows, images.rejects
+    return prediction_rows(images, classifier.score(images).probabilities, classifier.info["classes"]), images.rejects
 
 
 def load_classifier(weights: str | Path, gpu: str | list[int] | list[str] = "") -> Classifier:
     """Read a .safetensors file that this module wrote; anything else is refused with a MedSoftError."""
-    from safetensors import SafetensorError, safe_open
-
     path = Path(weights)
     if not path.is_file():
         raise MedSoftError(f"{path}: there is no saved classifier; run the same configuration with train: true first")
+    state, metadata = read_safetensors(path)
     try:
-        with safe_open(path, "pt") as handle:
-            info = json.loads((handle.metadata() or {})["classifier"])
-            state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise MedSoftError(f"{path}: not a classifier saved by classifier.py ({cause})") from error
+        info = json.loads(metadata["classifier"])
+    except (KeyError, ValueError) as error:
+        raise MedSoftError(f"{path}: not a classifier saved by classifier.py (it lacks the metadata of one)") from error
     # Keys that classifiers saved before do not have stand for what was done then, which is their default.
     saved = info["config"] = {**dataclasses.asdict(ClassifierConfig()), **info["config"]}
     network = build_network(saved["model"], len(info["classes"]), saved["img_size"], saved["channels"])
@@ -179,17 +165,17 @@ def _test(
         metrics["notes"] = ["No test set was given."]
     else:
         scored = classifier.score(test)
-        metrics.update(summarise(test, scored.probabilities, classifier.classes, config.seed))
+        metrics.update(summarise(test, scored.probabilities, classifier.info["classes"], config.seed))
         write_test(folder, metrics, scored, classifier.score(synthetic) if synthetic else None, suffix)
     rows = [{"set": name, **vars(reject)} for name, reject in rejects]
     write_csv(folder / "rejects.csv", rows, ["set", "sample_id", "file", "reason"])
     metrics["evaluation"] = question
     write_json(path, metrics)
-    _tell(folder, metrics)
+    _log_summary(folder, metrics)
     return {**metrics, "n_rejected": len(rejects), "already_complete": False}
 
 
-def _tell(folder: Path, metrics: dict[str, Any]) -> None:
+def _log_summary(folder: Path, metrics: dict[str, Any]) -> None:
     log.info("epoch %d, chosen by %s", metrics["epoch"], metrics["chosen_by"])
     if "test" in metrics:
         auc = metrics["test"]["auc"]
@@ -209,12 +195,12 @@ def _test_saved(config: ClassifierConfig) -> dict[str, Any]:
     saved = classifier.info["config"]
     for key in ("img_size", "model", "task", "channels"):
         if saved[key] != getattr(config, key):
-            asked = f"the configuration says {getattr(config, key)!r}"
-            raise UsageError(f"{weights}: trained with {key} {saved[key]!r}, {asked}")
+            given = f"the configuration says {getattr(config, key)!r}"
+            raise UsageError(f"{weights}: trained with {key} {saved[key]!r}, {given}")
     if not config.test_json:
-        return {"n_rejected": 0, "already_complete": False, "classes": classifier.classes}
+        return {"n_rejected": 0, "already_complete": False, "classes": classifier.info["classes"]}
     test = load_images("test", config.test_json, config.img_size, config.task, config.channels)
-    if unknown := sorted(set(test.labels) - set(classifier.classes)):
+    if unknown := sorted(set(test.labels) - set(classifier.info["classes"])):
         raise MedSoftError(f"{config.test_json}: lesion type {unknown[0]} is not a class of {weights}")
     return _test(config, classifier, weights, test, [("test", reject) for reject in test.rejects])
 

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
+from tqdm import tqdm
 
 from ldm.checkpoints.files import save_pickle
 from ldm.classifier.config import PRETRAIN, ClassifierConfig
 from ldm.classifier.data import HEALTHY, ClassifierData, ImageSet
 from ldm.classifier.metrics import label_indices, point_values
-from ldm.classifier.network import augment, build_network, compute_logits, normalise, pick_device, to_input
+from ldm.classifier.network import augment, build_network, compute_outputs, normalise, pick_device, to_input
 from ldm.core.devices import autocast
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_file, named_seed
@@ -33,7 +35,7 @@ STATE_EVERY_SECONDS = 30.0  # a state of a whole run is large: a run shorter tha
 
 @dataclass
 class Phase:
-    """Some epochs on the same pictures: ``pretrain`` or ``train``."""
+    """Some epochs on the same images: ``pretrain`` or ``train``."""
 
     name: str
     epochs: int
@@ -44,7 +46,7 @@ class Phase:
 
 
 def make_phases(config: ClassifierConfig, data: ClassifierData) -> list[Phase]:
-    """What is trained on, in order. Repeated and synthetic pictures are in one of the phases only."""
+    """What is trained on, in order. Repeated and synthetic images are in one of the phases only."""
 
     def phase(name: str, epochs: int, sets: Sequence[ImageSet | None]) -> Phase:
         used = [images for images in sets if images]
@@ -54,8 +56,8 @@ def make_phases(config: ClassifierConfig, data: ClassifierData) -> list[Phase]:
             seen[sample_name] += 1
             again = f" ({seen[sample_name]})" if seen[sample_name] > 1 else ""
             names.append(f"{sample_name}{again}")
-        pictures = np.concatenate([images.images for images in used])
-        return Phase(name, epochs, pictures, labels, names, class_weights(labels, len(data.classes)))
+        pixels = np.concatenate([images.images for images in used])
+        return Phase(name, epochs, pixels, labels, names, class_weights(labels, len(data.classes)))
 
     if config.use_synthetic != PRETRAIN:
         return [phase("train", config.EPOCHS, [data.train, data.synthetic, data.duplicates])]
@@ -87,46 +89,6 @@ def reproducible() -> Any:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
 
 
-class History:
-    """The epochs so far, one row each, and the chosen one: by validation, or ``test_epoch`` if that is given."""
-
-    def __init__(self, test_epoch: int | None = None) -> None:
-        self.test_epoch = test_epoch
-        self.rows: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None  # the chosen epoch so far: its row, validation and weights
-
-    def done(self, phase: str) -> int:
-        """How many epochs of this phase are over."""
-        return sum(row["phase"] == phase for row in self.rows)
-
-    def add(self, phase: str, epoch: int, train_loss: float, validation: Mapping[str, float | None]) -> dict[str, Any]:
-        """The row of one more epoch; with lesion types, the validation AUC is the mean over them."""
-        auc = validation["macro_auc" if "macro_auc" in validation else "auc"]
-        row = {"phase": phase, "epoch": epoch, "train_loss": train_loss, "val_loss": validation["loss"], "val_auc": auc}
-        self.rows.append(row)
-        return row
-
-    def is_chosen(self, row: Mapping[str, Any]) -> bool:
-        """Whether this epoch of the last phase is better than all before it, or the one that was asked for."""
-        if self.test_epoch is not None:
-            return row["epoch"] == self.test_epoch
-        if row["val_auc"] is None and row["epoch"] == 1:
-            log.warning("validation holds one class: its AUC is undefined, the epoch is chosen by the validation loss")
-        return self.best is None or _quality(row) > _quality(self.best["row"])
-
-    @property
-    def chosen_by(self) -> str:
-        """What decided the choice, as classifier.safetensors says it."""
-        if self.test_epoch is not None:
-            return "test_epoch"
-        return "validation AUC" if self.rows[0]["val_auc"] is not None else "validation loss"
-
-
-def _quality(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Larger is better: the validation AUC, then the lower loss; an undefined AUC leaves the loss to decide."""
-    return (round(row["val_auc"] or 0.0, 6), -row["val_loss"])
-
-
 def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
     """Train what is missing, then write history.csv and classifier.safetensors (last: the sign of completion).
 
@@ -137,45 +99,67 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
     torch.manual_seed(named_seed(config.seed, "weights"))
     network = build_network(config.model, len(data.classes), config.img_size, config.channels, config.pretrained)
     network = network.to(device).to(memory_format=torch.channels_last)
-    history = History(config.test_epoch)
-    moments = resume(folder / "last.pt", network, history, run)
+    rows, best, moments = resume(folder / "last.pt", network, run)
     saved = time.monotonic()
     for phase in phases:
         optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        if moments and history.rows[-1]["phase"] == phase.name:
+        if moments and rows[-1]["phase"] == phase.name:
             optimizer.load_state_dict(moments)
-        for epoch in range(history.done(phase.name) + 1, phase.epochs + 1):
+        for epoch in range(sum(row["phase"] == phase.name for row in rows) + 1, phase.epochs + 1):
             train_loss = train_epoch(network, optimizer, phase, epoch, config)
             validation = validate(network, data, phases[-1].shares)
-            row = history.add(phase.name, epoch, train_loss, validation)
-            auc = "undefined" if row["val_auc"] is None else f"{row['val_auc']:.3f}"
-            shown = (phase.name, epoch, phase.epochs, train_loss, row["val_loss"], auc)
-            log.info("%s epoch %d/%d: train %.4f, val %.4f, val AUC %s", *shown)
-            chosen = phase is phases[-1] and history.is_chosen(row)
+            auc = validation.get("macro_auc", validation["auc"])  # with lesion types, the mean over them
+            row = {"phase": phase.name, "epoch": epoch, "train_loss": train_loss}
+            row |= {"val_loss": validation["loss"], "val_auc": auc}
+            rows.append(row)
+            shown = "undefined" if auc is None else f"{auc:.3f}"
+            progress = phase.name, epoch, phase.epochs, train_loss, row["val_loss"], shown
+            log.info("%s epoch %d/%d: train %.4f, val %.4f, val AUC %s", *progress)
+            chosen = phase is phases[-1] and is_chosen(row, best and best["row"], config.test_epoch)
             kept = phase is phases[-1] and config.save_epoch and epoch % config.save_epoch == 0
             if chosen or kept:
                 found = {"row": row, "validation": validation, "weights": _copy(network)}
-                history.best = found if chosen else history.best
+                best = found if chosen else best
                 if kept:
                     save_classifier(folder / f"epoch_{epoch}.safetensors", config, data, run, found, "test_epoch")
             last = phase is phases[-1] and epoch == phase.epochs
             if not last and time.monotonic() - saved >= STATE_EVERY_SECONDS:
-                save_state(folder / "last.pt", network, optimizer, history, run)
+                state = {"run": run, "history": rows, "best": best}
+                state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+                with atomic_file(folder / "last.pt") as handle:
+                    save_pickle(state, handle)
                 saved = time.monotonic()
-    assert history.best is not None  # the last phase has an epoch, and its first one is chosen or test_epoch is in it
-    write_csv(folder / "history.csv", history.rows)
-    save_classifier(folder / "classifier.safetensors", config, data, run, history.best, history.chosen_by)
+    assert best is not None  # the last phase has an epoch, and its first one is chosen or test_epoch is in it
+    chosen_by = "validation loss" if rows[0]["val_auc"] is None else "validation AUC"
+    chosen_by = chosen_by if config.test_epoch is None else "test_epoch"
+    write_csv(folder / "history.csv", rows)
+    save_classifier(folder / "classifier.safetensors", config, data, run, best, chosen_by)
     (folder / "last.pt").unlink(missing_ok=True)
+
+
+def is_chosen(row: Mapping[str, Any], best: Mapping[str, Any] | None, test_epoch: int | None) -> bool:
+    """Whether the epoch of ``row`` is ``test_epoch`` or, where that is None, better than the ``best`` before it.
+
+    Better: the higher validation AUC, then the lower validation loss, which decides alone where the AUC is undefined.
+    """
+    if test_epoch is not None:
+        return row["epoch"] == test_epoch
+    if row["val_auc"] is None and row["epoch"] == 1:
+        log.warning("validation holds one class: its AUC is undefined, the epoch is chosen by the validation loss")
+    ranks = [(round(each["val_auc"] or 0.0, 6), -each["val_loss"]) for each in (row, best) if each]
+    return best is None or ranks[0] > ranks[1]
 
 
 def train_epoch(
     network: torch.nn.Module, optimizer: torch.optim.Optimizer, phase: Phase, epoch: int, config: ClassifierConfig
 ) -> float:
-    """One pass over the images of a phase; returns the mean loss. Raises MedSoftError where it is not finite."""
-    from tqdm import tqdm
+    """One pass over the images of a phase; returns the mean loss. Raises MedSoftError where it is not finite.
 
-    moment = _moment(phase, epoch)
+    With ``balance: loss`` the loss of a sample counts as much as its class's share.
+    """
+    moment, device = _moment(phase, epoch), next(network.parameters()).device
     rows, names = epoch_order(phase, epoch, config)
+    weight = phase.shares.to(device) if config.balance == "loss" else None
     torch.manual_seed(named_seed(config.seed, "dropout", moment))
     network.train()
     n_batches = min(math.ceil(len(rows) / config.Batch_Size), len(rows) // 2)
@@ -187,11 +171,18 @@ def train_epoch(
             group["lr"] = rate
         keys = [named_seed(config.seed, "augment", moment, names[place]) for place in places]
         draws = np.array([np.random.default_rng(key).uniform(-1, 1, 6) for key in keys])
-        loss = train_step(network, optimizer, phase, rows[places], draws, weighted=config.balance == "loss")
-        if not math.isfinite(loss):
+        inputs = normalise(augment(to_input(phase.images[rows[places]], device), draws), network)
+        with autocast(device):
+            logits = network(inputs)
+        loss = F.cross_entropy(logits.float(), phase.labels[rows[places]].to(device), weight=weight)
+        value = loss.item()
+        if not math.isfinite(value):
             shown = ", ".join(names[place] for place in places[:4])
             raise MedSoftError(f"epoch {epoch}, step {number}: the loss is not finite (samples {shown}...); lower lr")
-        total += loss * len(places)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += value * len(places)
     return total / len(rows)
 
 
@@ -218,36 +209,10 @@ def rate_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train_step(
-    network: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    phase: Phase,
-    rows: np.ndarray,
-    draws: np.ndarray,
-    weighted: bool,
-) -> float:
-    """One step of the optimizer on these rows; returns the loss, and takes no step if that is not finite.
-
-    ``draws`` (B, 6) decide the augmentation; ``weighted``: the loss of a sample counts as much as its class's share.
-    """
-    device = next(network.parameters()).device
-    inputs = normalise(augment(to_input(phase.images[rows], device), draws), network)
-    targets = phase.labels[torch.from_numpy(rows)].to(device)
-    with autocast(device):
-        logits = network(inputs)
-    loss = F.cross_entropy(logits.float(), targets, weight=phase.shares.to(device) if weighted else None)
-    value = loss.item()
-    if math.isfinite(value):
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    return value
-
-
 def validate(network: torch.nn.Module, data: ClassifierData, shares: torch.Tensor) -> dict[str, float | None]:
     """The loss, weighted as in training, and every number of ``metrics.point_values``; None where undefined."""
     labels = label_indices(data.val, data.classes)
-    logits = compute_logits(network, data.val, 128)
+    logits, _ = compute_outputs(network, data.val, 128)
     loss = float(F.cross_entropy(logits, torch.from_numpy(labels), weight=shares))
     if math.isnan(loss):
         raise MedSoftError("the validation loss is not a number; lower lr")
@@ -258,8 +223,6 @@ def save_classifier(
     path: Path, config: ClassifierConfig, data: ClassifierData, run: str, chosen: Mapping[str, Any], chosen_by: str
 ) -> None:
     """Write the weights of one epoch and what is known of them; ``chosen``: its row, validation and weights."""
-    from safetensors.torch import save
-
     info = {
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("overwrite", "predict")},
         "classes": data.classes,
@@ -279,34 +242,27 @@ def save_classifier(
         handle.write(save(chosen["weights"], metadata={"classifier": json.dumps(info)}))
 
 
-def save_state(
-    path: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer, history: History, run: str
-) -> None:
-    """Write everything from which ``resume`` goes on after the epochs in ``history``."""
-    state = {"run": run, "history": history.rows, "best": history.best}
-    state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-    with atomic_file(path) as handle:
-        save_pickle(state, handle)
+def resume(
+    path: Path, network: torch.nn.Module, run: str
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None, dict[str, Any] | None]:
+    """Take up the saved state, if there is one: its weights into ``network``.
 
-
-def resume(path: Path, network: torch.nn.Module, history: History, run: str) -> dict[str, Any] | None:
-    """Take up the saved state, if there is one, into ``network`` and ``history``; returns the optimizer's.
-
-    Raises MedSoftError for a state that cannot be read, UsageError for one of another run.
+    Returns the rows of history.csv so far, the chosen epoch among them and the optimizer's state. Raises MedSoftError
+    for a state that cannot be read, UsageError for one of another run.
     """
     if not path.exists():
-        return None
+        return [], None, None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state["network"])
-        history.rows, history.best, saved_run = state["history"], state["best"], state["run"]
+        rows, best, saved_run = state["history"], state["best"], state["run"]
     except Exception as error:
         cure = "delete it to train from the start"
         raise MedSoftError(f"{path}: this state cannot be read ({type(error).__name__}); {cure}") from error
     if saved_run != run:
         raise UsageError(f"{path}: this state belongs to another run; set overwrite: true to train again")
-    log.info("going on after epoch %d of the phase %s", history.rows[-1]["epoch"], history.rows[-1]["phase"])
-    return state["optimizer"]
+    log.info("going on after epoch %d of the phase %s", rows[-1]["epoch"], rows[-1]["phase"])
+    return rows, best, state["optimizer"]
 
 
 def _copy(network: torch.nn.Module) -> dict[str, torch.Tensor]:
