@@ -1,23 +1,26 @@
-"""Is a faster way of sampling as good? Draw the same pictures with 50 steps of DDIM and with the fast setting.
+"""Is a faster way of sampling as good? Inpaint the same images with 50 steps of DDIM and with the fast setting.
 
-    python tool/compare_samplers.py --ckpt stage2_2/last.ckpt --config models/mldm_v15.yaml --data dataset \
+    python tool/compare_samplers.py --ckpt stage2_2/last.ckpt --config models/mldm_v15.yaml --data dataset \\
         --judge classifier_judge/classifier.safetensors --output_dir samplers
 
-Draws on the healthy samples of --data, with prompts of its diseased ones that are not subtle, once for each of several
+The two settings are fixed, those that docs/inference.md measures: DDIM with 50 steps and guidance at all of them, and
+DPM-Solver++(2M) with 20 steps and guidance from 15 % on. Other samplers: dataset_infer.py and tool/evaluate.py.
+
+Inpaints the healthy samples of --data, with prompts of its diseased ones that are not subtle, once for each of several
 seeds and each setting: masks, prompts and noise of a seed are the same for both. Measured for each seed: the Frechet
-distance of the drawn crops to the crops of those diseased samples, in BiomedCLIP's features; how often the judge (a
-saved classifier that knows lesion types) calls a picture diseased; and how often the lesion type it finds is the
+distance of the inpainted crops to the crops of those diseased samples, in BiomedCLIP's features; how often the judge (a
+saved classifier that knows lesion types) calls an image diseased; and how often the lesion type it finds is the
 prompt's. The fast setting is no worse where its mean over the seeds is worse by no more than the spread (largest less
 smallest) that the seeds alone make in the 50-step runs. How much faster it is: `tool/bench.py inference`. Everything is
-kept in --output_dir; the same command goes on where it was. Exit code 3: pictures could not be drawn; the others are
+kept in --output_dir; the same command goes on where it was. Exit code 3: images could not be inpainted; the others are
 compared.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from ldm.core import cli
+from ldm.inference.options import InferenceOptions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, required=True, help="model YAML")
     parser.add_argument("--data", type=Path, required=True, help="dataset folder or JSON, healthy and diseased samples")
     parser.add_argument("--judge", type=Path, required=True, help="classifier.safetensors of classifier.py, task type")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for pictures and comparison.json")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for images and comparison.json")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="at most so many healthy samples")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
@@ -35,11 +38,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draw, measure and write; 3 when a picture could not be drawn."""
-    from ldm.bench.samplers import SamplerComparison, compare_samplers
+    """Inpaint, measure and write; 3 when an image could not be inpainted."""
+    options = InferenceOptions(
+        output_dir=args.output_dir,
+        ckpt=args.ckpt,
+        config=args.config,
+        data=args.data,
+        choose="healthy",
+        limit=args.limit,
+        device=args.device,
+        overrides=tuple(args.overrides),
+    )
+    from ldm.bench.samplers import compare_samplers
 
-    flags = {item.name: getattr(args, item.name) for item in dataclasses.fields(SamplerComparison)}
-    return cli.DONE if compare_samplers(SamplerComparison(**flags)) else cli.SOME_REJECTED
+    return cli.DONE if compare_samplers(options, args.judge, args.seeds) else cli.SOME_REJECTED
 
 
 if __name__ == "__main__":

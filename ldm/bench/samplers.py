@@ -3,7 +3,7 @@
 import logging
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,89 +31,53 @@ log = logging.getLogger("compare_samplers")
 MEASURES = {"frechet_distance": -1, "lesion_detection_rate": 1, "prompt_agreement": 1}  # with the sign of better
 
 
-@dataclass(frozen=True)
-class SamplerComparison:
-    """The flags of tool/compare_samplers.py."""
+def compare_samplers(options: InferenceOptions, judge: Path, seeds: int) -> bool:
+    """Inpaint with both settings, measure and write comparison.json; whether every image could be inpainted.
 
-    ckpt: Path
-    config: Path
-    data: Path
-    judge: Path
-    output_dir: Path
-    seeds: int
-    limit: int | None
-    device: str
-    overrides: list[str]
-
-    def check(self) -> None:
-        """UsageError for too few seeds, and for files that are not there."""
-        if self.seeds < 2:
-            raise UsageError("--seeds: expected at least 2; their spread is what the difference is compared with")
-        for file in (self.ckpt, self.judge):
-            if not file.is_file():
-                raise UsageError(f"{file}: does not exist")
-
-    def inference(self, prompts: Path, folder: Path, seed: int, setting: dict[str, Any]) -> InferenceOptions:
-        """The inference of one seed with one setting, into ``folder``."""
-        return InferenceOptions(
-            output_dir=folder,
-            ckpt=self.ckpt,
-            config=self.config,
-            data=self.data,
-            choose="healthy",
-            limit=self.limit,
-            train_json=prompts,
-            seed=seed,
-            sampler=setting["sampler"],
-            steps=setting["steps"],
-            guidance_interval=tuple(setting["guidance_interval"]),
-            device=self.device,
-            overrides=tuple(self.overrides),
-        )
-
-
-def compare_samplers(given: SamplerComparison) -> bool:
-    """Inpaint, measure and write comparison.json; whether every image could be inpainted.
-
-    What ``given.output_dir`` holds of the same comparison is kept. Raises UsageError or MedSoftError for what cannot be
-    compared.
+    ``options``: what all runs have in common; their folders lie in its ``output_dir``, which keeps what it holds of the
+    same comparison. ``judge``: classifier.safetensors. Raises UsageError or MedSoftError for what cannot be compared.
     """
-    given.check()
-    config = load_config(given.config, given.overrides)
-    real = [sample for sample in load_samples(given.data)[0] if not sample.healthy and sample.severity != "subtle"]
+    if seeds < 2:
+        raise UsageError("--seeds: expected at least 2; their spread is what the difference is compared with")
+    for file in (options.ckpt, judge):
+        if not file.is_file():
+            raise UsageError(f"{file}: does not exist")
+    config = load_config(options.config, options.overrides)
+    real = [sample for sample in load_samples(options.data)[0] if not sample.healthy and sample.severity != "subtle"]
     if len(real) < 2:
-        raise MedSoftError(f"{given.data}: {len(real)} diseased samples that are not subtle; expected at least 2")
-    prompts = given.output_dir / "prompts.json"
+        raise MedSoftError(f"{options.data}: {len(real)} diseased samples that are not subtle; expected at least 2")
+    prompts = options.output_dir / "prompts.json"
     write_annotations(prompts, real)
     encoder = open_encoder(config.biomedclip)
     of_real = features(real, encoder, config.data, config.sampling.batch_size)
     runs: dict[str, list[dict[str, float]]] = {"reference": [], "fast": []}
     codes, images = set(), 0
-    for seed in range(given.seeds):
-        folders = [given.output_dir / f"{name}_seed{seed}" for name in runs]
+    for seed in range(seeds):
+        folders = [options.output_dir / f"{name}_seed{seed}" for name in runs]
         for folder, setting in zip(folders, (REFERENCE, FAST), strict=True):
-            codes.add(run(given.inference(prompts, folder, seed, setting)))
+            given = {**setting, "guidance_interval": tuple(setting["guidance_interval"])}
+            codes.add(run(replace(options, output_dir=folder, train_json=prompts, seed=seed, **given)))
         for name, folder, samples in zip(runs, folders, common_samples(folders), strict=True):
             found = features(samples, encoder, config.data, config.sampling.batch_size)
             distance = frechet_distance(of_real, found)
-            runs[name].append({"frechet_distance": distance, **judged(given.judge, folder, samples)})
+            runs[name].append({"frechet_distance": distance, **judged(judge, folder, samples)})
             images += len(samples)
             log.info("%s, seed %d: %s", name, seed, {key: round(value, 4) for key, value in runs[name][-1].items()})
     compared = verdicts(**runs)
     counts = {"pictures": images, "real": len(real)}
     measured = {
-        "settings": {"reference": REFERENCE, "fast": FAST, "overrides": given.overrides, **counts},
-        "real": judged(given.judge, prompts, real),
+        "settings": {"reference": REFERENCE, "fast": FAST, "overrides": list(options.overrides), **counts},
+        "real": judged(judge, prompts, real),
         "seeds": runs,
         "measures": compared,
     }
-    write_json(given.output_dir / "comparison.json", measured)
+    write_json(options.output_dir / "comparison.json", measured)
     for name, row in compared.items():
         verdict = "no worse" if row["no_worse"] else "WORSE"
         shown = f"{row['reference']:.4f}, fast {row['fast']:.4f}, spread of the seeds {row['spread']:.4f}: {verdict}"
         log.info("%-22s 50 steps of DDIM %s", name, shown)
     if cli.SOME_REJECTED in codes:
-        log.warning("not every picture could be drawn; rejects.json in the folders says why")
+        log.warning("not every image could be inpainted; rejects.json in the folders says why")
     return cli.SOME_REJECTED not in codes
 
 
@@ -122,7 +86,7 @@ def common_samples(folders: Sequence[Path]) -> list[list[Sample]]:
     found = [load_samples(folder)[0] for folder in folders]
     names = set.intersection(*({sample.sample_id for sample in samples} for samples in found))
     if len(names) < 2:
-        what = f"{len(names)} pictures in common; expected at least 2; draw more"
+        what = f"{len(names)} images in common; expected at least 2; inpaint more"
         raise MedSoftError(f"{folders[0]}, {folders[1]}: {what}")
     return [[sample for sample in samples if sample.sample_id in names] for samples in found]
 

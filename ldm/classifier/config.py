@@ -48,7 +48,7 @@ class ClassifierConfig:
     seed: int = setting(0, WEIGHTS)
     lr: Positive = setting(1e-3, WEIGHTS)
     weight_decay: Amount = setting(0.05, WEIGHTS)
-    # healthy and diseased count the same: loss = by their weights in it, sampler = by being drawn as often
+    # healthy and diseased count the same: loss = by their weights in it, sampler = by being taken as often
     balance: Literal["loss", "sampler"] = setting("loss", WEIGHTS)
     model: str = setting("resnet18", WEIGHTS)  # any timm model
     channels: Literal["grey", "rgb"] = setting("grey", WEIGHTS)  # what the network sees: grey or rgb

@@ -1,4 +1,4 @@
-"""What the classifier sees: small pictures in memory, synthetic or repeated ones among them, and the leak guards.
+"""What the classifier sees: small images in memory, synthetic or repeated ones among them, and the leak guards.
 No torch."""
 
 import logging
@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
+from tqdm import tqdm
 
 from ldm.classifier.config import DUPLICATE_REAL, PRETRAIN, ClassifierConfig
 from ldm.core.errors import MedSoftError
 from ldm.core.files import fingerprint, named_seed
-from ldm.data import checks as dataset_checks
 from ldm.data.annotations import load_samples
-from ldm.data.checks import Row
+from ldm.data.checks import Row, check_disjoint
 from ldm.data.images import intensity_range_of, pixel_digest, read_image, to_unit
 from ldm.data.samples import Reject, Sample
 from ldm.data.splits import output_paths, prepare_dataset
@@ -63,13 +64,11 @@ class ImageSet:
 def load_images(
     name: str, source: str, size: int, task: str, channels: str = "grey", need_label: bool = True
 ) -> ImageSet:
-    """Read every sample of a dataset folder or annotation JSON as a ``size`` x ``size`` picture, grey or rgb.
+    """Read every sample of a dataset folder or annotation JSON as a ``size`` x ``size`` image, grey or rgb.
 
     Samples that cannot be read, or that have no lesion type where ``task`` is "type" and ``need_label``, are listed
     in ``rejects`` and left out. Raises MedSoftError when the dataset is missing or nothing is left of it.
     """
-    from tqdm import tqdm
-
     require_source(name, source)
     samples, rejects = load_samples(Path(source))
     rows = []
@@ -80,18 +79,18 @@ def load_images(
             rejects.append(Reject(sample.sample_id, sample.image.with_name("meta.json"), reason))
             continue
         try:
-            picture, digest = square(sample, size, channels)
+            pixels, digest = square(sample, size, channels)
         except MedSoftError as error:
             rejects.append(Reject(sample.sample_id, sample.image, error.cause(sample.image)))
             continue
-        rows.append((sample, picture, label, digest))
+        rows.append((sample, pixels, label, digest))
     for reject in rejects:
         log.warning("%s: %s skipped: %s", name, reject.sample_id, reject.reason)
     if not rows:
         first = f"; the first: {rejects[0].sample_id}: {rejects[0].reason}" if rejects else ""
         raise MedSoftError(f"{source}: the {name} set has no usable sample ({len(rejects)} rejected{first})")
-    kept, pictures, labels, hashes = map(list, zip(*rows, strict=True))
-    return ImageSet(name, kept, np.stack(pictures), labels, hashes, rejects)
+    kept, squares, labels, hashes = map(list, zip(*rows, strict=True))
+    return ImageSet(name, kept, np.stack(squares), labels, hashes, rejects)
 
 
 def prepare_annotations(config: ClassifierConfig) -> list[Reject]:
@@ -139,9 +138,7 @@ def label_of(sample: Sample, task: str) -> str:
 
 
 def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
-    """The picture the classifier sees, uint8 (size, size) or (size, size, 3), and the SHA-256 of the file's pixels."""
-    import cv2
-
+    """What the classifier sees, uint8 (size, size) or (size, size, 3), and the SHA-256 of the file's pixels."""
     pixels = read_image(sample.image)
     unit = to_unit(pixels, intensity_range_of(pixels, sample.meta.get("window")))
     if channels == "grey" and unit.ndim == 3:
@@ -154,28 +151,29 @@ def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
 
 
 def check_image_sets_disjoint(sets: Sequence[ImageSet]) -> None:
-    """Raise MedSoftError, by name, when two sets share a patient or an identical picture, or a picture was drawn on
+    """Raise MedSoftError, by name, when two sets share a patient or an identical image, or an image was inpainted into
     a sample of another set."""
     rows = [
         Row(images.name, sample.sample_id, sample.patient_id, digest)
         for images in sets
         for sample, digest in zip(images.samples, images.hashes, strict=True)
     ]
-    dataset_checks.check_disjoint(rows)
-    owners = {sample.sample_id: images.name for images in sets for sample in images.samples}
+    check_disjoint(rows)
+    owners = {row.sample_id: row.group for row in rows}
+    known = {(row.group, row.sample_id) for row in rows}
     for images in sets:
-        own = {sample.sample_id for sample in images.samples}
         for sample in images.samples:
-            if sample.parent_id in owners and sample.parent_id not in own:
+            parent = sample.parent_id
+            if parent in owners and (images.name, parent) not in known:
                 raise MedSoftError(
-                    f"sample {sample.sample_id} of the {images.name} set was drawn on {sample.parent_id} of the "
-                    f"{owners[sample.parent_id]} set; a picture belongs to its parent's side: move it there"
+                    f"sample {sample.sample_id} of the {images.name} set was inpainted into {parent} of the "
+                    f"{owners[parent]} set; an image belongs to its parent's side: move it there"
                 )
 
 
 def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[ImageSet]) -> None:
-    """Raise MedSoftError when a synthetic picture descends from, or equals, a validation or test sample, and when none
-    was drawn on a training sample: nobody could tell whose child such a set is.
+    """Raise MedSoftError for a synthetic set of which an image descends from, or equals, a validation or test sample,
+    and for one without any child of a training sample: nobody could tell whose children its images are.
 
     A parent name that occurs on both sides (two roots with equal folder names) is decided by the patient.
     """
@@ -190,23 +188,24 @@ def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[Imag
         side = held_patients.get(patient) or held_patients.get(parent) or held_ids.get(parent)
         if side and (patient in held_patients or not ours):
             raise MedSoftError(
-                f"synthetic sample {sample.sample_id} was drawn on {parent or 'an unknown parent'}, patient {patient} "
-                f"in the {side} set; only children of training patients may be added: draw on training samples"
+                f"synthetic sample {sample.sample_id} was inpainted into {parent or 'an unknown parent'}, patient "
+                f"{patient} in the {side} set; only children of training patients may be added: inpaint training "
+                "samples"
             )
         if digest in held_hashes:
+            name, other_id = held_hashes[digest]
             raise MedSoftError(
-                f"synthetic sample {sample.sample_id} is pixel for pixel sample {held_hashes[digest][1]} of the "
-                f"{held_hashes[digest][0]} set; remove it"
+                f"synthetic sample {sample.sample_id} is pixel for pixel sample {other_id} of the {name} set"
             )
         if not ours:
             strangers.append(sample)
-    if strangers and len(strangers) == len(synthetic):
+    if len(strangers) == len(synthetic):
         first = strangers[0]
         raise MedSoftError(
-            f"{synthetic.name}: none of its {len(synthetic)} samples was drawn on a sample of the training set (the "
-            f"first, {first.sample_id}: parent {first.parent_id}, patient {first.patient_id}; training has for "
+            f"{synthetic.name}: none of its {len(synthetic)} samples was inpainted into a sample of the training set "
+            f"(the first, {first.sample_id}: parent {first.parent_id}, patient {first.patient_id}; training has for "
             f"instance {train.samples[0].sample_id}, patient {train.samples[0].patient_id}); it belongs to another "
-            "dataset or an earlier split: draw on the samples of train_json"
+            "dataset or an earlier split: inpaint the samples of train_json"
         )
     if strangers:
         counts = synthetic.name, len(strangers), len(synthetic), strangers[0].sample_id
@@ -214,7 +213,7 @@ def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[Imag
 
 
 def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence[ImageSet]) -> ImageSet | None:
-    """The synthetic diseased pictures that join the training set: ``ratio`` per real diseased one, seeded.
+    """The synthetic diseased images that join the training set: ``ratio`` per real diseased one, seeded.
 
     Which ones is a function of the seed and their names only. Healthy samples in the folders are left out.
     """
@@ -240,18 +239,18 @@ def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence
         if wanted > len(diseased):
             counts = config.ratio, wanted, len(diseased)
             log.warning("ratio %g asks for %d synthetic images, %d exist: all are used", *counts)
-        diseased = sorted(_drawn(config.seed, "synthetic", pool, diseased)[:wanted])
+        diseased = sorted(_shuffled(config.seed, "synthetic", pool, diseased)[:wanted])
     return pool.subset(diseased)
 
 
 def pick_duplicates(config: ClassifierConfig, train: ImageSet) -> ImageSet:
-    """Real diseased training pictures again, as many as ``ratio`` asks for: each equally often, the rest by seed."""
-    order = _drawn(config.seed, "duplicate", train, train.diseased)
+    """Real diseased training images again, as many as ``ratio`` asks for: each equally often, the rest by seed."""
+    order = _shuffled(config.seed, "duplicate", train, train.diseased)
     rounds, rest = divmod(round(config.ratio * len(order)), len(order))
     return replace(train.subset([*order * rounds, *order[:rest]]), name="duplicates", rejects=[])
 
 
-def _drawn(seed: int, purpose: str, images: ImageSet, positions: Sequence[int]) -> list[int]:
+def _shuffled(seed: int, purpose: str, images: ImageSet, positions: Sequence[int]) -> list[int]:
     """``positions`` in an order that depends on the seed and the samples' names and pixels only."""
     keys = {i: named_seed(seed, purpose, images.samples[i].sample_id, images.hashes[i]) for i in positions}
     return sorted(positions, key=keys.get)
@@ -300,7 +299,7 @@ def load_data(config: ClassifierConfig) -> ClassifierData:
     if config.use_synthetic == PRETRAIN and not synthetic:
         raise MedSoftError(
             f"use_synthetic pretrain needs synthetic diseased images, found none in {', '.join(config.synthetic)} at "
-            f"ratio {config.ratio}; draw some, or raise ratio"
+            f"ratio {config.ratio}; generate some, or raise ratio"
         )
     data = ClassifierData(train, val, test, synthetic, pick_duplicates(config, train) if duplicating else None, classes)
     for images in data.sets:

@@ -104,8 +104,8 @@ def compute_metrics(
     resampled = [_numbers(labels, probabilities, piece[:, owner].astype(float)) for piece in pieces]
     measured = {}
     for name, value in values.items():
-        drawn = np.concatenate([numbers[name] for numbers in resampled])
-        defined = drawn[~np.isnan(drawn)]
+        values_again = np.concatenate([numbers[name] for numbers in resampled])
+        defined = values_again[~np.isnan(values_again)]
         shown = value is not None and len(known) > 1 and len(defined)
         low, high = np.percentile(defined, [2.5, 97.5]).tolist() if shown else (None, None)
         measured[name] = {"value": value, "low": low, "high": high, "skipped": RESAMPLES - len(defined)}
@@ -146,9 +146,9 @@ def _ranking(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tuple
     """AUC (ties count half) and average precision (a step at each distinct score); NaN without both classes."""
     order = np.argsort(-score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=np.inf))  # of runs of equal scores, highest first
-    drawn, sick = weights[:, order], truth[order]
-    positive = np.add.reduceat(drawn * sick, starts, axis=1)
-    negative = np.add.reduceat(drawn * ~sick, starts, axis=1)
+    weights, truth = weights[:, order], truth[order]
+    positive = np.add.reduceat(weights * truth, starts, axis=1)
+    negative = np.add.reduceat(weights * ~truth, starts, axis=1)
     found, alarms = positive.cumsum(1), negative.cumsum(1)
     positives, negatives = found[:, -1], alarms[:, -1]
     beaten = negatives[:, None] - alarms + 0.5 * negative

@@ -74,7 +74,7 @@ def write_test(
 ) -> None:
     """predictions_test.csv, metrics.csv and report.html; the caller writes metrics.json last, the sign of completion.
 
-    ``synthetic``: the synthetic pictures of the training, shown in the map of features only.
+    ``synthetic``: the synthetic images of the training, shown in the map of features only.
     """
     rows = prediction_rows(test.images, test.probabilities, metrics["classes"])
     write_csv(folder / f"predictions_test{suffix}.csv", rows)

@@ -4,7 +4,6 @@ What is compared is the model's crop around each lesion (the YAML's ``data`` blo
 synthetic image is its parent's but for the lesion.
 """
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,7 +122,7 @@ def set_distances(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[s
         measures |= {"density": metrics.density, "coverage": metrics.coverage}
     found: dict[str, Any] = {}
     for name, measure in tqdm(measures.items(), desc="distances", leave=False, disable=None):
-        estimate = dataclasses.asdict(metrics.by_halves(measure, first, second))
+        estimate = metrics.by_halves(measure, first, second)
         if name != "kernel" and estimate["low"] is not None:
             estimate["low"] = max(estimate["low"], 0.0)
         if name == "coverage" and estimate["high"] is not None:
@@ -137,14 +136,14 @@ def small_sample_warnings(real: int, synthetic: int, dimensions: int) -> list[st
     warnings, fewest = [], min(real, synthetic)
     if fewest <= dimensions:
         warnings.append(
-            f"The Frechet distance is that of {fewest} pictures in {dimensions} dimensions: their covariance is "
+            f"The Frechet distance is that of {fewest} images in {dimensions} dimensions: their covariance is "
             "singular, and the number depends on how many they are more than on what they show. Compare it only with "
-            f"one of as many pictures; more than {dimensions} in each set are needed for more."
+            f"one of as many images; more than {dimensions} in each set are needed for more."
         )
     if fewest < 50:
-        warnings.append(f"{fewest} pictures in the smaller set: kernel distance, density and coverage are rough.")
+        warnings.append(f"{fewest} images in the smaller set: kernel distance, density and coverage are rough.")
     if real <= 2 * (NEIGHBOURS + 1):
-        needed = f"Density and coverage need more than {2 * (NEIGHBOURS + 1)} real pictures"
+        needed = f"Density and coverage need more than {2 * (NEIGHBOURS + 1)} real images"
         warnings.append(f"{needed}, {real} were given: not measured.")
     return warnings
 
@@ -154,9 +153,8 @@ def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
 
     Outside: so far from the soft mask that SSIM's window does not reach it.
     """
-    found: dict[tuple[str, str], tuple[list[float], list[str]]]  # values and patients by region and measure
-    found = {(region, measure): ([], []) for region in ("outside", "inside") for measure in ("ssim", "psnr")}
-    equal, orphans = 0, 0
+    found = {name: {measure: ([], []) for measure in ("ssim", "psnr")} for name in ("outside", "inside")}
+    unchanged, orphans = 0, 0
     for lesion in tqdm(synthetic, desc="parents", leave=False, disable=None):
         try:
             image = read_result(lesion.sample)
@@ -167,22 +165,18 @@ def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
             continue
         original, result = (x if x.ndim == 2 else x.mean(axis=2) for x in image.shown())
         near = cv2.dilate((image.soft > 0).astype(np.uint8), np.ones((2 * SSIM_REACH + 1,) * 2, np.uint8)) > 0
-        equal += image.changed_outside == 0
+        unchanged += image.changed_outside == 0
         for name, region in (("outside", ~near), ("inside", image.soft >= 0.5)):
             for measure, value in zip(("ssim", "psnr"), likeness(original, result, region) or (), strict=False):
                 if np.isfinite(value):
-                    found[name, measure][0].append(value)
-                    found[name, measure][1].append(lesion.sample.patient_id)
+                    values, patients = found[name][measure]
+                    values.append(value)
+                    patients.append(lesion.sample.patient_id)
     compared = len(synthetic) - orphans
-    summary: dict[str, dict[str, Any]] = {"outside": {}, "inside": {}}
-    for (name, measure), each in found.items():
-        summary[name][measure] = _as_dict(mean_of(*each))
-    summary["outside"]["unchanged_pictures"] = equal / compared if compared else None
-    return {"compared": compared, "without_parent": orphans, **summary}
-
-
-def _as_dict(estimate: metrics.Estimate | None) -> dict[str, Any] | None:
-    return None if estimate is None else dataclasses.asdict(estimate)
+    summary: dict[str, Any] = {"compared": compared, "without_parent": orphans}
+    summary |= {name: {key: mean_of(*each) for key, each in measures.items()} for name, measures in found.items()}
+    summary["outside"]["unchanged_pictures"] = unchanged / compared if compared else None
+    return summary
 
 
 def text_agreement(encoder: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict[str, Any] | None:
@@ -208,7 +202,7 @@ def text_agreement(encoder: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict
     wins = ((own[:, None] > other) * weights).sum(dim=1) / weights.sum(dim=1)
     patients = [lesion.sample.patient_id for lesion, keep in zip(lesions, kept.tolist(), strict=True) if keep]
     numbers = {"own": own, "others": mean_other, "difference": own - mean_other, "own_is_closer": wins}
-    return {name: _as_dict(mean_of(each.tolist(), patients)) for name, each in numbers.items()}
+    return {name: mean_of(each.tolist(), patients) for name, each in numbers.items()}
 
 
 MEASURES = {"diameter": "equivalent diameter, pixels", "contrast": "mean inside - ring around", "texture": "std inside"}

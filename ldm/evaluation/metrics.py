@@ -7,7 +7,7 @@ resampling with replacement would put equal images into a set, which every neare
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -23,13 +23,12 @@ NEIGHBOURS = 5  # k of density and coverage, as in their paper
 HALVES, DRAWS = 100, 2000  # resamplings of a set distance, of a mean or ratio
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval (None where it cannot be had)."""
+class Estimate(TypedDict):
+    """A number with its 95 % interval (None where it cannot be had), as evaluation.json holds it."""
 
     value: float
-    low: float | None = None
-    high: float | None = None
+    low: float | None
+    high: float | None
 
 
 class PrecomputedFeatures(nn.Module):
@@ -112,30 +111,31 @@ def _inside(real: Tensor, other: Tensor) -> Tensor:
 def by_halves(measure: Callable[[Tensor, Tensor], float], first: Tensor, second: Tensor) -> Estimate:
     """``measure`` of two feature sets with an interval by half-samples (delete-half jackknife, Shao and Wu 1989).
 
-    The spread of the number over random halves, drawn without replacement, is its standard error on the whole; the
+    The spread of the number over random halves, taken without replacement, is its standard error on the whole; the
     interval is 1.96 of that to either side, and too wide (up to twice) where the two sets hardly differ. None with
     fewer than 2 (NEIGHBOURS + 1) rows in a set.
     """
     value, least = measure(first, second), 2 * (NEIGHBOURS + 1)
     if min(len(first), len(second)) < least:
-        return Estimate(value)
+        return Estimate(value=value, low=None, high=None)
     generator, found = torch.Generator().manual_seed(0), []
     for _ in range(HALVES):
-        halves = (x[torch.randperm(len(x), generator=generator)[: len(x) // 2]] for x in (first, second))
-        found.append(measure(*halves))
+        found.append(measure(*(_random_halves(rows, generator)[0] for rows in (first, second))))
     half = 1.96 * float(np.std(found, ddof=1))
-    return Estimate(value, value - half, value + half)
+    return Estimate(value=value, low=value - half, high=value + half)
 
 
 def between_halves(measure: Callable[[Tensor, Tensor], float], features: Tensor) -> float | None:
     """Mean of ``measure`` between two random halves of one set: what two sets of one kind, so small, differ by."""
     if len(features) < 4 * (NEIGHBOURS + 1):
         return None
-    generator, found = torch.Generator().manual_seed(0), []
-    for _ in range(HALVES // 5):
-        order = torch.randperm(len(features), generator=generator)
-        found.append(measure(features[order[: len(order) // 2]], features[order[len(order) // 2 :]]))
-    return float(np.mean(found))
+    generator = torch.Generator().manual_seed(0)
+    return float(np.mean([measure(*_random_halves(features, generator)) for _ in range(HALVES // 5)]))
+
+
+def _random_halves(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(len(rows), generator=generator)
+    return rows[order[: len(rows) // 2]], rows[order[len(rows) // 2 :]]
 
 
 def mean_of(values: Sequence[float], patients: Sequence[str]) -> Estimate | None:
@@ -153,13 +153,13 @@ def ratio_of(numerators: Sequence[float], denominators: Sequence[float], patient
     value = float(sums[0].sum() / sums[1].sum())
     known = {patient: index for index, patient in enumerate(dict.fromkeys(patients))}
     if len(known) == 1:
-        return Estimate(value)
+        return Estimate(value=value, low=None, high=None)
     by_patient = np.zeros((2, len(known)))
     np.add.at(by_patient.T, [known[patient] for patient in patients], sums.T)
     chosen = np.random.default_rng(0).integers(0, len(known), (DRAWS, len(known)))
     resampled = by_patient[:, chosen].sum(axis=2)
     low, high = np.percentile(resampled[0] / resampled[1], (2.5, 97.5))
-    return Estimate(value, float(low), float(high))
+    return Estimate(value=value, low=float(low), high=float(high))
 
 
 def likeness(first: np.ndarray, second: np.ndarray, region: np.ndarray) -> tuple[float, float] | None:

@@ -77,7 +77,7 @@ def estimate_text(estimate: Mapping[str, Any] | None) -> str:
 def _parent_rows(parents: Mapping[str, Any]) -> list[list[Any]]:
     pairs = [(key, region) for region in ("outside", "inside") for key in ("ssim", "psnr")]
     rows: list[list[Any]] = [[f"{key} {region}", estimate_text(parents[region][key])] for key, region in pairs]
-    return [*rows, ["unchanged outside, share of pictures", parents["outside"]["unchanged_pictures"]]]
+    return [*rows, ["unchanged outside, share of images", parents["outside"]["unchanged_pictures"]]]
 
 
 def _lesion_rows(measured: Mapping[str, Any]) -> Iterator[list[Any]]:
@@ -118,15 +118,15 @@ def pair_sheet(pairs: Sequence[Neighbour], threshold: float) -> np.ndarray:
     """HxWx3 uint8: a synthetic crop, its nearest training crop and both lesions alone, one row a pair in this order."""
     gap, caption, head = 10, 24, 30
     sheet = Image.new("RGB", (4 * TILE + 5 * gap, head + len(pairs) * (TILE + caption + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, name in enumerate(("synthetic", "nearest training image", "drawn lesion", "training lesion")):
-        draw.text((gap + column * (TILE + gap), 8), name, "#5d6b7a", ImageFont.load_default(15))
+    pen = ImageDraw.Draw(sheet)
+    for column, name in enumerate(("synthetic", "nearest training image", "synthetic lesion", "training lesion")):
+        pen.text((gap + column * (TILE + gap), 8), name, "#5d6b7a", ImageFont.load_default(15))
     for row, pair in enumerate(pairs):
         top = head + row * (TILE + caption + gap)
         verdict = "COPY" if pair.correlation >= threshold else "not a copy"
         numbers = f"correlation {pair.correlation:.3f}, cosine {pair.cosine:.3f}"
         text = f"{verdict}: {numbers}; {pair.lesion.sample.sample_id}"
-        draw.text((gap, top), text, "#c62828" if verdict == "COPY" else "#1c2733", ImageFont.load_default(14))
+        pen.text((gap, top), text, "#c62828" if verdict == "COPY" else "#1c2733", ImageFont.load_default(14))
         crops = [pair.lesion.crop, pair.match.crop]
         alone = [np.where(each.inside, each.crop, 255) for each in (pair.lesion, pair.match)]
         for column, crop in enumerate([*crops, *alone]):

@@ -132,27 +132,22 @@ def _read_lesions(
 
 def _measure(encoder: ImageTextEncoder, lesions: Mapping[str, list[Lesion]]) -> dict[str, Any]:
     """Everything but copies."""
-    real, synthetic = lesions["real"], lesions["synthetic"]
-    dimensions = encoder.token_dim
+    real, synthetic, dimensions = lesions["real"], lesions["synthetic"], encoder.token_dim
     extractor = {"fingerprint": encoder.fingerprint, "dimensions": dimensions}
+    warnings = small_sample_warnings(len(real), len(synthetic), dimensions)
+    trained, measured = ({each.sample.patient_id for each in lesions[name]} for name in ("train", "real"))
+    if lesions["train"] is not real and (shared := trained & measured):
+        what = "patients of REAL are also in the training set: it is no yardstick for what was not seen."
+        warnings.append(f"{len(shared)} {what}")
     return {
         "pictures": {name: len(each) for name, each in lesions.items()},
         "extractor": {"name": EXTRACTOR, "folder": str(encoder.folder), **extractor},
-        "warnings": [*small_sample_warnings(len(real), len(synthetic), dimensions), *_shared_patients(lesions)],
+        "warnings": warnings,
         "distances": set_distances(real, synthetic),
         "parents": parent_likeness(synthetic),
         "text": {"real": text_agreement(encoder, real), "synthetic": text_agreement(encoder, synthetic)},
         "lesions": distributions(real, synthetic),
     }
-
-
-def _shared_patients(lesions: Mapping[str, list[Lesion]]) -> list[str]:
-    """A warning if REAL holds patients of a training set of its own."""
-    if lesions["train"] is lesions["real"]:
-        return []
-    train, real = ({each.sample.patient_id for each in lesions[name]} for name in ("train", "real"))
-    what = "patients of REAL are also in the training set: it is no yardstick for what was not seen."
-    return [f"{len(train & real)} {what}"] if train & real else []
 
 
 def _log_summary(folder: Path, measured: Mapping[str, Any], rejects: list[Reject]) -> None:

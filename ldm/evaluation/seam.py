@@ -1,9 +1,9 @@
 """How visible the border of inpainted lesions is: diseased samples are inpainted again in their own masks."""
 
-import dataclasses
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ BORDERS = ("band", "contour")
 COMPOSITES = {"result": "soft composite", "hard": "hard composite (control)"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class BorderGradient:
     """Mean gradients across one mask's border: in the real image, in the result, in the hard composite."""
 
@@ -47,7 +47,7 @@ def measure_seam(
         raise UsageError("--limit: expected at least 1")
     diseased = [sample for sample in load_samples(source)[0] if not sample.healthy][:limit]
     if not diseased:
-        raise MedSoftError(f"{source}: has no diseased sample; they are redrawn in their own masks")
+        raise MedSoftError(f"{source}: has no diseased sample; they are inpainted again in their own masks")
     inpainter = load_inpainter(checkpoint, config, start_processes(device, 1, 1).device)
     found = border_gradients(inpainter, diseased, config.data, seed)
     if not any(each.real for each in found["contour"]):
@@ -60,7 +60,7 @@ def measure_seam(
             known = row["low"] is not None
             interval = f"95 % [{row['low']:.3f}, {row['high']:.3f}]" if known else "one patient: no interval"
             shown = border, text, row["value"], interval, row["pictures"]
-            log.info("%-8s %-25s %.3f of the real gradient, %s, %d pictures", *shown)
+            log.info("%-8s %-25s %.3f of the real gradient, %s, %d images", *shown)
     log.info("%s", output)
 
 
@@ -70,7 +70,7 @@ def border_gradients(
     """Gradients across the band and the contour of each sample's mask; a mask that covers its image has no border."""
     found: dict[str, list[BorderGradient]] = {border: [] for border in BORDERS}
     size = inpainter.sampling.batch_size
-    for first in tqdm(range(0, len(samples), size), "redrawing", unit=" batches"):
+    for first in tqdm(range(0, len(samples), size), "inpainting", unit=" batches"):
         batch = samples[first : first + size]
         prepared = [prepare(sample, data, seed, 0) for sample in batch]
         results = inpainter.inpaint(prepared, [Job(seed, sample.sample_id, 0, sample.prompt) for sample in batch])
@@ -92,4 +92,4 @@ def _ratio(found: Sequence[BorderGradient], name: str) -> dict[str, Any]:
     """Mean gradient of one composite over that of the real images, with an interval over patients."""
     values = [getattr(each, name) for each in found]
     ratio = ratio_of(values, [each.real for each in found], [each.patient_id for each in found])
-    return {**dataclasses.asdict(ratio), "pictures": len(found)}
+    return {**ratio, "pictures": len(found)}

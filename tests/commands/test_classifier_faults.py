@@ -158,7 +158,7 @@ def test_one_class_in_test_leaves_the_auc_undefined(world: dict, tmp_path: Path)
     assert "AUC is undefined" in metrics["notes"][0]
     page = Path(world["output_dir"], "report.html").read_text()
     assert "curves are undefined: the test set holds one class" in page
-    assert "t-SNE needs at least 10 pictures, there are 4" in page
+    assert "t-SNE needs at least 10 images, there are 4" in page
 
 
 def test_one_class_in_validation_chooses_by_loss(world: dict, tmp_path: Path) -> None:
@@ -190,15 +190,17 @@ def test_training_without_diseased_samples_is_refused(world: dict, tmp_path: Pat
 )
 def test_child_of_a_held_out_patient_stops_the_run(world: dict, tmp_path: Path, patient: str, parent: str) -> None:
     folder = synthetic_set(tmp_path / "results", patient, parent)
-    with pytest.raises(MedSoftError, match=f"synthetic sample s0 was drawn on {parent}, patient {patient} in the"):
+    with pytest.raises(
+        MedSoftError, match=f"synthetic sample s0 was inpainted into {parent}, patient {patient} in the"
+    ):
         run(world | {"synthetic": [folder]})
 
 
 def test_synthetic_folder_of_another_dataset_is_refused(world: dict, tmp_path: Path) -> None:
     folder = synthetic_set(tmp_path / "results", "stranger", "somewhere")
     message = (
-        f"synthetic {folder}: none of its 6 samples was drawn on a sample of the training set .the first, s0: parent "
-        "somewhere, patient stranger; training has for instance train000, patient train-patient0"
+        f"synthetic {folder}: none of its 6 samples was inpainted into a sample of the training set .the first, s0: "
+        "parent somewhere, patient stranger; training has for instance train000, patient train-patient0"
     )
     with pytest.raises(MedSoftError, match=message):
         run(world | {"synthetic": [folder]})
@@ -248,7 +250,7 @@ def test_picture_drawn_on_a_sample_of_another_set_is_refused(
     image = draw(np.random.default_rng(22), "osteolytic")
     add_sample(tmp_path / child / "zz", "osteolytic", image, patient_id="unknown", parent_id=f"{parent}002")
     with pytest.raises(
-        MedSoftError, match=f"sample zz of the {child} set was drawn on {parent}002 of the {parent} set"
+        MedSoftError, match=f"sample zz of the {child} set was inpainted into {parent}002 of the {parent} set"
     ):
         run(world)
 
@@ -316,7 +318,7 @@ def test_malicious_pretrained_weights_are_not_run(world: dict, tmp_path: Path) -
     import torch
 
     torch.save({"conv1.weight": Malicious(tmp_path / "broken_in")}, tmp_path / "weights.pth")
-    with pytest.raises(MedSoftError, match="refused: not a file of plain tensors"):
+    with pytest.raises(MedSoftError, match=r"weights.pth: refused, it asks for \w+; nothing in it was run"):
         run(world | {"pretrained": str(tmp_path / "weights.pth")})
     assert not (tmp_path / "broken_in").exists()
 
@@ -345,7 +347,7 @@ def test_missing_folder_to_predict_stops_before_training(world: dict, tmp_path: 
     ("content", "message"),
     [
         (None, "does not exist"),
-        (b"<html>not weights</html>", "not readable as weights|not a file of plain tensors"),
+        (b"<html>not weights</html>", "expected a checkpoint .* found a web page"),
         ("resnet18", "do not fit the model"),
     ],
 )
@@ -373,10 +375,16 @@ def test_hub_weights_without_a_network_say_what_to_do(world: dict, monkeypatch: 
 
 
 def test_foreign_file_as_saved_classifier_is_refused(world: dict) -> None:
+    import torch
+    from safetensors.torch import save_file
+
     with pytest.raises(MedSoftError, match="there is no saved classifier"):
         run(world | {"train": False})
     Path(world["output_dir"]).mkdir()
     Path(world["output_dir"], "classifier.safetensors").write_bytes(b"\x10" + bytes(40))
+    with pytest.raises(MedSoftError, match=r"classifier.safetensors: damaged safetensors file"):
+        run(world | {"train": False})
+    save_file({"weight": torch.zeros(2)}, Path(world["output_dir"], "classifier.safetensors"))
     with pytest.raises(MedSoftError, match=r"not a classifier saved by classifier.py"):
         run(world | {"train": False})
 

@@ -31,7 +31,7 @@ def compare(final: Path, data: Path, judge: Path, output: Path, *more: object) -
     return call(compare_samplers, *given, "--device", "cpu", *more, f"biomedclip.path={CLIP}", "sampling.steps=2")
 
 
-def test_same_pictures_with_both_settings(final: Path, world: Path, judge: Path, tmp_path: Path) -> None:
+def test_same_images_with_both_settings(final: Path, world: Path, judge: Path, tmp_path: Path) -> None:
     assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 2) == 0
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     folders = {f"{name}_seed{seed}" for name in ("reference", "fast") for seed in (0, 1)}
@@ -40,7 +40,7 @@ def test_same_pictures_with_both_settings(final: Path, world: Path, judge: Path,
     for seed in (0, 1):
         reference, fast = (metas(tmp_path / "out" / f"{name}_seed{seed}") for name in ("reference", "fast"))
         assert len(reference) == 2
-        for name, meta in reference.items():  # the same sentence, mask and noise
+        for name, meta in reference.items():  # the same prompt, mask and noise
             assert all(meta[key] == fast[name][key] for key in ("seed", "variant", "parent_id", "prompt_from"))
             assert meta["severity"] != "subtle"
             masks = [tmp_path / "out" / f"{kind}_seed{seed}" / name / "mask.png" for kind in ("reference", "fast")]
@@ -49,10 +49,10 @@ def test_same_pictures_with_both_settings(final: Path, world: Path, judge: Path,
             assert 0 <= runs[seed]["prompt_agreement"] <= 1
     before = (tmp_path / "out" / "comparison.json").read_text()
     assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 2) == 0
-    assert (tmp_path / "out" / "comparison.json").read_text() == before  # nothing was drawn again
+    assert (tmp_path / "out" / "comparison.json").read_text() == before  # nothing was inpainted again
 
 
-def test_pictures_that_one_setting_could_not_draw_are_left_out_of_both(
+def test_images_that_one_setting_could_not_make_are_left_out_of_both(
     final: Path, world: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inpaint = samplers.run
@@ -69,7 +69,7 @@ def test_pictures_that_one_setting_could_not_draw_are_left_out_of_both(
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["settings"]["pictures"] == 2 * (3 + 2)
     assert "sampling.steps=2" in found["settings"]["overrides"]
-    with pytest.raises(MedSoftError, match=r"fast_seed1: 1 pictures in common; expected at least 2; draw more"):
+    with pytest.raises(MedSoftError, match=r"fast_seed1: 1 images in common; expected at least 2; inpaint more"):
         compare(final, world / "train", judge, tmp_path / "few", "--seeds", 2, "--limit", 2)
 
 

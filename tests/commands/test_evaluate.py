@@ -58,7 +58,7 @@ def test_honest_samples_are_no_copies_and_like_real_ones(real: Path, honest: Pat
     assert numbers["copies"]["nearer_than_95_percent_of_held_out"] is None  # nothing is held out
     assert numbers["extractor"]["dimensions"] == 64
     assert len(numbers["extractor"]["fingerprint"]) == 64
-    assert "30 pictures in 64 dimensions" in numbers["warnings"][0]
+    assert "30 images in 64 dimensions" in numbers["warnings"][0]
     assert "rough" in numbers["warnings"][1]
     for name, each in numbers["distances"].items():
         assert each["low"] <= each["value"] <= each["high"], name

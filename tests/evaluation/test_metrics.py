@@ -89,12 +89,12 @@ def test_half_samples_give_an_interval_that_narrows_with_the_number_of_pictures(
     widths = []
     for count in (60, 600):
         found = by_halves(frechet_distance, features(1, count, 4), features(2, count, 4, shift=1.0))
-        assert found.low < found.value < found.high
-        widths.append(found.high - found.low)
+        assert found["low"] < found["value"] < found["high"]
+        widths.append(found["high"] - found["low"])
     assert widths[1] < 0.6 * widths[0]
     again = by_halves(frechet_distance, features(1, 600, 4), features(2, 600, 4, shift=1.0))
     assert again == found  # seeded
-    assert by_halves(frechet_distance, features(1, 11, 4), features(2, 60, 4)).low is None
+    assert by_halves(frechet_distance, features(1, 11, 4), features(2, 60, 4))["low"] is None
 
 
 def test_half_samples_have_the_spread_of_fresh_samples() -> None:
@@ -103,7 +103,7 @@ def test_half_samples_have_the_spread_of_fresh_samples() -> None:
 
     fresh = [measure(features(2 * i, 80, 4), features(2 * i + 1, 80, 4)) for i in range(200)]
     found = [by_halves(measure, features(1000 + 2 * i, 80, 4), features(1001 + 2 * i, 80, 4)) for i in range(10)]
-    assert np.mean([(x.high - x.low) / (2 * 1.96) for x in found]) == pytest.approx(np.std(fresh), rel=0.2)
+    assert np.mean([(x["high"] - x["low"]) / (2 * 1.96) for x in found]) == pytest.approx(np.std(fresh), rel=0.2)
 
 
 def test_halves_of_one_set_differ_less_than_two_kinds() -> None:
@@ -115,10 +115,10 @@ def test_halves_of_one_set_differ_less_than_two_kinds() -> None:
 def test_mean_with_a_bootstrap_interval() -> None:
     values = np.random.default_rng(0).normal(3, 2, 400)
     found = mean_of(values.tolist(), [str(i) for i in range(400)])
-    assert found.value == pytest.approx(values.mean())
-    assert found.high - found.low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.2)
+    assert found["value"] == pytest.approx(values.mean())
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 2 / 20, rel=0.2)
     assert mean_of([], []) is None
-    assert mean_of([2.0], ["a"]).low is None
+    assert mean_of([2.0], ["a"])["low"] is None
 
 
 def test_ratio_of_sums_with_a_bootstrap_interval() -> None:
@@ -126,11 +126,11 @@ def test_ratio_of_sums_with_a_bootstrap_interval() -> None:
     patients = [str(i) for i in range(200)]
     real = rng.uniform(1, 2, 200)
     found = ratio_of(1.1 * real + 0.05 * rng.standard_normal(200), real, patients)
-    assert found.low < found.value < found.high
-    assert found.value == pytest.approx(1.1, abs=0.02)
-    assert 0.005 < found.high - found.low < 0.1
+    assert found["low"] < found["value"] < found["high"]
+    assert found["value"] == pytest.approx(1.1, abs=0.02)
+    assert 0.005 < found["high"] - found["low"] < 0.1
     same = ratio_of(real, real, patients)
-    assert (same.value, same.low, same.high) == (1, 1, 1)
+    assert (same["value"], same["low"], same["high"]) == (1, 1, 1)
 
 
 def test_images_of_one_patient_are_resampled_together() -> None:
@@ -141,8 +141,8 @@ def test_images_of_one_patient_are_resampled_together() -> None:
         mean_of(values.tolist(), patients),
         mean_of(np.repeat(values, 10).tolist(), list(np.repeat(patients, 10))),
     )
-    assert (often.value, often.low, often.high) == pytest.approx((once.value, once.low, once.high))
-    assert mean_of([1.0, 2.0], ["a", "a"]).low is None
+    assert (often["value"], often["low"], often["high"]) == pytest.approx((once["value"], once["low"], once["high"]))
+    assert mean_of([1.0, 2.0], ["a", "a"])["low"] is None
 
 
 # ------------------------------------------------------------------------------------------------------ likeness
