@@ -58,6 +58,7 @@ class ImageSet:
         return fingerprint([[s.sample_id, s.patient_id, label, digest] for s, label, digest in rows])
 
     def counts(self) -> dict[str, int]:
+        """Samples of each class, by its name."""
         return dict(sorted(Counter(self.labels).items()))
 
 
@@ -99,8 +100,6 @@ def prepare_annotations(config: ClassifierConfig) -> list[Reject]:
     That is ``ver_openImagesDatasets.py`` with its defaults, so the split is the one that command gives.
     """
     train = config.train_json or ""
-    if not train.endswith("_train.json"):
-        return []
     family = Path(train.removesuffix("_train.json") + ".json")
     paths = output_paths(family)
     named = {"train": train, "val": config.val_json, "test": config.test_json}
@@ -284,12 +283,11 @@ class ClassifierData:
 def load_data(config: ClassifierConfig) -> ClassifierData:
     """Read, check and label all sets of a training run; raises MedSoftError for leaks and for missing classes."""
     sources = {"train": config.train_json, "val": config.val_json, "test": config.test_json}
-    for name, source in sources.items():
+    duplicating = config.use_synthetic == DUPLICATE_REAL
+    added = [] if duplicating else [("synthetic", folder) for folder in config.synthetic]
+    for name, source in [*sources.items(), *added]:
         if source:
             require_source(name, source)
-    duplicating = config.use_synthetic == DUPLICATE_REAL
-    for folder in [] if duplicating else config.synthetic:
-        require_source("synthetic", folder)
     sizes = (config.img_size, config.task, config.channels)
     train, val, test = (load_images(n, s, *sizes) if s else None for n, s in sources.items())
     held_out = [images for images in (val, test) if images is not None]

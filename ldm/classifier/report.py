@@ -186,15 +186,11 @@ def auc_figure(rows: Sequence[Mapping[str, str]], chosen: int) -> "Figure":
 
 def pr_figure(truth: np.ndarray, score: np.ndarray) -> "Figure":
     """Precision over recall of P(disease), with the share of diseased samples as the level of chance."""
-    from sklearn.metrics import average_precision_score, precision_recall_curve
+    from sklearn.metrics import PrecisionRecallDisplay
 
-    precision, recall, _ = precision_recall_curve(truth, score)
     axes = _axes()
-    label = f"test: average precision {average_precision_score(truth, score):.3f}"
-    axes.plot(recall, precision, drawstyle="steps-post", label=label)
-    axes.axhline(truth.mean(), color="0.7", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.005), aspect="equal")
-    axes.legend(loc="lower left", fontsize=9)
+    PrecisionRecallDisplay.from_predictions(truth, score, name="test", plot_chance_level=True, ax=axes)
+    axes.set(xlabel="recall", ylabel="precision")
     axes.grid(alpha=0.25)
     return axes.figure
 

@@ -18,7 +18,7 @@ from ldm.classifier.data import ImageSet, load_data, load_images, require_source
 from ldm.classifier.metrics import summarise
 from ldm.classifier.network import build_network, check_model, compute_outputs, pick_device
 from ldm.classifier.report import Scored, prediction_rows, write_test
-from ldm.classifier.training import fit, reproducible
+from ldm.classifier.training import fit
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id, fingerprint, read_json, sha256_file, write_json
 from ldm.core.run_folder import RunFolder
@@ -82,8 +82,7 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
         if not complete:
             folder.claim()
         if not weights.exists():
-            with reproducible():
-                fit(config, data, run)
+            fit(config, data, run)
         saved = load_classifier(weights, config.GPU)
         metrics = _test(config, saved, weights, data.test, data.rejects, data.synthetic)
         if not complete:

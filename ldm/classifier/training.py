@@ -1,6 +1,5 @@
 """Training of the classifier: one or two phases, the epoch chosen on validation, resumable between epochs."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -44,6 +43,10 @@ class Phase:
     names: list[str]  # no two alike: order and augmentation depend on them
     shares: torch.Tensor  # (K,) weight of each class, see class_weights
 
+    def epoch_name(self, epoch: int) -> int | str:
+        """What sets an epoch apart from all others of a run; its randomness depends on it."""
+        return epoch if self.name == "train" else f"{self.name} {epoch}"
+
 
 def make_phases(config: ClassifierConfig, data: ClassifierData) -> list[Phase]:
     """What is trained on, in order. Repeated and synthetic images are in one of the phases only."""
@@ -77,24 +80,14 @@ def class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
     return torch.cat([torch.tensor([0.5]), shares]) * len(labels) / counts.clamp(min=1)
 
 
-@contextlib.contextmanager
-def reproducible() -> Any:
-    """Same seed, same result: deterministic kernels; the caller's random state is put back."""
-    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
-
-
 def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
     """Train what is missing, then write history.csv and classifier.safetensors (last: the sign of completion).
 
     Order, sampling, augmentation and initial weights are functions of (seed, epoch, sample or position), so a resumed
-    run computes what an unbroken one would. ``run`` names the run in what is saved.
+    run computes what an unbroken one would; for that, torch's global generator is seeded and cuDNN made deterministic.
+    ``run`` names the run in what is saved.
     """
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     folder, device, phases = config.output, pick_device(config.GPU), make_phases(config, data)
     torch.manual_seed(named_seed(config.seed, "weights"))
     network = build_network(config.model, len(data.classes), config.img_size, config.channels, config.pretrained)
@@ -118,7 +111,8 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
             chosen = phase is phases[-1] and is_chosen(row, best and best["row"], config.test_epoch)
             kept = phase is phases[-1] and config.save_epoch and epoch % config.save_epoch == 0
             if chosen or kept:
-                found = {"row": row, "validation": validation, "weights": _copy(network)}
+                weights = {key: each.to("cpu", copy=True).contiguous() for key, each in network.state_dict().items()}
+                found = {"row": row, "validation": validation, "weights": weights}
                 best = found if chosen else best
                 if kept:
                     save_classifier(folder / f"epoch_{epoch}.safetensors", config, data, run, found, "test_epoch")
@@ -157,7 +151,7 @@ def train_epoch(
 
     With ``balance: loss`` the loss of a sample counts as much as its class's share.
     """
-    moment, device = _moment(phase, epoch), next(network.parameters()).device
+    moment, device = phase.epoch_name(epoch), next(network.parameters()).device
     rows, names = epoch_order(phase, epoch, config)
     weight = phase.shares.to(device) if config.balance == "loss" else None
     torch.manual_seed(named_seed(config.seed, "dropout", moment))
@@ -186,14 +180,9 @@ def train_epoch(
     return total / len(rows)
 
 
-def _moment(phase: Phase, epoch: int) -> int | str:
-    """The epoch's name among all of a run, on which its randomness depends."""
-    return epoch if phase.name == "train" else f"{phase.name} {epoch}"
-
-
 def epoch_order(phase: Phase, epoch: int, config: ClassifierConfig) -> tuple[np.ndarray, list[str]]:
     """Rows of an epoch in order, and the names that their augmentation depends on."""
-    seed, count, moment = config.seed, len(phase.names), _moment(phase, epoch)
+    seed, count, moment = config.seed, len(phase.names), phase.epoch_name(epoch)
     if config.balance == "sampler":
         chances = phase.shares[phase.labels].double().numpy()
         rng = np.random.default_rng(named_seed(seed, "sampler", moment))
@@ -263,7 +252,3 @@ def resume(
         raise UsageError(f"{path}: this state belongs to another run; set overwrite: true to train again")
     log.info("going on after epoch %d of the phase %s", rows[-1]["epoch"], rows[-1]["phase"])
     return rows, best, state["optimizer"]
-
-
-def _copy(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in network.state_dict().items()}

@@ -44,6 +44,7 @@ class CopyCheck:
 
     @property
     def copies(self) -> list[Neighbour]:
+        """Those at or above the threshold, most alike first."""
         return [each for each in self.ranked if each.correlation >= self.threshold]
 
     @property

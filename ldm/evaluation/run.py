@@ -47,6 +47,7 @@ class Sources:
         return self.train is not None and self.train != self.real
 
     def by_name(self) -> dict[str, Path]:
+        """The paths as evaluation.json names them."""
         return {"real": self.real, "synthetic": self.synthetic, "train": self.train or self.real}
 
     def check(self) -> None:

@@ -3,9 +3,8 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -26,8 +25,7 @@ BORDERS = ("band", "contour")
 COMPOSITES = {"result": "soft composite", "hard": "hard composite (control)"}
 
 
-@dataclass(frozen=True)
-class BorderGradient:
+class BorderGradient(NamedTuple):
     """Mean gradients across one mask's border: in the real image, in the result, in the hard composite."""
 
     patient_id: str
@@ -52,15 +50,16 @@ def measure_seam(
     found = border_gradients(inpainter, diseased, config.data, seed)
     if not any(each.real for each in found["contour"]):
         raise MedSoftError(f"{source}: no mask has a border with a gradient in the real image")
-    rows: dict[str, Any] = {border: {name: _ratio(found[border], name) for name in COMPOSITES} for border in BORDERS}
-    write_json(output, {**rows, "data": str(source), "checkpoint_sha256": sha256_file(checkpoint)})
-    for border in BORDERS:
-        for name, text in COMPOSITES.items():
-            row = rows[border][name]
+    rows: dict[str, Any] = {border: {} for border in BORDERS}
+    for border, gradients in found.items():
+        patients, real, *inpainted = zip(*gradients, strict=True)
+        for (name, text), values in zip(COMPOSITES.items(), inpainted, strict=True):
+            row = rows[border][name] = {**ratio_of(values, real, patients), "pictures": len(gradients)}
             known = row["low"] is not None
             interval = f"95 % [{row['low']:.3f}, {row['high']:.3f}]" if known else "one patient: no interval"
-            shown = border, text, row["value"], interval, row["pictures"]
+            shown = border, text, row["value"], interval, len(gradients)
             log.info("%-8s %-25s %.3f of the real gradient, %s, %d images", *shown)
+    write_json(output, {**rows, "data": str(source), "checkpoint_sha256": sha256_file(checkpoint)})
     log.info("%s", output)
 
 
@@ -86,10 +85,3 @@ def border_gradients(
                 if math.isfinite(across[0]):
                     found[border].append(BorderGradient(sample.patient_id, *across))
     return found
-
-
-def _ratio(found: Sequence[BorderGradient], name: str) -> dict[str, Any]:
-    """Mean gradient of one composite over that of the real images, with an interval over patients."""
-    values = [getattr(each, name) for each in found]
-    ratio = ratio_of(values, [each.real for each in found], [each.patient_id for each in found])
-    return {**ratio, "pictures": len(found)}

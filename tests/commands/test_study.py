@@ -30,7 +30,6 @@ from ldm.core.locks import exclusive
 from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
 from ldm.workflow import study_design, study_run
-from ldm.workflow.plans import Plan, PlanRecord, PlanStep
 from tool import make_phantoms, study
 
 ROOT = tiny.ROOT
@@ -302,9 +301,9 @@ def test_a_world_that_is_running_is_left_alone_while_another_runs(write_study, t
         assert not (out / "world_3" / "cells").exists()
         assert tiny.call(study, path, "--worlds", "world_4") == 0
     assert sorted(file.parent.name for file in out.rglob("metrics.json")) == ["duplicated_1_seed0", "real_seed0"]
-    assert {row["world"] for row in csv.DictReader((out / "results.csv").read_text().splitlines())} == {"world_4"}
+    assert {row["world"] for row in rows_of(out)} == {"world_4"}
     assert tiny.call(study, path) == 0
-    assert len(list(csv.DictReader((out / "results.csv").read_text().splitlines()))) == 4
+    assert len(rows_of(out)) == 4
 
 
 def test_a_world_that_the_study_does_not_have_is_named(write_study) -> None:
@@ -378,7 +377,7 @@ def test_a_killed_study_goes_on_and_runs_each_cell_once(write_study, tmp_path: P
     assert "study.md: 2 of 2 cells" in said
     made = {file: file.stat().st_mtime_ns for file in out.glob("world_3/cells/*/metrics.json")}
     assert len(made) == 2
-    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    rows = rows_of(out)
     assert [(row["arm"], row["ratio"], row["seed"]) for row in rows] == [("real", "", "0"), ("duplicated", "1.0", "0")]
     for row, file in zip(rows, sorted(made, reverse=True), strict=True):
         assert float(row["auc"]) == json.loads(file.read_text())["test"]["auc"]["value"]
@@ -414,22 +413,6 @@ def test_cells_of_other_settings_are_left_out_and_counted(write_study, tmp_path:
         tiny.call(study, write_study(set=[*SMALL["set"], "lr=0.01"]), "--collect")
 
 
-def test_a_cell_is_outdated_once_its_generator_was_made_anew() -> None:
-    made, cell = PlanStep("train", "python train"), PlanStep("cell", "python cell")
-    record = PlanRecord(Plan("p", "nowhere", (made, cell)))
-    assert not record.outdated(cell, [made])  # nothing is known of it
-    entries = {
-        step.name: {"fingerprint": step.fingerprint, "finished": f"2026-01-0{day}"}
-        for step, day in ((made, 1), (cell, 2))
-    }
-    record.entries = entries
-    assert not record.outdated(cell, [made])
-    entries["train"]["finished"] = "2026-01-03"
-    assert record.outdated(cell, [made])
-    entries["train"] |= {"finished": "2026-01-01", "fingerprint": "other settings"}
-    assert record.outdated(cell, [made])
-
-
 def rows_of(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
 
@@ -461,7 +444,7 @@ def test_every_generator_of_the_shipped_study_trains_and_draws(write_study, tmp_
     done = launch(write_study(**given, phantoms=phantoms, draw="--seed 0 --limit 8"))
     said = done.communicate(timeout=3600)[0]
     assert done.returncode == 0, said[-2000:]
-    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines()))
+    rows = rows_of(tmp_path / "out")
     assert [row["arm"] for row in rows] == list(arms)
     counts = {row["arm"]: (int(row["n_synthetic_used"]), int(row["n_duplicated"])) for row in rows}
     assert counts.pop("real") == (0, 0)
