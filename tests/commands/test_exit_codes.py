@@ -1,9 +1,9 @@
 """Exit codes and messages of the checkpoint tools as a shell sees them: 1 for bad data, 2 for wrong usage."""
 
 import subprocess
-import sys
 from pathlib import Path
 
+import children
 import pytest
 from tiny import PHANTOM, ROOT
 
@@ -17,8 +17,7 @@ COMMANDS = {
 
 
 def run(name: str, folder: Path, *flags: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "tool" / f"{name}.py", *flags]
-    return subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, check=False)
+    return children.run(ROOT / "tool" / f"{name}.py", *flags, folder=folder)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,13 +1,12 @@
 """dataset_infer.py killed with SIGKILL and started again: in the end the files of a run that nobody disturbed."""
 
 import json
-import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
+import children
 import pytest
 from test_infer_scale import command, files_of
 from tiny import TRAIN, infer, whole
@@ -15,16 +14,10 @@ from tiny import TRAIN, infer, whole
 PATIENCE = 300  # seconds for a start and a few pictures, on a machine that does other things too
 
 
-def start(final: Path, world: Path, folder: Path, variants: int) -> subprocess.Popen:
+def start(final: Path, world: Path, folder: Path, variants: int) -> children.Child:
     given = ["--train_json", world / TRAIN, "--variants", variants, "--exact"]
     folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        command(final, Path("out"), *given),
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    return children.start(*command(final, Path("out"), *given), folder=folder)
 
 
 def complete(folder: Path) -> int:
@@ -38,23 +31,19 @@ def killed_run(final: Path, world: Path, folder: Path, variants: int, kills: int
     for _ in range(kills):
         before = complete(folder / "out")
         until = min(before + rng.randint(1, max(1, total // (kills + 1))), total - 1)
-        process = start(final, world, folder, variants)
+        run = start(final, world, folder, variants)
         deadline = time.monotonic() + PATIENCE
-        while complete(folder / "out") < until and process.poll() is None:
+        while complete(folder / "out") < until and run.process.exitcode is None:
             if time.monotonic() > deadline:
-                process.kill()
+                run.process.kill()
                 pytest.fail(f"{complete(folder / 'out')} of {until} pictures after {PATIENCE} s")
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(60) == -signal.SIGKILL
+        run.process.kill()
+        assert run.wait(60).returncode == -signal.SIGKILL
         for leftover in (folder / "out").glob("[!.]*__v*"):  # what is there under its own name is whole
             assert {file.name for file in leftover.iterdir()} >= {"image.png", "meta.json", "soft_mask.png"}
-    last = start(final, world, folder, variants)
-    try:
-        assert last.wait(1200) == 0
-    finally:
-        last.kill()
+    assert start(final, world, folder, variants).wait(1200).returncode == 0
 
 
 @pytest.mark.parametrize(("variants", "kills"), [(2, 1), pytest.param(40, 10, marks=pytest.mark.slow)])

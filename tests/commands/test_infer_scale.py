@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -36,12 +37,7 @@ def _same_threads_afterwards() -> Any:
 
 def command(ckpt: Path, output: Path, *more: Any) -> list[str]:
     flags = ["--ckpt", ckpt, "--config", PHANTOM, "--output_dir", output, "--biomedclip", CLIP, "--steps", 2]
-    return [str(word) for word in [sys.executable, ROOT / "dataset_infer.py", *flags, "--device", "cpu", *more]]
-
-
-def run(*words: Any, **more: Any) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(*words, capture_output=True, text=True, timeout=300, env=environment, **more)
+    return [str(word) for word in [ROOT / "dataset_infer.py", *flags, "--device", "cpu", *more]]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -195,7 +191,7 @@ def test_pictures_can_be_drawn_again_when_their_prompts_source_is_gone(
 
 def test_two_processes_draw_each_picture_once_and_the_same(final: Path, world: Path, tmp_path: Path) -> None:
     given = ["--train_json", world / TRAIN, "--variants", 2, "--exact"]
-    done = run(command(final, tmp_path / "out", *given, "--devices", 2), cwd=tmp_path)
+    done = children.run(*command(final, tmp_path / "out", *given, "--devices", 2), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("drawing on 5 healthy samples") == 1  # one process speaks
     assert "process 1 of 2" in done.stderr
@@ -226,7 +222,7 @@ def test_fault_in_one_of_two_processes_is_one_line(final: Path, world: Path, tmp
     records = json.loads((tmp_path / "data.json").read_text().replace(str(world / "val"), str(tmp_path / "data")))
     (tmp_path / "data.json").write_text(json.dumps(records))
     given = ["--data", "data.json", "--choose", "diseased", "--devices", 2]
-    done = run(command(final, Path("out"), *given), cwd=tmp_path)
+    done = children.run(*command(final, Path("out"), *given), folder=tmp_path)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -394,8 +390,9 @@ def test_file_size_limit_stops_with_one_line_and_the_rest_is_drawn_later(
 ) -> None:
     """A disk that takes no more: every write beyond 1 kB fails in the operating system, not in a mock."""
     given = ["--data", world / "val", "--choose", "diseased", "--exact"]
-    limited = ["bash", "-c", 'ulimit -f 1; trap "" XFSZ; exec "$@"', "bash", *command(final, tmp_path / "out", *given)]
-    done = run(limited, cwd=tmp_path)
+    limited = ["bash", "-c", 'ulimit -f 1; trap "" XFSZ; exec "$@"', "bash", sys.executable]
+    limited += command(final, tmp_path / "out", *given)
+    done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "could not be written (File too large)" in line

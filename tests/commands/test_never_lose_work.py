@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import children
 import pytest
 import torch
 from tiny import CLIP, MODELS, PLAIN, ROOT, TRAIN, VAL, call, changed, on_cpu, tensors, train, ver_train
@@ -33,10 +34,8 @@ STEPS = 20
 # Runs ver_train.py, and sends this process a signal in the call of a function that follows ``after`` others; only those
 # for which ``when`` holds are counted.
 CHILD = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell of a background job has it ignored
+import os, signal
 import torch
-torch.set_num_threads(1)
 import ldm.training.loop
 from ldm.{module} import {owner} as owner
 import ver_train
@@ -75,8 +74,7 @@ def run_and_signal(
 ) -> int:
     """The exit code of ver_train.py in a process that sends itself a signal."""
     code = CHILD.format(after=after, name=name, behind=behind, **{"when": "True", **where})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, timeout=300).returncode
+    return children.run("-c", code, *arguments).returncode
 
 
 def rows(folder: Path) -> list[tuple[str, ...]]:
@@ -145,15 +143,14 @@ def test_interrupted_twice_and_resumed_is_bit_identical(
     """An impatient user: the second Ctrl-C comes while the first is being dealt with."""
     folder = tmp_path / "run"
     code = CHILD.format(after=STEPS * 2, name="SIGINT", behind=0, **{"when": "True", **KILL_IN_STEP})
-    words = [sys.executable, "-c", code, *command(converted, world, folder, **RUN)]
-    with subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
-        while not (folder / "steps.csv").is_file() or len(rows(folder)) < 3:
-            assert run.poll() is None
-            time.sleep(0.005)
-        run.send_signal(signal.SIGINT)
-        time.sleep(0.02)
-        run.send_signal(signal.SIGINT)
-        assert run.wait(timeout=120) in (130, -signal.SIGINT)
+    run = children.start("-c", code, *command(converted, world, folder, **RUN))
+    while not (folder / "steps.csv").is_file() or len(rows(folder)) < 3:
+        assert run.process.exitcode is None
+        time.sleep(0.005)
+    os.kill(run.process.pid, signal.SIGINT)
+    time.sleep(0.02)
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait(120).returncode in (130, -signal.SIGINT)
     assert read_checkpoint(folder / "last.ckpt").metadata["step"] < STEPS
     assert train("stage1", converted, folder, world, **RUN) == 0
     assert not changed(tensors(unbroken / "last.ckpt"), tensors(folder / "last.ckpt"))
@@ -335,12 +332,7 @@ def test_too_little_disk_is_said_before_training(
 def test_second_run_in_the_same_folder_is_refused(world: Path, converted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with exclusive(tmp_path / ".run.lock", "free"):
-        found = subprocess.run(
-            [sys.executable, ROOT / "ver_train.py", *command(converted, world, folder)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        found = children.run(ROOT / "ver_train.py", *command(converted, world, folder))
     assert found.returncode == 2
     assert "run: another run is writing here at this moment; give another --save_path" in found.stderr
     assert not folder.exists()

@@ -1,0 +1,92 @@
+"""Python commands in processes of their own that need not import torch again: forked from a server that has done so.
+
+They are killed, waited for and read as any process is; only the start of the interpreter is not what a user sees.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["open_clip", "ldm.training.run", "ldm.inference.run"])
+
+
+def _run(words: list[str], environment: dict[str, str], folder: str, outputs: list[str], session: bool) -> None:
+    """In the child: what ``python words`` does in that folder, its two outputs written to files."""
+    if session:
+        os.setsid()
+    for stream, path in zip((1, 2), outputs, strict=True):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, stream)
+        os.close(file)
+    sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115, open until the process ends
+    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell of a background job has it ignored
+    import torch
+
+    torch.set_num_threads(1)
+    sys.argv = ["-c", *words[2:]] if words[0] == "-c" else words
+    try:
+        if words[0] == "-c":
+            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
+
+
+class Child:
+    """A command that runs; ``process`` tells its pid and, once it has ended, its exit code."""
+
+    def __init__(self, words: list[str], environment: dict[str, str], folder: Path, session: bool) -> None:
+        self.outputs = tempfile.TemporaryDirectory()
+        files = [Path(self.outputs.name, name) for name in ("stdout", "stderr")]
+        for file in files:
+            file.touch()
+        given = words, os.environ | environment, str(folder), list(map(str, files)), session
+        self.process = SERVER.Process(target=_run, args=given)
+        self.process.start()
+
+    def wait(self, timeout: float) -> "subprocess.CompletedProcess[str]":
+        """How it ended and what it wrote; after ``timeout`` seconds it is killed, and an error says so."""
+        self.process.join(timeout)
+        late = self.process.exitcode is None
+        if late:
+            self.process.kill()
+            self.process.join()
+        with self.outputs as folder:
+            said = [Path(folder, name).read_text("utf-8", errors="replace") for name in ("stdout", "stderr")]
+        if late:
+            raise subprocess.TimeoutExpired(self.process.name, timeout, *said)
+        return subprocess.CompletedProcess(self.process.name, self.process.exitcode, *said)
+
+
+def start(*words: object, folder: Path = Path(), session: bool = False, **environment: str) -> Child:
+    """``python words`` in that folder, ``session``: as the leader of a new session; keywords are its environment's."""
+    return Child(list(map(str, words)), environment, folder, session)
+
+
+def run(*words: object, timeout: float = 300, **given: object) -> "subprocess.CompletedProcess[str]":
+    """``start`` it, and wait."""
+    return start(*words, **given).wait(timeout)
+
+
+def run_two(*words: object, **environment: str) -> list["subprocess.CompletedProcess[str]"]:
+    """The same words in two processes that know of each other as torchrun's do; it waits for both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "0", "NODE_RANK": "0", **environment}
+    both = [start(*words, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+    return [child.wait(900) for child in both]
