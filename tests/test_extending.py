@@ -14,6 +14,7 @@ import torch
 from tiny import CLIP, MODELS, PLAIN, call, convert, infer, metas, tensors, train
 from torch import Tensor, nn
 
+import ver_openImagesDatasets
 import ver_train
 from ldm.config import SamplingConfig, TrainingConfig
 from ldm.core.errors import MedSoftError
@@ -135,6 +136,9 @@ def test_another_data_source_is_read_by_the_commands(
     image = {"id": 7, "file_name": f"{folder.name}/image.png", "patient": "p"}
     lesion = {"id": 70, "image_id": 7, "mask": f"{folder.name}/mask.png", "caption": "lytic lesion of L3"}
     (one / "data.coco").write_text(json.dumps({"images": [image], "annotations": [lesion]}))
+    assert call(ver_openImagesDatasets, "--root_dir", one / "data.coco", "--output_file", tmp_path / "o.json") == 0
+    (record,) = read_json(tmp_path / "o_train.json")
+    assert (record["sample_id"], record["patient_id"]) == ("70", "p")
     assert infer(final, tmp_path / "out", "--data", one / "data.coco") == 0
     made = metas(tmp_path / "out")
     assert list(made) == ["70__v0"]

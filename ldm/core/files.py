@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import FileError, MedSoftError, UsageError
 
 PARTIAL_PREFIX = ".partial-"
 
@@ -116,20 +116,18 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_text(path: str | Path, what: str = "file") -> str:
-    """Read UTF-8 text (a byte-order mark is accepted); any error becomes a MedSoftError naming file and cause."""
-    path = Path(path)
+    """Read UTF-8 text (a byte-order mark is accepted); any error becomes a FileError naming file and cause."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise MedSoftError(f"{path}: this {what} does not exist") from error
+        raise FileError(path, f"this {what} does not exist") from error
     except IsADirectoryError as error:
-        raise MedSoftError(f"{path}: expected a {what}, found a folder") from error
+        raise FileError(path, f"expected a {what}, found a folder") from error
     except UnicodeDecodeError as error:
-        raise MedSoftError(
-            f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start}); save it as UTF-8"
-        ) from error
+        byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise FileError(path, f"not UTF-8 text ({byte}); save it as UTF-8") from error
     except OSError as error:
-        raise MedSoftError(f"{path}: this {what} could not be read ({error.strerror or error})") from error
+        raise FileError(path, f"this {what} could not be read ({error.strerror or error})") from error
 
 
 def read_json(path: str | Path, what: str = "JSON file") -> Any:
@@ -139,7 +137,7 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        raise MedSoftError(f"{path}: not valid JSON ({where})") from error
+        raise FileError(path, f"not valid JSON ({where})") from error
 
 
 def sha256_file(path: str | Path) -> str:

@@ -1,22 +1,23 @@
 """Annotation files, a JSON list with one record per sample; and ``load_samples`` for any data source. No torch.
 
-A data source of another kind is one function here (or in a module of its own) and one entry in SOURCES.
+A data source of another kind is one function here and one entry in SOURCES.
 """
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_json, write_json
+from ldm.core.schema import Rule
 from ldm.data.folders import scan_folder
-from ldm.data.samples import META_TEXTS, Reject, Sample, is_box, wrong_value
+from ldm.data.samples import HEALTHY, META_RULES, META_TEXTS, Reject, Sample, is_box, text_of, wrong_value
 
 
 def load_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
-    """Samples of a dataset folder or of an annotation file, and what of it cannot be used.
+    """Samples of a dataset folder, an annotation file or another source, and what of it cannot be used.
 
     Raises MedSoftError if the path does not exist or nothing in it is usable.
     """
@@ -26,7 +27,8 @@ def load_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
     source = next(source for source in SOURCES if source.recognises(path))
     samples, rejects = source.read(path)
     if not samples:
-        raise MedSoftError(f"{path}: none of its {len(rejects)} samples can be used; the first: {rejects[0]}")
+        first = f"; the first: {rejects[0]}" if rejects else ""
+        raise MedSoftError(f"{path}: none of its {len(rejects)} samples can be used{first}")
     return samples, rejects
 
 
@@ -37,9 +39,9 @@ def write_annotations(path: str | Path, samples: Sequence[Sample]) -> None:
 
 def _record(number: int, sample: Sample) -> dict[str, Any]:
     record = {
-        "mask_image": _text(sample.mask),
+        "mask_image": sample.mask,
         "label": sample.prompt,
-        "image": str(sample.image),
+        "image": sample.image,
         "box": list(sample.box),
         "box_id": f"{number}_box",
         "image_id": str(number),
@@ -47,17 +49,14 @@ def _record(number: int, sample: Sample) -> dict[str, Any]:
         "patient_id": sample.patient_id,
     }
     optional = {
-        "anatomy": _text(sample.anatomy),
-        "soft_mask": _text(sample.soft_mask),
+        "anatomy": sample.anatomy,
+        "soft_mask": sample.soft_mask,
         **{key: getattr(sample, key) for key in META_TEXTS[1:]},
         "synthetic": sample.synthetic or None,
         "meta": sample.meta or None,
     }
-    return record | {key: value for key, value in optional.items() if value is not None}
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+    record |= {key: value for key, value in optional.items() if value is not None}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in record.items()}
 
 
 def write_rejects(path: str | Path, rejects: Sequence[Reject]) -> None:
@@ -81,15 +80,12 @@ def read_annotations(path: Path) -> tuple[list[Sample], list[Reject]]:
     """
     records = read_json(path, "annotation file")
     if not isinstance(records, list):
-        raise MedSoftError(f"{path}: expected a JSON list of records, found {_kind(records)}")
+        raise MedSoftError(f"{path}: expected a JSON list of records, found {type(records).__name__}")
     if not records:
         raise MedSoftError(f"{path}: holds no record; make it again with ver_openImagesDatasets.py")
-    folder = Path(os.path.abspath(path)).parent
-    parsed = [_parse(_Record(path, index, record), folder) for index, record in enumerate(records)]
-    samples = _with_identities(path, parsed)
     usable: list[Sample] = []
     rejects: list[Reject] = []
-    for sample in samples:
+    for sample in _with_identities(path, [_parse(path, index, record) for index, record in enumerate(records)]):
         missing = next((file for file in sample.files if file is not None and not file.is_file()), None)
         if missing is None:
             usable.append(sample)
@@ -98,85 +94,50 @@ def read_annotations(path: Path) -> tuple[list[Sample], list[Reject]]:
     return usable, rejects
 
 
-@dataclass(frozen=True)
-class _Record:
-    """One record of the file at ``path``, read key by key; an error says which record and key is wrong."""
-
-    path: Path
-    index: int
-    values: Any
-
-    def error(self, key: str, expected: str) -> MedSoftError:
-        found = repr(self.values[key]) if key in self.values else "nothing"
-        return MedSoftError(f"{self.path}: record {self.index}, key {key!r}: expected {expected}, found {found[:80]}")
-
-    def text(self, key: str) -> str | None:
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, str):
-            raise self.error(key, "text")
-        return value
-
-    def required_text(self, key: str) -> str:
-        value = self.values.get(key)
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(key, "text that is not empty")
-        return value
-
-    def file(self, key: str, folder: Path) -> Path | None:
-        """The path under ``key``, seen from ``folder``; None if there is none."""
-        value = self.text(key)
-        return self.path_of(key, value, folder) if value else None
-
-    def path_of(self, key: str, value: str, folder: Path) -> Path:
-        if "\0" in value:
-            raise self.error(key, "a path")
-        return Path(os.path.normpath(folder / value))
-
-    def box(self) -> tuple[float, float, float, float]:
-        """x, y, width and height as fractions of the image, in [0, 1]."""
-        value = self.values.get("box")
-        if not is_box(value):
-            raise self.error("box", "four numbers [x, y, w, h], fractions inside the image")
-        x, y, width, height = map(float, value)
-        return (x, y, width, height)
+def _is_identity(value: Any) -> bool:
+    parts = PurePosixPath(value).parts if isinstance(value, str) and "\0" not in value else ()
+    return bool(parts) and ".." not in parts and parts[0] != "/"
 
 
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
+_PATH = Rule(lambda value: isinstance(value, str) and "\0" not in value, "a path (every lesion has a mask)")
+_REQUIRED = ("image", "label", "box")
+_RULES = {
+    **{key: META_RULES[key] for key in (*META_TEXTS, "synthetic")},  # what else stands beside `meta` is not ours
+    **dict.fromkeys(("image", "mask_image", "anatomy", "soft_mask"), _PATH),
+    "label": Rule(lambda value: isinstance(value, str) and bool(value.strip()), "text that is not empty"),
+    "box": Rule(is_box, "four numbers [x, y, w, h], fractions inside the image"),
+    "sample_id": Rule(_is_identity, "a relative path without '..'"),
+    "meta": Rule(lambda value: isinstance(value, dict), "an object"),
+}
 
 
-def _parse(record: _Record, folder: Path) -> Sample:
-    if not isinstance(record.values, dict):
-        raise MedSoftError(f"{record.path}: record {record.index}: expected an object, found {_kind(record.values)}")
-    sample_id = record.text("sample_id")
-    parts = PurePosixPath(sample_id or "").parts
-    if sample_id is not None and (not parts or ".." in parts or parts[0] == "/" or "\0" in sample_id):
-        raise record.error("sample_id", "a relative path without '..'")
-    meta = record.values.get("meta", {})
-    if not isinstance(meta, dict):
-        raise record.error("meta", "an object")
-    synthetic = record.values.get("synthetic")
-    for values in ({"synthetic": synthetic}, meta):  # other keys beside `meta` are not ours
-        wrong = wrong_value(values)
-        if wrong:
-            raise _Record(record.path, record.index, values).error(*wrong)
-    sample = Sample(
-        sample_id=sample_id or "",
-        image=record.path_of("image", record.required_text("image"), folder),
-        mask=record.file("mask_image", folder),
-        prompt=record.required_text("label").strip(),
-        box=record.box(),
-        patient_id=record.text("patient_id") or "",
-        anatomy=record.file("anatomy", folder),
-        soft_mask=record.file("soft_mask", folder),
-        synthetic=bool(synthetic),
-        meta=meta,
-        **{key: record.text(key) for key in META_TEXTS[1:]},
+def _parse(path: Path, index: int, record: Any) -> Sample:
+    """The sample of record number ``index`` of the file at ``path``; MedSoftError naming the key that is wrong."""
+    if not isinstance(record, dict):
+        raise MedSoftError(f"{path}: record {index}: expected an object, found {type(record).__name__}")
+    healthy = str(record.get("label")).strip().lower() == HEALTHY
+    required = _REQUIRED if healthy else (*_REQUIRED, "mask_image")
+    wrong = wrong_value(record, _RULES, required) or wrong_value(record.get("meta") or {}, META_RULES)
+    if wrong:
+        raise MedSoftError(f"{path}: record {index}, key {wrong[0]!r}: {wrong[1]}")
+
+    def file(key: str) -> Path | None:
+        return Path(os.path.abspath(path.parent / record[key])) if record.get(key) else None
+
+    x, y, width, height = map(float, record["box"])
+    return Sample(
+        sample_id=record.get("sample_id") or "",
+        image=Path(os.path.abspath(path.parent / record["image"])),
+        mask=file("mask_image"),
+        prompt=record["label"].strip(),
+        box=(x, y, width, height),
+        anatomy=file("anatomy"),
+        soft_mask=file("soft_mask"),
+        synthetic=bool(record.get("synthetic")),
+        meta=record.get("meta") or {},
+        **{key: text_of(record.get(key)) for key in META_TEXTS[1:]},
+        patient_id=text_of(record.get("patient_id")) or "",
     )
-    if sample.mask is None and not sample.healthy:
-        raise record.error("mask_image", "a path, as the label is not `healthy`")
-    return sample
 
 
 def _with_identities(path: Path, samples: list[Sample]) -> list[Sample]:

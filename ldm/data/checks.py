@@ -19,7 +19,7 @@ SIMILAR_SHOWN = 5
 
 
 class Row(NamedTuple):
-    """A sample as the leak checks see it: its set, names, and a hash of its picture (None = not known)."""
+    """A sample as the leak checks see it: its set, names, and a hash of its image (None = not known)."""
 
     group: str
     sample_id: str
@@ -28,13 +28,14 @@ class Row(NamedTuple):
 
 
 def annotation_rows(group: str, samples: Iterable[Sample], digests: Mapping[str, str] | None = None) -> list[Row]:
+    """The rows of the set ``group``; ``digests``: sample_id -> hash of its image."""
     return [Row(group, s.sample_id, s.patient_id, (digests or {}).get(s.sample_id)) for s in samples]
 
 
 def leaks(rows: Iterable[Row]) -> list[str]:
-    """A sentence for every patient and every identical picture that two sets share (once for each pair of sets)."""
+    """A sentence for every patient and every identical image that two sets share (once for each pair of sets)."""
     patients: dict[str, str] = {}
-    pictures: dict[str, Row] = {}
+    images: dict[str, Row] = {}
     found: dict[tuple, str] = {}
     for row in rows:
         other = patients.setdefault(row.patient_id, row.group)
@@ -43,17 +44,17 @@ def leaks(rows: Iterable[Row]) -> list[str]:
                 f"patient {row.patient_id} is in the {other} set and in the {row.group} set (sample {row.sample_id}); "
                 "one patient belongs to one set: split by patient_id again"
             )
-        twin = pictures.setdefault(row.digest, row) if row.digest else row
+        twin = images.setdefault(row.digest, row) if row.digest else row
         if twin.group != row.group:
             found[row.digest, twin.group, row.group] = (
                 f"sample {twin.sample_id} of the {twin.group} set and sample {row.sample_id} of the {row.group} set "
-                "are the same picture, pixel for pixel; remove one of them"
+                "are the same image, pixel for pixel; remove one of them"
             )
     return list(found.values())
 
 
 def check_disjoint(rows: Iterable[Row]) -> None:
-    """Raise MedSoftError, by name, when two sets share a patient or an identical picture."""
+    """Raise MedSoftError, by name, when two sets share a patient or an identical image."""
     for leak in leaks(rows):
         raise MedSoftError(leak)
 

@@ -6,7 +6,7 @@ A sample folder holds ``image.png``, ``mask.png``, ``prompt.txt`` and perhaps ``
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from ldm.core.threads import thread_pool
 from ldm.data.images import SUFFIXES, read_image
 from ldm.data.masks import Mask, extents, read_anatomy, read_mask
 from ldm.data.png import write_png
-from ldm.data.samples import HEALTHY, META_TEXTS, Reject, Sample, wrong_value
+from ldm.data.samples import HEALTHY, META_RULES, META_TEXTS, Reject, Sample, text_of, wrong_value
+
+MASKS = ("mask", "soft_mask")
+STEMS = ("image", *MASKS, "anatomy")  # of a sample folder's image files
 
 
-def scan_folder(root: str | Path, progress: bool = False) -> tuple[list[Sample], list[Reject]]:
+def scan_folder(root: str | Path) -> tuple[list[Sample], list[Reject]]:
     """Find and check every sample folder below ``root``, in the order of their ids.
 
     A sample folder is any that holds ``image.*``, ``mask.*`` or ``prompt.txt``; hidden folders are left out. Every file
@@ -30,27 +33,23 @@ def scan_folder(root: str | Path, progress: bool = False) -> tuple[list[Sample],
     ``root`` is no folder or holds no sample at all.
     """
     root = Path(root)
-    if not root.exists():
-        raise MedSoftError(f"{root}: this dataset folder does not exist")
     if not root.is_dir():
-        raise MedSoftError(f"{root}: expected a dataset folder, found a file")
+        reason = "expected a dataset folder, found a file" if root.exists() else "does not exist"
+        raise MedSoftError(f"{root}: {reason}")
     folders, rejects = _sample_folders(root)
     if not folders and not rejects:
         raise MedSoftError(
             f"{root}: holds no sample; expected folders with an image ({', '.join(SUFFIXES)}), a mask and a prompt.txt"
         )
-    samples: list[Sample] = []
     pool = thread_pool()
     try:
-        results = pool.map(lambda item: _checked(*item), folders)
-        for result in tqdm(results, "checking", len(folders), unit=" samples", disable=None if progress else True):
-            if isinstance(result, Sample):
-                samples.append(result)
-            else:
-                rejects.append(result)
+        checked = pool.map(lambda item: _checked(*item), folders)
+        found = list(tqdm(checked, "checking", len(folders), unit=" samples", disable=None))
     finally:
-        pool.shutdown(cancel_futures=True)
-    return samples, sorted(rejects, key=lambda reject: (reject.sample_id, str(reject.file)))
+        pool.shutdown(cancel_futures=True)  # an interrupted command does not read the rest
+    rejects += [each for each in found if isinstance(each, Reject)]
+    rejects.sort(key=lambda reject: (reject.sample_id, str(reject.file)))
+    return [each for each in found if isinstance(each, Sample)], rejects
 
 
 def _sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
@@ -93,42 +92,31 @@ def read_sample(sample_id: str, folder: Path) -> Sample:
         sample_id.encode("utf-8")
     except UnicodeEncodeError as error:
         raise FileError(folder, "its name is not valid UTF-8; rename the folder") from error
-    image_file = _one_file(folder, "image")
-    if image_file is None:
+    files = _image_files(folder)
+    if "image" not in files:
         raise FileError(folder / "image.png", "does not exist")
-    image = read_image(image_file)
-    prompt = _prompt(folder / "prompt.txt")
+    shape = read_image(files["image"]).shape
+    prompt = read_text(folder / "prompt.txt", "prompt file").strip()
+    if not prompt:
+        raise FileError(folder / "prompt.txt", "the prompt is empty; write what the image shows, or `healthy`")
     meta = _meta(folder / "meta.json")
-    healthy = prompt.lower() == HEALTHY
-    mask_file, soft_file = _one_file(folder, "mask"), _one_file(folder, "soft_mask")
-    anatomy_file = _one_file(folder, "anatomy")
-    if mask_file is None and not healthy:
+    diseased = prompt.lower() != HEALTHY
+    if diseased and "mask" not in files:
         raise FileError(folder / "mask.png", "does not exist; a sample that is not healthy needs its lesion's mask")
-    mask = read_mask(mask_file, image.shape) if mask_file else None
-    if mask_file and mask and mask.empty and not healthy:
-        raise FileError(mask_file, f"the mask is empty (all zero), but the prompt names a lesion ({prompt[:60]!r})")
-    if soft_file and read_mask(soft_file, image.shape, soft=True).empty and not healthy:
-        raise FileError(soft_file, "the soft mask is empty (all zero), but the prompt names a lesion")
-    if anatomy_file:
-        read_anatomy(anatomy_file, image.shape)
-    absolute = Path(os.path.abspath(folder))
-    texts = {key: meta.pop(key, None) for key in META_TEXTS}
-    patient = texts.pop("patient_id")
-    synthetic = meta.pop("synthetic", False)
+    masks = {stem: read_mask(files[stem], shape, stem == "soft_mask") for stem in MASKS if stem in files}
+    for stem, mask in masks.items():
+        if mask.empty and diseased:
+            name = stem.replace("_", " ")
+            reason = f"the {name} is empty (all zero), but the prompt names a lesion ({prompt[:60]!r})"
+            raise FileError(files[stem], reason)
+    if "anatomy" in files:
+        read_anatomy(files["anatomy"], shape)
+    texts: dict[str, Any] = {key: text_of(meta.pop(key, None)) for key in META_TEXTS}
+    texts["patient_id"] = texts["patient_id"] or sample_id
+    paths: dict[str, Any] = {"mask": None} | {stem: Path(os.path.abspath(file)) for stem, file in files.items()}
     meta.pop("sample_id", None)  # the folder's path is the identity
-    return Sample(
-        sample_id=sample_id,
-        image=absolute / image_file.name,
-        mask=absolute / mask_file.name if mask_file else None,
-        prompt=prompt,
-        box=mask_box(mask),
-        patient_id=patient or sample_id,
-        anatomy=absolute / anatomy_file.name if anatomy_file else None,
-        soft_mask=absolute / soft_file.name if soft_file else None,
-        synthetic=synthetic,
-        meta=meta,
-        **texts,
-    )
+    synthetic, box = meta.pop("synthetic", False), mask_box(masks.get("mask"))
+    return Sample(sample_id, prompt=prompt, box=box, synthetic=synthetic, meta=meta, **paths, **texts)
 
 
 def mask_box(mask: Mask | None) -> tuple[float, float, float, float]:
@@ -140,46 +128,27 @@ def mask_box(mask: Mask | None) -> tuple[float, float, float, float]:
     return (left / width, top / height, (right - left) / width, (bottom - top) / height)
 
 
-def _one_file(folder: Path, stem: str) -> Path | None:
-    """The one file ``stem`` + image suffix in ``folder``; None without any; FileError when two could be meant."""
-    names = sorted(os.listdir(folder))
-    found = [folder / name for name in names if Path(name).stem == stem and Path(name).suffix.lower() in SUFFIXES]
-    if len(found) > 1:
-        raise FileError(found[0], f"ambiguous: {' and '.join(file.name for file in found)} are both here; keep one")
-    return found[0] if found else None
-
-
-def _refile(path: Path, read: Callable[[], Any]) -> Any:
-    """Call ``read``; its MedSoftError becomes a FileError about ``path``."""
-    try:
-        return read()
-    except MedSoftError as error:
-        raise FileError(path, str(error).removeprefix(f"{path}: ")) from error
-
-
-def _prompt(path: Path) -> str:
-    prompt = _refile(path, lambda: read_text(path, "prompt file")).strip()
-    if not prompt:
-        raise FileError(path, "the prompt is empty; write the sentence, or `healthy`")
-    return prompt
+def _image_files(folder: Path) -> dict[str, Path]:
+    """The image files of a sample folder by their stems; FileError when two could be meant."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.stem in STEMS and path.suffix.lower() in SUFFIXES:
+            other = found.setdefault(path.stem, path)
+            if other != path:
+                raise FileError(other, f"ambiguous: {other.name} and {path.name} are both here; keep one")
+    return found
 
 
 def _meta(path: Path) -> dict[str, Any]:
-    """meta.json checked key by key; ids given as numbers become text. Empty if there is none."""
+    """The keys of meta.json that have a value, checked one by one. Empty if there is no such file."""
     if not os.path.lexists(path):
         return {}
-    meta = _refile(path, lambda: read_json(path))
+    meta = read_json(path)
     if not isinstance(meta, dict):
         raise FileError(path, f"expected a JSON object, found {type(meta).__name__}")
-    for key in META_TEXTS:
-        value = meta.get(key)
-        if isinstance(value, (dict, list, bool, float)):
-            raise FileError(path, f"{key}: expected text, found {value!r}")
-        meta[key] = str(value).strip() or None if value is not None else None
-    wrong = wrong_value(meta)
+    wrong = wrong_value(meta, META_RULES)
     if wrong:
-        key, expected = wrong
-        raise FileError(path, f"{key}: expected {expected}, found {meta[key]!r}")
+        raise FileError(path, ": ".join(wrong))
     return {key: value for key, value in meta.items() if value is not None}
 
 

@@ -1,9 +1,12 @@
 """A sample, a sample that cannot be used, and what the values of ``meta.json`` may be."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ldm.core.schema import Rule
 
 HEALTHY = "healthy"
 META_TEXTS = ("patient_id", "parent_id", "lesion_type", "level", "severity")
@@ -30,6 +33,7 @@ class Sample:
 
     @property
     def healthy(self) -> bool:
+        """Whether the prompt is the word ``healthy``."""
         return self.prompt.strip().lower() == HEALTHY
 
     @property
@@ -56,17 +60,29 @@ def shown(text: object) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def wrong_value(meta: dict[str, Any]) -> tuple[str, str] | None:
-    """The first key whose value cannot be used, with what is expected there; null is as good as no key."""
-    checks = (
-        ("synthetic", lambda value: isinstance(value, bool), "true or false"),
-        ("spacing_mm", _is_spacing, "one or two positive numbers"),
-        ("window", _is_window, "two numbers [low, high] with low < high"),
-    )
-    for key, valid, expected in checks:
-        if meta.get(key) is not None and not valid(meta[key]):
-            return key, expected
+def wrong_value(
+    values: Mapping[str, Any], rules: Mapping[str, Rule], required: Sequence[str] = ()
+) -> tuple[str, str] | None:
+    """The first key whose value breaks its rule, and what was expected and found there.
+
+    Null and empty text are as good as no key, which is wrong for the keys ``required`` only.
+    """
+    for key, rule in rules.items():
+        value = values.get(key)
+        if key in required if value in (None, "") else not rule.holds(value):
+            found = f"{value!r}"[:80] if key in values else "nothing"
+            return key, f"expected {rule.expected}, found {found}"
     return None
+
+
+def text_of(value: str | int | None) -> str | None:
+    """An id or a class as text without spaces around it; None if nothing is left."""
+    return None if value is None else str(value).strip() or None
+
+
+def is_number(value: Any) -> bool:
+    """True for a finite int or float; JSON's true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_spacing(value: Any) -> bool:
@@ -84,5 +100,11 @@ def is_box(value: Any) -> bool:
     return numbers and min(value) >= 0 and value[0] + value[2] <= 1 + 1e-6 and value[1] + value[3] <= 1 + 1e-6
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+META_RULES = {
+    **dict.fromkeys(
+        META_TEXTS, Rule(lambda value: isinstance(value, (str, int)) and not isinstance(value, bool), "text")
+    ),
+    "synthetic": Rule(lambda value: isinstance(value, bool), "true or false"),
+    "spacing_mm": Rule(_is_spacing, "one or two positive numbers"),
+    "window": Rule(_is_window, "two numbers [low, high] with low < high"),
+}

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id, named_seed
-from ldm.data.annotations import write_annotations, write_rejects
+from ldm.data.annotations import load_samples, write_annotations, write_rejects
 from ldm.data.checks import annotation_rows, leaks, warn_of_similar_prompts
-from ldm.data.folders import scan_folder
 from ldm.data.samples import Reject, Sample, is_number, shown
 
 log = logging.getLogger(__name__)
@@ -79,20 +78,20 @@ def prepare_dataset(
     fractions: Sequence[float] = (0.7, 0.1, 0.2),
     strict: bool = False,
 ) -> list[Reject]:
-    """Check every sample folder below ``root_dir``, write the annotation file and its split; returns the rejects.
+    """Check every sample of a data source, write the annotation file and its split; returns the rejects.
+
+    ``root_dir``: a dataset folder, or whatever else a source in ``ldm.data.annotations.SOURCES`` reads.
 
     The rejects are listed in a file beside the others. Raises MedSoftError, with nothing written, if no sample can be
     used, or, if ``strict``, if one cannot; UsageError for wrong ``fractions`` or an ``output_file`` that is a folder.
     """
     paths = output_paths(output_file)
     _shares(fractions)  # wrong fractions show before minutes of reading
-    samples, rejects = scan_folder(root_dir, progress=True)
+    samples, rejects = load_samples(root_dir)
     for reject in rejects[:SHOWN_REJECTS]:
         log.warning("rejected: %s", reject)
     if len(rejects) > SHOWN_REJECTS:
         log.warning("... and %d more", len(rejects) - SHOWN_REJECTS)
-    if not samples:
-        raise MedSoftError(f"{root_dir}: none of its {len(rejects)} samples can be used; nothing was written")
     if rejects and strict:
         raise MedSoftError(f"{root_dir}: {len(rejects)} samples cannot be used and --strict was given; nothing written")
     groups = {**split_by_patient(samples, seed, fractions), "all": samples}
@@ -130,9 +129,7 @@ def _warn_of_problems(groups: Mapping[str, list[Sample]], paths: Mapping[str, Pa
         log.info("no meta.json names a patient_id: each sample counts as a patient of its own in the split")
     nowhere = sum(s.healthy and s.anatomy is None and not any(s.box) for s in samples)
     if nowhere:
-        log.info(
-            "%d healthy samples have neither a mask nor anatomy.png: for the classifier only, not drawn on", nowhere
-        )
+        log.info("%d healthy samples have neither a mask nor anatomy.png: for the classifier, not inpainted", nowhere)
     for name in SPLITS:
         if not groups[name]:
             log.warning("%s is empty: too few patients (%d)", shown(paths[name]), len({s.patient_id for s in samples}))

@@ -137,7 +137,7 @@ def test_patients_and_pictures_on_both_sides(tmp_path: Path, write_sample: Any) 
     assert code == 1
     said = texts(found, "error")
     assert "patient b is in the train set and in the val set (sample b)" in said
-    assert "sample a of the train set and sample c of the val set are the same picture, pixel for pixel" in said
+    assert "sample a of the train set and sample c of the val set are the same image, pixel for pixel" in said
 
 
 def test_same_pixels_in_another_file_are_the_same_picture(tmp_path: Path, write_sample: Any) -> None:
@@ -150,7 +150,7 @@ def test_same_pixels_in_another_file_are_the_same_picture(tmp_path: Path, write_
     assert (folder / "image.png").read_bytes() != (tmp_path / "train" / "a" / "image.png").read_bytes()
     code, found = findings(tmp_path, "--train_json", tmp_path / "train", "--val_json", tmp_path / "val")
     assert code == 1
-    assert "are the same picture" in texts(found, "error")
+    assert "are the same image" in texts(found, "error")
 
 
 def test_training_set_without_lesions(tmp_path: Path, write_sample: Any) -> None:

@@ -158,5 +158,8 @@ def test_command_line_from_elsewhere_exit_codes_and_no_torch(
     assert not imported & {"torch", "lightning", "matplotlib"}
     failed = command("--root_dir", "gone")
     assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1] == "error: gone: this dataset folder does not exist"
+    assert (
+        failed.stderr.splitlines()[-1]
+        == "error: gone: does not exist; expected a dataset folder or an annotation JSON file"
+    )
     assert command("--output_file", "x.json").returncode == 2

@@ -349,7 +349,7 @@ def test_similar_prompts_and_twins_are_said_in_preparation(
     given = ("--root_dir", tmp_path / "data", "--output_file", tmp_path / "o.json", "--fractions", 0.5, 0.25, 0.25)
     assert call(ver_openImagesDatasets, *given) == 0
     assert "nearly the same prompt, learned as different ones: 'Lytic lesion!' | 'lytic lesion'" in caplog.text
-    assert "are the same picture, pixel for pixel; remove one of them" in caplog.text
+    assert "are the same image, pixel for pixel; remove one of them" in caplog.text
 
 
 HALF = ["features on the fly, bf16", "nothing frozen", "other layout of kernels", "float32"]

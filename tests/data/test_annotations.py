@@ -270,9 +270,9 @@ def test_file_of_the_published_tool_with_relative_paths_is_read(tmp_path: Path, 
 
 GOOD = {"image": "a/image.png", "mask_image": "a/mask.png", "label": "lytic", "box": [0, 0, 1, 1]}
 MALFORMED: dict[str, tuple[Any, str]] = {
-    "object": ({}, "expected a JSON list of records, found an object"),
+    "object": ({}, "expected a JSON list of records, found dict"),
     "empty": ([], "holds no record"),
-    "number": ([GOOD, 3], "record 1: expected an object, found a number"),
+    "number": ([GOOD, 3], "record 1: expected an object, found int"),
     "no image": ([{k: v for k, v in GOOD.items() if k != "image"}], "record 0, key 'image'.*found nothing"),
     "image type": ([GOOD | {"image": 3}], "key 'image'.*found 3"),
     "image nul": ([GOOD | {"image": "a\0b"}], "key 'image': expected a path"),
@@ -281,7 +281,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "box three": ([GOOD | {"box": [0, 0, 1]}], "key 'box'"),
     "box text": ([GOOD | {"box": [0, 0, 1, "1"]}], "key 'box'"),
     "box pixels": ([GOOD | {"box": [3, 3, 10, 10]}], "key 'box'.*fractions inside the image"),
-    "no mask": ([GOOD | {"mask_image": None}], "key 'mask_image': expected a path, as the label"),
+    "no mask": ([GOOD | {"mask_image": None}], "key 'mask_image': expected a path .every lesion has a mask."),
     "id climbs": ([GOOD | {"sample_id": "../../x"}], "key 'sample_id': expected a relative path"),
     "id absolute": ([GOOD | {"sample_id": "/x"}], "key 'sample_id'"),
     "meta": ([GOOD | {"meta": 1}], "key 'meta': expected an object"),
