@@ -7,7 +7,7 @@
     python tool/bench.py memory --config models/mldm_v15.yaml --batch_size 1   # docs/memory.md; about 20 GB
 
 Both sides have the same weights, input, precision and threads, and take turns; the ratio is theirs / ours, so above 1
-ours is faster. Times are medians. The last lines of `inference` compare whole pictures by adding up the calls that each
+ours is faster. Times are medians. The last lines of `inference` compare whole images by adding up the calls that each
 makes: 50 guided steps of DDIM on both sides, and our 20 of DPM-Solver++(2M), 17 of them guided, with their 50.
 """
 
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", type=Path, default=Path("models/phantom.yaml"), help="model YAML (default: %(default)s)"
     )
-    parser.add_argument("--batch_size", type=int, default=2, help="pictures per call (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=2, help="images per call (default: %(default)s)")
     parser.add_argument(
         "--repeats", type=int, default=10, help="measured calls, after the warm-up (default: %(default)s)"
     )
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", default="32-true", choices=["32-true", "bf16-true"], help="of both sides (default: %(default)s)"
     )
     inference.add_argument(
-        "--steps", type=int, default=10, help="of whole pictures; 0 measures single calls only (default: %(default)s)"
+        "--steps", type=int, default=10, help="of whole images; 0 measures single calls only (default: %(default)s)"
     )
     batches = parser.add_argument_group("batches")
     batches.add_argument("--sizes", help="batch sizes, such as 1,8,32 (default: 1, 2, 4 ... until memory is full)")

@@ -1,4 +1,4 @@
-"""Put the demo's numbers and pictures together: summary.json, report.html and sheet.png.
+"""Put the demo's numbers and images together: summary.json, report.html and sheet.png.
 
     python tool/demo_report.py --output_dir demo_output
 

@@ -3,7 +3,7 @@
     python tool/make_phantoms.py --output_dir phantoms --healthy 160 --diseased 40 --seed 7
 
 Each image is a sample folder (image.png, anatomy.png, prompt.txt, meta.json and, when diseased, mask.png).
-``--calibrate`` measures how hard the images are: a ResNet-18 with few and with many diseased patients.
+``--calibrate`` measures how hard the images are: the classifier with few and with many diseased patients.
 """
 
 import argparse
@@ -16,21 +16,19 @@ from ldm.core.errors import UsageError
 def build_parser() -> argparse.ArgumentParser:
     made = cli.parser(__doc__.split("\n")[0])
     made.add_argument("--output_dir", type=Path, help="dataset folder to write")
-    made.add_argument("--healthy", type=int, default=160, help="healthy pictures")
-    made.add_argument(
-        "--diseased", type=int, default=40, help="pictures with a lesion; types and severities take turns"
-    )
+    made.add_argument("--healthy", type=int, default=160, help="healthy images")
+    made.add_argument("--diseased", type=int, default=40, help="images with a lesion; types and severities take turns")
     made.add_argument("--seed", type=int, default=0, help="the world: two seeds share no patient")
-    made.add_argument("--per_patient", type=int, default=1, help="pictures of each patient")
+    made.add_argument("--per_patient", type=int, default=1, help="images of each patient")
     made.add_argument(
         "--seen_by_biomedclip",
         action="store_true",
-        help="write the pictures that the BiomedCLIP stand-in was trained on instead",
+        help="write the images that the BiomedCLIP stand-in was trained on instead",
     )
     made.add_argument("--overwrite", action="store_true", help="replace a phantom dataset made with other arguments")
     made.add_argument("--sheet", type=Path, metavar="PNG", help="also write a contact sheet to look at")
     made.add_argument(
-        "--calibrate", action="store_true", help="train a ResNet-18 on few and on many patients, print AUCs"
+        "--calibrate", action="store_true", help="train the classifier on few and on many patients, print AUCs"
     )
     return made
 
@@ -42,12 +40,12 @@ def main(args: argparse.Namespace) -> int:
 
     if args.output_dir is not None:
         if args.seen_by_biomedclip:
-            made = write_biomedclip_pairs(args.output_dir, args.overwrite, progress=True)
+            made = write_biomedclip_pairs(args.output_dir, args.overwrite)
             count = "all that the BiomedCLIP stand-in has seen"
         else:
             counts = (args.healthy, args.diseased, args.per_patient)
-            made = write_dataset(args.output_dir, args.seed, *counts, args.overwrite, progress=True)
-            count = f"{args.healthy} healthy and {args.diseased} diseased pictures, seed {args.seed}"
+            made = write_dataset(args.output_dir, args.seed, *counts, args.overwrite)
+            count = f"{args.healthy} healthy and {args.diseased} diseased images, seed {args.seed}"
         print(f"{args.output_dir}: {count}" if made else f"{args.output_dir}: already complete ({count})")
     if args.sheet is not None:
         write_sheet(args.sheet, args.seed)

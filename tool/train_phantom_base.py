@@ -1,10 +1,11 @@
 """Train the two small pretrained models of the phantom world and write them where ``models/phantom.yaml`` expects them.
 
-    OUTPUT/biomedclip/                  knows lesions, as BiomedCLIP does: contrastive on phantom image-sentence pairs
+    OUTPUT/biomedclip/                  knows lesions, as BiomedCLIP does: contrastive on phantom image-prompt pairs
     OUTPUT/sd-phantom-inpainting.ckpt   has never seen a lesion or a lesion word, as Stable Diffusion has not: trained
-                                        on generic pictures with plain words and healthy spines; half precision, in the
+                                        on generic images with plain words and healthy spines; half precision, in the
                                         key layout of sd-v1-5-inpainting.ckpt (autoencoder, U-Net, text encoder)
-    OUTPUT/training_log.csv             part, step, loss, seconds, and PSNR (autoencoder) or share of hits (clip)
+    OUTPUT/training_log.csv             part, step, mean loss since the row before, seconds, and the batch's
+                                        PSNR (autoencoder) or share of hits (clip)
 
 Run again after an interruption, it goes on with the part that was not finished.
 """
@@ -22,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, default=Path("models/phantom_base"), help="where the models go")
     parser.add_argument("--config", type=Path, default=Path("models/phantom.yaml"), help="sizes of the networks")
     parser.add_argument("--autoencoder_steps", type=int, default=900, help="steps of 16 crops")
-    parser.add_argument("--clip_steps", type=int, default=1200, help="steps of 64 image-sentence pairs")
+    parser.add_argument("--clip_steps", type=int, default=1200, help="steps of 64 image-prompt pairs")
     parser.add_argument("--unet_steps", type=int, default=1500, help="steps of 32 crops")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and noise")
     parser.add_argument(

@@ -10,7 +10,6 @@ import logging
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ WARM_UP = 2  # steps after the first
 
 
 def main(options: BenchOptions) -> dict[str, Any]:
-    """Log one Markdown row for each stage and batch size; returns the numbers for JSON."""
+    """Log one Markdown row for each stage and batch size, until memory is full; returns the numbers for JSON."""
     device, where = this_machine()
     configs = stage_configs(options.config, options.overrides)
     sizes = batch_sizes(options.sizes)
@@ -40,10 +39,23 @@ def main(options: BenchOptions) -> dict[str, Any]:
     log.info("\n%s", markdown_head(COLUMNS))
     rows: list[dict[str, Any]] = []
     for stage, config in configs.items():
-        for row in sweep(
-            config.architecture, config.training, sizes, options.repeats, device, precision == "bf16-mixed"
-        ):
-            rows.append({"stage": stage, "compiled": config.training.compile, **row})
+        asked = config.architecture, config.training
+        operations = step_operations(*asked, 1)
+        for batch in sizes:
+            torch.compiler.reset()
+            try:
+                row = measure(*asked, batch, options.repeats, device, precision == "bf16-mixed")
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                log.info("| %s | batch %d: out of memory |", stage, batch)
+                break
+            finally:
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+            compiled = config.training.compile
+            rows.append({"stage": stage, "compiled": compiled, **row, "operations": operations * batch})
             log.info("%s", as_line(rows[-1], peak))
     return {"where": where, "torch": torch.__version__, "precision": precision, "peak": peak, "steps": rows}
 
@@ -72,32 +84,6 @@ def matrix_speed(device: torch.device) -> float:
     return 2 * side**3 / statistics.median(times)
 
 
-def sweep(
-    architecture: Architecture,
-    training: TrainingConfig,
-    sizes: Iterable[int],
-    repeats: int,
-    device: torch.device,
-    half: bool,
-) -> Iterator[dict[str, Any]]:
-    """Yields the measured row of one batch size after another, until the device's memory is full."""
-    operations = step_operations(architecture, training, 1)
-    for batch in sizes:
-        torch.compiler.reset()
-        try:
-            row = measure(architecture, training, batch, repeats, device, half)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            log.info("| %s | batch %d: out of memory |", training.stage, batch)
-            return
-        finally:
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        yield {**row, "operations": operations * batch}
-
-
 def measure(
     architecture: Architecture, training: TrainingConfig, batch: int, repeats: int, device: torch.device, half: bool
 ) -> dict[str, Any]:
@@ -122,9 +108,11 @@ def measure(
 
 
 def as_line(row: dict[str, Any], peak: float) -> str:
+    """The Markdown row of ``COLUMNS``; ``peak``: the chip's floating-point operations per second."""
     seconds = statistics.median(row["seconds"])
     speed = row["operations"] / seconds
-    cells = [row["stage"], "yes" if row["compiled"] else "no", f"{row['batch']}", f"{row['first']:.1f}"]
-    cells += [f"{1000 * seconds:.1f}", f"{row['batch'] / seconds:.2f}", f"{speed / 1e12:.1f}", f"{speed / peak:.0%}"]
-    cells.append("-" if row["memory"] is None else f"{row['memory'] / GIB:.1f}")
-    return markdown_row(cells)
+    times = f"{row['first']:.1f}", f"{1000 * seconds:.1f}", f"{row['batch'] / seconds:.2f}"
+    memory = "-" if row["memory"] is None else f"{row['memory'] / GIB:.1f}"
+    compiled = "yes" if row["compiled"] else "no"
+    speeds = f"{speed / 1e12:.1f}", f"{speed / peak:.0%}"
+    return markdown_row((row["stage"], compiled, row["batch"], *times, *speeds, memory))

@@ -1,6 +1,7 @@
 """What the speed measurements share: the same networks in diffusers, and two calls that take turns."""
 
 import platform
+import re
 import shutil
 import statistics
 import time
@@ -57,10 +58,12 @@ class BenchOptions:
 
 
 def this_machine() -> tuple[torch.device, str]:
-    """The device that is measured, and its name."""
+    """The device that is measured, and its name; of a CPU also the number of threads."""
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.cuda.get_device_name()
-    return torch.device("cpu"), platform.processor() or platform.machine()
+    system = Path("/proc/cpuinfo")  # Linux; elsewhere the kind of processor must do
+    names = re.findall(r"model name\s*: (.+)", system.read_text()) if system.exists() else []
+    return torch.device("cpu"), f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
 
 
 def diffusers_twins(model: MedSoftModel) -> tuple[Any, Any]:
@@ -82,13 +85,10 @@ def diffusers_pipeline(model: MedSoftModel) -> Any:
     from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 
     unet, vae = diffusers_twins(model)
-    parts = {
-        "vae": vae,
-        "unet": unet,
-        "scheduler": DDIMScheduler.from_config(scheduler_configuration(model.architecture.diffusion)),
-    }
+    scheduler = DDIMScheduler.from_config(scheduler_configuration(model.architecture.diffusion))
     absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    made = StableDiffusionInpaintPipeline(**parts, **absent, requires_safety_checker=False)
+    parts = {"vae": vae, "unet": unet, "scheduler": scheduler, **absent}
+    made = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -112,9 +112,7 @@ def measure_alternately(
 def random_biomedclip(sizes: BiomedClipConfig, scratch: Path) -> Path:
     """A folder with a BiomedCLIP of the size that is asked for: the phantoms', or one of the released sizes with
     random weights (0.8 GB), made in ``scratch``."""
-    target = scratch / "biomedclip"
-    if sizes.token_dim != 768:  # a phantom's
-        return PHANTOM_CLIP
+    target = PHANTOM_CLIP if sizes.token_dim != 768 else scratch / "biomedclip"
     if target.is_dir():
         return target
     shutil.copytree(PHANTOM_CLIP, target, ignore=shutil.ignore_patterns("*.bin", "config.json"))

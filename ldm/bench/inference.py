@@ -1,16 +1,15 @@
-"""Speed of drawing, ours beside diffusers' StableDiffusionInpaintPipeline, on the same weights in the same run."""
+"""Speed of inpainting, ours beside diffusers' StableDiffusionInpaintPipeline, on the same weights in the same run."""
 
 import dataclasses
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.bench.common import BenchOptions, diffusers_pipeline, measure_alternately, this_machine
-from ldm.config import Architecture, Config, SamplingConfig, load_config
+from ldm.config import Config, SamplingConfig, load_config
 from ldm.core.errors import require
 from ldm.diffusion.guidance import guided_steps
 from ldm.inference.inpainter import DTYPES, for_inference
@@ -20,8 +19,8 @@ from ldm.networks.sampling import GuidanceConditions, guidance_conditions, laten
 
 log = logging.getLogger(__name__)
 
-REFERENCE = {"sampler": "ddim", "steps": 50, "guidance_interval": [0.0, 1.0]}  # diffusers' default, with guidance
-FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": [0.15, 1.0]}  # docs/inference.md says why
+REFERENCE = {"sampler": "ddim", "steps": 50, "guidance_interval": (0.0, 1.0)}  # diffusers' default, with guidance
+FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": (0.15, 1.0)}  # docs/inference.md says why
 
 
 def main(options: BenchOptions) -> dict[str, Any]:
@@ -52,32 +51,38 @@ def measure(config: Config, device: torch.device, options: BenchOptions) -> list
     for part in (pipeline.unet, pipeline.vae):
         part.to(dtype)
     for_inference(model, dtype)
-    inputs = Inputs(config.architecture, device, options.batch_size)
+    calls = Calls(model, pipeline, config.sampling, options.batch_size)
     rows: list[dict[str, Any]] = []
 
     def add(name: str, mine: float, other: float) -> tuple[float, float]:
+        """Log and keep both seconds; returns them."""
         rows.append({"what": name, "ours_s": mine, "theirs_s": other, "ratio": other / mine})
         log.info("%-52s ours %.4f s, diffusers %.4f s, ratio %.2f", name, mine, other, other / mine)
         return mine, other
 
-    def compare(name: str, ours: Callable, theirs: Callable, repeats: int, warm_up: int = 2) -> tuple[float, float]:
+    def compare(name: str, ours: Callable, theirs: Callable, repeats: int = options.repeats, warm_up: int = 2) -> Any:
+        """Measure two calls; returns their seconds."""
         return add(name, *measure_alternately(ours, theirs, repeats, device, warm_up))
 
-    calls = Calls(model, pipeline, inputs, config.sampling)
-    theirs_guided = partial(calls.theirs, inputs.empty, inputs.text)
-    guided = compare("U-Net call with guidance", partial(calls.ours, calls.both), theirs_guided, options.repeats)
-    alone = partial(calls.ours, calls.prompt_alone), partial(calls.theirs, inputs.text)
-    prompted = compare("U-Net call with the prompt alone", *alone, options.repeats)
-    encoding = compare("encoded picture", calls.our_encoding, calls.their_encoding, options.repeats)
-    decoding = compare("decoded picture", calls.our_decoding, calls.their_decoding, options.repeats)
+    vae, image, noise = pipeline.vae, calls.image.to(dtype), calls.noise.to(dtype)
+    guided = compare(
+        "U-Net call with guidance", lambda: calls.ours(calls.both), lambda: calls.theirs(calls.empty, calls.text)
+    )
+    prompted = compare(
+        "U-Net call with the prompt alone", lambda: calls.ours(calls.prompt_alone), lambda: calls.theirs(calls.text)
+    )
+    encoding = compare(
+        "encoded image", lambda: latent_of(model, calls.image, dtype), lambda: vae.encode(image).latent_dist.mode()
+    )
+    scale = config.architecture.diffusion.latent_scale
+    decoding = compare("decoded image", lambda: model.decode(noise), lambda: vae.decode(noise / scale).sample)
     if options.steps:
         plain = dataclasses.replace(config.sampling, **{**REFERENCE, "steps": options.steps})
-        name = f"picture, {options.steps} steps of DDIM with guidance"
-        pictures = max(1, options.repeats // 4)
-        compare(name, lambda: calls.our_picture(plain), lambda: calls.their_picture(options.steps), pictures, 1)
+        name, repeats = f"image, {options.steps} steps of DDIM with guidance", max(1, options.repeats // 4)
+        compare(name, lambda: calls.our_image(plain), lambda: calls.their_image(options.steps), repeats, 1)
     steps, reference = FAST["steps"], REFERENCE["steps"]
     both = len(guided_steps(steps, FAST["guidance_interval"]))
-    # Ours encodes the picture and the masked picture, diffusers the masked one alone.
+    # Ours encodes the image and the masked image, diffusers the masked one alone.
     ends, other_ends = 2 * encoding[0] + decoding[0], encoding[1] + decoding[1]
     theirs = reference * guided[1] + other_ends
     add(f"{reference} steps of DDIM with guidance (sum of the calls)", reference * guided[0] + ends, theirs)
@@ -86,82 +91,64 @@ def measure(config: Config, device: torch.device, options: BenchOptions) -> list
     return rows
 
 
-class Inputs:
-    """Random inputs of the model's sizes: a batch of pictures with a round mask, text and MSC tokens."""
+class Calls:
+    """What is compared, ours and theirs, on random inputs of the model's sizes. Ours includes the third attention.
 
-    def __init__(self, sizes: Architecture, device: torch.device, batch: int) -> None:
-        def drawn(*shape: int) -> Tensor:
+    The inputs are a batch of images with a round soft mask, latent noise, text and MSC tokens.
+    """
+
+    def __init__(self, model: MedSoftModel, pipeline: Any, sampling: SamplingConfig, batch: int) -> None:
+        device = pipeline.unet.device
+
+        def normal(*shape: int) -> Tensor:
             return torch.randn(batch, *shape, device=device)
 
+        self.model, self.pipeline, self.sampling = model, pipeline, sampling
+        self.dtype, sizes = DTYPES[sampling.precision], model.architecture
         size, latent = sizes.image_size, sizes.latent_size
-        self.image = drawn(3, size, size).clamp(-1, 1)
+        self.image = normal(3, size, size).clamp(-1, 1)
         axis = torch.linspace(-1, 1, size, device=device)
         far = (axis[:, None] ** 2 + axis[None, :] ** 2).sqrt()
         self.mask = (1.5 - 4 * far).clamp(0, 1).expand(batch, 1, size, size)  # 1 in the middle, soft border
-        self.noise = drawn(4, latent, latent)
-        self.text = drawn(sizes.text_encoder.max_length, sizes.unet.context_dim)
-        self.empty = drawn(sizes.text_encoder.max_length, sizes.unet.context_dim)
-        self.tokens = drawn((sizes.biomedclip.grid // 2) ** 2, sizes.unet.semantic_dim)
-
-
-class Calls:
-    """What is compared, ours and theirs. Ours includes the third attention."""
-
-    def __init__(self, model: MedSoftModel, pipeline: Any, inputs: Inputs, sampling: SamplingConfig) -> None:
-        self.model, self.pipeline, self.inputs, self.sampling = model, pipeline, inputs, sampling
-        self.dtype = DTYPES[sampling.precision]
-        self.latent_mask = model.latent_mask(inputs.mask)
+        self.latent_mask, self.noise = model.latent_mask(self.mask), normal(4, latent, latent)
+        self.text, self.empty = (normal(sizes.text_encoder.max_length, sizes.unet.context_dim) for _ in range(2))
+        self.tokens = normal((sizes.biomedclip.grid // 2) ** 2, sizes.unet.semantic_dim)
         # A trained model is not silent; its third attention costs the same whatever its weights.
         self.prompt_alone, self.both = self.conditions()
 
     def conditions(self) -> GuidanceConditions:
-        given = self.inputs
-        text = given.text.to(self.dtype)
-        return guidance_conditions(self.model, self.latent_mask, text, given.empty[:1], given.tokens)
+        """What the U-Net is given with the prompt alone, and with guidance."""
+        text = self.text.to(self.dtype)
+        return guidance_conditions(self.model, self.latent_mask, text, self.empty[:1], self.tokens)
 
     def ours(self, conditioning: Conditioning) -> Tensor:
-        given = self.inputs
-        t = torch.tensor([501], device=given.noise.device)
-        noisy = given.noise.to(self.dtype)
+        """Our U-Net's noise, once."""
+        t = torch.tensor([501], device=self.noise.device)
+        noisy = self.noise.to(self.dtype)
         return self.model.denoise(noisy, t, self.latent_mask.to(self.dtype), noisy, conditioning)
 
     def theirs(self, *texts: Tensor) -> Tensor:
-        given = self.inputs
-        x = torch.cat([given.noise, self.latent_mask, given.noise], dim=1).to(self.dtype)
+        """Diffusers' U-Net on all ``texts`` in one call."""
+        x = torch.cat([self.noise, self.latent_mask, self.noise], dim=1).to(self.dtype)
         return self.pipeline.unet(torch.cat([x] * len(texts)), 501, torch.cat(texts).to(self.dtype)).sample
 
-    def our_encoding(self) -> Tensor:
-        return latent_of(self.model, self.inputs.image, self.dtype)
+    def our_image(self, sampling: SamplingConfig) -> Tensor:
+        """Image and mask to image, with the differential mask; text and MSC tokens are given, as theirs are."""
+        original = latent_of(self.model, self.image, self.dtype)
+        masked = latent_of(self.model, hide(self.image, self.mask), self.dtype)
+        given = sampling, self.noise, self.latent_mask, masked, original, self.conditions()
+        return self.model.decode(sample_latent(self.model, *given).to(self.dtype))
 
-    def their_encoding(self) -> Tensor:
-        return self.pipeline.vae.encode(self.inputs.image.to(self.dtype)).latent_dist.mode()
-
-    def our_decoding(self) -> Tensor:
-        return self.model.decode(self.inputs.noise.to(self.dtype))
-
-    def their_decoding(self) -> Tensor:
-        scale = self.model.architecture.diffusion.latent_scale
-        return self.pipeline.vae.decode(self.inputs.noise.to(self.dtype) / scale).sample
-
-    def our_picture(self, sampling: Any) -> Tensor:
-        """Image and mask to picture, with the differential mask; text and MSC tokens are given, as theirs are."""
-        given, model = self.inputs, self.model
-        original = latent_of(model, given.image, self.dtype)
-        masked = latent_of(model, hide(given.image, given.mask), self.dtype)
-        conditions = self.conditions()
-        latent = sample_latent(model, sampling, given.noise, self.latent_mask, masked, original, conditions)
-        return model.decode(latent.to(self.dtype))
-
-    def their_picture(self, steps: int) -> Tensor:
-        given = self.inputs
+    def their_image(self, steps: int) -> Tensor:
+        """The same with diffusers' pipeline."""
         return self.pipeline(
-            image=(given.image + 1) / 2,
-            mask_image=given.mask,
-            prompt_embeds=given.text.to(self.dtype),
-            negative_prompt_embeds=given.empty.to(self.dtype),
-            latents=given.noise.to(self.dtype),
-            height=given.image.shape[-2],
-            width=given.image.shape[-1],
+            image=(self.image + 1) / 2,
+            mask_image=self.mask,
+            prompt_embeds=self.text.to(self.dtype),
+            negative_prompt_embeds=self.empty.to(self.dtype),
+            latents=self.noise.to(self.dtype),
+            height=self.image.shape[-2],
+            width=self.image.shape[-1],
             num_inference_steps=steps,
             guidance_scale=self.sampling.guidance_scale,
             output_type="pt",

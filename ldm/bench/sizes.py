@@ -37,7 +37,7 @@ def document() -> str:
         model, clip = MedSoftModel(config.architecture), build_clip(BIOMEDCLIP, BIOMEDBERT)
         parts = [[name, f"{count / 1e6:.2f} M", f"{4 * count / 1e9:.2f} GB"] for name, count in parameters(model, clip)]
         calls = [[name, f"{count / 1e9:.1f}"] for name, count in operations(model, clip)]
-    converted = sum(4 * count for _, count in parameters(model))
+    converted = sum(4 * parameter.numel() for parameter in model.parameters())
     files = [["`ckpt_for_stage1.ckpt`, `ckpt_for_stage2.ckpt`", ", ".join(NAMES.values()), "", _gb(converted)]]
     for stage, config in stage_configs(BASE).items():
         row = stage_sizes(config.architecture, config.training)
@@ -62,26 +62,24 @@ def document() -> str:
     ) + "\n"  # fmt: skip
 
 
-def parameters(model: MedSoftModel, clip: CustomTextCLIP | None = None) -> list[tuple[str, int]]:
-    """Number of parameters by part of a MedSoftModel with all parts, and of a CustomTextCLIP if one is given."""
-    named = {key: parameter.numel() for key, parameter in model.named_parameters()}
+def parameters(model: MedSoftModel, clip: CustomTextCLIP) -> list[tuple[str, int]]:
+    """Number of parameters by part of a MedSoftModel with all parts, and of a BiomedCLIP."""
 
-    def count(prefix: str, third: bool = False) -> int:
-        found = (key for key in named if key.startswith(prefix))
-        return sum(named[key] for key in found if third == bool(NEW_IN_UNET.match(key)))
+    def count(*prefixes: str, third: bool = False, of: torch.nn.Module = model) -> int:
+        named = ((key, each.numel()) for key, each in of.named_parameters() if key.startswith(prefixes))
+        return sum(number for key, number in named if third == bool(NEW_IN_UNET.match(key)))
 
-    rows = [
+    encoder, decoder = ("first_stage_model.encoder.", "first_stage_model.quant_conv."), "first_stage_model."
+    return [
         ("U-Net (Stable Diffusion 1.5 inpainting)", count("model.")),
         ("third attention", count("model.", third=True)),
-        ("autoencoder: encoder", count("first_stage_model.encoder.") + count("first_stage_model.quant_conv.")),
-        ("autoencoder: decoder", count("first_stage_model.decoder.") + count("first_stage_model.post_quant_conv.")),
+        ("autoencoder: encoder", count(*encoder)),
+        ("autoencoder: decoder", count(decoder) - count(*encoder)),
         ("text encoder (CLIP ViT-L/14)", count("cond_stage_model.")),
         ("Medical Semantic Controller", count("msc.")),
+        ("BiomedCLIP: image tower", count("visual.", of=clip)),
+        ("BiomedCLIP: text tower", count("text.", of=clip)),
     ]
-    for name in ("visual", "text") if clip is not None else ():
-        total = sum(parameter.numel() for parameter in getattr(clip, name).parameters())
-        rows.append((f"BiomedCLIP: {'image' if name == 'visual' else 'text'} tower", total))
-    return rows
 
 
 def stage_sizes(architecture: Architecture, training: TrainingConfig) -> dict[str, Any]:

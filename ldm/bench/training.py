@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ldm.bench.common import BenchOptions, random_biomedclip
+from ldm.bench.common import BenchOptions, random_biomedclip, this_machine
 from ldm.config import Architecture, TrainingConfig, stage_configs
 from ldm.core.devices import peak_memory, resolve_precision
 from ldm.features.build import compute_features
@@ -71,20 +71,17 @@ class Steps:
     def variants(self) -> dict[str, Variant]:
         """By name. Features on the fly are those that the cache holds, or cheaper ones of encoders in bfloat16."""
         found = {"as trained": Variant(nullcontext, self.half)}
+        found["features on the fly"] = Variant(self._float32_encoders, self.half, torch.float32)
         if self.half:
-            found["features on the fly"] = Variant(self._float32_encoders, True, torch.float32)
             found["features on the fly, bf16"] = Variant(nullcontext, True, torch.bfloat16)
-        else:
-            found["features on the fly"] = Variant(nullcontext, False, torch.float32)
         if any(not value.requires_grad for value in self._step_parameters()):
             found["nothing frozen"] = Variant(self._unfrozen, self.half)
-        if self.half and self._frozen_kernels():
-            found["other layout of kernels"] = Variant(self._other_layout, True)
         if self.half:
-            found["float32"] = Variant(lambda: _in_float32(self.stage.net), False)
+            found["float32"] = Variant(lambda: self._in_float32(self.stage.net), False)
         return found
 
     def step(self, variant: Variant) -> None:
+        """One optimizer step, its features computed first where the variant says so; waits until it is done."""
         batch = self.batch
         if variant.encoders:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=variant.encoders == torch.bfloat16):
@@ -117,34 +114,19 @@ class Steps:
         for value in frozen:
             value.requires_grad_(False).grad = None
 
-    def _frozen_kernels(self) -> list[torch.nn.Parameter]:
-        return [value for value in self._step_parameters() if value.ndim == 4 and not value.requires_grad]
-
-    @contextmanager
-    def _other_layout(self) -> Iterator[None]:
-        """Channels last where for_steps leaves kernels contiguous, and the other way round."""
-        kernels = self._frozen_kernels()
-        last = all(value.is_contiguous(memory_format=torch.channels_last) for value in kernels)
-        for value in kernels:
-            value.data = value.to(memory_format=torch.contiguous_format if last else torch.channels_last)
-        yield
-        for_steps(self.stage.net, self.half)
-
     def _float32_encoders(self) -> AbstractContextManager:
         net = self.stage.net
         homes = {"autoencoder": "first_stage_model", "text": "cond_stage_model"}
-        return _in_float32(self.clip, *(getattr(net, home) for part, home in homes.items() if part in net.parts))
+        return self._in_float32(self.clip, *(getattr(net, home) for part, home in homes.items() if part in net.parts))
 
-
-@contextmanager
-def _in_float32(*networks: torch.nn.Module) -> Iterator[None]:
-    """The block sees the halved weights as they are without halving."""
-    for network in networks:
-        network.float()
-        for_steps(network, False)
-    yield
-    for network in networks:
-        for_steps(network, True)
+    @contextmanager
+    def _in_float32(self, *networks: torch.nn.Module) -> Iterator[None]:
+        """The block sees the halved weights as they are without halving."""
+        for network in networks:
+            for_steps(network.float(), False)
+        yield
+        for network in networks:
+            for_steps(network, self.half)
 
 
 def optimizer_step(stage: Stage, optimizer: torch.optim.Optimizer, batch: dict[str, Any], half: bool) -> torch.Tensor:
@@ -177,10 +159,9 @@ def measure(steps: Steps, repeats: int, warm_up: int = 1) -> dict[str, list[tupl
 
 def main(options: BenchOptions) -> dict[str, Any]:
     """Measure the stages one after another; logs the numbers and returns them for JSON."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, where = this_machine()
     configs = stage_configs(options.config, options.overrides)
     precision = resolve_precision(next(iter(configs.values())).training.precision)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     log.info("%s, torch %s, %s, batch %d", where, torch.__version__, precision, options.batch_size)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -212,8 +193,8 @@ def report(
         speed = batch_size / statistics.median(seconds for seconds, _ in taken)
         row = {"stage": stage, "variant": name, "items_per_second": speed, "ratio": ratio, "ratio_of_core_time": cores}
         rows.append({**row, "seconds": [seconds for seconds, _ in taken]})
-        words = (stage, name, speed, ratio, cores)
-        log.info("%-10s %-26s %8.3f items/s   %5.2f times as long (%.2f in core time)", *words)
+        form = "%-10s %-26s %8.3f items/s   %5.2f times as long (%.2f in core time)"
+        log.info(form, *row.values())
     trained = rows[0]
     trained["operations_per_second"] = operations * trained["items_per_second"] / batch_size
     log.info("%-10s %.3f TFLOP/s as trained", stage, trained["operations_per_second"] / 1e12)

@@ -6,24 +6,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-WARM_UP = 10  # steps: the average follows closely at first, when it holds the starting weights
-
 
 class WeightAverage:
-    """Follows ``weights`` with ``average = d * average + (1 - d) * weights``, d = min(decay, step / (10 + step)).
+    """Follows ``weights`` with ``average = d * average + (1 - d) * weights``, d = min(decay, step / (warm_up + step)).
 
-    With a decay of 0 there is no average: ``values`` is empty, and ``swapped`` shows the weights as they are.
+    The average starts as a copy of the weights. ``warm_up``, in steps: it follows closely at first, while it still
+    holds the starting weights. With a decay of 0 there is no average: ``values`` is empty, and ``swapped`` shows the
+    weights as they are.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.weights, self.decay = weights, decay
+    def __init__(self, weights: Mapping[str, nn.Parameter], decay: float, warm_up: int = 10) -> None:
+        self.weights, self.decay, self.warm_up = weights, decay, warm_up
         self.values = {key: value.detach().clone() for key, value in weights.items()} if decay else {}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Follow the weights after optimizer step ``step``, counted from 1."""
+        """Follow the weights after optimizer step ``step``, counted from 1; step 0 takes them over as they are."""
         if self.values:
-            decay = min(self.decay, step / (WARM_UP + step))
+            decay = min(self.decay, step / max(1, self.warm_up + step))
             torch._foreach_lerp_(list(self.values.values()), list(self.weights.values()), 1 - decay)
 
     @contextmanager

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from open_clip.model import CustomTextCLIP
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ldm.checkpoints.checkpoint import NEW_IN_UNET, read_checkpoint, write_checkpoint
@@ -24,9 +23,9 @@ from ldm.core.tables import read_table, write_csv
 from ldm.diffusion.schedule import diffusion_loss
 from ldm.networks.autoencoder import Autoencoder
 from ldm.networks.model import MedSoftModel, hide
+from ldm.networks.weight_average import WeightAverage
 from ldm.phantom.base_data import clip_pairs, generic_images, healthy_crops, textures
 from ldm.phantom.clip_folder import write_clip_folder
-from ldm.phantom.fit import Loss, fit
 from ldm.phantom.spines import BIOMEDCLIP_PAIRS
 
 log = logging.getLogger(__name__)
@@ -39,6 +38,7 @@ CLIP_NAME = "biomedclip/open_clip_pytorch_model.bin"
 LOG_NAME = "training_log.csv"
 COLUMNS = ("part", "step", "loss", "seconds", "psnr_or_hits")
 Rows = list[dict[str, str]]  # of one part in the log
+Loss = tuple[Tensor, Tensor | None]  # what is minimised, and another number of the same batch for the log
 
 
 def train_base(config: Config, output: Path, steps: Mapping[str, int], seed: int = 0, overwrite: bool = False) -> None:
@@ -47,17 +47,21 @@ def train_base(config: Config, output: Path, steps: Mapping[str, int], seed: int
     A part that is there already is kept unless ``overwrite``: an interrupted run goes on with the part that it was in.
     Raises UsageError while another process trains there, and for a U-Net without an autoencoder.
     """
-    done = {"autoencoder": (CHECKPOINT_NAME, AUTOENCODER_NAME), "clip": (CLIP_NAME,), "unet": (CHECKPOINT_NAME,)}
-    train = {"autoencoder": train_autoencoder, "clip": train_clip, "unet": train_unet}
+    parts = {
+        "autoencoder": (train_autoencoder, CHECKPOINT_NAME, AUTOENCODER_NAME),
+        "clip": (train_clip, CLIP_NAME),
+        "unet": (train_unet, CHECKPOINT_NAME),
+    }
     with RunFolder(output, LOG_NAME, what="models").lock():
         for folder in (output, output / "biomedclip"):
             remove_partials(folder)
-        for part in [part for part in train if part in steps]:
-            found = [output / name for name in done[part] if (output / name).exists()]
-            if found and not overwrite:
+        for part, (train, *files) in parts.items():
+            found = [output / name for name in files if (output / name).exists()]
+            if part in steps and found and not overwrite:
                 log.info("%s: already trained (in %s)", part, found[0])
-            else:
-                rows = train[part](config.architecture, config.data, output, steps[part], seed)
+            elif part in steps:
+                made = train(config.architecture, config.data, output, steps[part], seed)
+                rows = [{"part": part, **row} for row in made]
                 path = output / LOG_NAME
                 before = read_table(path, COLUMNS, "training log") if path.exists() else []
                 write_csv(path, [*(row for row in before if row["part"] != part), *rows], COLUMNS)
@@ -74,8 +78,8 @@ def train_autoencoder(
     generic, _, _ = generic_images(crops, min(1000, most))
     data = torch.cat([spines, generic, textures(min(1000, most))]).expand(-1, 3, -1, -1)
 
-    def step(chosen: tuple[int, Tensor]) -> Loss:
-        image = data[chosen[1]] * 2 - 1
+    def step(number: int, chosen: Tensor) -> Loss:
+        image = data[chosen] * 2 - 1
         with autocast(CPU):
             posterior = net.encode(image)
             decoded = net.decode(posterior.sample(torch.randn_like(posterior.mean))).float()
@@ -84,8 +88,7 @@ def train_autoencoder(
         pull = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1 - posterior.logvar).float().mean()
         return error + 5e-6 * pull, -10 * torch.log10(wrong.square().mean() / 4)
 
-    losses = fit(net.parameters(), batches(len(data), batch, steps, "autoencoder", seed), step, steps, 2e-3)
-    rows = logged("autoencoder", losses, steps, lambda psnr: f"{psnr:.2f}")
+    rows = fit(net.parameters(), batches(len(data), batch, steps, "autoencoder", seed), step, steps, 2e-3)
     rescale(net, data[:256] * 2 - 1, sizes.diffusion)
     write_checkpoint(output / AUTOENCODER_NAME, net.state_dict(), {})
     return rows
@@ -115,11 +118,10 @@ def train_unet(sizes: Architecture, crops: DataConfig, output: Path, steps: int,
     for name, parameter in model.named_parameters():
         if NEW_IN_UNET.match(name):
             parameter.requires_grad_(False)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=False)
-    smooth = torch.ones(())
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    average = WeightAverage(trained, 0.995, warm_up=0)
 
-    def step(numbered: tuple[int, Tensor]) -> Loss:
-        number, chosen = numbered
+    def step(number: int, chosen: Tensor) -> Loss:
         mean, logvar = moments[0][chosen], moments[1][chosen]
         latent = model.scaled(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
         t = torch.randint(0, model.schedule.timesteps, (len(chosen),))
@@ -131,20 +133,13 @@ def train_unet(sizes: Architecture, crops: DataConfig, output: Path, steps: int,
             text = model.cond_stage_model(chosen_prompts)
             predicted = model.predict_noise(noisy, t, softs[chosen], masked[chosen], text, None)
         loss = diffusion_loss(predicted, noise, softs[chosen], 2.0).mean()
-        return loss, loss
+        return loss, None
 
-    def averaged() -> Iterator[Loss]:
-        """Each step's loss, smoothed over about twenty steps; the weights' average follows the weights."""
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        shuffled = batches(len(softs), batch, steps, "unet", seed)
-        for loss, figure in fit(trained, shuffled, step, steps, 1e-3, decay=1e-4):
-            average.update_parameters(model)
-            smooth.add_(0.05 * (loss - smooth))
-            yield smooth, figure
-
-    rows = logged("unet", averaged(), steps, lambda figure: "")
+    shuffled = batches(len(softs), batch, steps, "unet", seed)
+    rows = fit(trained.values(), shuffled, step, steps, 1e-3, decay=1e-4, after=average.update)
     # Half precision, without the parts Stable Diffusion does not have.
-    state = {key: value.half() for key, value in average.module.state_dict().items() if not NEW_IN_UNET.match(key)}
+    with average.swapped():
+        state = {key: value.half() for key, value in model.state_dict().items() if not NEW_IN_UNET.match(key)}
     write_checkpoint(output / CHECKPOINT_NAME, state, {"origin": "tool/train_phantom_base.py"})
     autoencoder.unlink()
     return rows
@@ -180,8 +175,7 @@ def train_clip(sizes: Architecture, crops: DataConfig, output: Path, steps: int,
     ids = HFTokenizer(str(folder), context_length=made["text_cfg"]["context_length"])(prompts)
     size = made["vision_cfg"]["image_size"]
 
-    def step(numbered: tuple[int, Tensor]) -> Loss:
-        chosen = numbered[1]
+    def step(number: int, chosen: Tensor) -> Loss:
         pixels = F.interpolate(images[chosen] * 2 - 1, size=(size, size), mode="bicubic", antialias=True)
         image, text, scale = net(pixels.expand(-1, 3, -1, -1), ids[chosen])
         same = (ids[chosen][:, None] == ids[chosen][None]).all(dim=-1).float()
@@ -190,15 +184,12 @@ def train_clip(sizes: Architecture, crops: DataConfig, output: Path, steps: int,
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return loss, (target[range(len(chosen)), logits.argmax(dim=1)] > 0).float().mean()
 
-    def limited() -> Iterator[Loss]:
-        """Each step's loss; the scale of the logits stays below CLIP's own limit."""
-        shuffled = batches(len(ids), batch, steps, "clip", seed)
-        for values in fit(net.parameters(), shuffled, step, steps, 1e-3, decay=0.02, warmup=0.1):
-            with torch.no_grad():
-                net.logit_scale.clamp_(0, 4.6)
-            yield values
+    @torch.no_grad()
+    def limit(number: int) -> None:
+        net.logit_scale.clamp_(0, 4.6)  # CLIP's own limit
 
-    rows = logged("clip", limited(), steps, lambda hits: f"{hits:.3f}")
+    shuffled = batches(len(ids), batch, steps, "clip", seed)
+    rows = fit(net.parameters(), shuffled, step, steps, 1e-3, decay=0.02, warmup=0.1, after=limit)
     buffer = io.BytesIO()  # torch.save itself would not tell a full disk as an OSError
     torch.save(net.state_dict(), buffer)
     with atomic_file(output / CLIP_NAME) as handle:
@@ -217,11 +208,38 @@ def batches(count: int, size: int, steps: int, part: str, seed: int) -> Iterator
         order = order[size:]
 
 
-def logged(part: str, losses: Iterable[Loss], steps: int, shown: Callable[[float], str]) -> Rows:
-    """Run all steps; a row of the log for every twentieth and for the last one."""
-    rows, start = [], time.monotonic()
-    for number, (loss, figure) in enumerate(losses):
+def fit(
+    parameters: Iterable[torch.nn.Parameter],
+    shuffled: Iterable[tuple[int, Tensor]],
+    step: Callable[[int, Tensor], Loss],
+    steps: int,
+    rate: float,
+    *,
+    decay: float = 0.0,
+    warmup: float = 0.05,
+    after: Callable[[int], None] = lambda number: None,
+) -> Rows:
+    """Minimise ``step`` over the ``steps`` batches of ``shuffled``: AdamW, one cycle up to the learning rate and down.
+
+    ``warmup``: share of the steps in which the rate rises. ``after`` is called after each update. Returns a row of the
+    log for every twentieth step and the last: the mean loss since the row before, the other number of this batch.
+    """
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=warmup)
+    rows, losses, start = [], [], time.monotonic()
+    for number, chosen in shuffled:
+        loss, figure = step(number, chosen)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        after(number)
+        losses.append(loss.item())
         if number % 20 == 0 or number == steps - 1:
-            values = part, str(number), f"{loss.item():.5f}", f"{time.monotonic() - start:.0f}", shown(figure.item())
-            rows.append(dict(zip(COLUMNS, values, strict=True)))
+            row = {"step": str(number), "loss": f"{sum(losses) / len(losses):.5f}"}
+            row["seconds"] = f"{time.monotonic() - start:.0f}"
+            rows.append({**row, "psnr_or_hits": "" if figure is None else f"{figure.item():.3f}"})
+            losses.clear()
     return rows

@@ -27,13 +27,7 @@ TILE = 148  # pixels of a contact sheet; no phantom is larger
 
 
 def write_dataset(
-    root: str | Path,
-    seed: int,
-    n_healthy: int,
-    n_diseased: int,
-    per_patient: int = 1,
-    overwrite: bool = False,
-    progress: bool = False,
+    root: str | Path, seed: int, n_healthy: int, n_diseased: int, per_patient: int = 1, overwrite: bool = False
 ) -> bool:
     """Write a dataset folder of phantoms; returns False when it was already complete.
 
@@ -47,16 +41,16 @@ def write_dataset(
         expected = "expected counts of at least 0 (not both 0), per_patient of at least 1, seed of at least 0"
         raise UsageError(f"{root}: {expected}; found {arguments}")
     items = [(seed, *each) for each in plan(n_healthy, n_diseased, per_patient)]
-    return _write(Path(root), arguments, items, overwrite, progress)
+    return _write(Path(root), arguments, items, overwrite)
 
 
-def write_biomedclip_pairs(root: str | Path, overwrite: bool = False, progress: bool = False) -> bool:
+def write_biomedclip_pairs(root: str | Path, overwrite: bool = False) -> bool:
     """Write every image the BiomedCLIP stand-in was trained on as a dataset folder; else as ``write_dataset``."""
     arguments = {"version": VERSION, "biomedclip_pairs": BIOMEDCLIP_PAIRS}
-    return _write(Path(root), arguments, list(biomedclip_pairs(BIOMEDCLIP_PAIRS)), overwrite, progress)
+    return _write(Path(root), arguments, list(biomedclip_pairs(BIOMEDCLIP_PAIRS)), overwrite)
 
 
-def _write(root: Path, arguments: dict[str, int], items: list[tuple], overwrite: bool, progress: bool) -> bool:
+def _write(root: Path, arguments: dict[str, int], items: list[tuple], overwrite: bool) -> bool:
     """Render every item (arguments of ``render_phantom``) into ``root``, unless that is done."""
     folder = RunFolder(root, INDEX_FILE, what="phantoms", samples="w*p*_*/meta.json", keys=("fingerprint", "arguments"))
     with folder.lock(wait=True):
@@ -64,7 +58,7 @@ def _write(root: Path, arguments: dict[str, int], items: list[tuple], overwrite:
         if record and record.get("complete"):
             return False
         folder.claim()
-        for item in tqdm(items, desc="phantoms", unit="image", disable=not progress):
+        for item in tqdm(items, desc="phantoms", unit="image", disable=None):
             phantom = render_phantom(*item)
             if not folder.has(phantom.sample_id, "meta.json"):
                 _write_phantom(root, phantom)

@@ -5,16 +5,18 @@ Only what the steps of configs/demo.yaml have left in the folder is read; no net
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ldm.config import stage_configs
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_json, write_json
+from ldm.core.paths import SHIPPED
 from ldm.core.run_folder import RunFolder
 from ldm.core.tables import read_table
 from ldm.data.samples import Sample
@@ -26,7 +28,6 @@ log = logging.getLogger(__name__)
 
 COARSE = ("moderate", "severe")
 MINUTES = 15
-STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
 SHOWN, CONTROLS = 24, 6
 RESULTS = {"results": "draw", "results_healthy": "redraw_healthy", "results_base": "draw_base"}  # folder -> its step
 PARENTS = "openimages_format_train"
@@ -58,9 +59,6 @@ def _shown(summary: Mapping[str, Any], key: str) -> str:
     return f"{summary[key]:.1f}" if key == "minutes" else number(summary[key])
 
 
-Key = tuple[str | None, Any]  # (parent_id, variant) of a synthetic image
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What the judge says about one image.
@@ -74,33 +72,35 @@ class Verdict:
     probability: float
 
 
-@dataclass
+@dataclass(frozen=True)
+class Inpainted:
+    """An image of the folder ``results`` with its twins in the two control folders, and what the judge says."""
+
+    samples: dict[str, Sample]  # by folder
+    verdicts: dict[str, Verdict]  # by folder; PARENTS: of the original
+
+    @property
+    def sample(self) -> Sample:
+        """The image itself."""
+        return self.samples["results"]
+
+    def agrees(self, folder: str) -> bool:
+        """Whether the judge's most probable lesion type, healthy left aside, is the one of the prompt."""
+        return self.verdicts[folder].lesion_type == self.sample.lesion_type
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """Everything that is read. Synthetic samples have one ``Key`` in all three folders of results."""
+    """Everything that is read."""
 
     folder: Path
+    images: list[Inpainted]
     judge: dict[str, Any]
+    heldout: list[dict[str, str]]  # the judge's predictions of real phantoms
     classifiers: dict[str, dict[str, Any]]
     test_rows: dict[str, list[dict[str, str]]]
+    logs: dict[str, list[dict[str, str]]]  # by stage
     seconds: dict[str, float]
-    samples: dict[str, dict[Key, Sample]] = field(default_factory=dict)
-    verdicts: dict[str, dict[str, Verdict]] = field(default_factory=dict)  # by predicted set, then sample_id
-    heldout: list[dict[str, str]] = field(default_factory=list)
-
-    def verdict(self, folder: str, key: Key) -> Verdict:
-        """The judge's verdict on a synthetic image."""
-        name = self.samples[folder][key].sample_id
-        return _look_up(self.verdicts[folder], name, f"predictions_{folder}.csv", "judge")
-
-    def parent(self, key: Key) -> Verdict:
-        """The judge's verdict on the original of a synthetic image."""
-        return _look_up(self.verdicts[PARENTS], key[0], f"predictions_{PARENTS}.csv", "judge")
-
-
-def _look_up(known: Mapping[Any, Any], key: Hashable, where: str, step: str) -> Any:
-    if key not in known:
-        raise MedSoftError(f"{where}: holds nothing about {key}; {_again(step)}")
-    return known[key]
 
 
 def _again(step: str) -> str:
@@ -115,44 +115,36 @@ def _need(path: Path, step: str) -> Path:
 
 def read_inputs(folder: Path) -> Inputs:
     """Read what the report needs from the demo's folder; MedSoftError naming the step to run for what is missing."""
-
-    def classifier(name: str, step: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
-        metrics = read_json(_need(folder / name / "metrics.json", step))
-        if "test" not in metrics:
-            raise MedSoftError(f"{folder / name / 'metrics.json'}: holds no test numbers; {_again(step)}")
-        columns = ("label", "disease_probability")
-        rows = read_table(_need(folder / name / "predictions_test.csv", step), columns, "predictions")
-        return _with_test_numbers(metrics), rows
-
-    if not (folder / "stages.json").exists():
-        run = "run the demo: python tool/run_stages.py configs/demo.yaml"
-        raise MedSoftError(f"{folder / 'stages.json'}: does not exist; {run}")
-    record = read_json(folder / "stages.json")
-    seconds = {step["name"]: step["seconds"] for step in record["steps"]}
-    judge, _ = classifier("classifier_judge", "judge")
-    both = {name: classifier(f"classifier_{name}", f"classifier_{name}") for name in ("real", "augmented")}
-    metrics = {name: values for name, (values, _) in both.items()}
-    inputs = Inputs(folder, judge, metrics, {name: rows for name, (_, rows) in both.items()}, seconds)
-    for stage in STAGES:
-        _need(folder / stage / "metrics.csv", stage)
-    for name in (*RESULTS, PARENTS, "heldout"):
-        path = _need(folder / "classifier_judge" / f"predictions_{name}.csv", "judge")
-        rows = read_table(path, ("sample_id", "predicted", "disease_probability", "p_healthy"), "predictions")
-        inputs.verdicts[name] = {row["sample_id"]: _verdict(row) for row in rows}
-        if name == "heldout":
-            inputs.heldout = rows
-    for name, step in RESULTS.items():
-        samples = read_all_results(_need(folder / name, step))
-        inputs.samples[name] = {(sample.parent_id, sample.meta.get("variant")): sample for sample in samples}
-    _check_pairs(inputs)
-    return inputs
+    record = folder / "stages.json"
+    if not record.exists():
+        raise MedSoftError(f"{record}: does not exist; run the demo: python tool/run_stages.py configs/demo.yaml")
+    seconds = {step["name"]: step["seconds"] for step in read_json(record)["steps"]}
+    judge, _ = _classifier(folder / "classifier_judge", "judge")
+    both = {name: _classifier(folder / f"classifier_{name}", f"classifier_{name}") for name in ("real", "augmented")}
+    metrics, rows = ({name: each[n] for name, each in both.items()} for n in (0, 1))
+    columns = ("epoch", "train_loss", "val_loss")
+    logs = {
+        stage: read_table(_need(folder / stage / "metrics.csv", stage), columns, "training log")
+        for stage in stage_configs(SHIPPED / "models" / "phantom.yaml")
+    }
+    return Inputs(folder, _read_images(folder), judge, _predictions(folder, "heldout"), metrics, rows, logs, seconds)
 
 
-def _with_test_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The file's content with its test numbers by name, and the interval of the AUC as ``auc_ci95``."""
+def _classifier(folder: Path, step: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """metrics.json with its test numbers by name and the AUC's interval as ``auc_ci95``, and the test's predictions."""
+    metrics = read_json(_need(folder / "metrics.json", step))
+    if "test" not in metrics:
+        raise MedSoftError(f"{folder / 'metrics.json'}: holds no test numbers; {_again(step)}")
+    columns = ("label", "disease_probability")
+    rows = read_table(_need(folder / "predictions_test.csv", step), columns, "predictions")
     auc = metrics["test"]["auc"]
     interval = None if auc["low"] is None else [auc["low"], auc["high"]]
-    return {**metrics, **{name: entry["value"] for name, entry in metrics["test"].items()}, "auc_ci95": interval}
+    return {**metrics, **{name: entry["value"] for name, entry in metrics["test"].items()}, "auc_ci95": interval}, rows
+
+
+def _predictions(folder: Path, name: str) -> list[dict[str, str]]:
+    path = _need(folder / "classifier_judge" / f"predictions_{name}.csv", "judge")
+    return read_table(path, ("sample_id", "predicted", "disease_probability", "p_healthy"), "predictions")
 
 
 def _verdict(row: dict[str, str]) -> Verdict:
@@ -161,17 +153,28 @@ def _verdict(row: dict[str, str]) -> Verdict:
     return Verdict(row["predicted"] != "healthy", likeliest, float(row["disease_probability"]))
 
 
-def _check_pairs(inputs: Inputs) -> None:
+def _read_images(folder: Path) -> list[Inpainted]:
     """MedSoftError unless both controls hold the same images, inpainted with the prompts they are controls for."""
-    for key, sample in inputs.samples["results"].items():
-        healthy = _look_up(inputs.samples["results_healthy"], key, "results_healthy", "redraw_healthy")
-        base = _look_up(inputs.samples["results_base"], key, "results_base", "draw_base")
-        if not healthy.healthy:
-            wrong = f"drawn with {healthy.prompt!r}, expected healthy"
-            raise MedSoftError(f"{healthy.image}: {wrong}; {_again('redraw_healthy')}")
-        if base.prompt != sample.prompt:
-            wrong = f"drawn with {base.prompt!r}, expected {sample.prompt!r}"
-            raise MedSoftError(f"{base.image}: {wrong}; {_again('draw_base')}")
+    judged = {name: {row["sample_id"]: row for row in _predictions(folder, name)} for name in (*RESULTS, PARENTS)}
+    found = {name: read_all_results(_need(folder / name, step)) for name, step in RESULTS.items()}
+    by_key = {name: {(each.parent_id, each.meta.get("variant")): each for each in found[name]} for name in RESULTS}
+    images = []
+    for key, sample in by_key["results"].items():
+        samples = {name: _look_up(by_key[name], key, name, step) for name, step in RESULTS.items()}
+        for name, expected in (("results_healthy", "healthy"), ("results_base", sample.prompt)):
+            if samples[name].prompt != expected:
+                wrong = f"inpainted with {samples[name].prompt!r}, expected {expected!r}"
+                raise MedSoftError(f"{samples[name].image}: {wrong}; {_again(RESULTS[name])}")
+        ids = {**{name: each.sample_id for name, each in samples.items()}, PARENTS: sample.parent_id}
+        rows = {name: _look_up(judged[name], own, f"predictions_{name}.csv", "judge") for name, own in ids.items()}
+        images.append(Inpainted(samples, {name: _verdict(row) for name, row in rows.items()}))
+    return images
+
+
+def _look_up(known: Mapping[Any, Any], key: Any, where: str, step: str) -> Any:
+    if key not in known:
+        raise MedSoftError(f"{where}: holds nothing about {key}; {_again(step)}")
+    return known[key]
 
 
 def rate(values: Iterable[bool]) -> float | None:
@@ -180,31 +183,43 @@ def rate(values: Iterable[bool]) -> float | None:
     return sum(listed) / len(listed) if listed else None
 
 
+def rates(images: Sequence[Inpainted]) -> dict[str, Any]:
+    """How many there are, and which shares the judge calls diseased or names as the prompt does, with the controls."""
+    return {
+        "n": len(images),
+        "detection_rate": rate(each.verdicts["results"].diseased for each in images),
+        "prompt_agreement": rate(each.agrees("results") for each in images),
+        "healthy_redraw_detection_rate": rate(each.verdicts["results_healthy"].diseased for each in images),
+        "base_detection_rate": rate(each.verdicts["results_base"].diseased for each in images),
+        "base_prompt_agreement": rate(each.agrees("results_base") for each in images),
+    }
+
+
 def summarise(inputs: Inputs) -> dict[str, Any]:
     """The numbers of summary.json. Rates are over prompts of moderate and severe lesions; subtle ones stand beside."""
-    results = inputs.samples["results"]
-    coarse = [key for key, sample in results.items() if sample.severity in COARSE]
-    subtle = [key for key, sample in results.items() if sample.severity == "subtle"]
+    coarse = [each for each in inputs.images if each.sample.severity in COARSE]
     if not coarse:
         raise MedSoftError(f"{inputs.folder / 'results'}: holds no moderate or severe lesion; {_again('draw')}")
-    named = [inputs.verdict("results_base", key).lesion_type for key in coarse]
-    chance = chance_agreement([results[key].lesion_type for key in coarse], named)
-    every = [sample for samples in inputs.samples.values() for sample in samples.values()]
-    parents = {key[0]: inputs.parent(key).diseased for key in coarse}
+    subtle = rates([each for each in inputs.images if each.sample.severity == "subtle"])
+    of_all = rates(coarse)
+    kinds = [each.sample.lesion_type or "unknown" for each in coarse]
+    chance = chance_agreement(kinds, [each.verdicts["results_base"].lesion_type for each in coarse])
+    every = [sample for each in inputs.images for sample in each.samples.values()]
+    parents = {each.sample.parent_id: each.verdicts[PARENTS].diseased for each in coarse}
+    by_type = {
+        kind: rates([each for each, own in zip(coarse, kinds, strict=True) if own == kind]) for kind in set(kinds)
+    }
     summary = {
-        "n_pictures": len(results),
-        "n_moderate_severe": len(coarse),
-        "n_subtle": len(subtle),
-        "lesion_detection_rate": _detection_rate(inputs, "results", coarse),
+        "n_pictures": len(inputs.images),
+        "n_moderate_severe": of_all.pop("n"),
+        "n_subtle": subtle["n"],
+        "lesion_detection_rate": of_all.pop("detection_rate"),
         "parent_detection_rate": rate(parents.values()),
-        "healthy_redraw_detection_rate": _detection_rate(inputs, "results_healthy", coarse),
-        "prompt_agreement": _type_agreement(inputs, "results", coarse),
-        "base_detection_rate": _detection_rate(inputs, "results_base", coarse),
-        "base_prompt_agreement": _type_agreement(inputs, "results_base", coarse),
+        **of_all,
         "chance_agreement": chance,
         "base_agreement_limit": chance + 1.96 * math.sqrt(chance * (1 - chance) / len(coarse)),
-        "subtle_detection_rate": _detection_rate(inputs, "results", subtle),
-        "subtle_prompt_agreement": _type_agreement(inputs, "results", subtle),
+        "subtle_detection_rate": subtle["detection_rate"],
+        "subtle_prompt_agreement": subtle["prompt_agreement"],
         # Counted from the files of all three folders, not taken from what dataset_infer.py reports.
         "changed_outside_pixels": sum(
             read_result(s).changed_outside for s in tqdm(every, "comparing pixels", disable=None)
@@ -214,7 +229,7 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
         "n_synthetic": inputs.classifiers["augmented"]["n_synthetic_used"],
         "minutes": round(sum(inputs.seconds.values()) / 60, 2),
         "judge": _judge_numbers(inputs),
-        "by_type": _by_type(inputs, coarse),
+        "by_type": dict(sorted(by_type.items())),
         "classifiers": {
             name: {key: metrics.get(key) for key in CLASSIFIER_ROWS} for name, metrics in inputs.classifiers.items()
         },
@@ -237,67 +252,40 @@ def bars(summary: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[Any], boo
     }
 
 
-def chance_agreement(prompted: Sequence[str | None], named: Sequence[str]) -> float:
+def chance_agreement(prompted: Sequence[str], named: Sequence[str]) -> float:
     """Expected agreement if what the judge names had nothing to do with the prompt: sum over types of both shares."""
     return sum(prompted.count(kind) * named.count(kind) for kind in set(prompted)) / (len(prompted) * len(named))
 
 
-def _detection_rate(inputs: Inputs, folder: str, keys: Sequence[Key]) -> float | None:
-    return rate(inputs.verdict(folder, key).diseased for key in keys)
-
-
-def _type_agreement(inputs: Inputs, folder: str, keys: Sequence[Key]) -> float | None:
-    """How often the judge's most probable lesion type, healthy left aside, is the one of the prompt."""
-    return rate(inputs.verdict(folder, key).lesion_type == inputs.samples["results"][key].lesion_type for key in keys)
-
-
 def _judge_numbers(inputs: Inputs) -> dict[str, Any]:
     """How good the judge is on real phantoms: its own test set, and the moderate and severe held-out ones."""
-    diseased = [row for row in inputs.heldout if row.get("severity") in COARSE]
-    healthy = [row for row in inputs.heldout if row.get("label") == "healthy"]
-    verdicts = inputs.verdicts["heldout"]
+    judged = [(row, _verdict(row)) for row in inputs.heldout]
+    diseased = [(row, verdict) for row, verdict in judged if row.get("severity") in COARSE]
     return {
         **{f"test_{key}": inputs.judge.get(key) for key in ("auc", "auc_ci95", "type_accuracy", "macro_auc")},
         "n_test": inputs.judge.get("n_test"),
-        "heldout_detection_rate": rate(verdicts[row["sample_id"]].diseased for row in diseased),
-        "heldout_type_agreement": rate(verdicts[r["sample_id"]].lesion_type == r.get("lesion_type") for r in diseased),
-        "heldout_false_alarm_rate": rate(verdicts[row["sample_id"]].diseased for row in healthy),
-    }
-
-
-def _by_type(inputs: Inputs, coarse: Sequence[Key]) -> dict[str, dict[str, Any]]:
-    results = inputs.samples["results"]
-    kinds = sorted({results[key].lesion_type or "unknown" for key in coarse})
-    groups = {kind: [key for key in coarse if (results[key].lesion_type or "unknown") == kind] for kind in kinds}
-    return {
-        kind: {
-            "n": len(keys),
-            "detection_rate": _detection_rate(inputs, "results", keys),
-            "prompt_agreement": _type_agreement(inputs, "results", keys),
-            "healthy_redraw_detection_rate": _detection_rate(inputs, "results_healthy", keys),
-            "base_detection_rate": _detection_rate(inputs, "results_base", keys),
-            "base_prompt_agreement": _type_agreement(inputs, "results_base", keys),
-        }
-        for kind, keys in groups.items()
+        "heldout_detection_rate": rate(verdict.diseased for _, verdict in diseased),
+        "heldout_type_agreement": rate(verdict.lesion_type == row.get("lesion_type") for row, verdict in diseased),
+        "heldout_false_alarm_rate": rate(v.diseased for row, v in judged if row.get("label") == "healthy"),
     }
 
 
 def write_report(inputs: Inputs, summary: Mapping[str, Any]) -> None:
     """Write report.html with its images, and sheet.png."""
-    path, results = inputs.folder / "report.html", inputs.samples["results"]
-    coarse = [sample for sample in results.values() if sample.severity in COARSE]
-    columns = list(next(iter(summary["by_type"].values())))
-    type_rows = [[lesion, *(row[column] for column in columns)] for lesion, row in summary["by_type"].items()]
+    path = inputs.folder / "report.html"
+    coarse = [each for each in inputs.images if each.sample.severity in COARSE]
+    columns = ["lesion type", *(name.replace("_", " ") for name in rates([]))]
+    type_rows = [[lesion, *row.values()] for lesion, row in summary["by_type"].items()]
     total = sum(inputs.seconds.values())
-    write_sheet(inputs.folder / "sheet.png", [read_result(sample) for sample in interleave(coarse, CONTROLS)])
+    write_sheet(inputs.folder / "sheet.png", [read_result(each.sample) for each in _first(coarse, CONTROLS)])
     write_page(
         path,
         "demo",
         summary=summary,
         bars=[(key, _shown(summary, key), limit) for key, (limit, _) in bars(summary).items()],
-        samples=write_cards(path, "sample", _sample_cards(inputs)),
-        controls=write_cards(path, "control", _control_cards(inputs, coarse)),
-        type_table=(["lesion type", *(column.replace("_", " ") for column in columns)], type_rows),
+        samples=write_cards(path, "sample", _sample_cards(inputs.images)),
+        controls=write_cards(path, "control", _control_cards(coarse)),
+        type_table=(columns, type_rows),
         judge_rows=[[key, _interval(value)] for key, value in summary["judge"].items()],
         time_rows=[[name, f"{each:.1f}"] for name, each in [*inputs.seconds.items(), ("total", total)]],
         **_training_plots(inputs, path),
@@ -305,33 +293,32 @@ def write_report(inputs: Inputs, summary: Mapping[str, Any]) -> None:
     )
 
 
-def _sample_cards(inputs: Inputs) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, Any]]]:
-    for sample in interleave(list(inputs.samples["results"].values()), SHOWN):
-        image = read_result(sample)
-        verdict = inputs.verdict("results", (sample.parent_id, sample.meta.get("variant")))
+def _sample_cards(images: Sequence[Inpainted]) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, Any]]]:
+    for each in _first(images, SHOWN):
+        image, verdict = read_result(each.sample), each.verdicts["results"]
         judge = f"{verdict.lesion_type}, P(disease) {verdict.probability:.2f}"
-        yield sample.prompt, image.panels(), {**facts(image), "judge": judge}
+        yield each.sample.prompt, image.panels(), {**facts(image), "judge": judge}
 
 
-def _control_cards(
-    inputs: Inputs, coarse: Sequence[Sample]
-) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, Any]]]:
-    for sample in interleave(coarse, CONTROLS):
-        key = (sample.parent_id, sample.meta.get("variant"))
-        panels = {name: read_result(inputs.samples[name][key]).panels() for name in RESULTS}
-        images = {"original": panels["results"]["original"]}
-        probabilities = {"P(disease) original": f"{inputs.parent(key).probability:.2f}"}
+def _control_cards(images: Sequence[Inpainted]) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, Any]]]:
+    for each in _first(images, CONTROLS):
+        panels = {name: read_result(sample).panels() for name, sample in each.samples.items()}
+        shown = {"original": panels["results"]["original"]}
+        probabilities = {"P(disease) original": f"{each.verdicts[PARENTS].probability:.2f}"}
         for title, name in zip(("with the prompt", "with healthy", "base model"), RESULTS, strict=True):
-            images[title] = panels[name]["result"]
-            probabilities[title] = f"{inputs.verdict(name, key).probability:.2f}"
-        yield sample.prompt, images, probabilities
+            shown[title] = panels[name]["result"]
+            probabilities[title] = f"{each.verdicts[name].probability:.2f}"
+        yield each.sample.prompt, shown, probabilities
+
+
+def _first(images: Sequence[Inpainted], count: int) -> list[Inpainted]:
+    by_id = {each.sample.sample_id: each for each in images}
+    return [by_id[sample.sample_id] for sample in interleave([each.sample for each in images], count)]
 
 
 def _training_plots(inputs: Inputs, path: Path) -> dict[str, Any]:
-    columns = ("epoch", "train_loss", "val_loss")
-    stages = {stage: read_table(inputs.folder / stage / "metrics.csv", columns, "training log") for stage in STAGES}
-    whole = write_image(path, "validation", validation_figure(stages))
-    figures = {stage: loss_figure(rows, stage) for stage, rows in stages.items()}
+    whole = write_image(path, "validation", validation_figure(inputs.logs))
+    figures = {stage: loss_figure(rows, stage) for stage, rows in inputs.logs.items()}
     plots = {f"loss of {stage}": write_image(path, f"loss_{stage}", figure) for stage, figure in figures.items()}
     return {"validation_plot": whole, "loss_plots": plots}
 

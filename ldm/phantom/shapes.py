@@ -8,13 +8,14 @@ import numpy as np
 
 SIZE = 64
 SHAPES = ("disc", "ellipse", "square", "ragged patch", "ring")
-FILLS = ("dark", "black", "grey", "bright", "white", "striped", "checkered", "speckled", "cloudy")
+GREYS = {"dark": (0.1, 0.25), "black": (0.0, 0.08), "grey": (0.4, 0.55), "bright": (0.72, 0.88), "white": (0.92, 1)}
+FILLS = (*GREYS, "striped", "checkered", "speckled", "cloudy")
 DIRECTIONS = ("upright", "level", "slanted")
 
 
-def smooth_noise(rng: np.random.Generator, scale: float, size: int = SIZE) -> np.ndarray:
-    """Smooth random texture of zero mean and unit spread, (size, size); ``scale`` is its grain in pixels."""
-    field = cv2.GaussianBlur(rng.standard_normal((size, size)).astype(np.float32), (0, 0), max(scale, 0.3))
+def smooth_noise(rng: np.random.Generator, scale: float) -> np.ndarray:
+    """Smooth random texture of zero mean and unit spread, (64, 64); ``scale`` is its grain in pixels."""
+    field = cv2.GaussianBlur(rng.standard_normal((SIZE, SIZE)).astype(np.float32), (0, 0), max(scale, 0.3))
     return (field - field.mean()) / (field.std() + 1e-6)
 
 
@@ -37,15 +38,8 @@ def _shape(rng: np.random.Generator, name: str) -> np.ndarray:
 
 def _fill(rng: np.random.Generator, name: str) -> tuple[np.ndarray, str]:
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    levels = {
-        "dark": (0.1, 0.25),
-        "black": (0.0, 0.08),
-        "grey": (0.4, 0.55),
-        "bright": (0.72, 0.88),
-        "white": (0.92, 1),
-    }
-    if name in levels:
-        return rng.uniform(*levels[name]) + 0.02 * smooth_noise(rng, 1.0), name
+    if name in GREYS:
+        return rng.uniform(*GREYS[name]) + 0.02 * smooth_noise(rng, 1.0), name
     low, high = rng.uniform(0.0, 0.4), rng.uniform(0.6, 1.0)
     phase = rng.uniform(0, 2 * np.pi)
     if name == "striped":

@@ -4,8 +4,7 @@ A phantom is a pure function of (seed, patient, image, lesion type, severity): t
 however many others are made, and the healthy twin of a diseased phantom (``lesion_type=None``) is the same image but
 for the lesion. Front (anterior) is left. Phantoms are made up and are no clinical evidence.
 
-How hard they are, measured by ``python tool/make_phantoms.py --calibrate`` (ResNet-18, 64 x 64 pixels, 320 test
-patients, 2 cores of an AMD EPYC): test AUC 0.874 with 35 diseased and 160 healthy patients, 0.976 with 700 and 700.
+How hard they are, ``python tool/make_phantoms.py --calibrate`` measures (docs/results.md).
 """
 
 import math
@@ -51,6 +50,7 @@ class Phantom:
 
     @property
     def healthy(self) -> bool:
+        """Whether there is no lesion."""
         return self.lesion_type is None
 
 
@@ -122,6 +122,7 @@ class _Spine:
 
     @classmethod
     def of(cls, patient_rng: np.random.Generator, image_rng: np.random.Generator) -> "_Spine":
+        """Drawn by chance: what a patient's images share from ``patient_rng``, the rest from ``image_rng``."""
         scale, ratio, disc = patient_rng.normal(0, 1.4), patient_rng.uniform(0.72, 0.80), patient_rng.uniform(6.0, 9.5)
         bend, bone = patient_rng.normal(0, 0.0012), patient_rng.uniform(0.44, 0.60)
         tissue, canal, gain = (patient_rng.uniform(*ends) for ends in ((0.26, 0.33), (13.0, 18.0), (0.6, 1.4)))

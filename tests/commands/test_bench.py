@@ -26,9 +26,9 @@ def test_inference_measures_both_sides(tmp_path: Path, caplog: pytest.LogCapture
     assert names[:5] == [
         "U-Net call with guidance",
         "U-Net call with the prompt alone",
-        "encoded picture",
-        "decoded picture",
-        "picture, 2 steps of DDIM with guidance",
+        "encoded image",
+        "decoded image",
+        "image, 2 steps of DDIM with guidance",
     ]
     assert names[5:] == [
         "50 steps of DDIM with guidance (sum of the calls)",

@@ -352,7 +352,7 @@ def test_similar_prompts_and_twins_are_said_in_preparation(
     assert "are the same image, pixel for pixel; remove one of them" in caplog.text
 
 
-HALF = ["features on the fly, bf16", "nothing frozen", "other layout of kernels", "float32"]
+HALF = ["features on the fly, bf16", "nothing frozen", "float32"]
 
 
 @pytest.mark.parametrize(

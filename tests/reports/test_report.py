@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import STAGES
 
 from ldm.core.errors import MedSoftError
 from ldm.data.images import read_image
 from ldm.data.png import write_png
-from ldm.phantom.demo_report import STAGES
 from ldm.reports import comparison
 from tool import demo_report
 
@@ -211,11 +211,11 @@ def test_controls_that_do_not_match_the_pictures_are_refused(demo: Path) -> None
     prompt = demo / "results_base" / "p0__v0" / "prompt.txt"
     right = prompt.read_text()
     prompt.write_text("healthy")
-    with pytest.raises(MedSoftError, match=r"drawn with 'healthy', expected .*; run the step draw_base"):
+    with pytest.raises(MedSoftError, match=r"inpainted with 'healthy', expected .*; run the step draw_base"):
         run(demo)
     prompt.write_text(right)
     (demo / "results_healthy" / "p1__v0" / "prompt.txt").write_text("lesion")
-    with pytest.raises(MedSoftError, match="expected healthy; run the step redraw_healthy"):
+    with pytest.raises(MedSoftError, match="expected 'healthy'; run the step redraw_healthy"):
         run(demo)
 
 
