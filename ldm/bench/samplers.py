@@ -55,8 +55,7 @@ def compare_samplers(options: InferenceOptions, judge: Path, seeds: int) -> bool
     for seed in range(seeds):
         folders = [options.output_dir / f"{name}_seed{seed}" for name in runs]
         for folder, setting in zip(folders, (REFERENCE, FAST), strict=True):
-            given = {**setting, "guidance_interval": tuple(setting["guidance_interval"])}
-            codes.add(run(replace(options, output_dir=folder, train_json=prompts, seed=seed, **given)))
+            codes.add(run(replace(options, output_dir=folder, train_json=prompts, seed=seed, **setting)))
         for name, folder, samples in zip(runs, folders, common_samples(folders), strict=True):
             found = features(samples, encoder, config.data, config.sampling.batch_size)
             distance = frechet_distance(of_real, found)
