@@ -20,7 +20,6 @@ Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights and 
 SamplingPrecision = Literal["32-true", "bf16-true"]
 GROUPS, SAMPLERS, SAMPLING_PRECISIONS = get_args(Group), get_args(Sampler), get_args(SamplingPrecision)
 
-Rate = Annotated[float, Rule(lambda rate: rate > 0, "a learning rate above 0 (leave the group out to freeze it)")]
 Channels = Annotated[int, Rule(lambda count: count % 32 == 0, "a multiple of 32 (group normalisation has 32 groups)")]
 Grid = Annotated[int, Rule(lambda side: side % 2 == 0, "an even number: tokens are pooled 2x2")]
 RISING = Rule(
@@ -131,7 +130,7 @@ class TrainingConfig:
 
     stage: str = setting("", WEIGHTS)
     builds: list[Part] = setting([], WEIGHTS)
-    rates: dict[Group, Rate] = setting({}, WEIGHTS)  # learning rates; a group that is not named is frozen
+    rates: dict[Group, Amount] = setting({}, WEIGHTS)  # learning rates; a group of rate 0 or not named is frozen
     objective: Literal["diffusion", "msc"] = setting("diffusion", WEIGHTS)  # msc: the MSC loss
     inside: Literal["msc", "true"] = setting("msc", WEIGHTS)  # tokens inside the mask: predicted or true
     batch_size: Count = setting(16, WEIGHTS)
@@ -145,7 +144,7 @@ class TrainingConfig:
     mask_weight: Amount = setting(0.0, WEIGHTS)  # w of the diffusion loss; 0 = Stable Diffusion's own
     # share of samples that lose text and MSC tokens together
     condition_dropout: Annotated[float, within(0, 0.99)] = setting(0.1, WEIGHTS)
-    balance: bool = setting(False, WEIGHTS)  # draw the groups of balance_by equally often
+    balance: bool = setting(False, WEIGHTS)  # sample the groups of balance_by equally often
     balance_by: Literal["class", "prompt"] = setting("class", WEIGHTS)  # healthy and diseased, or every prompt
     # above 0: validation and the finished checkpoint use the weights' moving average
     ema_decay: Annotated[float, within(0, 0.999999)] = setting(0.0, WEIGHTS)
@@ -156,14 +155,14 @@ class TrainingConfig:
     save_every_minutes: Amount = setting(10.0, NOTHING)
     keep_best: Whole = setting(1, NOTHING)  # how many of the best epochs' weights are kept beside last.ckpt
     val_draws: Count = setting(1, NOTHING)  # times a validation sample is seen, each with other noise, mask or crop
-    pictures: Whole = setting(2, NOTHING)  # fixed validation items that are drawn now and then; 0 = none
+    pictures: Whole = setting(2, NOTHING)  # fixed validation items that are inpainted now and then; 0 = none
     max_rejected: Share = setting(0.01, NOTHING)  # training stops when a larger share of the samples cannot be read
     seed: int = setting(0, WEIGHTS)
 
 
 @dataclass
 class SamplingConfig:
-    """How pictures are drawn; flags of dataset_infer.py override it."""
+    """How images are generated; flags of dataset_infer.py override it."""
 
     sampler: Sampler = setting("ddim", IMAGES)  # ddim or dpmpp_2m (DPM-Solver++ 2M)
     steps: Count = setting(50, IMAGES)
@@ -249,12 +248,14 @@ def config_from_dict(values: dict[str, Any], source: str) -> Config:
 
 
 def as_yaml(config: Config) -> str:
+    """The whole configuration as YAML, which ``load_config`` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def _checked(values: Values) -> Config:
     """The configuration; UsageError where a key is wrong in itself, or does not agree with another one."""
     config = build(Config, values)
+    config.training.rates = {group: rate for group, rate in config.training.rates.items() if rate}  # 0: frozen
     data, unet, sampling = config.data, config.unet, config.sampling
 
     def agree(holds: bool, key: str, value: Any, expected: str) -> None:

@@ -90,6 +90,14 @@ def test_overrides_come_last_and_leave_the_rest(tmp_path: Path) -> None:
     assert training.rates == {"msc": 1e-3}
 
 
+def test_a_stage_freezes_what_its_base_trains_with_a_rate_of_zero(tmp_path: Path) -> None:
+    frozen = "rates: {attn3: 0, unet: 0.0}"
+    (tmp_path / "top.yaml").write_text(
+        f"base: {MODELS}/mldm_v15_stage2_2.yaml\ntraining: {{stage: stage2_1, condition_dropout: 0, {frozen}}}\n"
+    )
+    assert load_config(tmp_path / "top.yaml") == load_config(MODELS / "mldm_v15_stage2_1.yaml")
+
+
 def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
     config = load_config(MODELS / "mldm_v15_stage2_2.yaml", ["data.image_size=256"])
     (tmp_path / "resolved.yaml").write_text(as_yaml(config), encoding="utf-8")
@@ -128,7 +136,7 @@ REFUSED = {
     "choice: schedule": ("training: {schedule: step}", r'training\.schedule: .* found "step"'),
     "choice: part": ("training: {builds: [vae]}", r'training\.builds: .* found "vae"'),
     "choice: group": ("training: {rates: {text: 1.0e-4}}", r'training\.rates: .* found "text"'),
-    "rate of zero": ("training: {rates: {msc: 0}}", r"training\.rates\.msc: expected a learning rate above 0"),
+    "negative rate": ("training: {rates: {msc: -1}}", r"training\.rates\.msc: expected a number of at least 0"),
     "batch of zero": ("training: {batch_size: 0}", r"training\.batch_size: expected a number of at least 1"),
     "too many steps": ("sampling: {steps: 2000}", r"sampling\.steps: .* found 2000"),
     "rescale above one": (
@@ -193,8 +201,8 @@ def test_what_is_wrong_is_looked_for_where_it_was_written(tmp_path: Path) -> Non
     (tmp_path / "top.yaml").write_text("base: base.yaml\ntraining: {max_epochs: 5}\n")
     with pytest.raises(UsageError, match=r"base\.yaml: training\.seed: expected a whole number"):
         load_config(tmp_path / "top.yaml")
-    with pytest.raises(UsageError, match=r"^override training\.rates\.msc=0: training\.rates\.msc: expected a learn"):
-        load_config(tmp_path / "top.yaml", ["training.seed=1", "training.rates.msc=0"])
+    with pytest.raises(UsageError, match=r"^override training\.rates\.msc=-1: training\.rates\.msc: expected a number"):
+        load_config(tmp_path / "top.yaml", ["training.seed=1", "training.rates.msc=-1"])
 
 
 def test_texts_and_numbers_as_they_are_written(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ How files are read safely and searched for damage: ``ldm.checkpoints.files``. Th
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,12 @@ def write_checkpoint(path: str | Path, state: dict[str, Tensor], metadata: dict[
             save_safetensors(state, {"medsoft": json.dumps(metadata)}, handle)
         else:
             save_pickle({"state_dict": state, "medsoft": metadata, **rest}, handle)
+
+
+def tensors_of(state: Mapping[str, Tensor], parts: Iterable[str]) -> dict[str, Tensor]:
+    """The entries of ``state`` that belong to ``parts`` (keys of PREFIXES), without CLIP's stored position numbers."""
+    prefixes = tuple(PREFIXES[part] for part in parts)
+    return {k: v for k, v in state.items() if k.startswith(prefixes) and not k.endswith(".position_ids")}
 
 
 def part_of(key: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.checkpoint import PREFIXES, Checkpoint
+from ldm.checkpoints.checkpoint import Checkpoint, tensors_of
 from ldm.config import Architecture, Config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.schema import identity
@@ -24,12 +24,10 @@ def parts_of(
     Raises MedSoftError saying what is missing, left over, of another shape or not finite, and what to do.
     """
     parts = list(parts)
-    prefixes = tuple(PREFIXES[part] for part in parts)
-    offered = {key: value for key, value in checkpoint.state.items() if key.startswith(prefixes)}
-    offered = {key: value for key, value in offered.items() if not key.endswith("embeddings.position_ids")}
+    offered = tensors_of(checkpoint.state, parts)
     problems = compare(expected, offered)
     if problems:
-        hint = _hint(checkpoint, parts, architecture)
+        hint = _hint(checkpoint, parts)
         raise MedSoftError(f"{checkpoint.path}: does not fit this configuration: {'; '.join(problems)}. {hint}")
     check_architecture(checkpoint, parts, architecture)
     check_finite(offered, checkpoint.path)
@@ -58,9 +56,7 @@ def not_finite(state: Mapping[str, Tensor]) -> list[str]:
 
 def load_parts(model: nn.Module, checkpoint: Checkpoint, parts: list[str], architecture: Architecture) -> None:
     """Load exactly ``parts`` (keys of PREFIXES) into a MedSoftModel; raises as ``parts_of`` does."""
-    prefixes = tuple(PREFIXES[part] for part in parts)
-    expected = {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
-    offered = parts_of(checkpoint, parts, architecture, expected)
+    offered = parts_of(checkpoint, parts, architecture, tensors_of(model.state_dict(), parts))
     model.load_state_dict({**model.state_dict(), **offered}, strict=True)
 
 
@@ -126,7 +122,8 @@ def compare(expected: Mapping[str, Tensor], offered: Mapping[str, Tensor]) -> li
     ]
 
 
-def _hint(checkpoint: Checkpoint, parts: list[str], architecture: Architecture) -> str:
+def _hint(checkpoint: Checkpoint, parts: list[str]) -> str:
+    """What to do about a checkpoint whose tensors do not fit."""
     missing = [part for part in parts if part not in checkpoint.parts()]
     stage = checkpoint.metadata.get("stage")
     if missing:
@@ -135,7 +132,4 @@ def _hint(checkpoint: Checkpoint, parts: list[str], architecture: Architecture) 
             f"It holds {', '.join(checkpoint.parts()) or 'none of our parts'}{made}; needed: {', '.join(parts)}. "
             "Convert with tool/model_convert.py, or merge with tool/tool_merge_for_stage2.py, first"
         )
-    theirs = checkpoint.config
-    if theirs and identity(theirs.architecture, "architecture") != identity(architecture, "architecture"):
-        return "It was made with another model configuration; use the YAML it was made with"
-    return "Use the YAML it was made for, or convert it again with tool/model_convert.py"
+    return "Use the YAML it was made with, or convert it again with tool/model_convert.py"

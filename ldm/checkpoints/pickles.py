@@ -6,11 +6,9 @@ else is refused, and nothing in it runs. See docs/checkpoints.md.
 """
 
 import pickle
-import pickletools
 import re
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable
+from _compat_pickle import IMPORT_MAPPING
 from pathlib import Path
 from typing import Any
 
@@ -50,28 +48,22 @@ def read_pickle(path: Path, kind: str) -> tuple[Any, list[str]]:
 
     Raises MedSoftError for a file that is damaged, or names what neither tensors nor known training programs need.
     """
-    try:
-        return _load(path, kind), []
-    except pickle.UnpicklingError as error:
-        found = [name for name in _global_names(path, kind) if EXTERNAL.fullmatch(name)]
-        if not found:
-            raise _refusal(path, error) from error
-    # Still safe: the same restricted reader, told to put a placeholder where a known class of another program is named.
-    stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-        (DictionaryPlaceholder if EXTERNAL_DICTIONARIES.fullmatch(name) else Placeholder, name) for name in found
-    ]
-    try:
-        with torch.serialization.safe_globals(stand_ins):
-            return _load(path, kind), found
-    except pickle.UnpicklingError as error:
-        raise _refusal(path, error) from error
-
-
-def _refusal(path: Path, error: pickle.UnpicklingError) -> MedSoftError:
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    module, dot, name = (found[1] if found else "").rpartition(".")
-    what = f"it asks for {IMPORT_MAPPING.get(module, module)}{dot}{name}" if found else "it holds more than tensors"
-    return MedSoftError(f"{path}: refused, {what}; nothing in it was run. Use a file with plain tensors")
+    stand_ins: dict[str, type] = {}  # for the classes of other programs that torch's restricted reader has met so far
+    while True:
+        try:
+            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
+                return _load(path, kind), list(stand_ins)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            module, dot, inner = (found[1] if found else "").rpartition(".")
+            asked = f"{IMPORT_MAPPING.get(module, module)}{dot}{inner}"  # Python 3's name for it
+            name = asked if dot else f"builtins.{asked}"  # torch's message leaves ``builtins`` out
+            if name in stand_ins or not EXTERNAL.fullmatch(name):
+                what = f"it asks for {asked}" if found else "it holds more than tensors, or is damaged"
+                raise MedSoftError(
+                    f"{path}: refused, {what}; nothing in it was run. Use a file with plain tensors"
+                ) from error
+            stand_ins[name] = DictionaryPlaceholder if EXTERNAL_DICTIONARIES.fullmatch(name) else Placeholder
 
 
 def _load(path: Path, kind: str) -> Any:
@@ -83,12 +75,10 @@ def _load(path: Path, kind: str) -> Any:
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # on damaged bytes torch raises whatever the bytes lead to
-        raise _damaged(path, _other_archive(path), error) from error
-
-
-def _damaged(path: Path, before: str, error: Exception) -> MedSoftError:
-    found = f"{path.stat().st_size} bytes; {first_line(error)}"
-    return MedSoftError(f"{path}: {before}damaged or cut short ({found}); copy or download it again")
+        found = f"{path.stat().st_size} bytes; {first_line(error)}"
+        raise MedSoftError(
+            f"{path}: {_other_archive(path)}damaged or cut short ({found}); copy or download it again"
+        ) from error
 
 
 def _other_archive(path: Path) -> str:
@@ -101,31 +91,3 @@ def _other_archive(path: Path) -> str:
     if "constants.pkl" in names:
         return "a TorchScript archive, not a checkpoint (save its state_dict instead), or "
     return "" if "data.pkl" in names else "a zip archive that is not a checkpoint (unpack it first), or "
-
-
-def _global_names(path: Path, kind: str) -> list[str]:
-    """Every global that the file's pickles name, found by reading the opcodes without executing them."""
-    names: list[str] = []
-    try:
-        if kind == "zip":
-            with zipfile.ZipFile(path) as archive:
-                pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-                with archive.open(pickled) as handle:
-                    _collect_names(handle, names)
-        else:
-            with open(path, "rb") as handle:
-                for _ in range(4):  # magic number, protocol, system information, content; then come the raw storages
-                    _collect_names(handle, names)
-    except Exception as error:  # opcodes that are none
-        raise _damaged(path, "", error) from error
-    return names
-
-
-def _collect_names(handle: Any, names: list[str]) -> None:
-    for opcode, argument, _ in pickletools.genops(handle):
-        if opcode.name == "GLOBAL":
-            module, name = str(argument).split(" ", 1)
-            # Pickles of protocol 2 spell the standard library as Python 2 did.
-            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-            if f"{module}.{name}" not in names:
-                names.append(f"{module}.{name}")

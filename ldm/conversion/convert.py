@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.checkpoint import PREFIXES, already_made, parameter_table, read_checkpoint, write_checkpoint
+from ldm.checkpoints.checkpoint import (
+    PREFIXES,
+    already_made,
+    parameter_table,
+    read_checkpoint,
+    tensors_of,
+    write_checkpoint,
+)
 from ldm.checkpoints.files import verify
-from ldm.checkpoints.fitting import compare, not_finite
+from ldm.checkpoints.fitting import check_finite, compare
 from ldm.config import Architecture, Config
-from ldm.conversion.diffusers_folder import files_of, from_folder
+from ldm.conversion.diffusers_folder import from_folder
 from ldm.conversion.sd_layouts import SourceCheckpoint, check_kind, from_checkpoint, left_behind
 from ldm.core.errors import MedSoftError
 from ldm.core.files import check_target, fingerprint, sha256_file
@@ -29,7 +36,7 @@ log = logging.getLogger(__name__)
 def convert_file(input_path: Path, output_path: Path, config: Config, seed: int = 0, overwrite: bool = False) -> None:
     """Write the checkpoint of the whole model from ``input_path``: a .ckpt, a .safetensors or a diffusers folder.
 
-    U-Net, autoencoder and text encoder are the input's; what Stable Diffusion does not have is new, drawn with
+    U-Net, autoencoder and text encoder are the input's; what Stable Diffusion does not have is new, random by
     ``seed``. An output that was made from the same input is left as it is. Raises MedSoftError for an input that is
     damaged or does not fit ``config``, UsageError for an output that was made from something else.
     """
@@ -41,16 +48,15 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
     else:
         source = from_checkpoint(read_checkpoint(input_path), expected)
     check_kind(source, config.unet)
-    sizes = [file.stat().st_size for file in weight_files(input_path)]
     architecture = identity(config, "architecture")
-    asked = fingerprint(["convert", sizes, architecture, seed])
+    asked = fingerprint(["convert", [file.stat().st_size for file in source.files], architecture, seed])
     already_made(output_path, overwrite, asked=asked)
-    origin = origin_of(input_path)
+    origin = origin_of(source)
     run = fingerprint(["convert", origin["sha256"], architecture, seed])
     if already_made(output_path, overwrite, run=run):
         log.info("%s: already complete", output_path)
         return
-    for file in weight_files(input_path):
+    for file in source.files:
         log.info("checked: %s, %s", file, verify(file))
     state, new = convert(source, config.architecture, expected, seed)
     log_origin(source, state, new)
@@ -60,16 +66,12 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
     log.info("written: %s", output_path)
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The files that hold the input's tensors."""
-    return files_of(path) if path.is_dir() else [path]
-
-
-def origin_of(path: Path) -> dict[str, Any]:
+def origin_of(source: SourceCheckpoint) -> dict[str, Any]:
     """Name and SHA-256 of the input; of a folder, those of its weight files and one over them all."""
-    if not path.is_dir():
+    path = source.path
+    if source.files == [path]:
         return {"file": path.name, "sha256": sha256_file(path)}
-    files = {file.relative_to(path).as_posix(): sha256_file(file) for file in weight_files(path)}
+    files = {file.relative_to(path).as_posix(): sha256_file(file) for file in source.files}
     return {"file": path.resolve().name, "sha256": fingerprint(files), "files": files}
 
 
@@ -86,8 +88,7 @@ def convert(
         fresh = new_parameters(architecture, seed)
         wanted = {key: value for key, value in expected.items() if key not in fresh}
     else:
-        prefixes = tuple(PREFIXES[part] for part in source.own["parts"])
-        wanted = {key: value for key, value in expected.items() if key.startswith(prefixes)}
+        wanted = tensors_of(expected, source.own["parts"])
     offered = {key: value for key, value in source.state.items() if key in wanted}
     problems = compare(wanted, offered)
     if problems:
@@ -95,8 +96,7 @@ def convert(
             f"{source.path}: does not fit this configuration: {'; '.join(problems)}. Use the YAML of this model's size "
             "(models/mldm_v15.yaml for Stable Diffusion 1.5, models/phantom.yaml for the phantom base)"
         )
-    for bad in not_finite(offered):
-        raise MedSoftError(f"{source.path}: {bad} holds NaN or infinite values; download the file again")
+    check_finite(offered, source.path)
     if source.own is None:
         other = {str(value.dtype) for key, value in offered.items() if value.dtype != expected[key].dtype}
         if other:

@@ -22,7 +22,7 @@ from ldm.config import Architecture, DiffusionConfig, UNetConfig
 from ldm.conversion.sd_layouts import SourceCheckpoint
 from ldm.core.errors import MedSoftError
 from ldm.core.files import atomic_file, read_json, write_json, write_text
-from ldm.networks.text_encoder import clip_settings
+from ldm.networks.text_encoder import END, SPECIAL, START, clip_settings, clip_vocabulary
 
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -66,8 +66,8 @@ def _unet_name(inner: str, unet: UNetConfig) -> str:
         if inner.startswith(ours + "."):
             return theirs + inner.removeprefix(ours)
     if inner.startswith("middle_block."):
-        _, place, rest = inner.split(".", 2)
-        return f"mid_block.{MIDDLE[place]}.{_resnet(rest)}"
+        _, position, rest = inner.split(".", 2)
+        return f"mid_block.{MIDDLE[position]}.{_resnet(rest)}"
     blocks, number, position, rest = inner.split(".", 3)
     down = blocks == "input_blocks"
     level, index = divmod(int(number) - down, unet.num_res_blocks + 1)  # the first input block is conv_in
@@ -127,13 +127,14 @@ def from_folder(folder: Path, architecture: Architecture, expected: Mapping[str,
     base = [key for key in expected if not NEW_IN_UNET.match(key) and not key.startswith(PREFIXES["msc"])]
     ours = {diffusers_name(key, architecture): key for key in base}
     state: dict[str, Tensor] = {}
-    for file in files_of(folder):
+    files = files_of(folder)
+    for file in files:
         for name, value in read_checkpoint(file).state.items():
             part = file.parent.name
             key = name if part == OURS else ours.get((part, _current(part, name)), f"{part}/{name}")
             state[key] = _fitted(value, expected.get(key))
-    notes = [f"diffusers folder: {', '.join(file.relative_to(folder).as_posix() for file in files_of(folder))}"]
-    return SourceCheckpoint(folder, state, notes, _own_configuration(folder / OURS / "config.json"))
+    notes = [f"diffusers folder: {', '.join(file.relative_to(folder).as_posix() for file in files)}"]
+    return SourceCheckpoint(folder, state, files, notes, _own_configuration(folder / OURS / "config.json"))
 
 
 def _own_configuration(path: Path) -> dict[str, Any] | None:
@@ -229,6 +230,7 @@ def _configurations(architecture: Architecture) -> dict[str, dict[str, Any]]:
 
 
 def unet_configuration(architecture: Architecture) -> dict[str, Any]:
+    """unet/config.json."""
     unet = architecture.unet
     cross = [level in unet.attention_levels for level in range(len(unet.channel_mult))]
     return {
@@ -246,6 +248,7 @@ def unet_configuration(architecture: Architecture) -> dict[str, Any]:
 
 
 def autoencoder_configuration(architecture: Architecture) -> dict[str, Any]:
+    """vae/config.json."""
     vae = architecture.autoencoder
     return {
         "_class_name": "AutoencoderKL",
@@ -262,6 +265,7 @@ def autoencoder_configuration(architecture: Architecture) -> dict[str, Any]:
 
 
 def scheduler_configuration(noise: DiffusionConfig) -> dict[str, Any]:
+    """scheduler/scheduler_config.json."""
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": noise.timesteps,
@@ -278,16 +282,11 @@ def scheduler_configuration(noise: DiffusionConfig) -> dict[str, Any]:
 
 def _write_tokenizer(folder: Path, length: int) -> None:
     """CLIP's vocabulary, which ships with open_clip_torch, as the files of transformers' CLIPTokenizer."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    clip = SimpleTokenizer()
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    named = {"<start_of_text>": start, "<end_of_text>": end}
-    ranks = sorted(clip.bpe_ranks, key=clip.bpe_ranks.get)
+    vocabulary, merges = clip_vocabulary()
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {named.get(word, word): number for word, number in clip.encoder.items()}
     write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
-    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in ranks)]) + "\n")
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
+    start, end = SPECIAL[START], SPECIAL[END]
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
     write_json(folder / "special_tokens_map.json", special)
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True, **special}

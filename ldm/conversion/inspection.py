@@ -16,6 +16,7 @@ from ldm.checkpoints.checkpoint import (
     parameter_table,
     read_checkpoint,
     summary,
+    tensors_of,
 )
 from ldm.checkpoints.files import detect_format, verify
 from ldm.checkpoints.fitting import check_architecture, check_finite, compare
@@ -44,6 +45,7 @@ def inspect_file(path: Path, as_json: bool = False) -> None:
 
 
 def describe(checkpoint: Checkpoint, integrity: str) -> dict[str, Any]:
+    """What is in the checkpoint, as it is printed with ``--json``; ``integrity``: what ``verify`` compared."""
     metadata = checkpoint.metadata
     return {
         "file": str(checkpoint.path),
@@ -88,9 +90,7 @@ def part_states(checkpoint: Checkpoint, architecture: Architecture, expected: Ma
     """For each part in the file: whole, unconverted (a U-Net without third attention), or other (does not fit)."""
     states = {}
     for part in checkpoint.parts():
-        wanted = {key: value for key, value in expected.items() if key.startswith(PREFIXES[part])}
-        offered = {key: value for key, value in checkpoint.state.items() if key.startswith(PREFIXES[part])}
-        offered = {key: value for key, value in offered.items() if not key.endswith(".position_ids")}
+        wanted, offered = tensors_of(expected, [part]), tensors_of(checkpoint.state, [part])
         before = {key: value for key, value in wanted.items() if not NEW_IN_UNET.match(key)}
         states[part] = (
             "whole" if not compare(wanted, offered) else "other" if compare(before, offered) else "unconverted"
@@ -103,6 +103,7 @@ def part_states(checkpoint: Checkpoint, architecture: Architecture, expected: Ma
 
 
 def log_text(found: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """``describe`` as text for people."""
     log.info("%s: %s, %.3f GB", found["file"], found["kind"], found["bytes"] / 1e9)
     log.info("integrity: %s", found["integrity"])
     for line in parameter_table(state):

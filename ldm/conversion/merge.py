@@ -15,6 +15,7 @@ from ldm.checkpoints.checkpoint import (
     already_made,
     parameter_table,
     read_checkpoint,
+    tensors_of,
     write_checkpoint,
 )
 from ldm.checkpoints.files import verify
@@ -62,9 +63,7 @@ def merge_files(
     state: dict[str, Tensor] = {}
     for source, parts in ((controller, ["msc"]), (rest, [part for part in PREFIXES if part != "msc"])):
         log.info("checked: %s, %s", source.path, verify(source.path))
-        prefixes = tuple(PREFIXES[part] for part in parts)
-        wanted = {key: value for key, value in expected.items() if key.startswith(prefixes)}
-        state |= parts_of(source, parts, config.architecture, wanted)
+        state |= parts_of(source, parts, config.architecture, tensors_of(expected, parts))
     log_sources(controller, rest, state)
     metadata = {"config": dataclasses.asdict(config), "stage": "merged", "step": 0, "origin": sources}
     metadata |= {"asked": asked, "run": run}

@@ -33,11 +33,13 @@ LEFT = (  # why a tensor is left behind
 class SourceCheckpoint:
     """What conversion starts from: tensors under the original layout's keys, and what was done to get there.
 
+    ``files`` hold the tensors of ``path``, a file or a folder.
     ``own`` is ``medsoft/config.json`` of a folder that we exported; None for everybody else's files.
     """
 
     path: Path
     state: dict[str, Tensor]
+    files: list[Path]
     notes: list[str] = field(default_factory=list)
     own: dict | None = None
 
@@ -69,7 +71,7 @@ def from_checkpoint(checkpoint: Checkpoint, expected: Iterable[str]) -> SourceCh
     if not any(key.startswith(PREFIXES["unet"]) for key in state) and averages.get(STEM) in state:
         state |= {key: state.pop(average) for key, average in averages.items() if average in state}
         notes.append("U-Net taken from the moving averages (model_ema.*): the file has no plain U-Net")
-    return SourceCheckpoint(checkpoint.path, state, notes)
+    return SourceCheckpoint(checkpoint.path, state, [checkpoint.path], notes)
 
 
 def check_kind(source: SourceCheckpoint, unet: UNetConfig) -> None:

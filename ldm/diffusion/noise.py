@@ -19,7 +19,7 @@ def image_noise(seed: int, sample_id: str, variant: int, shape: tuple[int, ...])
 
 
 def step_noise(index: int, names: Sequence[tuple[int, str, int]], like: Tensor) -> Tensor:
-    """The noise that step ``index`` adds to pictures named (seed, sample_id, variant): of shape and device of ``like``,
-    one row for each picture."""
+    """The noise that step ``index`` adds to images named (seed, sample_id, variant): of shape and device of ``like``,
+    one row for each image."""
     rows = [torch.randn(like.shape[1:], generator=named_generator("step", index, *name)) for name in names]
     return torch.stack(rows).to(like.device)

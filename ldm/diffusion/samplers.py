@@ -33,10 +33,10 @@ def leading_timesteps(total: int, steps: int) -> list[int]:
 
 @dataclass(frozen=True)
 class DifferentialMask:
-    """Keeps latent cells on the input's own diffusion path until their soft value says they may be drawn.
+    """Keeps latent cells on the input's own diffusion path until their soft value says they may be inpainted.
 
     soft: (B, 1, h, w) soft mask at latent size; original: (B, C, h, w) scaled mode of the unmasked input's latent;
-    noise: (B, C, h, w) the picture's initial noise. A cell of value s is released at progress >= 1 - s; until then
+    noise: (B, C, h, w) the image's initial noise. A cell of value s is released at progress >= 1 - s; until then
     it is sqrt(alpha) * original + sqrt(1 - alpha) * noise.
     """
 
@@ -45,7 +45,7 @@ class DifferentialMask:
     noise: Tensor
 
     def released(self, progress: float) -> Tensor:
-        """bool (B, 1, h, w): the cells that may be drawn at this progress (0 = first step)."""
+        """bool (B, 1, h, w): the cells that may be inpainted at this progress (0 = first step)."""
         return self.soft >= 1 - progress - 1e-6
 
     def held(self, x: Tensor, alpha: float, progress: float) -> Tensor:
@@ -54,7 +54,7 @@ class DifferentialMask:
         return torch.where(self.released(progress), x, path)
 
     def finished(self, x: Tensor, steps: int) -> Tensor:
-        """``x`` with the cells that none of the ``steps`` was allowed to draw put exactly on the input."""
+        """``x`` with the cells that none of the ``steps`` was allowed to inpaint put exactly on the input."""
         return torch.where(self.released(1 - 1 / steps), x, self.original)
 
 
@@ -68,7 +68,7 @@ def ddim(
     step_noise: Callable[[int], Tensor] | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw latents from ``noise`` (B, C, h, w) with ``predict(x, t, index) -> eps``; returns the same shape.
+    """Sample latents from ``noise`` (B, C, h, w) with ``predict(x, t, index) -> eps``; returns the same shape.
 
     The final alpha is alphas_cumprod[0]. ``eta`` > 0 needs ``step_noise(index)``, the standard normal noise of that
     step. ``on_step(index, x)`` is called after each step.

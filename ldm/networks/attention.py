@@ -4,6 +4,7 @@ Tensor names used throughout: ``x`` features, ``text`` (B, 77, D_text) text-enco
 (B, N, D_sem) tokens of the Medical Semantic Controller, ``gate`` (B, H*W, 1) the soft mask at this resolution.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -18,11 +19,11 @@ class Conditioning:
     """What steers the U-Net besides the time step.
 
     text:      (B, T, D_text) text-encoder states.
-    semantic:  (B', N, D_sem) tokens for the third attention of the first B' <= B pictures; the others have zero tokens,
+    semantic:  (B', N, D_sem) tokens for the third attention of the first B' <= B images; the others have zero tokens,
                for which that attention's output is its bias. None leaves the third attention out altogether.
-    soft_mask: (B, 1, h, w) soft mask at latent size, 1 = to be drawn; None leaves the third attention ungated.
-    reuse:     keep the keys and values of text and semantic for further calls (the steps of a picture), and leave the
-               third attention out where every gate is closed. Never while gradients are wanted.
+    soft_mask: (B, 1, h, w) soft mask at latent size, 1 = to be inpainted; None leaves the third attention ungated.
+    reuse:     keep the keys and values of text and semantic for further calls (the steps of a sampling run), and leave
+               the third attention out where every gate is closed. Never while gradients are wanted.
     """
 
     text: Tensor
@@ -43,7 +44,7 @@ class Conditioning:
         return self._gates[height, width]
 
     def open(self, gate: Tensor | None) -> Tensor | slice:
-        """Index of the tokens (of B, h*w, 1) at which any picture's gate is open; all of them unless ``reuse``."""
+        """Index of the tokens (of B, h*w, 1) at which any image's gate is open; all of them unless ``reuse``."""
         if gate is None or not self.reuse:
             return slice(None)
         if gate.shape[1] not in self._open:
@@ -60,7 +61,7 @@ class Conditioning:
         return self._kept[attention]
 
     def spread(self, x: Tensor) -> Tensor:
-        """``x`` with one row per row of the text: pictures whose rows were equal so far are repeated."""
+        """``x`` with one row per row of the text: images whose rows were equal so far are repeated."""
         return x if len(x) == len(self.text) else torch.cat([x] * (len(self.text) // len(x)))
 
 
@@ -118,18 +119,6 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """SD's feed-forward: GEGLU to four times the width and back."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(0.0), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., dim) -> (..., dim)."""
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, soft-mask-gated semantic attention, text attention, feed-forward (all pre-norm, residual).
 
@@ -146,7 +135,8 @@ class TransformerBlock(nn.Module):
         self.attn1 = CrossAttention(dim, dim, heads)
         self.attn2 = CrossAttention(dim, text_dim, heads)
         self.attn3 = CrossAttention(dim, semantic_dim, heads, zero_output=True)
-        self.ff = FeedForward(dim)
+        layers = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(0.0), nn.Linear(4 * dim, dim))
+        self.ff = nn.Sequential(OrderedDict(net=layers))
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(dim) for _ in range(4))
 
     def forward(self, x: Tensor, cond: Conditioning, gate: Tensor | None) -> Tensor:
@@ -157,21 +147,22 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
     def _third(self, x: Tensor, cond: Conditioning, gate: Tensor | None) -> Tensor:
+        """``x`` plus the gated third attention, with one row per row of the text."""
         if cond.semantic is None:
             return cond.spread(x)
-        steered, place = len(cond.semantic), cond.open(gate)
-        drawn = self.attn3(self.norm4(x[:steered, place]), cond.keys_values(self.attn3, cond.semantic))
+        steered, cells = len(cond.semantic), cond.open(gate)
+        out = self.attn3(self.norm4(x[:steered, cells]), cond.keys_values(self.attn3, cond.semantic))
         if steered < len(cond.text):
             # Zero tokens have zero values (no bias there), so what comes out is the output projection's bias.
             bias = cast(nn.Linear, self.attn3.to_out[0]).bias
-            rest = bias.expand(len(cond.text) - steered, *drawn.shape[1:])
-            drawn = torch.cat([drawn, rest])
+            rest = bias.expand(len(cond.text) - steered, *out.shape[1:])
+            out = torch.cat([out, rest])
         if gate is not None:
-            drawn = gate[:, place].to(drawn.dtype) * drawn
+            out = gate[:, cells].to(out.dtype) * out
         x = cond.spread(x)
-        if isinstance(place, slice):
-            return x + drawn
-        x[:, place] += drawn  # no gradients here, and x is this block's own
+        if isinstance(cells, slice):
+            return x + out
+        x[:, cells] += out  # no gradients here, and x is this block's own
         return x
 
 

@@ -1,5 +1,6 @@
 """The KL autoencoder of Stable Diffusion 1.x; its parameters have the checkpoint's names (``first_stage_model.``)."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.config import AutoencoderConfig
-from ldm.networks.unet import Upsample
+from ldm.networks.unet import upsample
 
 
 @dataclass(frozen=True)
@@ -58,49 +59,16 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[-2]).contiguous())
 
 
-class PaddedDownsample(nn.Module):
-    """Halves height and width; pads on the right and at the bottom only, as SD does."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H / 2, W / 2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+def middle(channels: int) -> nn.Sequential:
+    """Residual block, attention, residual block at the lowest resolution: (B, C, h, w) -> (B, C, h, w)."""
+    first, attention, last = ResnetBlock(channels, channels), AttnBlock(channels), ResnetBlock(channels, channels)
+    return nn.Sequential(OrderedDict(block_1=first, attn_1=attention, block_2=last))
 
 
-class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W)."""
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Level(nn.Module):
-    """The residual blocks of one resolution, and the way to the next one if there is one."""
-
-    def __init__(self, channels: int, out_channels: int, blocks: int) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            [ResnetBlock(channels if index == 0 else out_channels, out_channels) for index in range(blocks)]
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C_out, H, W), or half or twice as high and wide."""
-        for block in self.block:
-            x = block(x)
-        for name in ("downsample", "upsample"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
-        return x
+def level(channels: int, out_channels: int, blocks: int) -> nn.Sequential:
+    """The residual blocks of one resolution, (B, C, H, W) -> (B, C_out, H, W); the way to the next may be added."""
+    before = [channels, *[out_channels] * (blocks - 1)]
+    return nn.Sequential(OrderedDict(block=nn.Sequential(*(ResnetBlock(width, out_channels) for width in before))))
 
 
 class Encoder(nn.Module):
@@ -110,22 +78,21 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [cfg.channels * mult for mult in cfg.channel_mult]
         self.conv_in = nn.Conv2d(cfg.in_channels, cfg.channels, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down = nn.Sequential()
         for index, (before, width) in enumerate(zip([cfg.channels, *widths], widths, strict=False)):
-            level = Level(before, width, cfg.num_res_blocks)
-            if index < len(widths) - 1:
-                level.downsample = PaddedDownsample(width)
-            self.down.append(level)
-        self.mid = Middle(widths[-1])
+            made = level(before, width, cfg.num_res_blocks)
+            if index < len(widths) - 1:  # SD pads on the right and at the bottom only
+                half = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
+                made.add_module("downsample", nn.Sequential(half))
+            self.down.append(made)
+        self.mid = middle(widths[-1])
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> mean and log-variance before ``quant_conv``."""
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        x = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -135,21 +102,21 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [cfg.channels * mult for mult in cfg.channel_mult]
         self.conv_in = nn.Conv2d(cfg.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = middle(widths[-1])
         self.up = nn.ModuleList()
         for index, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
-            level = Level(before, width, cfg.num_res_blocks + 1)
+            made = level(before, width, cfg.num_res_blocks + 1)
             if index > 0:
-                level.upsample = Upsample(width)
-            self.up.append(level)
+                made.add_module("upsample", upsample(width))
+            self.up.append(made)
         self.norm_out = _norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], cfg.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """z (B, 4, h, w) after ``post_quant_conv`` -> image (B, 3, h * f, w * f), about [-1, 1]."""
         x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
+        for each in reversed(self.up):
+            x = each(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

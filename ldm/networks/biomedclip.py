@@ -82,6 +82,7 @@ class BiomedClip(ImageTextEncoder):
 
     @torch.no_grad()
     def embed_image(self, image: Tensor) -> Tensor:
+        """Projected image embeddings (B, text_dim), not normalised."""
         return self.clip.encode_image(self.normalise(image))
 
     @torch.no_grad()

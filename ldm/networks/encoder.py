@@ -23,6 +23,7 @@ class ImageTextEncoder(nn.Module, ABC):
     text_dim: int  # width of a prompt's vector
 
     def freeze(self) -> None:
+        """No gradients, evaluation mode."""
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -31,6 +32,7 @@ class ImageTextEncoder(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.parameters()).device
 
     @abstractmethod

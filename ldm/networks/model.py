@@ -1,6 +1,6 @@
 """The networks put together. The one place that knows latent scale, channel order and mask polarity.
 
-Masks are soft, float in [0, 1], 1 = lesion region = to be drawn. Images are (B, 3, S, S) in [-1, 1].
+Masks are soft, float in [0, 1], 1 = lesion region = to be inpainted. Images are (B, 3, S, S) in [-1, 1].
 """
 
 from collections.abc import Collection
@@ -53,10 +53,9 @@ class MedSoftModel(nn.Module):
 
     def drop(self, parts: Collection[str]) -> None:
         """Give up parts that are not needed any more, and their memory."""
-        homes = {"unet": "model", "autoencoder": "first_stage_model", "text": "cond_stage_model", "msc": "msc"}
         for part in parts:
             if part in self.parts:
-                delattr(self, homes[part])
+                delattr(self, PREFIXES[part].partition(".")[0])
                 self.parts.remove(part)
 
     @property
@@ -100,7 +99,7 @@ class MedSoftModel(nn.Module):
     def conditioning(self, mask: Tensor, text: Tensor, semantic: Tensor | None, reuse: bool = False) -> Conditioning:
         """What steers the U-Net, with the mask (B, 1, s, s) as the gate of the third attention unless switched off.
 
-        ``reuse``: keys, values and gates are computed once and kept for all the steps of a picture.
+        ``reuse``: keys, values and gates are computed once and kept for all the steps of a sampling run.
         """
         return Conditioning(text, semantic, mask if self.architecture.unet.soft_mask_attention else None, reuse)
 

@@ -1,5 +1,5 @@
 """The Medical Semantic Controller (MSC): from the BiomedCLIP tokens of an image whose lesion is hidden, a soft patch
-mask and a sentence, it predicts the BiomedCLIP tokens the image would have with the lesion the sentence describes.
+mask and a prompt, it predicts the BiomedCLIP tokens that the image would have with the lesion of the prompt.
 
 Tensor names: N patches, D the width of BiomedCLIP's tokens, W the controller's own width.
 
@@ -22,6 +22,8 @@ from ldm.networks.attention import attend
 
 
 class ControllerInputs(NamedTuple):
+    """What the controller reads of a batch of B images."""
+
     context_tokens: Tensor  # (B, N, D) patch tokens of the masked image
     context_global: Tensor  # (B, D) its CLS token
     prompt_embedding: Tensor  # (B, D_t) projected BiomedCLIP text embedding
@@ -44,6 +46,8 @@ def input_shapes(clip: BiomedClipConfig, batch: int, pixels: int) -> dict[str, t
 
 
 class MSCBlock(nn.Module):
+    """Self-attention and feed-forward, each pre-norm and residual."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -67,7 +71,7 @@ class MedicalSemanticController(nn.Module):
     """[global | spatial + position + mask embedding | text] -> transformer -> predicted patch and global tokens.
 
     A soft patch value s mixes the two mask embeddings, (1 - s) * e0 + s * e1, so the controller sees how much of a
-    patch is to be drawn. At the default sizes it has about 170 million parameters.
+    patch is to be inpainted. At the default sizes it has about 170 million parameters.
     """
 
     def __init__(self, cfg: MSCConfig, clip: BiomedClipConfig) -> None:
@@ -77,7 +81,7 @@ class MedicalSemanticController(nn.Module):
         self.global_in, self.spatial_in = _mlp(clip.token_dim, width), _mlp(clip.token_dim, width)
         self.text_in = _mlp(clip.text_dim, width)
         self.position = nn.Parameter(torch.zeros(clip.grid**2, width))
-        self.mask_embedding = nn.Parameter(torch.zeros(2, width))  # e0: seen, e1: to be drawn
+        self.mask_embedding = nn.Parameter(torch.zeros(2, width))  # e0: visible, e1: to be inpainted
         self.blocks = nn.ModuleList([MSCBlock(width, cfg.heads) for _ in range(cfg.layers)])
         self.norm = nn.LayerNorm(width)
         self.spatial_head = nn.Linear(width, clip.token_dim)

@@ -14,6 +14,7 @@ from ldm.core.tables import shortened
 log = logging.getLogger(__name__)
 
 START, END = 49406, 49407  # CLIP's start and end of text; SD also pads with END (open_clip pads with 0)
+SPECIAL = {START: "<|startoftext|>", END: "<|endoftext|>"}  # open_clip calls these two otherwise
 
 
 class TruncationWarnings:
@@ -31,7 +32,16 @@ class TruncationWarnings:
             log.warning(message, encoder, room, len(offsets), *texts)
 
 
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's token ids by token, and its merges in order, from open_clip_torch: nothing is downloaded."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    shipped = SimpleTokenizer()
+    return {SPECIAL.get(number, token): number for token, number in shipped.encoder.items()}, list(shipped.bpe_ranks)
+
+
 def clip_settings(cfg: TextEncoderConfig) -> dict[str, Any]:
+    """The same sizes under the names of transformers' CLIPTextConfig."""
     return {
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.width,
@@ -65,14 +75,11 @@ class TextEncoder(nn.Module):
 
     @cached_property
     def _tokenizer(self):
-        """The class SD itself uses, on the vocabulary and merges that ship with open_clip_torch (no download)."""
-        from open_clip.tokenizer import SimpleTokenizer
+        """The class SD itself uses, on the vocabulary and merges that ship with open_clip_torch."""
         from transformers import CLIPTokenizer
 
-        shipped = SimpleTokenizer()
-        names = {START: "<|startoftext|>", END: "<|endoftext|>"}  # open_clip calls these two otherwise
-        vocabulary = {names.get(number, token): number for token, number in shipped.encoder.items()}
-        return CLIPTokenizer(vocab=vocabulary, merges=list(shipped.bpe_ranks))
+        vocabulary, merges = clip_vocabulary()
+        return CLIPTokenizer(vocab=vocabulary, merges=merges)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """SD's token ids (B, max_length): start, text, end, then padding with 49407.

@@ -4,8 +4,9 @@ Parameter names equal those under ``model.diffusion_model.`` in ``sd-v1-5-inpain
 ``norm4`` in each transformer block.
 """
 
+from collections import OrderedDict
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,24 +36,10 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + self.out_layers(h)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H / 2, W / 2)."""
-        return self.op(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, 2 H, 2 W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(channels: int) -> nn.Sequential:
+    """x (B, C, H, W) -> (B, C, 2 H, 2 W): nearest neighbours, then a 3x3 convolution."""
+    doubled, conv = nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(doubled=doubled, conv=conv))
 
 
 class UNetBlock(nn.Sequential):
@@ -76,7 +63,7 @@ class UNet(nn.Module):
     Call with ``x`` (B, 9, h, w) = [noisy latent, mask, masked-image latent], integer ``timesteps`` (B,), or (1,) for
     all, and a Conditioning of B rows; returns (B, 4, h, w). h and w must be divisible by 2 ** (levels - 1).
 
-    With ``timesteps`` (1,) the Conditioning may have k B rows: k conditions for each picture, of which the layers
+    With ``timesteps`` (1,) the Conditioning may have k B rows: k conditions for each image, of which the layers
     before the first one that reads them are computed once. Returns (k B, 4, h, w).
     """
 
@@ -103,7 +90,8 @@ class UNet(nn.Module):
                 channels = width
                 skips.append(channels)
             if level < len(widths) - 1:
-                self.input_blocks.append(UNetBlock(Downsample(channels)))
+                halved = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+                self.input_blocks.append(UNetBlock(nn.Sequential(OrderedDict(op=halved))))
                 skips.append(channels)
         self.middle_block = UNetBlock(*layers(channels, channels, True), ResBlock(channels, channels, emb_dim))
         self.output_blocks = nn.ModuleList()
@@ -112,7 +100,7 @@ class UNet(nn.Module):
                 made = layers(channels + skips.pop(), width, level in cfg.attention_levels)
                 channels = width
                 if level > 0 and index == cfg.num_res_blocks:
-                    made.append(Upsample(channels))
+                    made.append(upsample(channels))
                 self.output_blocks.append(UNetBlock(*made))
         self.out = nn.Sequential(
             nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, cfg.out_channels, 3, padding=1)
@@ -126,11 +114,11 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         """x (B, 9, h, w), timesteps (B,) or (1,) -> predicted noise (B, 4, h, w); see the class."""
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))  # (B, 4 * channels)
-        kept = []
+        skips = []
         for block in self.input_blocks:
             x = self._run(block, x, emb, cond)
-            kept.append(x)
+            skips.append(x)
         x = self._run(self.middle_block, x, emb, cond)
         for block in self.output_blocks:
-            x = self._run(block, torch.cat([x, cond.spread(kept.pop())], dim=1), emb, cond)
+            x = self._run(block, torch.cat([x, cond.spread(skips.pop())], dim=1), emb, cond)
         return self.out(x)

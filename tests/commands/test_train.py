@@ -443,7 +443,7 @@ def test_checkpoint_of_another_preparation(trained: dict, world: Path, tmp_path:
 
 
 def test_checkpoint_for_another_configuration(converted: Path, world: Path, tmp_path: Path) -> None:
-    with pytest.raises(MedSoftError, match=r"another size.*made with another model configuration; use the YAML it was"):
+    with pytest.raises(MedSoftError, match=r"another size.*Use the YAML it was made with, or convert it"):
         train("stage1", converted, tmp_path / "s", world, "msc.width=64")
 
 
