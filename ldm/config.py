@@ -22,10 +22,8 @@ GROUPS, SAMPLERS, SAMPLING_PRECISIONS = get_args(Group), get_args(Sampler), get_
 
 Channels = Annotated[int, Rule(lambda count: count % 32 == 0, "a multiple of 32 (group normalisation has 32 groups)")]
 Grid = Annotated[int, Rule(lambda side: side % 2 == 0, "an even number: tokens are pooled 2x2")]
-RISING = Rule(
-    lambda ends: len(ends) == 2 and 0 <= ends[0] <= ends[1] <= 1, "two shares, [from, to], rising from 0 to 1"
-)
-Interval = Annotated[list[float], RISING]
+RISING = "two shares, [from, to], rising from 0 to 1"
+Interval = Annotated[list[float], Rule(lambda ends: len(ends) == 2 and 0 <= ends[0] <= ends[1] <= 1, RISING)]
 
 # What a field decides: the scopes of ``identity``. Two runs are the same where all that decides their result is equal.
 NETWORK = frozenset({"architecture", "images", "weights"})  # shapes of the parameters

@@ -47,9 +47,6 @@ ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.13
 
 
-# --------------------------------------------------------------------------------------------------------------- names
-
-
 def diffusers_name(key: str, architecture: Architecture) -> tuple[str, str]:
     """(folder, name) of one of our base keys, such as ("unet", "down_blocks.0.resnets.0.norm1.weight")."""
     part = next(part for part, prefix in PREFIXES.items() if key.startswith(prefix))
@@ -93,9 +90,6 @@ def _autoencoder_name(inner: str, levels: int) -> str:
     inner = re.sub(r"down\.(\d+)\.downsample", r"down_blocks.\1.downsamplers.0", inner)
     inner = re.sub(r"up\.(\d+)\.block", lambda found: f"up_blocks.{levels - 1 - int(found[1])}.resnets", inner)
     return re.sub(r"up\.(\d+)\.upsample", lambda found: f"up_blocks.{levels - 1 - int(found[1])}.upsamplers.0", inner)
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -171,9 +165,6 @@ def _fitted(value: Tensor, wanted: Tensor | None) -> Tensor:
         if longer == (*shorter, 1, 1):
             return value.reshape(wanted.shape)
     return value
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def write_folder(folder: Path, state: Mapping[str, Tensor], ours: dict[str, Any], architecture: Architecture) -> None:
