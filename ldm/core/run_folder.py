@@ -25,7 +25,8 @@ versions stored the same run; they stored no settings.
 A folder of which only parts are a run's (``shared=True``: training, classifier, evaluation) may hold other files, which
 stay whatever happens. Otherwise a folder that is not empty and has no record is refused.
 
-A training takes the lock only: its record is in ``last.ckpt``, which replaces itself (``ldm.training.run``).
+A training takes the lock only: its record is in ``last.ckpt``, which replaces itself (``ldm.training.run``). Plans and
+the worlds of a study have ``keys=None``: their settings are keys of the record itself, to which others may come.
 """
 
 import json
@@ -58,12 +59,17 @@ class RunFolder:
         shared: bool = False,
         flag: str = "--output_dir",
         overwrite_flag: str = "--overwrite",
-        keys: tuple[str, str] = ("run", "settings"),
+        keys: tuple[str, str] | None = ("run", "settings"),
+        lock_file: Path | None = None,
     ) -> None:
-        """``own``: glob patterns relative to the folder. ``keys``: the record's names of fingerprint and settings."""
+        """``own``: glob patterns relative to the folder. ``keys``: the record's names of fingerprint and settings.
+
+        ``overwrite_flag`` is empty where only deleting the folder lets another run begin. ``lock_file``: where several
+        runs share the folder, this one's own.
+        """
         self.path, self.record = Path(path), Path(path) / record
         self.what, self.own, self.samples, self.shared = what, own, samples, shared
-        self.flag, self.overwrite_flag, self.keys = flag, overwrite_flag, keys
+        self.flag, self.overwrite_flag, self.keys, self.lock_file = flag, overwrite_flag, keys, lock_file
         self.settings: dict[str, Any] = {}
         self.same_run = False  # whether what the folder holds is this run's; set by open() and claim()
 
@@ -85,9 +91,9 @@ class RunFolder:
             return
         folder = self.path.resolve()
         beside = folder.with_name(f".{folder.name}.lock")
-        place = beside if os.access(nearest_existing(folder.parent), os.W_OK) else folder / ".run.lock"
+        own = beside if os.access(nearest_existing(folder.parent), os.W_OK) else folder / ".run.lock"
         cure = "waiting for it to end" if wait else f"give another {self.flag}"
-        with exclusive(place, f"{self.path}: another run is writing here at this moment; {cure}", wait):
+        with exclusive(self.lock_file or own, f"{self.path}: another run is writing here at this moment; {cure}", wait):
             yield
 
     def open(
@@ -105,15 +111,21 @@ class RunFolder:
         if stored is None:
             self._refuse_unknown_files()
             return None
-        if stored.get(self.keys[0]) in (self.run, *([legacy] if legacy else [])):
+        if self._is_same(stored, legacy):
             self.same_run = not anew
             return None if anew else stored
-        if not overwrite and self._work():
+        if not overwrite and (self.keys is None or self._work()):
+            cure = f"{self.overwrite_flag} to replace them" if self.overwrite_flag else "delete it"
             raise UsageError(
                 f"{self.path}: holds {self.what} of another run ({self.difference(stored)}); give another {self.flag}, "
-                f"or {self.overwrite_flag} to replace them"
+                f"or {cure}"
             )
         return None
+
+    def _is_same(self, stored: Mapping[str, Any], legacy: str | None) -> bool:
+        if self.keys is None:
+            return not differences(stored, self.settings)
+        return stored.get(self.keys[0]) in (self.run, *([legacy] if legacy else []))
 
     @property
     def run(self) -> str:
@@ -122,7 +134,7 @@ class RunFolder:
 
     def difference(self, stored: Mapping[str, Any]) -> str:
         """What sets the run of this record apart from the one given to ``open``, for a message."""
-        found = differences(stored.get(self.keys[1]) or {}, self.settings)
+        found = differences(stored.get(self.keys[1]) or {} if self.keys else stored, self.settings)
         if not found:
             return "its data or settings are others; the record does not say which"
         more = len(found) - SHOWN_DIFFERENCES
@@ -139,18 +151,16 @@ class RunFolder:
         except MedSoftError as error:
             if overwrite:
                 return {}
-            raise MedSoftError(f"{error}; {self.overwrite_flag} replaces all that it stands for") from error
+            cure = f"{self.overwrite_flag} replaces all that it stands for" if self.overwrite_flag else "delete it"
+            raise MedSoftError(f"{error}; {cure}") from error
         return stored
 
-    def write_record(self, complete: bool, **values: Any) -> None:
+    def write_record(self, complete: bool = False, **values: Any) -> None:
         """Write the record atomically."""
-        run, settings = self.keys
-        write_json(self.record, {run: self.run, settings: self.settings, "complete": complete, **values})
-
-    def forget_record(self) -> None:
-        """Make the record, if there is one, stand for no run at all, as long as another run's files are deleted."""
-        if self.record.exists():
-            write_json(self.record, {"complete": False})
+        identity = self.settings
+        if self.keys:
+            identity = dict(zip(self.keys, (self.run, self.settings), strict=True)) | {"complete": complete}
+        write_json(self.record, identity | values)
 
     def _refuse_unknown_files(self) -> None:
         """UsageError for files in the way of a run that has no record here: they are not known to be a run's."""
@@ -183,13 +193,14 @@ class RunFolder:
         leaves a record that is no run's, so that nobody takes the remaining files for their own.
         """
         if not self.same_run:
-            self.forget_record()
+            if self.record.exists():  # it stands for no run at all as long as another run's files are deleted
+                write_json(self.record, {"complete": False})
             for path in self._work():
                 _remove(path)
         search = self.path.rglob if self.samples else self.path.glob  # sample folders have partials of their own
         for orphan in list(search(PARTIAL_PREFIX + "*")):
             _remove(orphan)  # it may have lain in one that was just removed
-        self.write_record(False, **values)
+        self.write_record(**values)
         self.same_run = True
 
     def finish(self, **values: Any) -> None:

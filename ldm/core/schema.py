@@ -93,6 +93,7 @@ class Values:
     source: str
     content: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)  # all that were read, those of `base:` too
 
     def add(self, content: dict[str, Any], source: str, deep: bool = True) -> None:
         """Lay ``content`` over what is there; ``deep``: sections are joined key by key, not replaced."""
@@ -141,18 +142,9 @@ def read_yaml(path: Path, what: str, hint: str = "", deep: bool = True, above: t
         raise UsageError(f"{path}: its `base:` leads back to itself")
     found = read_yaml(path.parent / base, what, hint, deep, above) if base else Values("")
     found.source = str(path)
+    found.files.append(path)
     found.add(content, str(path), deep)
     return found
-
-
-def yaml_base(path: Path) -> Path | None:
-    """The file that a YAML is based on. None also for a faulty one, which is for its reader to refuse."""
-    try:
-        content = yaml.load(read_text(path), _UniqueKeys)
-    except (yaml.YAMLError, MedSoftError):
-        return None
-    base = content.get("base") if isinstance(content, dict) else None
-    return path.parent / base if isinstance(base, str) else None
 
 
 class _UniqueKeys(yaml.SafeLoader):

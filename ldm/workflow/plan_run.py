@@ -13,7 +13,7 @@ from pathlib import Path
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.paths import ROOT, shipped
-from ldm.workflow.plans import DONE_CODES, Plan, PlanRecord, PlanStep, load_plan, load_record
+from ldm.workflow.plans import DONE_CODES, Plan, PlanRecord, PlanStep, load_plan
 
 # What every step's environment gets, unless it is set already. glibc gives blocks of this size back to the kernel after
 # every operation and fetches them again for the next one: keeping them makes training on a CPU measurably faster.
@@ -41,13 +41,22 @@ def run_plan(path: Path, start: str | None, only: Sequence[str], overwrite: bool
         if name not in names:
             raise UsageError(f"{name}: no such step in plan {plan.name}; it has {', '.join(names)}")
     forced = names[names.index(start) :] if start else only
-    record = load_record(plan)
     if list_only:
-        for number, step in enumerate(plan.steps, 1):
-            print(f"{count(plan, number)} {step.name} ({'done' if record.done(step) else 'to do'}): {step.run}")
-        return cli.DONE
+        return show_steps([plan])
     again = shlex.join(["python", "tool/run_stages.py", str(path)])
-    return run_steps(record, forced or names, again, forced, overwrite) or _summarise(record)
+    with PlanRecord(plan).folder.lock():
+        record = PlanRecord(plan)
+        return run_steps(record, forced or names, again, forced, overwrite) or _summarise(record)
+
+
+def show_steps(plans: Sequence[Plan]) -> int:
+    """Print every step of the plans and whether it is done."""
+    for plan in plans:
+        record = PlanRecord(plan)
+        for number, step in enumerate(plan.steps, 1):
+            state = "done" if record.done(step) else "to do"
+            print(f"{plan.name} {count(plan, number)} {step.name} ({state}): {step.run}")
+    return cli.DONE
 
 
 def _summarise(record: PlanRecord) -> int:
@@ -119,11 +128,8 @@ def run_step(record: PlanRecord, step: PlanStep, number: int, overwrite: bool = 
         if overwrite and code == cli.USAGE:
             print(f"{count(record.plan, number)} {step.name}: once more, with --overwrite", flush=True)
             code = _run_child([*words, "--overwrite"], step)
-    except KeyboardInterrupt:
-        code = cli.INTERRUPTED
-        raise
-    except cli.Terminated:
-        code = cli.TERMINATED
+    except (KeyboardInterrupt, cli.Terminated) as stop:
+        code = cli.TERMINATED if isinstance(stop, cli.Terminated) else cli.INTERRUPTED
         raise
     finally:
         seconds = time.perf_counter() - start
@@ -162,6 +168,7 @@ def _stop(child: subprocess.Popen, signum: int) -> None:
 
 
 def count(plan: Plan, number: int) -> str:
+    """The number of a step among all, for what is printed."""
     return f"[{number}/{len(plan.steps)}]"
 
 

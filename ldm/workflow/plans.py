@@ -3,19 +3,20 @@
 import os
 import shlex
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ldm.core import cli
-from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import fingerprint, read_json, sha256_file, write_json
+from ldm.core.errors import MedSoftError
+from ldm.core.files import fingerprint, sha256_file
 from ldm.core.paths import ROOT, SHIPPED
-from ldm.core.schema import Command, Text, Values, build, read_yaml, yaml_base
+from ldm.core.run_folder import RunFolder
+from ldm.core.schema import Command, Text, Values, build, read_yaml
 
-STATE_FILE = "stages.json"
 DONE_CODES = (cli.DONE, cli.SOME_REJECTED)
 
 
@@ -58,9 +59,9 @@ def _named_files(words: list[str]) -> dict[str, str]:
         if name in found:
             continue
         found[name] = sha256_file(path)
-        base = yaml_base(Path(path)) if path.endswith((".yaml", ".yml")) else None
-        if base is not None:
-            waiting.append(os.path.realpath(base))
+        if path.endswith((".yaml", ".yml")):
+            with suppress(MedSoftError):  # a faulty one is for its reader to refuse
+                waiting += map(os.path.realpath, read_yaml(Path(path), "configuration").files)
     return found
 
 
@@ -73,16 +74,29 @@ class Plan:
     steps: tuple[PlanStep, ...]
 
 
-@dataclass
+def growing_folder(path: Path, record: str, what: str, lock_file: Path) -> RunFolder:
+    """A folder that plans or a study fill step by step, beside files of others; nothing but deleting it begins anew."""
+    kind: dict[str, Any] = {"shared": True, "keys": None, "flag": "output_dir", "overwrite_flag": ""}
+    return RunFolder(path, record, what=what, lock_file=lock_file, **kind)
+
+
 class PlanRecord:
-    """What ``output_dir/stages.json`` knows about the plan's steps, by name."""
+    """What ``output_dir/stages.json`` knows about the plan's steps, by name.
 
-    plan: Plan
-    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    MedSoftError if it cannot be understood, UsageError if it is another plan's.
+    """
 
-    @property
-    def path(self) -> Path:
-        return ROOT / self.plan.output_dir / STATE_FILE
+    def __init__(self, plan: Plan) -> None:
+        path = ROOT / plan.output_dir
+        self.plan, self.folder = plan, growing_folder(path, "stages.json", "steps", path / "stages.lock")
+        self.entries: dict[str, dict[str, Any]] = {}
+        stored = self.folder.open({"plan": plan.name})
+        try:
+            for entry in [] if stored is None else stored["steps"]:
+                self.entries[entry["name"]] = entry
+        except (TypeError, KeyError) as error:
+            message = f"{self.folder.record}: not a record of finished steps; delete it to run all steps again"
+            raise MedSoftError(message) from error
 
     def known(self, step: PlanStep) -> dict[str, Any]:
         """The step's entry if its command and settings are still the same, else an empty one."""
@@ -107,7 +121,7 @@ class PlanRecord:
         for later in self.plan.steps[self.plan.steps.index(step) :]:
             if later.name in self.entries:
                 self.entries[later.name]["exit_code"] = None
-        self._write()
+        self.folder.claim(steps=self._known_entries())
 
     def add(self, step: PlanStep, seconds: float, exit_code: int) -> None:
         """Keep the outcome of a run; its time adds to what was already spent on this step with these settings."""
@@ -119,11 +133,10 @@ class PlanRecord:
             "exit_code": exit_code,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self._write()
+        self.folder.write_record(steps=self._known_entries())
 
-    def _write(self) -> None:
-        steps = [self.entries[s.name] for s in self.plan.steps if s.name in self.entries]
-        write_json(self.path, {"plan": self.plan.name, "steps": steps})
+    def _known_entries(self) -> list[dict[str, Any]]:
+        return [self.entries[step.name] for step in self.plan.steps if step.name in self.entries]
 
 
 def load_plan(path: Path) -> Plan:
@@ -139,21 +152,3 @@ def checked_steps(steps: tuple[PlanStep, ...], values: Values) -> tuple[PlanStep
     if not names or len(set(names)) < len(names):
         raise values.error("steps", "at least one step, each with a name of its own", names)
     return tuple(replace(step, run=step.run.strip()) for step in steps)
-
-
-def load_record(plan: Plan) -> PlanRecord:
-    """The record in the plan's output folder; empty without one. MedSoftError if it cannot be understood."""
-    record = PlanRecord(plan)
-    if not record.path.exists():
-        return record
-    stored = read_json(record.path, "record of finished steps")
-    try:
-        name, entries = stored["plan"], {entry["name"]: entry for entry in stored["steps"]}
-    except (TypeError, KeyError) as error:
-        message = f"{record.path}: not a record of finished steps; delete it to run all steps again"
-        raise MedSoftError(message) from error
-    if name != plan.name:
-        where = f"{record.path}: belongs to the plan {name}, not {plan.name}"
-        raise UsageError(f"{where}; give the plans different folders")
-    record.entries = entries
-    return record

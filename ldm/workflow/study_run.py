@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import content_id, fingerprint, read_json, write_json
-from ldm.core.locks import exclusive
+from ldm.core.files import content_id, fingerprint
 from ldm.core.paths import INSTALLED, ROOT
-from ldm.workflow.plan_run import hang_up_with_terminal, run_steps
-from ldm.workflow.plans import Plan, PlanRecord, load_record
+from ldm.core.run_folder import RunFolder
+from ldm.workflow.plan_run import hang_up_with_terminal, run_steps, show_steps
+from ldm.workflow.plans import Plan, PlanRecord, growing_folder
 from ldm.workflow.study_design import Arm, Design, Group, World, added_path, load_design, plan_groups
 
 
@@ -28,24 +28,27 @@ def run_study(path: Path, worlds: Sequence[str] | None, collect: bool, overwrite
     groups = list(plan_groups(design))
     once = Plan("study", design.keys.output_dir, design.steps)
     if list_only:
-        return show([once, *(group.plan for group in groups)])
+        return show_steps([once, *(group.plan for group in groups)])
     if collect:
         return report(design, groups)
     again = shlex.join(["python", "tool/study.py", str(path)])
     run = partial(run_steps, again=again, overwrite=overwrite)
-    mine = choose(groups, worlds)
+    known = {group.world.name: None for group in groups}
+    for name in worlds or ():
+        if name not in known:
+            raise UsageError(f"--worlds {name}: no such world in this study; it has {', '.join(known)}")
+    mine = [group for group in groups if not worlds or group.world.name in worlds]
     with ExitStack() as locks:
-        for name in dict.fromkeys(group.world.name for group in mine):
-            lock = design.folder(f"{name}.lock")
-            locks.enter_context(exclusive(ROOT / lock, f"{lock}: this world is running already"))
+        for world in dict.fromkeys(group.world for group in mine):
+            locks.enter_context(world_folder(design, world).lock())
         with whole_study(design):
-            code = run(load_record(once), [step.name for step in design.steps])
+            code = run(PlanRecord(once), [step.name for step in design.steps])
         for group in mine:
             code = code or run_group(design, groups, group, run)
     if code:
         return code
     rejecting = []
-    for record in map(load_record, (once, *(group.plan for group in mine))):
+    for record in map(PlanRecord, (once, *(group.plan for group in mine))):
         if any(record.known(step).get("exit_code") == cli.SOME_REJECTED for step in record.plan.steps):
             rejecting.append(record.plan.name)
     lists = [rejects_of(design, group.world, arm) for group in mine for arm in adding(group)]
@@ -55,25 +58,22 @@ def run_study(path: Path, worlds: Sequence[str] | None, collect: bool, overwrite
     return cli.SOME_REJECTED if rejecting else cli.DONE
 
 
-def choose(groups: list[Group], worlds: Sequence[str] | None) -> list[Group]:
-    """The groups of the worlds asked for, or all; UsageError for a world that the study does not have."""
-    known = list(dict.fromkeys(group.world.name for group in groups))
-    for name in worlds or ():
-        if name not in known:
-            raise UsageError(f"--worlds {name}: no such world in this study; it has {', '.join(known)}")
-    return [group for group in groups if not worlds or group.world.name in worlds]
-
-
 def whole_study(design: Design) -> AbstractContextManager[None]:
     """For what is the whole study's, not a world's: one process at a time, and the others wait."""
-    path = design.folder("study.lock")
-    return exclusive(ROOT / path, f"{path}: another process is at it; waiting", wait=True)
+    folder = ROOT / design.keys.output_dir
+    return growing_folder(folder, "stages.json", "steps", folder / "study.lock").lock(wait=True)
+
+
+def world_folder(design: Design, world: World) -> RunFolder:
+    """The folder of a world, which one process at a time fills; world.json says what its cells are made from."""
+    path = ROOT / design.folder(world.name)
+    return growing_folder(path, "world.json", "cells", path.with_name(f"{world.name}.lock"))
 
 
 def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[PlanRecord, list[str]], int]) -> int:
     """Data first, then what is made from them in here, generator and cells, report; 0, or the failed step's code."""
     print(f"--- {group.plan.name}", flush=True)
-    record = load_record(group.plan)
+    record = PlanRecord(group.plan)
     names, made = [step.name for step in group.plan.steps], len(group.world.steps)
     if code := run(record, names[:made]):
         return code
@@ -87,21 +87,11 @@ def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[
     return code
 
 
-def show(plans: list[Plan]) -> int:
-    """Print every step and whether it is done."""
-    for plan in plans:
-        record = load_record(plan)
-        for step in plan.steps:
-            print(f"{plan.name}: {step.name} ({'done' if record.done(step) else 'to do'}): {step.run}")
-    return cli.DONE
-
-
 def check_unchanged(design: Design, world: World, added: list[Arm]) -> None:
     """UsageError unless the world's annotations, and the real images that arms add, are those its cells were made from.
 
     Of a file the content is compared, of a dataset folder the names and sizes of its files.
     """
-    path = ROOT / design.folder(world.name, "world.json")
     sources = {name: getattr(world, name) for name in ("train", "val", "test")}
     for name, source in sources.items():
         if not (ROOT / source).exists():
@@ -110,16 +100,9 @@ def check_unchanged(design: Design, world: World, added: list[Arm]) -> None:
         sources[f"arms.{arm.name}.add"] = str(arm.add)
         if not (ROOT / str(arm.add)).exists():
             raise UsageError(f"arms.{arm.name}.add: {arm.add} does not exist; name a dataset folder or annotation JSON")
-    found = {name: source_id(ROOT / source) for name, source in sources.items()}
-    known = read_json(path, "record of a world") if path.exists() else {}
-    for name, digest in found.items():
-        if known.get(name) not in (None, digest):
-            raise UsageError(
-                f"{name} {sources[name]}: has changed since world {world.name} was begun; delete "
-                f"{design.folder(world.name)}, or give the study another output_dir"
-            )
-    if known != {**known, **found}:
-        write_json(path, {**known, **found})
+    folder = world_folder(design, world)
+    known = folder.open({name: source_id(ROOT / source) for name, source in sources.items()}) or {}
+    folder.claim(**known)
 
 
 def source_id(path: Path) -> str | None:
@@ -136,6 +119,7 @@ def adding(group: Group) -> list[Arm]:
 
 
 def rejects_of(design: Design, world: World, arm: Arm) -> Path:
+    """The list of the images that an arm should add and that cannot be read."""
     return (ROOT / added_path(design, world, arm)).with_suffix(".rejects.json")
 
 
@@ -160,7 +144,7 @@ def report(design: Design, groups: list[Group]) -> int:
 
     cells, seconds, outdated = [], {}, 0
     for group in groups:
-        record = load_record(group.plan)
+        record = PlanRecord(group.plan)
         before = group.plan.steps[: len(group.plan.steps) - len(group.cells)]
         for each in group.cells:
             if record.outdated(each.step, before):
@@ -199,7 +183,7 @@ def generator_seconds(groups: list[Group]) -> dict[str, float]:
     """Seconds spent on each finished generator, by world/generator: conversion, stages, drawing."""
     found = {}
     for group in groups:
-        record = load_record(group.plan)
+        record = PlanRecord(group.plan)
         made = group.plan.steps[len(group.world.steps) : len(group.plan.steps) - len(group.cells)]
         if made and all(record.done(step) for step in made):
             found[group.plan.name] = sum(record.known(step)["seconds"] for step in made)

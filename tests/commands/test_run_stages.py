@@ -17,6 +17,7 @@ import yaml
 import classifier
 from ldm.classifier.config import load_classifier_config
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.locks import exclusive
 from ldm.workflow import plans
 from tool import run_stages
 
@@ -266,11 +267,32 @@ def test_a_program_that_is_not_there_and_a_killed_one(write_plan, tmp_path: Path
 
 def test_the_record_of_another_plan_or_a_damaged_one_is_refused(write_plan, tmp_path: Path) -> None:
     run(write_plan({"name": "a", "run": touch(tmp_path / "a")}))
-    with pytest.raises(UsageError, match="belongs to the plan test, not other"):
+    with pytest.raises(
+        UsageError, match=r"out: holds steps of another run \(plan: test -> other\); give another output_dir, or delete"
+    ):
         run(write_plan({"name": "a", "run": touch(tmp_path / "a")}, name="other"))
-    (tmp_path / "out" / "stages.json").write_text("[]")
-    with pytest.raises(MedSoftError, match="not a record of finished steps; delete it"):
-        run(write_plan({"name": "a", "run": touch(tmp_path / "a")}))
+    for damaged, message in (("[]", "found list; delete it"), ("{}", "not a record of finished steps; delete it")):
+        (tmp_path / "out" / "stages.json").write_text(damaged)
+        with pytest.raises(MedSoftError, match=rf"stages\.json: .*{message}"):
+            run(write_plan({"name": "a", "run": touch(tmp_path / "a")}))
+
+
+def test_a_plan_that_is_running_is_refused_and_can_be_listed(write_plan, tmp_path: Path, capsys) -> None:
+    path = write_plan({"name": "a", "run": touch(tmp_path / "a")})
+    with exclusive(tmp_path / "out" / "stages.lock", "busy"):
+        with pytest.raises(UsageError, match="out: another run is writing here at this moment; give another output_d"):
+            run(path)
+        assert run(path, "--list") == 0
+    assert "[1/1] a (to do)" in capsys.readouterr().out
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_a_killed_run_left_half_written_goes_with_the_next_step(write_plan, tmp_path: Path) -> None:
+    path = write_plan({"name": "a", "run": touch(tmp_path / "a")})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".partial-x").write_text("{")
+    assert run(path) == 0
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["stages.json", "stages.lock"]
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

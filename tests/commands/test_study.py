@@ -262,7 +262,7 @@ def test_annotation_files_that_changed_are_refused(write_study, world: Path, tmp
     study_run.check_unchanged(design, design.worlds[0], [])
     study_run.check_unchanged(design, design.worlds[0], [])
     copy.write_text("[]")
-    with pytest.raises(UsageError, match=r"train .*train.json: has changed since world hospital was begun; delete"):
+    with pytest.raises(UsageError, match=r"hospital: holds cells of another run \(train: \w{8}… -> .*delete it"):
         study_run.check_unchanged(design, design.worlds[0], [])
 
 
@@ -277,10 +277,10 @@ def test_dataset_folders_that_changed_are_refused(write_study, world: Path, tmp_
     other = study_design.load_design(
         write_study(worlds=worlds, phantoms=None, arms=arms | {"more": {"add": str(world)}})
     )
-    with pytest.raises(UsageError, match=r"arms.more.add .*: has changed since world hospital was begun"):
+    with pytest.raises(UsageError, match=r"hospital: holds cells of another run \(arms.more.add: \w{8}… -> "):
         study_run.check_unchanged(other, other.worlds[0], [other.arms[-1]])
     shutil.rmtree(next(path for path in (tmp_path / "patients").iterdir() if path.is_dir()))
-    with pytest.raises(UsageError, match=r"test .*patients: has changed since world hospital was begun"):
+    with pytest.raises(UsageError, match=r"hospital: holds cells of another run \(test: "):
         study_run.check_unchanged(design, design.worlds[0], [])
 
 
@@ -296,7 +296,7 @@ def test_a_world_that_is_running_is_left_alone_while_another_runs(write_study, t
     out = tmp_path / "out"
     path = write_study(worlds=[3, 4])
     with exclusive(out / "world_3.lock", "busy"):
-        with pytest.raises(UsageError, match=r"out/world_3.lock: this world is running already"):
+        with pytest.raises(UsageError, match=r"out/world_3: another run is writing here at this moment; give another"):
             tiny.call(study, path)
         assert not (out / "world_3" / "cells").exists()
         assert tiny.call(study, path, "--worlds", "world_4") == 0
