@@ -26,7 +26,7 @@ def exclusive(path: str | Path, busy: str, wait: bool = False) -> Iterator[None]
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _acquired(FileLock(path, mode=0o666), busy, wait)
+        lock = _acquired(FileLock(path), busy, wait)
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise MedSoftError(f"{path}: could not be created ({error.strerror or error})") from error

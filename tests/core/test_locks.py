@@ -84,3 +84,11 @@ def test_a_lock_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(MedSoftError, match=r"file/lock: could not be created"), exclusive(tmp_path / "file/lock", ""):
         pass
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_lock_file_respects_the_umask(tmp_path: Path, umask: int) -> None:
+    code = "import os, sys\nfrom ldm.core.locks import exclusive\n"
+    code += f"os.umask({umask})\nwith exclusive(sys.argv[1], ''): pass"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "lock")], check=True)
+    assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o666 & ~umask
