@@ -1,4 +1,4 @@
-"""Train, test and apply the diagnosis classifier described by a JSON file."""
+"""Train a healthy/diseased (or lesion type) classifier on real and synthetic images, test it once, predict."""
 
 import argparse
 from pathlib import Path
@@ -10,28 +10,18 @@ CONFIGS = Path(__file__).resolve().parent / "configs" / "classifier"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = cli.parser(
-        "Train a healthy/diseased (or lesion type) classifier on real and synthetic images, test it once, predict."
-    )
-    parser.add_argument(
-        "args", metavar="ARGS.json", help="configuration; a bare name is looked up in configs/classifier/ first"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace a key of the JSON (value in JSON; may be repeated), for instance --set EPOCHS=5",
-    )
+    parser = cli.parser(__doc__)
+    text = "configuration; a bare name is looked up in configs/classifier/ first"
+    parser.add_argument("args", metavar="ARGS.json", help=text)
+    text = "replace a key of the JSON (value in JSON; may be repeated), for instance --set EPOCHS=5"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace the results of another run in output_dir")
     return parser
 
 
 def find_config(name: str) -> Path:
     """The JSON that ``name`` means; raises UsageError listing what there is."""
-    path = Path(name)
-    shipped = CONFIGS / name
+    path, shipped = Path(name), CONFIGS / name
     if path.name == name and shipped.is_file():
         return shipped
     if path.is_file():
@@ -41,7 +31,6 @@ def find_config(name: str) -> Path:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run; 3 when some samples were rejected (listed in rejects.csv or predictions.json of the output folder)."""
     from ldm.classifier.config import load_classifier_config
     from ldm.classifier.data import prepare_annotations
 

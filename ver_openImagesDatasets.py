@@ -1,4 +1,9 @@
-"""Check a dataset folder and write its annotation file and its split by patient."""
+"""Check a dataset folder and write its annotation file and its split by patient.
+
+Looked at is every sample folder below ROOT_DIR (image.png, mask.png, prompt.txt; optional anatomy.png, soft_mask.png,
+meta.json); beside the annotation file come its _train, _val and _test split. Samples that cannot be used are listed in
+the _rejects file (exit code 3). When the folder has grown, run it again: the files are replaced.
+"""
 
 import argparse
 from pathlib import Path
@@ -7,26 +12,15 @@ from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(
-        "Check every sample folder below ROOT_DIR (image.png, mask.png, prompt.txt; optional anatomy.png, "
-        "soft_mask.png, meta.json) and write the annotation file with its _train, _val and _test split. Samples that "
-        "cannot be used are listed in the _rejects file (exit code 3). When the folder has grown, run it again: the "
-        "files are replaced."
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument("--root_dir", type=Path, required=True, help="dataset folder, searched recursively")
     parser.add_argument("--output_file", type=Path, default="openimages_format.json", help="annotation file to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split")
+    sides, default = ("TRAIN", "VAL", "TEST"), (0.7, 0.1, 0.2)
     parser.add_argument(
-        "--fractions",
-        type=float,
-        nargs=3,
-        default=(0.7, 0.1, 0.2),
-        metavar=("TRAIN", "VAL", "TEST"),
-        help="shares of the patients",
+        "--fractions", type=float, nargs=3, default=default, metavar=sides, help="shares of the patients"
     )
-    parser.add_argument(
-        "--strict", action="store_true", help="one unusable sample is an error: exit 1, nothing written"
-    )
+    parser.add_argument("--strict", action="store_true", help="one unusable sample is an error: nothing is written")
     return parser
 
 

@@ -7,8 +7,6 @@ first weights. Any key of the YAML can be set at the end of the command: trainin
 """
 
 import argparse
-import dataclasses
-import os
 from pathlib import Path
 
 from ldm.config import Config, load_config
@@ -17,29 +15,24 @@ from ldm.core.errors import UsageError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__, raw=True)
+    parser = cli.parser(__doc__)
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint that gives the first weights")
     parser.add_argument("--config", type=Path, required=True, help="stage YAML in models/")
     parser.add_argument("--save_path", type=Path, required=True, help="folder for last.ckpt, config.yaml, metrics.csv")
     for split, use in (("train", "train"), ("val", "validate")):
         default = Path(f"openimages_format_{split}.json")
-        text = f"annotations to {use} on (default: %(default)s)"
-        parser.add_argument(f"--{split}_json", type=Path, default=default, help=text)
+        parser.add_argument(f"--{split}_json", type=Path, default=default, help=f"annotations to {use} on")
     parser.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
-    parser.add_argument(
-        "--cache_dir", type=Path, help="folder of cached features (default: feature_cache beside SAVE_PATH)"
-    )
-    parser.add_argument("--devices", default="auto", help="number of devices, or auto (default: %(default)s)")
-    parser.add_argument("--num_nodes", type=int, default=1, help="number of machines (default: %(default)s)")
+    parser.add_argument("--cache_dir", type=Path, help="cached features (default: feature_cache beside SAVE_PATH)")
+    parser.add_argument("--devices", default="auto", help="number of devices, or auto")
+    parser.add_argument("--num_nodes", type=int, default=1, help="number of machines")
     parser.add_argument("--precision", help="auto, 32-true, bf16-mixed, ... (default: training.precision)")
     parser.add_argument("--batch_size", type=int, help="global batch (default: training.batch_size)")
     parser.add_argument("--max_epochs", type=int, help="epochs (default: training.max_epochs)")
     parser.add_argument("--seed", type=int, help="seed (default: training.seed)")
     parser.add_argument("--overwrite", action="store_true", help="start again where another run was saved")
     parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="show configuration, data, parameter groups, memory and disk, then stop; nothing is written",
+        "--dry_run", action="store_true", help="show what would be trained and what it takes, then stop"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser
@@ -65,10 +58,8 @@ def main(args: argparse.Namespace) -> int:
     config = resolve(args)
     from ldm.training.run import TrainingOptions, run_stage
 
-    fields = dataclasses.fields(TrainingOptions)
-    return run_stage(TrainingOptions(**{item.name: getattr(args, item.name) for item in fields}), config)
+    return run_stage(cli.options(TrainingOptions, args), config)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     cli.run(build_parser(), main)

@@ -12,7 +12,6 @@ makes: 50 guided steps of DDIM on both sides, and our 20 of DPM-Solver++(2M), 17
 """
 
 import argparse
-import dataclasses
 import importlib
 from pathlib import Path
 
@@ -24,22 +23,14 @@ MEASUREMENTS = ("inference", "training", "batches", "memory")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__, raw=True)
+    parser = cli.parser(__doc__)
     parser.add_argument("what", choices=MEASUREMENTS, help="what to measure")
-    parser.add_argument(
-        "--config", type=Path, default=Path("models/phantom.yaml"), help="model YAML (default: %(default)s)"
-    )
-    parser.add_argument("--batch_size", type=int, default=2, help="images per call (default: %(default)s)")
-    parser.add_argument(
-        "--repeats", type=int, default=10, help="measured calls, after the warm-up (default: %(default)s)"
-    )
+    parser.add_argument("--config", type=Path, default=Path("models/phantom.yaml"), help="model YAML")
+    parser.add_argument("--batch_size", type=int, default=2, help="images per call")
+    parser.add_argument("--repeats", type=int, default=10, help="measured calls, after the warm-up")
     inference = parser.add_argument_group("inference")
-    inference.add_argument(
-        "--precision", default="32-true", choices=["32-true", "bf16-true"], help="of both sides (default: %(default)s)"
-    )
-    inference.add_argument(
-        "--steps", type=int, default=10, help="of whole images; 0 measures single calls only (default: %(default)s)"
-    )
+    inference.add_argument("--precision", default="32-true", choices=["32-true", "bf16-true"], help="of both sides")
+    inference.add_argument("--steps", type=int, default=10, help="of whole images; 0 measures single calls only")
     batches = parser.add_argument_group("batches")
     batches.add_argument("--sizes", help="batch sizes, such as 1,8,32 (default: 1, 2, 4 ... until memory is full)")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
@@ -50,8 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     from ldm.bench.common import BenchOptions
 
-    options = BenchOptions(**{item.name: getattr(args, item.name) for item in dataclasses.fields(BenchOptions)})
-    numbers = importlib.import_module(f"ldm.bench.{args.what}").main(options)
+    numbers = importlib.import_module(f"ldm.bench.{args.what}").main(cli.options(BenchOptions, args))
     if args.output:
         write_json(args.output, numbers)
     return cli.DONE

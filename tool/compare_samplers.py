@@ -24,21 +24,20 @@ from ldm.inference.options import InferenceOptions
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__, raw=True)
+    parser = cli.parser(__doc__)
     parser.add_argument("--ckpt", type=Path, required=True, help="a final checkpoint")
     parser.add_argument("--config", type=Path, required=True, help="model YAML")
     parser.add_argument("--data", type=Path, required=True, help="dataset folder or JSON, healthy and diseased samples")
     parser.add_argument("--judge", type=Path, required=True, help="classifier.safetensors of classifier.py, task type")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for images and comparison.json")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--limit", type=int, help="at most so many healthy samples")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    """Inpaint, measure and write; 3 when an image could not be inpainted."""
     options = InferenceOptions(
         output_dir=args.output_dir,
         ckpt=args.ckpt,

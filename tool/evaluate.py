@@ -15,20 +15,16 @@ from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    made = cli.parser(__doc__, raw=True)
+    made = cli.parser(__doc__)
     made.add_argument("real", metavar="REAL", type=Path, help="real samples, best ones the generator has not seen")
     made.add_argument("synthetic", metavar="SYNTH", type=Path, help="results of dataset_infer.py")
     made.add_argument("--output_dir", type=Path, required=True, help="folder to write")
-    made.add_argument(
-        "--config",
-        type=Path,
-        default=Path("models/mldm_v15.yaml"),
-        help="model YAML: how crops are made, which BiomedCLIP (default: models/mldm_v15.yaml)",
-    )
+    default = Path("models/mldm_v15.yaml")
+    made.add_argument("--config", type=Path, default=default, help="model YAML: how crops are made, which BiomedCLIP")
     made.add_argument("--train_json", type=Path, help="what the generator learned from, for copies (default: REAL)")
     made.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
     made.add_argument(
-        "--quarantine", action="store_true", help="move copies out of SYNTH, into the folder SYNTH_quarantine beside it"
+        "--quarantine", action="store_true", help="move copies from SYNTH into SYNTH_quarantine beside it"
     )
     made.add_argument("--overwrite", action="store_true", help="replace the evaluation of other samples")
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
@@ -36,15 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure, write, say what matters; 3 when there are copies or rejects."""
     given = [f"biomedclip.path={args.biomedclip}"] if args.biomedclip else []
     config = load_config(args.config, [*given, *args.overrides])
     from ldm.evaluation.run import Sources, evaluate
 
     sources = Sources(args.real, args.synthetic, args.train_json)
-    clean = evaluate(
-        sources, args.output_dir, config.data, config.biomedclip, quarantine=args.quarantine, overwrite=args.overwrite
-    )
+    how = {"quarantine": args.quarantine, "overwrite": args.overwrite}
+    clean = evaluate(sources, args.output_dir, config.data, config.biomedclip, **how)
     return cli.DONE if clean else cli.SOME_REJECTED
 
 

@@ -14,7 +14,7 @@ from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__, raw=True)
+    parser = cli.parser(__doc__)
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint made by this repository")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder exported from something else")

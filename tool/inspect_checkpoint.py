@@ -13,7 +13,7 @@ from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__, raw=True)
+    parser = cli.parser(__doc__)
     parser.add_argument("ckpt", type=Path, help="checkpoint (.ckpt or .safetensors)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser

@@ -14,21 +14,18 @@ from ldm.core.errors import UsageError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    made = cli.parser(__doc__.split("\n")[0])
+    made = cli.parser(__doc__)
     made.add_argument("--output_dir", type=Path, help="dataset folder to write")
     made.add_argument("--healthy", type=int, default=160, help="healthy images")
-    made.add_argument("--diseased", type=int, default=40, help="images with a lesion; types and severities take turns")
+    made.add_argument("--diseased", type=int, default=40, help="ones with a lesion; types and severities take turns")
     made.add_argument("--seed", type=int, default=0, help="the world: two seeds share no patient")
     made.add_argument("--per_patient", type=int, default=1, help="images of each patient")
-    made.add_argument(
-        "--seen_by_biomedclip",
-        action="store_true",
-        help="write the images that the BiomedCLIP stand-in was trained on instead",
-    )
+    text = "instead write the images that the BiomedCLIP stand-in was trained on"
+    made.add_argument("--seen_by_biomedclip", action="store_true", help=text)
     made.add_argument("--overwrite", action="store_true", help="replace a phantom dataset made with other arguments")
     made.add_argument("--sheet", type=Path, metavar="PNG", help="also write a contact sheet to look at")
     made.add_argument(
-        "--calibrate", action="store_true", help="train the classifier on few and on many patients, print AUCs"
+        "--calibrate", action="store_true", help="train the classifier on few and many patients, print AUCs"
     )
     return made
 

@@ -8,7 +8,6 @@ dataset_infer.py draws in these masks, in healthy images too. The same command a
 """
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +19,7 @@ SIDES = ("left", "right", "top", "bottom")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__, raw=True)
+    parser = cli.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="dataset folder or annotation JSON")
     parser.add_argument("--output_dir", type=Path, required=True, help="dataset folder to write")
     parser.add_argument(
@@ -28,32 +27,24 @@ def build_parser() -> argparse.ArgumentParser:
         choices=SOURCES,
         default="mask",
         help="mask: the lesion's mask; anatomy: labels of anatomy.png; box: the annotation's box or --boxes; lesion: a "
-        "lesion-shaped mask inside the vertebra's label, mask or box (default: %(default)s)",
+        "lesion-shaped mask inside the vertebra's label, mask or box",
     )
     parser.add_argument("--labels", type=int, nargs="+", default=[1], help="labels of anatomy.png (default: 1)")
-    parser.add_argument(
-        "--boxes", type=Path, help="JSON: sample_id -> box, or list of boxes, [x, y, w, h] as fractions of the image"
-    )
+    parser.add_argument("--boxes", type=Path, help="JSON: sample_id -> box or boxes, [x, y, w, h] as fractions")
     border = parser.add_argument_group("soft border")
-    border.add_argument("--feather", type=float, default=0.25, help="its width (default: %(default)s)")
+    border.add_argument("--feather", type=float, default=0.25, help="its width")
     border.add_argument(
         "--feather_unit",
         choices=get_args(FeatherUnit),
         default="diameter",
-        help="diameter: a fraction of the region's equivalent diameter (default); mm needs spacing_mm in meta.json",
+        help="diameter: a fraction of the region's equivalent diameter; mm needs spacing_mm in meta.json",
     )
     shape = parser.add_argument_group("lesion-shaped masks")
-    shape.add_argument(
-        "--size",
-        type=float,
-        nargs=2,
-        default=[0.35, 0.7],
-        metavar=("FROM", "TO"),
-        help="diameter, relative to the smaller side of the vertebra's bounding box (default: 0.35 0.7)",
-    )
+    text = "diameter, relative to the smaller side of the vertebra's bounding box (default: 0.35 0.7)"
+    shape.add_argument("--size", type=float, nargs=2, default=[0.35, 0.7], metavar=("FROM", "TO"), help=text)
     shape.add_argument("--side", choices=SIDES, help="half of the vertebra, in the picture (default: anywhere)")
     shape.add_argument("--irregularity", type=float, help="0, an ellipse, to 1 (default: varies)")
-    shape.add_argument("--seed", type=int, default=0, help="seed of the shapes (default: %(default)s)")
+    shape.add_argument("--seed", type=int, default=0, help="seed of the shapes")
     parser.add_argument("--overwrite", action="store_true", help="replace masks made with other settings")
     return parser
 
@@ -61,8 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     from ldm.data.soft_masks import SoftMaskOptions, make_soft_masks
 
-    options = SoftMaskOptions(**{field.name: getattr(args, field.name) for field in fields(SoftMaskOptions)})
-    return make_soft_masks(args.data, args.output_dir, options, args.overwrite)
+    return make_soft_masks(args.data, args.output_dir, cli.options(SoftMaskOptions, args), args.overwrite)
 
 
 if __name__ == "__main__":

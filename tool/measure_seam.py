@@ -16,22 +16,19 @@ from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__, raw=True)
+    parser = cli.parser(__doc__)
     parser.add_argument("--ckpt", type=Path, required=True, help="a final checkpoint")
     parser.add_argument("--config", type=Path, required=True, help="model YAML")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="dataset folder or annotation JSON with diseased samples"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="dataset folder or JSON with diseased samples")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--limit", type=int, help="at most so many samples")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure and write; the numbers are logged too."""
     config = load_config(args.config, args.overrides)
     from ldm.evaluation.seam import measure_seam
 

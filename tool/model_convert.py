@@ -16,16 +16,12 @@ from ldm.core.paths import shipped
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__, raw=True)
-    parser.add_argument(
-        "--input_path",
-        type=shipped,
-        required=True,
-        help="sd-v1-5-inpainting.ckpt (or .safetensors, or a diffusers folder)",
-    )
+    parser = cli.parser(__doc__)
+    text = "sd-v1-5-inpainting.ckpt (or .safetensors, or a diffusers folder)"
+    parser.add_argument("--input_path", type=shipped, required=True, help=text)
     parser.add_argument("--output_path", type=Path, required=True, help="checkpoint to write (.ckpt or .safetensors)")
     parser.add_argument("--config", type=Path, required=True, help="model YAML: models/mldm_v15.yaml")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the new parameters (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the new parameters")
     parser.add_argument("--overwrite", action="store_true", help="replace an output made from something else")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser

@@ -13,13 +13,12 @@ from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__, raw=True)
+    parser = cli.parser(__doc__)
     parser.add_argument("--output", type=Path, help="Markdown file to write (default: print)")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print or write the table; returns the exit code."""
     from ldm.bench.sizes import document
     from ldm.core.files import write_text
 

@@ -1,4 +1,4 @@
-"""Run the steps of a plan in order, each one only if it is not done yet.
+"""Run the steps of a plan in order, each one only if it is not done yet; stop at the first failure.
 
     python tool/run_stages.py configs/demo.yaml
 
@@ -31,23 +31,16 @@ from ldm.workflow.plan_run import run_plan
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = cli.parser(
-        "Run the steps of a plan in order from the repository root, skipping what is done; stop at the first failure. "
-        "Started again, it goes on. A step that runs makes all after it run."
-    )
+    made = cli.parser(__doc__)
     made.add_argument("plan", metavar="PLAN.yaml", type=Path, help="the plan, for instance configs/demo.yaml")
     made.add_argument("--from", dest="start", metavar="STEP", help="run this step and all after it, done or not")
     made.add_argument("--only", nargs="+", metavar="STEP", help="run these steps only, done or not")
-    made.add_argument(
-        "--overwrite", action="store_true", help="let a step replace what other settings have left, where it refuses to"
-    )
+    made.add_argument("--overwrite", action="store_true", help="let a step that refuses replace what others have left")
     made.add_argument("--list", action="store_true", help="show the steps and whether they are done; run nothing")
     return made
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run what is to do; the exit code of the step that failed, 3 if a step rejected inputs, else 0."""
     return run_plan(args.plan, args.start, args.only or (), args.overwrite, args.list)
 
 

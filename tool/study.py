@@ -16,25 +16,17 @@ from ldm.workflow.study_run import run_study
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = cli.parser(__doc__, raw=True)
+    made = cli.parser(__doc__)
     made.add_argument("study", metavar="STUDY.yaml", type=Path, help="the study, e.g. configs/study_phantom.yaml")
     made.add_argument("--collect", action="store_true", help="run nothing; report the cells that are finished")
-    made.add_argument(
-        "--overwrite", action="store_true", help="let a step replace what other settings have left, where it refuses to"
-    )
+    made.add_argument("--overwrite", action="store_true", help="let a step that refuses replace what others have left")
     made.add_argument("--list", action="store_true", help="run nothing; show the steps and whether they are done")
-    made.add_argument(
-        "--worlds",
-        nargs="+",
-        metavar="WORLD",
-        help="run these worlds only, e.g. world_0 world_1; other processes may run others at the same time",
-    )
+    text = "run these worlds only, e.g. world_0; other processes may run others at the same time"
+    made.add_argument("--worlds", nargs="+", metavar="WORLD", help=text)
     return made
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run what is to do, report after every group; the code of the step that failed, 3 if one rejected inputs."""
     return run_study(args.study, args.worlds, args.collect, args.overwrite, args.list)
 
 

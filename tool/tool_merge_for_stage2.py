@@ -13,7 +13,7 @@ from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__, raw=True)
+    parser = cli.parser(__doc__)
     parser.add_argument("--stage1_path", type=Path, required=True, help="checkpoint of stage1: gives the MSC")
     parser.add_argument("--input_path", type=Path, required=True, help="checkpoint of unet_only: gives all the rest")
     parser.add_argument("--output_path", type=Path, required=True, help="checkpoint to write (.ckpt or .safetensors)")

@@ -7,7 +7,7 @@
     OUTPUT/training_log.csv             part, step, mean loss since the row before, seconds, and the batch's
                                         PSNR (autoencoder) or share of hits (clip)
 
-Run again after an interruption, it goes on with the part that was not finished.
+It takes about 45 minutes on two cores. After an interruption it goes on with the part that was not finished.
 """
 
 import argparse
@@ -17,9 +17,7 @@ from ldm.core import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.parser(
-        "Train the phantom base: a tiny BiomedCLIP and a tiny inpainting checkpoint (about 45 minutes on 2 cores)."
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("models/phantom_base"), help="where the models go")
     parser.add_argument("--config", type=Path, default=Path("models/phantom.yaml"), help="sizes of the networks")
     parser.add_argument("--autoencoder_steps", type=int, default=900, help="steps of 16 crops")

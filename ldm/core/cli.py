@@ -6,28 +6,40 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from inspect import signature
+from typing import Any, NoReturn, TypeVar
 
 from ldm.core.errors import MedSoftError
 
+T = TypeVar("T")
 program: str | None = None  # what usage lines name instead of the script's file: "medsoft train"
 DONE, FAILED, USAGE, SOME_REJECTED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+TALKATIVE = ("httpx", "open_clip", "timm", "matplotlib", "lightning_fabric")
 
 
 class Terminated(SystemExit):
     """Raised in the main thread by SIGTERM, so that ``finally`` blocks run before the command exits with 143."""
 
 
-def parser(description: str | None, raw: bool = False) -> argparse.ArgumentParser:
-    """An argument parser with the flags that every command understands.
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The lines of a description as they are, and behind each flag its default, if that is a number or a text."""
 
-    ``--help`` adds the default to every flag; with ``raw`` it leaves the description's lines as they are, and the flags
-    name their defaults themselves.
-    """
-    formatter = argparse.RawDescriptionHelpFormatter if raw else argparse.ArgumentDefaultsHelpFormatter
-    made = argparse.ArgumentParser(prog=program, description=description, formatter_class=formatter)
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unsaid = isinstance(action.default, bool | list | None)
+        return action.help if unsaid else super()._get_help_string(action)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """An argument parser with the flags that every command understands."""
+    made = argparse.ArgumentParser(prog=program, description=description, formatter_class=_Help)
     made.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     return made
+
+
+def options(kind: Callable[..., T], args: argparse.Namespace) -> T:
+    """The dataclass ``kind`` from the flags that are named as its fields are."""
+    return kind(**{name: getattr(args, name) for name in signature(kind).parameters})
 
 
 def run(made: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None], argv: Any = None) -> NoReturn:
@@ -39,9 +51,9 @@ def run(made: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int 
     args = made.parse_intermixed_args(argv)  # KEY=VALUE may stand between flags
     # Threads that spin while they wait make two programs on one machine many times slower; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns of the processes that read data
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    for noisy in ("httpx", "open_clip", "timm", "matplotlib", "lightning", "pytorch_lightning"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger().handlers[0].addFilter(_worth_saying)
     signal.signal(signal.SIGTERM, _terminate)
     code = _guarded(main, args)
     sys.stdout.flush()
@@ -68,6 +80,11 @@ def _guarded(main: Callable[[argparse.Namespace], int | None], args: argparse.Na
             return error.exit_code
         print(f"error: {type(error).__name__}: {error} (run again with --debug for the traceback)", file=sys.stderr)
         return FAILED
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """False for what packages tell of themselves. Some set their loggers' level when they are loaded."""
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] not in TALKATIVE
 
 
 def _terminate(signum: int, frame: Any) -> None:

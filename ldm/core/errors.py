@@ -12,11 +12,10 @@ class MedSoftError(Exception):
     """
 
     exit_code = 1
-    reason: str | None = None  # the sentence without the file's name, where it is kept apart
 
     def cause(self, path: object) -> str:
         """The sentence without ``path`` in front of it."""
-        return self.reason or str(self).removeprefix(f"{path}: ")
+        return str(self).removeprefix(f"{path}: ")
 
 
 class UsageError(MedSoftError):
@@ -28,16 +27,10 @@ class UsageError(MedSoftError):
 class FileError(MedSoftError):
     """One file cannot be used. ``path`` and ``reason`` are kept apart for the list of rejected samples."""
 
-    reason: str
-
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = Path(path)
         self.reason = reason
-
-    def cause(self, path: object) -> str:
-        """The reason alone if ``path`` is the file's, else the whole sentence."""
-        return self.reason if self.path == Path(str(path)) else str(self)
 
 
 def first_line(error: Exception) -> str:

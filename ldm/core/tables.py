@@ -46,6 +46,7 @@ def read_table(path: str | Path, columns: Sequence[str], what: str = "table") ->
 
 
 def markdown_row(cells: Iterable[object]) -> str:
+    """One line of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 

@@ -4,7 +4,8 @@ disk and memory. Each check yields Findings; nothing is written and nothing is t
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 HUGE_MASK = 0.5  # share of the image: more than that is hardly a lesion
 ODD_PROMPT = "\ufffd"  # what is left of a character in another encoding
 LONG_PROMPT = 300  # characters; the text encoder reads 75 tokens
+
+LEVELS = {"error": "errors", "sample": "samples that cannot be used", "warning": "warnings"}
+SHOWN = 20  # findings of one level
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,35 @@ def _mask_faults(file: str, mask: Any) -> Iterator[Finding]:
         yield Finding("warning", file, text)
     elif edge > HUGE_MASK:
         yield Finding("warning", file, "marks most of the image's border: inverted? 1 (white) is the lesion")
+
+
+def check_everything(
+    sets: dict[str, Path], config: Config | None, ckpt: Path | None, save_path: Path, devices: int, workers: int | None
+) -> Iterator[Finding]:
+    """All checks of data sets (name -> dataset folder or annotation file), and of what ``config`` shall train on them.
+
+    The quick ones come first.
+    """
+    yield from check_installation()
+    if config:
+        misfits = list(check_checkpoint(config, ckpt, "biomedclip" in config.training.builds))
+        yield from misfits
+        if config.training.stage and not misfits:
+            trained = {name: path for name, path in sets.items() if name != "test"}
+            yield from check_disk_and_memory(config, trained, save_path, devices)
+    yield from check_data(sets, workers)
+
+
+def log_findings(found: Sequence[Finding]) -> Counter[str]:
+    """Log the first SHOWN findings of each level, then how many there are; returns these counts."""
+    counts = Counter(finding.level for finding in found)
+    for level, words in LEVELS.items():
+        for finding in [finding for finding in found if finding.level == level][:SHOWN]:
+            log.info("%s: %s: %s", level, finding.where, finding.text)
+        if counts[level] > SHOWN:
+            log.info("... %d more %s", counts[level] - SHOWN, words)
+    log.info("%s", ", ".join(f"{counts[level]} {words}" for level, words in LEVELS.items()))
+    return counts
 
 
 # ------------------------------------------------------------------------------------------------------- data

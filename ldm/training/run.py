@@ -56,7 +56,6 @@ class TrainingOptions:
 
 def run_stage(options: TrainingOptions, config: Config) -> int:
     """Train the stage that ``config`` describes; the exit code."""
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it talks about choices that are ours
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)  # one voice is enough
     log.info("%s", as_yaml(config))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ldm.core.schema import Command, Rule, Text, Values, Whole, build, is_command, read_yaml
+from ldm.core.schema import Command, Rule, Text, Values, Whole, build, read_yaml
 from ldm.workflow.plans import Plan, PlanStep, checked_steps
 
 TEST_WORLDS = 10_000  # the test patients of phantom world n are those of phantom seed n + 10000
@@ -60,6 +60,7 @@ class Arm(ArmKeys):
 
     @property
     def all_ratios(self) -> tuple[float | None, ...]:
+        """Its ratios, or None alone."""
         return self.ratios or (None,)
 
 
@@ -111,7 +112,7 @@ class StudyKeys:
     phantoms: Phantoms | None = None
     checkpoint: Text | None = None
     model: Text | None = None
-    draw: str = ""
+    draw: Command | None = None
     set: tuple[Text, ...] = ()
     steps: tuple[PlanStep, ...] = ()
 
@@ -198,7 +199,7 @@ def generator_steps(design: Design, world: World, name: str) -> tuple[PlanStep, 
         steps.append(command(stem, train, trained[-1]))
         start = start if "merge" in generator.stages[position:] else trained[-1]
     draw = ["dataset_infer.py", "--ckpt", start, "--config", str(design.keys.model), "--output_dir", f"{home}/pictures"]
-    draw += ["--train_json", world.train, *shlex.split(design.keys.draw), *generator.set]
+    draw += ["--train_json", world.train, *shlex.split(design.keys.draw or ""), *generator.set]
     return (*steps, command("draw", draw, f"{home}/pictures/inference.json"))
 
 
@@ -223,6 +224,7 @@ def plan_cell(design: Design, world: World, arm: Arm, ratio: float | None, seed:
 
 
 def label(arm: Arm, ratio: float | None) -> str:
+    """What names the cells of an arm at this ratio."""
     return arm.name if ratio is None else f"{arm.name}_{ratio:g}"
 
 
@@ -245,8 +247,6 @@ def load_design(path: Path) -> Design:
     twice = [each for each in labels if labels.count(each) > 1]
     if twice:
         raise values.error("arms", "arms whose cells have different names", twice[0])
-    if keys.draw and not is_command(keys.draw):
-        raise values.error("draw", "words of a command, their quotes closed", keys.draw)
     for name, generator in keys.generators.items():
         check_generator(name, generator, keys, values)
     check_compared(keys.compare, arms, values)
@@ -308,13 +308,13 @@ def check_generator(name: str, generator: Generator, keys: StudyKeys, values: Va
 
 def check_arm(arm: Arm, keys: StudyKeys, values: Values) -> None:
     """UsageError unless use, generator and ratios of the arm agree with each other."""
-    here, item = f"arms.{arm.name}", keys.arms[arm.name]
+    here = f"arms.{arm.name}"
     if arm.generator is not None and arm.generator not in keys.generators:
         raise values.error(f"{here}.generator", f"one of {', '.join(keys.generators)}", arm.generator)
     if (arm.generator is not None) != (arm.use in ("mix", "pretrain")):
-        raise values.error(here, "use: mix or pretrain together with a generator", vars(item))
+        raise values.error(here, "use: mix or pretrain together with a generator", vars(arm))
     if (arm.ratios is None) != (arm.use is None):
-        raise values.error(here, "ratios together with use", vars(item))
+        raise values.error(here, "ratios together with use", vars(arm))
 
 
 def check_compared(compare: Compared, arms: tuple[Arm, ...], values: Values) -> None:

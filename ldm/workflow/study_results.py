@@ -52,6 +52,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, Treatment, int]:
+        """What no two cells of a study share."""
         return self.world, self.treatment, self.seed
 
     @property
@@ -137,6 +138,7 @@ class Study:
         return _over_worlds({run: ours[run] - theirs[run] for run in ours if run in theirs})
 
     def ratios(self, arm: str) -> list[float]:
+        """The ratios at which an arm has finished cells, from the smallest on."""
         return sorted(t.ratio for t in self.treatments if t.arm == arm and t.ratio is not None)
 
     def chosen_ratio(self) -> float | None:
@@ -276,18 +278,6 @@ def dose_figure(study: Study) -> "Figure":
     return figure
 
 
-def cell_rows(cells: Sequence[Cell], seconds: Mapping[Any, float | None]) -> list[dict[str, Any]]:
-    """The raw table, one row a cell; ``seconds`` by the cell's key."""
-    names = list(dict.fromkeys(name for cell in cells for name in cell.values))
-    return [
-        {"world": cell.world, "arm": cell.treatment.arm, "ratio": cell.treatment.ratio, "seed": cell.seed}
-        | {name: cell.values.get(name) for name in names}
-        | cell.counts
-        | {"seconds": seconds.get(cell.key)}
-        for cell in cells
-    ]
-
-
 def timing(seconds: Mapping[Any, float | None], generators: Mapping[str, float]) -> str:
     """What cells and generators took."""
     cells, parts = [value for value in seconds.values() if value is not None], []
@@ -304,8 +294,19 @@ def timing(seconds: Mapping[Any, float | None], generators: Mapping[str, float])
 def write_study_report(
     folder: Path, name: str, study: Study, seconds: Mapping[Any, float | None], notes: Sequence[str]
 ) -> None:
-    """results.csv, dose_response.png, study.md and study.html in ``folder``; ``notes``: how they came about."""
-    write_csv(folder / "results.csv", cell_rows(study.cells, seconds))
+    """results.csv (a row a cell), dose_response.png, study.md and study.html in ``folder``.
+
+    ``seconds`` by the cell's key; ``notes``: how the cells came about.
+    """
+    values = list(dict.fromkeys(name for cell in study.cells for name in cell.values))
+    rows = [
+        {"world": cell.world, "arm": cell.treatment.arm, "ratio": cell.treatment.ratio, "seed": cell.seed}
+        | {name: cell.values.get(name) for name in values}
+        | cell.counts
+        | {"seconds": seconds.get(cell.key)}
+        for cell in study.cells
+    ]
+    write_csv(folder / "results.csv", rows)
     write_figure(folder / "dose_response.png", dose_figure(study), dpi=130)
     shown = [metric for metric in SHOWN if any(metric in cell.values for cell in study.cells)]
     heads = (["arm", "worlds", *(SHOWN[metric] for metric in shown)], ["", "minus", "test AUC", "worlds", "verdict"])
