@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ldm.core import cli
 from ldm.core.errors import UsageError
+from ldm.core.files import write_json
 
 SPLITS = {split: Path(f"openimages_format_{split}.json") for split in ("train", "val", "test")}
 
@@ -50,8 +51,6 @@ def main(args: argparse.Namespace) -> int:
     found = list(check_everything(sets, config, args.ckpt, args.save_path, args.devices, args.workers))
     counts = log_findings(found)
     if args.output:
-        from ldm.core.files import write_json
-
         write_json(args.output, [vars(finding) for finding in found])
     return cli.FAILED if counts["error"] else cli.SOME_REJECTED if counts["sample"] else cli.DONE
 

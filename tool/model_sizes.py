@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from ldm.core import cli
+from ldm.core.files import write_text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,7 +21,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     from ldm.bench.sizes import document
-    from ldm.core.files import write_text
 
     if args.output:
         write_text(args.output, document())
