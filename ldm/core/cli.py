@@ -1,13 +1,14 @@
 """What every command shares: exit codes, one-line errors, logging. Imports nothing heavy."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
 from inspect import signature
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from ldm.core.errors import MedSoftError
 
@@ -40,6 +41,29 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def options(kind: Callable[..., T], args: argparse.Namespace) -> T:
     """The dataclass ``kind`` from the flags that are named as its fields are."""
     return kind(**{name: getattr(args, name) for name in signature(kind).parameters})
+
+
+def flag(text: str, default: Any = None, **more: Any) -> Any:
+    """A dataclass field that ``add_flags`` also makes a flag: its help, its default and what else argparse takes."""
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+def add_flags(made: argparse.ArgumentParser, options: type) -> None:
+    """Add the fields of the dataclass ``options`` that ``flag`` made; the first type of an annotation reads the value.
+
+    A field with the default ``dataclasses.MISSING`` becomes a flag that is required.
+    """
+    hints = get_type_hints(options)
+    for item in dataclasses.fields(options):
+        about, hint = dict(item.metadata), hints[item.name]
+        if not about:
+            continue
+        while get_args(hint):
+            hint = get_args(hint)[0]
+        about |= {"action": "store_true"} if hint is bool else {"type": hint, "default": item.default}
+        if item.default is dataclasses.MISSING:
+            about |= {"required": True, "default": None}
+        made.add_argument(f"--{item.name}", **about)
 
 
 def run(made: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None], argv: Any = None) -> NoReturn:

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ldm.core.files import read_json, write_json
-from ldm.data.crop import Fit
+from ldm.core.files import read_json, read_text, write_json
+from ldm.data.folders import read_sample
 from ldm.data.images import border_gradient
 from ldm.data.png import write_png
-from ldm.data.samples import Sample
-from ldm.reports.comparison import ResultImage, colour, read_all_results, read_result, signed_colours
+from ldm.reports.comparison import ResultImage, read_result
 from ldm.reports.html import files_folder, write_page
 
 TILE = 160  # pixels of a panel
@@ -23,17 +22,24 @@ PANELS = ("original", "soft mask", "result", "difference")
 
 
 def write_gallery(folder: Path) -> Path:
-    """Write ``report.html`` and its thumbnails beside the results in ``folder``; what is there already is kept."""
+    """Write ``report.html`` beside the results in ``folder``, with the thumbnails that are not there yet."""
     page = folder / "report.html"
-    samples = read_all_results(folder)
+    names = sorted(meta.parent.relative_to(folder).as_posix() for meta in folder.rglob("*__v*/meta.json"))
     with ThreadPoolExecutor(4) as pool:
-        cards = list(pool.map(lambda sample: _card(page, sample), samples))
-    shown = {_thumbnail(page, sample).stem for sample in samples}
+        cards = list(pool.map(lambda name: _card(folder, name), names))
+    shown = {_thumbnail(folder, name).stem for name in names}
     for file in files_folder(page).iterdir():
         if file.stem not in shown:  # a thumbnail of a result that is no longer there
             file.unlink()
     write_page(page, "gallery", name=folder.name, cards=cards, panels=PANELS, tile=TILE)
     return page
+
+
+def write_thumbnail(folder: Path, name: str, image: ResultImage) -> None:
+    """Write what the page shows of the result ``name`` beside the results in ``folder``: panels and numbers."""
+    thumbnail = _thumbnail(folder, name)
+    write_png(thumbnail, np.concatenate(list(image.panels(TILE).values()), axis=1))
+    write_json(thumbnail.with_suffix(".json"), measures(image))
 
 
 def measures(image: ResultImage) -> dict[str, Any]:
@@ -49,35 +55,25 @@ def measures(image: ResultImage) -> dict[str, Any]:
     }
 
 
-def _thumbnail(page: Path, sample: Sample) -> Path:
-    return files_folder(page) / f"{sample.sample_id.replace('/', '__')}.png"
+def _thumbnail(folder: Path, name: str) -> Path:
+    return files_folder(folder / "report.html") / f"{name.replace('/', '__')}.png"
 
 
-def _card(page: Path, sample: Sample) -> dict[str, Any]:
-    """What the page shows of one result; makes its thumbnail and its numbers unless they are there from before."""
-    thumbnail = _thumbnail(page, sample)
+def _card(folder: Path, name: str) -> dict[str, Any]:
+    """What the page shows of one result; its images are read only if its thumbnail is missing or older."""
+    thumbnail, meta = _thumbnail(folder, name), folder / name / "meta.json"
     stored = thumbnail.with_suffix(".json")
-    meta = sample.image.with_name("meta.json")
     if not (thumbnail.exists() and stored.exists() and stored.stat().st_mtime_ns >= meta.stat().st_mtime_ns):
-        image = read_result(sample)
-        write_png(thumbnail, _strip(image))
-        write_json(stored, measures(image))
-    numbers = read_json(stored)
+        write_thumbnail(folder, name, read_result(read_sample(name, folder / name)))
+    numbers, record = read_json(stored), read_json(meta)
     facts = {
-        "seed": sample.meta.get("seed"),
-        "variant": sample.meta.get("variant"),
+        "seed": record.get("seed"),
+        "variant": record.get("variant"),
         "changed outside": numbers["outside"],
         "seam": numbers["seam"],
         "change inside": numbers["inside"],
     }
     known = {name: value for name, value in facts.items() if value is not None}
+    prompt = read_text(folder / name / "prompt.txt").strip()
     source = f"{thumbnail.parent.name}/{thumbnail.name}"
-    return {"sample_id": sample.sample_id, "prompt": sample.prompt, "source": source, "facts": known}
-
-
-def _strip(image: ResultImage) -> np.ndarray:
-    """The four panels side by side around the lesion, TILE x 4 TILE x 3 uint8."""
-    crop = Fit("crop", TILE, 2.0).crop_window(image.soft.shape, image.soft)
-    original, result = (crop.forward(unit) for unit in image.shown())
-    panels = [colour(original), colour(crop.forward_mask(image.soft)), colour(result)]
-    return np.concatenate([*panels, signed_colours(result, original)], axis=1)
+    return {"sample_id": name, "prompt": prompt, "source": source, "facts": known}

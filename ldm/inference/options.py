@@ -1,50 +1,54 @@
 """What one run of inference is asked for. Its contradictions are refused before anything heavy is imported."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.config import SAMPLERS, SAMPLING_PRECISIONS
+from ldm.core.cli import flag
 from ldm.core.errors import UsageError
 
-# What --replay takes from the meta.json of the image that it makes again.
-FIXED_BY_REPLAY = (
-    *("choose", "limit", "variants", "prompt", "seed", "batch_size", "sampler", "steps", "guidance_scale"),
-    *("guidance_interval", "precision", "exact", "devices", "num_nodes", "overrides"),
-)
+# What may stand beside --replay, which takes the rest from the meta.json of the image that it makes again.
+FREE_IN_REPLAY = ("output_dir", "ckpt", "config", "replay", "train_json", "biomedclip", "device", "overwrite")
 
 
 @dataclass(frozen=True)
 class InferenceOptions:
     """The flags of dataset_infer.py, under their names; None stands for the configuration's own value."""
 
-    output_dir: Path
-    ckpt: Path | None = None
-    config: Path | None = None
-    # What to inpaint: healthy samples of train_json, or what one of these names.
-    data: Path | None = None  # dataset folder or annotation JSON
-    like: Path | None = None  # earlier results, whose images and masks are used again
-    replay: Path | None = None  # the meta.json of one earlier result, which is made again
-    image: Path | None = None  # one image, with mask and prompt
-    mask: Path | None = None
-    choose: str | None = None  # a class, or a text file with one sample_id per line
-    limit: int | None = None
-    variants: int = 1  # results per sample
-    prompt: str | None = None  # one for all
-    train_json: Path = Path("openimages_format_train.json")  # its diseased samples give the prompts for healthy ones
-    seed: int = 0
-    batch_size: int | None = None
-    sampler: str | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-    precision: str | None = None
-    exact: bool = False  # one image at a time in one thread: equal files on every run
-    biomedclip: Path | None = None
-    device: str = "auto"
-    devices: int = 1  # processes on each node
-    num_nodes: int = 1
-    overwrite: bool = False
-    overrides: tuple[str, ...] = ()  # KEY=VALUE of the YAML
+    output_dir: Path = flag("dataset folder to write", dataclasses.MISSING)
+    ckpt: Path | None = flag("a final checkpoint, such as stage2_2/last.ckpt")
+    config: Path | None = flag("model YAML")
+    data: Path | None = flag("dataset folder or annotation JSON")
+    choose: str | None = flag(
+        "all, healthy, diseased, or a text file with one sample_id per line (default: healthy ones, else all)",
+        metavar="WHICH",
+    )
+    like: Path | None = flag("the same images and masks as in these earlier results", metavar="RESULTS")
+    replay: Path | None = flag("the image this meta.json belongs to, again", metavar="META.json")
+    image: Path | None = flag("one image, with --mask and --prompt")
+    mask: Path | None = flag("its lesion mask")
+    limit: int | None = flag("at most so many samples")
+    variants: int = flag("results per sample", 1)
+    prompt: str | None = flag("one prompt for all (default: the sample's own, or one from --train_json)")
+    train_json: Path = flag("gives healthy samples their prompts", Path("openimages_format_train.json"))
+    seed: int = flag("seed of masks, prompts and noise", 0)
+    batch_size: int | None = flag("images at a time (default: sampling.batch_size)")
+    sampler: str | None = flag(f"{' or '.join(SAMPLERS)} (default: sampling.sampler)")
+    steps: int | None = flag("sampling steps (default: sampling.steps)")
+    guidance_scale: float | None = flag("1 = no guidance (default: sampling.guidance_scale)")
+    guidance_interval: tuple[float, float] | None = flag(
+        "shares of the steps between which guidance acts (default: sampling.guidance_interval)", nargs=2
+    )
+    precision: str | None = flag(f"{' or '.join(SAMPLING_PRECISIONS)} (default: sampling.precision)")
+    exact: bool = flag("one image at a time and one thread: equal files on every run", False)
+    biomedclip: Path | None = flag("BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
+    device: str = flag("auto, cpu, cuda, cuda:1, ...", "auto")
+    devices: int = flag("processes on this node", 1)
+    num_nodes: int = flag("nodes, each with --devices", 1)
+    overwrite: bool = flag("replace the results of another run", False)
+    overrides: Sequence[str] = ()  # KEY=VALUE of the YAML
 
     def check(self) -> None:
         """UsageError for flags that contradict each other, and for paths that are not there."""
@@ -59,32 +63,32 @@ class InferenceOptions:
         self._check_replay()
         self._check_paths()
         if self.like and (self.variants > 1 or self.choose):
-            raise UsageError("--like draws the same pictures again; --variants and --choose do not go with it")
+            raise UsageError("--like makes the same images again; --variants and --choose do not go with it")
         if self.variants < 1 or (self.limit is not None and self.limit < 1):
             raise UsageError("--variants and --limit: expected at least 1")
         if self.exact and self.batch_size not in (None, 1):
-            raise UsageError("--exact draws one picture at a time; --batch_size does not go with it")
+            raise UsageError("--exact takes one image at a time; --batch_size does not go with it")
         if self.devices < 1 or self.num_nodes < 1:
             raise UsageError("--devices and --num_nodes: expected at least 1")
 
     def _check_replay(self) -> None:
         if self.replay:
             for option in dataclasses.fields(self):
-                if option.name in FIXED_BY_REPLAY and getattr(self, option.name) != option.default:
-                    raise UsageError(f"--replay makes the same picture again; {option.name} does not go with it")
+                if option.name not in FREE_IN_REPLAY and getattr(self, option.name) not in (option.default, []):
+                    raise UsageError(f"--replay makes the same image again; {option.name} does not go with it")
             return
-        for flag in ("ckpt", "config"):
-            if getattr(self, flag) is None:
-                raise UsageError(f"--{flag} is needed (only --replay does without)")
+        for name in ("ckpt", "config"):
+            if getattr(self, name) is None:
+                raise UsageError(f"--{name} is needed (only --replay does without)")
 
     def _check_paths(self) -> None:
-        for flag in ("image", "mask", "data", "like", "replay", "ckpt"):
-            path = getattr(self, flag)
+        for name in ("image", "mask", "data", "like", "replay", "ckpt"):
+            path = getattr(self, name)
             if path and not path.exists():
-                raise UsageError(f"--{flag} {path}: does not exist")
+                raise UsageError(f"--{name} {path}: does not exist")
             if path and path.resolve().is_relative_to(self.output_dir.resolve()):
                 raise UsageError(
-                    f"--output_dir {self.output_dir}: holds the input --{flag} {path}; give another folder"
+                    f"--output_dir {self.output_dir}: holds the input --{name} {path}; give another folder"
                 )
 
     def as_overrides(self) -> list[str]:
@@ -93,12 +97,7 @@ class InferenceOptions:
         flags = {f"sampling.{name}": getattr(self, name) for name in names}
         if self.guidance_interval is not None:
             flags["sampling.guidance_interval"] = list(self.guidance_interval)  # as YAML spells it
-        flags["biomedclip.path"] = self._biomedclip_path()
+        hub = str(self.biomedclip).startswith("hf-hub:")  # else a folder, which a replay from elsewhere has to find
+        flags["biomedclip.path"] = self.biomedclip.resolve() if self.biomedclip and not hub else self.biomedclip
         exact = ["sampling.batch_size=1"] if self.exact else []
         return [*(f"{key}={value}" for key, value in flags.items() if value is not None), *self.overrides, *exact]
-
-    def _biomedclip_path(self) -> Path | None:
-        """An absolute folder, so that a replay from elsewhere finds it; a hub id stays as it is."""
-        if self.biomedclip is None or str(self.biomedclip).startswith("hf-hub:"):
-            return self.biomedclip
-        return self.biomedclip.resolve()

@@ -1,15 +1,19 @@
 """One result on the disk: a sample folder whose meta.json says how it was made."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldm.core.errors import MedSoftError
 from ldm.data.folders import write_sample
 from ldm.data.images import with_alpha
 from ldm.data.preparation import PreparedSample
 from ldm.data.samples import HEALTHY
+from ldm.inference.gallery import write_thumbnail
 from ldm.inference.tasks import Task
+from ldm.reports.comparison import ResultImage
 
 TAG = "synthetic picture drawn by MedSoft-Diffusion; not a patient's image; not for clinical use"
 FILES = ("image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json")
@@ -23,20 +27,21 @@ def write_result(
     provenance: dict[str, Any],
     parent_sha256: str | None,
 ) -> None:
-    """Write the sample folder of one result, whole or not at all; one that lacks a file is replaced.
+    """Write the sample folder of one result into ``folder``, whole or not at all, and its thumbnail.
 
     pixels: the composited image, like ``prepared.original``; provenance: what its meta.json says about how it was made,
     enough for --replay to make it again; parent_sha256: the digest of the sample's image file.
     """
-    differs = (pixels != prepared.original).reshape(*prepared.soft.shape, -1).any(axis=-1)
-    changed = int(np.count_nonzero(differs & (prepared.soft == 0)))
+    image = ResultImage(prepared.original, pixels, prepared.soft, prepared.intensity_range)
     files: dict[str, np.ndarray | Path | bytes] = {
         "image.png": with_alpha(pixels, task.sample.image, prepared.soft > 0),
         "mask.png": prepared.hard.astype(np.uint8) * 255,
         "soft_mask.png": np.rint(prepared.soft * 255).astype(np.uint8),
     }
-    metadata = result_metadata(task, prepared, changed, provenance, parent_sha256)
-    write_sample(folder, files, task.prompt, metadata, {"Comment": TAG, "Description": task.prompt})
+    metadata = result_metadata(task, prepared, image.changed_outside, provenance, parent_sha256)
+    write_sample(folder / task.name, files, task.prompt, metadata, {"Comment": TAG, "Description": task.prompt})
+    with suppress(MedSoftError):  # then the report makes it, or says why it cannot
+        write_thumbnail(folder, task.name, image)
 
 
 def result_metadata(

@@ -26,7 +26,7 @@ from ldm.core.files import content_id, fingerprint, read_json, sha256_file
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import write_rejects
-from ldm.data.preparation import PreparedSample, sample_identity
+from ldm.data.preparation import PreparedSample, lesion_diameter, sample_identity
 from ldm.data.samples import Reject
 from ldm.inference.gallery import write_gallery
 from ldm.inference.inpainter import Inpainter, Job, load_inpainter
@@ -36,7 +36,7 @@ from ldm.inference.tasks import Task, plan_tasks, prepare_task, read_record
 
 log = logging.getLogger(__name__)
 
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} images [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
 Content = Callable[[Path | None], str | None]  # a file's SHA-256
 
 
@@ -46,9 +46,10 @@ def run(options: InferenceOptions) -> int:
     Raises UsageError or MedSoftError, with the folder as it was, for options, a checkpoint or data that cannot be used.
     """
     options.check()
-    options, config, overrides = resolve(options)
-    assert options.ckpt is not None  # the options were checked
-    assert options.config is not None
+    record = read_record(options.replay) if options.replay else None
+    options, config, overrides = resolve(options, record)
+    assert options.ckpt  # the options were checked
+    assert options.config
     if not is_first_process():
         logging.disable(logging.INFO)  # one process speaks for all
     detect_format(options.ckpt)
@@ -63,14 +64,17 @@ def run(options: InferenceOptions) -> int:
         "exact": options.exact,
         "command": shlex.join(["python", *sys.argv]),
     }
-    if options.replay:
-        _check_replay(options, provenance)
+    if record:
+        _check_replay(options, record, provenance)
     content: Content = functools.cache(content_id)  # each file is read once, however many results share it
-    tasks, rejects = plan_tasks(options, content)
+    tasks, rejects = plan_tasks(options, content, record)
     for image in {task.sample.image for task in tasks}:
         if image.resolve().is_relative_to(options.output_dir.resolve()):
-            raise UsageError(f"--output_dir {options.output_dir}: holds {image}, which is to be drawn on; give another")
-    results = RunFolder(options.output_dir, "inference.json", samples="*__v*/meta.json")
+            raise UsageError(
+                f"--output_dir {options.output_dir}: holds {image}, which is to be inpainted; give another"
+            )
+    own = ("rejects.json", "report.html", "report_files")
+    results = RunFolder(options.output_dir, "inference.json", own=own, samples="*__v*/meta.json")
     with results.lock(first=is_first_process()):
         plan = [_identity(task, content) for task in tasks]
         flags = {name: getattr(options, name) for name in ("exact", "seed", "prompt", "variants")}
@@ -79,7 +83,7 @@ def run(options: InferenceOptions) -> int:
         before = results.open({**known, **settings}, options.overwrite, legacy)
         there = sum(results.has(task.name, *FILES) for task in tasks)
         if before and before.get("complete") and there == before["pictures"]:
-            log.info("%s: already complete (%d pictures)", results.path, before["pictures"])
+            log.info("%s: already complete (%d images)", results.path, before["pictures"])
             return cli.SOME_REJECTED if before["rejected"] else cli.DONE
         processes = start_processes(options.device, options.devices, options.num_nodes)
         processes.barrier()
@@ -88,15 +92,14 @@ def run(options: InferenceOptions) -> int:
         return InferenceRun(results, tasks, rejects, config, provenance, content, processes).inpaint(options.ckpt)
 
 
-def resolve(options: InferenceOptions) -> tuple[InferenceOptions, Config, list[str]]:
+def resolve(options: InferenceOptions, record: dict[str, Any] | None) -> tuple[InferenceOptions, Config, list[str]]:
     """The options with checkpoint and configuration file, the configuration, and the overrides behind it.
 
-    The configuration is the YAML, then flags, then dotted overrides. With --replay everything comes from the result's
-    meta.json; --ckpt, --config and --biomedclip say where these files are by now.
+    The configuration is the YAML, then flags, then dotted overrides. With --replay everything comes from ``record``,
+    the result's meta.json; --ckpt, --config and --biomedclip say where these files are by now.
     """
     overrides = options.as_overrides()
-    if options.replay:
-        record = read_record(options.replay)
+    if record:
         options = dataclasses.replace(
             options,
             ckpt=options.ckpt or Path(record["checkpoint"]),
@@ -104,22 +107,16 @@ def resolve(options: InferenceOptions) -> tuple[InferenceOptions, Config, list[s
             exact=record["exact"],
         )
         overrides = [*record["overrides"], "sampling.batch_size=1", *overrides]
-    assert options.config is not None  # the options were checked
+    assert options.config  # the options were checked
     return options, load_config(options.config, overrides), overrides
 
 
-def _check_replay(options: InferenceOptions, provenance: dict[str, Any]) -> None:
+def _check_replay(options: InferenceOptions, record: dict[str, Any], provenance: dict[str, Any]) -> None:
     """MedSoftError unless checkpoint and settings are those the result was made with."""
-    assert options.replay is not None
-    record = read_record(options.replay)
-    if provenance["checkpoint_sha256"] != record["checkpoint_sha256"]:
-        raise MedSoftError(
-            f"{options.ckpt}: is not the checkpoint {options.replay} was drawn with; give that one with --ckpt"
-        )
-    if provenance["config_sha256"] != record["config_sha256"]:
-        raise MedSoftError(
-            f"{options.config}: no longer says what {options.replay} was drawn with; give that YAML with --config"
-        )
+    for flag, key in (("ckpt", "checkpoint_sha256"), ("config", "config_sha256")):
+        if provenance[key] != record[key]:
+            path = getattr(options, flag)
+            raise MedSoftError(f"{path}: is not, or no longer, what {options.replay} was made with; see --{flag}")
 
 
 def _identity(task: Task, content: Content) -> tuple:
@@ -150,7 +147,7 @@ class InferenceRun:
         there = {task.name for task in self.tasks if self.results.same_run and self.results.has(task.name, *FILES)}
         missing = self.processes.share([k for k, task in enumerate(self.tasks) if task.name not in there])
         if len(missing) < len(self.tasks):
-            log.info("%d of %d pictures are there already", len(self.tasks) - len(missing), len(self.tasks))
+            log.info("%d of %d images are there already", len(self.tasks) - len(missing), len(self.tasks))
         with advice_on_memory(self.config.sampling):
             inpainter = load_inpainter(ckpt, self.config, self.processes.device) if missing else None
         self.processes.barrier()  # all models are loaded: now the folder may change
@@ -179,13 +176,15 @@ class InferenceRun:
         size = self.config.sampling.batch_size
         batches = [tasks[first : first + size] for first in range(0, len(tasks), size)]
         rejects: list[Reject] = []
-        label = f"drawing (process 1 of {self.processes.size})" if self.processes.size > 1 else "drawing"
+        label = f"inpainting (process 1 of {self.processes.size})" if self.processes.size > 1 else "inpainting"
+        sources = {task.source.image: task.source for task in tasks if task.source}
+        diameter = functools.cache(lambda image: lesion_diameter(sources[image]))  # many results share a source
         with (
             ThreadPoolExecutor(4) as pool,
             tqdm(total=len(tasks), desc=label, mininterval=1, bar_format=BAR, disable=self.processes.rank > 0) as bar,
         ):
             written: list[Future] = []
-            for batch, prepared in _ahead(pool, lambda task: prepare_task(task, self.config.data), batches):
+            for batch, prepared in _ahead(pool, lambda task: prepare_task(task, self.config.data, diameter), batches):
                 pairs = list(zip(batch, prepared, strict=True))
                 sound = [(task, sample) for task, sample in pairs if isinstance(sample, PreparedSample)]
                 rejects += [sample for _, sample in pairs if isinstance(sample, Reject)]
@@ -198,9 +197,8 @@ class InferenceRun:
                     if result.pixels is None:
                         rejects.append(_not_finite(task, result.error))
                         continue
-                    folder = self.results.path / task.name
                     about = self.provenance, self.content(task.sample.image)
-                    written.append(pool.submit(write_result, folder, task, sample, result.pixels, *about))
+                    written.append(pool.submit(write_result, self.results.path, task, sample, result.pixels, *about))
                 bar.update(len(batch))
             for future in written:
                 future.result()
@@ -216,12 +214,12 @@ class InferenceRun:
         reject_file = folder / "rejects.json"
         write_rejects(reject_file, rejects)
         for reject in rejects[:5]:
-            log.warning("not drawn: %s", reject)
+            log.warning("not inpainted: %s", reject)
         if rejects:
-            log.warning("%d samples were not drawn; all of them are in %s", len(rejects), reject_file)
+            log.warning("%d samples were not inpainted; all of them are in %s", len(rejects), reject_file)
         done = [task for task in self.tasks if self.results.has(task.name, *FILES)]
         if not done:
-            raise MedSoftError(f"{folder}: no picture could be drawn; first: {rejects[0]}; all are in {reject_file}")
+            raise MedSoftError(f"{folder}: no image could be inpainted; first: {rejects[0]}; all are in {reject_file}")
         changed = sum(read_json(folder / task.name / "meta.json")["changed_outside_pixels"] for task in done)
         self.results.finish(
             command=self.provenance["command"],
@@ -231,7 +229,7 @@ class InferenceRun:
             seconds=round(time.monotonic() - start, 1),
             checkpoint_sha256=self.provenance["checkpoint_sha256"],
         )
-        log.info("%s: %d pictures, %d pixels changed outside the soft masks", folder, len(done), changed)
+        log.info("%s: %d images, %d pixels changed outside the soft masks", folder, len(done), changed)
         try:
             log.info("%s shows them", write_gallery(folder))
         except MedSoftError as error:  # the results are there all the same
@@ -260,7 +258,7 @@ def advice_on_memory(sampling: SamplingConfig) -> Iterator[None]:
         ]
         raise MedSoftError(
             f"out of memory with batches of {sampling.batch_size} in {sampling.precision} ({first_line(error)}); "
-            f"{' or '.join(cures) or 'a smaller model'} needs less; finished pictures are kept"
+            f"{' or '.join(cures) or 'a smaller model'} needs less; finished images are kept"
         ) from error
 
 

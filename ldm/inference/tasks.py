@@ -14,7 +14,7 @@ from ldm.data.annotations import load_samples
 from ldm.data.folders import read_sample
 from ldm.data.images import read_image
 from ldm.data.masks import read_mask
-from ldm.data.preparation import PreparedSample, fit_sample, inpainting_obstacle, lesion_diameter, prepare
+from ldm.data.preparation import PreparedSample, fit_sample, inpainting_obstacle, prepare
 from ldm.data.samples import Reject, Sample
 from ldm.inference.options import InferenceOptions
 
@@ -48,25 +48,25 @@ class Task:
 
 
 def plan_tasks(
-    options: InferenceOptions, content: Callable[[Path | None], str | None]
+    options: InferenceOptions, content: Callable[[Path | None], str | None], record: dict[str, Any] | None = None
 ) -> tuple[list[Task], list[Reject]]:
     """What to inpaint, and the samples that cannot be inpainted. Says in one line what it chose.
 
-    ``content`` gives a file's SHA-256, or None for a file that cannot be read.
+    ``content`` gives a file's SHA-256, or None for a file that cannot be read; ``record``: what ``--replay`` names.
     """
     if options.image:
         return _single_image(options), []
-    if options.replay:
-        return [task_from_metadata(options.replay, content)], []
+    if options.replay and record:
+        return [task_from_metadata(options.replay, record, content)], []
     if options.like:
         return tasks_from_results(options, options.like)
     return _dataset(options)
 
 
 def _single_image(options: InferenceOptions) -> list[Task]:
-    assert options.image is not None  # the options were checked: these three come together
-    assert options.mask is not None
-    assert options.prompt is not None
+    assert options.image  # the options were checked: these three come together
+    assert options.mask
+    assert options.prompt
     name, box = options.image.stem, (0.0, 0.0, 0.0, 0.0)
     sample = Sample(name, options.image.resolve(), options.mask.resolve(), options.prompt, box, name)
     return [Task(sample, k, options.prompt, options.seed, fixed_mask=True) for k in range(options.variants)]
@@ -75,7 +75,7 @@ def _single_image(options: InferenceOptions) -> list[Task]:
 def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
     data = options.data or options.train_json
     samples, rejects = load_samples(data)
-    chosen, words = choose(samples, options.choose)
+    chosen, adjective = choose(samples, options.choose)
     sources: list[Sample] = []
     if options.prompt is None and any(sample.healthy for sample in chosen):
         pool = samples if options.data is None else _prompt_samples(options.train_json)
@@ -94,23 +94,22 @@ def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
         if marked:
             sample = dataclasses.replace(sample, mask=sample.soft_mask)
         for k in range(options.variants):
-            if options.prompt is not None:
-                tasks.append(Task(sample, k, options.prompt, options.seed, None, marked))
-                continue
-            source = sample
+            source = None if options.prompt else sample
             if sample.healthy and sources:  # each source is as likely, so lesion types keep their frequencies
                 source = sources[named_seed("prompt", options.seed, sample.sample_id, k) % len(sources)]
-            tasks.append(Task(sample, k, source.prompt, options.seed, source, marked))
+            tasks.append(
+                Task(sample, k, source.prompt if source else str(options.prompt), options.seed, source, marked)
+            )
     if options.prompt is not None:
         prompts = f"the prompt {options.prompt!r}"
     elif sources:
-        prompts = f"prompts drawn from {len(sources)} diseased samples of {options.train_json}"
+        prompts = f"prompts of {len(sources)} diseased samples of {options.train_json}"
     else:
         prompts = "their own prompts"
-    drawn_on = len({task.sample.sample_id for task in tasks})
-    log.info("drawing on %d %s samples of %s, with %s", drawn_on, words, data, prompts)
+    count = len({task.sample.sample_id for task in tasks})
+    log.info("inpainting %d %s samples of %s, with %s", count, adjective, data, prompts)
     if not tasks:
-        raise MedSoftError(f"{data}: no sample can be drawn on ({len(rejects)} rejected)")
+        raise MedSoftError(f"{data}: no sample can be inpainted ({len(rejects)} rejected)")
     return tasks, rejects
 
 
@@ -127,11 +126,10 @@ def choose(samples: list[Sample], wanted: str | None) -> tuple[list[Sample], str
     """The samples of a class, or those that a text file lists by sample_id; and an adjective for them."""
     if wanted is not None and wanted not in CLASSES:
         return _listed(samples, Path(wanted)), "listed"
-    healthy = [sample for sample in samples if sample.healthy]
-    sick = [sample for sample in samples if not sample.healthy]
-    if wanted is None:
-        wanted = "healthy" if healthy else "diseased"
-    return {"all": (samples, "chosen"), "healthy": (healthy, "healthy"), "diseased": (sick, "diseased")}[wanted]
+    if wanted == "all":
+        return samples, "chosen"
+    wanted = wanted or ("healthy" if any(sample.healthy for sample in samples) else "diseased")
+    return [sample for sample in samples if sample.healthy == (wanted == "healthy")], wanted
 
 
 def _listed(samples: list[Sample], path: Path) -> list[Sample]:
@@ -155,22 +153,14 @@ def _listed(samples: list[Sample], path: Path) -> list[Sample]:
     return [known[name] for name in found]
 
 
-# ------------------------------------------------------------------------------------------------- earlier results
-
-
 def tasks_from_results(options: InferenceOptions, folder: Path) -> tuple[list[Task], list[Reject]]:
     """The parents and masks of earlier results, with their prompts or another one, under the same names and noise."""
     results, rejects = load_samples(folder)
-    tasks = []
-    for result in results[: options.limit]:
-        task = _task_of(result, folder)
-        if options.prompt is not None:
-            task = dataclasses.replace(task, prompt=options.prompt, source=None)
-        tasks.append(task)
-    prompts = "their own prompts" if options.prompt is None else f"the prompt {options.prompt!r}"
-    log.info("drawing %d pictures again in the masks of %s, with %s", len(tasks), folder, prompts)
-    if not tasks:
-        raise MedSoftError(f"{folder}: holds no results")
+    tasks = [_task_of(result, folder) for result in results[: options.limit]]
+    if options.prompt:
+        tasks = [dataclasses.replace(task, prompt=options.prompt, source=None) for task in tasks]
+    prompts = f"the prompt {options.prompt!r}" if options.prompt else "their own prompts"
+    log.info("inpainting %d images again in the masks of %s, with %s", len(tasks), folder, prompts)
     return tasks, rejects
 
 
@@ -179,8 +169,7 @@ def _task_of(result: Sample, where: Path) -> Task:
     parent = result.meta.get("parent_image")
     if parent is None or result.parent_id is None or not {"seed", "variant"} <= result.meta.keys():
         raise MedSoftError(
-            f"{result.sample_id} in {where}: its meta.json does not say how it was drawn; expected "
-            "results of this command"
+            f"{result.sample_id} in {where}: its meta.json does not say how it was made; expected a result of inference"
         )
     meta = {key: result.meta[key] for key in ("window", "spacing_mm") if key in result.meta}
     sample = dataclasses.replace(result, sample_id=result.parent_id, image=Path(parent), parent_id=None, meta=meta)
@@ -189,38 +178,37 @@ def _task_of(result: Sample, where: Path) -> Task:
 
 def read_record(path: Path) -> dict[str, Any]:
     """The meta.json of a result, with all that --replay needs; MedSoftError naming what is missing."""
-    record = read_json(path, "meta.json of a drawn picture")
-    needed = ("parent_image", "parent_id", "parent_sha256", "seed", "variant", "checkpoint", "checkpoint_sha256")
-    needed += ("config", "config_sha256", "overrides", "exact")
-    missing = [key for key in needed if not isinstance(record, dict) or key not in record]
+    record = read_json(path, "meta.json of a result")
+    needed = "parent_image parent_id parent_sha256 seed variant checkpoint checkpoint_sha256 config config_sha256"
+    needed += " overrides exact"
+    missing = [key for key in needed.split() if not isinstance(record, dict) or key not in record]
     if missing:
-        raise MedSoftError(f"{path}: has no {', '.join(missing)}; expected the meta.json of a picture drawn here")
+        raise MedSoftError(f"{path}: has no {', '.join(missing)}; expected the meta.json of a result")
     return record
 
 
-def task_from_metadata(path: Path, content: Callable[[Path | None], str | None]) -> Task:
+def task_from_metadata(path: Path, record: dict[str, Any], content: Callable[[Path | None], str | None]) -> Task:
     """The task that makes the result of this meta.json again; MedSoftError unless its parent's image is unchanged."""
-    record = read_record(path)
     task = _task_of(read_sample(path.parent.name, path.parent), path.parent)
     found = content(task.sample.image)
     if found != record["parent_sha256"]:
         state = "has changed since" if found else "is not there or cannot be read"
-        raise MedSoftError(f"{task.sample.image}: the image that {path} was drawn on {state}; put it back")
-    log.info("drawing %s again", path.parent)
+        raise MedSoftError(f"{task.sample.image}: the image that {path} was made from {state}; put it back")
+    log.info("inpainting %s again", path.parent)
     return dataclasses.replace(task, record=record)
 
 
-# ------------------------------------------------------------------------------------------------- preparation
+def prepare_task(task: Task, data: DataConfig, diameter_of: Callable[[Path], float | None]) -> PreparedSample | Reject:
+    """What the networks see of a task's sample, or why it cannot be inpainted.
 
-
-def prepare_task(task: Task, data: DataConfig) -> PreparedSample | Reject:
-    """What the networks see of a task's sample, or why it cannot be inpainted."""
+    ``diameter_of`` gives the ``lesion_diameter`` of the source with this image.
+    """
     diameter = None
     if task.source is not None and task.sample.healthy and not task.fixed_mask:
         try:
-            diameter = lesion_diameter(task.source)  # that of the lesion which the prompt was written about
+            diameter = diameter_of(task.source.image)  # that of the lesion which the prompt was written about
         except FileError as error:
-            reason = f"{error.reason}; {task.name} is not drawn, as prompt and lesion size come from this sample"
+            reason = f"{error.reason}; {task.name} is not made, as prompt and lesion size come from this sample"
             return Reject(task.source.sample_id, error.path, reason)
     try:
         prepared = _prepare(task, data, diameter)
@@ -228,7 +216,7 @@ def prepare_task(task: Task, data: DataConfig) -> PreparedSample | Reject:
         return Reject(task.sample.sample_id, task.sample.image, str(error))
     marked = float(prepared.hard.mean())
     if marked > MOSTLY:
-        advice = "white (1) is the lesion, the part to be drawn: if the lesion is black in this mask, invert it"
+        advice = "white (1) is the lesion, the part to inpaint: if the lesion is black in this mask, invert it"
         file = task.sample.mask or task.sample.sample_id
         log.warning("warning: %s: %.0f %% of the image is marked; %s", file, 100 * marked, advice)
     return prepared
@@ -241,6 +229,6 @@ def _prepare(task: Task, data: DataConfig, diameter: float | None) -> PreparedSa
     assert task.sample.mask is not None  # a fixed mask is one
     mask = read_mask(task.sample.mask, original.shape, soft=task.sample.mask == task.sample.soft_mask)
     if mask.empty:
-        raise MedSoftError(f"{task.sample.mask}: the mask is empty; mark the region to draw in white")
+        raise MedSoftError(f"{task.sample.mask}: the mask is empty; mark the region to inpaint in white")
     sample = dataclasses.replace(task.sample, prompt="lesion")  # its own mask and soft mask are meant
     return fit_sample(sample, original, mask, data)

@@ -277,7 +277,8 @@ def write_report(inputs: Inputs, summary: Mapping[str, Any]) -> None:
     columns = ["lesion type", *(name.replace("_", " ") for name in rates([]))]
     type_rows = [[lesion, *row.values()] for lesion, row in summary["by_type"].items()]
     total = sum(inputs.seconds.values())
-    write_sheet(inputs.folder / "sheet.png", [read_result(each.sample) for each in _first(coarse, CONTROLS)])
+    rows = [(each.sample.prompt, read_result(each.sample)) for each in _first(coarse, CONTROLS)]
+    write_sheet(inputs.folder / "sheet.png", rows)
     write_page(
         path,
         "demo",
@@ -297,7 +298,7 @@ def _sample_cards(images: Sequence[Inpainted]) -> Iterator[tuple[str, dict[str, 
     for each in _first(images, SHOWN):
         image, verdict = read_result(each.sample), each.verdicts["results"]
         judge = f"{verdict.lesion_type}, P(disease) {verdict.probability:.2f}"
-        yield each.sample.prompt, image.panels(), {**facts(image), "judge": judge}
+        yield each.sample.prompt, image.panels(), {**facts(each.sample, image), "judge": judge}
 
 
 def _control_cards(images: Sequence[Inpainted]) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, Any]]]:

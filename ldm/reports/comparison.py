@@ -26,13 +26,14 @@ FULL_COLOUR = 0.5  # a change of half the grey range has the strongest colour
 class ResultImage:
     """An inpainted image with the original it was inpainted into.
 
-    ``original`` and ``result``: HxW or HxWx3, uint8 or uint16, as in the files; ``soft``: float32 HxW in [0, 1].
+    ``original`` and ``result``: HxW or HxWx3, uint8 or uint16, as in the files; ``soft``: float32 HxW in [0, 1];
+    ``intensity_range``: the original's (low, high) values that are shown as black and white.
     """
 
-    sample: Sample
     original: np.ndarray
     result: np.ndarray
     soft: np.ndarray
+    intensity_range: tuple[float, float]
 
     @property
     def changed_outside(self) -> int:
@@ -42,20 +43,25 @@ class ResultImage:
             differs = differs.any(axis=2)
         return int(np.count_nonzero(differs & (self.soft == 0)))
 
-    def panels(self) -> dict[str, np.ndarray]:
-        """What a reader compares, each HxWx3 uint8: original, soft mask, result, difference."""
-        original, result = self.shown()
+    def panels(self, side: int | None = None) -> dict[str, np.ndarray]:
+        """What a reader compares, each HxWx3 uint8: original, soft mask, result, difference.
+
+        With ``side`` only a square around the lesion, brought to ``side`` x ``side`` pixels.
+        """
+        original, result, soft = *self.shown(), self.soft
+        if side is not None:
+            crop = Fit("crop", side, 2.0).crop_window(soft.shape, soft)
+            original, result, soft = crop.forward(original), crop.forward(result), crop.forward_mask(soft)
         return {
             "original": colour(original),
-            "soft mask": colour(self.soft),
+            "soft mask": colour(soft),
             "result": colour(result),
             "difference": signed_colours(result, original),
         }
 
     def shown(self) -> tuple[np.ndarray, np.ndarray]:
         """Original and result as float32 in [0, 1], both in the original's intensity range."""
-        levels = intensity_range_of(self.original, self.sample.meta.get("window"))
-        return to_unit(self.original, levels), to_unit(self.result, levels)
+        return to_unit(self.original, self.intensity_range), to_unit(self.result, self.intensity_range)
 
 
 def read_all_results(folder: str | Path) -> list[Sample]:
@@ -73,12 +79,13 @@ def read_result(sample: Sample) -> ResultImage:
     if not isinstance(parent, str):
         raise MedSoftError(f"{meta}: expected parent_image, the path of the original, found {parent!r}")
     if sample.soft_mask is None:
-        raise MedSoftError(f"{sample.image.with_name('soft_mask.png')}: does not exist; draw this sample again")
+        raise MedSoftError(f"{sample.image.with_name('soft_mask.png')}: does not exist; inpaint this sample again")
     original, result = read_image(parent), read_image(sample.image)
     if original.shape != result.shape or original.dtype != result.dtype:
         found, expected = (f"{each.dtype} pixels of shape {each.shape}" for each in (result, original))
-        raise MedSoftError(f"{sample.image}: {found}, but its original {parent} has {expected}; draw this sample again")
-    return ResultImage(sample, original, result, read_mask(sample.soft_mask, result.shape, soft=True).values)
+        raise MedSoftError(f"{sample.image}: {found}, but its original {parent} has {expected}; inpaint it again")
+    soft = read_mask(sample.soft_mask, result.shape, soft=True).values
+    return ResultImage(original, result, soft, intensity_range_of(original, sample.meta.get("window")))
 
 
 def colour(unit: np.ndarray) -> np.ndarray:
@@ -111,12 +118,11 @@ def interleave(samples: Sequence[Sample], count: int) -> list[Sample]:
     return [queue[turn] for turn in rounds for queue in queues if turn < len(queue)][:count]
 
 
-def facts(image: ResultImage) -> dict[str, Any]:
+def facts(sample: Sample, image: ResultImage) -> dict[str, Any]:
     """What is known about a synthetic image, by name; what is not known is left out."""
-    sample = image.sample
     values = {
         "lesion": " ".join(filter(None, (sample.severity, sample.lesion_type))) or None,
-        "drawn on": sample.parent_id,
+        "original": sample.parent_id,
         "seed": sample.meta.get("seed"),
         "pixels changed outside the mask": image.changed_outside,
     }
@@ -138,8 +144,8 @@ def write_cards(
     return written
 
 
-def write_sheet(path: str | Path, images: Sequence[ResultImage]) -> None:
-    """A PNG with one row per image: original, result and difference around the lesion, the prompt as caption.
+def write_sheet(path: str | Path, images: Sequence[tuple[str, ResultImage]]) -> None:
+    """A PNG with one row per (prompt, image): original, result and difference around the lesion under the prompt.
 
     Small images are cut to 96 native pixels and enlarged three times without smoothing.
     """
@@ -149,20 +155,14 @@ def write_sheet(path: str | Path, images: Sequence[ResultImage]) -> None:
     draw = ImageDraw.Draw(sheet)
     for column, name in enumerate(("original", "result", "difference (red brighter, blue darker)")):
         draw.text((gap + column * (tile + gap), 10), name, "#5d6b7a", ImageFont.load_default(16))
-    for row, image in enumerate(images):
+    for row, (prompt, image) in enumerate(images):
         top = head + row * row_height
-        draw.text((gap, top + 8), shortened(image.sample.prompt, 100), "#1c2733", ImageFont.load_default(17))
-        for column, pixels in enumerate(_close_up(image, tile)):
+        draw.text((gap, top + 8), shortened(prompt, 100), "#1c2733", ImageFont.load_default(17))
+        zoom = 3 if max(image.soft.shape) < tile else 1
+        panels = image.panels(tile // zoom)
+        for column, name in enumerate(("original", "result", "difference")):
             left = gap + column * (tile + gap)
+            pixels = panels[name].repeat(zoom, axis=0).repeat(zoom, axis=1)
             sheet.paste(Image.fromarray(pixels), (left, top + caption))
             draw.rectangle((left, top + caption, left + tile - 1, top + caption + tile - 1), outline="#dfe5ec")
     write_png(path, np.asarray(sheet))
-
-
-def _close_up(image: ResultImage, tile: int) -> list[np.ndarray]:
-    """Original, result and difference around the lesion, each tile x tile x 3 uint8."""
-    zoom = 3 if max(image.soft.shape) < tile else 1
-    window = Fit("crop", tile // zoom, 2.0).crop_window(image.soft.shape, image.soft)
-    original, result = (window.forward(unit) for unit in image.shown())
-    small = [colour(original), colour(result), signed_colours(result, original)]
-    return [pixels.repeat(zoom, axis=0).repeat(zoom, axis=1) for pixels in small]

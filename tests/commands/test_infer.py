@@ -89,8 +89,8 @@ def test_output_is_a_dataset_folder(results: Path) -> None:
 def test_says_what_it_draws_on(final: Path, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     assert infer(final, tmp_path / "out", "--train_json", world / TRAIN, "--limit", 1, "--variants", 2) == 0
-    assert "drawing on 1 healthy samples of" in caplog.text
-    assert "prompts drawn from 4 diseased samples of" in caplog.text
+    assert "inpainting 1 healthy samples of" in caplog.text
+    assert "prompts of 4 diseased samples of" in caplog.text
     (a, b) = metas(tmp_path / "out").values()
     assert {a["variant"], b["variant"]} == {0, 1}
     assert a["parent_id"] == b["parent_id"]

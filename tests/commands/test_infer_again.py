@@ -34,7 +34,7 @@ def test_again_is_complete(
     caplog.set_level("INFO")
     monkeypatch.setattr("ldm.inference.run.load_inpainter", lambda *_: pytest.fail("loaded the model"))
     assert infer(final, results, "--train_json", world / TRAIN, "--batch_size", 1) == 0
-    assert "already complete (5 pictures)" in caplog.text
+    assert "already complete (5 images)" in caplog.text
 
 
 def test_removed_picture_is_drawn_again(final: Path, results: Path, world: Path, tmp_path: Path) -> None:
@@ -154,13 +154,12 @@ def test_pictures_count_although_the_report_cannot_be_written(
 ) -> None:
     out = tmp_path / "out"
     assert infer(final, out, "--data", one) == 0
-    (other := out / "theirs").mkdir()  # a sample folder that the command did not write, and a broken one
-    (other / "image.png").write_bytes(b"")
-    for meta in out.glob("*__v0"):
-        shutil.rmtree(meta)
+    for made in (*out.glob("*__v0"), out / "report_files"):
+        shutil.rmtree(made)
+    (out / "report_files").write_text("a file where the thumbnails should be")
     assert infer(final, out, "--data", one) == 0
     assert record(out)["complete"] is True
-    assert any(line.startswith("warning: no report: ") and "theirs" in line for line in caplog.messages)
+    assert any(line.startswith("warning: no report: ") and "report_files" in line for line in caplog.messages)
 
 
 def test_folder_with_something_else_is_left_alone(final: Path, one: Path, tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_output_may_not_hold_a_picture_to_draw_on(final: Path, results: Path, tm
     """Results listed in a JSON elsewhere: --overwrite would remove them before they are read."""
     shutil.copytree(results, tmp_path / "out")
     write_annotations(tmp_path / "again.json", load_samples(tmp_path / "out")[0])
-    with pytest.raises(UsageError, match=r"out: holds .*, which is to be drawn on"):
+    with pytest.raises(UsageError, match=r"out: holds .*, which is to be inpainted"):
         infer(final, tmp_path / "out", "--data", tmp_path / "again.json", "--overwrite")
     assert set(metas(tmp_path / "out")) == set(metas(results))
 
@@ -330,7 +329,7 @@ def test_damaged_source_of_a_prompt_is_named_and_the_healthy_sample_is_not(
     assert len(rejects) == len(lost) > 0
     for reject, name in zip(sorted(rejects, key=lambda r: r["reason"]), lost, strict=True):
         assert (reject["sample_id"], reject["file"]) == (bad, str(bad_file))
-        assert f"{name} is not drawn" in reject["reason"]
+        assert f"{name} is not made" in reject["reason"]
 
 
 def test_model_that_draws_nan_writes_nothing(
@@ -338,7 +337,7 @@ def test_model_that_draws_nan_writes_nothing(
 ) -> None:
     plain = MedSoftModel.decode
     monkeypatch.setattr(MedSoftModel, "decode", lambda *given: plain(*given) * float("nan"))
-    with pytest.raises(MedSoftError, match=r"no picture could be drawn; first: .*NaN.*while decoding.*rejects\.json"):
+    with pytest.raises(MedSoftError, match=r"no image could be inpainted; first: .*NaN.*while decoding.*rejects\.json"):
         infer(final, tmp_path / "out", "--data", one)
     (reject,) = json.loads((tmp_path / "out" / "rejects.json").read_text())
     assert "NaN" in reject["reason"]
@@ -392,7 +391,7 @@ def test_empty_mask_and_other_size_of_a_single_picture(final: Path, tmp_path: Pa
     (tmp_path / "broken.png").write_text("not a picture")
     for name, message in (("empty", "the mask is empty"), ("small", "40"), ("broken", "not an image")):
         given = ["--image", tmp_path / "i.png", "--mask", tmp_path / f"{name}.png", "--prompt", "lesion"]
-        with pytest.raises(MedSoftError, match=r"no picture could be drawn"):
+        with pytest.raises(MedSoftError, match=r"no image could be inpainted"):
             infer(final, tmp_path / name, *given)
         (reject,) = json.loads((tmp_path / name / "rejects.json").read_text())
         assert f"{name}.png" in reject["reason"]

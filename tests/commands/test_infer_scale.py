@@ -146,22 +146,24 @@ def test_replay_refuses_what_is_not_the_same(final: Path, one: Path, tmp_path: P
         assert not (tmp_path / "again").exists()
 
     other = edit(final, tmp_path / "other.ckpt", keep=lambda key, value: value * 2)
-    refused(MedSoftError, r"other\.ckpt: is not the checkpoint .*meta\.json was drawn with", "--ckpt", other)
+    refused(
+        MedSoftError, r"other\.ckpt: is not, or no longer, what .*meta\.json was made with; see --ckpt", "--ckpt", other
+    )
     shutil.copy(PHANTOM.with_name("mldm_v15.yaml"), tmp_path)
     changed = tmp_path / "other.yaml"
     changed.write_text(f"base: {PHANTOM}\nsampling: {{eta: 0.5}}\n")
-    refused(MedSoftError, r"other\.yaml: no longer says what", "--config", changed)
+    refused(MedSoftError, r"other\.yaml: is not, or no longer, what .*see --config", "--config", changed)
     for flags in (["--steps", 3], ["--seed", 1], ["--prompt", "x"], ["sampling.eta=1"], ["--devices", 2]):
         refused(UsageError, "does not go with it", *flags)
     refused(UsageError, "exclude each other", "--data", one)
     parent = Path(record["parent_image"])
     pixels = read_image(parent)
     write_png(parent, 255 - pixels)
-    refused(MedSoftError, r"image\.png: the image that .* was drawn on has changed since")
+    refused(MedSoftError, r"image\.png: the image that .* was made from has changed since")
     parent.unlink()
     refused(MedSoftError, "is not there or cannot be read")
     meta.write_text(json.dumps({key: value for key, value in record.items() if key not in ("seed", "overrides")}))
-    refused(MedSoftError, "has no seed, overrides; expected the meta.json of a picture drawn here")
+    refused(MedSoftError, "has no seed, overrides; expected the meta.json of a result")
     meta.write_text("{")
     refused(MedSoftError, "not valid JSON")
 
@@ -193,11 +195,11 @@ def test_two_processes_draw_each_picture_once_and_the_same(final: Path, world: P
     given = ["--train_json", world / TRAIN, "--variants", 2, "--exact"]
     done = children.run(*command(final, tmp_path / "out", *given, "--devices", 2), folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("drawing on 5 healthy samples") == 1  # one process speaks
+    assert done.stdout.count("inpainting 5 healthy samples") == 1  # one process speaks
     assert "process 1 of 2" in done.stderr
-    assert "5/5 pictures" in done.stderr  # its own share
+    assert "5/5 images" in done.stderr  # its own share
     assert "left, " in done.stderr
-    assert "10 pictures, 0 pixels changed" in done.stdout
+    assert "10 images, 0 pixels changed" in done.stdout
     whole(tmp_path / "out")
     assert infer(final, tmp_path / "alone", *given) == 0
     first, second = files_of(tmp_path / "out"), files_of(tmp_path / "alone")
@@ -226,7 +228,7 @@ def test_fault_in_one_of_two_processes_is_one_line(final: Path, world: Path, tmp
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "no picture could be drawn" in errors[0]
+    assert "no image could be inpainted" in errors[0]
     assert len(json.loads((tmp_path / "out" / "rejects.json").read_text())) == 2
 
 
@@ -234,7 +236,7 @@ def test_fault_in_one_of_two_processes_is_one_line(final: Path, world: Path, tmp
     ("flags", "message"),
     [
         (["--devices", "0"], "--devices and --num_nodes: expected at least 1"),
-        (["--exact", "--batch_size", "8"], "--exact draws one picture at a time; --batch_size does not go with it"),
+        (["--exact", "--batch_size", "8"], "--exact takes one image at a time; --batch_size does not go with it"),
         (["--sampler", "euler"], r'sampling\.sampler: expected one of ddim, dpmpp_2m, found "euler"'),
         (["--precision", "fp8"], r"sampling\.precision: expected one of 32-true, bf16-true"),
         (

@@ -151,4 +151,4 @@ def test_screenshot_shows_the_pictures(final: Path, world: Path, tmp_path: Path)
     counted = subprocess.run(
         [CHROMIUM, *flags, "--dump-dom", page], check=True, timeout=120, capture_output=True, text=True
     )
-    assert "2 pictures</span>" in counted.stdout  # the script ran
+    assert "2 images</span>" in counted.stdout  # the script ran

@@ -246,18 +246,17 @@ def test_difference_is_white_where_nothing_changed() -> None:
     assert (shown == 255).all()
 
 
-def test_sheet_shows_16_bit_and_colour_pictures(tmp_path: Path, demo: Path) -> None:
-    sample = comparison.read_all_results(demo / "results")[0]
+def test_sheet_shows_16_bit_and_colour_pictures(tmp_path: Path) -> None:
     grey = np.linspace(0, 65535, 400 * 300).reshape(400, 300).astype(np.uint16)
     soft = np.zeros((400, 300), np.float32)
     soft[100:150, 100:160] = 1
     rgb = np.zeros((32, 32, 3), np.uint8)
     pictures = [
-        comparison.ResultImage(sample, grey, grey + (soft > 0).astype(np.uint16), soft),
-        comparison.ResultImage(sample, rgb, rgb + np.uint8(9), np.zeros((32, 32), np.float32)),
+        comparison.ResultImage(grey, grey + (soft > 0).astype(np.uint16), soft, (0, 65535)),
+        comparison.ResultImage(rgb, rgb + np.uint8(9), np.zeros((32, 32), np.float32), (0, 255)),
     ]
     assert [picture.changed_outside for picture in pictures] == [0, 32 * 32]
-    comparison.write_sheet(tmp_path / "sheet.png", pictures)
+    comparison.write_sheet(tmp_path / "sheet.png", [("severe lytic lesion", picture) for picture in pictures])
     assert read_image(tmp_path / "sheet.png").shape == (34 + 2 * (36 + 288) + 12, 3 * 288 + 4 * 12, 3)
 
 
