@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import children
 import numpy as np
 import pytest
 import tiny
@@ -46,6 +47,14 @@ SMALL = {
     "arms": {"real": {}, "duplicated": {"use": "duplicate_real", "ratios": [1]}},
     "compare": {"baseline": "real", "control": "duplicated", "main": "duplicated", "ratio": None},
 }
+
+
+@pytest.fixture(autouse=True)
+def _forked_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps of a study that runs in this process need not import torch again."""
+    monkeypatch.setattr(
+        "ldm.workflow.plan_run._run_child", lambda words, step: children.run(*words[1:], folder=ROOT).returncode
+    )
 
 
 @pytest.fixture
@@ -87,10 +96,7 @@ GENERATOR = {"checkpoint": "a.ckpt", "model": "models/phantom.yaml"}
             "fractions: expected a list of a whole number or a number, found 0.6",
         ),
         ({"arms": {"real": {"uses": "mix"}}}, "unknown key arms.real.uses; did you mean arms.real.use"),
-        (
-            {"arms": {"a": {"use": "mixed"}}},
-            "arms.a.use: expected one of mix, pretrain, duplicate_real, found .mixed",
-        ),
+        ({"arms": {"a": {"use": "mixed"}}}, "arms.a.use: expected one of mix, pretrain, duplicate_real, found .mixed"),
         (
             {"arms": {"a": {"use": "mix", "ratios": [1]}}},
             "arms.a: expected use: mix or pretrain together with a generator",
@@ -102,20 +108,11 @@ GENERATOR = {"checkpoint": "a.ckpt", "model": "models/phantom.yaml"}
         ),
         ({"arms": {"a": {"use": "duplicate_real", "ratios": [1, 1]}}}, "arms.a.ratios: expected ratios, each once"),
         ({"arms": {"a": {"set": [3]}}}, "arms.a.set: expected text, found 3"),
-        (
-            {"arms": {"a": {"generator": "g", "use": "mix", "ratios": [1]}}},
-            "a.generator: expected one of , found .g",
-        ),
+        ({"arms": {"a": {"generator": "g", "use": "mix", "ratios": [1]}}}, "a.generator: expected one of , found .g"),
         ({"generators": {"g": {"stages": []}}}, "checkpoint: expected a path, since the generator g needs it"),
         ({**GENERATOR, "generators": {"g": {"stage": []}}}, "unknown key generators.g.stage; did you mean"),
-        (
-            {**GENERATOR, "generators": {"g": {"stages": ["a.yaml", "merge"]}}},
-            "expected merge once, as the third",
-        ),
-        (
-            {**GENERATOR, "generators": {"g": {"stages": ["a.yaml", "b/a.yaml"]}}},
-            "expected YAMLs of different names",
-        ),
+        ({**GENERATOR, "generators": {"g": {"stages": ["a.yaml", "merge"]}}}, "expected merge once, as the third"),
+        ({**GENERATOR, "generators": {"g": {"stages": ["a.yaml", "b/a.yaml"]}}}, "expected YAMLs of different names"),
         ({"compare": {"baseline": "real"}}, "compare.control: expected text, found nothing"),
         ({"compare": SMALL["compare"] | {"main": "ours"}}, "compare.main: expected one of the arms real, duplicated"),
         (
