@@ -5,13 +5,33 @@ Another image-text encoder: tests/networks/test_encoder_seam.py.
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from tiny import CLIP, MODELS, PLAIN, call, convert, infer, metas, tensors, train
+from tiny import (
+    CLIP,
+    MODELS,
+    PHANTOM,
+    PLAIN,
+    ROOT,
+    TRAIN,
+    VAL,
+    call,
+    changed,
+    convert,
+    infer,
+    merge,
+    metas,
+    tensors,
+    train,
+)
 from torch import Tensor, nn
 
 import ver_openImagesDatasets
@@ -57,6 +77,53 @@ def test_another_msc_is_made_by_conversion_trained_and_loaded(
     assert convert(MODELS / "phantom_base" / "sd-phantom-inpainting.ckpt", tmp_path / "start.ckpt") == 0
     assert train("stage1", tmp_path / "start.ckpt", tmp_path / "stage1", world) == 0
     assert tensors(tmp_path / "stage1" / "last.ckpt")["msc.factor"] != 1
+
+
+# One more input of the MSC, the share of the image that its mask covers: file -> what stands there, and what instead.
+COVERED = {
+    "ldm/networks/msc.py": [
+        (
+            "    mask: Tensor  # (B, 1, H, W)",
+            "    covered: Tensor  # (B, 1) share of the image\n    mask: Tensor  # (B, 1, H, W)",
+        ),
+        ('        "mask": (batch, 1, pixels', '        "covered": (batch, 1),\n        "mask": (batch, 1, pixels'),
+        (
+            "tail = self.global_in(inputs.context_global)",
+            "tail = self.global_in(inputs.context_global + inputs.covered)",
+        ),
+    ],
+    "ldm/features/build.py": [("    contexts = {", '    contexts = {"covered": mask.mean((2, 3)), ')],
+    "ldm/inference/inpainter.py": [("(prompts), soft_mask)", "(prompts), soft_mask.mean((2, 3)), soft_mask)")],
+}
+
+
+def test_another_input_of_the_msc_is_cached_trained_and_inpainted(
+    world: Path, converted: Path, trained: dict, one: Path, tmp_path: Path
+) -> None:
+    """By the edits that the page names, in a copy of this tree, beside features that were cached without it."""
+    for name in ("ldm", "models", "ver_train.py", "dataset_infer.py"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    shutil.copytree(world / "features", tmp_path / "features")
+    for name, edits in COVERED.items():
+        text = (tmp_path / name).read_text()
+        for before, after in edits:
+            assert text.count(before) == 1, before
+            text = text.replace(before, after)
+        (tmp_path / name).write_text(text)
+
+    def run(script: str, *given: Any) -> None:
+        flags = ["--biomedclip", CLIP, *given]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        subprocess.run([sys.executable, tmp_path / script, *map(str, flags)], env=environment, check=True, timeout=300)
+
+    flags = ["--ckpt", converted, "--config", MODELS / "phantom_stage1.yaml", "--cache_dir", tmp_path / "features"]
+    flags += ["--train_json", world / TRAIN, "--val_json", world / VAL, "--save_path", tmp_path / "stage1"]
+    run("ver_train.py", *flags, *(f"{key}={value}" for key, value in PLAIN.items()))
+    assert changed(tensors(trained["stage1"].last), tensors(tmp_path / "stage1" / "last.ckpt"))
+    assert merge(tmp_path / "stage1" / "last.ckpt", trained["unet_only"].last, tmp_path / "merged.ckpt") == 0
+    flags = ["--ckpt", tmp_path / "merged.ckpt", "--config", PHANTOM, "--data", one, "--steps", 2]
+    run("dataset_infer.py", *flags, "--output_dir", tmp_path / "out")
+    assert list(metas(tmp_path / "out"))
 
 
 def half_ddim(predict: Any, noise: Tensor, schedule: Any, steps: int, *more: Any, **named: Any) -> Tensor:

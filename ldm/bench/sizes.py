@@ -19,7 +19,7 @@ from ldm.networks.attention import Conditioning
 from ldm.networks.biomedclip import build_clip
 from ldm.networks.model import MedSoftModel
 from ldm.networks.msc import ControllerInputs, input_shapes
-from ldm.training.groups import training_groups
+from ldm.training.stage import training_groups
 
 BASE = SHIPPED / "models" / "mldm_v15.yaml"
 

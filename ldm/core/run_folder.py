@@ -25,8 +25,8 @@ versions stored the same run; they stored no settings.
 A folder of which only parts are a run's (``shared=True``: training, classifier, evaluation) may hold other files, which
 stay whatever happens. Otherwise a folder that is not empty and has no record is refused.
 
-A training takes the lock only: its record is in ``last.ckpt``, which replaces itself (``ldm.training.run``). Plans and
-the worlds of a study have ``keys=None``: their settings are keys of the record itself, to which others may come.
+A training's record is what its ``last.ckpt`` says about itself (``ldm.training.run.TrainingFolder``). Plans and the
+worlds of a study have ``keys=None``: their settings are keys of the record itself, to which others may come.
 """
 
 import json

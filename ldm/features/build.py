@@ -19,7 +19,7 @@ from ldm.core.files import remove_partials
 from ldm.core.locks import exclusive
 from ldm.data.preparation import prepare
 from ldm.data.samples import Reject
-from ldm.features.names import FeatureNames, Item
+from ldm.features.names import Item
 from ldm.features.store import FeatureStore, sound_files, write_features
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, hidden_region, hide
@@ -40,56 +40,41 @@ class FeatureBuilder:
         clip: ImageTextEncoder,
         digests: Mapping[Path | None, str],
     ) -> None:
-        """``digests``: SHA-256 of each file of the items (see ``ldm.data.preparation.digests_of``)."""
+        """``digests``: SHA-256 of every file of the items (see ``ldm.data.preparation.digests_of``)."""
         self.data, self.model, self.clip = data, model, clip
         encoders = {"clip": clip.fingerprint, "clip_text": clip.fingerprint}
         if "autoencoder" in model.parts:
             encoders["latents"] = _weights_fingerprint(model.first_stage_model)
         if "text" in model.parts:
             encoders["text"] = _weights_fingerprint(model.cond_stage_model)
-        self.names = FeatureNames(folder, data, encoders, digests)
-        self.store = FeatureStore(self.names)
+        self.store = FeatureStore(folder, data, encoders, digests)
 
     def build(self, items: Sequence[Item], thorough: bool = True) -> list[Reject]:
-        """Compute what is missing or damaged, with a progress bar; items that cannot be read are returned as rejects.
+        """Compute what is missing or damaged, with a progress bar; items that cannot be prepared are returned.
 
         ``thorough`` verifies the checksums of what is there; without it only the files' structure is looked at.
         """
-        known, rejects = self._readable(items)
-        if not any(self._missing(known, thorough)):
-            return rejects
-        folder = self.names.folder
+        if not any(self._missing(items, thorough)):
+            return []
+        rejects = []
+        folder = self.store.folder
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / ".lock", f"another run is computing features in {folder}; waiting for it", wait=True):
             for part in folder.iterdir():
                 if part.is_dir():
                     remove_partials(part)
-            missing, prompts = self._missing(known, thorough)  # no more what the run before us has computed
+            missing, prompts = self._missing(items, thorough)  # no more what the run before us has computed
             for batch in _batches(missing, "features", "item"):
                 rejects += self.compute(batch)
             for batch in _batches(prompts, "prompts", "prompt"):
                 self.compute_prompts(batch)
         return rejects
 
-    def _readable(self, items: Sequence[Item]) -> tuple[list[Item], list[Reject]]:
-        """The items all of whose files could be read, and the others."""
-        known, rejects = [], []
-        for item in items:
-            sample = item.sample
-            unread = [path for path in sample.files if path and path not in self.names.digests]
-            if unread:
-                reason = f"{unread[0]}: could not be read{_system_error(unread[0])}"
-                rejects.append(Reject(sample.sample_id, sample.image, reason.removeprefix(f"{sample.image}: ")))
-            else:
-                known.append(item)
-        return known, rejects
-
     def _missing(self, items: Sequence[Item], thorough: bool) -> tuple[list[Item], list[str]]:
         """The items and the prompts without whole files of all their features."""
-        names = self.names
         prompts = sorted({item.sample.prompt for item in items} | {""})  # the empty one: guidance without a condition
-        of_items = [(item, [names.of_item(item, kind) for kind in names.item_kinds]) for item in items]
-        of_prompts = [(prompt, [names.of_prompt(prompt, kind) for kind in names.prompt_kinds]) for prompt in prompts]
+        of_items = [(item, self.store.of_item(item).values()) for item in items]
+        of_prompts = [(prompt, self.store.of_prompt(prompt).values()) for prompt in prompts]
         sound = sound_files({file for _, files in [*of_items, *of_prompts] for file in files}, thorough)
         missing = [item for item, files in of_items if not sound.issuperset(files)]
         return missing, [prompt for prompt, files in of_prompts if not sound.issuperset(files)]
@@ -108,21 +93,21 @@ class FeatureBuilder:
         image = torch.stack([prepared.image for _, prepared in ready]).to(device)
         mask = torch.stack([prepared.mask for _, prepared in ready]).to(device)
         made = compute_features(self.model, self.clip, image, mask)
-        for kind in self.names.item_kinds:
-            for number, (item, _) in enumerate(ready):
-                features = {name: value[number] for name, value in made[kind].items()}
-                write_features(self.names.of_item(item, kind), features)
+        for number, (item, _) in enumerate(ready):
+            for kind, file in self.store.of_item(item).items():
+                write_features(file, {name: value[number] for name, value in made[kind].items()})
         return rejects
 
     @torch.no_grad()
     def compute_prompts(self, prompts: Sequence[str]) -> None:
         """Write the features of ``prompts``, one at a time: how one is padded must not depend on its neighbours."""
+        encode = {
+            "clip_text": lambda prompt: {"prompt_embedding": self.clip.encode_text([prompt])[0]},
+            "text": lambda prompt: {"text": self.model.cond_stage_model([prompt])[0]},
+        }
         for prompt in prompts:
-            found = {"clip_text": {"prompt_embedding": self.clip.encode_text([prompt])[0]}}
-            if "text" in self.names.encoders:
-                found["text"] = {"text": self.model.cond_stage_model([prompt])[0]}
-            for kind, features in found.items():
-                write_features(self.names.of_prompt(prompt, kind), features)
+            for kind, file in self.store.of_prompt(prompt).items():
+                write_features(file, encode[kind](prompt))
 
 
 @torch.no_grad()
@@ -153,15 +138,6 @@ def cache_size(sizes: Architecture, parts: Sequence[str], items: Iterable[Item])
         a_prompt += 4 * text.max_length * text.width
     items = list(items)
     return an_item * len(items) + a_prompt * len({item.sample.prompt for item in items})
-
-
-def _system_error(path: Path) -> str:
-    """What the system says when it is asked to read a file, in brackets; "" if it does read it this time."""
-    try:
-        path.read_bytes()
-    except OSError as error:
-        return f" ({error.strerror or error})"
-    return ""
 
 
 def _batches(things: Sequence, what: str, unit: str) -> Iterator[Sequence]:

@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm.config import DataConfig
 from ldm.core.files import fingerprint
 from ldm.core.schema import identity
 from ldm.data.preparation import inpainting_obstacle
 from ldm.data.samples import Reject, Sample
+from ldm.networks.msc import ControllerInputs
 
-FORMAT = 2  # raise when what is stored changes its meaning
+FORMAT = [2, *ControllerInputs._fields]  # raise the number when what is stored changes its meaning
 ITEM_KINDS, PROMPT_KINDS = ("clip", "latents"), ("clip_text", "text")
 
 
@@ -47,37 +49,31 @@ class FeatureNames:
     def __init__(
         self, folder: str | Path, data: DataConfig, encoders: Mapping[str, str], digests: Mapping[Path | None, str]
     ) -> None:
-        """``encoders``: kind of feature -> fingerprint of the encoder. ``digests``: SHA-256 of each file of the items;
-        the items of a file without one have no names."""
+        """``encoders``: kind of feature -> encoder's fingerprint. ``digests``: SHA-256 of every file of the items."""
         self.folder, self.encoders, self.digests = Path(folder), encoders, digests
         self.preparation = identity(data, "features")
-        self.item_kinds = [kind for kind in ITEM_KINDS if kind in encoders]
-        self.prompt_kinds = [kind for kind in PROMPT_KINDS if kind in encoders]
-        self._known: dict[tuple[str, str], Path] = {}
+        self._known: dict[tuple | str, dict[str, Path]] = {}
 
-    def of_item(self, item: Item, kind: str) -> Path:
-        """The file of this kind of feature of an item."""
-        # Two folders may both have a sample of this name.
-        name = f"{item.sample.image} {item.name}"
-        if (name, kind) not in self._known:
-            self._known[name, kind] = self._path(self._item_key(item, kind), kind)
-        return self._known[name, kind]
-
-    def of_prompt(self, prompt: str, kind: str) -> Path:
-        """The file of this kind of feature of a prompt."""
-        if (prompt, kind) not in self._known:
-            key = fingerprint([FORMAT, "prompt", prompt, kind, self.encoders[kind]])
-            self._known[prompt, kind] = self._path(key, kind)
-        return self._known[prompt, kind]
-
-    def _path(self, key: str, kind: str) -> Path:
-        return self.folder / key[:2] / f"{key}.{kind}.safetensors"
-
-    def _item_key(self, item: Item, kind: str) -> str:
+    def of_item(self, item: Item) -> dict[str, Path]:
+        """Kind of feature -> its file, of an item."""
         sample = item.sample
-        content = [self.digests[path] if path else None for path in sample.files]
-        # The sample's name decides masks and shifted crops, its prompt only which of the two it gets.
-        name = (sample.sample_id, sample.healthy) if sample.healthy or item.variant else None
-        extra = {key: sample.meta.get(key) for key in ("window", "spacing_mm")}
-        settings = [extra, self.preparation, kind, self.encoders[kind]]
-        return fingerprint([FORMAT, content, name, item.variant, list(sample.box), *settings])
+        this = (sample.image, sample.healthy, item.name)  # two folders may both have a sample of this name
+        if this not in self._known:
+            content = [self.digests[path] if path else None for path in sample.files]
+            # The sample's name decides masks and shifted crops, its prompt only which of the two it gets.
+            name = (sample.sample_id, sample.healthy) if sample.healthy or item.variant else None
+            extra = {key: sample.meta.get(key) for key in ("window", "spacing_mm")}
+            named_by = [content, name, item.variant, list(sample.box), extra, self.preparation]
+            self._known[this] = self._files(ITEM_KINDS, *named_by)
+        return self._known[this]
+
+    def of_prompt(self, prompt: str) -> dict[str, Path]:
+        """Kind of feature -> its file, of a prompt."""
+        if prompt not in self._known:
+            self._known[prompt] = self._files(PROMPT_KINDS, "prompt", prompt)
+        return self._known[prompt]
+
+    def _files(self, kinds: Sequence[str], *named_by: Any) -> dict[str, Path]:
+        used = [kind for kind in kinds if kind in self.encoders]
+        keys = {kind: fingerprint([FORMAT, *named_by, kind, self.encoders[kind]]) for kind in used}
+        return {kind: self.folder / key[:2] / f"{key}.{kind}.safetensors" for kind, key in keys.items()}

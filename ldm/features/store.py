@@ -1,9 +1,7 @@
 """Files of features: written whole, with a checksum of their tensors, and memory-mapped when they are read."""
 
 import logging
-import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import atomic_file
+from ldm.core.threads import thread_pool
 from ldm.features.names import FeatureNames, Item
 
 log = logging.getLogger(__name__)
@@ -28,23 +27,14 @@ STORED = {
 FEATURES = {stored: name for name, stored in STORED.items()}
 
 
-class FeatureStore:
-    """Features of Items: ``mask`` (1, S, S) always; with an autoencoder ``latent_mean``, ``latent_logvar`` and
-    ``masked_latent`` (4, s, s; unscaled moments, scaled masked mode); with BiomedCLIP ``context_tokens``,
-    ``target_tokens`` (N, D), ``context_global``, ``target_global`` (D,) and ``prompt_embedding`` (D_t,); with a text
-    encoder ``text`` (77, D_text).
-    """
-
-    def __init__(self, names: FeatureNames) -> None:
-        self.names = names
+class FeatureStore(FeatureNames):
+    """Features of Items: of each the entries of ``ldm.training.dataset.Batch`` down to ``masked_latent``, as far as
+    there are encoders for them; float32 on the CPU."""
 
     def load(self, item: Item) -> dict[str, Tensor]:
-        """The item's features and its prompt's, float32 on the CPU, memory-mapped."""
-        names = self.names
-        files = [names.of_item(item, kind) for kind in names.item_kinds]
-        files += [names.of_prompt(item.sample.prompt, kind) for kind in names.prompt_kinds]
+        """The item's features and its prompt's, memory-mapped."""
         found: dict[str, Tensor] = {}
-        for file in files:
+        for file in (*self.of_item(item).values(), *self.of_prompt(item.sample.prompt).values()):
             try:
                 found.update(read_features(file))
             except (SafetensorError, OSError) as error:
@@ -58,9 +48,8 @@ class FeatureStore:
 
     def empty_text(self) -> Tensor | None:
         """Text states of the empty prompt, (1, 77, D_text), without a text encoder None."""
-        if "text" not in self.names.encoders:
-            return None
-        return read_features(self.names.of_prompt("", "text"))["text"][None].clone()
+        file = self.of_prompt("").get("text")
+        return read_features(file)["text"][None].clone() if file else None
 
 
 def read_features(file: Path) -> dict[str, Tensor]:
@@ -82,7 +71,7 @@ def write_features(path: Path, features: dict[str, Tensor]) -> None:
 
 def sound_files(files: set[Path], thorough: bool) -> set[Path]:
     """Those of ``files`` that are whole, looked at by several threads; ``thorough`` verifies their checksums."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with thread_pool() as pool:
         whole = pool.map(lambda file: _whole(file, thorough), files)
         return {file for file, sound in zip(files, whole, strict=True) if sound}
 

@@ -79,18 +79,22 @@ def read_training_inputs(paths: Mapping[str, Path], config: Config) -> TrainingI
     Raises MedSoftError for damaged data, for more rejects than ``training.max_rejected`` allows, for sets without
     lesions, and for patients or images that are in both sets.
     """
-    inputs = TrainingInputs()
+    inputs, allowed = TrainingInputs(), config.training.max_rejected
     for name, path in paths.items():
         _read_set(inputs, name, path, config.data)
-    check_rejected(inputs.unreadable, inputs.total, config.training.max_rejected)
-    samples = {name: inputs.samples(name) for name in paths}
-    check_classes(str(paths["train"]), samples["train"], config.training.balance)
-    warn_of_similar_prompts(samples["train"])
-    inputs.digests = digests_of(sample for members in samples.values() for sample in members)
+    check_rejected(inputs.unreadable, inputs.total, allowed)
+    check_classes(str(paths["train"]), inputs.samples("train"), config.training.balance)
+    warn_of_similar_prompts(inputs.samples("train"))
+    used = [sample for name in paths for sample in inputs.samples(name)]
+    inputs.digests = digests_of(used)
+    lost = [(sample, path) for sample in used for path in sample.files if path and path not in inputs.digests]
+    reason = "could not be read any more"
+    inputs.leave_out([Reject(sample.sample_id, sample.image, f"{path}: {reason}") for sample, path in lost], allowed)
     rows = []
-    for name, members in samples.items():
+    for name in paths:
+        members = inputs.samples(name)
         inputs.identities += [(name, sample_identity(sample, inputs.digests.get)) for sample in members]
-        digests = {sample.sample_id: inputs.digests.get(sample.image) for sample in members}
+        digests = {sample.sample_id: inputs.digests[sample.image] for sample in members}
         rows += annotation_rows(SETS[name], members, digests)
     check_disjoint(rows)
     return inputs

@@ -7,7 +7,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tqdm import tqdm
 
 from ldm.config import Config
 from ldm.core.errors import MedSoftError
-from ldm.core.files import free_bytes, read_text
+from ldm.core.files import read_text
 from ldm.data.annotations import load_samples
 from ldm.data.checks import annotation_rows, check_classes, leaks, similar_prompts
 from ldm.data.samples import Sample
@@ -26,6 +28,10 @@ log = logging.getLogger(__name__)
 HUGE_MASK = 0.5  # share of the image: more than that is hardly a lesion
 ODD_PROMPT = "\ufffd"  # what is left of a character in another encoding
 LONG_PROMPT = 300  # characters; the text encoder reads 75 tokens
+FLOORS = {
+    "torch": ("2.10", "a fault in safe loading"),
+    "pytorch-lightning": ("2.6.6", "a security hole in loading checkpoints"),
+}
 
 LEVELS = {"error": "errors", "sample": "samples that cannot be used", "warning": "warnings"}
 SHOWN = 20  # findings of one level
@@ -97,7 +103,7 @@ def check_everything(
     """
     yield from check_installation()
     if config:
-        misfits = list(check_checkpoint(config, ckpt, "biomedclip" in config.training.builds))
+        misfits = list(check_checkpoint(config, ckpt))
         yield from misfits
         if config.training.stage and not misfits:
             trained = {name: path for name, path in sets.items() if name != "test"}
@@ -122,31 +128,24 @@ def log_findings(found: Sequence[Finding]) -> Counter[str]:
 
 def check_data(sets: dict[str, Path], workers: int | None = None) -> Iterator[Finding]:
     """Every file of the data sets (name -> dataset folder or annotation file), each split, and between them."""
-    members: dict[str, list[Sample]] = {}
+    everyone, rows, seconds = [], [], 0.0
     for name, path in sets.items():
         try:
-            members[name], rejects = load_samples(path)
+            samples, rejects = load_samples(path)
         except MedSoftError as error:
             yield Finding("error", name, str(error))
             continue
         yield from (Finding("sample", str(reject.file), reject.reason) for reject in rejects)
-    everyone = [sample for group in members.values() for sample in group]
-    looks: dict[str, list[DatasetInspection]] = {}
-    start = time.perf_counter()
-    for name, group in members.items():
-        looks[name] = _look_at(group, name, workers)
-        for seen in looks[name]:
-            yield from seen.faults
-    seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        looks = _look_at(samples, name, workers)
+        seconds += time.perf_counter() - start
+        yield from (fault for seen in looks for fault in seen.faults)
+        yield from _about(name, samples, looks)
+        yield from _repeated(name, looks)
+        rows += annotation_rows(name, samples, {seen.sample_id: seen.digest for seen in looks if seen.digest})
+        everyone += samples
     words = (len(everyone), seconds, 60 * len(everyone) / max(seconds, 1e-9))
     log.info("every file of %d samples decoded in %.1f s (%.0f samples a minute)", *words)
-    for name, group in members.items():
-        yield from _about(name, group, looks[name])
-    rows = []
-    for name, group in members.items():
-        digests = {seen.sample_id: seen.digest for seen in looks[name] if seen.digest}
-        yield from _repeated(name, looks[name])
-        rows += annotation_rows(name, group, digests)
     yield from (Finding("error", " and ".join(sets), leak) for leak in leaks(rows))
     yield from check_prompts(everyone)
 
@@ -171,11 +170,10 @@ def _about(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> 
     if len(depths) > 1:
         yield Finding("warning", name, "8- and 16-bit images are mixed; check that `window` in meta.json fits")
     sizes = {seen.shape[:2] for seen in looks if seen.shape}
-    if len(sizes) > 1:
-        small, large = min(sizes, key=np.prod), max(sizes, key=np.prod)
-        if np.prod(large) > 16 * np.prod(small):
-            words = f"{small[1]} x {small[0]} to {large[1]} x {large[0]} pixels"
-            yield Finding("warning", name, f"sizes from {words}: lesions differ in scale; see `fit` in the YAML")
+    small, large = min(sizes, key=np.prod, default=(1, 1)), max(sizes, key=np.prod, default=(1, 1))
+    if np.prod(large) > 16 * np.prod(small):
+        words = f"{small[1]} x {small[0]} to {large[1]} x {large[0]} pixels"
+        yield Finding("warning", name, f"sizes from {words}: lesions differ in scale; see `fit` in the YAML")
     inverted = sum("inverted?" in fault.text for seen in looks for fault in seen.faults)
     sick = sum(not sample.healthy for sample in samples)
     if sick and inverted > sick / 2:
@@ -218,13 +216,11 @@ def check_prompts(samples: list[Sample]) -> Iterator[Finding]:
 
 def check_installation() -> Iterator[Finding]:
     """torch and torchvision that do not fit each other, releases with known faults."""
-    from importlib.metadata import PackageNotFoundError, version
-
     versions: dict[str, str] = {}
     for package in ("torch", "torchvision", "pytorch-lightning", "open_clip_torch", "transformers"):
         try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
             yield Finding("error", package, "is not installed: python -m pip install -r requirements.txt")
     yield from check_versions(versions)
     try:
@@ -237,50 +233,39 @@ def check_installation() -> Iterator[Finding]:
 
 def check_versions(versions: dict[str, str]) -> Iterator[Finding]:
     """Findings about the installed ``versions`` (package -> version, such as 2.14.1+cu130)."""
+    from torch.torch_version import TorchVersion
 
-    def number(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())
-
+    for package, (floor, why) in FLOORS.items():
+        if package in versions and TorchVersion(versions[package]) < floor:
+            yield Finding("error", package, f"{versions[package]}: releases before {floor} have {why}; update")
     torch, vision = versions.get("torch", ""), versions.get("torchvision", "")
-    if torch and number(torch) < (2, 10):
-        yield Finding("error", "torch", f"{torch}: releases before 2.10 have a fault in safe loading; update")
-    if torch and vision:
-        builds = {text.partition("+")[2] for text in (torch, vision) if "+" in text}
-        if len(builds) > 1:
-            yield Finding("error", "torchvision", f"built for {vision}, torch for {torch}; install both together")
-    lightning = versions.get("pytorch-lightning", "")
-    if lightning and number(lightning) < (2, 6, 6):
-        text = f"{lightning}: older than 2.6.6, which closed a security hole; update"
-        yield Finding("error", "pytorch-lightning", text)
+    if len({text.partition("+")[2] for text in (torch, vision) if "+" in text}) > 1:
+        yield Finding("error", "torchvision", f"built for {vision}, torch for {torch}; install both together")
 
 
-def check_checkpoint(config: Config, ckpt: Path | None, biomedclip: bool) -> Iterator[Finding]:
+def check_checkpoint(config: Config, ckpt: Path | None) -> Iterator[Finding]:
     """Whether the checkpoint and the BiomedCLIP folder fit the configuration."""
     import torch
 
     from ldm.checkpoints.checkpoint import read_checkpoint
-    from ldm.checkpoints.fitting import check_finite, check_preparation, compare
-    from ldm.networks.model import MedSoftModel, skeleton
-    from ldm.networks.opening import open_encoder
-    from ldm.training.groups import training_groups
+    from ldm.checkpoints.fitting import check_finite, check_preparation
+    from ldm.networks.model import MedSoftModel
+    from ldm.networks.opening import open_encoder, open_model
+    from ldm.training.stage import training_groups
 
-    source = None
     try:
         with torch.device("meta"):
             net = MedSoftModel(config.architecture, config.training.builds)
         if config.training.stage:
             training_groups(net, config.training)
-        if ckpt:
-            source = read_checkpoint(ckpt)
+        source = read_checkpoint(ckpt) if ckpt else None
+        if source:
+            check_finite(source.state, source.path)
             check_preparation(source, config)
-            wanted = skeleton(net.architecture, net.parts)
-            offered = {key: value for key, value in source.state.items() if key in wanted}
-            problems = compare(net.state_dict(), offered)
-            if problems:
-                raise MedSoftError(f"{ckpt}: does not fit the configuration: {'; '.join(problems)}")
-            check_finite(source.state, ckpt)
-        if biomedclip:
-            open_encoder(config.biomedclip, source)
+        if source and config.training.builds:
+            open_model(config, source, config.training.builds)
+        elif config.training.builds:
+            open_encoder(config.biomedclip)
     except MedSoftError as error:
         yield Finding("error", str(ckpt or config.biomedclip.path), str(error))
 
@@ -289,27 +274,20 @@ def check_disk_and_memory(config: Config, sets: dict[str, Path], save_path: Path
     """Free disk and memory against what the stage will take."""
     import torch
 
-    from ldm.core.devices import free_memory, resolve_precision
-    from ldm.features.build import cache_size
+    from ldm.core.devices import resolve_precision
     from ldm.features.names import training_items
-    from ldm.training.estimates import GIB, stage_disk, stage_memory
+    from ldm.training.estimates import check_disk, check_memory
 
-    items, architecture, training = [], config.architecture, config.training
+    items, training = [], config.training
     for path in sets.values():
-        try:
+        with suppress(MedSoftError):  # which is said where the data is looked at
             items += training_items(load_samples(path)[0], config.data)[0]
-        except MedSoftError:
-            continue  # said where the data is looked at
-    disk = stage_disk(architecture, training, cache_size(architecture, training.builds, items))
-    free = free_bytes(save_path)
-    if free < disk.total:
-        words = f"{free / GIB:.1f} GiB are free, the run and its features take up to {disk.total / GIB:.1f} GiB"
-        yield Finding("error" if free < 2 * disk.last else "warning", str(save_path), words)
+    try:
+        if lack := check_disk(save_path, config.architecture, training, items):
+            yield Finding("warning", str(save_path), lack)
+    except MedSoftError as error:
+        yield Finding("error", str(save_path), str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = resolve_precision(training.precision) == "bf16-mixed"
-    batch = max(1, training.batch_size // devices)
-    needed = stage_memory(architecture, training, batch, half, device.type).total
-    if needed > free_memory(device):
-        words = f"a step needs about {needed / GIB:.1f} GiB, {free_memory(device) / GIB:.1f} GiB are free"
-        help_with = "a smaller batch_size with accumulate, activation_checkpointing, --precision bf16-mixed"
-        yield Finding("warning", device.type, f"{words}: {help_with}")
+    if lack := check_memory(config.architecture, training, max(1, training.batch_size // devices), device, half):
+        yield Finding("warning", device.type, lack)

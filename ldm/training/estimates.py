@@ -1,7 +1,10 @@
 """What a training run will need, before it needs it: memory by kind, and disk."""
 
+import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +13,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ldm.config import Architecture, TrainingConfig
+from ldm.core.devices import free_memory
+from ldm.core.errors import MedSoftError
+from ldm.core.files import free_bytes
+from ldm.features.build import cache_size
+from ldm.features.names import Item
 from ldm.networks.model import MedSoftModel, skeleton
 from ldm.networks.msc import input_shapes
 from ldm.training.dataset import Batch
-from ldm.training.groups import group_of
-from ldm.training.stage import STEP_PARTS, Stage
+from ldm.training.saving import LAST
+from ldm.training.stage import STEP_PARTS, Stage, group_of
+
+log = logging.getLogger("ver_train")
 
 GIB = 2**30
 
@@ -63,28 +73,63 @@ class NormsInFloat32(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass(frozen=True)
-class Disk:
-    """Bytes that a run writes at most: checkpoints in the run's folder (one more is there while it is replaced)."""
-
-    last: int
-    best: int
-    features: int
-
-    @property
-    def total(self) -> int:
-        """The most that lies there at once."""
-        return 2 * self.last + self.best + self.features
-
-
-def stage_disk(architecture: Architecture, training: TrainingConfig, features: int) -> Disk:
-    """Disk of a stage's run; ``features`` are the bytes of its cached features."""
+def stage_disk(architecture: Architecture, training: TrainingConfig) -> tuple[int, int]:
+    """Bytes of ``last.ckpt`` while a stage trains, and of the weights of its best epochs together, at most."""
     tensors = skeleton(architecture, training.builds)
     weights = 4 * sum(value.numel() for value in tensors.values())
     trained = [value for key, value in tensors.items() if group_of(key, training.objective) in training.rates]
     state = (12 if training.ema_decay else 8) * sum(value.numel() for value in trained)
-    best = (training.keep_best + 1) * weights if training.keep_best else 0
-    return Disk(weights + state, best, features)
+    return weights + state, (training.keep_best + 1) * weights if training.keep_best else 0
+
+
+def check_disk(folder: Path, architecture: Architecture, training: TrainingConfig, items: Sequence[Item]) -> str:
+    """Log what a run will write into ``folder``; what to warn of, or "". MedSoftError if two checkpoints do not fit."""
+    last, best = stage_disk(architecture, training)
+    features = cache_size(architecture, training.builds, items)
+    free, old, most = free_bytes(folder), folder / LAST, 2 * last + best + features
+    log.info(
+        "disk: at most %s (last.ckpt %s, twice while it is replaced; best epochs %s; features %s); %s free",
+        *map(size, (most, last, best, features, free)),
+    )
+    there = old.stat().st_size if old.exists() else 0
+    if free < 2 * last - there:
+        raise MedSoftError(
+            f"{folder}: {size(free)} are free, but saving takes {size(2 * last - there)} (the new checkpoint "
+            "beside the old one); make room, or give a --save_path on another disk"
+        )
+    lacks = free < most - there
+    return f"{size(free)} are free, the run and its features take up to {size(most)}" if lacks else ""
+
+
+def check_memory(
+    architecture: Architecture,
+    training: TrainingConfig,
+    batch: int,
+    device: torch.device,
+    half: bool,
+    begun: bool = False,
+) -> str:
+    """Log what a step with ``batch`` items needs on ``device``; what to warn of where it will not fit, else ""."""
+    memory, free = stage_memory(architecture, training, batch, half, device.type), free_memory(device)
+    parts = ", ".join(f"{name} {size(count)}" for name, count in vars(memory).items() if count)
+    log.info("memory on %s: about %s (%s); %s free", device.type, size(memory.total), parts, size(free))
+    lack = f"a step needs about {size(memory.total)}, {size(free)} are free: {memory_cures(training, half, begun)}"
+    return lack if memory.total > free else ""
+
+
+def memory_cures(training: TrainingConfig, half: bool, begun: bool) -> str:
+    """What makes a training step smaller. A run that has ``begun`` keeps its batches: other ones are another run."""
+    cures = {
+        "a smaller --batch_size with training.accumulate": training.batch_size > 1 and not begun,
+        "training.activation_checkpointing=true": not training.activation_checkpointing,
+        "--precision bf16-mixed": not half,
+    }
+    return f"{' or '.join(cure for cure, helps in cures.items() if helps) or 'a device with more memory'} helps"
+
+
+def size(count: int) -> str:
+    """Bytes for reading: 1.5 GiB, 12.3 MiB."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
 def step_operations(architecture: Architecture, training: TrainingConfig, batch: int) -> int:

@@ -63,6 +63,8 @@ class Training:
         with self.requests:
             self.records.open(self.progress.step, self.steps_in_all)
             try:
+                if not self.progress.batches:
+                    self.preview()  # of an epoch at whose end the run was stopped
                 while self.progress.epoch < self.config.max_epochs:
                     self.train_epoch()
                     self.end_epoch(*self.validate())
@@ -159,14 +161,17 @@ class Training:
 
     def end_epoch(self, val_loss: float, val_cosine: float) -> None:
         """Records, the best weights, ``last.ckpt``, previews."""
-        epoch = self.progress.epoch
         self.records.end_epoch(self.progress, val_loss, val_cosine)
         # Invariant: the best weights of all epochs in last.ckpt are on disk before last.ckpt is replaced.
         self.checkpoints.keep_if_best(val_loss)
         self.progress.end_epoch()
         self.save_and_stop_if_requested(epoch_ended=True)
+        self.preview()
+
+    def preview(self) -> None:
+        """Previews of the epoch that has ended, in the process that makes them."""
         if self.previews:
-            self.previews.make(epoch, self.config.max_epochs, self.progress.step, self.autocast())
+            self.previews.make(self.config.max_epochs, self.progress, self.autocast())
 
     def save_and_stop_if_requested(self, epoch_ended: bool = False) -> None:
         """Write ``last.ckpt``; Terminated if one of the processes was asked to stop."""

@@ -18,6 +18,7 @@ from ldm.networks.sampling import guidance_conditions, sample_latent
 from ldm.training.dataset import StageData
 from ldm.training.objectives import semantic_tokens_of
 from ldm.training.records import Records
+from ldm.training.saving import Progress
 from ldm.training.stage import Stage
 
 TIMES = 3  # in a run, besides the last epoch
@@ -36,15 +37,17 @@ class Previews:
         self.numbers = fixed_items(data, stage.training_config.pictures)
         remove_partials(self.folder)
 
-    def make(self, epoch: int, epochs: int, step: int, autocast: AbstractContextManager) -> None:
-        """After an epoch: now and then, and after the last one, write the previews."""
-        if (epoch + 1) % max(1, epochs // TIMES) and epoch + 1 < epochs:
+    def make(self, epochs: int, progress: Progress, autocast: AbstractContextManager) -> None:
+        """Between two epochs: now and then, and after the last one, write the previews that are not there yet."""
+        file = self.folder / f"epoch_{progress.epoch - 1:04d}.png"
+        due = progress.epoch % max(1, epochs // TIMES) == 0 or progress.epoch == epochs
+        if not progress.epoch or not due or file.exists():
             return
         with autocast, self.stage.average.swapped(), self.stage.uncompiled():
             rows = self.rows()
         image = (rows.clamp(-1, 1).add(1).mul(127.5).round()).to(torch.uint8).cpu().numpy()
-        write_png(self.folder / f"epoch_{epoch:04d}.png", np.ascontiguousarray(image))
-        self.records.add_preview(image, step)
+        write_png(file, np.ascontiguousarray(image))
+        self.records.add_preview(image, progress.step)
 
     @torch.no_grad()
     def rows(self) -> Tensor:

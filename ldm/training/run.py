@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,27 +12,26 @@ import torch
 from lightning_fabric import Fabric
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from ldm.config import Architecture, Config, SamplingConfig, TrainingConfig, as_yaml, config_from_dict
+from ldm.config import Config, SamplingConfig, TrainingConfig, as_yaml, config_from_dict
 from ldm.core import cli
-from ldm.core.devices import free_memory, is_first_on_node, is_first_process, out_of_memory, resolve_precision
+from ldm.core.devices import is_first_on_node, is_first_process, out_of_memory, resolve_precision
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import fingerprint, free_bytes, remove_partials, sha256_file, write_text
-from ldm.core.run_folder import RunFolder, differences
+from ldm.core.files import fingerprint, remove_partials, sha256_file, write_text
+from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import write_rejects
-from ldm.features.build import FeatureBuilder, cache_size
-from ldm.features.names import Item
+from ldm.features.build import FeatureBuilder
 from ldm.features.store import FeatureStore
+from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, skeleton
 from ldm.networks.opening import open_model
 from ldm.training.dataset import StageData, TrainingInputs, loader, read_training_inputs
-from ldm.training.estimates import GIB, stage_disk, stage_memory
-from ldm.training.groups import training_groups
+from ldm.training.estimates import check_disk, check_memory, memory_cures
 from ldm.training.loop import Training
 from ldm.training.previews import Previews
 from ldm.training.records import Records
 from ldm.training.saving import LAST, Checkpoints, best_files
-from ldm.training.stage import STEP_PARTS, Stage
+from ldm.training.stage import STEP_PARTS, Stage, training_groups
 
 log = logging.getLogger("ver_train")
 
@@ -62,80 +61,72 @@ def run_stage(options: TrainingOptions, config: Config) -> int:
     inputs = read_training_inputs({"train": options.train_json, "val": options.val_json}, config)
     source = read_checkpoint(options.ckpt)
     if options.dry_run:
-        return dry_run(options, config, inputs, source)
-    folder = RunFolder(options.save_path, LAST, what="checkpoints", shared=True, flag="--save_path")
+        fabric, precision = make_fabric(options, config.training)
+        open_networks(options, config, inputs, source, fabric, half=precision == "bf16-mixed")
+        return cli.DONE
+    folder = TrainingFolder(options.save_path)
     with folder.lock(first=is_first_process()):
-        return _run(options, config, inputs, source)
+        return _run(folder, options, config, inputs, source)
 
 
 # What makes two runs the same, and what is done where they are not.
 
 
-@dataclass(frozen=True)
-class RunIdentity:
-    """All that decides what a run trains; ``inputs``: identities of its samples, digest of its first weights."""
+class TrainingFolder(RunFolder):
+    """The folder of a run. Its record is what ``last.ckpt`` says about itself, so that the two cannot disagree."""
 
-    config: Config
-    inputs: list[Any]
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, LAST, what="checkpoints", shared=True, flag="--save_path")
 
-    def difference(self, metadata: dict[str, Any], source: Path) -> str:
-        """What makes the run that ``metadata`` (of the checkpoint ``source``) tells of another one; "" if nothing does.
+    def read_record(self, overwrite: bool = False) -> dict[str, Any] | None:
+        """What ``last.ckpt`` says, with the Checkpoint itself as ``checkpoint``; without it, the newest best weights.
 
-        What only changes the rounding of the results may differ. Older versions stored one hash of their own
-        configuration and the inputs.
+        Those are of this same run if it was killed in its first epoch, else ``fault`` says that the file is gone.
         """
-        if "config" not in metadata:
-            return "it does not say which"
-        try:
-            theirs = config_from_dict(metadata["config"], str(source))
-        except UsageError as error:
-            return error.cause(source)
-        changed = differences(identity(theirs, "weights"), identity(self.config, "weights"))
-        if changed:
-            return ", ".join(changed)
-        if "inputs" in metadata:
-            same = metadata["inputs"] == fingerprint(self.inputs)
-        else:
-            same = metadata.get("run") == fingerprint([identity(theirs, "weights", "rounding"), *self.inputs])
-        return "" if same else "other data or another --ckpt"
-
-
-def previous_run(options: TrainingOptions, run: RunIdentity) -> Checkpoint | None:
-    """The checkpoint to resume from, or None for a fresh start; refuses a folder that holds another run."""
-    last = options.save_path / LAST
-    if options.ckpt.resolve() in [path.resolve() for path in (last, *best_files(options.save_path))]:
-        raise UsageError(f"--ckpt {options.ckpt}: lies in --save_path and would be replaced; give another --save_path")
-    if not last.exists():
-        if not options.overwrite:
-            _refuse_to_lose_best(options.save_path, run)
-        return None
-    try:
-        found = read_checkpoint(last)
-    except MedSoftError as error:
-        if options.overwrite:
+        best = best_files(self.path)
+        file = self.record if self.record.exists() else max(best, key=lambda path: path.name, default=None)
+        if file is None:
             return None
-        kept = best_files(options.save_path)
-        start = f"--ckpt {kept[0]} and another --save_path start from the best kept weights, " if kept else ""
-        raise MedSoftError(f"{error}; {start}--overwrite starts this run again") from error
-    other = run.difference(found.metadata, last)
-    if not other:
-        return found
-    if not options.overwrite:
-        raise UsageError(
-            f"{last}: belongs to another run ({other}); give another --save_path, or --overwrite to start again there"
-        )
-    return None
+        cure = f"--ckpt {best[0]} and another --save_path start from the best kept weights" if best else ""
+        try:
+            found = read_checkpoint(file)
+        except MedSoftError as error:
+            if overwrite:
+                return {}
+            raise MedSoftError(f"{error}; {cure}{', ' * bool(best)}--overwrite starts this run again") from error
+        metadata = found.metadata
+        if file != self.record and metadata.get("epoch"):
+            return {"fault": f"its {LAST} is gone; {cure}"}
+        if "inputs" not in metadata:
+            return {"fault": "it does not say which, as in files of older versions"}
+        try:
+            settings = run_settings(config_from_dict(metadata["config"], str(file)), metadata["inputs"])
+        except UsageError as error:
+            return {"fault": error.cause(file)}
+        checkpoint = found if file == self.record else None
+        return {"run": fingerprint(settings), "settings": settings, "checkpoint": checkpoint}
+
+    def difference(self, stored: Mapping[str, Any]) -> str:
+        """What sets the run of this record apart from the one given to ``open``, for a message."""
+        return stored.get("fault") or super().difference(stored)
+
+    def _work(self) -> list[Path]:
+        return [path for path in (self.record, *best_files(self.path)) if path.exists()]
+
+    def claim(self, **values: Any) -> None:
+        """Make the folder this run's: another run's weights and previews go, and partials of runs that were killed.
+
+        ``Checkpoints`` writes the record.
+        """
+        for path in [] if self.same_run else [*self._work(), *self.path.glob("pictures/epoch_*.png")]:
+            path.unlink()
+        remove_partials(self.path)
+        self.same_run = True
 
 
-def _refuse_to_lose_best(folder: Path, run: RunIdentity) -> None:
-    """UsageError for best weights without a ``last.ckpt``, unless this run was killed in its first epoch."""
-    for path in best_files(folder):
-        metadata = read_checkpoint(path).metadata
-        if metadata.get("epoch") or run.difference(metadata, path):
-            raise UsageError(
-                f"{path}: best weights of a run whose last.ckpt is gone; --ckpt {path} and another --save_path start "
-                "from them, --overwrite deletes them and starts again"
-            )
+def run_settings(config: Config, inputs: str) -> dict[str, Any]:
+    """All that decides what a run trains; what only changes the rounding does not. ``inputs``: a fingerprint."""
+    return {**identity(config, "weights"), "data or --ckpt": inputs}
 
 
 # What a run will take, said before it begins.
@@ -154,56 +145,24 @@ def log_groups(net: MedSoftModel, training: TrainingConfig, source: Checkpoint) 
         )
 
 
-def check_disk(folder: Path, architecture: Architecture, training: TrainingConfig, items: Sequence[Item]) -> None:
-    """Log what the run will write; MedSoftError where not even two checkpoints fit."""
-    disk = stage_disk(architecture, training, cache_size(architecture, training.builds, items))
-    free, old = free_bytes(folder), folder / LAST
-    log.info(
-        "disk: at most %s (last.ckpt %s, twice while it is replaced; best epochs %s; features %s); %s free",
-        *map(size, (disk.total, disk.last, disk.best, disk.features, free)),
-    )
-    needed = 2 * disk.last - (old.stat().st_size if old.exists() else 0)
-    if free < needed:
-        raise MedSoftError(
-            f"{folder}: {size(free)} are free, but saving takes {size(needed)} (the new checkpoint "
-            "beside the old one); make room, or give a --save_path on another disk"
-        )
+def open_networks(
+    options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint, fabric: Fabric, **step: bool
+) -> tuple[MedSoftModel, ImageTextEncoder]:
+    """The stage's networks and the encoder, as the checkpoint ``source`` has them, and what training them will take.
 
-
-def memory_cures(training: TrainingConfig, half: bool, begun: bool) -> str:
-    """What makes a training step smaller. A run that has ``begun`` keeps its batches: other ones are another run."""
-    cures = [
-        *(["a smaller --batch_size with training.accumulate"] if training.batch_size > 1 and not begun else []),
-        *([] if training.activation_checkpointing else ["training.activation_checkpointing=true"]),
-        *([] if half else ["--precision bf16-mixed"]),
-    ]
-    return f"{' or '.join(cures) or 'a device with more memory'} helps"
-
-
-def log_memory(architecture: Architecture, training: TrainingConfig, fabric: Fabric, half: bool, begun: bool) -> None:
-    """Log what a training step needs, and warn where it will not fit."""
-    device = fabric.device
-    memory = stage_memory(architecture, training, training.batch_size // fabric.world_size, half, device.type)
-    free = free_memory(device)
-    parts = [f"{name} {size(getattr(memory, name))}" for name in memory.__dataclass_fields__ if getattr(memory, name)]
-    log.info("memory on %s: about %s (%s); %s free", device.type, size(memory.total), ", ".join(parts), size(free))
-    if memory.total > free:
-        log.warning("warning: that is more than is free; %s", memory_cures(training, half, begun))
-
-
-def size(count: int) -> str:
-    """Bytes for reading: 1.5 GiB, 12.3 MiB."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
-
-
-def dry_run(options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint) -> int:
-    """Everything that can be said without training, including whether the checkpoint fits."""
-    fabric, precision = make_fabric(options, config.training)
-    net, _ = open_model(config, source, config.training.builds)
-    log_groups(net, config.training, source)
-    log_memory(net.architecture, config.training, fabric, precision == "bf16-mixed", begun=False)
-    check_disk(options.save_path, net.architecture, config.training, inputs.all_items)
-    return cli.DONE
+    ``step``: whether matrices are multiplied in ``half`` precision, and the run has ``begun`` earlier.
+    """
+    training, architecture = config.training, config.architecture
+    net, encoder = open_model(config, source, training.builds)
+    log_groups(net, training, source)
+    batch = training.batch_size // fabric.world_size
+    for lack in (
+        check_disk(options.save_path, architecture, training, inputs.all_items),
+        check_memory(architecture, training, batch, fabric.device, **step),
+    ):
+        if lack:
+            log.warning("warning: %s", lack)
+    return net, encoder
 
 
 # Training.
@@ -231,32 +190,35 @@ def make_fabric(options: TrainingOptions, training: TrainingConfig) -> tuple[Fab
     return fabric, precision
 
 
-def _run(options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint) -> int:
-    training, folder = config.training, options.save_path
-    run = RunIdentity(config, [inputs.identities, sha256_file(options.ckpt)])
-    previous = previous_run(options, run)
+def _run(
+    folder: TrainingFolder, options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint
+) -> int:
+    training, save_path = config.training, folder.path
+    if options.ckpt.resolve() in [path.resolve() for path in (folder.record, *best_files(save_path))]:
+        raise UsageError(f"--ckpt {options.ckpt}: lies in --save_path and would be replaced; give another --save_path")
+    content = fingerprint([inputs.identities, sha256_file(options.ckpt)])
+    found = folder.open(run_settings(config, content), options.overwrite)
+    previous = found["checkpoint"] if found else None
     if previous and previous.metadata.get("complete"):
-        log.info("%s: already complete (%d steps)", folder, previous.metadata["step"])
-        return cli.SOME_REJECTED if (folder / REJECTS).exists() else cli.DONE
+        log.info("%s: already complete (%d steps)", save_path, previous.metadata["step"])
+        return cli.SOME_REJECTED if (save_path / REJECTS).exists() else cli.DONE
     fabric, precision = make_fabric(options, training)
     half = precision == "bf16-mixed"
     previews = config.sampling if training.pictures > 0 and "unet" in training.builds else None
 
     torch.manual_seed(training.seed)
-    net, clip = open_model(config, source, training.builds)
+    begun = previous is not None
+    net, clip = open_networks(options, config, inputs, source, fabric, half=half, begun=begun)
     theirs = source.metadata
     metadata = {
         "config": dataclasses.asdict(config),
         "stage": training.stage,
-        "inputs": fingerprint(run.inputs),
+        "inputs": content,
         "biomedclip": clip.fingerprint,
         "origin": {"file": options.ckpt.name, "stage": theirs.get("stage"), "from": theirs.get("origin")},
     }
-    log_groups(net, training, source)
-    check_disk(folder, net.architecture, training, inputs.all_items)
-    log_memory(net.architecture, training, fabric, half, begun=previous is not None)
     net.to(fabric.device)
-    cache = options.cache_dir or folder.parent / "feature_cache"
+    cache = options.cache_dir or save_path.parent / "feature_cache"
     builder = FeatureBuilder(cache, config.data, net, clip.to(fabric.device), inputs.digests)
     inputs.leave_out(builder.build(inputs.all_items, thorough=is_first_on_node()), training.max_rejected)
     features = builder.store
@@ -266,27 +228,19 @@ def _run(options: TrainingOptions, config: Config, inputs: TrainingInputs, sourc
     frozen = {key: value for key, value in source.state.items() if key in wanted}
     stage = Stage(training, net, frozen, features.empty_text(), half)
     if is_first_process():
-        _prepare_folder(folder, config, inputs, previous)
+        folder.claim()
+        write_text(save_path / "config.yaml", as_yaml(config))
+        write_rejects(save_path / REJECTS, inputs.rejects)
+        if previous:
+            log.info("resuming after step %d", previous.metadata["step"])
     fabric.launch()
-    checkpoints = Checkpoints(folder, stage, metadata, fabric, precision, previous)
+    checkpoints = Checkpoints(save_path, stage, metadata, fabric, precision, previous)
     loop = _training(checkpoints, precision, inputs, features, previews)
     if code := _guarded(loop):
         return code
     log.info("%s: %d steps, complete", checkpoints.path, checkpoints.progress.step)
     # The launcher kills the first process when one that it started does not end with 0.
     return cli.SOME_REJECTED if inputs.rejects and fabric.is_global_zero else cli.DONE
-
-
-def _prepare_folder(folder: Path, config: Config, inputs: TrainingInputs, previous: Checkpoint | None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_partials(folder)
-    write_text(folder / "config.yaml", as_yaml(config))
-    write_rejects(folder / REJECTS, inputs.rejects)
-    if previous is None:  # what another run has left must not be taken for this one's
-        for old in (folder / LAST, *best_files(folder)):
-            old.unlink(missing_ok=True)
-    else:
-        log.info("resuming after step %d", previous.metadata["step"])
 
 
 def _training(

@@ -3,20 +3,18 @@
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
-from ldm.checkpoints.checkpoint import Checkpoint
-from ldm.checkpoints.files import save_pickle
+from ldm.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from ldm.checkpoints.fitting import not_finite
 from ldm.core.errors import MedSoftError
-from ldm.core.files import atomic_file
 from ldm.networks.weight_average import laid_as
 from ldm.training.stage import Stage
 from ldm.training.steps import TrainingStep
@@ -43,18 +41,6 @@ class Progress:
     def end_epoch(self) -> None:
         """The next epoch begins."""
         self.epoch, self.batches, self.loss_sum, self.items = self.epoch + 1, 0, 0.0, 0
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Progress":
-        """Of an unfinished ``last.ckpt``, also of one that pytorch-lightning's Trainer wrote (before this loop)."""
-        rest = checkpoint.rest
-        if "progress" in rest:
-            return cls(**rest["progress"])
-        loop, records = rest["loops"]["fit_loop"], rest["callbacks"]["Records"]
-        epoch, batches = loop["epoch_progress"]["current"]["processed"], loop["epoch_loop.batch_progress"]
-        if batches["is_last_batch"]:
-            return cls(epoch, 0, rest["global_step"])
-        return cls(epoch, batches["current"]["completed"], rest["global_step"], **records)
 
 
 class Checkpoints:
@@ -84,7 +70,7 @@ class Checkpoints:
         self.saved = time.monotonic()
 
     def _resume(self, previous: Checkpoint) -> None:
-        self.progress = Progress.of(previous)
+        self.progress = Progress(**previous.rest["progress"])
         with torch.no_grad():  # what is frozen is that of the first checkpoint already
             for key, parameter in self.stage.trained.items():
                 parameter.copy_(previous.state[key])
@@ -106,17 +92,12 @@ class Checkpoints:
         """Write ``last.ckpt``, unless the step just taken has broken the weights: then stop, and keep the old file."""
         self._refuse_broken()
         if self.fabric.is_global_zero:
-            content = {
-                "progress": asdict(self.progress),
-                "state_dict": _on_cpu(self.stage.weights()),
-                "optimizer_states": [self.optimizer.state_dict()],
-                "medsoft": self._metadata(self.progress.epoch - epoch_ended),
-            }
+            state = {"progress": asdict(self.progress), "optimizer_states": [self.optimizer.state_dict()]}
             if self.stage.average.values:
-                content["average"] = self.stage.average.values
+                state["average"] = self.stage.average.values
             if self.scaler.is_enabled():
-                content["MixedPrecision"] = self.scaler.state_dict()
-            write(self.path, content)
+                state["MixedPrecision"] = self.scaler.state_dict()
+            self._write(self.path, self.progress.epoch - epoch_ended, state)
         self.fabric.barrier()
         self.saved = time.monotonic()
         if epoch_ended:
@@ -129,18 +110,15 @@ class Checkpoints:
         self._refuse_broken()
         mine = self.folder / f"best_epoch{self.progress.epoch:04d}_loss{loss:.6g}.ckpt"
         if mine in best_files(self.folder, mine)[: self.training.keep_best] and not mine.exists():
-            self._write_weights(mine, self.progress.epoch)
+            self._write(mine, self.progress.epoch)
 
     def finish(self) -> None:
         """The finished ``last.ckpt``: weights only (their moving average, if there is one), marked complete."""
         self.metadata["complete"] = True
         if self.fabric.is_global_zero:
-            self._write_weights(self.path, self.progress.epoch)
+            self._write(self.path, self.progress.epoch)
         self._drop_worse()
         self.fabric.barrier()
-
-    def _metadata(self, epoch: int) -> dict[str, Any]:
-        return {**self.metadata, "step": self.progress.step, "epoch": epoch}
 
     def _refuse_broken(self) -> None:
         bad = not_finite(self.stage.trained)
@@ -150,27 +128,20 @@ class Checkpoints:
                 "kept. Lower training.rates, or set training.clip_norm"
             )
 
-    def _write_weights(self, path: Path, epoch: int) -> None:
-        metadata = {**self._metadata(epoch), "averaged": bool(self.stage.average.values)}
-        with self.stage.average.swapped():
-            write(path, {"state_dict": _on_cpu(self.stage.weights()), "medsoft": metadata})
+    def _write(self, path: Path, epoch: int, state: Mapping[str, Any] | None = None) -> None:
+        """The weights with the ``state`` to go on from; without it their moving average, if there is one."""
+        about = {**self.metadata, "step": self.progress.step, "epoch": epoch}
+        if not state:
+            about["averaged"] = bool(self.stage.average.values)
+        with nullcontext() if state else self.stage.average.swapped():
+            weights = {key: value.cpu().contiguous() for key, value in self.stage.weights().items()}
+            write_checkpoint(path, weights, about, **(state or {}))
 
     def _drop_worse(self) -> None:
         """Delete the weights of epochs that are no longer among the best."""
         if self.fabric.is_global_zero and self.training.keep_best:
             for path in best_files(self.folder)[self.training.keep_best :]:
                 path.unlink(missing_ok=True)
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint atomically."""
-    with atomic_file(path) as handle:
-        save_pickle(content, handle)
-
-
-def _on_cpu(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Plain tensors of the CPU, whatever device trains and however it lays them."""
-    return {key: value.cpu().contiguous() for key, value in weights.items()}
 
 
 def best_files(folder: Path, *more: Path) -> list[Path]:

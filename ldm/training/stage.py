@@ -8,13 +8,41 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ldm.config import TrainingConfig
 from ldm.core.devices import kernel_layout
+from ldm.core.errors import UsageError
 from ldm.networks.model import MedSoftModel
 from ldm.networks.weight_average import WeightAverage
 from ldm.training.dataset import Batch
-from ldm.training.groups import training_groups
 from ldm.training.objectives import OBJECTIVES, Losses
 
 STEP_PARTS = ("unet", "msc")  # what a training step runs; the other parts only make features
+
+
+def group_of(key: str, objective: str) -> str | None:
+    """The group of a parameter: ``msc``, ``attn3`` (third attention and its norm), ``unet`` (the rest of the U-Net).
+
+    The MSC's global head has no part in the diffusion loss and belongs to no group under that objective.
+    """
+    if key.startswith("msc."):
+        return None if objective == "diffusion" and key.startswith("msc.global_head.") else "msc"
+    if key.startswith("model.diffusion_model."):
+        return "attn3" if ".attn3." in key or ".norm4." in key else "unet"
+    return None
+
+
+def training_groups(net: nn.Module, training: TrainingConfig) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of each group in ``training.rates``, by checkpoint key; UsageError for one that has none."""
+    groups: dict[str, dict[str, nn.Parameter]] = {name: {} for name in training.rates}
+    for key, parameter in net.named_parameters():
+        group = group_of(key, training.objective)
+        if group in groups:
+            groups[group][key] = parameter
+    for name, members in groups.items():
+        if not members:
+            parts = ", ".join(getattr(net, "parts", ()))
+            raise UsageError(f"training.rates.{name}: no parameter of the parts {parts} is in it")
+    if not groups:
+        raise UsageError("training.rates: names no group, so nothing would be trained; give at least one of msc, attn3")
+    return groups
 
 
 class Stage(nn.Module):

@@ -8,6 +8,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -40,24 +41,17 @@ class StepStats(NamedTuple):
         return cls(packed[: -groups - 1].view(-1, 4), packed[-groups - 1 : -1], packed[-1])
 
 
-class PendingStep(NamedTuple):
-    """An optimizer step whose numbers may still be on their way from the device."""
+@dataclass(eq=False)
+class TrainingStep:
+    """An optimizer step. The last two entries come with its numbers, later than the others."""
 
     step: int  # counted from 1
     epoch: int
     learning_rates: dict[str, float]
-    batches: list[tuple[list[str], Tensor]]  # this process's (sample ids, losses), for each batch of the step
+    own: list[tuple[list[str], Tensor]]  # this process's (sample ids, losses), for each batch of the step
     packed: Callable[[], Tensor]  # waits for the copy of StepStats.pack()
-
-
-class TrainingStep(NamedTuple):
-    """What is known of an optimizer step. Loss and items are those of the global batches."""
-
-    step: int  # counted from 1
-    epoch: int
-    learning_rates: dict[str, float]
-    grad_norms: dict[str, float]
-    batches: list[tuple[float, int]]  # (mean loss, items)
+    batches: list[tuple[float, int]] = field(default_factory=list)  # of the global batches: (mean loss, items)
+    grad_norms: dict[str, float] = field(default_factory=dict)
 
 
 class StepQueue:
@@ -71,7 +65,7 @@ class StepQueue:
         """``scaled``: a gradient scaler skips steps with gradients that are not finite."""
         self.groups, self.world_size, self.scaled = list(groups), world_size, scaled
         self.batches: list[tuple[list[str], Tensor, Tensor]] = []  # since the last step: (ids, losses, summed row)
-        self.pending: deque[PendingStep] = deque()
+        self.pending: deque[TrainingStep] = deque()
         self.done: list[TrainingStep] = []  # read, and not yet taken
         self.stop_requested = self.save_requested = False
 
@@ -84,40 +78,40 @@ class StepQueue:
     ) -> None:
         """The batches since the last call make up ``step``."""
         stats = StepStats(torch.stack([row for *_, row in self.batches]), torch.stack([*norms.values()]), total)
-        shares = [(ids, losses) for ids, losses, _ in self.batches]
-        self.pending.append(PendingStep(step, epoch, learning_rates, shares, on_host(stats.pack())))
+        own = [(ids, losses) for ids, losses, _ in self.batches]
+        self.pending.append(TrainingStep(step, epoch, learning_rates, own, on_host(stats.pack())))
         self.batches = []
 
     def read(self, behind: int = 0) -> None:
         """Read the numbers of all steps but the last ``behind``; MedSoftError where one is not finite."""
         while len(self.pending) > behind:
-            pending = self.pending.popleft()
-            stats = StepStats.unpack(pending.packed(), len(self.groups))
-            rows, total = stats.batches.tolist(), float(stats.total_norm)
-            means = [(loss / self.world_size, int(items)) for loss, items, *_ in rows]
-            self._refuse_not_finite(pending, [loss for loss, _ in means], total)
-            self.stop_requested |= any(stop > 0 for _, _, stop, _ in rows)
-            self.save_requested |= any(save > 0 for *_, save in rows)
-            norms = dict(zip(self.groups, stats.norms.tolist(), strict=True))
-            self.done.append(TrainingStep(pending.step, pending.epoch, pending.learning_rates, norms, means))
+            step = self.pending.popleft()
+            stats = StepStats.unpack(step.packed(), len(self.groups))
+            for loss, items, stop, save in stats.batches.tolist():
+                step.batches.append((loss / self.world_size, int(items)))
+                self.stop_requested |= stop > 0
+                self.save_requested |= save > 0
+            step.grad_norms = dict(zip(self.groups, stats.norms.tolist(), strict=True))
+            self._refuse_not_finite(step, float(stats.total_norm))
+            self.done.append(step)
 
     def take(self) -> list[TrainingStep]:
         """The steps that were read since the last call."""
         done, self.done = self.done, []
         return done
 
-    def _refuse_not_finite(self, pending: PendingStep, losses: list[float], norm: float) -> None:
-        """MedSoftError if a loss of the global batches or the norm of all gradients is not finite."""
-        wrong = next((loss for loss in losses if not math.isfinite(loss)), None)
+    def _refuse_not_finite(self, step: TrainingStep, norm: float) -> None:
+        """MedSoftError if a loss of the global batches or the ``norm`` of all gradients is not finite."""
+        wrong = next((loss for loss, _ in step.batches if not math.isfinite(loss)), None)
         if wrong is not None:
-            each = [(name, value) for ids, found in pending.batches for name, value in zip(ids, found, strict=True)]
+            each = [(name, value) for ids, found in step.own for name, value in zip(ids, found, strict=True)]
             what, ids = f"the loss became {wrong}", [name for name, value in each if not torch.isfinite(value)]
         elif not math.isfinite(norm) and not self.scaled:
-            what, ids = f"a gradient became {norm}", [name for ids, _ in pending.batches for name in ids]
+            what, ids = f"a gradient became {norm}", [name for ids, _ in step.own for name in ids]
         else:
             return
         raise MedSoftError(
-            f"{what} in step {pending.step} (samples {', '.join(of_everyone(ids)[:4])}); the last good checkpoint is "
+            f"{what} in step {step.step} (samples {', '.join(of_everyone(ids)[:4])}); the last good checkpoint is "
             "kept. Lower training.rates, or look at these samples"
         )
 

@@ -163,7 +163,7 @@ def test_training_set_without_lesions(tmp_path: Path, write_sample: Any) -> None
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("msc.width=64",), r"does not fit the configuration: .*of another size"),
+        (("msc.width=64",), r"does not fit this configuration: .*of another size"),
         (("training.rates={unet: 0.1}",), r"training\.rates\.unet: no parameter of the parts msc"),
         (("biomedclip.path=nowhere",), "nowhere"),
     ],
@@ -197,12 +197,12 @@ def test_checkpoint_with_a_value_that_is_not_a_number(world: Path, converted: Pa
 
 def test_too_little_disk_and_memory(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
-    monkeypatch.setattr("ldm.core.devices.free_memory", lambda device: 1000)
+    monkeypatch.setattr("ldm.training.estimates.free_memory", lambda device: 1000)
     given = ("--train_json", world / TRAIN, "--val_json", world / VAL, "--config", MODELS / "phantom_stage1.yaml")
     code, found = findings(tmp_path, *given)
     assert code == 1
-    assert "0.0 GiB are free, the run and its features take up to" in texts(found, "error")
-    assert "a step needs about 0.1 GiB, 0.0 GiB are free" in texts(found, "warning")
+    assert "0.0 MiB are free, but saving takes" in texts(found, "error")
+    assert re.search(r"a step needs about \d+\.\d MiB, 0\.0 MiB are free: .* helps", texts(found, "warning"))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_too_little_disk_and_memory(world: Path, tmp_path: Path, monkeypatch: py
         ({"torch": "2.15.0", "torchvision": "0.29.2"}, None),  # a pair that the registry itself chooses
         ({"torch": "2.14.1+cpu", "torchvision": "0.29.1+cu130"}, "built for 0.29.1+cu130, torch for 2.14.1+cpu"),
         ({"torch": "2.9.0", "torchvision": "0.24.0"}, "releases before 2.10 have a fault in safe loading"),
-        ({"pytorch-lightning": "2.6.5"}, "older than 2.6.6, which closed a security hole"),
+        ({"pytorch-lightning": "2.6.5"}, "releases before 2.6.6 have a security hole"),
     ],
 )
 def test_versions(versions: dict[str, str], expected: str | None) -> None:

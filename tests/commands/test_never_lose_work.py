@@ -56,7 +56,7 @@ KILL_IN_STEP = {"module": "training.loop", "owner": "Training", "method": "forwa
 KILL_IN_VALIDATION = {"module": "training.stage", "owner": "Stage", "method": "forward"}
 KILL_IN_VALIDATION["when"] = "not torch.is_grad_enabled()"
 KILL_IN_CACHE = {"module": "features", "owner": "build", "method": "write_features"}
-KILL_BEFORE_CHECKPOINT = {"module": "training", "owner": "saving", "method": "write"}
+KILL_BEFORE_CHECKPOINT = {"module": "training", "owner": "saving", "method": "write_checkpoint"}
 # A checkpoint's bytes are all written, under a temporary name.
 KILL_IN_CHECKPOINT = {"module": "core.files", "owner": "os", "method": "fsync", "when": "os.fstat(self).st_size > 1e6"}
 
@@ -201,15 +201,14 @@ import itertools, os, sys
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from ldm.training.saving import write
+from ldm.checkpoints.checkpoint import write_checkpoint
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
         os.write(1, b"%d\\n" % os.getpid())  # one call each: a killed process leaves no half lines
         for step in itertools.count(int(line)):
             value = torch.full((500_000,), float(step))
-            content = {{"state_dict": {{"msc.a": value, "msc.b": value.clone()}}, "medsoft": {{"step": step}}}}
-            write(Path({path!r}), content)
+            write_checkpoint(Path({path!r}), {{"msc.a": value, "msc.b": value.clone()}}, {{"step": step}})
             os.write(1, b"%d\\n" % step)
     os.waitpid(child, 0)
     os.write(1, b"dead\\n")

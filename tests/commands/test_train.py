@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import MODELS, ROOT, STAGES, call, changed, edit, on_cpu, tensors, train, ver_train
+from tiny import MODELS, ROOT, STAGES, changed, on_cpu, tensors, train, ver_train
 
 import dataset_infer
 from ldm.config import load_config
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.data.annotations import load_samples, write_annotations
+from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
 from ldm.data.png import write_png
 from ldm.networks.model import MedSoftModel
 from ldm.training.dataset import Batch
-from ldm.training.groups import training_groups
 from ldm.training.loop import Training
 from ldm.training.saving import Checkpoints
+from ldm.training.stage import training_groups
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_same_command_again_is_complete(
 
 def test_other_settings_in_the_same_folder_are_refused(trained: dict, world: Path, converted: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"last\.ckpt: belongs to another run \(training\.seed: 0 -> 1\); .*--overwrite"
+        UsageError, match=r"stage1: holds checkpoints of another run \(training\.seed: 0 -> 1\); .*--overwrite"
     ):
         train("stage1", converted, trained["stage1"].folder, world, seed=1)
 
@@ -244,6 +244,8 @@ def terminate() -> None:
         (crash, 3, 1, ArithmeticError, 3),  # between two epochs
         (press_control_c, 1, 1, KeyboardInterrupt, 1),  # which cli.run makes 130
         (terminate, 1, 1, 143, 2),  # the running batch is finished and kept
+        (terminate, 2, 1, 143, 3),  # the epoch is finished and kept; its previews are drawn when the run goes on
+        (terminate, 5, 1, 143, 6),  # the same of the last epoch
         (crash, 5, 2, ArithmeticError, 3),  # batch 2 of the second epoch is done: a whole step
         (crash, 4, 2, ArithmeticError, 2),  # inside a step: back to the epoch's start
     ],
@@ -276,6 +278,10 @@ def test_interrupted_and_resumed_equals_unbroken(
     assert not changed(tensors(whole / "last.ckpt"), tensors(last))
     assert [row["epoch"] for row in metrics(tmp_path / "s")] == ["0", "1"]
     assert [row["val_loss"] for row in metrics(tmp_path / "s")] == [row["val_loss"] for row in metrics(whole)]
+    pictures = sorted((whole / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["epoch_0000.png", "epoch_0001.png"]
+    for path in pictures:
+        assert (tmp_path / "s" / "pictures" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_stopped_before_it_could_say_complete(
@@ -358,7 +364,7 @@ def test_changed_data_is_another_run(world: Path, converted: Path, tmp_path: Pat
     labels, meta = read_image(folder / "anatomy.png"), (folder / "meta.json").read_text()
 
     def refused() -> None:
-        with pytest.raises(UsageError, match=r"belongs to another run \(other data or another --ckpt\)"):
+        with pytest.raises(UsageError, match=r"of another run \(data or --ckpt: \w+… -> \w+…\)"):
             train("stage1", converted, tmp_path / "s", world, *given, batch_size=9)
 
     write_png(folder / "anatomy.png", np.where(labels == 2, 0, labels))
@@ -374,90 +380,6 @@ def test_damaged_last_checkpoint_is_named(trained: dict, world: Path, converted:
     (tmp_path / "last.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(MedSoftError, match=r"last\.ckpt: damaged or cut short"):
         train("stage1", converted, tmp_path, world)
-
-
-# ------------------------------------------------------------------------------------------------------ bad input
-
-
-def test_annotation_of_vanished_files(world: Path, converted: Path, tmp_path: Path) -> None:
-    shutil.copytree(world / "train", tmp_path / "data")
-    write_annotations(tmp_path / "train.json", load_samples(tmp_path / "data")[0])
-    gone = tmp_path / "data" / "w5p000001_L3" / "image.png"
-    gone = gone if gone.exists() else next((tmp_path / "data").glob("*1_*/image.png"))
-    gone.unlink()
-    given = ("--train_json", tmp_path / "train.json", "training.max_rejected=0.1")
-    assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=8) == 3
-    (reject,) = json.loads((tmp_path / "s" / "rejects.json").read_text())
-    assert reject["sample_id"] == gone.parent.name
-    assert reject["file"] == str(gone)
-    assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=8) == 3  # complete, and said again
-
-
-def test_damaged_image_is_skipped_and_named(world: Path, converted: Path, tmp_path: Path) -> None:
-    shutil.copytree(world / "train", tmp_path / "data")
-    write_annotations(tmp_path / "train.json", load_samples(tmp_path / "data")[0])
-    bad = next((tmp_path / "data").glob("*0_*/image.png"))
-    bad.write_bytes(bad.read_bytes()[:500])
-    given = ("--train_json", tmp_path / "train.json", "--cache_dir", tmp_path / "features")
-    too_many = r"1 of 12 samples cannot be read, more than training\.max_rejected=0\.01 allows; the first: .*truncated"
-    with pytest.raises(MedSoftError, match=too_many):
-        train("stage1", converted, tmp_path / "s", world, *given, batch_size=8)
-    assert train("stage1", converted, tmp_path / "s", world, *given, "training.max_rejected=0.1", batch_size=8) == 3
-    rejects = json.loads((tmp_path / "s" / "rejects.json").read_text())
-    assert {reject["sample_id"] for reject in rejects} == {bad.parent.name}
-    assert metrics(tmp_path / "s")[0]["step"] == "1"
-
-
-def test_patient_on_both_sides(world: Path, converted: Path, tmp_path: Path) -> None:
-    with pytest.raises(MedSoftError, match=r"patient w5p\d+ is in the training set and in the val.*split by"):
-        train("stage1", converted, tmp_path / "s", world, "--val_json", world / "train")
-
-
-def test_empty_annotation(world: Path, converted: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty.json").write_text("[]")
-    with pytest.raises(MedSoftError, match=r"empty\.json: holds no record"):
-        train("stage1", converted, tmp_path / "s", world, "--train_json", tmp_path / "empty.json")
-
-
-def test_nothing_that_can_be_drawn_on(world: Path, converted: Path, tmp_path: Path, write_sample: Any) -> None:
-    write_sample(tmp_path / "data" / "a", prompt="healthy", mask=None)
-    with pytest.raises(MedSoftError, match=r"data: no sample can be used for training \(1 read"):
-        train("stage1", converted, tmp_path / "s", world, "--train_json", tmp_path / "data")
-    assert not (tmp_path / "s").exists()
-
-
-def test_checkpoint_of_another_stage(trained: dict, world: Path, tmp_path: Path) -> None:
-    expected = r"stage1/last\.ckpt: does not fit .*It holds msc \(it was left by stage1\); needed: unet, .*merge"
-    with pytest.raises(MedSoftError, match=expected):
-        train("stage2_1", trained["stage1"].last, tmp_path / "s", world)
-
-
-def test_checkpoint_of_another_preparation(trained: dict, world: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.ckpt"
-    content = torch.load(trained["stage2_1"].last, weights_only=True)
-    content["medsoft"]["config"]["data"]["context"] = 3.0
-    torch.save(content, other)
-    with pytest.raises(UsageError, match=r"was trained with data\.context=3\.0, .* has 2\.0; add data\.context=3\.0"):
-        train("stage2_2", other, tmp_path / "s", world, "--dry_run")
-    assert train("stage2_2", other, tmp_path / "s", world, "--dry_run", "data.context=3.0") == 0
-
-
-def test_checkpoint_for_another_configuration(converted: Path, world: Path, tmp_path: Path) -> None:
-    with pytest.raises(MedSoftError, match=r"another size.*Use the YAML it was made with, or convert it"):
-        train("stage1", converted, tmp_path / "s", world, "msc.width=64")
-
-
-def test_checkpoint_with_a_value_that_is_not_a_number(converted: Path, world: Path, tmp_path: Path) -> None:
-    spoilt = edit(
-        converted, tmp_path / "nan.ckpt", keep=lambda key, v: v * float("nan") if key == "msc.position" else v
-    )
-    with pytest.raises(MedSoftError, match=r"nan\.ckpt: 1 tensors hold NaN .* msc\.position"):
-        train("stage1", spoilt, tmp_path / "s", world)
-
-
-def test_yaml_without_a_stage(world: Path, converted: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"phantom\.yaml: names no stage"):
-        call(ver_train, "--ckpt", converted, "--config", MODELS / "phantom.yaml", "--save_path", tmp_path / "s")
 
 
 # ------------------------------------------------------------------------------------------------ the command itself

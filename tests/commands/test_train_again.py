@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_settings_that_decide_no_weight_may_change(world: Path, converted: Path,
     assert not changed(tensors(tmp_path / "a" / "last.ckpt"), tensors(tmp_path / "b" / "last.ckpt"))
     assert train("stage1", converted, tmp_path / "b", world, **SHORT, **other) == 0  # already complete
     assert len(steps(tmp_path / "b")) == 6
-    with pytest.raises(UsageError, match=r"belongs to another run \(training\.rates\.msc: 0\.001 -> 0\.002\)"):
+    with pytest.raises(UsageError, match=r"of another run \(training\.rates\.msc: 0\.001 -> 0\.002\)"):
         train("stage1", converted, tmp_path / "b", world, **SHORT | {"rates.msc": 0.002})
 
 
@@ -83,7 +84,7 @@ def test_cures_for_full_memory_are_accepted_when_the_run_goes_on(
     cures = r"in step 5 .*; training\.activation_checkpointing=true or --precision bf16-mixed helps"
     with pytest.raises(MedSoftError, match=cures):
         train("stage1", converted, folder, world, **SHORT)
-    with pytest.raises(UsageError, match=r"belongs to another run \(training\.batch_size: 3 -> 2\)"):
+    with pytest.raises(UsageError, match=r"of another run \(training\.batch_size: 3 -> 2\)"):
         train("stage1", converted, folder, world, **SHORT | {"batch_size": 2})
     cured = {"activation_checkpointing": "true", "precision": "bf16-mixed", "compile": "true"}
     with pytest.raises(MedSoftError, match=r"in step 5 .*; a device with more memory helps"):
@@ -124,7 +125,7 @@ def test_best_weights_without_their_run_are_not_deleted(world: Path, converted: 
     (best,) = best_files(folder)
     assert read_checkpoint(best).metadata["epoch"] == 1
     (folder / "last.ckpt").unlink()
-    with pytest.raises(UsageError, match=rf"{best.name}: best weights of a run whose last\.ckpt is gone; --ckpt .*"):
+    with pytest.raises(UsageError, match=rf"its last\.ckpt is gone; --ckpt .*{best.name} and another --save_path"):
         train("stage1", converted, folder, world, **SHORT)
     assert best_files(folder) == [best]
     assert train("stage1", converted, folder, world, "--overwrite", **SHORT) == 0
@@ -143,6 +144,25 @@ def test_overwrite_leaves_nothing_of_the_other_run_in_a_run_that_dies(
         with pytest.raises(OSError, match="power"):
             train("stage1", converted, tmp_path / "s", world, "--overwrite", **SHORT | {"seed": 1})
     assert not list((tmp_path / "s").glob("*.ckpt"))
+
+
+def test_a_file_that_does_not_say_of_which_run_it_is(world: Path, converted: Path, tmp_path: Path) -> None:
+    """A file of another command, or one that an older version left: refused in one line, and kept."""
+    last = tmp_path / "s" / "last.ckpt"
+    last.parent.mkdir()
+    shutil.copy(converted, last)
+    with pytest.raises(UsageError, match=r"another run \(it does not say which, as in files of older versions\); give"):
+        train("stage1", converted, last.parent, world, **SHORT)
+    assert last.read_bytes() == converted.read_bytes()
+
+
+def test_previews_of_another_run_are_not_taken_for_its_own(world: Path, trained: dict, tmp_path: Path) -> None:
+    folder, start, given = tmp_path / "run", trained["unet_only"].source, {"batch_size": 9, "pictures": 1}
+    pictures = []
+    for seed, more in ((0, ()), (1, ("--overwrite",))):
+        assert train("unet_only", start, folder, world, "sampling.steps=2", *more, **given, seed=seed) == 0
+        pictures.append((folder / "pictures" / "epoch_0000.png").stat().st_mtime_ns)
+    assert pictures[0] < pictures[1]
 
 
 def test_orphaned_pictures_are_removed(world: Path, trained: dict, tmp_path: Path) -> None:
@@ -173,7 +193,7 @@ def test_features_lost_under_a_worker_are_one_line(
 
     def gone(self: FeatureStore, item: Any) -> dict[str, torch.Tensor]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(FeatureNames, "of_item", lambda *_: self.names.folder / "gone.safetensors")
+            patch.setattr(FeatureNames, "of_item", lambda *_: {"clip": self.folder / "gone.safetensors"})
             return plain(self, item)
 
     monkeypatch.setattr(FeatureStore, "load", gone)

@@ -106,6 +106,32 @@ def test_torchrun_and_a_termination(world: Path, converted: Path, tmp_path: Path
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
 
 
+def test_a_control_c_that_reaches_one_process_later(world: Path, converted: Path, tmp_path: Path) -> None:
+    """One has gone before the other's exchange with it, which fails: that is an interruption too, and no error."""
+    given = command(converted, world, tmp_path / "run", **RUN, save_every_minutes=0)
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import os, signal\n"
+        "from ldm.training.loop import Training\n"
+        "import ver_train\n"
+        "from ldm.core import cli\n"
+        "plain = Training.summed\n"
+        "def summed(self, values):\n"
+        "    if self.progress.step == 4 and not self.requests.interrupted:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        if self.fabric.global_rank == 1:\n"
+        "            os._exit(0)\n"
+        "    return plain(self, values)\n"
+        "Training.summed = summed\n"
+        "cli.run(ver_train.build_parser(), ver_train.main)\n"
+    )
+    found, _ = children.run_two(child, *given, "--devices", 2)
+    assert found.returncode == 130, found.stderr
+    assert "Traceback" not in found.stderr
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt").metadata["step"] == 4
+    assert train("stage1", converted, tmp_path / "run", world, **RUN, save_every_minutes=0) == 0
+
+
 def test_a_batch_that_the_devices_cannot_share(world: Path, converted: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"training\.batch_size is 3, the batch over all devices; 2 devices cannot"):
         train("stage1", converted, tmp_path / "s", world, "--devices", 2, "--dry_run", batch_size=3)

@@ -31,7 +31,7 @@ from ldm.networks.msc import (
     semantic_tokens,
 )
 from ldm.networks.unet import UNet
-from ldm.training.groups import training_groups
+from ldm.training.stage import training_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 UNET = UNetConfig(

@@ -1,7 +1,6 @@
-"""What the stages learn from: BiomedCLIP's folder, the cached features, the order of an epoch."""
+"""What the frozen encoders say about the training items: BiomedCLIP's folder, the cached features."""
 
 import shutil
-import sys
 import threading
 import time
 from collections import Counter
@@ -15,7 +14,6 @@ import pytest
 import torch
 from tiny import CLIP, MODELS, train
 
-import ldm.core.files
 from ldm.config import Config, load_config
 from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples
@@ -26,7 +24,6 @@ from ldm.features.build import FeatureBuilder
 from ldm.features.names import Item, training_items
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel, hidden_region, hide
-from ldm.training.dataset import EpochOrder, StageData, read_training_inputs
 
 # --------------------------------------------------------------------------------------------------- BiomedCLIP
 
@@ -232,13 +229,6 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def test_reject_of_an_unreadable_file_says_why(world: Path, cache: FeatureCache, networks: tuple) -> None:
-    item = items_of(world / "val", networks)[-1]
-    folder = item.sample.image.parent
-    (reject,) = cache.build([replace(item, sample=replace(item.sample, mask=folder))])
-    assert str(reject) == f"{item.sample.image}: {folder}: could not be read (Is a directory)"
-
-
 @pytest.mark.parametrize("kind", ["clip", "latents", "clip_text"])
 @pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
 def test_damaged_features_are_computed_again(
@@ -359,154 +349,6 @@ def test_orphans_of_a_killed_builder_are_removed(world: Path, cache: FeatureCach
     assert not list(cache.folder.rglob(".partial-*"))
 
 
-# ---------------------------------------------------------------------------------------------- order and randomness
-
-
-class Features:
-    """Stands for a FeatureCache: latents whose value is the item's variant."""
-
-    def load(self, item: Any) -> dict[str, torch.Tensor]:
-        return {"latent_mean": torch.full((4, 2, 2), float(item.variant))}
-
-
-@pytest.fixture
-def stage_data(world: Path, networks: tuple) -> Any:
-    items = items_of(world / "train", networks)
-
-    def make(fixed: bool = False) -> StageData:
-        return StageData(items, Features(), networks[0].training, fixed)
-
-    return make
-
-
-def uses(data: StageData, world: int, rank: int, epoch: int = 0, **settings: Any) -> list:
-    order = EpochOrder(data, replace(data.training, **settings), True, rank, world)
-    order.epoch = epoch
-    return list(order)
-
-
-def test_two_processes_see_the_same_global_batches(stage_data: Any) -> None:
-    data = stage_data()
-    alone = uses(data, 1, 0, balance=True, batch_size=4)
-    halves = [uses(data, 2, rank, balance=True, batch_size=4) for rank in (0, 1)]
-    assert len(halves[0]) == len(halves[1])
-    for first in range(0, len(alone), 4):
-        joined = [use for half in halves for use in half[first // 2 : first // 2 + 2]]
-        assert sorted(joined) == sorted(alone[first : first + 4])
-
-
-def test_a_last_batch_that_cannot_be_shared_has_the_same_mean(stage_data: Any) -> None:
-    """Nine samples in batches of four for two processes: the last batch is one sample, and one without weight."""
-    data = stage_data()
-    alone = uses(data, 1, 0, balance=False, batch_size=4)
-    halves = [uses(data, 2, rank, balance=False, batch_size=4) for rank in (0, 1)]
-    assert [len(half) for half in halves] == [5, 5]
-    value = {number: float(number) for number in range(9)}
-    for first in (0, 4, 8):
-        expected = np.mean([value[number] for _, number, _, _ in alone[first : first + 4]])
-        parts = [half[first // 2 : first // 2 + 2] for half in halves]
-        means = [np.mean([weight * value[number] for _, number, _, weight in part]) for part in parts]
-        assert np.mean(means) == pytest.approx(expected)
-
-
-def test_validation_sees_each_sample_at_times_spread_over_the_schedule(stage_data: Any) -> None:
-    data = stage_data(fixed=True)
-    data.training = replace(data.training, val_draws=1)
-    once = {key[1]: float(data[key]["t"]) for key in EpochOrder(data, data.training, shuffle=False)}
-    data.training = replace(data.training, val_draws=4)
-    order = EpochOrder(data, data.training, shuffle=False)
-    seen = list(order)
-    assert len(order) == len(seen) == 4 * 9
-    order.epoch = 1
-    times: dict[int, list[float]] = {}
-    for key, later in zip(seen, order, strict=True):
-        item = data[key]
-        assert torch.equal(item["noise"], data[later]["noise"])  # the same in every epoch
-        times.setdefault(key[1], []).append(float(item["t"]))
-    assert all([int(4 * t) for t in found] == [0, 1, 2, 3] for found in times.values())
-    assert len(once) == 9
-    assert max(once.values()) > 0.5  # one draw: anywhere in the schedule
-    variants = [float(data[0, 0, draw, 1.0]["latent_mean"][0, 0, 0]) for draw in range(5)]
-    assert variants == [0, 1, 2, 3, 0]  # and over the sample's masks or crops
-    assert all(found[0] == pytest.approx(once[number] / 4) for number, found in times.items())
-    assert len(uses(stage_data(), 1, 0, balance=False, val_draws=4)) == 9  # training is not concerned
-
-
-def test_resumed_order_is_the_rest_of_the_order(stage_data: Any) -> None:
-    data = stage_data()
-    for rank in (0, 1):
-        whole = uses(data, 2, rank, balance=False, batch_size=4)
-        order = EpochOrder(data, replace(data.training, balance=False, batch_size=4), True, rank, 2)
-        order.start = 2
-        assert list(order) == whole[2:]
-        assert list(order) == whole  # the next epoch is a whole one
-
-
-def test_balanced_by_prompt(stage_data: Any) -> None:
-    data = stage_data()
-    prompts = [data.sample(number).prompt for number in range(9)]
-    assert Counter(prompts)["healthy"] == 5
-    seen: Counter = Counter()
-    for epoch in range(20):
-        order = uses(data, 1, 0, epoch, balance=True, balance_by="prompt", batch_size=4)
-        assert len(order) == 9
-        assert len(set(order)) == 9
-        seen.update(number for _, number, _, _ in order)
-    by_prompt = Counter()
-    for number, count in seen.items():
-        by_prompt[prompts[number]] += count
-    assert set(seen) == set(range(9))  # over some epochs nobody is left out
-    assert max(by_prompt.values()) - min(by_prompt.values()) <= 1
-
-
-def test_balance_gives_equal_counts_and_loses_nobody(stage_data: Any) -> None:
-    data = stage_data()
-    order = uses(data, 1, 0, balance=True)
-    sick = sum(not data.sample(number).healthy for _, number, _, _ in order)
-    assert (sick, len(order)) == (5, 10)
-    assert {number for _, number, _, _ in order} == set(range(9))
-    assert len(set(order)) == 10  # a repeated sample is another use, with its own noise
-
-
-def test_epochs_differ_and_every_sample_comes_once(stage_data: Any) -> None:
-    data = stage_data()
-    orders = [[number for _, number, _, _ in uses(data, 1, 0, epoch, balance=False)] for epoch in (0, 1)]
-    assert [sorted(order) for order in orders] == [list(range(9))] * 2
-    assert orders[0] != orders[1]
-
-
-def test_validation_numbers_are_fixed_and_training_numbers_are_not(stage_data: Any) -> None:
-    training, validation = stage_data(), stage_data(fixed=True)
-    for name in ("noise", "posterior_noise", "t", "coin"):
-        assert torch.equal(validation[0, 2, 0, 1.0][name], validation[7, 2, 0, 1.0][name])
-        assert not torch.equal(training[0, 2, 0, 1.0][name], training[7, 2, 0, 1.0][name])
-        assert not torch.equal(training[0, 2, 0, 1.0][name], training[0, 2, 1, 1.0][name])
-        assert torch.equal(training[3, 2, 0, 1.0][name], stage_data()[3, 2, 0, 1.0][name])
-
-
-def test_healthy_samples_use_all_their_masks(stage_data: Any) -> None:
-    data = stage_data()
-    healthy = next(number for number in range(9) if data.sample(number).healthy)
-    assert {float(data[epoch, healthy, 0, 1.0]["latent_mean"][0, 0, 0]) for epoch in range(40)} == {0, 1, 2, 3}
-
-
-def test_training_crops_of_a_lesion_are_shifted_and_hold_it(world: Path, networks: tuple) -> None:
-    data = replace(networks[0].data, diseased_crops=6, image_size=32)
-    for sample in load_samples(world / "train")[0]:
-        if sample.healthy:
-            continue
-        drawn = prepare(sample, data, 0, 3).crop_window
-        crops = [prepare(sample, data, 0, variant, training=True) for variant in range(6)]
-        assert crops[0].crop_window == drawn  # the first is what drawing sees, and no variant of a drawing is shifted
-        assert len({(crop.crop_window.top, crop.crop_window.left) for crop in crops}) > 1
-        assert {(crop.crop_window.height, crop.crop_window.width) for crop in crops} == {(drawn.height, drawn.width)}
-        for crop in crops:
-            inside = np.zeros(crop.soft.shape, bool)
-            window = crop.crop_window
-            inside[window.top : window.top + window.height, window.left : window.left + window.width] = True
-            assert not (crop.soft > 0)[~inside].any()
-
-
 def test_two_folders_may_have_samples_of_the_same_name(
     tmp_path: Path, cache: FeatureCache, networks: tuple, write_sample
 ) -> None:
@@ -517,30 +359,3 @@ def test_two_folders_may_have_samples_of_the_same_name(
     assert items[0].name == items[1].name
     assert not cache.build(items)
     assert not torch.equal(cache.load(items[0])["target_tokens"], cache.load(items[1])["target_tokens"])
-
-
-def test_every_file_is_hashed_once_at_a_start(
-    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For the run's identity, the check that the sets are disjoint, and the names of the features."""
-    plain, hashed = ldm.core.files.sha256_file, Counter()
-
-    def counted(path: Path) -> str:
-        hashed[Path(path)] += 1
-        return plain(path)
-
-    for name, module in sys.modules.items():
-        if name.startswith("ldm.") and hasattr(module, "sha256_file"):
-            monkeypatch.setattr(module, "sha256_file", counted)
-    given = ("--train_json", world / "train", "--val_json", world / "val")
-    assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=9) == 0
-    images = {sample.image for split in ("train", "val") for sample in load_samples(world / split)[0]}
-    assert {path: hashed[path] for path in images} == dict.fromkeys(images, 1)
-    assert set(hashed.values()) == {1}
-
-
-def test_inputs_carry_their_digests(world: Path) -> None:
-    config = load_config(MODELS / "phantom_stage1.yaml", ["training.balance=false"])
-    inputs = read_training_inputs({"train": world / "train", "val": world / "val"}, config)
-    files = {path for item in inputs.all_items for path in item.sample.files if path}
-    assert set(inputs.digests) == files

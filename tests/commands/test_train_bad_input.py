@@ -1,0 +1,94 @@
+"""ver_train.py on data and checkpoints that cannot be used, or only in part."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import MODELS, call, edit, train, ver_train
+
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.data.annotations import load_samples, write_annotations
+
+
+def test_annotation_of_vanished_files(world: Path, converted: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "train", tmp_path / "data")
+    write_annotations(tmp_path / "train.json", load_samples(tmp_path / "data")[0])
+    gone = tmp_path / "data" / "w5p000001_L3" / "image.png"
+    gone = gone if gone.exists() else next((tmp_path / "data").glob("*1_*/image.png"))
+    gone.unlink()
+    given = ("--train_json", tmp_path / "train.json", "training.max_rejected=0.1")
+    assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=8) == 3
+    (reject,) = json.loads((tmp_path / "s" / "rejects.json").read_text())
+    assert reject["sample_id"] == gone.parent.name
+    assert reject["file"] == str(gone)
+    assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=8) == 3  # complete, and said again
+
+
+def test_damaged_image_is_skipped_and_named(world: Path, converted: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "train", tmp_path / "data")
+    write_annotations(tmp_path / "train.json", load_samples(tmp_path / "data")[0])
+    bad = next((tmp_path / "data").glob("*0_*/image.png"))
+    bad.write_bytes(bad.read_bytes()[:500])
+    given = ("--train_json", tmp_path / "train.json", "--cache_dir", tmp_path / "features")
+    too_many = r"1 of 12 samples cannot be read, more than training\.max_rejected=0\.01 allows; the first: .*truncated"
+    with pytest.raises(MedSoftError, match=too_many):
+        train("stage1", converted, tmp_path / "s", world, *given, batch_size=8)
+    assert train("stage1", converted, tmp_path / "s", world, *given, "training.max_rejected=0.1", batch_size=8) == 3
+    rejects = json.loads((tmp_path / "s" / "rejects.json").read_text())
+    assert {reject["sample_id"] for reject in rejects} == {bad.parent.name}
+    assert torch.load(tmp_path / "s" / "last.ckpt", weights_only=True)["medsoft"]["step"] == 1
+
+
+def test_patient_on_both_sides(world: Path, converted: Path, tmp_path: Path) -> None:
+    with pytest.raises(MedSoftError, match=r"patient w5p\d+ is in the training set and in the val.*split by"):
+        train("stage1", converted, tmp_path / "s", world, "--val_json", world / "train")
+
+
+def test_empty_annotation(world: Path, converted: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(MedSoftError, match=r"empty\.json: holds no record"):
+        train("stage1", converted, tmp_path / "s", world, "--train_json", tmp_path / "empty.json")
+
+
+def test_nothing_that_can_be_drawn_on(world: Path, converted: Path, tmp_path: Path, write_sample: Any) -> None:
+    write_sample(tmp_path / "data" / "a", prompt="healthy", mask=None)
+    with pytest.raises(MedSoftError, match=r"data: no sample can be used for training \(1 read"):
+        train("stage1", converted, tmp_path / "s", world, "--train_json", tmp_path / "data")
+    assert not (tmp_path / "s").exists()
+
+
+def test_checkpoint_of_another_stage(trained: dict, world: Path, tmp_path: Path) -> None:
+    expected = r"stage1/last\.ckpt: does not fit .*It holds msc \(it was left by stage1\); needed: unet, .*merge"
+    with pytest.raises(MedSoftError, match=expected):
+        train("stage2_1", trained["stage1"].last, tmp_path / "s", world)
+
+
+def test_checkpoint_of_another_preparation(trained: dict, world: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.ckpt"
+    content = torch.load(trained["stage2_1"].last, weights_only=True)
+    content["medsoft"]["config"]["data"]["context"] = 3.0
+    torch.save(content, other)
+    with pytest.raises(UsageError, match=r"was trained with data\.context=3\.0, .* has 2\.0; add data\.context=3\.0"):
+        train("stage2_2", other, tmp_path / "s", world, "--dry_run")
+    assert train("stage2_2", other, tmp_path / "s", world, "--dry_run", "data.context=3.0") == 0
+
+
+def test_checkpoint_for_another_configuration(converted: Path, world: Path, tmp_path: Path) -> None:
+    with pytest.raises(MedSoftError, match=r"another size.*Use the YAML it was made with, or convert it"):
+        train("stage1", converted, tmp_path / "s", world, "msc.width=64")
+
+
+def test_checkpoint_with_a_value_that_is_not_a_number(converted: Path, world: Path, tmp_path: Path) -> None:
+    spoilt = edit(
+        converted, tmp_path / "nan.ckpt", keep=lambda key, v: v * float("nan") if key == "msc.position" else v
+    )
+    with pytest.raises(MedSoftError, match=r"nan\.ckpt: 1 tensors hold NaN .* msc\.position"):
+        train("stage1", spoilt, tmp_path / "s", world)
+
+
+def test_yaml_without_a_stage(world: Path, converted: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"phantom\.yaml: names no stage"):
+        call(ver_train, "--ckpt", converted, "--config", MODELS / "phantom.yaml", "--save_path", tmp_path / "s")
