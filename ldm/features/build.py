@@ -6,7 +6,7 @@ One process computes at a time; others wait for it and find the work done.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -64,10 +64,11 @@ class FeatureBuilder:
                 if part.is_dir():
                     remove_partials(part)
             missing, prompts = self._missing(items, thorough)  # no more what the run before us has computed
-            for batch in _batches(missing, "features", "item"):
+            batches = [missing[first : first + BATCH] for first in range(0, len(missing), BATCH)]
+            for batch in tqdm(batches, "features", unit="batch", disable=not batches, mininterval=1):
                 rejects += self.compute(batch)
-            for batch in _batches(prompts, "prompts", "prompt"):
-                self.compute_prompts(batch)
+            for prompt in tqdm(prompts, "prompts", unit="prompt", disable=not prompts, mininterval=1):
+                self.compute_prompt(prompt)
         return rejects
 
     def _missing(self, items: Sequence[Item], thorough: bool) -> tuple[list[Item], list[str]]:
@@ -99,15 +100,12 @@ class FeatureBuilder:
         return rejects
 
     @torch.no_grad()
-    def compute_prompts(self, prompts: Sequence[str]) -> None:
-        """Write the features of ``prompts``, one at a time: how one is padded must not depend on its neighbours."""
-        encode = {
-            "clip_text": lambda prompt: {"prompt_embedding": self.clip.encode_text([prompt])[0]},
-            "text": lambda prompt: {"text": self.model.cond_stage_model([prompt])[0]},
-        }
-        for prompt in prompts:
-            for kind, file in self.store.of_prompt(prompt).items():
-                write_features(file, encode[kind](prompt))
+    def compute_prompt(self, prompt: str) -> None:
+        """Write the features of ``prompt``, by itself: how it is padded must not depend on others."""
+        files = self.store.of_prompt(prompt)
+        write_features(files["clip_text"], {"prompt_embedding": self.clip.encode_text([prompt])[0]})
+        if "text" in files:
+            write_features(files["text"], {"text": self.model.cond_stage_model([prompt])[0]})
 
 
 @torch.no_grad()
@@ -138,14 +136,6 @@ def cache_size(sizes: Architecture, parts: Sequence[str], items: Iterable[Item])
         a_prompt += 4 * text.max_length * text.width
     items = list(items)
     return an_item * len(items) + a_prompt * len({item.sample.prompt for item in items})
-
-
-def _batches(things: Sequence, what: str, unit: str) -> Iterator[Sequence]:
-    with tqdm(total=len(things), desc=what, unit=unit, disable=not things, mininterval=1) as bar:
-        for first in range(0, len(things), BATCH):
-            batch = things[first : first + BATCH]
-            yield batch
-            bar.update(len(batch))
 
 
 def _weights_fingerprint(module: torch.nn.Module) -> str:

@@ -1,6 +1,5 @@
 """Previews of fixed validation items while a stage trains: pictures/epoch_0004.png."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -28,13 +27,15 @@ SEED = 0  # the same noise in every run
 class Previews:
     """Inpaints the same items with the same noise each time, with the sampler and the guidance of the YAML.
 
-    A row of the image shows the original, what the network sees of it, and the result.
+    They are diseased, if any is. A row of the image shows the original, what the network sees of it, and the result.
     """
 
     def __init__(self, folder: Path, stage: Stage, sampling: SamplingConfig, data: StageData, records: Records) -> None:
         self.folder, self.stage, self.sampling = folder / "pictures", stage, sampling
         self.data, self.records = data, records
-        self.numbers = fixed_items(data, stage.training_config.pictures)
+        shown = [number for number in range(len(data)) if not data.sample(number).healthy] or range(len(data))
+        count = min(stage.training_config.pictures, len(shown))  # evenly spaced in the order of their names
+        self.numbers = [shown[place * len(shown) // count] for place in range(count)]
         remove_partials(self.folder)
 
     def make(self, epochs: int, progress: Progress, autocast: AbstractContextManager) -> None:
@@ -67,9 +68,3 @@ class Previews:
         )
         columns = [net.decode(value) for value in (original, masked, latent)]
         return rearrange(torch.stack(columns).float(), "k b c h w -> (b h) (k w) c")
-
-
-def fixed_items(data: StageData, count: int) -> Sequence[int]:
-    """``count`` of the diseased samples (of all, without any), evenly spaced in the order of their names."""
-    numbers = [number for number in range(len(data)) if not data.sample(number).healthy] or range(len(data))
-    return [numbers[place * len(numbers) // min(count, len(numbers))] for place in range(min(count, len(numbers)))]

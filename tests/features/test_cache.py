@@ -137,7 +137,7 @@ def test_second_run_computes_nothing(
     items = items_of(world / "val", networks)
     cache.build(items)
     monkeypatch.setattr(FeatureBuilder, "compute", lambda self, items: pytest.fail("computed again"))
-    monkeypatch.setattr(FeatureBuilder, "compute_prompts", lambda self, prompts: pytest.fail("computed again"))
+    monkeypatch.setattr(FeatureBuilder, "compute_prompt", lambda self, prompt: pytest.fail("computed again"))
     assert cache.build(items) == []
 
 
