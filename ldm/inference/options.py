@@ -8,6 +8,7 @@ from pathlib import Path
 from ldm.config import SAMPLERS, SAMPLING_PRECISIONS
 from ldm.core.cli import flag
 from ldm.core.errors import UsageError
+from ldm.inference.prompts import MATCHES
 
 # What may stand beside --replay, which takes the rest from the meta.json of the image that it makes again.
 FREE_IN_REPLAY = ("output_dir", "ckpt", "config", "replay", "train_json", "biomedclip", "device", "overwrite")
@@ -32,6 +33,12 @@ class InferenceOptions:
     limit: int | None = flag("at most so many samples")
     variants: int = flag("results per sample", 1)
     prompt: str | None = flag("one prompt for all (default: the sample's own, or one from --train_json)")
+    match: str = flag(
+        "how prompts agree with the level, region and modality in meta.json: level (of a diseased sample of the same "
+        "level; where there is none, as replace), replace (its level and region are replaced by the image's), or none",
+        "level",
+        metavar="HOW",
+    )
     train_json: Path = flag("gives healthy samples their prompts", Path("openimages_format_train.json"))
     seed: int = flag("seed of masks, prompts and noise", 0)
     batch_size: int | None = flag("images at a time (default: sampling.batch_size)")
@@ -54,6 +61,8 @@ class InferenceOptions:
         """UsageError for flags that contradict each other, and for paths that are not there."""
         if self.prompt is not None and not self.prompt.strip():
             raise UsageError("--prompt: expected a sentence, found nothing")
+        if self.match not in MATCHES:
+            raise UsageError(f"--match: expected one of {', '.join(MATCHES)}, found {self.match!r}")
         if self.image and not (self.mask and self.prompt):
             raise UsageError("--image needs --mask and --prompt as well")
         if self.mask and not self.image:

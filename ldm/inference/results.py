@@ -62,6 +62,7 @@ def result_metadata(
         "synthetic": True,
         "seed": task.seed,
         "variant": task.variant,
+        "prompt_match": task.match,
         "prompt_from": diseased_source.sample_id if diseased_source and diseased_source is not parent else None,
         "spacing_mm": parent.meta.get("spacing_mm"),
         "window": list(prepared.intensity_range) if prepared.original.dtype == np.uint16 else None,

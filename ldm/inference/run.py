@@ -77,7 +77,7 @@ def run(options: InferenceOptions) -> int:
     results = RunFolder(options.output_dir, "inference.json", own=own, samples="*__v*/meta.json")
     with results.lock(first=is_first_process()):
         plan = [_identity(task, content) for task in tasks]
-        flags = {name: getattr(options, name) for name in ("exact", "seed", "prompt", "variants")}
+        flags = {name: getattr(options, name) for name in ("exact", "seed", "prompt", "match", "variants")}
         known = {"ckpt": digest, **flags, "images": fingerprint(plan)}  # what differs is named in this order
         legacy = fingerprint([digest, settings, options.exact, plan])
         before = results.open({**known, **settings}, options.overwrite, legacy)

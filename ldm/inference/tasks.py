@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ldm.data.masks import read_mask
 from ldm.data.preparation import PreparedSample, fit_sample, inpainting_obstacle, prepare
 from ldm.data.samples import Reject, Sample
 from ldm.inference.options import InferenceOptions
+from ldm.inference.prompts import MatchedPrompt, PromptPool, contradiction, image_facts, levels_named, matched
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,10 @@ MOSTLY = 0.6  # more of the image marked than this is probably a mask of the wro
 class Task:
     """One result to make: the sample to inpaint, the variant, the prompt and the sample that the prompt came from.
 
-    ``source`` also decides the size of a healthy sample's lesion-shaped mask. ``fixed_mask``: inpaint the sample's own
-    mask and soft mask although it may be healthy (--like, --image, --replay, a healthy sample with a
-    ``soft_mask.png``). ``record``: the meta.json to write again (--replay).
+    ``source`` also decides the size of a healthy sample's lesion-shaped mask. ``match``: how the prompt was made to
+    agree with the image, for the record. ``fixed_mask``: inpaint the sample's own mask and soft mask although it may be
+    healthy (--like, --image, --replay, a healthy sample with a ``soft_mask.png``). ``record``: the meta.json to write
+    again (--replay).
     """
 
     sample: Sample
@@ -38,6 +40,7 @@ class Task:
     prompt: str
     seed: int
     source: Sample | None = None
+    match: str | None = None
     fixed_mask: bool = False
     record: dict[str, Any] | None = None
 
@@ -54,13 +57,35 @@ def plan_tasks(
 
     ``content`` gives a file's SHA-256, or None for a file that cannot be read; ``record``: what ``--replay`` names.
     """
+    rejects: list[Reject] = []
     if options.image:
-        return _single_image(options), []
-    if options.replay and record:
-        return [task_from_metadata(options.replay, record, content)], []
-    if options.like:
-        return tasks_from_results(options, options.like)
-    return _dataset(options)
+        tasks = _single_image(options)
+    elif options.replay and record:
+        tasks = [task_from_metadata(options.replay, record, content)]
+    elif options.like:
+        tasks, rejects = tasks_from_results(options, options.like)
+    else:
+        tasks, rejects = _dataset(options)
+    _warn_of_contradictions(tasks)
+    return tasks, rejects
+
+
+def _warn_of_contradictions(tasks: Sequence[Task]) -> None:
+    """One warning for prompts that name otherwise than the image's meta.json, one for those nobody can judge."""
+    facts = [image_facts(task.sample) for task in tasks]
+    pairs = [(task, contradiction(task.prompt, about)) for task, about in zip(tasks, facts, strict=True)]
+    wrong = [f"{task.name}: {text}" for task, text in pairs if text]
+    if wrong:
+        advice = "--match replace makes a prompt agree"
+        log.warning("warning: %d of %d prompts contradict meta.json (%s); %s", len(wrong), len(tasks), wrong[0], advice)
+    unknown = [
+        task.name for task, about in zip(tasks, facts, strict=True) if not about.level and levels_named(task.prompt)
+    ]
+    if unknown:
+        text = (
+            "warning: %d prompts name a vertebra, but the image's meta.json has no level to compare it with; first: %s"
+        )
+        log.warning(text, len(unknown), unknown[0])
 
 
 def _single_image(options: InferenceOptions) -> list[Task]:
@@ -84,6 +109,7 @@ def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
             raise MedSoftError(
                 f"{options.train_json}: has no diseased sample to take prompts from; give --prompt, or --train_json"
             )
+    pool = PromptPool(sources, options.match)
     tasks = []
     for sample in chosen[: options.limit]:
         marked = sample.healthy and sample.soft_mask is not None  # someone says where the lesion goes
@@ -94,12 +120,18 @@ def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
         if marked:
             sample = dataclasses.replace(sample, mask=sample.soft_mask)
         for k in range(options.variants):
-            source = None if options.prompt else sample
-            if sample.healthy and sources:  # each source is as likely, so lesion types keep their frequencies
-                source = sources[named_seed("prompt", options.seed, sample.sample_id, k) % len(sources)]
-            tasks.append(
-                Task(sample, k, source.prompt if source else str(options.prompt), options.seed, source, marked)
-            )
+            if sample.healthy and sources:
+                given = pool.choose(sample, named_seed("prompt", options.seed, sample.sample_id, k))
+            elif options.prompt and options.match == "replace":
+                given = matched(options.prompt, sample)
+            else:
+                given = MatchedPrompt(options.prompt or sample.prompt, None if options.prompt else sample, None)
+            if given is None:
+                facts = ", ".join(f"{key} {value}" for key, value in image_facts(sample)._asdict().items() if value)
+                reason = f"no prompt can be made to agree with its meta.json ({facts}); give --prompt, or --match none"
+                rejects.append(Reject(sample.sample_id, sample.image.with_name("meta.json"), reason))
+                break
+            tasks.append(Task(sample, k, given.prompt, options.seed, given.source, given.how, marked))
     if options.prompt is not None:
         prompts = f"the prompt {options.prompt!r}"
     elif sources:
@@ -109,7 +141,7 @@ def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
     count = len({task.sample.sample_id for task in tasks})
     log.info("inpainting %d %s samples of %s, with %s", count, adjective, data, prompts)
     if not tasks:
-        raise MedSoftError(f"{data}: no sample can be inpainted ({len(rejects)} rejected)")
+        raise MedSoftError(f"{data}: no sample can be inpainted ({len(rejects)} rejected; first: {rejects[0]})")
     return tasks, rejects
 
 
@@ -158,7 +190,7 @@ def tasks_from_results(options: InferenceOptions, folder: Path) -> tuple[list[Ta
     results, rejects = load_samples(folder)
     tasks = [_task_of(result, folder) for result in results[: options.limit]]
     if options.prompt:
-        tasks = [dataclasses.replace(task, prompt=options.prompt, source=None) for task in tasks]
+        tasks = [dataclasses.replace(task, prompt=options.prompt, source=None, match=None) for task in tasks]
     prompts = f"the prompt {options.prompt!r}" if options.prompt else "their own prompts"
     log.info("inpainting %d images again in the masks of %s, with %s", len(tasks), folder, prompts)
     return tasks, rejects
@@ -173,7 +205,8 @@ def _task_of(result: Sample, where: Path) -> Task:
         )
     meta = {key: result.meta[key] for key in ("window", "spacing_mm") if key in result.meta}
     sample = dataclasses.replace(result, sample_id=result.parent_id, image=Path(parent), parent_id=None, meta=meta)
-    return Task(sample, int(result.meta["variant"]), result.prompt, int(result.meta["seed"]), result, fixed_mask=True)
+    seed, variant, match = (result.meta.get(key) for key in ("seed", "variant", "prompt_match"))
+    return Task(sample, int(variant), result.prompt, int(seed), result, match, fixed_mask=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:

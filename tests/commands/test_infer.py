@@ -42,7 +42,8 @@ def test_default_draws_on_the_healthy_with_prompts_of_the_diseased(results: Path
     for name, meta in found.items():
         source, parent = samples[meta["prompt_from"]], samples[meta["parent_id"]]
         assert not source.healthy
-        assert (results / name / "prompt.txt").read_text().strip() == source.prompt
+        assert (results / name / "prompt.txt").read_text().strip() == source.prompt.replace(source.level, parent.level)
+        assert meta["prompt_match"] in ("same level", f"{source.level} replaced by {parent.level}")
         assert (meta["lesion_type"], meta["severity"]) == (source.lesion_type, source.severity)
         assert (meta["patient_id"], meta["level"]) == (parent.patient_id, parent.level)
         assert meta["spacing_mm"] == parent.meta["spacing_mm"]

@@ -1,0 +1,194 @@
+"""Prompts that agree with the image they are given to: its vertebra, its region of the spine, its modality. No torch.
+
+``meta.json`` says which vertebra an image is about (``level``), and perhaps the ``region`` of the spine and the
+``modality``. A prompt agrees with it if it names none of them, or the same.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+from ldm.data.samples import Sample
+
+MATCHES = ("level", "replace", "none")  # how the prompts of healthy images are made to agree, see ``PromptPool``
+
+REGIONS = {"C": "cervical", "T": "thoracic", "L": "lumbar", "S": "sacral"}
+LAST = {"C": 7, "T": 13, "L": 6, "S": 5}  # the last vertebra of each region, variants included
+LETTERS = {"TH": "T", "D": "T", "HWK": "C", "BWK": "T", "LWK": "L", "颈": "C", "胸": "T", "腰": "L", "骶": "S"}
+ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth"]
+ORDINALS += ["seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
+MODALITIES = {
+    "CT": r"CT|computed tomography",
+    "MR": r"MRI?|magnetic resonance|T[12][\s-]?(?:wi?|weighted)|STIR",
+    "XR": r"x-?rays?|XR|CR|DX|radiographs?",
+}
+_SPINE = "|".join(REGIONS.values())
+_LEVEL = re.compile(
+    rf"""(?<![A-Za-z0-9])(?:
+        (?:(?P<letter>(?-i:TH|Th|[CTDLS]|[HBL]WK)[\s-]?|th|[ctls])|(?P<han>[颈胸腰骶])椎?)
+            (?P<number>\d{{1,2}})(?:[/–-](?P<until>\d{{1,2}})(?!\s?[mc]m))?
+        | (?P<ordinal>{"|".join(ORDINALS)}|\d{{1,2}}(?:st|nd|rd|th))\s+(?P<region>{_SPINE})
+        | (?P<spine>{_SPINE})\s+(?:vertebra\s+)?(?P<count>\d{{1,2}})(?!\s?[mc]m)
+    )(?![A-Za-z0-9])""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# T1 and T2 are also MR sequences: what follows them tells.
+_SEQUENCE = re.compile(r"[\s-]?(?:wi?\b|weight|image|signal|sequence|hyper|hypo|iso|bright|dark|relax)", re.IGNORECASE)
+_BONE = re.compile(r"\s*(?:vertebra|body|level|椎)", re.IGNORECASE)
+
+
+class ImageFacts(NamedTuple):
+    """What is known of an image: ``level`` as in "L3", ``region`` as in "lumbar", ``modality`` as in "MR".
+
+    Texts that are none of these stay as they are, in lower case.
+    """
+
+    level: str | None
+    region: str | None
+    modality: str | None
+
+
+class MatchedPrompt(NamedTuple):
+    """A prompt for an image, the sample it comes from, if any, and in words what was done so that it agrees."""
+
+    prompt: str
+    source: Sample | None
+    how: str | None
+
+
+def image_facts(sample: Sample) -> ImageFacts:
+    """What ``meta.json`` says of the image; the level of a diseased sample without one is that in its prompt."""
+    named = sorted(set(levels_named(f"{sample.level} vertebra" if sample.level else sample.prompt)))
+    level = named[0] if len(named) == 1 else sample.level and sample.level.casefold()
+    region, modality = (str(sample.meta.get(key) or "").strip() for key in ("region", "modality"))
+    words = sorted(_regions(region)) if len(_regions(region)) == 1 else [region.casefold() or None]
+    return ImageFacts(level, words[0], next(iter(_modalities(modality)), modality.casefold() or None))
+
+
+def levels_named(prompt: str, level: str | None = None) -> list[str]:
+    """The vertebrae that a prompt names, as in ["L3"], in its order; ``level``: the image's own, if it is known.
+
+    T1 and T2 count only before "vertebra" and the like, or where they are ``level``.
+    """
+    return [name for _, names in _mentions(prompt, level) for name in names]
+
+
+def contradiction(prompt: str, facts: ImageFacts) -> str | None:
+    """What the prompt names otherwise than the image's ``meta.json``, in words; None if they agree."""
+    levels, modalities, region = levels_named(prompt, facts.level), _modalities(prompt), _region(facts)
+    regions = _regions(prompt) | {REGIONS[name[0]] for name in levels}
+    canonical = facts.level and _LEVEL.fullmatch(facts.level)
+    if levels and facts.level not in (None, *levels) and (canonical or str(facts.level) not in prompt.casefold()):
+        return f"the prompt names {levels[0]}, the image's level is {facts.level}"
+    if region in REGIONS.values() and regions and region not in regions:
+        return f"the prompt names the {min(regions)} spine, the image's region is {region}"
+    if facts.modality in MODALITIES and modalities and facts.modality not in modalities:
+        return f"the prompt names {modalities[0]}, the image's modality is {facts.modality}"
+    return None
+
+
+def agreeing(prompt: str, facts: ImageFacts) -> str | None:
+    """The prompt with the names of its vertebra and region replaced by the image's; None if that cannot be done."""
+    mentions = _mentions(prompt, facts.level)
+    named = {name for _, names in mentions for name in names}
+    if facts.level and _LEVEL.fullmatch(facts.level) and len(named) == 1 and named != {facts.level}:
+        for match, _ in reversed(mentions):
+            prompt = prompt[: match.start()] + facts.level + prompt[match.end() :]
+    region, words = _region(facts), _regions(prompt)
+    if region in REGIONS.values() and len(words) == 1:
+        prompt = re.sub(rf"\b{min(words)}\b", lambda _: str(region), prompt, flags=re.IGNORECASE)
+    return prompt if contradiction(prompt, facts) is None else None
+
+
+class PromptPool:
+    """The prompts of diseased samples, for healthy images.
+
+    ``match`` "level": from a sample of the same level; where there is none, and with "replace" always, from any sample
+    whose prompt agrees once its level and region are replaced by the image's. Both take samples of another modality, or
+    of no matching region as long as there are others, for none of these. With "none" any sample's prompt as it is.
+    """
+
+    def __init__(self, sources: Sequence[Sample], match: str) -> None:
+        self.sources, self.match = [(source, image_facts(source)) for source in sources], match
+        self.candidates = cache(self._candidates)
+
+    def _candidates(self, facts: ImageFacts) -> list[tuple[Sample, ImageFacts]]:
+        if self.match == "none":
+            return self.sources
+        usable = [
+            (source, own)
+            for source, own in self.sources
+            if _compatible(own.modality, facts.modality) and agreeing(source.prompt, facts) is not None
+        ]
+        usable = [pair for pair in usable if _compatible(pair[1].region, facts.region)] or usable
+        same = [pair for pair in usable if self.match == "level" and facts.level and pair[1].level == facts.level]
+        return same or usable
+
+    def choose(self, sample: Sample, number: int) -> MatchedPrompt | None:
+        """The prompt for a healthy image, by a random number; None if no sample's prompt can be made to agree."""
+        candidates = self.candidates(image_facts(sample))
+        if not candidates:
+            return None
+        source, _ = candidates[number % len(candidates)]  # each is as likely: lesion types keep their frequencies
+        if self.match == "none":
+            return MatchedPrompt(source.prompt, source, "not matched")
+        return matched(source.prompt, sample, source)
+
+
+def matched(prompt: str, sample: Sample, source: Sample | None = None) -> MatchedPrompt | None:
+    """A prompt, which may come from another sample, made to agree with an image; None if that cannot be done."""
+    facts = image_facts(sample)
+    levels, agreed = levels_named(prompt, facts.level), agreeing(prompt, facts)
+    if agreed is None:
+        return None
+    if agreed != prompt:
+        named = (*levels, *sorted(_regions(prompt)))
+        how = f"{named[0]} replaced by {facts.level or facts.region}"
+    elif not facts.level:
+        how = "level unknown"
+    else:
+        how = "same level" if levels or (source and image_facts(source).level == facts.level) else "no level named"
+    return MatchedPrompt(agreed, source, how)
+
+
+def _compatible(one: str | None, other: str | None) -> bool:
+    return one is None or other is None or one == other
+
+
+def _mentions(prompt: str, level: str | None) -> list[tuple[re.Match, list[str]]]:
+    """Each place where vertebrae are named, with their names."""
+    found = []
+    for match in _LEVEL.finditer(prompt):
+        names = _names(match)
+        if names in (["T1"], ["T2"]):
+            bone = _BONE.match(prompt, match.end()) or (names == [level] and not _SEQUENCE.match(prompt, match.end()))
+            names = names if bone else []
+        if names:
+            found.append((match, names))
+    return found
+
+
+def _names(match: re.Match) -> list[str]:
+    parts = match.groupdict()
+    if parts["number"]:
+        given = (parts["letter"] or parts["han"]).strip(" -").upper()
+        letter, texts = LETTERS.get(given, given), [parts["number"], parts["until"]]
+    else:
+        letter, texts = (parts["region"] or parts["spine"])[0].upper(), [parts["ordinal"] or parts["count"]]
+    words = [text.lower() for text in texts if text]
+    numbers = [ORDINALS.index(word) + 1 if word in ORDINALS else int(re.sub(r"\D", "", word)) for word in words]
+    return [f"{letter}{number}" for number in numbers if 1 <= number <= LAST[letter]]
+
+
+def _regions(text: str) -> set[str]:
+    return {word.lower() for word in re.findall(rf"\b(?:{_SPINE})\b", text, re.IGNORECASE)}
+
+
+def _region(facts: ImageFacts) -> str | None:
+    return REGIONS.get(facts.level[0], facts.region) if facts.level else facts.region
+
+
+def _modalities(text: str) -> list[str]:
+    whole = {name: rf"(?<![A-Za-z0-9])(?:{words})(?![A-Za-z0-9])" for name, words in MODALITIES.items()}
+    return [name for name, words in whole.items() if re.search(words, text, re.IGNORECASE)]

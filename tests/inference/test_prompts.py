@@ -1,0 +1,194 @@
+"""Prompts that agree with the image they are given to: what a sentence names, and how it is made to agree."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import infer, metas
+
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import content_id
+from ldm.data.annotations import write_annotations
+from ldm.data.samples import Sample
+from ldm.inference.options import InferenceOptions
+from ldm.inference.prompts import ImageFacts, agreeing, contradiction, image_facts, levels_named
+from ldm.inference.tasks import Task, plan_tasks
+
+
+@pytest.mark.parametrize(
+    ("prompt", "levels"),
+    [
+        ("severe lesion of the L3 vertebra", ["L3"]),
+        ("L3椎体中度溶骨性病变", ["L3"]),
+        ("腰3椎 lesion", ["L3"]),
+        ("lytic lesion of Th12", ["T12"]),
+        ("D12 body, LWK 4", ["T12", "L4"]),
+        ("the third lumbar vertebra", ["L3"]),
+        ("12th thoracic vertebra", ["T12"]),
+        ("cervical vertebra 5", ["C5"]),
+        ("from L2 to L4", ["L2", "L4"]),
+        ("the L3/4 disc", ["L3", "L4"]),
+        ("L3-L4", ["L3", "L4"]),
+        ("lesion of the T1 vertebra", ["T1"]),
+        ("bright on T2, dark on T1w", []),
+        ("a T2-weighted image of L4", ["L4"]),
+        ("a lumbar 3 mm lesion", []),
+        ("CT 5, 3D, type C9, L12, 12 mm", []),
+        ("sclerotic lesion", []),
+    ],
+)
+def test_vertebrae_that_a_prompt_names(prompt: str, levels: list[str]) -> None:
+    assert levels_named(prompt) == levels
+
+
+def test_t2_is_a_vertebra_where_the_image_says_so() -> None:
+    assert levels_named("lytic lesion of T2", "T2") == ["T2"]
+    assert levels_named("T2-weighted image", "T2") == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "level", "region", "modality", "wrong", "agreed"),
+    [
+        ("lesion of the L3 vertebra", "L3", None, None, None, "lesion of the L3 vertebra"),
+        ("lesion of the L3 vertebra", None, None, None, None, "lesion of the L3 vertebra"),
+        ("sclerotic lesion", "L4", "lumbar", "CT", None, "sclerotic lesion"),
+        ("lesion of the L3 vertebra", "T12", None, None, "names L3", "lesion of the T12 vertebra"),
+        ("lumbar lesion at L3", "T12", None, None, "names L3", "thoracic lesion at T12"),
+        ("the third lumbar vertebra, L3", "L1", "lumbar", None, "names L3", "the L1 vertebra, L1"),
+        ("lesions of L2 and L4", "L4", None, None, None, "lesions of L2 and L4"),
+        ("lesions of L2 and L4", "T4", None, None, "names L2", None),
+        ("lesion of the cervical spine", None, "lumbar", None, "cervical", "lesion of the lumbar spine"),
+        ("lesion of L3", None, "thoracic", None, "lumbar", None),
+        ("hyperintense on T2-weighted images", None, None, "CT", "names MR", None),
+        ("lytic lesion on CT", None, None, "MR", "names CT", None),
+        ("T12", "T1", None, None, "names T12", "T1"),
+        ("lesion of L3", "vertebra 20", None, None, "names L3", None),
+        ("disc lesion at L3-L4", "l3-l4", None, None, None, "disc lesion at L3-L4"),
+    ],
+)
+def test_contradictions_are_named_and_replaced_where_that_is_certain(
+    prompt: str, level: str | None, region: str | None, modality: str | None, wrong: str | None, agreed: str | None
+) -> None:
+    facts = ImageFacts(level, region, modality)
+    found = contradiction(prompt, facts)
+    assert found is None if wrong is None else wrong in (found or "")
+    assert agreeing(prompt, facts) == agreed
+
+
+def test_meta_json_is_read_in_one_spelling() -> None:
+    def facts(prompt: str = "healthy", level: str | None = None, **meta: Any) -> ImageFacts:
+        return image_facts(Sample("a", Path("i.png"), None, prompt, (0, 0, 0, 0), "p", level=level, meta=meta))
+
+    assert facts(level="th12") == ImageFacts("T12", None, None)
+    assert facts(level="LWK3", modality="MRI", region="Lumbar spine") == ImageFacts("L3", "lumbar", "MR")
+    assert facts(level="T1", modality="PET") == ImageFacts("T1", None, "pet")
+    assert facts("lesion of L3") == ImageFacts("L3", None, None)
+    assert facts(level="L3-L4").level == "l3-l4"
+
+
+# ------------------------------------------------------------------------------------------------- planning
+
+
+@pytest.fixture
+def plan(tmp_path: Path, write_sample: Any) -> Callable[..., tuple[list[Task], list]]:
+    """``plan(match, healthy, diseased, **options)``: tasks for healthy samples given as (name, level, meta)."""
+    image = write_sample(tmp_path / "one") / "image.png"
+    box = (0.2, 0.2, 0.5, 0.5)
+
+    def planned(match: str, healthy: list[tuple], diseased: list[tuple], **more: Any) -> tuple[list[Task], list]:
+        samples = [Sample(n, image, None, "healthy", box, n, level=level, meta=meta) for n, level, meta in healthy]
+        for number, (prompt, level, meta) in enumerate(diseased):
+            name = f"sick{number}"
+            samples.append(Sample(name, image, image.with_name("mask.png"), prompt, box, name, level=level, meta=meta))
+        write_annotations(tmp_path / "all.json", samples)
+        options = InferenceOptions(tmp_path, train_json=tmp_path / "all.json", choose="healthy", match=match, **more)
+        return plan_tasks(options, content_id)
+
+    return planned
+
+
+LUMBAR = [("lesion of L3", "L3", {}), ("big lesion of L3", "L3", {}), ("lesion of L5", "L5", {})]
+
+
+def test_prompts_come_from_the_same_level_where_there_are_some(plan: Callable) -> None:
+    tasks, rejects = plan("level", [("a", "L3", {}), ("b", "T12", {})], LUMBAR, variants=20)
+    assert not rejects
+    of_a = {(task.source.prompt, task.prompt, task.match) for task in tasks if task.sample.sample_id == "a"}
+    assert of_a == {(prompt, prompt, "same level") for prompt, level, _ in LUMBAR if level == "L3"}
+    of_b = {(task.prompt, task.match) for task in tasks if task.sample.sample_id == "b"}
+    replaced = {("lesion of T12", f"{level} replaced by T12") for level in ("L3", "L5")}
+    assert of_b == replaced | {("big lesion of T12", "L3 replaced by T12")}
+
+
+def test_replace_takes_prompts_of_all_levels(plan: Callable) -> None:
+    tasks, _ = plan("replace", [("a", "L3", {})], LUMBAR, variants=30)
+    assert {task.source.level for task in tasks} == {"L3", "L5"}
+    assert {task.prompt for task in tasks} == {"lesion of L3", "big lesion of L3"}
+
+
+def test_none_takes_them_as_they_are_and_says_so(plan: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    tasks, _ = plan("none", [("a", "T12", {})], LUMBAR, variants=30)
+    assert {task.prompt for task in tasks} == {prompt for prompt, _, _ in LUMBAR}
+    assert {task.match for task in tasks} == {"not matched"}
+    assert "30 of 30 prompts contradict meta.json (a__v0: the prompt names L" in caplog.text
+
+
+def test_modality_and_region_are_those_of_the_image(plan: Callable) -> None:
+    diseased = [
+        ("lesion 0", None, {"modality": "CT"}),
+        ("lesion 1", None, {"modality": "MRI", "region": "lumbar"}),
+        ("lesion 2", None, {"modality": "MR", "region": "cervical"}),
+        ("lesion 3 on T2w", None, {}),
+    ]
+    healthy = [("ct", None, {"modality": "CT"}), ("mr", None, {"modality": "MR", "region": "Lumbar"})]
+    tasks, _ = plan("level", healthy, diseased, variants=30)
+    found = {name: {task.prompt for task in tasks if task.sample.sample_id == name} for name in ("ct", "mr")}
+    assert found == {"ct": {"lesion 0"}, "mr": {"lesion 1", "lesion 3 on T2w"}}
+
+
+def test_sample_for_which_no_prompt_agrees_is_rejected_and_the_rest_goes_on(plan: Callable) -> None:
+    diseased = [("lesions of L2 and L4", "L2", {"modality": "CT"})]
+    healthy = [("far", "T7", {}), ("good", "L2", {}), ("mr", "L2", {"modality": "MR"})]
+    tasks, rejects = plan("level", healthy, diseased)
+    assert [task.name for task in tasks] == ["good__v0"]
+    assert {reject.sample_id for reject in rejects} == {"far", "mr"}
+    assert "no prompt can be made to agree with its meta.json (level T7)" in rejects[0].reason
+    with pytest.raises(MedSoftError, match=r"no sample can be inpainted \(1 rejected; first: .*level T7"):
+        plan("level", healthy[:1], diseased)
+
+
+def test_prompt_of_the_user_is_warned_of_or_replaced(plan: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    healthy = [("a", "L3", {}), ("b", "L4", {}), ("c", None, {})]
+    tasks, _ = plan("level", healthy, LUMBAR, prompt="lesion of the L3 vertebra")
+    assert {task.prompt for task in tasks} == {"lesion of the L3 vertebra"}
+    assert "1 of 3 prompts contradict meta.json (b__v0: the prompt names L3, the image's level is L4)" in caplog.text
+    assert "1 prompts name a vertebra, but the image's meta.json has no level to compare it with; first: c__v0" in (
+        caplog.text
+    )
+    caplog.clear()
+    tasks, _ = plan("replace", healthy, LUMBAR, prompt="lesion of the L3 vertebra")
+    assert [task.prompt for task in tasks] == [f"lesion of the {level} vertebra" for level in ("L3", "L4", "L3")]
+    assert [task.match for task in tasks] == ["same level", "L3 replaced by L4", "level unknown"]
+    assert "contradict" not in caplog.text
+
+
+def test_unknown_way_to_match(tmp_path: Path) -> None:
+    (tmp_path / "some.ckpt").write_bytes(b"")
+    with pytest.raises(UsageError, match="--match: expected one of level, replace, none, found 'exact'"):
+        infer(tmp_path / "some.ckpt", tmp_path / "out", "--match", "exact")
+
+
+def test_files_and_record_say_the_prompt_that_was_used(final: Path, write_sample: Any, tmp_path: Path) -> None:
+    """The text in prompt.txt, in the PNG's tag and in meta.json is one, and names the image's own vertebra."""
+    from PIL import Image
+
+    write_sample(tmp_path / "data" / "well", "healthy", meta={"level": "L1"})
+    write_sample(tmp_path / "data" / "sick", "severe lytic lesion of the L4 vertebra", meta={"level": "L4"})
+    assert infer(final, tmp_path / "out", "--train_json", tmp_path / "data") == 0
+    ((name, meta),) = metas(tmp_path / "out").items()
+    assert (name, meta["level"], meta["prompt_match"]) == ("well__v0", "L1", "L4 replaced by L1")
+    with Image.open(tmp_path / "out" / name / "image.png") as opened:
+        said = opened.text["Description"]
+    assert said == (tmp_path / "out" / name / "prompt.txt").read_text().strip()
+    assert said == "severe lytic lesion of the L1 vertebra"
