@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and fingerprints of what they hold. No torch here."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from typing import Any, BinaryIO
 from ldm.core.errors import FileError, MedSoftError, UsageError
 
 PARTIAL_PREFIX = ".partial-"
+NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)  # what mounts answer that cannot do it
+UNSURE = "it is there, but may not outlast a power cut"
 
 
 @contextmanager
@@ -25,7 +28,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     rights) becomes a MedSoftError that names the file.
     """
     path = Path(path)
-    temporary = None
+    temporary, state = None, "nothing was changed there"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Its rights are those that the umask gives to a new file: mkstemp would need chmod, which some mounts refuse.
@@ -33,13 +36,13 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             temporary = Path(handle.name)
             yield handle
             handle.flush()
-            os.fsync(handle.fileno())
+            sync(handle.fileno())
         os.replace(temporary, path)
-        temporary = None
+        temporary, state = None, UNSURE
         sync_folder(path.parent)
     except OSError as error:
         cause = error.strerror or error
-        raise MedSoftError(f"{path}: could not be written ({cause}); nothing was changed there") from error
+        raise MedSoftError(f"{path}: could not be written ({cause}); {state}") from error
     finally:
         if temporary is not None:
             with suppress(OSError):
@@ -57,6 +60,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial, before = (path.parent / f"{PARTIAL_PREFIX}{path.name}{end}" for end in ("", ".before"))
     shutil.rmtree(partial, ignore_errors=True)
+    state = "nothing was changed there. Free some space or choose another place, then run the same command again"
     try:
         if before.exists() and not path.exists():
             os.replace(before, path)
@@ -65,29 +69,37 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         if path.exists():
             os.replace(path, before)
         os.replace(partial, path)
+        state = UNSURE
         sync_folder(path.parent)
     except OSError as error:
         if before.exists() and not path.exists():
             os.replace(before, path)
-        raise MedSoftError(
-            f"{path}: could not be written ({error.strerror or error}); nothing was changed there. Free some space or "
-            "choose another --output_dir, then run the same command again"
-        ) from error
+        raise MedSoftError(f"{path}: could not be written ({error.strerror or error}); {state}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if path.exists():
             shutil.rmtree(before, ignore_errors=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable (fsync of the directory, which Windows does not open)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(descriptor: int) -> None:
+    """Have the disk keep what was written (fsync), on file systems that can."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable, where a directory can be opened for that: not on Windows."""
+    if os.name == "nt":
+        return
+    with suppress(PermissionError):  # one may write into some folders without reading them
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            sync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_partials(folder: Path) -> int:

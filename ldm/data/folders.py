@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.core.errors import FileError, MedSoftError
-from ldm.core.files import atomic_folder, read_json, read_text, write_json, write_text
+from ldm.core.files import atomic_folder, read_json, read_text, sync, write_json, write_text
 from ldm.core.threads import thread_pool
 from ldm.data.images import SUFFIXES, read_image
 from ldm.data.masks import Mask, extents, read_anatomy, read_mask
@@ -183,4 +183,4 @@ def _write_file(path: Path, content: Path | bytes) -> None:
     else:
         path.write_bytes(content)
     with path.open("rb") as handle:
-        os.fsync(handle.fileno())
+        sync(handle.fileno())
