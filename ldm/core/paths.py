@@ -5,6 +5,8 @@ In a checkout that is its root. The wheel holds the same tree in a folder of the
 
 from pathlib import Path
 
+from ldm.core.errors import MedSoftError
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 INSTALLED = (_PACKAGE / "shipped").is_dir()
 SHIPPED = _PACKAGE / "shipped" if INSTALLED else _PACKAGE.parent
@@ -21,3 +23,15 @@ def shipped(path: Path | str) -> Path:
     """
     path = Path(path)
     return SHIPPED / path if not path.exists() and (SHIPPED / path).exists() else path
+
+
+def confined(folder: Path, name: str) -> Path:
+    """``folder / name``, for a ``name`` that a file gave: a sample_id, a parent_id, a file of a dataset.
+
+    Raises MedSoftError unless that lies below ``folder``, links followed: an absolute name, one with ``..`` or one that
+    is a link may lead out of it, and writing there would replace what is not ours.
+    """
+    path, root = folder / name, folder.resolve()
+    if "\0" in name or root not in path.resolve().parents:
+        raise MedSoftError(f"{name!r}: leads out of {folder}; expected the name of something inside that folder")
+    return path
