@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+RANKS = ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID")
+
 
 def is_first_process() -> bool:
     """False in every process but one of a run on several devices (started by Lightning, torchrun or srun)."""
-    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(int(os.environ.get(name, 0)) == 0 for name in RANKS)
 
 
 def is_first_on_node() -> bool:

@@ -1,14 +1,17 @@
 """Several processes that share one list of work, started by Lightning's own launcher (Fabric)."""
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 
+from ldm.core.devices import RANKS, is_first_process
 from ldm.core.errors import UsageError
 
 T = TypeVar("T")
+INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning starts the processes itself
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,50 @@ class Processes:
         found: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(found, value)
         return found
+
+
+def check_tasks(devices: int | str, num_nodes: int) -> None:
+    """UsageError unless as many tasks were started as ``devices`` on ``num_nodes`` need.
+
+    ``devices``: a number, or what Fabric takes instead of one (auto, -1, a list of GPUs). torchrun and SLURM
+    start one task for each device. More of them would all do the whole work, into the same folder; fewer would wait for
+    those that never come. Without a launcher this process starts the others.
+    """
+    wanted, given = _number(devices), os.environ
+    if wanted is None:
+        return  # Fabric says what is wrong with it
+    expected = wanted * num_nodes
+    if "TORCHELASTIC_RUN_ID" in given:
+        launcher, tasks, here = "torchrun --nproc_per_node", given["WORLD_SIZE"], given.get("LOCAL_WORLD_SIZE")
+    elif "SLURM_NTASKS" in given and given.get("SLURM_JOB_NAME") not in INTERACTIVE:
+        launcher, tasks, here = "srun --ntasks-per-node", given["SLURM_NTASKS"], given.get("SLURM_NTASKS_PER_NODE")
+    elif "WORLD_SIZE" in given:  # a task that Lightning or somebody else has started
+        launcher, tasks, here = "torchrun --nproc_per_node", given["WORLD_SIZE"], None
+    else:
+        launcher, tasks, here, expected = "", given.get("SLURM_STEP_NUM_TASKS", "1"), None, 1
+    says = f"--devices says {wanted}" + (f" and --num_nodes {num_nodes}" if num_nodes > 1 else "")
+    if int(tasks) != expected or (here and int(here) != wanted):
+        started = "1 task was" if tasks == "1" else f"{tasks} tasks were"
+        each, nodes = int(here or tasks), int(tasks) // int(here or tasks)
+        fitting = f"--devices {each}" + (f" --num_nodes {nodes}" if nodes > 1 else "")
+        cure = f"start {wanted} with {launcher}={wanted}, or give {fitting}" if launcher else "start one"
+        raise UsageError(f"{started} started, {says}; {cure}")
+    if launcher.startswith("srun") and expected > 1 and not here:
+        raise UsageError(
+            f"--ntasks={tasks} leaves open how many tasks a machine runs; give {launcher}={wanted} instead of it"
+        )
+    if expected == 1 and not is_first_process():
+        raise UsageError(f"this is one of several tasks ({', '.join(RANKS)}), {says}; start one, or more --devices")
+
+
+def _number(devices: int | str) -> int | None:
+    """How many devices of one machine these are; None for what is no number of devices."""
+    text = str(devices)
+    if text in ("auto", "-1"):
+        return torch.cuda.device_count() or 1
+    if "," in text:
+        return len([part for part in text.split(",") if part.strip()])
+    return int(text) if text.isdigit() and int(text) > 0 else None
 
 
 def start_processes(device: str, devices: int, num_nodes: int) -> Processes:

@@ -20,7 +20,7 @@ from ldm.checkpoints.files import detect_format
 from ldm.config import Config, SamplingConfig, load_config
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory
-from ldm.core.distributed import Processes, start_processes
+from ldm.core.distributed import Processes, check_tasks, start_processes
 from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.core.files import content_id, fingerprint, read_json, sha256_file
 from ldm.core.run_folder import RunFolder
@@ -46,6 +46,7 @@ def run(options: InferenceOptions) -> int:
     Raises UsageError or MedSoftError, with the folder as it was, for options, a checkpoint or data that cannot be used.
     """
     options.check()
+    check_tasks(options.devices, options.num_nodes)
     record = read_record(options.replay) if options.replay else None
     options, config, overrides = resolve(options, record)
     assert options.ckpt  # the options were checked

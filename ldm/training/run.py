@@ -15,6 +15,7 @@ from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from ldm.config import Config, SamplingConfig, TrainingConfig, as_yaml, config_from_dict
 from ldm.core import cli
 from ldm.core.devices import is_first_on_node, is_first_process, out_of_memory, resolve_precision
+from ldm.core.distributed import check_tasks
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import fingerprint, remove_partials, sha256_file, write_text
 from ldm.core.run_folder import RunFolder
@@ -55,6 +56,7 @@ class TrainingOptions:
 
 def run_stage(options: TrainingOptions, config: Config) -> int:
     """Train the stage that ``config`` describes; the exit code."""
+    check_tasks(options.devices, options.num_nodes)
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)  # one voice is enough
     log.info("%s", as_yaml(config))

@@ -9,7 +9,7 @@ from pathlib import Path
 import children
 import pytest
 from test_never_lose_work import command
-from tiny import ROOT, on_cpu, tensors, train
+from tiny import PHANTOM, ROOT, on_cpu, tensors, train
 
 from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.core.errors import UsageError
@@ -141,3 +141,43 @@ def test_a_batch_that_the_devices_cannot_share(world: Path, converted: Path, tmp
 def test_devices_that_are_not_there(world: Path, converted: Path, tmp_path: Path, devices: str) -> None:
     with pytest.raises(UsageError, match=rf"--devices {devices} --num_nodes 1: "):
         train("stage1", converted, tmp_path / "s", world, "--devices", devices, "--dry_run")
+
+
+LAUNCHED = {
+    "srun": (
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"},
+        "1",
+        "2 tasks were started, --devices s",
+    ),
+    "torchrun": (
+        {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1"},
+        "1",
+        "2 tasks were started, --devices s",
+    ),
+    "one task": ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "2", "1 task was started, --devices says 2; "),
+    "ntasks": ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "2", "give srun --ntasks-per-node=2 instead"),
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHED)
+@pytest.mark.parametrize("script", ["ver_train.py", "dataset_infer.py"])
+def test_tasks_that_do_not_fit_the_devices(
+    world: Path, converted: Path, tmp_path: Path, script: str, case: str
+) -> None:
+    environment, devices, message = LAUNCHED[case]
+    words = command(converted, world, tmp_path / "out")
+    if script == "dataset_infer.py":
+        words = ["--ckpt", str(converted), "--config", str(PHANTOM), "--output_dir", str(tmp_path / "out")]
+        words += ["--data", str(world / "test")]
+    found = subprocess.run(
+        [sys.executable, ROOT / script, *words, "--devices", devices],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert found.returncode == 2, found.stderr
+    assert message in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*"))
