@@ -1,6 +1,7 @@
 """Train a healthy/diseased (or lesion type) classifier on real and synthetic images, test it once, predict."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from ldm.core import cli
@@ -15,6 +16,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("args", metavar="ARGS.json", help=text)
     text = "replace a key of the JSON (value in JSON; may be repeated), for instance --set EPOCHS=5"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    text = "one classifier for each seed, in output_dir/seed_N"
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace the results of another run in output_dir")
     return parser
 
@@ -36,10 +39,17 @@ def main(args: argparse.Namespace) -> int:
 
     overrides = [*args.set, *(["overwrite=true"] if args.overwrite else [])]
     config = load_classifier_config(find_config(args.args), overrides)
-    rejects = prepare_annotations(config) if config.train else []
+    configs = [config]
+    if args.seeds:
+        if len(set(args.seeds)) < len(args.seeds):
+            raise UsageError(f"--seeds {' '.join(map(str, args.seeds))}: expected each seed once")
+        configs = [replace(config, seed=n, output_dir=str(config.output / f"seed_{n}")) for n in args.seeds]
+    rejected = len(prepare_annotations(config)) if config.train else 0
     from ldm.classifier.run import run_classifier  # loads torch, which the checks above need not wait for
 
-    return cli.SOME_REJECTED if run_classifier(config)["n_rejected"] or rejects else cli.DONE
+    for each in configs:
+        rejected += run_classifier(each)["n_rejected"]
+    return cli.SOME_REJECTED if rejected else cli.DONE
 
 
 if __name__ == "__main__":

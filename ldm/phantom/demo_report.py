@@ -7,8 +7,9 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -21,8 +22,12 @@ from ldm.core.run_folder import RunFolder
 from ldm.core.tables import read_table
 from ldm.data.samples import Sample
 from ldm.reports.comparison import facts, interleave, read_all_results, read_result, write_cards, write_sheet
-from ldm.reports.figures import loss_figure, roc_figure, validation_figure
+from ldm.reports.figures import loss_figure, validation_figure
 from ldm.reports.html import number, write_image, write_page
+from ldm.workflow.study_results import interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +36,10 @@ MINUTES = 15
 SHOWN, CONTROLS = 24, 6
 RESULTS = {"results": "draw", "results_healthy": "redraw_healthy", "results_base": "draw_base"}  # folder -> its step
 PARENTS = "openimages_format_train"
-CLASSIFIER_ROWS = (
-    *("auc", "auc_ci95", "average_precision", "balanced_accuracy", "recall", "specificity", "precision", "f1"),
-    *("n_train_healthy", "n_train_diseased", "n_synthetic_used", "n_test", "n_test_diseased", "epoch"),
-)
+# Arms of the classifier, each trained with several seeds by a step classifier_<name>.
+ARMS = {"real": "real images only", "duplicated": "with real ones repeated", "augmented": "with synthetic ones"}
+CLASSIFIER_ROWS = ("auc", "average_precision", "balanced_accuracy", "recall", "specificity", "precision", "f1")
+COUNTS = ("n_train_healthy", "n_train_diseased", "n_duplicated", "n_synthetic_used", "n_test", "n_test_diseased")
 
 
 def report_demo(folder: Path) -> None:
@@ -50,8 +55,10 @@ def report_demo(folder: Path) -> None:
     for key, (limit, _) in bars(summary).items():
         verdict = "MISSED" if key in summary["missed"] else "met"
         log.info("%-32s %-8s expected %s: %s", key, _shown(summary, key), limit, verdict)
-    aucs = number(summary["auc_real"]), number(summary["auc_augmented"])
-    log.info("AUC with real images only %s, with synthetic ones too %s", *aucs)
+    for arm, title in ARMS.items():
+        log.info("test AUC %s: %s", title, _shown_interval(summary["classifiers"][arm]["auc"]))
+    for pair, change in summary["auc_differences"].items():
+        log.info("test AUC, %s: %s", pair, _shown_interval(change, "+"))
     log.info("report in %s", folder / "report.html")
 
 
@@ -97,8 +104,7 @@ class Inputs:
     images: list[Inpainted]
     judge: dict[str, Any]
     heldout: list[dict[str, str]]  # the judge's predictions of real phantoms
-    classifiers: dict[str, dict[str, Any]]
-    test_rows: dict[str, list[dict[str, str]]]
+    classifiers: dict[str, list[dict[str, Any]]]  # the metrics of every seed, by arm
     logs: dict[str, list[dict[str, str]]]  # by stage
     seconds: dict[str, float]
 
@@ -119,27 +125,27 @@ def read_inputs(folder: Path) -> Inputs:
     if not record.exists():
         raise MedSoftError(f"{record}: does not exist; run the demo: python tool/run_stages.py configs/demo.yaml")
     seconds = {step["name"]: step["seconds"] for step in read_json(record)["steps"]}
-    judge, _ = _classifier(folder / "classifier_judge", "judge")
-    both = {name: _classifier(folder / f"classifier_{name}", f"classifier_{name}") for name in ("real", "augmented")}
-    metrics, rows = ({name: each[n] for name, each in both.items()} for n in (0, 1))
+    judge = _metrics(folder / "classifier_judge", "judge")
+    seeds = sorted(path.name for path in (folder / "classifier_real").glob("seed_*")) or ["seed_0"]
+    classifiers = {
+        arm: [_metrics(folder / f"classifier_{arm}" / seed, f"classifier_{arm}") for seed in seeds] for arm in ARMS
+    }
     columns = ("epoch", "train_loss", "val_loss")
     logs = {
         stage: read_table(_need(folder / stage / "metrics.csv", stage), columns, "training log")
         for stage in stage_configs(SHIPPED / "models" / "phantom.yaml")
     }
-    return Inputs(folder, _read_images(folder), judge, _predictions(folder, "heldout"), metrics, rows, logs, seconds)
+    return Inputs(folder, _read_images(folder), judge, _predictions(folder, "heldout"), classifiers, logs, seconds)
 
 
-def _classifier(folder: Path, step: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """metrics.json with its test numbers by name and the AUC's interval as ``auc_ci95``, and the test's predictions."""
+def _metrics(folder: Path, step: str) -> dict[str, Any]:
+    """A classifier's metrics.json with its test numbers by name and the AUC's interval as ``auc_ci95``."""
     metrics = read_json(_need(folder / "metrics.json", step))
-    if "test" not in metrics:
-        raise MedSoftError(f"{folder / 'metrics.json'}: holds no test numbers; {_again(step)}")
-    columns = ("label", "disease_probability")
-    rows = read_table(_need(folder / "predictions_test.csv", step), columns, "predictions")
-    auc = metrics["test"]["auc"]
-    interval = None if auc["low"] is None else [auc["low"], auc["high"]]
-    return {**metrics, **{name: entry["value"] for name, entry in metrics["test"].items()}, "auc_ci95": interval}, rows
+    auc = metrics.get("test", {}).get("auc")
+    if auc is None or auc["value"] is None:
+        raise MedSoftError(f"{folder / 'metrics.json'}: holds no test AUC; {_again(step)}")
+    bounds = None if auc["low"] is None else [auc["low"], auc["high"]]
+    return {**metrics, **{name: entry["value"] for name, entry in metrics["test"].items()}, "auc_ci95": bounds}
 
 
 def _predictions(folder: Path, name: str) -> list[dict[str, str]]:
@@ -209,6 +215,7 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
     by_type = {
         kind: rates([each for each, own in zip(coarse, kinds, strict=True) if own == kind]) for kind in set(kinds)
     }
+    classifiers = {arm: _over_seeds(every) for arm, every in inputs.classifiers.items()}
     summary = {
         "n_pictures": len(inputs.images),
         "n_moderate_severe": of_all.pop("n"),
@@ -224,15 +231,13 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
         "changed_outside_pixels": sum(
             read_result(s).changed_outside for s in tqdm(every, "comparing pixels", disable=None)
         ),
-        "auc_real": inputs.classifiers["real"].get("auc"),
-        "auc_augmented": inputs.classifiers["augmented"].get("auc"),
-        "n_synthetic": inputs.classifiers["augmented"]["n_synthetic_used"],
+        **{f"auc_{arm}": values["auc"]["mean"] for arm, values in classifiers.items()},
+        "n_synthetic": classifiers["augmented"]["n_synthetic_used"],
+        "auc_differences": _auc_differences(inputs.classifiers),
         "minutes": round(sum(inputs.seconds.values()) / 60, 2),
         "judge": _judge_numbers(inputs),
         "by_type": dict(sorted(by_type.items())),
-        "classifiers": {
-            name: {key: metrics.get(key) for key in CLASSIFIER_ROWS} for name, metrics in inputs.classifiers.items()
-        },
+        "classifiers": classifiers,
     }
     summary["missed"] = [key for key, (_, met) in bars(summary).items() if not met(summary[key])]
     return summary
@@ -255,6 +260,32 @@ def bars(summary: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[Any], boo
 def chance_agreement(prompted: Sequence[str], named: Sequence[str]) -> float:
     """Expected agreement if what the judge names had nothing to do with the prompt: sum over types of both shares."""
     return sum(prompted.count(kind) * named.count(kind) for kind in set(prompted)) / (len(prompted) * len(named))
+
+
+def _over_seeds(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, interval and values of each number over the seeds of an arm; the counts, which are the same for all."""
+    found = {name: _mean([each[name] for each in metrics]) for name in CLASSIFIER_ROWS if metrics[0].get(name)}
+    return found | {name: metrics[0].get(name) for name in COUNTS}
+
+
+def _auc_differences(classifiers: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Differences of the test AUC between arms, paired by seed: each arm's minus those of the arms before it."""
+    aucs = {arm: [each["auc"] for each in metrics] for arm, metrics in classifiers.items()}
+    return {
+        f"{more} - {less}": _mean([one - two for one, two in zip(aucs[more], aucs[less], strict=True)])
+        for less, more in combinations(ARMS, 2)
+    }
+
+
+def _mean(values: list[float]) -> dict[str, Any]:
+    """Mean and 95 % interval (Student's t), and the values."""
+    found = interval(values)
+    return {"mean": found.mean, "low": found.low, "high": found.high, "values": values}
+
+
+def _shown_interval(found: Mapping[str, Any], sign: str = "") -> str:
+    bounds = "" if found["low"] is None else f" ({found['low']:{sign}.3f} to {found['high']:{sign}.3f})"
+    return f"{found['mean']:{sign}.3f}{bounds}"
 
 
 def _judge_numbers(inputs: Inputs) -> dict[str, Any]:
@@ -287,10 +318,10 @@ def write_report(inputs: Inputs, summary: Mapping[str, Any]) -> None:
         samples=write_cards(path, "sample", _sample_cards(inputs.images)),
         controls=write_cards(path, "control", _control_cards(coarse)),
         type_table=(columns, type_rows),
-        judge_rows=[[key, _interval(value)] for key, value in summary["judge"].items()],
+        judge_rows=list(summary["judge"].items()),
         time_rows=[[name, f"{each:.1f}"] for name, each in [*inputs.seconds.items(), ("total", total)]],
         **_training_plots(inputs, path),
-        **_classifiers(inputs, path),
+        **_classifiers(summary, path),
     )
 
 
@@ -324,15 +355,33 @@ def _training_plots(inputs: Inputs, path: Path) -> dict[str, Any]:
     return {"validation_plot": whole, "loss_plots": plots}
 
 
-def _classifiers(inputs: Inputs, path: Path) -> dict[str, Any]:
-    names = {"real": "real images only", "augmented": "with synthetic images"}
-    curves = {
-        names[name]: ([row["label"] != "healthy" for row in rows], [float(row["disease_probability"]) for row in rows])
-        for name, rows in inputs.test_rows.items()
+def _classifiers(summary: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    arms = summary["classifiers"]
+    rows = [
+        [name, *(_shown_interval(each[name]) for each in arms.values())]
+        for name in CLASSIFIER_ROWS
+        if name in arms["real"]
+    ]
+    return {
+        "classifier_head": ["", *ARMS.values()],
+        "classifier_rows": rows + [[name, *(each[name] for each in arms.values())] for name in COUNTS],
+        "difference_rows": [[p, _shown_interval(each, "+")] for p, each in summary["auc_differences"].items()],
+        "auc_plot": write_image(path, "auc", auc_figure({title: arms[arm]["auc"] for arm, title in ARMS.items()})),
     }
-    rows = [[key, *(_interval(inputs.classifiers[name].get(key)) for name in names)] for key in CLASSIFIER_ROWS]
-    return {"classifier_rows": rows, "roc_plot": write_image(path, "roc", roc_figure(curves))}
 
 
-def _interval(value: Any) -> Any:
-    return f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list) else value
+def auc_figure(arms: Mapping[str, Mapping[str, Any]]) -> "Figure":
+    """The test AUC of each arm by its title: a dot for a seed, a line for the mean, a bar for its interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for place, found in enumerate(arms.values()):
+        axes.scatter([place] * len(found["values"]), found["values"], color="tab:blue", alpha=0.7, zorder=3)
+        axes.hlines(found["mean"], place - 0.2, place + 0.2, color="black", zorder=4)
+        if found["low"] is not None:
+            axes.vlines(place + 0.12, found["low"], min(1, found["high"]), color="0.6", linewidth=4)
+    axes.set_xticks(range(len(arms)), [title.replace(" ", "\n", 1) for title in arms])
+    axes.set(ylabel="test AUC", xlim=(-0.5, len(arms) - 0.5))
+    axes.grid(alpha=0.25, axis="y")
+    return figure

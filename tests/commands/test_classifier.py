@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load as read_safetensors
 from toy import SIZE, add_sample, make_set, make_world, metrics_of, rows_of, run, synthetic_set
 
 from ldm.core.errors import MedSoftError, UsageError
@@ -94,6 +95,21 @@ def test_saved_epoch_can_be_tested_without_training(learned: dict) -> None:
         run(learned | {"train": False, "test_epoch": 3})
     with pytest.raises(UsageError, match="trained with img_size 32"):
         run(learned | {"train": False, "img_size": 48})
+
+
+def test_several_seeds_give_what_each_gives_alone(world: dict) -> None:
+    assert run(world, "--seeds", "3", "5") == 0
+    out = Path(world["output_dir"])
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["seed_3", "seed_5"]
+    assert run(world, "--set", "seed=5", "--set", f"output_dir={out}_alone") == 0
+    weights = [(folder / "classifier.safetensors").read_bytes() for folder in (out / "seed_5", Path(f"{out}_alone"))]
+    assert read_safetensors(weights[0]).keys() == read_safetensors(weights[1]).keys()
+    for name, tensor in read_safetensors(weights[0]).items():
+        assert tensor.equal(read_safetensors(weights[1])[name])
+    tables = [(out / f"seed_{seed}" / "predictions_test.csv").read_bytes() for seed in (3, 5)]
+    assert tables[0] != tables[1]
+    with pytest.raises(UsageError, match="--seeds 1 2 1: expected each seed once"):
+        run(world, "--seeds", "1", "2", "1")
 
 
 def test_second_run_is_already_complete_and_changes_need_overwrite(world: dict, capsys: pytest.CaptureFixture) -> None:

@@ -18,6 +18,7 @@ import classifier
 from ldm.classifier.config import load_classifier_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.locks import exclusive
+from ldm.phantom.demo_report import ARMS
 from ldm.workflow import plans
 from tool import run_stages
 
@@ -347,15 +348,21 @@ def test_every_demo_command_is_one_its_script_accepts(step: Any) -> None:
         assert given.startswith("demo_output") or given.endswith(".ckpt") or (ROOT / given).is_file()
 
 
+def classifier_config(step: Any) -> Any:
+    args = classifier.build_parser().parse_args(shlex.split(step.run)[2:])
+    return load_classifier_config(classifier.find_config(args.args), args.set)
+
+
 @pytest.mark.parametrize("step", [s for s in demo_steps() if "classifier.py" in s.run], ids=lambda step: step.name)
 def test_demo_classifiers_read_what_earlier_steps_make(step: Any) -> None:
-    args = classifier.build_parser().parse_args(shlex.split(step.run)[2:])
-    config = load_classifier_config(classifier.find_config(args.args), args.set)
+    config = classifier_config(step)
     earlier = demo_steps()[: [s.name for s in demo_steps()].index(step.name)]
     made = {path for s in earlier for path in s.makes} | {str(Path(path).parent) for s in earlier for path in s.makes}
     used = [config.train_json, config.val_json, config.test_json, *config.synthetic, *config.predict]
     assert set(used) <= made
-    assert all(Path(path).parent == Path(config.output_dir) for path in step.makes)
+    seeds = classifier.build_parser().parse_args(shlex.split(step.run)[2:]).seeds
+    folders = {f"{config.output_dir}/seed_{seed}" for seed in seeds} if seeds else {config.output_dir}
+    assert {str(Path(path).parent) for path in step.makes} == folders
 
 
 def test_the_judge_and_the_test_set_share_no_world_with_anything_else() -> None:
@@ -364,11 +371,11 @@ def test_the_judge_and_the_test_set_share_no_world_with_anything_else() -> None:
     assert len(set(seeds.values())) == len(seeds) == 5
 
 
-def test_the_demo_adds_nothing_but_synthetic_pictures_to_the_second_classifier() -> None:
-    real, more = (next(s for s in demo_steps() if s.name == f"classifier_{name}") for name in ("real", "augmented"))
-    both = []
-    for step in (real, more):
-        args = classifier.build_parser().parse_args(shlex.split(step.run)[2:])
-        both.append(vars(load_classifier_config(classifier.find_config(args.args), args.set)))
-    differing = {key for key in both[0] if both[0][key] != both[1][key]}
-    assert differing == {"synthetic", "output_dir"}
+def test_the_arms_of_the_demo_differ_in_what_they_add_alone_and_add_equally_many() -> None:
+    steps = {name: next(s for s in demo_steps() if s.name == f"classifier_{name}") for name in ARMS}
+    assert len({step.run.partition("--seeds")[2] for step in steps.values()}) == 1
+    configs = {name: vars(classifier_config(step)) for name, step in steps.items()}
+    differing = {key for key in configs["real"] if len({str(config[key]) for config in configs.values()}) > 1}
+    assert differing == {"synthetic", "use_synthetic", "ratio", "output_dir"}
+    assert configs["duplicated"]["ratio"] == configs["augmented"]["ratio"] > 0
+    assert configs["real"]["synthetic"] == configs["duplicated"]["synthetic"] == []

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,15 @@ def draw(folder: Path, parent: Path, prompt: str, kind: str | None, severity: st
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
+def write_metrics(folder: Path, arm: str = "", **values: float) -> None:
+    """metrics.json of a classifier of this arm with these test numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {"n_train_healthy": 9, "n_train_diseased": 2, "n_test": 20, "n_test_diseased": 10}
+    counts |= {"n_synthetic_used": 6 * (arm == "augmented"), "n_duplicated": 6 * (arm == "duplicated")}
+    measured = {key: {"value": value, "low": 0.7, "high": 0.9} for key, value in values.items()}
+    (folder / "metrics.json").write_text(json.dumps({"test": measured, **counts}))
+
+
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
     out = tmp_path / "demo_output"
@@ -87,13 +97,11 @@ def demo(tmp_path: Path) -> Path:
     ]
     for name, rows in judged.items():
         write_csv(out / "classifier_judge" / f"predictions_{name}.csv", rows)
-    test = [{"label": "healthy", "disease_probability": 0.2}, {"label": "diseased", "disease_probability": 0.8}]
-    for name, auc, more in (("judge", 0.99, {"type_accuracy": 0.9}), ("real", 0.8, {}), ("augmented", 0.85, {})):
-        values = {"auc": auc, **more}
-        measured = {key: {"value": value, "low": 0.7, "high": 0.9} for key, value in values.items()}
-        metrics = {"test": measured, "n_synthetic_used": 6 if name == "augmented" else 0, "n_test": 2}
-        write_csv(out / f"classifier_{name}" / "predictions_test.csv", test)
-        (out / f"classifier_{name}" / "metrics.json").write_text(json.dumps(metrics))
+    write_metrics(out / "classifier_judge", auc=0.99, type_accuracy=0.9)
+    aucs = {"real": (0.8, 0.84), "duplicated": (0.83, 0.85), "augmented": (0.85, 0.89)}
+    for arm, values in aucs.items():
+        for seed, auc in enumerate(values):
+            write_metrics(out / f"classifier_{arm}" / f"seed_{seed}", arm, auc=auc, recall=0.5)
     for stage in STAGES:
         cosine = 0.5 if stage == "stage1" else ""
         rows = [{"epoch": e, "train_loss": 1 / (e + 1), "val_loss": 0.5, "val_cosine": cosine} for e in range(3)]
@@ -150,8 +158,9 @@ def test_the_summary_holds_exactly_the_known_numbers(demo: Path) -> None:
         "subtle_detection_rate": 0.0,
         "subtle_prompt_agreement": 1.0,
         "changed_outside_pixels": 5,
-        "auc_real": 0.8,
-        "auc_augmented": 0.85,
+        "auc_real": pytest.approx(0.82),
+        "auc_duplicated": pytest.approx(0.84),
+        "auc_augmented": pytest.approx(0.87),
         "n_synthetic": 6,
         "minutes": 2.5,
     }
@@ -162,6 +171,42 @@ def test_the_summary_holds_exactly_the_known_numbers(demo: Path) -> None:
     assert (judge["test_auc"], judge["test_type_accuracy"]) == (0.99, 0.9)
     assert (judge["heldout_detection_rate"], judge["heldout_type_agreement"]) == (1.0, 0.5)
     assert judge["heldout_false_alarm_rate"] == 0.5
+    arms = summary["classifiers"]
+    assert arms["augmented"]["auc"]["values"] == [0.85, 0.89]
+    assert {arm: (each["n_duplicated"], each["n_synthetic_used"]) for arm, each in arms.items()} == {
+        "real": (0, 0),
+        "duplicated": (6, 0),
+        "augmented": (0, 6),
+    }
+    change = summary["auc_differences"]["augmented - duplicated"]
+    assert change["values"] == pytest.approx([0.02, 0.04])
+    half = 12.706 * 0.01  # Student's t for two values: 12.706 times their standard error
+    assert [change[key] for key in ("mean", "low", "high")] == pytest.approx([0.03, 0.03 - half, 0.03 + half], abs=1e-4)
+    assert set(summary["auc_differences"]) == {
+        "duplicated - real",
+        "augmented - real",
+        "augmented - duplicated",
+    }
+
+
+def test_one_seed_has_no_interval(demo: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for folder in demo.glob("classifier_*/seed_1"):
+        shutil.rmtree(folder)
+    caplog.set_level("INFO")
+    assert run(demo) == 0
+    summary = json.loads((demo / "summary.json").read_text())
+    assert summary["classifiers"]["real"]["auc"] == {"mean": 0.8, "low": None, "high": None, "values": [0.8]}
+    assert "test AUC real images only: 0.800" in caplog.messages
+
+
+def test_a_seed_that_an_arm_lacks_or_has_not_tested_is_named_with_its_step(demo: Path) -> None:
+    metrics = demo / "classifier_augmented" / "seed_1" / "metrics.json"
+    metrics.write_text('{"n_test": 0}')
+    with pytest.raises(MedSoftError, match=r"metrics.json: holds no test AUC; run the step classifier_augmented"):
+        run(demo)
+    metrics.unlink()
+    with pytest.raises(MedSoftError, match=r"seed_1/metrics.json: does not exist; run the step classifier_augmented"):
+        run(demo)
 
 
 def test_the_report_parses_and_everything_it_shows_exists(demo: Path) -> None:
@@ -190,14 +235,14 @@ def test_the_report_parses_and_everything_it_shows_exists(demo: Path) -> None:
         ("results_base", "draw_base"),
         ("classifier_judge/metrics.json", "judge"),
         ("classifier_judge/predictions_results_base.csv", "judge"),
-        ("classifier_real/metrics.json", "classifier_real"),
-        ("classifier_augmented/predictions_test.csv", "classifier_augmented"),
+        ("classifier_real/seed_0/metrics.json", "classifier_real"),
+        ("classifier_duplicated", "classifier_duplicated"),
         ("unet_only/metrics.csv", "unet_only"),
     ],
 )
 def test_what_is_missing_is_named_with_its_step(demo: Path, path: str, step: str) -> None:
     (demo / path).rename(demo / "elsewhere")
-    with pytest.raises(MedSoftError, match=rf"{path}: does not exist; run the step {step}: .* --only {step}$"):
+    with pytest.raises(MedSoftError, match=rf"{path}\S*: does not exist; run the step {step}: .* --only {step}$"):
         run(demo)
     assert not (demo / "summary.json").exists()
 
