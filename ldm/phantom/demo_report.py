@@ -263,8 +263,12 @@ def chance_agreement(prompted: Sequence[str], named: Sequence[str]) -> float:
 
 
 def _over_seeds(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean, interval and values of each number over the seeds of an arm; the counts, which are the same for all."""
-    found = {name: _mean([each[name] for each in metrics]) for name in CLASSIFIER_ROWS if metrics[0].get(name)}
+    """Mean, interval and values of each number over the seeds of an arm; the counts, which are the same for all.
+
+    A number that is undefined for one of the seeds is left out.
+    """
+    values = {name: [each.get(name) for each in metrics] for name in CLASSIFIER_ROWS}
+    found = {name: _mean(every) for name, every in values.items() if None not in every}
     return found | {name: metrics[0].get(name) for name in COUNTS}
 
 
@@ -318,7 +322,10 @@ def write_report(inputs: Inputs, summary: Mapping[str, Any]) -> None:
         samples=write_cards(path, "sample", _sample_cards(inputs.images)),
         controls=write_cards(path, "control", _control_cards(coarse)),
         type_table=(columns, type_rows),
-        judge_rows=list(summary["judge"].items()),
+        judge_rows=[
+            [key, "{:.3f} to {:.3f}".format(*value) if isinstance(value, list) else value]
+            for key, value in summary["judge"].items()
+        ],
         time_rows=[[name, f"{each:.1f}"] for name, each in [*inputs.seconds.items(), ("total", total)]],
         **_training_plots(inputs, path),
         **_classifiers(summary, path),
@@ -357,14 +364,11 @@ def _training_plots(inputs: Inputs, path: Path) -> dict[str, Any]:
 
 def _classifiers(summary: Mapping[str, Any], path: Path) -> dict[str, Any]:
     arms = summary["classifiers"]
-    rows = [
-        [name, *(_shown_interval(each[name]) for each in arms.values())]
-        for name in CLASSIFIER_ROWS
-        if name in arms["real"]
-    ]
+    rows = [[n, *(_shown_interval(each[n]) if n in each else None for each in arms.values())] for n in CLASSIFIER_ROWS]
+    rows += [[name, *(each[name] for each in arms.values())] for name in COUNTS]
     return {
         "classifier_head": ["", *ARMS.values()],
-        "classifier_rows": rows + [[name, *(each[name] for each in arms.values())] for name in COUNTS],
+        "classifier_rows": rows,
         "difference_rows": [[p, _shown_interval(each, "+")] for p, each in summary["auc_differences"].items()],
         "auc_plot": write_image(path, "auc", auc_figure({title: arms[arm]["auc"] for arm, title in ARMS.items()})),
     }
