@@ -11,19 +11,22 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ldm.core.errors import FileError, MedSoftError
 from ldm.data.png import PNG_SIGNATURE, check_png, check_size
+from ldm.data.tiff import TIFF_HEADS, read_tiff
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 PERCENTILES = (0.5, 99.5)
 _ORIENTATION_TAG = 0x0112
 _ALPHA_MODES = ("LA", "RGBA", "La", "RGBa", "PA")  # Pillow's
-_IMAGE_MAGIC = {PNG_SIGNATURE: "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+_IMAGE_MAGIC = {PNG_SIGNATURE: "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", **dict.fromkeys(TIFF_HEADS, "TIFF")}
 _OTHER_MAGIC = {
     b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
     b"GIF8": "a GIF image",
+    b"\0\0\0\x0cjP": "a JPEG 2000 image",
+    b"\xffO\xffQ": "a JPEG 2000 image",
     b"RIFF": "a WebP or other RIFF file",
     b"%PDF": "a PDF document",
     b"PK\x03\x04": "a ZIP archive",
@@ -77,68 +80,93 @@ def is_grey(image: np.ndarray) -> bool:
 
 
 def _decode(path: Path, indices: bool, alpha: bool = False) -> np.ndarray:
-    """``alpha``: HxWx4 with nothing hidden, if the file has an alpha channel."""
+    """The pixels, upright. ``indices``: of a palette. ``alpha``: HxWx2 or HxWx4, nothing hidden, if there is alpha."""
     data, kind = _read_bytes(path)
     try:
         if kind == "PNG":
             check_png(path, data)
-        with Image.open(io.BytesIO(data), formats=[kind]) as opened:
-            check_size(path, *opened.size)
-            frames = getattr(opened, "n_frames", 1) if kind == "TIFF" else 1
-            if frames > 1:
-                raise FileError(path, f"holds {frames} images; expected one")
-            opened.load()
-            deep = _deep_colour(data, kind, alpha)
-            pixels = deep if deep is not None else _pixels(path, opened, indices, alpha)
-            orientation = opened.getexif().get(_ORIENTATION_TAG, 1)
+        found = read_tiff(path, data) if kind == "TIFF" else None
+        if found is None:
+            with Image.open(io.BytesIO(data), formats=[kind]) as opened:
+                check_size(path, *opened.size)
+                if kind == "PNG" and getattr(opened, "n_frames", 1) > 1:
+                    raise FileError(path, "holds several images; expected one")
+                opened.load()
+                deep = kind == "PNG" and data[24] == 16
+                layers = _deep_layers(data, opened) if deep else _layers(opened, indices)
+                found = layers, opened.getexif().get(_ORIENTATION_TAG, 1)
     except MedSoftError:
         raise
     except Image.DecompressionBombError as error:
         raise FileError(path, "declares more pixels than the limit; refused before decoding") from error
     except Exception as error:  # decoders raise many kinds of error on hostile files
-        raise FileError(path, f"damaged {kind}: it cannot be decoded ({error}); copy or export it again") from error
-    return np.ascontiguousarray(_oriented(pixels, orientation))
+        raise FileError(path, _decoding_error(kind, data, error)) from error
+    layers, orientation = found
+    return np.ascontiguousarray(_oriented(layers if alpha else _visible(layers), orientation))
 
 
-def _deep_colour(data: bytes, kind: str, alpha: bool) -> np.ndarray | None:
-    """Pixels of a 16-bit PNG with colour or alpha, which Pillow would cut down to 8 bits; None for any other file."""
-    if kind != "PNG" or data[24] != 16 or data[25] == 0:
-        return None
-    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if decoded is None or decoded.dtype != np.uint16:
-        raise ValueError("its 16-bit pixels cannot be decoded")
-    if decoded.shape[2] == 4 and alpha:
-        return decoded[..., [2, 1, 0, 3]]
-    if decoded.shape[2] == 4:
-        decoded = np.where(decoded[..., 3:] == 0, np.uint16(0), decoded)[..., :3]
-    grey_file = data[25] == 4
-    return decoded[..., 0] if grey_file else decoded[..., ::-1]
+def _deep_layers(data: bytes, opened: Image.Image) -> np.ndarray:
+    """Pixels and alpha of a 16-bit PNG; Pillow would cut colour and alpha down to 8 bits, so OpenCV decodes those."""
+    layers: np.ndarray = np.asarray(opened).astype(np.uint16)
+    if data[25] != 0:
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if decoded is None or decoded.dtype != np.uint16:
+            raise ValueError("its 16-bit pixels cannot be decoded")
+        channels = {2: [2, 1, 0], 4: [0, 3], 6: [2, 1, 0, 3]}[data[25]]  # by PNG's colour type; OpenCV's order is BGRA
+        layers = decoded[..., channels]
+    hidden = opened.info.get("transparency")
+    if hidden is None or data[25] not in (0, 2):
+        return layers
+    colours = layers.reshape(*layers.shape[:2], -1)
+    alpha = np.where((colours == hidden).all(axis=2, keepdims=True), np.uint16(0), np.uint16(65535))
+    return np.concatenate([colours, alpha], axis=2)
 
 
-def _pixels(path: Path, opened: Image.Image, indices: bool, alpha: bool) -> np.ndarray:
+def _layers(opened: Image.Image, indices: bool) -> np.ndarray:
+    """8-bit pixels, and alpha if there is one: HxW, HxWx2, HxWx3 or HxWx4."""
     mode = opened.mode
     if indices and mode == "P":
         return np.asarray(opened)
-    if mode.startswith("I") or mode == "F":
-        return _deep_grey(path, np.asarray(opened))
     if mode in _ALPHA_MODES or "transparency" in opened.info:
-        grey = mode in ("LA", "La", "L", "1")
         rgba = np.asarray(opened.convert("RGBA"))
-        if alpha:
-            return rgba
-        visible = np.where(rgba[..., 3:] == 0, np.uint8(0), rgba[..., :3])
-        return visible[..., 0] if grey or (mode in ("P", "PA") and is_grey(visible)) else visible
+        grey = mode in ("LA", "La", "L", "1") or (mode in ("P", "PA") and is_grey(_visible(rgba)))
+        return rgba[..., [0, 3]] if grey else rgba
     if mode in ("1", "L"):
         return np.asarray(opened.convert("L"))
     colours = np.asarray(opened.convert("RGB"))
     return colours[..., 0] if mode == "P" and is_grey(colours) else colours
 
 
-def _deep_grey(path: Path, values: np.ndarray) -> np.ndarray:
-    low, high = values.min(), values.max()
-    if values.dtype.kind == "f" or low < 0 or high > 65535:
-        raise FileError(path, f"values from {low} to {high}; expected 8- or 16-bit unsigned pixels, export it as such")
-    return values.astype(np.uint16)
+def _visible(layers: np.ndarray) -> np.ndarray:
+    """HxW or HxWx3 without the alpha channel: what lies under alpha 0 becomes 0."""
+    if layers.ndim == 2 or layers.shape[2] == 3:
+        return layers
+    colours = np.where(layers[..., -1:] == 0, layers.dtype.type(0), layers[..., :-1])
+    return colours[..., 0] if colours.shape[2] == 1 else colours
+
+
+def _decoding_error(kind: str, data: bytes, error: Exception) -> str:
+    """Why a file was not decoded: it is damaged, or of a kind that is not supported."""
+    reason = str(error) if "nsupported" in str(error) else None
+    if kind == "TIFF" and isinstance(error, UnidentifiedImageError):  # its directory has been read before
+        reason = "bits, photometric interpretation or byte order"
+    frame = _jpeg_frame(data) if kind == "JPEG" else None
+    if frame is not None and (frame[0] not in (0, 1, 2) or frame[1] != 8):
+        reason = f"coding process {frame[0]}, {frame[1]} bits a sample"
+    if reason:
+        return f"this kind of {kind} file is not supported ({reason}); export it as 8- or 16-bit PNG"
+    return f"damaged {kind}: it cannot be decoded ({error}); copy or export it again"
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int] | None:
+    """The coding process of a JPEG file (n of its SOFn marker; 55 is JPEG-LS) and its bits a sample."""
+    place = 2
+    while place + 5 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return marker - 0xC0, data[place + 4]
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
 
 
 def _oriented(pixels: np.ndarray, orientation: Any) -> np.ndarray:

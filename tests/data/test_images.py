@@ -213,10 +213,10 @@ def test_half_a_jpeg_a_stack_floats_and_a_jpeg_bomb_are_refused(tmp_path: Path) 
         read_image(tmp_path / "big.jpg")
     pages = [Image.new("L", (4, 4)), Image.new("L", (4, 4))]
     pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
-    with pytest.raises(FileError, match="holds 2 images; expected one"):
+    with pytest.raises(FileError, match="holds several images; expected one"):
         read_image(tmp_path / "x.tif")
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(FileError, match=r"values from 0\.5 to 0\.5; expected 8- or 16-bit"):
+    with pytest.raises(FileError, match="32-bit floating-point samples"):
         read_image(tmp_path / "f.tif")
 
 
