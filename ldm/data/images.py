@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ldm.core.errors import FileError, MedSoftError
 from ldm.data.png import PNG_SIGNATURE, check_png, check_size
-from ldm.data.tiff import TIFF_HEADS, read_tiff
+from ldm.data.tiff import TIFF_HEADS, read_tiff, tiff_orientation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 PERCENTILES = (0.5, 99.5)
@@ -53,19 +53,37 @@ def read_labels(path: str | Path) -> np.ndarray:
     return labels if labels.ndim == 2 else labels[..., 0]
 
 
+def read_layers(path: str | Path) -> np.ndarray:
+    """Decode one image file as ``read_image`` does, with its alpha channel, if any, and nothing hidden.
+
+    HxW, HxWx2 (grey, alpha), HxWx3 or HxWx4.
+    """
+    return _decode(Path(path), indices=False, alpha=True)
+
+
 def with_alpha(result: np.ndarray, path: str | Path, inside: np.ndarray) -> np.ndarray:
     """``result`` (HxW or HxWx3, generated from ``read_image(path)``) with the file's own alpha channel: HxWx2 or HxWx4.
 
     Where ``inside`` (bool HxW) is False, the colour that lies under alpha 0 is the file's again. A file without alpha
     gives ``result`` itself.
     """
-    layers = _decode(Path(path), indices=False, alpha=True)
+    layers = read_layers(path)
     channels = 1 if result.ndim == 2 else result.shape[2]
     if layers.ndim == 2 or layers.shape[2] == 3:
         return result
     whole = layers[..., [0, -1]] if channels == 1 else layers.copy()
     whole[inside, :channels] = result.reshape(*result.shape[:2], channels)[inside]
     return whole
+
+
+def orientation_of(path: str | Path) -> int:
+    """The EXIF or TIFF orientation of an image file that can be read: 1 (upright) to 8."""
+    data, kind = _read_bytes(Path(path))
+    if kind == "TIFF":
+        return tiff_orientation(data)
+    with Image.open(io.BytesIO(data), formats=[kind]) as opened:
+        found = opened.getexif().get(_ORIENTATION_TAG, 1)
+    return found if found in range(1, 9) else 1
 
 
 def pixel_digest(pixels: np.ndarray) -> str:

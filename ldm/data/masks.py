@@ -14,22 +14,30 @@ import numpy as np
 
 from ldm.config import FeatherUnit
 from ldm.core.errors import FileError, MedSoftError, UsageError
-from ldm.data.images import is_grey, read_image, read_labels
+from ldm.data.images import is_grey, read_labels, read_layers
 from ldm.data.samples import Sample
 
 TARGET_LABEL = 1  # in anatomy.png: the vertebral body the image is about
+LABELS = {0: "background", TARGET_LABEL: "the vertebra", 2: "other vertebrae", 3: "discs", 4: "spinal canal"}
 SIDES = ("left", "right", "top", "bottom")  # of the image
 DIAMETERS = (0.35, 0.7)  # of lesion-shaped masks, relative to the smaller side of the vertebra
+RIM, NOISY_RIM = (0.1, 0.9), (0.25, 0.75)  # of the maximum: what counts as a transition, without and with noise
+RIM_WIDTH = 2  # pixels: a transition up to this wide is a resampled edge, a wider one a soft border
+MAX_LABELS = 16  # a file with more levels is noisy or soft
 MIN_REGION = 4  # pixels: the smallest side of a region that a lesion-shaped mask fits into
 _PROFILE_POINTS = 4097
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """values: float32 HxW in [0, 1]. soft: the file already holds intermediate values, so no feather is added."""
+    """values: float32 HxW in [0, 1]. soft: the file already holds intermediate values, so no feather is added.
+
+    note: what was done to the file's levels, for a person.
+    """
 
     values: np.ndarray
     soft: bool = False
+    note: str | None = None
 
     @property
     def hard(self) -> np.ndarray:
@@ -45,27 +53,80 @@ class Mask:
 def read_mask(path: str | Path, shape: tuple[int, ...] | None = None, soft: bool = False) -> Mask:
     """Read a mask file for an image of ``shape`` (H, W, ...).
 
-    Two levels {0, v}: hard, v is the lesion (0/1, 0/255, a palette colour on black). More levels with a maximum of at
-    least half the file's range: already soft, value / maximum, rounded to k/255, which is what a ``soft_mask.png`` can
-    hold: a pixel is outside the mask here exactly if it is in the file of the result. Anything else is refused with a
-    FileError that names the maximum; so is a size that differs from the image's. ``soft``: the file is a
-    ``soft_mask.png``, soft even with two levels.
+    What the levels are decides how they are read (see docs/data.md): two levels {0, v}, also with compression noise or
+    a rim from resampling, are hard; a wider smooth transition is soft already: value / maximum, rounded to k/255, which
+    is what a ``soft_mask.png`` can hold: a pixel is outside the mask here exactly if it is in the file of the result.
+    An alpha channel is multiplied in. Flat levels in between are labels. Labels, a maximum below half of the file's
+    range with more than two levels, and a size that differs from the image's are refused with a FileError that names
+    them. ``soft``: the file is a ``soft_mask.png``, soft whatever its levels are.
     """
-    image = read_image(path)
+    layers = read_layers(path)
     if shape is not None:
-        _check_same_size(path, image, shape)
-    levels = _grey_levels(path, image)
+        _check_same_size(path, layers, shape)
+    levels = _grey_levels(path, layers)
     present = np.unique(levels)
     top, highest = int(present[-1]), np.iinfo(levels.dtype).max
     if len(present) == 1 or (len(present) == 2 and present[0] == 0):  # one level: nothing, or everything, is marked
         return Mask((levels > 0).astype(np.float32), soft)
-    if (soft or len(present) > 2) and top >= highest / 2:
-        return Mask(np.rint(levels * (255.0 / top)).astype(np.float32) / 255, soft=True)
-    raise FileError(
-        path,
-        f"{len(present)} levels with a maximum of {top}: neither a hard mask (two levels, one of them 0) nor a soft "
-        f"one (a maximum of at least half of {highest}); save it as 0 and {highest}",
-    )
+    unit = levels / np.float32(top)
+    labels = [] if soft else _labels_between(levels, unit)
+    no_background = len(present) <= MAX_LABELS and present[0] > RIM[0] * top and not soft
+    if labels or no_background or top < highest / 2:
+        named = sorted({int(present[0]), *labels, *present[:4].tolist(), top}) if not labels else [0, *labels, top]
+        raise FileError(
+            path,
+            f"{len(present)} levels with a maximum of {top} (among them {', '.join(map(str, named))}): neither a hard "
+            f"mask (0 and one other level) nor a soft one (a smooth border, a maximum of at least half of {highest}); "
+            f"of labels, save the lesion's alone, as {highest}",
+        )
+    if not soft and _hard_but_for_noise(unit):
+        note = "its mask has compression noise or a rim from resampling: it is read as hard, cut at half of its maximum"
+        return Mask((unit >= 0.5).astype(np.float32), note=note)
+    return Mask(np.rint(unit * 255).astype(np.float32) / 255, soft=True)
+
+
+def _labels_between(levels: np.ndarray, unit: np.ndarray) -> list[int]:
+    """The levels between 0 and the maximum that fill areas, as labels do; a rim or a soft border has none of them.
+
+    Of few levels, those that fill a 3 x 3 area anywhere, even 1 beside 255. Of many (compression noise), those of
+    nearly constant areas between RIM, if two levels hold most of these areas: a wide smooth border has more of them.
+    """
+    kernel, present = np.ones((3, 3), np.uint8), np.unique(levels)
+    if len(present) <= MAX_LABELS:
+        flat = cv2.erode(levels, kernel) == cv2.dilate(levels, kernel)
+        inner = levels[flat & (levels > 0) & (unit < 1)]
+        tiny = present[1:-1][present[1:-1] < RIM[0] * present[-1]] if len(present) == 3 else []
+        return np.unique(inner if len(inner) > 4 else tiny).tolist()
+    smooth, window = cv2.medianBlur(np.rint(unit * 255).astype(np.uint8), 5), np.ones((5, 5), np.uint8)
+    flat = cv2.dilate(smooth, window) - cv2.erode(smooth, window) <= 4
+    between = (smooth > 51) & (smooth < 255 * RIM[1])  # the far ends of a wide border are flat too
+    counts = np.bincount(smooth[flat & between] // 16, minlength=16)
+    most = np.sort(np.argsort(-counts, kind="stable")[:2])
+    if counts.sum() <= 0.12 * np.count_nonzero(between) or counts[most].sum() <= 0.6 * counts.sum():
+        return []
+    return [int(np.median(levels[flat & between & (smooth // 16 == k)])) for k in most if counts[k]]
+
+
+def _hard_but_for_noise(unit: np.ndarray) -> bool:
+    """Whether a mask (HxW in [0, 1]) has no transition wider than two pixels, but for compression noise.
+
+    Between RIM every pixel of such a transition is near both sides. Noise reaches further; where the low values ripple,
+    which those of a smooth border do not, only the transition between NOISY_RIM counts.
+    """
+    low = (unit > 0.01) & (unit < NOISY_RIM[0])
+    neighbours = cv2.dilate(unit, np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]], np.uint8))
+    ripples = np.count_nonzero(low & (unit > neighbours)) > 0.02 * np.count_nonzero(low)
+    return any(_narrow(unit, *limits) for limits in ((RIM, NOISY_RIM) if ripples else (RIM,)))
+
+
+def _narrow(unit: np.ndarray, low: float, high: float) -> bool:
+    between = (unit > low) & (unit < high)
+    sides = (unit > low, unit < high)  # the distance is to the pixels where this is false
+    to_sides = [cv2.distanceTransform(side.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for side in sides]
+    wide = between & (to_sides[0] + to_sides[1] > RIM_WIDTH + 1.5)
+    hard = (unit >= 0.5).astype(np.uint8)
+    edge = hard - cv2.erode(hard, np.ones((3, 3), np.uint8))
+    return bool((unit >= high).any() and np.count_nonzero(wide) <= 0.25 * np.count_nonzero(edge))
 
 
 def _check_same_size(path: str | Path, found: np.ndarray, shape: tuple[int, ...]) -> None:
@@ -78,15 +139,22 @@ def _check_same_size(path: str | Path, found: np.ndarray, shape: tuple[int, ...]
         )
 
 
-def _grey_levels(path: str | Path, image: np.ndarray) -> np.ndarray:
-    """HxW levels of a mask image: grey as it is, one colour on black by its strongest channel."""
-    if image.ndim == 2:
-        return image
-    if is_grey(image):
-        return np.ascontiguousarray(image[..., 0])
-    strongest = image.max(axis=2)
-    colours = np.unique(image[strongest > 0].reshape(-1, 3), axis=0)
-    if len(colours) > 1:
+def _grey_levels(path: str | Path, layers: np.ndarray) -> np.ndarray:
+    """HxW levels of a mask image: grey as it is, shades of one colour by its strongest channel; times its alpha."""
+    if layers.ndim == 2:
+        return layers
+    if layers.shape[2] in (2, 4):
+        highest = np.iinfo(layers.dtype).max
+        share = layers[..., -1:] / np.float64(highest)
+        colours = np.rint(layers[..., :-1] * share).astype(layers.dtype)
+        return _grey_levels(path, colours[..., 0] if colours.shape[2] == 1 else colours)
+    if is_grey(layers):
+        return np.ascontiguousarray(layers[..., 0])
+    strongest = layers.max(axis=2)
+    colour = layers[np.unravel_index(strongest.argmax(), strongest.shape)] / np.float64(strongest.max())
+    shades = np.abs(layers - strongest[..., None] * colour) <= 0.02 * strongest.max()
+    if not shades.all():
+        colours = np.unique(layers[strongest > 0].reshape(-1, 3), axis=0)
         raise FileError(
             path,
             f"a colour mask with {len(colours)} colours besides black (maximum {strongest.max()}); expected one: "
@@ -96,10 +164,39 @@ def _grey_levels(path: str | Path, image: np.ndarray) -> np.ndarray:
 
 
 def read_anatomy(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The label map HxW: 0 background, 1 target vertebra, 2 other vertebrae, 3 discs, 4 spinal canal."""
+    """The label map HxW: 0 background, 1 target vertebra, 2 other vertebrae, 3 discs, 4 spinal canal.
+
+    FileError naming the levels for any other ones (another numbering, a map saved as 0 and 255, or in 2 or 4 bits,
+    which are scaled when they are read).
+    """
     labels = read_labels(path)
     _check_same_size(path, labels, shape)
+    present = np.unique(labels).tolist()
+    if present[-1] > max(LABELS):
+        shown = ", ".join(map(str, present[:8])) + (", ..." if len(present) > 8 else "")
+        meaning = ", ".join(f"{number} {name}" for number, name in LABELS.items())
+        raise FileError(path, f"has the levels {shown}; expected a label map of {meaning}: renumber it, with 8 bits")
     return labels
+
+
+def stray_parts(hard: np.ndarray) -> list[tuple[int, int, int]]:
+    """(pixels, row, column) of the parts of a lesion (bool HxW) that are probably no lesion, largest first.
+
+    Beside its largest part: those of at most 2 pixels or a two-hundredth of it, and those further away than twice its
+    equivalent diameter. They make the crop wider, and so the lesion smaller for the model.
+    """
+    count, parts, stats, _ = cv2.connectedComponentsWithStats(hard.astype(np.uint8), connectivity=8)
+    if count <= 2:
+        return []
+    areas = stats[1:, cv2.CC_STAT_AREA]
+    main = int(areas.argmax())
+    away = cv2.distanceTransform((parts != main + 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    gaps = np.full(count, np.inf)
+    np.minimum.at(gaps, parts[hard], away[hard])
+    far = gaps[1:] > 2 * equivalent_diameter(parts == main + 1)
+    strange = [k for k in np.argsort(-areas) if k != main and (far[k] or areas[k] <= max(2, areas[main] / 200))]
+    tops, lefts = stats[1:, cv2.CC_STAT_TOP], stats[1:, cv2.CC_STAT_LEFT]
+    return [(int(areas[k]), int(tops[k]), int(lefts[k])) for k in strange]
 
 
 def extents(region: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -140,6 +140,11 @@ def read_tiff(path: Path, data: bytes) -> tuple[np.ndarray, int] | None:
     return _black_is_zero(path, layout, _stored_samples(data, layout)), layout.orientation
 
 
+def tiff_orientation(data: bytes) -> int:
+    """The orientation tag of a TIFF file that can be read: 1 (upright) to 8."""
+    return _directory(data)[0].orientation
+
+
 def _directory(data: bytes) -> tuple[TiffLayout, bool]:
     """The first directory, and whether another one follows; struct.error if the file ends before they do."""
     order, big = "<" if data[:2] == b"II" else ">", b"+" in data[2:4]
