@@ -141,7 +141,7 @@ def test_label_maps_of_other_numbers_are_refused_with_them(tmp_path: Path, level
     write_png(tmp_path / "anatomy.png", np.array([levels], np.uint8))
     named = ", ".join(map(str, levels))
     with pytest.raises(
-        FileError, match=f"has the levels {named}; expected a label map of 0 background, 1 the vertebra"
+        FileError, match=f"has the levels {named}; expected a label map of 0 background, 1 the vert"
     ):
         read_anatomy(tmp_path / "anatomy.png", (1, len(levels)))
 
