@@ -74,9 +74,20 @@ class CropWindow:
     width: int
     size: int
 
-    def forward(self, image: np.ndarray) -> np.ndarray:
-        """HxW(x3) -> size x size(x3), float32: area average down, cubic up (never beyond the values present)."""
-        return _resized(self._cut(image).astype(np.float32), self.size, self.size)
+    def forward(self, image: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
+        """HxW(x3) -> size x size(x3), float32: area average down, cubic up (never beyond the values present).
+
+        ``hidden`` (bool HxW): pixels that no other one of the result may depend on, although cubic interpolation
+        reaches two pixels around. Where ``forward_mask(hidden)`` is 0 the result is that of the image with the nearest
+        visible pixels in their place.
+        """
+        cut = self._cut(image).astype(np.float32)
+        whole = _resized(cut, self.size, self.size)
+        if hidden is None or self.size <= min(self.height, self.width):  # an area average reaches no further
+            return whole
+        filled = _resized(_with_nearest(cut, ~self._cut(hidden)), self.size, self.size)
+        inside = self.forward_mask(hidden) > 0
+        return np.where(inside if whole.ndim == 2 else inside[..., None], whole, filled)
 
     def forward_mask(self, mask: np.ndarray) -> np.ndarray:
         """HxW in [0, 1] (or bool) -> size x size float32; each pixel is the maximum of what it covers.
@@ -114,6 +125,18 @@ def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
             rule = cv2.INTER_AREA if smaller else cv2.INTER_CUBIC
             image = cv2.resize(image, (columns, rows), interpolation=rule)
     return np.clip(image, low, high)
+
+
+def _with_nearest(image: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """``image`` with the nearest visible pixel in place of each other one; mid-grey, 0.5, if none is visible."""
+    if not visible.any():
+        return np.full_like(image, 0.5)
+    _, nearest = cv2.distanceTransformWithLabels(
+        (~visible).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    values = np.zeros((int(nearest.max()) + 1, *image.shape[2:]), image.dtype)
+    values[nearest[visible]] = image[visible]
+    return values[nearest]
 
 
 def _max_resized(mask: np.ndarray, size: int) -> np.ndarray:

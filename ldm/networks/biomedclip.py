@@ -65,8 +65,13 @@ class BiomedClip(ImageTextEncoder):
         self.freeze()
 
     def normalise(self, image: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Image (B, 3, S, S) in [-1, 1] -> encoder input; ``hidden`` (B, 1, S, S) > 0 becomes 0 after normalisation."""
+        """Image (B, 3, S, S) in [-1, 1] -> encoder input; ``hidden`` (B, 1, S, S) > 0 becomes 0 after normalisation.
+
+        Hidden pixels are replaced before the image is resampled, so no pixel of the input depends on them.
+        """
         size = (self.image_size, self.image_size)
+        if hidden is not None:
+            image = torch.where(hidden > 0, 2 * self.image_mean - 1, image)
         resized = F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
         pixels = ((resized + 1) / 2 - self.image_mean) / self.image_std
         if hidden is None:

@@ -140,9 +140,7 @@ def test_shades_of_one_colour_are_one_mask(tmp_path: Path) -> None:
 def test_label_maps_of_other_numbers_are_refused_with_them(tmp_path: Path, levels: list[int]) -> None:
     write_png(tmp_path / "anatomy.png", np.array([levels], np.uint8))
     named = ", ".join(map(str, levels))
-    with pytest.raises(
-        FileError, match=f"has the levels {named}; expected a label map of 0 background, 1 the vert"
-    ):
+    with pytest.raises(FileError, match=f"has the levels {named}; expected a label map of 0 background, 1 the vert"):
         read_anatomy(tmp_path / "anatomy.png", (1, len(levels)))
 
 

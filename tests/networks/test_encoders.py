@@ -272,6 +272,19 @@ def test_preparation_of_other_sizes_agrees_with_open_clip(download: Path, tmp_pa
     assert (ours.normalise(image)[0] - transform(Image.fromarray(smooth))).abs().max() < 1.5 / 255 / 0.26
 
 
+def test_no_pixel_of_the_encoders_input_depends_on_a_hidden_one() -> None:
+    """Sizes above and below the encoder's own, odd regions: resampling reaches across the region's border."""
+    clip = BiomedClip(CLIP)
+    generator = torch.Generator().manual_seed(0)
+    for size in (48, 64, 75, 200):
+        hidden = torch.zeros(1, 1, size, size)
+        hidden[..., size // 3 : size // 2, size // 5 : size // 2 + 1] = 1
+        first = torch.rand(1, 3, size, size, generator=generator) * 2 - 1
+        other = torch.rand(1, 3, size, size, generator=generator) * 2 - 1
+        second = torch.where(hidden > 0, other, first)
+        assert torch.equal(clip.normalise(first, hidden), clip.normalise(second, hidden))
+
+
 def test_text_ids_agree_with_word_pieces_of_their_own(download: Path) -> None:
     from tokenizers import BertWordPieceTokenizer
 
