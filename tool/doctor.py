@@ -3,8 +3,9 @@
     python tool/doctor.py --config models/mldm_v15_stage1.yaml --ckpt ckpt_for_stage1.ckpt --save_path stage1_MSC
     python tool/doctor.py --data /path/to/dataset
 
-Every file of the data is decoded. Nothing is written but, with --output, the findings as JSON. Exit code 0: fit to
-train (perhaps with warnings), 3: some samples cannot be used, 1: training would stop or learn something wrong.
+Every file of the data is decoded. A page shows all samples with the outlines of masks and label maps: look at it, as a
+mirrored or shifted mask is a sound file. Nothing else is written but, with --output, the findings as JSON. Exit code 0:
+fit to train (perhaps with warnings), 3: some samples cannot be used, 1: training would stop or learn something wrong.
 """
 
 import argparse
@@ -29,6 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", type=int, default=1, help="devices that share a batch")
     parser.add_argument("--workers", type=int, help="processes that read files (default: one per core)")
     parser.add_argument("--output", type=Path, help="JSON file for all findings")
+    page = Path("doctor_overlays.html")
+    parser.add_argument("--overlays", type=Path, default=page, help="page of all samples with their outlines")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser
 
@@ -48,7 +51,8 @@ def main(args: argparse.Namespace) -> int:
 
     given = [f"biomedclip.path={args.biomedclip}"] if args.biomedclip else []
     config = load_config(args.config, [*given, *args.overrides]) if args.config else None
-    found = list(check_everything(sets, config, args.ckpt, args.save_path, args.devices, args.workers))
+    flags = args.ckpt, args.save_path, args.devices, args.workers, args.overlays
+    found = list(check_everything(sets, config, *flags))
     counts = log_findings(found)
     if args.output:
         write_json(args.output, [vars(finding) for finding in found])

@@ -28,6 +28,14 @@ MIN_REGION = 4  # pixels: the smallest side of a region that a lesion-shaped mas
 _PROFILE_POINTS = 4097
 
 
+ORIENTATION_NOTE = (
+    "its image and its mask have different EXIF orientations: if the mask was made on the stored pixels, it lies at "
+    "another place; look at the overlays of tool/doctor.py"
+)
+STRAY_NOTE = "its mask has a part that is tiny, or far from the largest one (stray pixels?), which makes the crop wider"
+NOISE_NOTE = "its mask has compression noise or a rim from resampling: it is read as hard, cut at half of its maximum"
+
+
 @dataclass(frozen=True, eq=False)
 class Mask:
     """values: float32 HxW in [0, 1]. soft: the file already holds intermediate values, so no feather is added.
@@ -80,8 +88,7 @@ def read_mask(path: str | Path, shape: tuple[int, ...] | None = None, soft: bool
             f"of labels, save the lesion's alone, as {highest}",
         )
     if not soft and _hard_but_for_noise(unit):
-        note = "its mask has compression noise or a rim from resampling: it is read as hard, cut at half of its maximum"
-        return Mask((unit >= 0.5).astype(np.float32), note=note)
+        return Mask((unit >= 0.5).astype(np.float32), note=NOISE_NOTE)
     return Mask(np.rint(unit * 255).astype(np.float32) / 255, soft=True)
 
 

@@ -1,5 +1,5 @@
 """What tool/doctor.py looks at before a training: every file of the data, the splits, the checkpoint, the installation,
-disk and memory. Each check yields Findings; nothing is written and nothing is trained."""
+disk and memory. Each check yields Findings; nothing is trained, and only the page of overlays is written."""
 
 import logging
 import os
@@ -21,7 +21,10 @@ from ldm.core.errors import MedSoftError
 from ldm.core.files import read_text
 from ldm.data.annotations import load_samples
 from ldm.data.checks import annotation_rows, check_classes, leaks, similar_prompts
+from ldm.data.images import orientation_of, pixel_digest, read_image
+from ldm.data.masks import ORIENTATION_NOTE, STRAY_NOTE, read_anatomy, read_mask, stray_parts
 from ldm.data.samples import Sample
+from ldm.reports.overlays import write_overlays
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +62,6 @@ class DatasetInspection:
 
 def look(sample: Sample) -> DatasetInspection:
     """Decode all files of a sample."""
-    from ldm.data.images import pixel_digest, read_image
-    from ldm.data.masks import read_anatomy, read_mask
-
     try:
         image = read_image(sample.image)
     except MedSoftError as error:
@@ -72,6 +72,10 @@ def look(sample: Sample) -> DatasetInspection:
         faults.append(Finding("warning", str(sample.image), f"every pixel is {image.min()}: an empty picture"))
     try:
         mask = read_mask(sample.mask, image.shape) if sample.mask else None
+        if mask is not None and mask.note:
+            faults.append(Finding("warning", str(sample.mask), mask.note))
+        if sample.mask and orientation_of(sample.image) != orientation_of(sample.mask):
+            faults.append(Finding("warning", str(sample.mask), ORIENTATION_NOTE))
         if sample.soft_mask:
             read_mask(sample.soft_mask, image.shape, soft=True)
         if sample.anatomy:
@@ -92,14 +96,22 @@ def _mask_faults(file: str, mask: Any) -> Iterator[Finding]:
         yield Finding("warning", file, text)
     elif edge > HUGE_MASK:
         yield Finding("warning", file, "marks most of the image's border: inverted? 1 (white) is the lesion")
+    for pixels, row, column in stray_parts(mask.hard)[:3]:
+        yield Finding("warning", file, f"{STRAY_NOTE}: {pixels} pixels from row {row}, column {column} on")
 
 
 def check_everything(
-    sets: dict[str, Path], config: Config | None, ckpt: Path | None, save_path: Path, devices: int, workers: int | None
+    sets: dict[str, Path],
+    config: Config | None,
+    ckpt: Path | None,
+    save_path: Path,
+    devices: int,
+    workers: int | None,
+    overlays: Path | None = None,
 ) -> Iterator[Finding]:
     """All checks of data sets (name -> dataset folder or annotation file), and of what ``config`` shall train on them.
 
-    The quick ones come first.
+    The quick ones come first. ``overlays``: the page to write of all samples with their outlines.
     """
     yield from check_installation()
     if config:
@@ -108,7 +120,7 @@ def check_everything(
         if config.training.stage and not misfits:
             trained = {name: path for name, path in sets.items() if name != "test"}
             yield from check_disk_and_memory(config, trained, save_path, devices)
-    yield from check_data(sets, workers)
+    yield from check_data(sets, workers, overlays)
 
 
 def log_findings(found: Sequence[Finding]) -> Counter[str]:
@@ -126,7 +138,7 @@ def log_findings(found: Sequence[Finding]) -> Counter[str]:
 # ------------------------------------------------------------------------------------------------------- data
 
 
-def check_data(sets: dict[str, Path], workers: int | None = None) -> Iterator[Finding]:
+def check_data(sets: dict[str, Path], workers: int | None = None, overlays: Path | None = None) -> Iterator[Finding]:
     """Every file of the data sets (name -> dataset folder or annotation file), each split, and between them."""
     everyone, rows, seconds = [], [], 0.0
     for name, path in sets.items():
@@ -144,6 +156,9 @@ def check_data(sets: dict[str, Path], workers: int | None = None) -> Iterator[Fi
         yield from _repeated(name, looks)
         rows += annotation_rows(name, samples, {seen.sample_id: seen.digest for seen in looks if seen.digest})
         everyone += samples
+    if overlays and everyone:
+        shown = write_overlays(overlays, everyone)
+        log.info("%s: look whether the outlines of these %d samples lie where they belong", overlays, shown)
     words = (len(everyone), seconds, 60 * len(everyone) / max(seconds, 1e-9))
     log.info("every file of %d samples decoded in %.1f s (%.0f samples a minute)", *words)
     yield from (Finding("error", " and ".join(sets), leak) for leak in leaks(rows))

@@ -24,7 +24,8 @@ BODY = np.random.default_rng(0).integers(20, 200, (20, 24), dtype=np.uint8)
 
 
 def findings(tmp_path: Path, *given: Any) -> tuple[int, list[dict[str, str]]]:
-    code = call(doctor, *given, "--output", tmp_path / "findings.json", "--workers", 1)
+    written = ("--output", tmp_path / "findings.json", "--overlays", tmp_path / "overlays.html")
+    code = call(doctor, *given, *written, "--workers", 1)
     return code, json.loads((tmp_path / "findings.json").read_text())
 
 

@@ -1,0 +1,104 @@
+"""Sheets of samples with the outlines of their masks and label maps, to be looked at before a training. No torch.
+
+A mirrored, transposed or shifted mask is a sound file of the right size: only a person sees that it lies elsewhere.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from ldm.core.errors import MedSoftError
+from ldm.core.tables import shortened
+from ldm.data.images import intensity_range_of, read_image, to_unit
+from ldm.data.masks import LABELS, read_anatomy, read_mask
+from ldm.data.samples import Sample, shown
+from ldm.reports.comparison import colour
+from ldm.reports.html import files_folder, write_image, write_page
+
+TILE, GAP, CAPTION, HEAD = 240, 10, 36, 30  # pixels
+COLUMNS, ROWS = 5, 4  # of a sheet
+MASK_COLOUR = (255, 64, 64)
+LABEL_COLOURS = {1: (80, 220, 100), 2: (90, 150, 255), 3: (245, 210, 70), 4: (90, 225, 230)}
+
+
+def write_overlays(page: Path, samples: Sequence[Sample]) -> int:
+    """Write ``page`` (HTML) and its sheets, a PNG for each 20 samples; returns how many samples they show.
+
+    Samples whose files cannot be read are left out. Sheets of an earlier, longer page are removed.
+    """
+    sheets, tiles = [], []
+    for sample in tqdm(samples, "overlays", unit=" samples", disable=None):
+        try:
+            tiles.append((sample, overlay(sample)))
+        except MedSoftError:
+            continue  # a finding of the doctor's by itself
+    step = COLUMNS * ROWS
+    for first in range(0, len(tiles), step):
+        part = tiles[first : first + step]
+        source = write_image(page, f"sheet_{first // step + 1:04d}", _sheet(part))
+        names = [shown(sample.sample_id) for sample, _ in part]
+        sheets.append({"source": source, "names": names, "first": first + 1, "last": first + len(part)})
+    for file in files_folder(page).glob("sheet_*.png"):
+        if file.stem not in {Path(sheet["source"]).stem for sheet in sheets}:
+            file.unlink()
+    write_page(page, "overlays", sheets=sheets, count=len(tiles), legend=_legend())
+    return len(tiles)
+
+
+def overlay(sample: Sample) -> np.ndarray:
+    """The sample's image, TILE x TILE x 3 uint8, with the outlines of its mask and of each label of its anatomy."""
+    image = read_image(sample.image)
+    scale = TILE / max(image.shape[:2])
+    width, height = (max(1, round(scale * length)) for length in image.shape[1::-1])
+    unit = to_unit(image, intensity_range_of(image, sample.meta.get("window")))
+    filter_ = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    small = colour(cv2.resize(unit, (width, height), interpolation=filter_))
+    regions = []
+    if sample.anatomy is not None:
+        labels = read_anatomy(sample.anatomy, image.shape)
+        regions += [(labels == label, LABEL_COLOURS[label]) for label in LABEL_COLOURS]
+    if sample.mask is not None:
+        regions.append((read_mask(sample.mask, image.shape).hard, MASK_COLOUR))
+    for region, rgb in regions:
+        reduced = cv2.resize(region.astype(np.float32), (width, height), interpolation=filter_) > 0
+        inner = cv2.erode(reduced.astype(np.uint8), np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT)
+        small[reduced & (inner == 0)] = rgb
+    tile = np.full((TILE, TILE, 3), 24, np.uint8)
+    top, left = (TILE - height) // 2, (TILE - width) // 2
+    tile[top : top + height, left : left + width] = small
+    return tile
+
+
+def _legend() -> dict[str, tuple[int, int, int]]:
+    """Colours by what they outline."""
+    return {"mask": MASK_COLOUR} | {LABELS[label]: rgb for label, rgb in LABEL_COLOURS.items()}
+
+
+def _sheet(tiles: Sequence[tuple[Sample, np.ndarray]]) -> np.ndarray:
+    rows = -(-len(tiles) // COLUMNS)
+    size = (GAP + COLUMNS * (TILE + GAP), HEAD + rows * (TILE + CAPTION) + GAP)
+    sheet = Image.new("RGB", size, (12, 14, 18))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    place = GAP
+    for name, rgb in _legend().items():
+        pen.text((place, 8), name, rgb, font)
+        place += 24 + int(pen.textlength(name, font))
+    for number, (sample, tile) in enumerate(tiles):
+        left, top = GAP + number % COLUMNS * (TILE + GAP), HEAD + number // COLUMNS * (TILE + CAPTION)
+        sheet.paste(Image.fromarray(tile), (left, top))
+        kind = "healthy" if sample.healthy else sample.lesion_type or "diseased"
+        pen.text((left, top + TILE + 2), _fitting(pen, shown(sample.sample_id), font), (235, 238, 242), font)
+        pen.text((left, top + TILE + 17), shortened(f"{sample.level or 'no level'}, {kind}", 36), (150, 160, 172), font)
+    return np.asarray(sheet)
+
+
+def _fitting(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """``text`` cut on the left, where names differ least, until it is no wider than a tile."""
+    cut = text
+    while pen.textlength(cut, font) > TILE:
+        cut = "…" + cut[2:]
+    return cut
