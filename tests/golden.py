@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from ldm.config import DiffusionConfig
+from ldm.diffusion.schedule import NoiseSchedule
+
 LIST = Path(__file__).parent / "sd-v1-5-inpainting.keys.txt"
 
 
@@ -28,7 +31,7 @@ def golden() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 def original(shapes: dict[str, Iterable[int]] | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random tensors under every key of the original file; ``shapes`` replaces the true ones."""
+    """Random weights under every key of the original file, its noise schedule; ``shapes`` replaces the true ones."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for key, (true_shape, dtype) in golden().items():
@@ -37,6 +40,8 @@ def original(shapes: dict[str, Iterable[int]] | None = None, seed: int = 0) -> d
             made[key] = torch.empty(shape).uniform_(-0.1, 0.1, generator=generator)
         else:
             made[key] = torch.arange(77).reshape(1, 77) if shape else torch.tensor(0, dtype=dtype)
+    made["alphas_cumprod"] = NoiseSchedule(DiffusionConfig()).alphas_cumprod.clone()
+    made["betas"] = 1 - made["alphas_cumprod"] / torch.cat([torch.ones(1), made["alphas_cumprod"][:-1]])
     return made
 
 

@@ -10,6 +10,7 @@ import torch
 
 import dataset_infer
 import ver_train
+from ldm.core.errors import MedSoftError
 from tool import export_diffusers, inspect_checkpoint, model_convert, tool_merge_for_stage2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +44,16 @@ def call(module: ModuleType, *argv: Any) -> int:
 
 def convert(source: Path, output: Path, *more: Any) -> int:
     return call(model_convert, "--input_path", source, "--output_path", output, "--config", PHANTOM, *more)
+
+
+def refused(source: Path, message: str) -> None:
+    """Conversion of ``source`` is refused in one line that begins with its name, and leaves nothing."""
+    output = source.parent / "out.ckpt"
+    with pytest.raises(MedSoftError, match=message) as caught:
+        convert(source, output)
+    assert str(caught.value).startswith(str(source))
+    assert "\n" not in str(caught.value)
+    assert not output.exists()
 
 
 def merge(stage1: Path, rest: Path, output: Path, *more: Any) -> int:

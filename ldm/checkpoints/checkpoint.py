@@ -7,7 +7,7 @@ How files are read safely and searched for damage: ``ldm.checkpoints.files``. Th
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ PREFIXES = {
 }
 NAMES = {"unet": "U-Net", "autoencoder": "autoencoder", "text": "text encoder", "msc": "MSC"}
 NEW_IN_UNET = re.compile(r"^model\.diffusion_model\..*\.(attn3|norm4)\.")
+WRAPPERS = {"module", "_orig_mod", "base_layer"}  # levels that DDP, torch.compile and peft put into keys
 NESTED = ("state_dict", "model_state_dict", "model", "module")  # where programs put the tensors
 
 
@@ -40,6 +41,7 @@ class Checkpoint:
     metadata: dict[str, Any] = field(default_factory=dict)
     rest: dict[str, Any] = field(default_factory=dict)
     external: list[str] = field(default_factory=list)  # classes of other programs that it names; never run
+    header: dict[str, str] = field(default_factory=dict)  # text metadata of a .safetensors file
 
     def parts(self) -> list[str]:
         """Which of unet, autoencoder, text and msc have keys here."""
@@ -68,7 +70,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     kind = detect_format(path)
     if kind == "safetensors":
         state, header = read_safetensors(path)
-        return Checkpoint(path, state, _parse_metadata(path, header.get("medsoft", "{}")))
+        return Checkpoint(path, state, _parse_metadata(path, header.get("medsoft", "{}")), header=header)
     content, external = read_pickle(path, kind)
     if not isinstance(content, dict):
         raise MedSoftError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
@@ -96,6 +98,20 @@ def _tensors_of(content: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
                 return state, {**inner, **{key: value for key, value in content.items() if key != name}}
     state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     return state, {key: value for key, value in content.items() if key not in state}
+
+
+def plain_keys(path: Path, state: Mapping[str, Tensor], respell: Callable[[str], str] = str) -> dict[str, Tensor]:
+    """``state`` without the levels that wrappers put into its keys, which ``respell`` may change further.
+
+    Raises MedSoftError for a key that is there twice then.
+    """
+    plain: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = respell(".".join(level for level in key.split(".") if level not in WRAPPERS))
+        if name in plain:
+            raise MedSoftError(f"{path}: {key} is there twice, with and without the level its program added")
+        plain[name] = value
+    return plain
 
 
 def write_checkpoint(path: str | Path, state: dict[str, Tensor], metadata: dict[str, Any], **rest: Any) -> None:

@@ -55,6 +55,8 @@ def detect_format(path: Path) -> str:
         kind = "an empty file (an interrupted download?)"
     elif head.startswith(b"version https://git-lfs"):
         kind = "a Git LFS pointer, not the file itself; run `git lfs pull`"
+    elif head.startswith(b"GGUF"):
+        kind = "a GGUF file, whose weights are quantised"
     elif head.lstrip()[:1] == b"<":
         kind = "a web page; the download needs a login or another address"
     else:

@@ -115,10 +115,16 @@ def compare(expected: Mapping[str, Tensor], offered: Mapping[str, Tensor]) -> li
         for key in expected
         if key in offered and offered[key].shape != expected[key].shape
     ]
+    whole = [
+        f"{key} {offered[key].dtype} instead of {expected[key].dtype}"
+        for key in expected
+        if key in offered and expected[key].is_floating_point() and not offered[key].is_floating_point()
+    ]
     return [
         *some("missing", [key for key in expected if key not in offered]),
         *some("left over", [key for key in offered if key not in expected]),
         *some("of another size", shapes),
+        *some("quantised to whole numbers", whole),
     ]
 
 

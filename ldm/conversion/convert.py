@@ -20,8 +20,16 @@ from ldm.checkpoints.checkpoint import (
 from ldm.checkpoints.files import verify
 from ldm.checkpoints.fitting import check_finite, compare
 from ldm.config import Architecture, Config
+from ldm.conversion.agreement import check_agreement
 from ldm.conversion.diffusers_folder import from_folder
-from ldm.conversion.sd_layouts import SourceCheckpoint, check_kind, from_checkpoint, left_behind
+from ldm.conversion.sd_layouts import (
+    UNKNOWN,
+    SourceCheckpoint,
+    check_kind,
+    check_left_over,
+    from_checkpoint,
+    left_behind,
+)
 from ldm.core.errors import MedSoftError
 from ldm.core.files import check_target, fingerprint, sha256_file
 from ldm.core.schema import identity
@@ -48,6 +56,7 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
     else:
         source = from_checkpoint(read_checkpoint(input_path), expected)
     check_kind(source, config.unet)
+    check_agreement(source, config.architecture)
     architecture = identity(config, "architecture")
     asked = fingerprint(["convert", [file.stat().st_size for file in source.files], architecture, seed])
     already_made(output_path, overwrite, asked=asked)
@@ -90,6 +99,8 @@ def convert(
     else:
         wanted = tensors_of(expected, source.own["parts"])
     offered = {key: value for key, value in source.state.items() if key in wanted}
+    if source.own is None and offered.keys() == wanted.keys():  # else the configuration is of another size
+        check_left_over(source, offered)
     problems = compare(wanted, offered)
     if problems:
         raise MedSoftError(
@@ -134,4 +145,5 @@ def log_origin(source: SourceCheckpoint, state: Mapping[str, Tensor], new: Seque
     for line in parameter_table({key: state[key] for key in new}):
         log.info("  %s", line)
     for reason, keys in left_behind([key for key in source.state if key not in state]).items():
-        log.info("left: %d (%s%s): %s", len(keys), ", ".join(keys[:2]), ", ..." if len(keys) > 2 else "", reason)
+        shown = (len(keys), ", ".join(keys[:2]), ", ..." if len(keys) > 2 else "", reason)
+        log.log(logging.WARNING if reason == UNKNOWN else logging.INFO, "left: %d (%s%s): %s", *shown)

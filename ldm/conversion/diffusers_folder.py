@@ -11,12 +11,13 @@ Tensors are the checkpoint's own, bit for bit; three projections of the autoenco
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints.checkpoint import NEW_IN_UNET, PREFIXES, read_checkpoint
+from ldm.checkpoints.checkpoint import NEW_IN_UNET, PREFIXES, plain_keys, read_checkpoint
 from ldm.checkpoints.files import save_safetensors
 from ldm.config import Architecture, DiffusionConfig, UNetConfig
 from ldm.conversion.sd_layouts import SourceCheckpoint
@@ -27,6 +28,7 @@ from ldm.networks.text_encoder import END, SPECIAL, START, clip_settings, clip_v
 FOLDERS = {"unet": "unet", "autoencoder": "vae", "text": "text_encoder"}
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 OURS = "medsoft"
+VARIANTS = ("", ".fp16", ".bf16", ".non_ema")  # between the name of a weight file and its suffix
 RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -96,20 +98,38 @@ def files_of(folder: Path) -> list[Path]:
     """The weight files of a diffusers folder, ours in ``medsoft/`` too; MedSoftError where a part has none."""
     if (folder / "text_encoder_2").exists():
         raise MedSoftError(f"{folder}: is a Stable Diffusion XL model; download Stable Diffusion 1.5 inpainting")
-    return [_weights(folder / name) for name in WEIGHTS] + sorted((folder / OURS).glob("*.safetensors"))
+    parts = [file for name in WEIGHTS for file in _weights(folder / name)]
+    return parts + sorted((folder / OURS).glob("*.safetensors"))
 
 
-def _weights(folder: Path) -> Path:
+def _weights(folder: Path) -> list[Path]:
+    """The file with the weights of one part, or the shards that an index lists; variants only where nothing else is."""
     stem = WEIGHTS[folder.name]
-    bins = {"model": "pytorch_model.bin"}.get(stem, f"{stem}.bin")
-    names = [f"{stem}.safetensors", bins, f"{stem}.fp16.safetensors", bins.replace(".bin", ".fp16.bin")]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
+    stems = {"safetensors": stem, "bin": {"model": "pytorch_model"}.get(stem, stem)}
+    for variant in VARIANTS:
+        for suffix, stem in stems.items():
+            if (folder / f"{stem}{variant}.{suffix}").is_file():
+                return [folder / f"{stem}{variant}.{suffix}"]
+            if (folder / f"{stem}.{suffix}.index{variant}.json").is_file():
+                return _shards(folder / f"{stem}.{suffix}.index{variant}.json")
     raise MedSoftError(
-        f"{folder}: no weights; expected a diffusers folder with unet/, vae/ and text_encoder/, each with one of "
-        f"{', '.join(names)}"
+        f"{folder}: no weights; expected a diffusers folder with unet/, vae/ and text_encoder/, each with "
+        f"{' or '.join(f'{stem}.{suffix}' for suffix, stem in stems.items())}, their shards and index, or a variant "
+        f"({', '.join(VARIANTS[1:])})"
     )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names; MedSoftError for an index that is none, and for a shard that is not there."""
+    content = read_json(index, "index of shards")
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise MedSoftError(f"{index}: expected `weight_map`, which names a file for each tensor; download it again")
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    for file in files:
+        if file.parent != index.parent or not file.is_file():
+            raise MedSoftError(f"{index}: names the shard {file.name}, which is not beside it; download all shards")
+    return files
 
 
 def from_folder(folder: Path, architecture: Architecture, expected: Mapping[str, Tensor]) -> SourceCheckpoint:
@@ -121,14 +141,28 @@ def from_folder(folder: Path, architecture: Architecture, expected: Mapping[str,
     base = [key for key in expected if not NEW_IN_UNET.match(key) and not key.startswith(PREFIXES["msc"])]
     ours = {diffusers_name(key, architecture): key for key in base}
     state: dict[str, Tensor] = {}
+    header: dict[str, str] = {}
     files = files_of(folder)
     for file in files:
-        for name, value in read_checkpoint(file).state.items():
-            part = file.parent.name
-            key = name if part == OURS else ours.get((part, _current(part, name)), f"{part}/{name}")
+        checkpoint, part = read_checkpoint(file), file.parent.name
+        header |= checkpoint.header
+        for name, value in plain_keys(file, checkpoint.state, partial(_current, part)).items():
+            key = name if part == OURS else ours.get((part, name), f"{part}/{name}")
             state[key] = _fitted(value, expected.get(key))
     notes = [f"diffusers folder: {', '.join(file.relative_to(folder).as_posix() for file in files)}"]
-    return SourceCheckpoint(folder, state, files, notes, _own_configuration(folder / OURS / "config.json"))
+    if any(".non_ema." in file.name for file in files):
+        notes.append("non_ema: the weights themselves, of which the folder has no moving average")
+    beside = [
+        file
+        for name in WEIGHTS
+        for file in sorted((folder / name).iterdir())
+        if file.suffix in (".safetensors", ".bin")
+    ]
+    if unread := [file.relative_to(folder).as_posix() for file in beside if file not in files]:
+        notes.append(f"other weights in the folder, not read: {', '.join(unread)}")
+    layers = {f"{part}/{name}".rpartition(".")[0] for part, name in ours}
+    own = _own_configuration(folder / OURS / "config.json")
+    return SourceCheckpoint(folder, state, files, layers, header, None, notes, own)
 
 
 def _own_configuration(path: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import sha256_file
 from ldm.networks.biomedclip_folder import BiomedClipFolder, read_folder, read_tokenizer
 from ldm.networks.encoder import ImageTextEncoder
-from ldm.networks.text_encoder import TruncationWarnings
+from ldm.networks.text_encoder import PromptWarnings
 
 if TYPE_CHECKING:
     from open_clip.model import CustomTextCLIP
@@ -53,7 +53,7 @@ class BiomedClip(ImageTextEncoder):
         self.clip = _built(found)
         length = found.model_cfg["text_cfg"].get("context_length", 256)
         self._tokenizer = read_tokenizer(found.folder, length, self.clip.text.vocab_size)
-        self._cuts = TruncationWarnings()
+        self._warnings = PromptWarnings("BiomedCLIP", "[UNK], a word that is not in its vocabulary")
         self.fingerprint = sha256_file(found.weights_file)
         preprocess = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, **found.preprocess_cfg}
         self.register_buffer("image_mean", torch.tensor(preprocess["mean"])[:, None, None], False)
@@ -92,12 +92,12 @@ class BiomedClip(ImageTextEncoder):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Projected text embeddings (B, text_dim), not normalised. A warning (once a prompt) says what is cut off."""
+        """Projected text embeddings (B, text_dim), not normalised. Warnings say once what is cut or unknown."""
         wrapped, room = self._tokenizer, self._tokenizer.context_length - 2
         for prompt in prompts:
-            found = wrapped.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-            if len(found) > room:
-                self._cuts.report("BiomedCLIP", prompt, room, found)
+            found = wrapped.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+            unknown = found["input_ids"].count(wrapped.tokenizer.unk_token_id)
+            self._warnings.report(prompt, room, found["offset_mapping"], unknown)
         return self.clip.encode_text(wrapped(list(prompts)).to(self.device))
 
 

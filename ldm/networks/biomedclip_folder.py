@@ -7,9 +7,10 @@ has no BERT ``config.json``: the sizes are read off the weights instead, so the 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ldm.checkpoints.checkpoint import read_checkpoint
+from ldm.checkpoints.checkpoint import plain_keys, read_checkpoint
 from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import read_json
 from ldm.core.paths import shipped
@@ -54,11 +55,17 @@ def read_folder(source: str | Path) -> BiomedClipFolder:
         raise MedSoftError(f"{folder}: no tokenizer_config.json; download it too")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise MedSoftError(f"{folder}: no tokenizer; expected tokenizer.json or vocab.txt")
-    state = read_checkpoint(found[0]).state
-    state.pop("text.transformer.embeddings.position_ids", None)  # a buffer that newer transformers do not have
+    state = _read_weights(found[0])
+    for other in found[1:]:
+        differing = _differing(state, _read_weights(other))
+        if differing:
+            raise MedSoftError(
+                f"{folder}: {found[0].name} and {other.name} hold different weights ({len(differing)} tensors, first "
+                f"{differing[0]}); keep the one that is meant"
+            )
     own = folder / "config.json"  # not in the download; kept by who has saved the text tower beside it
     try:
-        bert = read_json(own) if own.is_file() else bert_config(state)
+        bert = _own_config(own) if own.is_file() else bert_config(state)
     except KeyError as error:
         raise MedSoftError(f"{found[0]}: not BiomedCLIP's weights, there is no {error.args[0]}") from error
     return BiomedClipFolder(folder, settings["model_cfg"], settings.get("preprocess_cfg", {}), found[0], state, bert)
@@ -69,8 +76,13 @@ def read_tokenizer(folder: Path, length: int, rows: int) -> "HFTokenizer":
     from open_clip.tokenizer import HFTokenizer
 
     try:
-        made = HFTokenizer(str(folder), context_length=length, clean="whitespace")
+        made = HFTokenizer(str(folder), context_length=length, clean="whitespace", trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
+        if "trust_remote_code" in str(error):
+            raise MedSoftError(
+                f"{folder}: its tokenizer_config.json asks to run code of its own (auto_map), which is never done; "
+                "download the folder as it was published"
+            ) from error
         raise MedSoftError(f"{folder}: damaged tokenizer files ({first_line(error)}); download them again") from error
     if made.tokenizer.pad_token_id is None or len(made.tokenizer) > rows:
         raise MedSoftError(
@@ -78,6 +90,29 @@ def read_tokenizer(folder: Path, length: int, rows: int) -> "HFTokenizer":
             f"{made.tokenizer.pad_token}); the text encoder knows {rows}"
         )
     return made
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    state = plain_keys(path, read_checkpoint(path).state)
+    state.pop("text.transformer.embeddings.position_ids", None)  # a buffer that newer transformers do not have
+    return state
+
+
+def _differing(state: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Keys that only one of two files has, else keys of tensors that differ in type, shape or a value."""
+
+    def equal(a: Tensor, b: Tensor) -> bool:
+        return a.dtype == b.dtype and torch.equal(a, b)
+
+    return sorted(state.keys() ^ other.keys()) or [key for key in state if not equal(state[key], other[key])]
+
+
+def _own_config(path: Path) -> dict[str, Any]:
+    """BERT's config.json without ``auto_map``, the name of code that transformers would offer to run."""
+    found = read_json(path, "BERT configuration")
+    if not isinstance(found, dict):
+        raise MedSoftError(f"{path}: expected keys with values, found {type(found).__name__}")
+    return {key: value for key, value in found.items() if key != "auto_map"}
 
 
 def bert_config(state: dict[str, Tensor]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class ImageTextEncoder(nn.Module, ABC):
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """One vector per prompt, (B, text_dim), not normalised. A warning (once a prompt) says what is cut off."""
+        """One vector per prompt, (B, text_dim), not normalised. Warnings (once a prompt) say what is cut or unknown."""
 
     @abstractmethod
     def embed_image(self, image: Tensor) -> Tensor:

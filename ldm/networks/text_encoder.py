@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,19 +18,28 @@ START, END = 49406, 49407  # CLIP's start and end of text; SD also pads with END
 SPECIAL = {START: "<|startoftext|>", END: "<|endoftext|>"}  # open_clip calls these two otherwise
 
 
-class TruncationWarnings:
-    """Says that a prompt is longer than its encoder reads: each prompt once, with what is lost."""
+class PromptWarnings:
+    """Says what an encoder does not read of a prompt, once for each prompt: the tail, and what it has no token for."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: str, unknown_as: str) -> None:
+        self.encoder, self.unknown_as = encoder, unknown_as
         self.said: set[str] = set()
 
-    def report(self, encoder: str, prompt: str, room: int, offsets: Sequence[tuple[int, int]]) -> None:
-        """Warn that of the prompt's tokens, one (start, end) of ``offsets`` each, only ``room`` are read."""
-        if prompt not in self.said:
-            self.said.add(prompt)
-            texts = shortened(prompt), shortened(prompt[offsets[room][0] :])
+    def report(self, prompt: str, room: int, offsets: Sequence[tuple[int, int]], unknown: int) -> None:
+        """Warn if of the prompt's tokens, one (start, end) of ``offsets`` each, only ``room`` are read, or if some are
+        ``unknown``: how many of them the encoder reads as ``unknown_as``."""
+        if prompt in self.said:
+            return
+        self.said.add(prompt)
+        count = len(offsets)
+        if count > room:
+            lost = shortened(prompt[offsets[room][0] :])
             message = 'prompt cut: %s reads %d of the %d tokens of "%s"; lost is "%s"'
-            log.warning(message, encoder, room, len(offsets), *texts)
+            log.warning(message, self.encoder, room, count, shortened(prompt), lost)
+        if unknown:
+            share = f"{unknown} of the {count} tokens ({100 * unknown / count:.0f} %)"
+            message = 'prompt unknown: %s reads %s of "%s" as %s; write it in English'
+            log.warning(message, self.encoder, share, shortened(prompt), self.unknown_as)
 
 
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -69,7 +79,7 @@ class TextEncoder(nn.Module):
         from transformers import CLIPTextConfig, CLIPTextModel
 
         self.max_length = cfg.max_length
-        self._cuts = TruncationWarnings()
+        self._warnings = PromptWarnings("Stable Diffusion's text encoder", "bytes of letters it has no token for")
         clip = CLIPTextModel(CLIPTextConfig(**clip_settings(cfg)))
         self.transformer = nn.ModuleDict({"text_model": getattr(clip, "text_model", clip)})
 
@@ -84,15 +94,16 @@ class TextEncoder(nn.Module):
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """SD's token ids (B, max_length): start, text, end, then padding with 49407.
 
-        Long prompts lose their tail; a warning (once a prompt) says which words.
+        Long prompts lose their tail; a warning (once a prompt) says which words. Letters without a token of their own
+        are read byte by byte; a warning says how many tokens are such bytes where they are more than a quarter.
         """
         room = self.max_length - 2
         rows = []
         for prompt in prompts:
             found = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
             ids = found["input_ids"]
-            if len(ids) > room:
-                self._cuts.report("Stable Diffusion's text encoder", prompt, room, found["offset_mapping"])
+            pieces = _shared_letters(found["offset_mapping"])
+            self._warnings.report(prompt, room, found["offset_mapping"], pieces if 4 * pieces > len(ids) else 0)
             row = [START, *ids[:room], END]
             rows.append(row + [END] * (self.max_length - len(row)))
         return torch.tensor(rows)
@@ -102,3 +113,9 @@ class TextEncoder(nn.Module):
         device = next(self.parameters()).device
         network = self.transformer["text_model"]
         return network(input_ids=self.tokenize(prompts).to(device)).last_hidden_state
+
+
+def _shared_letters(offsets: Sequence[tuple[int, int]]) -> int:
+    """How many tokens, one (start, end) each, share a letter with a neighbour: they are parts of letters."""
+    shared = [right[0] < left[1] for left, right in pairwise(offsets)]
+    return sum(a or b for a, b in zip([False, *shared], [*shared, False], strict=True)) if offsets else 0

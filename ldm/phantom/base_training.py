@@ -172,7 +172,7 @@ def train_clip(sizes: Architecture, crops: DataConfig, output: Path, steps: int,
     torch.manual_seed(named_seed("clip", seed))
     text_cfg = {**made["text_cfg"], "hf_model_name": str(folder), "hf_model_pretrained": False}
     net = CustomTextCLIP(made["embed_dim"], {**made["vision_cfg"], "timm_model_pretrained": False}, text_cfg)
-    ids = HFTokenizer(str(folder), context_length=made["text_cfg"]["context_length"])(prompts)
+    ids = HFTokenizer(str(folder), context_length=made["text_cfg"]["context_length"], trust_remote_code=False)(prompts)
     size = made["vision_cfg"]["image_size"]
 
     def step(number: int, chosen: Tensor) -> Loss:

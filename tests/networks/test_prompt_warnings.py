@@ -1,0 +1,44 @@
+"""What Stable Diffusion's text encoder has no token for: read byte by byte, and said."""
+
+import pytest
+
+from ldm.config import TextEncoderConfig
+from ldm.networks.text_encoder import TextEncoder
+
+
+@pytest.fixture
+def text_encoder() -> TextEncoder:
+    return TextEncoder(TextEncoderConfig(width=24, layers=1, heads=2))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "share"),
+    [
+        ("脊椎", "6 of the 6 tokens (100 %)"),
+        ("L3椎体中度溶骨性病变", "24 of the 26 tokens (92 %)"),
+        ("αβγ", "6 of the 6 tokens (100 %)"),
+        ("🩻 bone", "3 of the 4 tokens (75 %)"),
+    ],
+)
+def test_letters_without_a_token_are_said_once(
+    text_encoder: TextEncoder, caplog: pytest.LogCaptureFixture, prompt: str, share: str
+) -> None:
+    for _ in range(2):
+        text_encoder.tokenize([prompt])
+    (said,) = caplog.messages
+    assert said.startswith(f'prompt unknown: Stable Diffusion\'s text encoder reads {share} of "{prompt}" as bytes')
+
+
+WRITTEN = [
+    "",
+    "healthy",
+    "Métastase ostéoblastique — vertèbre T11",
+    "café naïve — 12mm²",
+    "lytic lesion of L3, ≥ 12 mm",
+]
+
+
+@pytest.mark.parametrize("prompt", WRITTEN)
+def test_written_with_known_tokens(text_encoder: TextEncoder, caplog: pytest.LogCaptureFixture, prompt: str) -> None:
+    text_encoder.tokenize([prompt])
+    assert not caplog.messages
