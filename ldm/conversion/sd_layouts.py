@@ -131,8 +131,8 @@ def _check_untrained(source: SourceCheckpoint) -> None:
         raise MedSoftError(
             f"{path}: holds {_some(trained)} of a third attention or semantic inpainter, and does not say that a stage "
             "of this repository left them. The published code's read tokens of another number and order, so they are "
-            "not taken; nor are they thrown away. Convert the Stable Diffusion checkpoint that its training started "
-            "from, and train the stages"
+            "not taken; nor are they thrown away. Give the file that the stage left; of another program's, convert the "
+            "Stable Diffusion checkpoint that its training started from, and train the stages"
         )
 
 
