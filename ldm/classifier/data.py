@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from ldm.classifier.config import DUPLICATE_REAL, PRETRAIN, ClassifierConfig
 from ldm.core.errors import MedSoftError
 from ldm.core.files import fingerprint, named_seed
 from ldm.data.annotations import load_samples
-from ldm.data.checks import Row, check_disjoint
+from ldm.data.checks import Row, Separation, check_disjoint, sample_attributes, separations
 from ldm.data.images import intensity_range_of, pixel_digest, read_image, to_unit
 from ldm.data.samples import Reject, Sample
 from ldm.data.splits import output_paths, prepare_dataset
@@ -30,22 +31,24 @@ LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, a
 @dataclass
 class ImageSet:
     """One set in memory: ``images`` uint8 (N, S, S), or (N, S, S, 3) in colour; ``labels`` class names ("" = unknown);
-    ``hashes`` of pixels."""
+    ``hashes`` of pixels; ``attributes``: see ``sample_attributes``; ``left_out``: how many were synthetic."""
 
     name: str
     samples: list[Sample]
     images: np.ndarray
     labels: list[str]
     hashes: list[str]
+    attributes: list[dict[str, Any]]
     rejects: list[Reject]
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def subset(self, kept: Sequence[int]) -> "ImageSet":
         """The samples at these positions, in this order, repeated where a position is."""
-        picked = [[values[i] for i in kept] for values in (self.samples, self.labels, self.hashes)]
-        return ImageSet(self.name, picked[0], self.images[list(kept)], picked[1], picked[2], self.rejects)
+        lists = {name: [getattr(self, name)[i] for i in kept] for name in ("samples", "labels", "hashes", "attributes")}
+        return replace(self, images=self.images[list(kept)], **lists)
 
     @property
     def diseased(self) -> list[int]:
@@ -63,15 +66,27 @@ class ImageSet:
 
 
 def load_images(
-    name: str, source: str, size: int, task: str, channels: str = "grey", need_label: bool = True
+    name: str,
+    source: str,
+    size: int,
+    task: str,
+    channels: str = "grey",
+    need_label: bool = True,
+    only_real: bool = False,
 ) -> ImageSet:
     """Read every sample of a dataset folder or annotation JSON as a ``size`` x ``size`` image, grey or rgb.
 
     Samples that cannot be read, or that have no lesion type where ``task`` is "type" and ``need_label``, are listed
-    in ``rejects`` and left out. Raises MedSoftError when the dataset is missing or nothing is left of it.
+    in ``rejects`` and left out. With ``only_real`` synthetic ones are left out and counted. Raises MedSoftError when
+    the dataset is missing or nothing is left of it.
     """
     require_source(name, source)
     samples, rejects = load_samples(Path(source))
+    left_out = sum(sample.synthetic for sample in samples) if only_real else 0
+    if left_out:
+        samples = [sample for sample in samples if not sample.synthetic]
+        text = "%s: %d synthetic samples are left out of this set of real ones; name their folder in `synthetic`"
+        log.warning(text, name, left_out)
     rows = []
     for sample in tqdm(samples, desc=f"reading {name}", leave=False, disable=None):
         label = label_of(sample, task)
@@ -80,18 +95,20 @@ def load_images(
             rejects.append(Reject(sample.sample_id, sample.image.with_name("meta.json"), reason))
             continue
         try:
-            pixels, digest = square(sample, size, channels)
+            pixels = read_image(sample.image)
+            seen = square(pixels, sample.meta.get("window"), size, channels)
         except MedSoftError as error:
             rejects.append(Reject(sample.sample_id, sample.image, error.cause(sample.image)))
             continue
-        rows.append((sample, pixels, label, digest))
+        rows.append((sample, seen, label, pixel_digest(pixels), sample_attributes(sample, pixels)))
     for reject in rejects:
         log.warning("%s: %s skipped: %s", name, reject.sample_id, reject.reason)
     if not rows:
         first = f"; the first: {rejects[0].sample_id}: {rejects[0].reason}" if rejects else ""
-        raise MedSoftError(f"{source}: the {name} set has no usable sample ({len(rejects)} rejected{first})")
-    kept, squares, labels, hashes = map(list, zip(*rows, strict=True))
-    return ImageSet(name, kept, np.stack(squares), labels, hashes, rejects)
+        counts = f"{len(rejects)} rejected, {left_out} synthetic{first}"
+        raise MedSoftError(f"{source}: the {name} set has no usable sample ({counts})")
+    kept, squares, labels, hashes, attributes = map(list, zip(*rows, strict=True))
+    return ImageSet(name, kept, np.stack(squares), labels, hashes, attributes, rejects, left_out)
 
 
 def prepare_annotations(config: ClassifierConfig) -> list[Reject]:
@@ -136,17 +153,19 @@ def label_of(sample: Sample, task: str) -> str:
     return DISEASED if task == "binary" else "" if kind.lower() == HEALTHY else kind
 
 
-def square(sample: Sample, size: int, channels: str) -> tuple[np.ndarray, str]:
-    """What the classifier sees, uint8 (size, size) or (size, size, 3), and the SHA-256 of the file's pixels."""
-    pixels = read_image(sample.image)
-    unit = to_unit(pixels, intensity_range_of(pixels, sample.meta.get("window")))
+def square(pixels: np.ndarray, window: Any, size: int, channels: str) -> np.ndarray:
+    """What the classifier sees of an image as read: uint8 (size, size), or (size, size, 3) with channels rgb.
+
+    ``window``: as in meta.json, None for the whole range.
+    """
+    unit = to_unit(pixels, intensity_range_of(pixels, window))
     if channels == "grey" and unit.ndim == 3:
         unit = unit @ LUMINANCE
     if channels == "rgb" and unit.ndim == 2:
         unit = np.repeat(unit[..., None], 3, axis=2)
     if unit.shape[:2] != (size, size):
         unit = cv2.resize(unit, (size, size), interpolation=cv2.INTER_AREA)
-    return np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8), pixel_digest(pixels)
+    return np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8)
 
 
 def check_image_sets_disjoint(sets: Sequence[ImageSet]) -> None:
@@ -228,6 +247,7 @@ def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence
         np.concatenate([part.images for part in parts]),
         [label for part in parts for label in part.labels],
         [digest for part in parts for digest in part.hashes],
+        [attributes for part in parts for attributes in part.attributes],
         [reject for part in parts for reject in part.rejects],
     )
     diseased = pool.diseased
@@ -271,6 +291,11 @@ class ClassifierData:
         return [s for s in (self.train, self.synthetic, self.duplicates, self.val, self.test) if s is not None]
 
     @property
+    def real_sets(self) -> dict[str, ImageSet]:
+        """Training, validation and, if there is one, test set by name."""
+        return {images.name: images for images in (self.train, self.val, self.test) if images is not None}
+
+    @property
     def rejects(self) -> list[tuple[str, Reject]]:
         """(set, reject) of everything that was skipped."""
         return [(images.name, reject) for images in self.sets for reject in images.rejects]
@@ -289,7 +314,7 @@ def load_data(config: ClassifierConfig) -> ClassifierData:
         if source:
             require_source(name, source)
     sizes = (config.img_size, config.task, config.channels)
-    train, val, test = (load_images(n, s, *sizes) if s else None for n, s in sources.items())
+    train, val, test = (load_images(n, s, *sizes, only_real=True) if s else None for n, s in sources.items())
     held_out = [images for images in (val, test) if images is not None]
     check_image_sets_disjoint([train, *held_out])
     classes = class_names(config, train)
@@ -308,6 +333,15 @@ def load_data(config: ClassifierConfig) -> ClassifierData:
                     f"does not have (classes: {', '.join(classes)}); add such samples to training or remove it"
                 )
     return data
+
+
+def class_separations(images: ImageSet) -> list[Separation]:
+    """What tells healthy from diseased samples of a set besides their lesions; a warning for what is suspicious."""
+    found = separations(images.samples, images.attributes)
+    for each in found:
+        if each.suspicious:
+            log.warning("%s: %s", images.name, each.warning)
+    return found
 
 
 def class_names(config: ClassifierConfig, train: ImageSet) -> list[str]:

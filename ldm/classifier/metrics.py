@@ -4,13 +4,15 @@ Disease against health: P(disease) is the sum over all lesion classes, and P >= 
 not tuned. Of lesion types, the most probable class is named; their numbers are means over one-against-rest problems.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ldm.classifier.data import ImageSet
+from ldm.classifier.data import DISEASED, HEALTHY, ImageSet
 from ldm.core.files import named_seed
+from ldm.data.checks import FEWEST_PATIENTS
 
 THRESHOLD = 0.5
 RESAMPLES = 1000  # of patients, for the intervals
@@ -55,7 +57,7 @@ def summarise(images: ImageSet, probabilities: np.ndarray, classes: Sequence[str
         "fn": int(np.sum(~called & truth)),
         "tn": int(np.sum(~called & ~truth)),
         "confusion": confusion.tolist(),  # rows: truth, columns: prediction, both in the order of classes
-        "notes": _notes(images, measured, truth, len(set(patients))),
+        "notes": _notes(images, measured, truth),
     }
 
 
@@ -64,26 +66,34 @@ def label_indices(images: ImageSet, classes: Sequence[str]) -> np.ndarray:
     return np.array([classes.index(label) for label in images.labels])
 
 
-def _notes(
-    images: ImageSet, measured: Mapping[str, Mapping[str, Any]], truth: np.ndarray, n_patients: int
-) -> list[str]:
+def _notes(images: ImageSet, measured: Mapping[str, Mapping[str, Any]], truth: np.ndarray) -> list[str]:
     notes = []
-    if synthetic := sum(sample.synthetic for sample in images.samples):
-        notes.append(f"{synthetic} of {len(images)} test samples are synthetic: this is no test on real images alone.")
     if len(np.unique(truth)) < 2:
         only = "diseased" if truth.any() else "healthy"
         notes.append(f"The test set holds only {only} samples: the AUC is undefined.")
     elif measured["precision"]["value"] is None:
         notes.append("No test sample was called diseased: the precision is undefined.")
-    if n_patients < 2:
-        notes.append("The test set holds one patient: there are no intervals.")
-    skipped = max(entry["skipped"] for entry in measured.values() if entry["value"] is not None)
-    if n_patients > 1 and skipped:
+    patients = [sample.patient_id for sample in images.samples]
+    names = np.where(truth, DISEASED, HEALTHY)
+    counts = patients_by_class(images.labels, patients) | patients_by_class(names, patients)
+    few = [f"{count} {name}" for name, count in counts.items() if count < FEWEST_PATIENTS]
+    if few:
+        notes.append(
+            f"The test set holds few patients of a class ({', '.join(sorted(few))}): an interval from fewer than "
+            f"{FEWEST_PATIENTS} is meaningless and left out."
+        )
+    skipped = max((entry["skipped"] for entry in measured.values() if entry["low"] is not None), default=0)
+    if skipped:
         notes.append(
             f"In up to {skipped} of {RESAMPLES} resamples a number was undefined (a class is missing, or nothing was "
             "called diseased); its interval is over the others."
         )
     return notes
+
+
+def patients_by_class(classes: Sequence[Any] | np.ndarray, patients: Sequence[str]) -> dict[Any, int]:
+    """How many patients have samples of each class, from the class and the patient of every sample."""
+    return dict(Counter(name for name, _ in set(zip(classes, patients, strict=True))))
 
 
 def compute_metrics(
@@ -92,10 +102,12 @@ def compute_metrics(
     """Every number by name: ``value``, ``low`` and ``high`` (95 % percentile interval), ``skipped`` resamples.
 
     ``labels`` (N,) class indices, 0 = healthy; ``probabilities`` (N, K). The patients are resampled with replacement,
-    RESAMPLES times; a resample where a number is undefined is skipped and counted. Undefined values, and intervals of
-    one patient, are None.
+    RESAMPLES times; a resample where a number is undefined is skipped and counted. Undefined values are None, and so
+    are intervals where a class that the number is about has fewer than FEWEST_PATIENTS patients.
     """
     values = point_values(labels, probabilities)
+    fewest_of_type = min(patients_by_class(labels, patients).values())
+    fewest = min(patients_by_class(labels > 0, patients).values())
     known = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}
     owner = np.array([known[patient] for patient in patients])
     rng = np.random.default_rng(named_seed(seed, "bootstrap"))
@@ -106,7 +118,8 @@ def compute_metrics(
     for name, value in values.items():
         values_again = np.concatenate([numbers[name] for numbers in resampled])
         defined = values_again[~np.isnan(values_again)]
-        shown = value is not None and len(known) > 1 and len(defined)
+        enough = (fewest_of_type if name.startswith(("macro_", "type_")) else fewest) >= FEWEST_PATIENTS
+        shown = value is not None and enough and len(defined)
         low, high = np.percentile(defined, [2.5, 97.5]).tolist() if shown else (None, None)
         measured[name] = {"value": value, "low": low, "high": high, "skipped": RESAMPLES - len(defined)}
     return measured

@@ -91,6 +91,7 @@ def write_test(
             for name, entry in metrics["test"].items()
         ],
         fact_rows=[(key.replace("_", " "), metrics.get(key)) for key in FACTS],
+        confound_rows=[list(row.values()) for row in metrics["confounds"]],
         training_plots=_training_plots(folder, path, metrics["epoch"]),
         **_test_plots(path, metrics, test),
         map=_feature_map(path, test, synthetic),
@@ -100,7 +101,9 @@ def write_test(
 
 
 def _interval(entry: Mapping[str, Any]) -> str:
-    return number(None) if entry["low"] is None else f"{entry['low']:.3f} to {entry['high']:.3f}"
+    if entry["low"] is None:
+        return number(None) if entry["value"] is None else "meaningless: few patients"
+    return f"{entry['low']:.3f} to {entry['high']:.3f}"
 
 
 def _training_plots(folder: Path, path: Path, chosen: int) -> dict[str, str]:

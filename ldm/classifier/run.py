@@ -5,7 +5,7 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from ldm.checkpoints.files import read_safetensors
 from ldm.classifier.config import ClassifierConfig
-from ldm.classifier.data import ImageSet, load_data, load_images, require_source
+from ldm.classifier.data import ImageSet, class_separations, load_data, load_images, require_source
 from ldm.classifier.metrics import summarise
 from ldm.classifier.network import build_network, check_model, compute_outputs, pick_device
 from ldm.classifier.report import Scored, prediction_rows, write_test
@@ -84,7 +84,7 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
         if not weights.exists():
             fit(config, data, run)
         saved = load_classifier(weights, config.GPU)
-        metrics = _test(config, saved, weights, data.test, data.rejects, data.synthetic)
+        metrics = _test(config, saved, weights, data.real_sets, data.rejects, data.synthetic)
         if not complete:
             folder.finish()
     return metrics
@@ -141,12 +141,16 @@ def _test(
     config: ClassifierConfig,
     classifier: Classifier,
     weights: Path,
-    test: ImageSet | None,
+    sets: Mapping[str, ImageSet],
     rejects: Sequence[tuple[str, Reject]],
     synthetic: ImageSet | None = None,
 ) -> dict[str, Any]:
-    """Score the test set once and write the results; read them instead where they already answer this question."""
-    folder, info = config.output, classifier.info
+    """Score the test set once and write the results; read them instead where they already answer this question.
+
+    ``sets``: the real ones by name, of which only ``test``, if there is one, is scored.
+    """
+    folder, info, test = config.output, classifier.info, sets.get("test")
+    separated = {name: class_separations(images) for name, images in sets.items()}
     suffix = "" if config.train or config.test_epoch is None else f"_epoch_{config.test_epoch}"
     path = folder / f"metrics{suffix}.json"
     question = fingerprint([sha256_file(weights), test.fingerprint() if test else None, config.dataset, config.seed])
@@ -160,11 +164,23 @@ def _test(
     path.unlink(missing_ok=True)  # until everything beside it is new
     metrics = {key: value for key, value in info.items() if key not in ("config", "run")}
     metrics = {"dataset": config.dataset, "model": info["config"]["model"], "task": info["config"]["task"], **metrics}
+    metrics["confounds"] = [
+        {"set": name, "attribute": each.attribute, "auc": each.auc, "p_value": each.p_value, "values": each.values}
+        for name, found in separated.items()
+        for each in found
+    ]
+    notes = [
+        f"{images.left_out} synthetic samples were left out of the {name} set."
+        for name, images in sets.items()
+        if images.left_out
+    ]
+    notes += [f"{name}: {each.warning}." for name, found in separated.items() for each in found if each.suspicious]
     if test is None:
-        metrics["notes"] = ["No test set was given."]
+        metrics["notes"] = ["No test set was given.", *notes]
     else:
         scored = classifier.score(test)
         metrics.update(summarise(test, scored.probabilities, classifier.info["classes"], config.seed))
+        metrics["notes"] += notes
         write_test(folder, metrics, scored, classifier.score(synthetic) if synthetic else None, suffix)
     rows = [{"set": name, **vars(reject)} for name, reject in rejects]
     write_csv(folder / "rejects.csv", rows, ["set", "sample_id", "file", "reason"])
@@ -179,9 +195,9 @@ def _log_summary(folder: Path, metrics: dict[str, Any]) -> None:
     if "test" in metrics:
         auc = metrics["test"]["auc"]
         value = "undefined" if auc["value"] is None else f"{auc['value']:.3f}"
-        between = "" if auc["low"] is None else f" (95 % {auc['low']:.3f} to {auc['high']:.3f})"
+        between = f"95 % {auc['low']:.3f} to {auc['high']:.3f}" if auc["low"] is not None else "no interval"
         counts = metrics["n_test"], metrics["n_test_diseased"]
-        log.info("test AUC %s%s, %d samples (%d diseased)", value, between, *counts)
+        log.info("test AUC %s (%s), %d samples (%d diseased)", value, between, *counts)
     for note in metrics["notes"]:
         log.warning("%s", note)
     log.info("results in %s; look at report.html there", folder)
@@ -198,10 +214,11 @@ def _test_saved(config: ClassifierConfig) -> dict[str, Any]:
             raise UsageError(f"{weights}: trained with {key} {saved[key]!r}, {given}")
     if not config.test_json:
         return {"n_rejected": 0, "already_complete": False, "classes": classifier.info["classes"]}
-    test = load_images("test", config.test_json, config.img_size, config.task, config.channels)
+    sizes = (config.img_size, config.task, config.channels)
+    test = load_images("test", config.test_json, *sizes, only_real=True)
     if unknown := sorted(set(test.labels) - set(classifier.info["classes"])):
         raise MedSoftError(f"{config.test_json}: lesion type {unknown[0]} is not a class of {weights}")
-    return _test(config, classifier, weights, test, [("test", reject) for reject in test.rejects])
+    return _test(config, classifier, weights, {"test": test}, [("test", reject) for reject in test.rejects])
 
 
 def _saved_weights(config: ClassifierConfig) -> Path:

@@ -6,16 +6,29 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ldm.core.errors import FileError, MedSoftError
 from ldm.core.threads import thread_pool
 from ldm.data.images import check_ends
-from ldm.data.samples import Reject, Sample
+from ldm.data.samples import Reject, Sample, is_number
 
 log = logging.getLogger(__name__)
 
 SIMILAR_SHOWN = 5
+FEWEST_PATIENTS = 10  # of a class; an interval over fewer says nothing
+SEPARATES, CHANCE = 0.75, 0.02  # AUC of one attribute from which it is warned of, if chance does so in fewer cases
+PERMUTATIONS, VALUES = 500, 6
+UNKNOWN = "unknown"
+# Keys of meta.json that describe the acquisition, in lower case and without other signs than letters.
+ACQUISITION = re.compile(
+    "(site|cent(er|re)|hospital|institution(name)?|scanner|device|stationname|manufacturer(smodelname|modelname)?|model"
+    "|modality|region|bodypart(examined)?|level|sequence(name)?|series(description)?|protocol(name)?|plane|view"
+    "|orientation|(magnetic)?fieldstrength|kvp?|(convolution)?kernel|contrast|slicethickness(mm)?|spacingmm|unit|window"
+    "|(patient)?(sex|age)|gender)"
+)
 
 
 class Row(NamedTuple):
@@ -119,3 +132,113 @@ def warn_of_similar_prompts(samples: Iterable[Sample]) -> None:
         log.warning("warning: nearly the same prompt, learned as different ones: %s", " | ".join(map(repr, group[:4])))
     if len(found) > SIMILAR_SHOWN:
         log.warning("... and %d more groups of prompts like that", len(found) - SIMILAR_SHOWN)
+
+
+class Separation(NamedTuple):
+    """How far one attribute alone, of the file or of meta.json, tells the diseased samples of a set from the healthy.
+
+    ``auc``: area under the ROC curve of guessing by the share of diseased samples among those of the same value, 0.5 to
+    1. ``p_value``: how often labels dealt at random do as well. ``values``: what most samples of each class have.
+    """
+
+    attribute: str
+    auc: float
+    p_value: float
+    values: str
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether it separates the classes, and not by chance."""
+        return self.auc >= SEPARATES and self.p_value <= CHANCE
+
+    @property
+    def warning(self) -> str:
+        """What a reader should know of it."""
+        return (
+            f"{self.attribute} alone tells diseased from healthy samples (AUC {self.auc:.2f}; {self.values}); "
+            "what a network learns from such a set, and its test numbers, may be that and not the lesion. Balance it, "
+            "or compare samples of one value only"
+        )
+
+
+def sample_attributes(sample: Sample, pixels: np.ndarray) -> dict[str, float | str]:
+    """What may set classes apart besides lesions: the file's properties and what meta.json says of the acquisition.
+
+    ``pixels``: the image as read, HxW or HxWxC. A key of meta.json that a sample lacks has the value ``unknown``.
+    """
+    height, width = pixels.shape[:2]
+    found: dict[str, float | str] = {
+        "size in pixels": float(np.sqrt(height * width)),
+        "width / height": width / height,
+        "bits": 8.0 * pixels.dtype.itemsize,
+        "colour": "colour" if pixels.ndim == 3 else "grey",
+        "file format": sample.image.suffix.lower(),
+    }
+    given = {**sample.meta, "level": sample.level}
+    for key, value in given.items():
+        if ACQUISITION.fullmatch(re.sub(r"[^a-z]", "", key.lower())) and value is not None:
+            mean = np.mean(value) if key == "spacing_mm" else value
+            found[key] = float(mean) if is_number(mean) else " ".join(str(mean).casefold().split())
+    return found
+
+
+def separations(samples: Sequence[Sample], attributes: Sequence[Mapping[str, float | str]]) -> list[Separation]:
+    """Every attribute of ``sample_attributes`` that is not the same for all, the one that separates most first.
+
+    A patient counts once for each class and value. Numbers of many values are cut into VALUES groups of equal size, and
+    texts that occur once are one group. Empty unless there are two samples of each class.
+    """
+    found = []
+    for name in dict.fromkeys(name for each in attributes for name in each):
+        values = [each.get(name, UNKNOWN) for each in attributes]
+        known = [place for place, value in enumerate(values) if name != "level" or value != UNKNOWN]
+        groups = _value_groups([values[place] for place in known])
+        rows = {
+            (samples[place].patient_id, samples[place].healthy, group)
+            for place, group in zip(known, groups, strict=True)
+        }
+        diseased = np.array([not healthy for _, healthy, _ in sorted(rows)])
+        codes = np.array([group for _, _, group in sorted(rows)])
+        if len(set(groups)) < 2 or min(diseased.sum(), (~diseased).sum()) < 2:
+            continue
+        rng = np.random.default_rng(0)
+        dealt = np.stack([diseased, *(rng.permutation(diseased) for _ in range(PERMUTATIONS))])
+        aucs = _group_aucs(dealt, codes)
+        p_value = float((1 + (aucs[1:] >= aucs[0] - 1e-9).sum()) / (1 + PERMUTATIONS))
+        usual = [_usual([values[p] for p in known if samples[p].healthy == healthy]) for healthy in (True, False)]
+        found.append(Separation(name, float(aucs[0]), p_value, f"healthy: {usual[0]}, diseased: {usual[1]}"))
+    return sorted(found, key=lambda each: (-each.auc, each.attribute))
+
+
+def _value_groups(values: Sequence[float | str]) -> list[int]:
+    """A group number for each value; see ``separations``."""
+    counts = Counter(values)
+    numbers = np.array([value for value in values if not isinstance(value, str)])
+    edges = np.unique(np.quantile(numbers, np.arange(1, VALUES) / VALUES)) if len(set(numbers)) > VALUES else None
+    names: dict[Any, int] = {}
+
+    def group(value: float | str) -> Any:
+        if isinstance(value, str):
+            return value if counts[value] > 1 else "a value of its own"
+        return value if edges is None else int(np.searchsorted(edges, value, side="right"))
+
+    return [names.setdefault((type(value), group(value)), len(names)) for value in values]
+
+
+def _group_aucs(diseased: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """AUC (P,) of guessing each of the labellings ``diseased`` (P, N) by its share within the groups (N,)."""
+    positive = np.stack([np.bincount(groups, labels, minlength=groups.max() + 1) for labels in diseased])
+    negative = np.bincount(groups) - positive
+    positive, negative = positive[:, np.bincount(groups) > 0], negative[:, np.bincount(groups) > 0]
+    order = np.argsort(positive / (positive + negative), axis=1)
+    positive, negative = (np.take_along_axis(each, order, axis=1) for each in (positive, negative))
+    beaten = negative.cumsum(axis=1) - negative / 2
+    return (positive * beaten).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1))
+
+
+def _usual(values: Sequence[float | str]) -> str:
+    """What most of a class's values are: the median of numbers, else the most frequent one with its share."""
+    value, count = Counter(values).most_common(1)[0]
+    if 2 * count < len(values) and not any(isinstance(each, str) for each in values):
+        return f"{np.median(values):.4g} (median)"  # type: ignore[arg-type]
+    return f"{value if isinstance(value, str) else f'{value:.4g}'} ({count} of {len(values)})"

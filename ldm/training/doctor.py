@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ldm.config import Config
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_text
 from ldm.data.annotations import load_samples
-from ldm.data.checks import annotation_rows, check_classes, leaks, similar_prompts
+from ldm.data.checks import annotation_rows, check_classes, leaks, sample_attributes, separations, similar_prompts
 from ldm.data.images import orientation_of, pixel_digest, read_image
 from ldm.data.masks import ORIENTATION_NOTE, STRAY_NOTE, read_anatomy, read_mask, stray_parts
 from ldm.data.samples import Sample
@@ -58,6 +58,7 @@ class DatasetInspection:
     digest: str | None = None
     shape: tuple[int, ...] = ()
     depth: int = 0  # bits
+    attributes: dict[str, float | str] = field(default_factory=dict)
 
 
 def look(sample: Sample) -> DatasetInspection:
@@ -67,6 +68,7 @@ def look(sample: Sample) -> DatasetInspection:
     except MedSoftError as error:
         return DatasetInspection(sample.sample_id, (Finding("sample", str(sample.image), error.cause(sample.image)),))
     seen: dict[str, Any] = {"digest": pixel_digest(image), "shape": image.shape, "depth": 8 * image.dtype.itemsize}
+    seen["attributes"] = sample_attributes(sample, image)
     faults: list[Finding] = []
     if image.min() == image.max():
         faults.append(Finding("warning", str(sample.image), f"every pixel is {image.min()}: an empty picture"))
@@ -189,6 +191,10 @@ def _about(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> 
     if np.prod(large) > 16 * np.prod(small):
         words = f"{small[1]} x {small[0]} to {large[1]} x {large[0]} pixels"
         yield Finding("warning", name, f"sizes from {words}: lesions differ in scale; see `fit` in the YAML")
+    decoded = [(sample, seen.attributes) for sample, seen in zip(samples, looks, strict=True) if seen.attributes]
+    for each in separations([sample for sample, _ in decoded], [attributes for _, attributes in decoded]):
+        if each.suspicious:
+            yield Finding("warning", name, each.warning)
     inverted = sum("inverted?" in fault.text for seen in looks for fault in seen.faults)
     sick = sum(not sample.healthy for sample in samples)
     if sick and inverted > sick / 2:

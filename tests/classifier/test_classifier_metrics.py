@@ -115,7 +115,23 @@ def test_resamples_of_one_class_are_skipped_and_counted() -> None:
     # the diseased patient is left out of a resample with probability (5/6)^6 = 0.335
     assert measured["auc"]["skipped"] == pytest.approx(0.335 * RESAMPLES, rel=0.15)
     assert measured["accuracy"]["skipped"] == 0
-    assert 0 <= measured["auc"]["low"] <= measured["auc"]["value"] <= measured["auc"]["high"]
+    assert (measured["auc"]["low"], measured["auc"]["high"]) == (None, None)  # of one diseased patient
+
+
+@pytest.mark.parametrize("diseased", [9, 10])
+def test_an_interval_needs_ten_patients_of_each_class_that_it_is_about(diseased: int) -> None:
+    labels = np.array([0] * 30 + [1] * diseased + [2] * 40)
+    patients = [f"p{number}" for number in range(len(labels))]
+    probabilities = np.random.default_rng(0).dirichlet([1, 1, 1], len(labels))
+    by_type = compute_metrics(labels, probabilities, patients)
+    assert by_type["auc"]["low"] < by_type["auc"]["high"]  # 30 healthy and more than 10 diseased patients
+    assert (by_type["macro_auc"]["low"] is None) == (by_type["type_accuracy"]["low"] is None) == (diseased < 10)
+    kept = labels < 2
+    patients = [patient for patient, keep in zip(patients, kept, strict=True) if keep]
+    binary = compute_metrics(labels[kept], probabilities[kept][:, :2], patients)
+    assert (binary["auc"]["low"] is None) == (binary["accuracy"]["low"] is None) == (diseased < 10)
+    doubled = [patients[0] if place < 25 else patient for place, patient in enumerate(patients)]
+    assert compute_metrics(labels[kept], probabilities[kept][:, :2], doubled)["auc"]["low"] is None  # 6 healthy ones
 
 
 def test_what_is_undefined_is_none_and_one_patient_has_no_interval() -> None:

@@ -255,11 +255,55 @@ def test_picture_drawn_on_a_sample_of_another_set_is_refused(
         run(world)
 
 
-def test_synthetic_test_samples_are_noted(world: dict, tmp_path: Path) -> None:
-    meta = tmp_path / "test" / "test001" / "meta.json"
-    meta.write_text('{"patient_id": "someone", "synthetic": true}')
+@pytest.mark.parametrize(("name", "left"), [("train", (6, 5, 4, 4)), ("val", (6, 6, 4, 4)), ("test", (6, 6, 4, 3))])
+def test_synthetic_samples_never_count_as_real_ones(world: dict, tmp_path: Path, name: str, left: tuple) -> None:
+    """They are left out of the set and counted, whether or not it is trained on."""
+    meta = tmp_path / name / f"{name}001" / "meta.json"
+    meta.write_text('{"patient_id": "someone", "lesion_type": "osteolytic", "synthetic": true}')
     assert run(world) == 0
-    assert "1 of 8 test samples are synthetic" in metrics_of(world)["notes"][0]
+    metrics = metrics_of(world)
+    assert f"1 synthetic samples were left out of the {name} set." in metrics["notes"]
+    counts = metrics["n_train_healthy"], metrics["n_train_diseased"], metrics["n_test"] - metrics["n_test_diseased"]
+    assert (*counts, metrics["n_test_diseased"]) == left
+    assert metrics["n_val"] == (7 if name == "val" else 8)
+
+
+def test_a_test_set_of_synthetic_samples_is_refused(world: dict, tmp_path: Path) -> None:
+    folder = Path(synthetic_set(tmp_path / "results", "stranger", "somewhere"))
+    for meta in folder.glob("*/meta.json"):
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"synthetic": True}))
+    with pytest.raises(MedSoftError, match=r"the test set has no usable sample \(0 rejected, 6 synthetic\)"):
+        run(world | {"test_json": str(folder)})
+
+
+def test_few_patients_of_a_class_give_no_interval(
+    world: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """20 healthy and 2 diseased patients: an interval of their AUC, such as 1.000 to 1.000, would say nothing."""
+    caplog.set_level("INFO")
+    folder = make_set(tmp_path / "few", "few", 22, 7, kinds=("healthy",) * 10 + ("osteolytic",))
+    assert run(world | {"test_json": str(folder)}) == 0
+    metrics = metrics_of(world)
+    assert (metrics["n_test_diseased"], metrics["n_test_patients"]) == (2, 22)
+    assert metrics["test"]["auc"]["value"] is not None
+    assert {(entry["low"], entry["high"]) for entry in metrics["test"].values()} == {(None, None)}
+    note = "The test set holds few patients of a class (2 diseased): an interval from fewer than 10 is meaningless"
+    assert any(each.startswith(note) for each in metrics["notes"])
+    assert "(no interval), 22 samples (2 diseased)" in caplog.text
+    assert "meaningless: few patients" in Path(world["output_dir"], "report.html").read_text()
+
+
+def test_what_separates_the_classes_besides_lesions_is_said(world: dict, tmp_path: Path) -> None:
+    for meta in (tmp_path / "train").glob("*/meta.json"):
+        known = json.loads(meta.read_text())
+        meta.write_text(json.dumps(known | {"scanner": "A" if "lesion_type" in known else "B"}))
+    assert run(world) == 0
+    metrics = metrics_of(world)
+    (row,) = [row for row in metrics["confounds"] if row["auc"] == 1]
+    assert (row["set"], row["attribute"]) == ("train", "scanner")
+    warning = "train: scanner alone tells diseased from healthy samples (AUC 1.00; healthy: b (6 of 6), diseased: a (6"
+    assert any(note.startswith(warning) for note in metrics["notes"])
+    assert "<td>scanner</td>" in Path(world["output_dir"], "report.html").read_text()
 
 
 def test_identical_picture_in_train_and_test_is_refused(world: dict, tmp_path: Path) -> None:

@@ -71,6 +71,28 @@ def test_faults_of_single_samples(tmp_path: Path, write_sample: Any) -> None:
     assert len(said.splitlines()) == 3
 
 
+def test_what_separates_the_classes_besides_lesions(tmp_path: Path, write_sample: Any) -> None:
+    """Healthy 20 x 24 pixels of one site, diseased 60 x 72 of another: no lesion needs to be looked at."""
+    for number in range(8):
+        write_sample(tmp_path / "data" / f"h{number}", prompt="healthy", image=picture(number), mask=None)
+        large = np.kron(picture(20 + number), np.ones((3, 3), np.uint8))
+        mask = np.kron(np.eye(20, 24, dtype=np.uint8), np.full((3, 3), 255, np.uint8))
+        write_sample(tmp_path / "data" / f"d{number}", prompt="lytic lesion", image=large, mask=mask)
+    for number in range(8):
+        for kind in "hd":
+            (tmp_path / "data" / f"{kind}{number}" / "meta.json").write_text(json.dumps({"site": f"hospital {kind}"}))
+    code, found = findings(tmp_path, "--data", tmp_path / "data")
+    assert code == 0
+    said = texts(found, "warning")
+    assert (
+        "site alone tells diseased from healthy samples (AUC 1.00; healthy: hospital h (8 of 8), diseased: hosp" in said
+    )
+    assert (
+        "size in pixels alone tells diseased from healthy samples (AUC 1.00; healthy: 21.91 (8 of 8), diseased: 65.7"
+        in said
+    )
+
+
 def test_files_that_changed_after_preparation(tmp_path: Path, write_sample: Any) -> None:
     """The annotation is read, but the files are not what they were."""
     for number in range(3):
