@@ -1,6 +1,9 @@
 """Does a synthetic lesion repeat a training lesion? Its nearest training lesions by features, then by pixels."""
 
 import logging
+import os
+import shutil
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +20,23 @@ log = logging.getLogger("evaluate")
 CANDIDATES = 10  # nearest training lesions whose pixels are compared
 REACH = 3  # pixels by which a lesion may have moved
 UNCALIBRATED = 0.95  # threshold without two training patients to compare
+ALIKE = 0.98  # correlation from which the lesions of two training patients can hardly be of two patients
 
 
 @dataclass(frozen=True)
 class Neighbour:
     """The training lesion that a lesion looks most like.
 
-    ``correlation``: of their pixels; ``cosine``: of the features of the lesion alone and of the training lesion nearest
-    in features, which may be another one than ``match``.
+    ``correlation``: of their pixels, 1 where all pixels of the images or of the crops are equal; ``cosine``: of the
+    features of the lesion alone and of the training lesion nearest in features, which may be another one than
+    ``match``. Not ``comparable``: a flat lesion whose image equals no training image.
     """
 
     lesion: Lesion
     match: Lesion
     correlation: float
     cosine: float
+    comparable: bool
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,9 @@ class CopyCheck:
 
     neighbours: list[Neighbour]
     threshold: float
-    closest_real: float | None  # highest correlation between lesions of two training patients
+    closest_real: Neighbour | None  # the most alike lesions of two training patients
     nearer_than_real: float | None  # share nearer in features than 95 % of the held-out real ones; None without these
+    without_patient: int  # training samples that name no patient
 
     @property
     def copies(self) -> list[Neighbour]:
@@ -52,6 +59,34 @@ class CopyCheck:
         """Most alike first."""
         return sorted(self.neighbours, key=lambda each: (-each.correlation, each.lesion.sample.sample_id))
 
+    @property
+    def not_comparable(self) -> int:
+        """How many synthetic lesions are flat and equal no training image: nobody can tell whether they are copies."""
+        return sum(not each.comparable for each in self.neighbours)
+
+    def warnings(self) -> list[str]:
+        """What a reader must know before trusting that there are no (other) copies."""
+        found, closest = [], self.closest_real
+        if self.not_comparable:
+            found.append(
+                f"{self.not_comparable} synthetic lesions are flat (saturated, for instance): their pixels cannot be "
+                "compared, and only an image that equals a training image is found to be a copy. Look at them."
+            )
+        if self.without_patient:
+            found.append(
+                f"{self.without_patient} training samples have no patient_id of their own: slices of one patient count "
+                f"as those of several, which sets the threshold for copies ({self.threshold:.3f}) too near to 1, and "
+                "copies are missed. Give patient_id in meta.json."
+            )
+        elif closest and closest.correlation > ALIKE:
+            pair = f"{closest.lesion.sample.sample_id} and {closest.match.sample.sample_id}"
+            found.append(
+                f"The lesions of the training samples {pair} are nearly the same (correlation "
+                f"{closest.correlation:.3f}), though of two patients: the threshold for copies ({self.threshold:.3f}) "
+                "is near to 1, and copies are missed. Are they one patient, or one of them a copy of the other?"
+            )
+        return found
+
 
 def check_copies(
     synthetic: Sequence[Lesion], train: Sequence[Lesion], held_out: Sequence[Lesion] | None = None
@@ -59,22 +94,27 @@ def check_copies(
     """Compare every synthetic lesion with all training lesions: first features of the lesion alone, then pixels.
 
     The rest of a synthetic image is its parent's and says nothing, so only the lesion is looked at. A copy correlates
-    more than halfway from the most alike lesions of two training patients to perfectly. ``held_out``: real lesions the
-    generator has not seen, which tell how near an honest one is.
+    more than halfway from the most alike lesions of two training patients to perfectly, or has all pixels of a training
+    image, however flat. ``held_out``: real lesions the generator has not seen, which tell how near an honest one is.
     """
     between = _nearest(train, train, "training lesions")
     found = _nearest(synthetic, train, "copies")
-    closest = max((each.correlation for each in between), default=None)
-    threshold = UNCALIBRATED if closest is None else (1 + closest) / 2
-    if held_out is None:
-        return CopyCheck(found, threshold, closest, None)
-    usual = np.percentile([each.cosine for each in _nearest(held_out, train, "held-out lesions")], 95)
-    return CopyCheck(found, threshold, closest, float(np.mean([each.cosine > usual for each in found])))
+    closest = max(between, key=lambda each: each.correlation, default=None)
+    threshold = UNCALIBRATED if closest is None else (1 + closest.correlation) / 2
+    nearer = None
+    if held_out is not None:
+        usual = np.percentile([each.cosine for each in _nearest(held_out, train, "held-out lesions")], 95)
+        nearer = float(np.mean([each.cosine > usual for each in found]))
+    without = sum(each.sample.patient_id == each.sample.sample_id for each in train)
+    return CopyCheck(found, threshold, closest, nearer, without)
 
 
 def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> list[Neighbour]:
     """Of each lesion its nearest training lesion; a training lesion's own patient does not count."""
-    same = lesions is train
+    same, by_pixels = lesions is train, defaultdict(list)
+    for column, other in enumerate(train):
+        for key in _pixel_keys(other):
+            by_pixels[key].append(column)
     cosines, found = lesion_rows(lesions, "alone") @ lesion_rows(train, "alone").T, []
     for row, lesion in enumerate(tqdm(lesions, desc=name, leave=False, disable=None)):
         patient = lesion.sample.patient_id if same else None
@@ -82,22 +122,39 @@ def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> l
         if not allowed:
             continue
         order = sorted(allowed, key=lambda column: -float(cosines[row, column]))[:CANDIDATES]
-        grey, mask = lesion.small
-        scores = [correlation(grey, mask, *train[column].small, REACH) for column in order]
+        nearest = float(cosines[row, order[0]])
+        equal = {column for key in _pixel_keys(lesion) for column in by_pixels[key]}.intersection(allowed)
+        if equal:
+            found.append(Neighbour(lesion, train[min(equal)], 1.0, nearest, comparable=True))
+            continue
+        scores = [correlation(*lesion.small, *train[column].small, REACH) for column in order]
         best = int(np.argmax(scores))
-        found.append(Neighbour(lesion, train[order[best]], scores[best], float(cosines[row, order[0]])))
+        found.append(Neighbour(lesion, train[order[best]], scores[best], nearest, comparable=not lesion.flat))
     return found
 
 
+def _pixel_keys(lesion: Lesion) -> tuple[str, bytes]:
+    """Lesions that share one of these have the same image, or the same crop around the lesion, pixel by pixel."""
+    return lesion.digest, lesion.crop.tobytes()
+
+
 def quarantine_copies(copies: Sequence[Neighbour], folder: Path) -> None:
-    """Move the sample folders of copies from the synthetic ``folder`` to FOLDER_quarantine, under the same paths."""
+    """Move the sample folders of copies from the synthetic ``folder`` to FOLDER_quarantine, under the same paths.
+
+    ``folder`` may be a link, or lie behind one. Nothing is moved where a folder of that name is there already.
+    """
+    folder = Path(os.path.abspath(folder))
     target = folder.with_name(f"{folder.name}_quarantine")
-    for each in copies:
-        sample_folder = each.lesion.sample.image.parent
-        goal = target / sample_folder.relative_to(folder.resolve())
-        if goal.exists():
-            raise MedSoftError(f"{goal}: is there already; move it away, then run again")
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        sample_folder.rename(goal)
+    moves = [(each.lesion.sample.image.parent, each.lesion.sample.image.parent.relative_to(folder)) for each in copies]
+    for _, name in moves:
+        if os.path.lexists(target / name):
+            raise MedSoftError(f"{target / name}: is there already; move it away, then run again")
+    for source, name in moves:
+        try:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(source, target / name)
+        except OSError as error:
+            cause = error.strerror or error
+            raise MedSoftError(f"{source}: could not be moved to {target / name} ({cause}); move it by hand") from error
     if copies:
         log.warning("%d copies moved to %s", len(copies), target)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm.config import DataConfig
 from ldm.core.errors import MedSoftError
-from ldm.data.images import to_unit
+from ldm.data.images import pixel_digest, to_unit
 from ldm.data.masks import equivalent_diameter
 from ldm.data.preparation import PreparedSample, prepare
 from ldm.data.samples import Reject, Sample
@@ -35,6 +35,7 @@ BATCH = 64
 CROP_SIDE = 192  # pixels of the crops that are kept
 COPY_SIDE = 64  # pixels of the crops in which copies are looked for
 FULLY = 0.999  # of a soft mask: the lesion without its feather, where a composite holds nothing of the original
+FLAT = 0.5  # standard deviation in grey levels of 255, below which only rounding is left to compare
 RING = 5  # pixels around a lesion that its contrast is measured against
 SSIM_REACH = 5  # half of SSIM's window
 
@@ -49,6 +50,7 @@ class Lesion:
     """
 
     sample: Sample
+    digest: str  # SHA-256 of the image's pixels
     crop: np.ndarray
     inside: np.ndarray
     diameter: float  # equivalent, native pixels
@@ -64,6 +66,12 @@ class Lesion:
         side = min(COPY_SIDE, len(self.crop))
         mask = cv2.resize(self.inside.astype(np.uint8), (side, side), interpolation=cv2.INTER_AREA) > 0
         return cv2.resize(self.crop, (side, side), interpolation=cv2.INTER_AREA).astype(float), mask
+
+    @property
+    def flat(self) -> bool:
+        """Whether its pixels hardly differ (saturated, for instance), so that their correlation says nothing."""
+        grey, mask = self.small
+        return not mask.any() or float(grey[mask].std()) < FLAT
 
 
 def read_lesions(
@@ -94,7 +102,7 @@ def _lesions(read: Sequence[tuple[Sample, PreparedSample]], encoder: ImageTextEn
     alone = F.normalize(crop_features(encoder, images, masks < FULLY), dim=1)
     rows = zip(crops, inside, crop_features(encoder, images), alone, image_embeddings(encoder, images), strict=True)
     return [
-        Lesion(sample, crop, within, *_native_numbers(image), features, own, embedding)
+        Lesion(sample, pixel_digest(image.original), crop, within, *_native_numbers(image), features, own, embedding)
         for (sample, image), (crop, within, features, own, embedding) in zip(read, rows, strict=True)
     ]
 

@@ -61,7 +61,9 @@ def copy_numbers(check: CopyCheck) -> dict[str, Any]:
     return {
         "count": len(check.copies),
         "threshold": check.threshold,
-        "closest_pair_of_training_patients": check.closest_real,
+        "not_comparable": check.not_comparable,
+        "closest_pair_of_training_patients": check.closest_real and check.closest_real.correlation,
+        "training_samples_without_patient_id": check.without_patient,
         "nearer_than_95_percent_of_held_out": check.nearer_than_real,
     }
 
@@ -96,6 +98,7 @@ def _neighbour_row(each: Neighbour, threshold: float) -> dict[str, Any]:
         "correlation": round(each.correlation, 4),
         "cosine": round(each.cosine, 4),
         "copy": each.correlation >= threshold,
+        "comparable": each.comparable,
     }
 
 
@@ -123,7 +126,8 @@ def pair_sheet(pairs: Sequence[Neighbour], threshold: float) -> np.ndarray:
         pen.text((gap + column * (TILE + gap), 8), name, "#5d6b7a", ImageFont.load_default(15))
     for row, pair in enumerate(pairs):
         top = head + row * (TILE + caption + gap)
-        verdict = "COPY" if pair.correlation >= threshold else "not a copy"
+        verdict = "not a copy" if pair.comparable else "flat, cannot be compared"
+        verdict = "COPY" if pair.correlation >= threshold else verdict
         numbers = f"correlation {pair.correlation:.3f}, cosine {pair.cosine:.3f}"
         text = f"{verdict}: {numbers}; {pair.lesion.sample.sample_id}"
         pen.text((gap, top), text, "#c62828" if verdict == "COPY" else "#1c2733", ImageFont.load_default(14))

@@ -90,6 +90,7 @@ def evaluate(
         measured = _measure(encoder, lesions)
         copies = check_copies(lesions["synthetic"], lesions["train"], lesions["real"] if sources.held_out else None)
         measured |= {"copies": copy_numbers(copies), "rejected": len(rejects)}
+        measured["warnings"] += copies.warnings()
         measured["sources"] = {name: str(path) for name, path in sources.by_name().items()}
         folder.claim()
         write_files(output_dir, measured, copies, lesions, rejects)

@@ -1,5 +1,6 @@
 """tool/evaluate.py: honest samples, planted copies, drawn results, quarantine, running again, rejected inputs."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -133,6 +134,97 @@ def test_planted_copies_are_caught_and_nothing_else(real: Path, honest: Path, tm
     assert run(real, planted, out, "--overwrite") == 0
 
 
+def saturate(folder: Path, level: int = 255) -> None:
+    image, mask = read_image(folder / "image.png").copy(), read_image(folder / "mask.png") > 0
+    image[cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0] = level
+    write_png(folder / "image.png", image)
+
+
+def test_equal_pixels_are_copies_and_other_flat_lesions_cannot_be_compared(
+    real: Path, honest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Saturated lesions have no variance, so nothing correlates with them; one copy is written as 16 bits."""
+    train, results, out = tmp_path / "train", tmp_path / "results", tmp_path / "out"
+    shutil.copytree(real, train)
+    copied = diseased(train)[:3]
+    for folder in copied:
+        saturate(folder)
+        shutil.copytree(folder, results / f"new_{folder.name}")
+    deep = results / f"new_{copied[0].name}"
+    write_png(deep / "image.png", read_image(deep / "image.png").astype(np.uint16) * 257)
+    (deep / "meta.json").write_text(json.dumps({"patient_id": "new", "window": [0, 65535]}))
+    for folder in diseased(honest)[:5]:
+        shutil.copytree(folder, results / folder.name)
+    for folder in diseased(honest)[:2]:
+        saturate(results / folder.name)
+    assert run(train, results, out) == 3
+    assert found(out)["copies"]["count"] == 3
+    listed = {row["sample_id"]: row for row in json.loads((out / "copies.json").read_text())}
+    assert {name: row["nearest"] for name, row in listed.items()} == {f"new_{each.name}": each.name for each in copied}
+    assert {row["correlation"] for row in listed.values()} == {1.0}
+    assert found(out)["copies"]["not_comparable"] == 2
+    with open(out / "neighbours.csv", newline="") as handle:
+        rows = {row["sample_id"]: row["comparable"] for row in csv.DictReader(handle)}
+    assert [name for name, comparable in rows.items() if comparable == "False"] == sorted(
+        folder.name for folder in diseased(honest)[:2]
+    )
+    text = "2 synthetic lesions are flat (saturated, for instance): their pixels cannot be compared"
+    assert any(each.startswith(text) for each in found(out)["warnings"])
+    assert text in caplog.text
+    assert text in (out / "report.html").read_text()
+
+
+def without_patient(folder: Path) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["patient_id"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_threshold_says_why_it_is_near_1(real: Path, honest: Path, tmp_path: Path, named: bool) -> None:
+    """Two slices of one lesion, counted as two patients: as different as lesions of two patients can be, it seems."""
+    train, rng = tmp_path / "train", np.random.default_rng(0)
+    shutil.copytree(real, train)
+    first = diseased(train)[0]
+    slice_of_it = shutil.copytree(first, train / f"{first.name}_next")
+    noisy = read_image(first / "image.png") + rng.normal(0, 0.7, read_image(first / "image.png").shape)
+    write_png(slice_of_it / "image.png", noisy.round().clip(0, 255).astype(np.uint8))
+    meta = json.loads((slice_of_it / "meta.json").read_text()) | {"patient_id": "somebody else"}
+    (slice_of_it / "meta.json").write_text(json.dumps(meta))
+    if not named:
+        for folder in diseased(train):
+            without_patient(folder)
+    assert run(train, honest, tmp_path / "out") == 0
+    numbers = found(tmp_path / "out")
+    threshold = numbers["copies"]["threshold"]
+    assert threshold > 0.99
+    assert numbers["copies"]["training_samples_without_patient_id"] == (0 if named else 31)
+    said = " ".join(numbers["warnings"])
+    assert ("31 training samples have no patient_id of their own" in said) == (not named)
+    assert ("are nearly the same (correlation 0.99" in said) == named
+    assert f"{first.name} and {slice_of_it.name}" in said or f"{slice_of_it.name} and {first.name}" in said or not named
+    assert f"({threshold:.3f})" in said
+
+
+@pytest.mark.parametrize("place", ["behind a link", "is a link", "here"])
+def test_copies_are_moved_out_of_a_folder_reached_through_a_link(
+    real: Path, honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    disk = tmp_path / "disk" / "results"
+    for folder in diseased(honest)[:3]:
+        shutil.copytree(folder, disk / "inner" / folder.name)
+    shutil.copytree(diseased(real)[0], disk / "inner" / "copied")
+    given = {"behind a link": tmp_path / "link" / "results", "is a link": tmp_path / "results", "here": Path()}[place]
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "results").symlink_to(disk)
+    monkeypatch.chdir(disk)
+    assert run(real, given, tmp_path / "out", "--quarantine") == 3
+    moved = (tmp_path if place == "is a link" else tmp_path / "disk") / "results_quarantine" / "inner" / "copied"
+    assert (moved / "image.png").is_file()
+    assert not (disk / "inner" / "copied").exists()
+    assert len(diseased(disk / "inner")) == 3
+
+
 def test_memorised_lesions_are_nearer_than_held_out_ones(real: Path, honest: Path, tmp_path: Path) -> None:
     planted, fresh, out = tmp_path / "results", tmp_path / "fresh", tmp_path / "out"
     write_dataset(fresh, 14, 0, 24)
@@ -208,7 +300,9 @@ def test_one_training_patient_leaves_the_threshold_uncalibrated(real: Path, hone
     assert found(out)["copies"] == {
         "count": 0,
         "threshold": 0.95,
+        "not_comparable": 0,
         "closest_pair_of_training_patients": None,
+        "training_samples_without_patient_id": 0,
         "nearer_than_95_percent_of_held_out": pytest.approx(0.05, abs=0.06),
     }
 
