@@ -10,10 +10,11 @@ Inpaints the healthy samples of --data, with prompts of its diseased ones that a
 seeds and each setting: masks, prompts and noise of a seed are the same for both. Measured for each seed: the Frechet
 distance of the inpainted crops to the crops of those diseased samples, in BiomedCLIP's features; how often the judge (a
 saved classifier that knows lesion types) calls an image diseased; and how often the lesion type it finds is the
-prompt's. The fast setting is no worse where its mean over the seeds is worse by no more than the spread (largest less
-smallest) that the seeds alone make in the 50-step runs. How much faster it is: `tool/bench.py inference`. Everything is
-kept in --output_dir; the same command goes on where it was. Exit code 3: images could not be inpainted; the others are
-compared.
+prompt's. Of each, comparison.json gives the difference of fast minus DDIM, paired by seed, with its 95 % interval
+(Student's t over the seeds; more seeds make it narrower). An interval that holds 0 shows no difference, and no equality
+either: its worse end is how much worse the fast setting may be. How much faster it is: `tool/bench.py inference`.
+Everything is kept in --output_dir; the same command goes on where it was. Exit code 3: images could not be inpainted;
+the others are compared.
 """
 
 import argparse

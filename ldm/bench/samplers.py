@@ -25,6 +25,7 @@ from ldm.inference.options import InferenceOptions
 from ldm.inference.run import run
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.opening import open_encoder
+from ldm.workflow.study_results import interval
 
 log = logging.getLogger("compare_samplers")
 
@@ -38,7 +39,7 @@ def compare_samplers(options: InferenceOptions, judge: Path, seeds: int) -> bool
     same comparison. ``judge``: classifier.safetensors. Raises UsageError or MedSoftError for what cannot be compared.
     """
     if seeds < 2:
-        raise UsageError("--seeds: expected at least 2; their spread is what the difference is compared with")
+        raise UsageError("--seeds: expected at least 2; the interval of the difference is over them")
     for file in (options.ckpt, judge):
         if not file.is_file():
             raise UsageError(f"{file}: does not exist")
@@ -62,7 +63,7 @@ def compare_samplers(options: InferenceOptions, judge: Path, seeds: int) -> bool
             runs[name].append({"frechet_distance": distance, **judged(judge, folder, samples)})
             images += len(samples)
             log.info("%s, seed %d: %s", name, seed, {key: round(value, 4) for key, value in runs[name][-1].items()})
-    compared = verdicts(**runs)
+    compared = differences(**runs)
     counts = {"pictures": images, "real": len(real)}
     measured = {
         "settings": {"reference": REFERENCE, "fast": FAST, "overrides": list(options.overrides), **counts},
@@ -72,9 +73,9 @@ def compare_samplers(options: InferenceOptions, judge: Path, seeds: int) -> bool
     }
     write_json(options.output_dir / "comparison.json", measured)
     for name, row in compared.items():
-        verdict = "no worse" if row["no_worse"] else "WORSE"
-        shown = f"{row['reference']:.4f}, fast {row['fast']:.4f}, spread of the seeds {row['spread']:.4f}: {verdict}"
-        log.info("%-22s 50 steps of DDIM %s", name, shown)
+        shown = f"{row['difference']:+.4f} (95 % {row['low']:+.4f} to {row['high']:+.4f} over {seeds} seeds)"
+        means = row["reference"], row["fast"]
+        log.info("%-22s DDIM %.4f, fast %.4f, difference %s: %s", name, *means, shown, row["verdict"])
     if cli.SOME_REJECTED in codes:
         log.warning("not every image could be inpainted; rejects.json in the folders says why")
     return cli.SOME_REJECTED not in codes
@@ -111,12 +112,19 @@ def judged(judge: Path, source: Path, samples: Sequence[Sample]) -> dict[str, fl
     }
 
 
-def verdicts(reference: list[dict[str, float]], fast: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """For each measure: means over the seeds, the spread of the reference's seeds, and whether fast is no worse."""
+def differences(reference: list[dict[str, float]], fast: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """For each measure: means over the seeds, and fast minus reference with its 95 % interval, paired by seed.
+
+    The interval is Student's t over seeds: other seeds on the same images. ``verdict``: better or worse where it does
+    not hold 0, else that no difference is shown, which is not that there is none.
+    """
     found = {}
     for name, better in MEASURES.items():
         before, after = ([run[name] for run in runs] for runs in (reference, fast))
-        means, spread = (statistics.mean(before), statistics.mean(after)), max(before) - min(before)
-        worse_by = better * (means[0] - means[1])
-        found[name] = {"reference": means[0], "fast": means[1], "spread": spread, "no_worse": worse_by <= spread}
+        paired = interval([new - old for old, new in zip(before, after, strict=True)])
+        direction = better * {"higher": 1, "lower": -1}.get(paired.verdict, 0)
+        verdict = {1: "better", -1: "worse", 0: "no difference shown"}[direction]
+        means = {"reference": statistics.mean(before), "fast": statistics.mean(after)}
+        bounds = {"difference": paired.mean, "low": paired.low, "high": paired.high}
+        found[name] = {**means, **bounds, "verdict": verdict}
     return found

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ldm.config import DataConfig
 from ldm.core.errors import MedSoftError
+from ldm.data.checks import FEWEST_PATIENTS
 from ldm.data.images import pixel_digest, to_unit
 from ldm.data.masks import equivalent_diameter
 from ldm.data.preparation import PreparedSample, prepare
@@ -123,14 +124,20 @@ def lesion_rows(lesions: Sequence[Lesion], name: str) -> Tensor:
 
 
 def set_distances(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
-    """Frechet, kernel, density and coverage with intervals, and what two halves of the real ones differ by."""
+    """Frechet, kernel, density and coverage, and what two halves of the real ones differ by.
+
+    Each with an interval, unless one of the sets is of fewer than FEWEST_PATIENTS patients.
+    """
     first, second = lesion_rows(real, "features"), lesion_rows(synthetic, "features")
+    fewest = min(len({lesion.sample.patient_id for lesion in lesions}) for lesions in (real, synthetic))
     measures = {"frechet": metrics.frechet_distance, "kernel": metrics.kernel_distance}
     if len(real) > 2 * (NEIGHBOURS + 1):
         measures |= {"density": metrics.density, "coverage": metrics.coverage}
     found: dict[str, Any] = {}
     for name, measure in tqdm(measures.items(), desc="distances", leave=False, disable=None):
         estimate = metrics.by_halves(measure, first, second)
+        if fewest < FEWEST_PATIENTS:
+            estimate["low"] = estimate["high"] = None
         if name != "kernel" and estimate["low"] is not None:
             estimate["low"] = max(estimate["low"], 0.0)
         if name == "coverage" and estimate["high"] is not None:

@@ -17,6 +17,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from ldm.data.checks import FEWEST_PATIENTS
 from ldm.networks.encoder import ImageTextEncoder
 
 NEIGHBOURS = 5  # k of density and coverage, as in their paper
@@ -144,12 +145,12 @@ def ratio_of(numerators: Sequence[float], denominators: Sequence[float], patient
     """Sum of the numerators over sum of the denominators, of at least one image each with its patient.
 
     The interval is a percentile bootstrap over patients, since the images of one patient resemble each other; with as
-    many patients as images that is one over images. None for a single patient.
+    many patients as images that is one over images. None for fewer than FEWEST_PATIENTS: it would mean nothing.
     """
     sums = np.array([numerators, denominators], float)
     value = float(sums[0].sum() / sums[1].sum())
     known = {patient: index for index, patient in enumerate(dict.fromkeys(patients))}
-    if len(known) == 1:
+    if len(known) < FEWEST_PATIENTS:
         return Estimate(value=value, low=None, high=None)
     by_patient = np.zeros((2, len(known)))
     np.add.at(by_patient.T, [known[patient] for patient in patients], sums.T)

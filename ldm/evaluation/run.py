@@ -12,6 +12,7 @@ from ldm.core.files import fingerprint
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import load_samples
+from ldm.data.checks import FEWEST_PATIENTS
 from ldm.data.preparation import sample_identity
 from ldm.data.samples import Reject, Sample
 from ldm.evaluation.copies import check_copies, quarantine_copies
@@ -141,6 +142,10 @@ def _measure(encoder: ImageTextEncoder, lesions: Mapping[str, list[Lesion]]) -> 
     if lesions["train"] is not real and (shared := trained & measured):
         what = "patients of REAL are also in the training set: it is no yardstick for what was not seen."
         warnings.append(f"{len(shared)} {what}")
+    for name in ("real", "synthetic"):
+        if (count := len({each.sample.patient_id for each in lesions[name]})) < FEWEST_PATIENTS:
+            why = f"an interval from fewer than {FEWEST_PATIENTS} is meaningless"
+            warnings.append(f"The {name} lesions are of {count} patients: no number of theirs has an interval, {why}.")
     return {
         "pictures": {name: len(each) for name, each in lesions.items()},
         "extractor": {"name": EXTRACTOR, "folder": str(encoder.folder), **extractor},

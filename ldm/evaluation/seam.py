@@ -13,6 +13,7 @@ from ldm.core.distributed import start_processes
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import sha256_file, write_json
 from ldm.data.annotations import load_samples
+from ldm.data.checks import FEWEST_PATIENTS
 from ldm.data.images import border_gradient, to_unit
 from ldm.data.preparation import prepare
 from ldm.data.samples import Sample
@@ -56,7 +57,11 @@ def measure_seam(
         for (name, text), values in zip(COMPOSITES.items(), inpainted, strict=True):
             row = rows[border][name] = {**ratio_of(values, real, patients), "pictures": len(gradients)}
             known = row["low"] is not None
-            interval = f"95 % [{row['low']:.3f}, {row['high']:.3f}]" if known else "one patient: no interval"
+            interval = (
+                f"95 % [{row['low']:.3f}, {row['high']:.3f}]"
+                if known
+                else f"no interval: fewer than {FEWEST_PATIENTS} patients"
+            )
             shown = border, text, row["value"], interval, len(gradients)
             log.info("%-8s %-25s %.3f of the real gradient, %s, %d images", *shown)
     write_json(output, {**rows, "data": str(source), "checkpoint_sha256": sha256_file(checkpoint)})

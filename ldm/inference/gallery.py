@@ -4,13 +4,14 @@ One small image per result, loaded when it comes into view, and a few lines of s
 2,000 results opens at once. It opens from disk and loads nothing from anywhere else.
 """
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ldm.core.files import read_json, read_text, write_json
+from ldm.core.files import fingerprint, read_json, read_text, write_json
 from ldm.data.folders import read_sample
 from ldm.data.images import border_gradient
 from ldm.data.png import write_png
@@ -18,6 +19,7 @@ from ldm.reports.comparison import ResultImage, read_result
 from ldm.reports.html import files_folder, write_page
 
 TILE = 160  # pixels of a panel
+LONGEST_NAME = 120  # characters of a thumbnail's name; file systems take 255 bytes
 PANELS = ("original", "soft mask", "result", "difference")
 
 
@@ -56,7 +58,14 @@ def measures(image: ResultImage) -> dict[str, Any]:
 
 
 def _thumbnail(folder: Path, name: str) -> Path:
-    return files_folder(folder / "report.html") / f"{name.replace('/', '__')}.png"
+    """The file of a result's panels, whose name can stand in a link as it is.
+
+    A result's name that cannot, since it has ``/``, ``#``, ``%`` or the like in it, or that is long, gets a digest.
+    """
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+    if plain != name or len(name) > LONGEST_NAME:
+        plain = f"{plain[: LONGEST_NAME // 2]}-{fingerprint(name)[:16]}"
+    return files_folder(folder / "report.html") / f"{plain}.png"
 
 
 def _card(folder: Path, name: str) -> dict[str, Any]:

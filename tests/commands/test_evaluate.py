@@ -134,6 +134,21 @@ def test_planted_copies_are_caught_and_nothing_else(real: Path, honest: Path, tm
     assert run(real, planted, out, "--overwrite") == 0
 
 
+def test_few_patients_give_no_interval(real: Path, honest: Path, tmp_path: Path) -> None:
+    """Forty images of nine patients are nine patients."""
+    few = shutil.copytree(honest, tmp_path / "few")
+    for number, folder in enumerate(diseased(few)):
+        meta = json.loads((folder / "meta.json").read_text()) | {"patient_id": f"patient {number % 9}"}
+        (folder / "meta.json").write_text(json.dumps(meta))
+    assert run(real, few, tmp_path / "out") == 0
+    numbers = found(tmp_path / "out")
+    assert {each["low"] for each in numbers["distances"].values()} == {None}
+    assert numbers["text"]["synthetic"]["own"]["low"] is None
+    assert numbers["text"]["real"]["own"]["low"] is not None
+    text = "The synthetic lesions are of 9 patients: no number of theirs has an interval"
+    assert any(each.startswith(text) for each in numbers["warnings"])
+
+
 def saturate(folder: Path, level: int = 255) -> None:
     image, mask = read_image(folder / "image.png").copy(), read_image(folder / "mask.png") > 0
     image[cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0] = level
@@ -257,6 +272,7 @@ def test_drawn_results_are_compared_with_their_parents(world: Path, results: Pat
     assert numbers["parents"]["inside"]["ssim"]["value"] < 0.95
     assert numbers["parents"]["inside"]["psnr"]["value"] < 40
     assert any("not measured" in text for text in numbers["warnings"])
+    assert any("no number of theirs has an interval" in text for text in numbers["warnings"])  # three patients
     assert "density" not in numbers["distances"]
 
 

@@ -27,7 +27,8 @@ def test_soft_and_hard_composite_of_the_same_drawings(final: Path, world: Path, 
         for name in ("result", "hard"):
             row = found[border][name]
             assert row["pictures"] == len(sick)
-            assert 0 < row["low"] <= row["value"] <= row["high"]
+            assert row["value"] > 0
+            assert (row["low"], row["high"]) == (None, None)  # of fewer than ten patients
         # Two steps of a barely trained model draw anything but the real image: pasted hard, that shows.
         assert found[border]["result"]["value"] < found[border]["hard"]["value"]
     # The whole step of a hard paste is at the contour; the band spreads it over more neighbours.

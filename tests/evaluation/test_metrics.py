@@ -134,7 +134,7 @@ def test_ratio_of_sums_with_a_bootstrap_interval() -> None:
 
 
 def test_images_of_one_patient_are_resampled_together() -> None:
-    """Ten copies of each patient's image tell no more than one does; images of a single patient give no interval."""
+    """Ten copies of each patient's image tell no more than one does; images of nine patients give no interval."""
     values = np.random.default_rng(1).normal(3, 2, 30)
     patients = [str(i) for i in range(30)]
     once, often = (
@@ -142,7 +142,9 @@ def test_images_of_one_patient_are_resampled_together() -> None:
         mean_of(np.repeat(values, 10).tolist(), list(np.repeat(patients, 10))),
     )
     assert (often["value"], often["low"], often["high"]) == pytest.approx((once["value"], once["low"], once["high"]))
-    assert mean_of([1.0, 2.0], ["a", "a"])["low"] is None
+    few, enough = (mean_of(values.tolist(), [str(i % count) for i in range(30)]) for count in (9, 10))
+    assert (few["low"], few["high"]) == (None, None)
+    assert enough["low"] < few["value"] < enough["high"]
 
 
 # ------------------------------------------------------------------------------------------------------ likeness

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import subprocess
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,23 @@ def drawn(folder: Path, number: int, parent: Path, prompt: str) -> None:
     (folder / "prompt.txt").write_text(prompt)
     meta = {"parent_id": "p", "parent_image": str(parent), "seed": number, "variant": 0, "synthetic": True}
     (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def test_every_name_has_an_image_that_a_browser_finds(tmp_path: Path) -> None:
+    """Signs with a meaning in links, folders in folders beside their flat spelling, and deep DICOM UIDs."""
+    uid = "1.2.826.0.1.3680043.8.498." + "1" * 38
+    names = ["50%20", "case #1", "what?", "p1/L3", "p1__L3", "a & b", "\u80f8\u690e", f"{uid}/{uid}/{uid}/{uid}/{uid}"]
+    write_png(tmp_path / "parent.png", np.random.default_rng(0).integers(0, 256, (30, 30), dtype=np.uint8))
+    for number, name in enumerate(names):
+        drawn(tmp_path / "out" / f"{name}__v0", number, tmp_path / "parent.png", "a lesion")
+    write_gallery(tmp_path / "out")
+    page = Cards(tmp_path / "out" / "report.html")
+    assert {card["alt"].split(" of ", 1)[1] for card in page.cards} == {f"{name}__v0" for name in names}
+    files = [urllib.parse.unquote(urllib.parse.urlsplit(card["source"]).path) for card in page.cards]
+    assert len(set(files)) == len(names)
+    assert all((tmp_path / "out" / file).is_file() for file in files)
+    write_gallery(tmp_path / "out")  # what is there is kept
+    assert len(list((tmp_path / "out" / "report_files").glob("*.png"))) == len(names)
 
 
 def test_every_run_leaves_a_report_of_its_pictures(results: Path) -> None:
