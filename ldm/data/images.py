@@ -5,7 +5,7 @@ Pixels are HxW (grey) or HxWx3 (RGB), uint8 or uint16, as in the file. "Unit" im
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,18 @@ def with_alpha(result: np.ndarray, path: str | Path, inside: np.ndarray) -> np.n
     return whole
 
 
-def orientation_of(path: str | Path) -> int:
+def orientations_differ(paths: Iterable[Path | None]) -> bool:
+    """Whether image files that belong together are not all turned in the same way when they are read."""
+    return len({_orientation_of(path) for path in paths if path is not None}) > 1
+
+
+def _orientation_of(path: Path) -> int:
     """The EXIF or TIFF orientation of an image file that can be read: 1 (upright) to 8."""
-    data, kind = _read_bytes(Path(path))
+    data, kind = _read_bytes(path)
     if kind == "TIFF":
         return tiff_orientation(data)
+    if kind == "PNG" and b"eXIf" not in data and b"Raw profile type" not in data:
+        return 1  # Pillow would decode the whole file to look for it
     with Image.open(io.BytesIO(data), formats=[kind]) as opened:
         found = opened.getexif().get(_ORIENTATION_TAG, 1)
     return found if found in range(1, 9) else 1

@@ -29,8 +29,8 @@ _PROFILE_POINTS = 4097
 
 
 ORIENTATION_NOTE = (
-    "its image and its mask have different EXIF orientations: if the mask was made on the stored pixels, it lies at "
-    "another place; look at the overlays of tool/doctor.py"
+    "its image, mask and label map have different EXIF orientations: what was made on the stored pixels of another one "
+    "lies elsewhere; look at the overlays of tool/doctor.py"
 )
 STRAY_NOTE = "its mask has a part that is tiny, or far from the largest one (stray pixels?), which makes the crop wider"
 NOISE_NOTE = "its mask has compression noise or a rim from resampling: it is read as hard, cut at half of its maximum"

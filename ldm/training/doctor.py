@@ -21,7 +21,7 @@ from ldm.core.errors import MedSoftError
 from ldm.core.files import read_text
 from ldm.data.annotations import load_samples
 from ldm.data.checks import annotation_rows, check_classes, leaks, sample_attributes, separations, similar_prompts
-from ldm.data.images import orientation_of, pixel_digest, read_image
+from ldm.data.images import orientations_differ, pixel_digest, read_image
 from ldm.data.masks import ORIENTATION_NOTE, STRAY_NOTE, read_anatomy, read_mask, stray_parts
 from ldm.data.samples import Sample
 from ldm.reports.overlays import write_overlays
@@ -76,12 +76,12 @@ def look(sample: Sample) -> DatasetInspection:
         mask = read_mask(sample.mask, image.shape) if sample.mask else None
         if mask is not None and mask.note:
             faults.append(Finding("warning", str(sample.mask), mask.note))
-        if sample.mask and orientation_of(sample.image) != orientation_of(sample.mask):
-            faults.append(Finding("warning", str(sample.mask), ORIENTATION_NOTE))
         if sample.soft_mask:
             read_mask(sample.soft_mask, image.shape, soft=True)
         if sample.anatomy:
             read_anatomy(sample.anatomy, image.shape)
+        if orientations_differ(sample.files):
+            faults.append(Finding("warning", str(sample.image), ORIENTATION_NOTE))
     except MedSoftError as error:
         faults.append(Finding("sample", str(sample.image.parent), str(error)))
     else:

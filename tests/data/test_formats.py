@@ -290,3 +290,44 @@ def test_an_animation_is_refused(tmp_path: Path) -> None:
 def test_labels_of_a_16_bit_tiff_keep_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "anatomy.tif").write_bytes(tiff_bytes(GREY.astype(np.uint16) * 100, endian=">"))
     np.testing.assert_array_equal(read_labels(tmp_path / "anatomy.tif"), GREY.astype(int) * 100)
+
+
+def bmp_bytes(pixels: np.ndarray, palette: np.ndarray | None = None, top_down: bool = False) -> bytes:
+    """A BMP file written here, from HxW indices into a palette (Nx3), or HxWx3 colours of 8 bits."""
+    height, width = pixels.shape[:2]
+    bits = 8 if pixels.ndim == 2 else 24
+    rows = pixels if bits == 8 else pixels[..., ::-1]
+    lines = [row.tobytes() + bytes(-len(row.tobytes()) % 4) for row in (rows if top_down else rows[::-1])]
+    table = b"" if palette is None else b"".join(bytes([b, g, r, 0]) for r, g, b in palette.tolist())
+    start, body = 54 + len(table), b"".join(lines)
+    signed = -height if top_down else height
+    info = struct.pack("<IiiHHIIiiII", 40, width, signed, 1, bits, 0, len(body), 0, 0, len(table) // 4, 0)
+    return b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start) + info + table + body
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    kind=st.sampled_from(["grey palette", "palette", "colour"]),
+    top_down=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_every_bmp_is_read_exactly(
+    tmp_path_factory: pytest.TempPathFactory, height: int, width: int, kind: str, top_down: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    palette = None
+    if kind == "colour":
+        pixels = expected = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    else:
+        palette = rng.integers(0, 256, (256, 3), dtype=np.uint8)
+        palette[:, 1:] = palette[:, :1] if kind == "grey palette" else palette[:, 1:]
+        pixels = rng.integers(0, 256, (height, width), dtype=np.uint8)
+        expected = palette[pixels]
+    found = read_bytes(tmp_path_factory.getbasetemp(), bmp_bytes(pixels, palette, top_down), "image.bmp")
+    if kind == "grey palette":
+        np.testing.assert_array_equal(found, expected[..., 0])
+    else:
+        assume(not (expected == expected[..., :1]).all())
+        np.testing.assert_array_equal(found, expected)

@@ -84,8 +84,8 @@ def test_an_orientation_of_image_or_mask_alone_is_warned_of(tmp_path: Path, writ
     code, found = warnings_of(tmp_path)
     assert code == 0
     assert found.count("different EXIF orientations") == 2
-    assert f"{tmp_path / 'data' / 'image' / 'mask.png'}: its image and its mask have different" in found
-    assert f"{tmp_path / 'data' / 'mask' / 'mask.png'}: its image and its mask have different" in found
+    assert f"{tmp_path / 'data' / 'image' / 'image.png'}: its image, mask and label map have different" in found
+    assert f"{tmp_path / 'data' / 'mask' / 'image.png'}: its image, mask and label map have different" in found
     assert (tmp_path / "overlays_files" / "sheet_0001.png").exists()
 
 
