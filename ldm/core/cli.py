@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import logging
 import os
 import signal
@@ -72,6 +73,9 @@ def run(made: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int 
     0 done; 1 data or I/O error; 2 wrong usage; 3 done but some inputs were rejected; 130 interrupted; 143 terminated.
     Everything a user can cause ends as one line on standard error; ``--debug`` adds the traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # what the console cannot show stands there as \u4e2d, no name is lost
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = made.parse_intermixed_args(argv)  # KEY=VALUE may stand between flags
     # Threads that spin while they wait make two programs on one machine many times slower; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

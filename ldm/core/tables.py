@@ -2,12 +2,17 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_text, write_text
+
+# Text that a spreadsheet takes for a formula, and text that only an apostrophe of ours keeps from that.
+FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
@@ -18,9 +23,30 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
 
 def csv_lines(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """Rows as lines of a CSV file without its header; what is None or missing stays empty."""
-    buffer = io.StringIO()
-    csv.DictWriter(buffer, columns, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()
+    lines = []
+    for row in rows:
+        buffer = io.StringIO(newline="")
+        # With this end of a line the writer quotes cells that hold a carriage return; ours is a line feed.
+        csv.DictWriter(buffer, columns, lineterminator="\r\n").writerow({k: _shown(v) for k, v in row.items()})
+        lines.append(buffer.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
+
+
+def _shown(value: Any) -> Any:
+    """The value for a cell; text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    text = str(value)
+    with suppress(ValueError):
+        float(text)
+        return value
+    return f"'{text}" if FORMULA.match(text) else value
+
+
+def _read(lines: Iterable[str]) -> list[dict[str, str]]:
+    """Rows of a CSV file as they were before ``_shown``."""
+    return [
+        {name: text[1:] if text and text[0] == "'" and FORMULA.match(text) else text for name, text in row.items()}
+        for row in csv.DictReader(lines)
+    ]
 
 
 def read_whole_lines(path: Path) -> list[dict[str, str]]:
@@ -31,12 +57,12 @@ def read_whole_lines(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
-    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    return _read(text[: text.rfind("\n") + 1].splitlines())
 
 
 def read_table(path: str | Path, columns: Sequence[str], what: str = "table") -> list[dict[str, str]]:
     """Rows of a CSV file as dictionaries; MedSoftError if it is missing, empty or lacks one of ``columns``."""
-    rows = list(csv.DictReader(io.StringIO(read_text(path, what))))
+    rows = _read(io.StringIO(read_text(path, what), newline=""))
     if not rows:
         raise MedSoftError(f"{path}: expected a header and at least one row, found none")
     for column in columns:

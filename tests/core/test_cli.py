@@ -1,8 +1,13 @@
 """ldm/core/cli.py: what every command says, and how."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import pytest
 from tiny import ROOT
 
 TALK = """
@@ -36,3 +41,43 @@ def test_help_shows_defaults_and_keeps_the_lines_of_the_description() -> None:
     assert "its width (default: 0.25)" in " ".join(said.split())
     assert "(default: None)" not in said
     assert "(default: False)" not in said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+def test_names_that_the_console_cannot_show_are_spelled(tmp_path: Path, write_sample: Any, encoding: str) -> None:
+    """Whatever a console can show, a command ends as it would elsewhere, and says which sample it means."""
+    data, name = tmp_path / "Zürich 脊椎", "病变–Ω"
+    for number in range(12):
+        write_sample(data / f"good{number}", prompt="lytic lesion" if number % 2 else "healthy")
+    (write_sample(data / name) / "image.png").write_bytes(b"no picture")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    output = tmp_path / "a.json"
+    for words in (
+        ["ver_openImagesDatasets.py", "--root_dir", data, "--output_file", output],
+        ["tool/doctor.py", "--data", data, "--workers", 1],
+        ["ver_openImagesDatasets.py", "--root_dir", data / name / "none", "--output_file", output],
+    ):
+        done = subprocess.run(
+            [sys.executable, *map(str, words)], env=environment, capture_output=True, cwd=ROOT, timeout=120
+        )
+        said = (done.stdout + done.stderr).decode(encoding)
+        assert done.returncode == (1 if "none" in str(words) else 3), said
+        spelled = name.encode(encoding, "backslashreplace").decode(encoding)
+        assert spelled in said
+        assert "Traceback" not in said
+    assert json.loads((tmp_path / "a_rejects.json").read_text(encoding="utf-8"))[0]["sample_id"] == name
+
+
+def test_a_file_name_that_is_no_text_is_shown_and_rejected(tmp_path: Path, write_sample: Any) -> None:
+    data = tmp_path / "data"
+    for number in range(12):
+        write_sample(data / f"good{number}", prompt="lytic lesion" if number % 2 else "healthy")
+    write_sample(Path(os.fsdecode(os.fsencode(data) + b"/bad\xff")))
+    done = subprocess.run(
+        [sys.executable, "ver_openImagesDatasets.py", "--root_dir", data, "--output_file", tmp_path / "a.json"],
+        capture_output=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 3, done.stderr
+    assert b"bad" in done.stdout
+    assert b"Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 """ldm/core/tables.py: CSV and Markdown."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,43 @@ def test_lines_are_added_and_one_that_a_crash_cut_short_is_left_out(tmp_path: Pa
     with path.open("a") as handle:
         handle.write(csv_lines([{"step": 1, "loss": 0.5}, {"step": 2}], ["step", "loss"]) + "3,0.")
     assert read_whole_lines(path) == [{"step": "1", "loss": "0.5"}, {"step": "2", "loss": ""}]
+
+
+TEXTS = [
+    "=1+1",
+    "+cmd",
+    "-lytic",
+    "@x",
+    "\tx",
+    "\rx",
+    "\n=1",
+    "＝1",
+    "'=1",
+    "''@",
+    "'plain",
+    "'",
+    "a=b",
+    " =1",
+    "",
+    "-1.5",
+    "+3",
+    "-",
+]
+
+
+def test_text_that_a_spreadsheet_would_run_is_written_as_text_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    write_csv(path, [{"name": text, "number": -0.5} for text in TEXTS])
+    assert [row["name"] for row in read_table(path, ["name"])] == TEXTS
+    with path.open(encoding="utf-8", newline="") as handle:
+        cells = [row["name"] for row in csv.DictReader(handle)]
+    for text, cell in zip(TEXTS, cells, strict=True):
+        runs = cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "＝"))
+        assert not runs or cell in ("-1.5", "+3")
+        assert cell in (text, f"'{text}")
+    assert {row["number"] for row in read_table(path, ["number"])} == {"-0.5"}
+
+
+def test_paths_and_names_of_columns_are_text_too(tmp_path: Path) -> None:
+    write_csv(tmp_path / "table.csv", [{"@a": Path("=b"), "c": None, "d": float("-inf")}])
+    assert (tmp_path / "table.csv").read_text() == "'@a,c,d\n'=b,,-inf\n"
