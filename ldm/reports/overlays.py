@@ -3,8 +3,10 @@
 A mirrored, transposed or shifted mask is a sound file of the right size: only a person sees that it lies elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from ldm.core.errors import MedSoftError
 from ldm.core.tables import shortened
+from ldm.core.threads import thread_pool
 from ldm.data.images import intensity_range_of, read_image, to_unit
 from ldm.data.masks import LABELS, read_anatomy, read_mask
 from ldm.data.samples import Sample, shown
@@ -30,23 +33,37 @@ def write_overlays(page: Path, samples: Sequence[Sample]) -> int:
 
     Samples whose files cannot be read are left out. Sheets of an earlier, longer page are removed.
     """
-    sheets, tiles = [], []
-    for sample in tqdm(samples, "overlays", unit=" samples", disable=None):
-        try:
-            tiles.append((sample, overlay(sample)))
-        except MedSoftError:
-            continue  # a finding of the doctor's by itself
-    step = COLUMNS * ROWS
-    for first in range(0, len(tiles), step):
-        part = tiles[first : first + step]
-        source = write_image(page, f"sheet_{first // step + 1:04d}", _sheet(part))
+    sheets: list[dict[str, Any]] = []
+    tiles = _readable(samples)
+    count = 0
+    while part := list(islice(tiles, COLUMNS * ROWS)):
+        source = write_image(page, f"sheet_{len(sheets) + 1:04d}", _sheet(part))
         names = [shown(sample.sample_id) for sample, _ in part]
-        sheets.append({"source": source, "names": names, "first": first + 1, "last": first + len(part)})
+        sheets.append({"source": source, "names": names, "first": count + 1, "last": count + len(part)})
+        count += len(part)
     for file in files_folder(page).glob("sheet_*.png"):
         if file.stem not in {Path(sheet["source"]).stem for sheet in sheets}:
             file.unlink()
-    write_page(page, "overlays", sheets=sheets, count=len(tiles), legend=_legend())
-    return len(tiles)
+    write_page(page, "overlays", sheets=sheets, count=count, legend=_legend())
+    return count
+
+
+def _readable(samples: Sequence[Sample]) -> Iterator[tuple[Sample, np.ndarray]]:
+    """Samples and their tiles, made by several threads, a few at a time: a data set's tiles do not fit into memory."""
+
+    def made(sample: Sample) -> np.ndarray | None:
+        try:
+            return overlay(sample)
+        except MedSoftError:
+            return None  # a finding of the doctor's by itself
+
+    with thread_pool() as pool, tqdm(total=len(samples), desc="overlays", unit=" samples", disable=None) as bar:
+        for first in range(0, len(samples), 100):
+            part = samples[first : first + 100]
+            for sample, tile in zip(part, pool.map(made, part), strict=True):
+                bar.update()
+                if tile is not None:
+                    yield sample, tile
 
 
 def overlay(sample: Sample) -> np.ndarray:
