@@ -13,7 +13,7 @@ from ldm.core.errors import MedSoftError
 from ldm.core.files import content_id, named_seed
 from ldm.core.threads import thread_pool
 from ldm.data.crop import CropWindow, Fit
-from ldm.data.images import intensity_range_of, read_image, to_unit
+from ldm.data.images import intensity_range_of, read_image, read_labels, to_unit
 from ldm.data.masks import (
     DIAMETERS,
     TARGET_LABEL,
@@ -68,12 +68,25 @@ def digests_of(samples: Iterable[Sample]) -> dict[Path | None, str]:
 
 
 def inpainting_obstacle(sample: Sample) -> str | None:
-    """Why this sample cannot be inpainted, or None if it can (judged without opening a file)."""
-    if not sample.healthy and sample.mask is None:
-        return "a diseased sample without a mask"
-    if sample.healthy and sample.anatomy is None and sample.mask is None and not any(sample.box):
-        return "healthy, and neither anatomy.png nor a mask nor a box says where the vertebra is"
-    return None
+    """Why this sample cannot be inpainted, or None if it can.
+
+    Of a healthy one without a box the label map and the mask are read, and must mark something: a black mask is sound,
+    but says of no place where a lesion may be. A file that cannot be read is no obstacle here; whoever uses it says so.
+    """
+    if not sample.healthy:
+        return None if sample.mask else "a diseased sample without a mask"
+    if any(sample.box):
+        return None
+    try:
+        if sample.anatomy and (read_labels(sample.anatomy) == TARGET_LABEL).any():
+            return None
+        if sample.mask and not read_mask(sample.mask).empty:
+            return None
+    except MedSoftError:
+        return None
+    files = " and ".join(path.name for path in (sample.anatomy, sample.mask) if path)
+    reason = f"nothing is marked in {files}" if files else "neither anatomy.png nor a mask nor a box says where it is"
+    return f"healthy, and its vertebra is not known: {reason}"
 
 
 def prepare(

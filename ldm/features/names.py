@@ -8,6 +8,7 @@ from typing import Any
 from ldm.config import DataConfig
 from ldm.core.files import fingerprint
 from ldm.core.schema import identity
+from ldm.core.threads import thread_pool
 from ldm.data.preparation import inpainting_obstacle
 from ldm.data.samples import Reject, Sample
 from ldm.networks.msc import ControllerInputs
@@ -32,8 +33,9 @@ class Item:
 def training_items(samples: Sequence[Sample], data: DataConfig) -> tuple[list[Item], list[Reject]]:
     """Every mask or crop of every sample that can be drawn on, and the samples that cannot, with the reason."""
     items, rejects = [], []
-    for sample in samples:
-        reason = inpainting_obstacle(sample)
+    with thread_pool() as pool:
+        reasons = list(pool.map(inpainting_obstacle, samples))
+    for sample, reason in zip(samples, reasons, strict=True):
         if reason:
             rejects.append(Reject(sample.sample_id, sample.image, reason))
         else:

@@ -45,6 +45,7 @@ class TrainingInputs:
     total: int = 0  # samples that the annotation files name
     digests: Mapping[Path | None, str] = field(default_factory=dict)  # SHA-256 of every file of the items
     identities: list = field(default_factory=list)  # (set, identity of a sample), all that decides what is learned
+    trained_on: list = field(default_factory=list)  # what the run's files say of their patients (data.checks)
 
     @property
     def rejects(self) -> list[Reject]:
@@ -115,6 +116,8 @@ def _read_set(inputs: TrainingInputs, name: str, path: Path, data: DataConfig) -
     counts = (name, diseased, len(used) - diseased, len({sample.patient_id for sample in used}), path)
     log.info("%s: %d diseased and %d healthy samples of %d patients (%s)", *counts)
     log_skipped([*missing, *damaged, *undrawable])
+    if undrawable:
+        log.warning("%s: %d samples cannot be inpainted and are left out; they are no damage", name, len(undrawable))
     inputs.unreadable += [*missing, *damaged]
     inputs.undrawable += undrawable
 

@@ -177,12 +177,19 @@ def _look_at(samples: list[Sample], name: str, workers: int | None) -> list[Data
 
 
 def _about(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> Iterator[Finding]:
-    """What can only be judged over a whole set: classes, depths, sizes, polarity."""
+    """What can only be judged over a whole set: classes, depths, sizes, polarity, where lesions may be drawn."""
+    from ldm.data.preparation import inpainting_obstacle
+
     if name == "train":
         try:
             check_classes(name, samples, balance=False)
         except MedSoftError as error:
             yield Finding("error", name, str(error))
+    obstacles = [(sample, reason) for sample in samples if sample.healthy and (reason := inpainting_obstacle(sample))]
+    if obstacles:
+        healthy, (first, reason) = sum(sample.healthy for sample in samples), obstacles[0]
+        text = f"{len(obstacles)} of {healthy} healthy samples cannot be inpainted, training and drawing leave them out"
+        yield Finding("warning", name, f"{text}; the first, {first.sample_id}: {reason}")
     depths = {seen.depth for seen in looks if seen.depth}
     if len(depths) > 1:
         yield Finding("warning", name, "8- and 16-bit images are mixed; check that `window` in meta.json fits")

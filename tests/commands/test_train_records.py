@@ -2,13 +2,14 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import MODELS, call, changed, tensors, train
+from tiny import MODELS, call, changed, infer, tensors, train
 
 from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import config_from_dict, load_config
@@ -16,11 +17,12 @@ from ldm.core.devices import out_of_memory
 from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.images import read_image
+from ldm.data.png import write_png
 from ldm.training.dataset import Batch
 from ldm.training.estimates import fake_batch, fake_stage, stage_disk, stage_memory, step_operations
 from ldm.training.loop import Training
 from ldm.training.stage import Stage
-from tool import bench
+from tool import bench, doctor
 
 import ver_openImagesDatasets  # isort: skip
 
@@ -308,9 +310,37 @@ def test_sample_that_cannot_be_drawn_on_is_listed(
         assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=9) == 3
         (reject,) = json.loads((tmp_path / "s" / "rejects.json").read_text())
         assert (reject["sample_id"], reject["file"]) == ("bare", str(bare / "image.png"))
-        assert reject["reason"].startswith("healthy, and neither anatomy.png nor a mask nor a box says where")
+        assert reject["reason"].startswith("healthy, and its vertebra is not known: neither anatomy.png nor a mask nor")
         assert "skipped " + reject["file"] in caplog.text
     assert len(rows(tmp_path / "s" / "steps.csv")) == 1  # the other nine
+
+
+def test_healthy_samples_with_a_black_mask_are_left_out_before_any_feature_is_computed(
+    world: Path, converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The published layout: such a mask is sound, but says of no place where a lesion may be."""
+    shutil.copytree(world / "train", tmp_path / "data")
+    black = [sample for sample in load_samples(tmp_path / "data")[0] if sample.healthy][:4]
+    for sample in black[:2]:
+        sample.anatomy.unlink()
+    for sample in black[2:]:  # no vertebra in it
+        labels = read_image(sample.anatomy)
+        write_png(sample.anatomy, np.where(labels == 1, 0, labels))
+    for sample in black:
+        write_png(sample.image.with_name("mask.png"), np.zeros(read_image(sample.image).shape[:2], np.uint8))
+    given = ("--train_json", tmp_path / "data", "--cache_dir", tmp_path / "features", "training.max_rejected=0")
+    assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=5) == 3
+    rejects = json.loads((tmp_path / "s" / "rejects.json").read_text())
+    assert [reject["sample_id"] for reject in rejects] == [sample.sample_id for sample in black]
+    assert rejects[0]["reason"] == "healthy, and its vertebra is not known: nothing is marked in mask.png"
+    assert "anatomy.png and mask.png" in rejects[3]["reason"]
+    assert "train: 4 samples cannot be inpainted and are left out; they are no damage" in caplog.text
+    assert len(list((tmp_path / "features").rglob("*.clip.safetensors"))) == 2 * (5 + 3)
+    assert call(doctor, "--data", tmp_path / "data", "--output", tmp_path / "found.json") == 0
+    (finding,) = [each for each in json.loads((tmp_path / "found.json").read_text()) if "inpainted" in each["text"]]
+    assert finding["text"].startswith("4 of 5 healthy samples cannot be inpainted, training and drawing leave them out")
+    assert infer(converted, tmp_path / "out", "--data", tmp_path / "data", "--prompt", "x") == 3
+    assert len(json.loads((tmp_path / "out" / "rejects.json").read_text())) == 4
 
 
 def test_one_corrupt_image_in_a_hundred_is_skipped_and_two_stop(
