@@ -1,11 +1,12 @@
 """What the classifier sees: small images in memory, synthetic or repeated ones among them, and the leak guards.
 No torch."""
 
+import json
 import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ from ldm.classifier.config import DUPLICATE_REAL, PRETRAIN, ClassifierConfig
 from ldm.core.errors import MedSoftError
 from ldm.core.files import fingerprint, named_seed
 from ldm.data.annotations import load_samples
-from ldm.data.checks import Row, Separation, check_disjoint, sample_attributes, separations
+from ldm.data.checks import (
+    Row,
+    Separation,
+    check_disjoint,
+    check_unseen,
+    groups_of,
+    groups_of_samples,
+    sample_attributes,
+    separations,
+    trained_on,
+)
 from ldm.data.images import intensity_range_of, pixel_digest, read_image, to_unit
 from ldm.data.samples import Reject, Sample
 from ldm.data.splits import output_paths, prepare_dataset
@@ -285,6 +296,13 @@ class ClassifierData:
     synthetic: ImageSet | None
     duplicates: ImageSet | None
     classes: list[str]
+    earlier: list[dict[str, Any]] = field(default_factory=list)  # patients behind what it starts from (data.checks)
+
+    @property
+    def trained_on(self) -> list[dict[str, Any]]:
+        """Salted digests of the patients that the weights have learned from, whatever picture shows them."""
+        learned = [*self.train.samples, *(self.synthetic.samples if self.synthetic else [])]
+        return trained_on("classifier", (sample.patient_id for sample in learned), self.earlier)
 
     @property
     def sets(self) -> list[ImageSet]:
@@ -324,7 +342,16 @@ def load_data(config: ClassifierConfig) -> ClassifierData:
             f"use_synthetic pretrain needs synthetic diseased images, found none in {', '.join(config.synthetic)} at "
             f"ratio {config.ratio}; generate some, or raise ratio"
         )
-    data = ClassifierData(train, val, test, synthetic, pick_duplicates(config, train) if duplicating else None, classes)
+    earlier = pretrained_on(config.pretrained)
+    for images in held_out:
+        check_unseen(f"{images.name}_json", images.samples, earlier, config.pretrained)
+    for source in (train, *([synthetic] if synthetic else [])):
+        behind = groups_of_samples(source.name, source.samples)
+        for images in held_out:
+            check_unseen(f"{images.name}_json", images.samples, behind, f"the {source.name} set")
+        earlier = trained_on("", (), earlier, behind)
+    duplicates = pick_duplicates(config, train) if duplicating else None
+    data = ClassifierData(train, val, test, synthetic, duplicates, classes, earlier)
     for images in data.sets:
         for sample, label in zip(images.samples, images.labels, strict=True):
             if label not in classes:
@@ -342,6 +369,18 @@ def class_separations(images: ImageSet) -> list[Separation]:
         if each.suspicious:
             log.warning("%s: %s", images.name, each.warning)
     return found
+
+
+def pretrained_on(weights: str | None) -> list[dict[str, Any]]:
+    """The patients behind the file that ``pretrained`` names, if a classifier of ours lies there; else nobody."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights or "", "np") as handle:
+            about = json.loads((handle.metadata() or {}).get("classifier", "null"))
+    except (SafetensorError, OSError, ValueError):
+        return []  # not such a file; whether it holds weights is seen where they are read
+    return groups_of(about, weights) if isinstance(about, dict) else []
 
 
 def class_names(config: ClassifierConfig, train: ImageSet) -> list[str]:

@@ -24,6 +24,7 @@ from ldm.core.files import content_id, fingerprint, read_json, sha256_file, writ
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.core.tables import write_csv
+from ldm.data.checks import TRAINED_ON, check_unseen, groups_of
 from ldm.data.samples import Reject
 
 log = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ def _test(
         if not config.overwrite:
             raise UsageError(f"{path}: holds the results of another test; set overwrite: true to replace them")
     path.unlink(missing_ok=True)  # until everything beside it is new
-    metrics = {key: value for key, value in info.items() if key not in ("config", "run")}
+    metrics = {key: value for key, value in info.items() if key not in ("config", "run", TRAINED_ON)}
     metrics = {"dataset": config.dataset, "model": info["config"]["model"], "task": info["config"]["task"], **metrics}
     metrics["confounds"] = [
         {"set": name, "attribute": each.attribute, "auc": each.auc, "p_value": each.p_value, "values": each.values}
@@ -216,6 +217,7 @@ def _test_saved(config: ClassifierConfig) -> dict[str, Any]:
         return {"n_rejected": 0, "already_complete": False, "classes": classifier.info["classes"]}
     sizes = (config.img_size, config.task, config.channels)
     test = load_images("test", config.test_json, *sizes, only_real=True)
+    check_unseen("test_json", test.samples, groups_of(classifier.info, weights), weights)
     if unknown := sorted(set(test.labels) - set(classifier.info["classes"])):
         raise MedSoftError(f"{config.test_json}: lesion type {unknown[0]} is not a class of {weights}")
     return _test(config, classifier, weights, {"test": test}, [("test", reject) for reject in test.rejects])

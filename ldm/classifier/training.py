@@ -26,6 +26,7 @@ from ldm.core.devices import autocast
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_file, named_seed
 from ldm.core.tables import write_csv
+from ldm.data.checks import TRAINED_ON
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +227,7 @@ def save_classifier(
         "n_synthetic_used": len(data.synthetic) if data.synthetic else 0,
         "n_duplicated": len(data.duplicates) if data.duplicates else 0,
         "n_val": len(data.val),
+        TRAINED_ON: data.trained_on,
     }
     with atomic_file(path) as handle:
         handle.write(save(chosen["weights"], metadata={"classifier": json.dumps(info)}))

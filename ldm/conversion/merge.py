@@ -24,6 +24,7 @@ from ldm.config import Config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import check_target, fingerprint, sha256_file
 from ldm.core.schema import identity
+from ldm.data.checks import TRAINED_ON, groups_of, trained_on
 from ldm.networks.model import skeleton
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def merge_files(
     metadata = {"config": dataclasses.asdict(config), "stage": "merged", "step": 0, "origin": sources}
     metadata |= {"asked": asked, "run": run}
     metadata |= {"biomedclip": known[0]} if known else {}
+    metadata[TRAINED_ON] = trained_on("merged", (), *(groups_of(c.metadata, c.path) for c in (controller, rest)))
     write_checkpoint(output_path, {key: state[key] for key in expected}, metadata)
     log.info("written: %s", output_path)
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm.core.errors import FileError, MedSoftError
+from ldm.core.files import fingerprint
 from ldm.core.threads import thread_pool
 from ldm.data.images import check_ends
-from ldm.data.samples import Reject, Sample, is_number
+from ldm.data.samples import Reject, Sample, is_number, is_trained_on
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,70 @@ def check_disjoint(rows: Iterable[Row]) -> None:
     """Raise MedSoftError, by name, when two sets share a patient or an identical image."""
     for leak in leaks(rows):
         raise MedSoftError(leak)
+
+
+TRAINED_ON = "trained_on"  # where checkpoints, results and classifiers keep what ``trained_on`` returns
+
+
+def trained_on(step: str, patients: Iterable[str], *earlier: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Which patients are behind what ``step`` has made: groups {"salt", "steps", "patients"} of salted digests.
+
+    ``patients``: those that the step itself learned from; ``earlier``: the groups of what went into it. No name of a
+    patient is stored, but whoever knows one can ask for it. The salt follows from the patients, so the same ones make
+    the same group, which is kept once with all its steps.
+    """
+    names = sorted(set(patients))
+    salt = fingerprint([TRAINED_ON, names])[:32]
+    own = {"salt": salt, "steps": [step], "patients": sorted(_patient_digest(salt, name) for name in names)}
+    groups: dict[str, dict[str, Any]] = {}
+    for group in [*(group for each in earlier for group in each), *([own] if names else [])]:
+        known = groups.setdefault(group["salt"], {**group, "steps": []})
+        known["steps"] = sorted({*known["steps"], *group["steps"]})
+    return [groups[salt] for salt in sorted(groups)]
+
+
+def _patient_digest(salt: str, patient_id: str) -> str:
+    return fingerprint([salt, patient_id])[:16]
+
+
+def groups_of(metadata: Mapping[str, Any], source: object) -> list[dict[str, Any]]:
+    """The groups that the ``metadata`` of ``source`` carries; one that was trained and has none is warned of."""
+    groups = metadata.get(TRAINED_ON)
+    if groups is None and metadata.get("stage") == "converted":
+        return []
+    if groups is None:
+        log.warning("warning: %s does not say which patients it was trained on, so nobody can check for them", source)
+    elif not is_trained_on(groups):
+        raise MedSoftError(f"{source}: its `{TRAINED_ON}` is damaged; expected a list of {{salt, steps, patients}}")
+    return groups or []
+
+
+def groups_of_samples(name: str, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """The groups of the generators that made the synthetic ones of ``samples``; a warning where they do not say."""
+    synthetic = [sample for sample in samples if sample.synthetic]
+    silent = sum(TRAINED_ON not in sample.meta for sample in synthetic)
+    if silent:
+        what = "synthetic samples do not say which patients their generator was trained on"
+        log.warning("warning: %s: %d of %d %s, so nobody can check for them", name, silent, len(synthetic), what)
+    return trained_on("", (), *(sample.meta.get(TRAINED_ON, []) for sample in synthetic))
+
+
+def check_unseen(held_out: str, samples: Iterable[Sample], groups: Sequence[Mapping[str, Any]], source: object) -> None:
+    """MedSoftError, by name, if patients of a validation or test set, ``held_out``, are among ``groups``."""
+    patients, met, steps = sorted({sample.patient_id for sample in samples}), set(), set()
+    for group in groups:
+        digests = set(group["patients"])
+        found = {name for name in patients if _patient_digest(group["salt"], name) in digests}
+        met |= found
+        steps |= set(group["steps"]) if found else set()
+    if met:
+        names = sorted(met)
+        shown = ", ".join(names[:SIMILAR_SHOWN]) + (", ..." if len(names) > SIMILAR_SHOWN else "")
+        raise MedSoftError(
+            f"{held_out}: {len(met)} of its {len(patients)} patients ({shown}) are among those that "
+            f"{', '.join(sorted(steps))} learned from, says {source}; split by patient once, before the first "
+            "training, and keep to that split"
+        )
 
 
 def check_classes(source: str, samples: Sequence[Sample], balance: bool) -> None:

@@ -94,6 +94,21 @@ def _is_window(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] < value[1]
 
 
+def is_trained_on(value: Any) -> bool:
+    """True for groups of digests as ``ldm.data.checks.trained_on`` makes them."""
+
+    def texts(found: Any) -> bool:
+        return isinstance(found, list) and all(isinstance(each, str) for each in found)
+
+    return isinstance(value, list) and all(
+        isinstance(group, dict)
+        and isinstance(group.get("salt"), str)
+        and texts(group.get("steps"))
+        and texts(group.get("patients"))
+        for group in value
+    )
+
+
 def is_box(value: Any) -> bool:
     """True for [x, y, w, h], fractions inside an image."""
     numbers = isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
@@ -107,4 +122,5 @@ META_RULES = {
     "synthetic": Rule(lambda value: isinstance(value, bool), "true or false"),
     "spacing_mm": Rule(_is_spacing, "one or two positive numbers"),
     "window": Rule(_is_window, "two numbers [low, high] with low < high"),
+    "trained_on": Rule(is_trained_on, "a list of {salt, steps, patients}, as results have it"),
 }

@@ -12,7 +12,7 @@ from ldm.core.files import fingerprint
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import load_samples
-from ldm.data.checks import FEWEST_PATIENTS
+from ldm.data.checks import FEWEST_PATIENTS, check_unseen, groups_of_samples
 from ldm.data.preparation import sample_identity
 from ldm.data.samples import Reject, Sample
 from ldm.evaluation.copies import check_copies, quarantine_copies
@@ -80,6 +80,9 @@ def evaluate(
     folder = RunFolder(output_dir, "evaluation.json", own=OWN_FILES, shared=True)
     with folder.lock():
         samples, rejects = _read_sources(sources)
+        if sources.held_out:
+            behind = groups_of_samples("SYNTHETIC", samples["synthetic"])
+            check_unseen(f"REAL {sources.real}", samples["real"], behind, sources.synthetic)
         encoder = open_encoder(biomedclip)
         identities = {name: fingerprint([sample_identity(s) for s in each]) for name, each in samples.items()}
         settings = {**identities, "biomedclip": encoder.fingerprint, "data": identity(data, "features")}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ldm.core.errors import MedSoftError
+from ldm.data.checks import TRAINED_ON
 from ldm.data.folders import write_sample
 from ldm.data.images import with_alpha
 from ldm.data.preparation import PreparedSample
@@ -49,7 +50,7 @@ def result_metadata(
 ) -> dict[str, Any]:
     """The meta.json of a result of which ``changed`` pixels outside the soft mask differ from the parent's."""
     if task.record is not None:
-        return {**task.record, "changed_outside_pixels": changed}
+        return {**task.record, "changed_outside_pixels": changed, TRAINED_ON: provenance[TRAINED_ON]}
     source, parent = task.source, task.sample
     diseased_source = source if source is not None and task.prompt.strip().lower() != HEALTHY else None
     metadata = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ldm.checkpoints.files import detect_format
+from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import Config, SamplingConfig, load_config
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory
@@ -26,6 +26,7 @@ from ldm.core.files import content_id, fingerprint, read_json, sha256_file
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import write_rejects
+from ldm.data.checks import TRAINED_ON, groups_of
 from ldm.data.preparation import PreparedSample, lesion_diameter, sample_identity
 from ldm.data.samples import Reject
 from ldm.inference.gallery import write_gallery
@@ -53,7 +54,7 @@ def run(options: InferenceOptions) -> int:
     assert options.config
     if not is_first_process():
         logging.disable(logging.INFO)  # one process speaks for all
-    detect_format(options.ckpt)
+    metadata = read_checkpoint(options.ckpt).metadata
     settings = identity(config, "images")
     digest = sha256_file(options.ckpt)
     provenance = {
@@ -64,6 +65,7 @@ def run(options: InferenceOptions) -> int:
         "config_sha256": fingerprint(settings),
         "exact": options.exact,
         "command": shlex.join(["python", *sys.argv]),
+        TRAINED_ON: groups_of(metadata, options.ckpt),
     }
     if record:
         _check_replay(options, record, provenance)

@@ -21,6 +21,7 @@ from ldm.core.files import fingerprint, remove_partials, sha256_file, write_text
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import write_rejects
+from ldm.data.checks import TRAINED_ON, check_unseen, groups_of, trained_on
 from ldm.features.build import FeatureBuilder
 from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
@@ -62,6 +63,9 @@ def run_stage(options: TrainingOptions, config: Config) -> int:
     log.info("%s", as_yaml(config))
     inputs = read_training_inputs({"train": options.train_json, "val": options.val_json}, config)
     source = read_checkpoint(options.ckpt)
+    seen = groups_of(source.metadata, source.path)
+    check_unseen(f"--val_json {options.val_json}", inputs.samples("val"), seen, source.path)
+    inputs.trained_on = trained_on(config.training.stage, (s.patient_id for s in inputs.samples("train")), seen)
     if options.dry_run:
         fabric, precision = make_fabric(options, config.training)
         open_networks(options, config, inputs, source, fabric, half=precision == "bf16-mixed")
@@ -217,6 +221,7 @@ def _run(
         "stage": training.stage,
         "inputs": content,
         "biomedclip": clip.fingerprint,
+        TRAINED_ON: inputs.trained_on,
         "origin": {"file": options.ckpt.name, "stage": theirs.get("stage"), "from": theirs.get("origin")},
     }
     net.to(fabric.device)
