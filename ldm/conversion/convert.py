@@ -31,7 +31,7 @@ from ldm.conversion.sd_layouts import (
     left_behind,
 )
 from ldm.core.errors import MedSoftError
-from ldm.core.files import check_target, fingerprint, sha256_file
+from ldm.core.files import check_target, fingerprint, named_seed, sha256_file
 from ldm.core.schema import identity
 from ldm.networks.attention import CrossAttention, TransformerBlock
 from ldm.networks.model import skeleton
@@ -119,7 +119,8 @@ def convert(
 
 def new_parameters(architecture: Architecture, seed: int) -> dict[str, Tensor]:
     """First values of what Stable Diffusion does not have: attn3 and norm4 of every block, and the MSC."""
-    torch.manual_seed(seed)
+    # torch takes 32 bits of a seed: other ones are mixed, so that two seeds do not give the same weights.
+    torch.manual_seed(seed if 0 <= seed < 2**32 else named_seed("new parameters", seed))
     with torch.device("meta"):
         blocks = {
             n: block for n, block in UNet(architecture.unet).named_modules() if isinstance(block, TransformerBlock)

@@ -29,6 +29,7 @@ from ldm.data.annotations import write_rejects
 from ldm.data.checks import TRAINED_ON, groups_of
 from ldm.data.preparation import PreparedSample, lesion_diameter, sample_identity
 from ldm.data.samples import Reject
+from ldm.diffusion.noise import NOISE
 from ldm.inference.gallery import write_gallery
 from ldm.inference.inpainter import Inpainter, Job, load_inpainter
 from ldm.inference.options import InferenceOptions
@@ -64,6 +65,7 @@ def run(options: InferenceOptions) -> int:
         "overrides": overrides,
         "config_sha256": fingerprint(settings),
         "exact": options.exact,
+        "noise": NOISE,
         "command": shlex.join(["python", *sys.argv]),
         TRAINED_ON: groups_of(metadata, options.ckpt),
     }
@@ -82,8 +84,7 @@ def run(options: InferenceOptions) -> int:
         plan = [_identity(task, content) for task in tasks]
         flags = {name: getattr(options, name) for name in ("exact", "seed", "prompt", "match", "variants")}
         known = {"ckpt": digest, **flags, "images": fingerprint(plan)}  # what differs is named in this order
-        legacy = fingerprint([digest, settings, options.exact, plan])
-        before = results.open({**known, **settings}, options.overwrite, legacy)
+        before = results.open({**known, **settings, "noise": NOISE}, options.overwrite)
         there = sum(results.has(task.name, *FILES) for task in tasks)
         if before and before.get("complete") and there == before["pictures"]:
             log.info("%s: already complete (%d images)", results.path, before["pictures"])
@@ -116,6 +117,8 @@ def resolve(options: InferenceOptions, record: dict[str, Any] | None) -> tuple[I
 
 def _check_replay(options: InferenceOptions, record: dict[str, Any], provenance: dict[str, Any]) -> None:
     """MedSoftError unless checkpoint and settings are those the result was made with."""
+    if record.get("noise", 1) != NOISE:
+        raise MedSoftError(f"{options.replay}: was made with the noise of another version, which alone makes it again")
     for flag, key in (("ckpt", "checkpoint_sha256"), ("config", "config_sha256")):
         if provenance[key] != record[key]:
             path = getattr(options, flag)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -25,7 +26,7 @@ from ldm.data.checks import (
 )
 from ldm.data.preparation import digests_of, sample_identity
 from ldm.data.samples import Reject, Sample
-from ldm.diffusion.noise import named_generator
+from ldm.diffusion.noise import named_generator, normal
 from ldm.features.names import Item, training_items
 from ldm.features.store import FeatureStore
 
@@ -184,16 +185,16 @@ class StageData(Dataset):
         use = ("val", 0, repeat) if self.fixed else ("train", epoch, repeat)
         generator = named_generator(self.training.seed, *use, sample_id)
         choices = self.by_sample[sample_id]
-        chosen = int(torch.randint(len(choices), (), generator=generator))
+        chosen = int(generator.integers(len(choices)))
         item = choices[repeat % len(choices) if self.fixed else chosen]
         found = self.features.load(item)
         if "latent_mean" in found:
             shape = found["latent_mean"].shape
-            found["posterior_noise"] = torch.randn(shape, generator=generator)
-            found["noise"] = torch.randn(shape, generator=generator)
-            t = torch.rand((), generator=generator)  # share of the schedule
+            found["posterior_noise"] = normal(generator, shape)
+            found["noise"] = normal(generator, shape)
+            t, coin = torch.from_numpy(generator.random(2, dtype=np.float32))  # t: share of the schedule
             found["t"] = (repeat + t) / self.training.val_draws if self.fixed else t
-            found["coin"] = torch.rand((), generator=generator)
+            found["coin"] = coin
         return {**found, "sample_id": sample_id, "weight": torch.tensor(weight)}
 
 
@@ -225,8 +226,7 @@ class EpochOrder(Sampler):
         uses = self._uses()
         order = list(range(self.count))
         if self.shuffle:
-            generator = named_generator("order", self.training.seed, self.epoch)
-            order = torch.randperm(len(order), generator=generator).tolist()
+            order = named_generator("order", self.training.seed, self.epoch).permutation(self.count).tolist()
         first, self.start = self.start, 0
         batch = self.training.batch_size
         for place in range(self.rank + first * self.world, len(self) * self.world, self.world):
@@ -255,7 +255,7 @@ def balanced_uses(data: StageData, training: TrainingConfig, epoch: int) -> list
     for place, group in enumerate(members):
         # What is left over after equal shares goes to other groups in every epoch.
         quota = len(data) // len(members) + ((place - epoch) % len(members) < len(data) % len(members))
-        mixed = torch.randperm(len(group), generator=named_generator("group", training.seed, epoch, place)).tolist()
+        mixed = named_generator("group", training.seed, epoch, place).permutation(len(group)).tolist()
         uses += [(group[mixed[turn % len(group)]], turn // len(group)) for turn in range(quota)]
     return uses
 

@@ -22,6 +22,7 @@ from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import write_rejects
 from ldm.data.checks import TRAINED_ON, check_unseen, groups_of, trained_on
+from ldm.diffusion.noise import NOISE
 from ldm.features.build import FeatureBuilder
 from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
@@ -106,7 +107,8 @@ class TrainingFolder(RunFolder):
         if "inputs" not in metadata:
             return {"fault": "it does not say which, as in files of older versions"}
         try:
-            settings = run_settings(config_from_dict(metadata["config"], str(file)), metadata["inputs"])
+            theirs = config_from_dict(metadata["config"], str(file))
+            settings = run_settings(theirs, metadata["inputs"], metadata.get("noise", 1))
         except UsageError as error:
             return {"fault": error.cause(file)}
         checkpoint = found if file == self.record else None
@@ -130,9 +132,9 @@ class TrainingFolder(RunFolder):
         self.same_run = True
 
 
-def run_settings(config: Config, inputs: str) -> dict[str, Any]:
+def run_settings(config: Config, inputs: str, noise: int = NOISE) -> dict[str, Any]:
     """All that decides what a run trains; what only changes the rounding does not. ``inputs``: a fingerprint."""
-    return {**identity(config, "weights"), "data or --ckpt": inputs}
+    return {**identity(config, "weights"), "data or --ckpt": inputs, "noise": noise}
 
 
 # What a run will take, said before it begins.
@@ -222,6 +224,7 @@ def _run(
         "inputs": content,
         "biomedclip": clip.fingerprint,
         TRAINED_ON: inputs.trained_on,
+        "noise": NOISE,
         "origin": {"file": options.ckpt.name, "stage": theirs.get("stage"), "from": theirs.get("origin")},
     }
     net.to(fabric.device)

@@ -67,10 +67,11 @@ def test_unet_computes_the_same_before_and_after(converted: Path, source: dict) 
 def test_seed_decides_the_new_parameters(converted: Path, tmp_path: Path) -> None:
     assert convert(SD, tmp_path / "same.ckpt") == 0
     assert not changed(tensors(converted), tensors(tmp_path / "same.ckpt"))
-    assert convert(SD, tmp_path / "other.ckpt", "--seed", 1) == 0
-    different = changed(tensors(converted), tensors(tmp_path / "other.ckpt"))
-    assert different
-    assert all(is_new(key) for key in different)
+    for seed in (1, 2**32):  # of which torch would read the lower 32 bits, 0
+        assert convert(SD, tmp_path / f"{seed}.ckpt", "--seed", seed) == 0
+        different = changed(tensors(converted), tensors(tmp_path / f"{seed}.ckpt"))
+        assert different
+        assert all(is_new(key) for key in different)
 
 
 def test_safetensors_in_and_out(converted: Path, tmp_path: Path) -> None:

@@ -156,6 +156,10 @@ def test_replay_refuses_what_is_not_the_same(final: Path, one: Path, tmp_path: P
     for flags in (["--steps", 3], ["--seed", 1], ["--prompt", "x"], ["sampling.eta=1"], ["--devices", 2]):
         refused(UsageError, "does not go with it", *flags)
     refused(UsageError, "exclude each other", "--data", one)
+    older = {key: value for key, value in record.items() if key != "noise"}
+    meta.write_text(json.dumps(older))
+    refused(MedSoftError, r"meta\.json: was drawn with the noise of another version of this program")
+    meta.write_text(json.dumps(record))
     parent = Path(record["parent_image"])
     pixels = read_image(parent)
     write_png(parent, 255 - pixels)

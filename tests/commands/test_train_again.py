@@ -156,6 +156,18 @@ def test_a_file_that_does_not_say_of_which_run_it_is(world: Path, converted: Pat
     assert last.read_bytes() == converted.read_bytes()
 
 
+def test_a_run_with_the_noise_of_another_version_is_not_gone_on_with(
+    world: Path, converted: Path, tmp_path: Path
+) -> None:
+    last = tmp_path / "s" / "last.ckpt"
+    assert train("stage1", converted, tmp_path / "s", world, **SHORT) == 0
+    content = torch.load(last, weights_only=True)
+    del content["medsoft"]["noise"]
+    torch.save(content, last)
+    with pytest.raises(UsageError, match=r"of another run \(noise: 1 -> 2\)"):
+        train("stage1", converted, tmp_path / "s", world, **SHORT)
+
+
 def test_previews_of_another_run_are_not_taken_for_its_own(world: Path, trained: dict, tmp_path: Path) -> None:
     folder, start, given = tmp_path / "run", trained["unet_only"].source, {"batch_size": 9, "pictures": 1}
     pictures = []

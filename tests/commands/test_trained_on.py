@@ -16,6 +16,8 @@ from ldm.data.annotations import load_samples
 from ldm.data.checks import check_unseen, groups_of, trained_on
 from tool import evaluate
 
+import dataset_infer  # isort: skip
+
 
 def groups(checkpoint: Path) -> list[dict[str, Any]]:
     return read_checkpoint(checkpoint).metadata["trained_on"]
@@ -77,7 +79,8 @@ def test_results_carry_them_also_drawn_again(final: Path, pictures: Path, tmp_pa
     record = json.loads(path.read_text())
     del record["trained_on"]
     (old / "meta.json").write_text(json.dumps(record))
-    assert infer(final, tmp_path / "again", "--replay", old / "meta.json") == 0
+    flags = ("--replay", old / "meta.json", "--output_dir", tmp_path / "again", "--device", "cpu")
+    assert call(dataset_infer, *flags) == 0
     (meta,) = metas(tmp_path / "again").values()
     assert meta["trained_on"] == groups(final)
 

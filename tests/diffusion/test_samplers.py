@@ -1,6 +1,7 @@
 """The noise schedule and the samplers, step by step against diffusers; the differential mask; the guidance interval."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ldm import config
 from ldm.config import DiffusionConfig
 from ldm.diffusion import samplers
 from ldm.diffusion.guidance import guided_steps, rescaled
-from ldm.diffusion.noise import image_noise
+from ldm.diffusion.noise import image_noise, step_noise
 from ldm.diffusion.samplers import DifferentialMask, ddim, dpmpp_2m, leading_timesteps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.networks.attention import Conditioning
@@ -199,6 +200,18 @@ def test_picture_noise_depends_on_names_only() -> None:
     assert torch.equal(first, image_noise(0, "patient/a", 0, (4, 8, 8)))
     for other in ((1, "patient/a", 0), (0, "patient/b", 0), (0, "patient/a", 1)):
         assert not torch.equal(first, image_noise(*other, (4, 8, 8)))
+
+
+def test_noise_takes_all_bits_of_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for seed in (5, 5 + 2**32, 5 + 2**62):
+        monkeypatch.setattr("ldm.diffusion.noise.named_seed", lambda *names, seed=seed: seed)
+        noise, name = image_noise(0, "a", 0, (4, 64, 64)), (0, "a", 0)
+        assert abs(float(noise.mean())) < 0.04
+        assert abs(float(noise.std()) - 1) < 0.03
+        assert torch.equal(step_noise(1, [name, name], torch.zeros(2, 4, 64, 64))[1], noise)  # of the same seed here
+        found.append(noise)
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(found, 2))
 
 
 def test_another_sampler_is_one_function_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
