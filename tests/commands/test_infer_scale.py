@@ -158,7 +158,7 @@ def test_replay_refuses_what_is_not_the_same(final: Path, one: Path, tmp_path: P
     refused(UsageError, "exclude each other", "--data", one)
     older = {key: value for key, value in record.items() if key != "noise"}
     meta.write_text(json.dumps(older))
-    refused(MedSoftError, r"meta\.json: was drawn with the noise of another version of this program")
+    refused(MedSoftError, r"meta\.json: was made with the noise of another version")
     meta.write_text(json.dumps(record))
     parent = Path(record["parent_image"])
     pixels = read_image(parent)
