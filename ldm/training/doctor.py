@@ -20,7 +20,16 @@ from ldm.config import Config
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_text
 from ldm.data.annotations import load_samples
-from ldm.data.checks import annotation_rows, check_classes, leaks, sample_attributes, separations, similar_prompts
+from ldm.data.checks import (
+    annotation_rows,
+    check_classes,
+    check_unseen,
+    groups_of,
+    leaks,
+    sample_attributes,
+    separations,
+    similar_prompts,
+)
 from ldm.data.images import orientations_differ, pixel_digest, read_image
 from ldm.data.masks import ORIENTATION_NOTE, STRAY_NOTE, read_anatomy, read_mask, stray_parts
 from ldm.data.samples import Sample
@@ -117,7 +126,7 @@ def check_everything(
     """
     yield from check_installation()
     if config:
-        misfits = list(check_checkpoint(config, ckpt))
+        misfits = list(check_checkpoint(config, ckpt, sets))
         yield from misfits
         if config.training.stage and not misfits:
             trained = {name: path for name, path in sets.items() if name != "test"}
@@ -271,8 +280,8 @@ def check_versions(versions: dict[str, str]) -> Iterator[Finding]:
         yield Finding("error", "torchvision", f"built for {vision}, torch for {torch}; install both together")
 
 
-def check_checkpoint(config: Config, ckpt: Path | None) -> Iterator[Finding]:
-    """Whether the checkpoint and the BiomedCLIP folder fit the configuration."""
+def check_checkpoint(config: Config, ckpt: Path | None, sets: dict[str, Path]) -> Iterator[Finding]:
+    """Whether the checkpoint and the BiomedCLIP folder fit the configuration, and held-out ``sets`` the checkpoint."""
     import torch
 
     from ldm.checkpoints.checkpoint import read_checkpoint
@@ -296,6 +305,21 @@ def check_checkpoint(config: Config, ckpt: Path | None) -> Iterator[Finding]:
             open_encoder(config.biomedclip)
     except MedSoftError as error:
         yield Finding("error", str(ckpt or config.biomedclip.path), str(error))
+        return
+    for name in ("val", "test"):
+        if source and name in sets:
+            yield from _unseen(name, sets[name], source)
+
+
+def _unseen(name: str, path: Path, source: Any) -> Iterator[Finding]:
+    try:
+        samples, _ = load_samples(path)
+    except MedSoftError:  # which is said where the data is looked at
+        return
+    try:
+        check_unseen(name, samples, groups_of(source.metadata, source.path), source.path)
+    except MedSoftError as error:
+        yield Finding("error", name, str(error))
 
 
 def check_disk_and_memory(config: Config, sets: dict[str, Path], save_path: Path, devices: int) -> Iterator[Finding]:

@@ -262,7 +262,7 @@ def test_real_samples_that_were_trained_on_are_no_yardstick(real: Path, honest: 
 
 def test_drawn_results_are_compared_with_their_parents(world: Path, results: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run(world / "data", results, out, "--train_json", world / tiny.TRAIN) in (0, 3)
+    assert run(world / tiny.TEST, results, out, "--train_json", world / tiny.TRAIN) in (0, 3)
     numbers = found(out)
     assert numbers["parents"]["compared"] == len(diseased(results))
     assert numbers["parents"]["without_parent"] == 0

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import toy
-from tiny import TEST, TRAIN, VAL, call, convert, export, infer, metas, train
+from tiny import CLIP, MODELS, TEST, TRAIN, VAL, call, convert, export, infer, metas, train
 
 from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples
 from ldm.data.checks import check_unseen, groups_of, trained_on
-from tool import evaluate
+from tool import doctor, evaluate
 
 import dataset_infer  # isort: skip
 
@@ -65,9 +65,14 @@ def test_a_later_stage_is_not_validated_on_patients_of_an_earlier_one(
     with pytest.raises(MedSoftError, match=expected + r"learned from, says .*ckpt_for_stage2\.ckpt; split by patient"):
         train("stage2_1", trained["stage2_1"].source, tmp_path / "s", world, *swapped)
     assert not (tmp_path / "s").exists()
-    assert (
-        train("stage1", trained["stage1"].source, tmp_path / "s", world, *swapped, "--dry_run") == 0
-    )  # has seen nobody
+    found = tmp_path / "findings.json"
+    flags = ["--config", MODELS / "phantom_stage2_1.yaml", "--ckpt", trained["stage2_1"].source, "--output", found]
+    flags += ["--biomedclip", CLIP, "--train_json", world / VAL, "--val_json", world / TRAIN, "--save_path", tmp_path]
+    assert call(doctor, *flags) == 1
+    (error,) = [each for each in json.loads(found.read_text()) if each["level"] == "error"]
+    assert error["text"].startswith("val: 9 of its 9 patients")
+    nobody = trained["stage1"].source  # has learned from none of them
+    assert train("stage1", nobody, tmp_path / "s", world, *swapped, "--dry_run") == 0
 
 
 def test_results_carry_them_also_drawn_again(final: Path, pictures: Path, tmp_path: Path) -> None:
