@@ -16,6 +16,7 @@ from ldm.data.images import read_image
 from ldm.data.masks import read_mask
 from ldm.data.preparation import PreparedSample, fit_sample, inpainting_obstacle, prepare
 from ldm.data.samples import Reject, Sample
+from ldm.diffusion.noise import NOISE
 from ldm.inference.options import InferenceOptions
 from ldm.inference.prompts import MatchedPrompt, PromptPool, contradiction, image_facts, levels_named, matched
 
@@ -191,6 +192,8 @@ def tasks_from_results(options: InferenceOptions, folder: Path) -> tuple[list[Ta
     tasks = [_task_of(result, folder) for result in results[: options.limit]]
     if options.prompt:
         tasks = [dataclasses.replace(task, prompt=options.prompt, source=None, match=None) for task in tasks]
+    if other := sum(result.meta.get("noise", 1) != NOISE for result in results[: options.limit]):
+        log.warning("warning: %s: %d results have the noise of another version, not that of now", folder, other)
     prompts = f"the prompt {options.prompt!r}" if options.prompt else "their own prompts"
     log.info("inpainting %d images again in the masks of %s, with %s", len(tasks), folder, prompts)
     return tasks, rejects

@@ -1,6 +1,8 @@
 """dataset_infer.py through its command line: what it draws on, what it leaves untouched, what it refuses."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,18 @@ def test_like_redraws_the_same_masks_with_another_prompt(
         assert meta["lesion_type"] is None
         assert changed_outside(tmp_path / "out" / name, Path(meta["parent_image"])) == 0
     assert [job.sample_id for job in jobs] == [before[name]["parent_id"] for name in after]  # so, the same noise
+
+
+def test_like_says_where_the_noise_was_that_of_another_version(
+    final: Path, results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, path in enumerate(sorted(results.glob("*__v0"))[:2]):
+        shutil.copytree(path, tmp_path / "old" / path.name)
+        meta = json.loads((path / "meta.json").read_text())
+        older = {key: value for key, value in meta.items() if key != "noise" or number}
+        (tmp_path / "old" / path.name / "meta.json").write_text(json.dumps(older))
+    assert infer(final, tmp_path / "out", "--like", tmp_path / "old") == 0
+    assert "old: 1 results have the noise of another version" in caplog.text
 
 
 def test_like_draws_the_same_with_the_seed_of_the_results(final: Path, world: Path, tmp_path: Path) -> None:
