@@ -440,6 +440,5 @@ def test_bench_of_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         assert kept[precision, True] < kept[precision, False] / 2
         assert kept["bf16-mixed", False] < kept["32-true", False]
     (step,) = found["measured"]
-    assert step["moved"] > 0
     assert step["peak"] > step["computed"] > 0  # torch itself is in it
     assert "| unet_only | 32-true | no | " in caplog.text
