@@ -120,16 +120,16 @@ def test_resumed_where_kernels_lie_otherwise_in_memory(trained: dict, world: Pat
 
 
 def test_best_weights_without_their_run_are_not_deleted(world: Path, converted: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    assert train("stage1", converted, folder, world, **SHORT) == 0
-    (best,) = best_files(folder)
-    assert read_checkpoint(best).metadata["epoch"] == 1
+    folder, given = tmp_path / "run", SHORT | {"keep_best": 2}
+    assert train("stage1", converted, folder, world, **given) == 0
+    best = best_files(folder)
+    assert sorted(read_checkpoint(path).metadata["epoch"] for path in best) == [0, 1]
     (folder / "last.ckpt").unlink()
-    with pytest.raises(UsageError, match=rf"its last\.ckpt is gone; --ckpt .*{best.name} and another --save_path"):
-        train("stage1", converted, folder, world, **SHORT)
-    assert best_files(folder) == [best]
-    assert train("stage1", converted, folder, world, "--overwrite", **SHORT) == 0
-    assert best_files(folder) == [best]  # of the new run: the same one
+    with pytest.raises(UsageError, match=rf"its last\.ckpt is gone; --ckpt .*{best[0].name} and another --save_path"):
+        train("stage1", converted, folder, world, **given)
+    assert best_files(folder) == best
+    assert train("stage1", converted, folder, world, "--overwrite", **given) == 0
+    assert best_files(folder) == best  # of the new run: the same ones
 
 
 def test_overwrite_leaves_nothing_of_the_other_run_in_a_run_that_dies(
