@@ -27,6 +27,7 @@ from ldm.conversion.sd_layouts import (
     SourceCheckpoint,
     check_kind,
     check_left_over,
+    check_quantised,
     from_checkpoint,
     left_behind,
 )
@@ -99,8 +100,8 @@ def convert(
     else:
         wanted = tensors_of(expected, source.own["parts"])
     offered = {key: value for key, value in source.state.items() if key in wanted}
-    if source.own is None and offered.keys() == wanted.keys():  # else the configuration is of another size
-        check_left_over(source, offered)
+    if source.own is None:
+        check_quantised(source, offered)
     problems = compare(wanted, offered)
     if problems:
         raise MedSoftError(
@@ -109,6 +110,7 @@ def convert(
         )
     check_finite(offered, source.path)
     if source.own is None:
+        check_left_over(source, offered)
         other = {str(value.dtype) for key, value in offered.items() if value.dtype != expected[key].dtype}
         if other:
             source.notes.append(f"weights in {', '.join(sorted(other))} brought to torch.float32")

@@ -136,15 +136,10 @@ def _check_untrained(source: SourceCheckpoint) -> None:
         )
 
 
-def check_left_over(source: SourceCheckpoint, taken: Mapping[str, Tensor]) -> None:
-    """Refuse a source whose weights other tensors of it change, or whose U-Net has more layers than ours.
-
-    ``taken``: the tensors that go into the networks. Raises MedSoftError for quantised weights and for layers that
-    would be lost; tensors of a LoRA that was not merged are warned of.
-    """
-    path, left = source.path, [key for key in source.state if key not in taken]
-    lora = [key for key in left if LORA.search(key)]
-    beside = [key for key in left if key not in set(lora) and any(level in source.layers for level in _levels(key))]
+def check_quantised(source: SourceCheckpoint, taken: Mapping[str, Tensor]) -> None:
+    """MedSoftError if ``taken``, which goes into the networks, holds whole numbers or is scaled by other tensors."""
+    path, left = source.path, [key for key in source.state if key not in taken and not LORA.search(key)]
+    beside = [key for key in left if any(level in source.layers for level in _levels(key))]
     whole = [key for key, value in taken.items() if not value.is_floating_point()]
     if beside or whole:
         scales = f"beside weights stand {_some(beside)}" if beside else "their scales are not there"
@@ -153,6 +148,15 @@ def check_left_over(source: SourceCheckpoint, taken: Mapping[str, Tensor]) -> No
             f"{path}: {kind}{scales}: its weights are quantised or scaled, which is not undone here. Take the model in "
             "float32, float16 or bfloat16"
         )
+
+
+def check_left_over(source: SourceCheckpoint, taken: Mapping[str, Tensor]) -> None:
+    """Refuse a source whose U-Net has more layers than ours, for they would be lost; warn of a LoRA that is not merged.
+
+    ``taken``: the tensors that go into the networks.
+    """
+    path, left = source.path, [key for key in source.state if key not in taken]
+    lora = [key for key in left if LORA.search(key)]
     more = [key for key in left if key not in set(lora) and key.startswith((PREFIXES["unet"], "unet/"))]
     if more:
         raise MedSoftError(

@@ -135,6 +135,12 @@ def fp8(state: State, scale: str) -> State:
     return made
 
 
+def gptq(state: State) -> State:
+    """No weight is left under its own name."""
+    packed = {key: key.replace(".weight", ".qweight") for key in state if ".attn1." in key and key.endswith(".weight")}
+    return {packed.get(key, key): value.to(torch.int32) if key in packed else value for key, value in state.items()}
+
+
 QUANTISED: dict[str, tuple[Callable[[State], State], str]] = {
     "int8": (lambda state: int8(state, "weight_scale"), r"whole numbers \(torch\.int8\), and beside .*weight_scale"),
     "int8 as bitsandbytes": (lambda state: int8(state, "SCB"), r"beside weights stand \d+ tensors \(.*\.SCB"),
@@ -143,6 +149,7 @@ QUANTISED: dict[str, tuple[Callable[[State], State], str]] = {
         r"whole numbers \(torch\.int8\), and their scales are not",
     ),
     "fp8": (lambda state: fp8(state, "scale_weight"), r"beside weights stand \d+ tensors \(.*\.scale_weight"),
+    "GPTQ": (lambda state: gptq(state), r"beside weights stand \d+ tensors \(.*\.qweight"),
     "one scale": (lambda state: {**state, LAYER + ".weight_scale": torch.ones(1)}, r"stand 1 tensors \(.*weight_scale"),
 }
 
