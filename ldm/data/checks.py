@@ -12,9 +12,10 @@ import numpy as np
 
 from ldm.core.errors import FileError, MedSoftError
 from ldm.core.files import fingerprint
+from ldm.core.tables import shortened
 from ldm.core.threads import thread_pool
 from ldm.data.images import check_ends
-from ldm.data.samples import Reject, Sample, is_number, is_trained_on
+from ldm.data.samples import Reject, Sample, is_trained_on
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ SIMILAR_SHOWN = 5
 FEWEST_PATIENTS = 10  # of a class; an interval over fewer says nothing
 SEPARATES, CHANCE = 0.75, 0.02  # AUC of one attribute from which it is warned of, if chance does so in fewer cases
 PERMUTATIONS, VALUES = 500, 6
+LARGEST = 1e300  # numbers beyond are compared as texts
 UNKNOWN = "unknown"
 # Keys of meta.json that describe the acquisition, in lower case and without other signs than letters.
 ACQUISITION = re.compile(
@@ -243,7 +245,8 @@ def sample_attributes(sample: Sample, pixels: np.ndarray) -> dict[str, float | s
     for key, value in given.items():
         if ACQUISITION.fullmatch(re.sub(r"[^a-z]", "", key.lower())) and value is not None:
             mean = np.mean(value) if key == "spacing_mm" else value
-            found[key] = float(mean) if is_number(mean) else " ".join(str(mean).casefold().split())
+            number = isinstance(mean, int | float) and not isinstance(mean, bool) and abs(mean) < LARGEST
+            found[key] = float(mean) if number else " ".join(str(mean).casefold().split())
     return found
 
 
@@ -306,4 +309,4 @@ def _usual(values: Sequence[float | str]) -> str:
     value, count = Counter(values).most_common(1)[0]
     if 2 * count < len(values) and not any(isinstance(each, str) for each in values):
         return f"{np.median(values):.4g} (median)"  # type: ignore[arg-type]
-    return f"{value if isinstance(value, str) else f'{value:.4g}'} ({count} of {len(values)})"
+    return f"{shortened(value) if isinstance(value, str) else f'{value:.4g}'} ({count} of {len(values)})"
