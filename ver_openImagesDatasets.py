@@ -2,7 +2,8 @@
 
 Looked at is every sample folder below ROOT_DIR (image.png, mask.png, prompt.txt; optional anatomy.png, soft_mask.png,
 meta.json); beside the annotation file come its _train, _val and _test split. Samples that cannot be used are listed in
-the _rejects file (exit code 3). When the folder has grown, run it again: the files are replaced.
+the _rejects file (exit code 3). When the folder has grown, run it again: the files are replaced, and every patient
+stays on their side of the split.
 """
 
 import argparse
@@ -21,13 +22,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--fractions", type=float, nargs=3, default=default, metavar=sides, help="shares of the patients"
     )
     parser.add_argument("--strict", action="store_true", help="one unusable sample is an error: nothing is written")
+    words = "take synthetic samples along, each on the side of its parent (else they are left out)"
+    parser.add_argument("--synthetic", action="store_true", help=words)
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
     from ldm.data.splits import prepare_dataset
 
-    rejects = prepare_dataset(args.root_dir, args.output_file, args.seed, args.fractions, args.strict)
+    rejects = prepare_dataset(args.root_dir, args.output_file, args.seed, args.fractions, args.strict, args.synthetic)
     return cli.SOME_REJECTED if rejects else cli.DONE
 
 

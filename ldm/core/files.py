@@ -3,11 +3,12 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +18,7 @@ from ldm.core.errors import FileError, MedSoftError, UsageError
 PARTIAL_PREFIX = ".partial-"
 NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)  # what mounts answer that cannot do it
 UNSURE = "it is there, but may not outlast a power cut"
+MOST_LEVELS = 64  # of a JSON file
 
 
 @contextmanager
@@ -58,7 +60,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     that names the folder.
     """
     path = Path(path)
-    partial, before = (path.parent / f"{PARTIAL_PREFIX}{path.name}{end}" for end in ("", ".before"))
+    name = path.name if len(os.fsencode(path.name)) < 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    partial, before = (path.parent / f"{PARTIAL_PREFIX}{name}{end}" for end in ("", ".before"))
     shutil.rmtree(partial, ignore_errors=True)
     state = "nothing was changed there. Free some space or choose another place, then run the same command again"
     try:
@@ -117,14 +120,44 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented UTF-8 JSON, atomically. NaN is refused: it is not JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write ``value`` as ``json_text``, atomically."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """``value`` as indented JSON. ValueError for NaN, which is not JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_together(texts: Mapping[Path, str]) -> None:
+    """Write UTF-8 files of one folder that belong together: all of them, or, after an error, none.
+
+    They lie whole and on the disk in a folder beside before the first of them gets its name. Raises MedSoftError.
+    """
+    path, state = next(iter(texts)), "nothing was changed there"
+    contents = {name: text.encode("utf-8") for name, text in texts.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=path.parent) as staging:
+            for path, content in contents.items():
+                with (Path(staging) / path.name).open("wb") as handle:
+                    handle.write(content)
+                    handle.flush()
+                    sync(handle.fileno())
+                if path.is_dir():
+                    raise IsADirectoryError(None, "a folder has this name")
+            for path in contents:
+                os.replace(Path(staging) / path.name, path)
+        state = UNSURE
+        sync_folder(path.parent)
+    except OSError as error:
+        raise MedSoftError(f"{path}: could not be written ({error.strerror or error}); {state}") from error
 
 
 def read_text(path: str | Path, what: str = "file") -> str:
     """Read UTF-8 text (a byte-order mark is accepted); any error becomes a FileError naming file and cause."""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise FileError(path, f"this {what} does not exist") from error
     except IsADirectoryError as error:
@@ -134,16 +167,62 @@ def read_text(path: str | Path, what: str = "file") -> str:
         raise FileError(path, f"not UTF-8 text ({byte}); save it as UTF-8") from error
     except OSError as error:
         raise FileError(path, f"this {what} could not be read ({error.strerror or error})") from error
+    if "\0" in text:
+        raise FileError(path, "holds zero bytes, so it is no text (or UTF-16 without a mark); save it as UTF-8")
+    return text
 
 
 def read_json(path: str | Path, what: str = "JSON file") -> Any:
-    """Read a JSON file; a syntax error names the line and column."""
+    """Read a JSON file; a syntax error names the line and column.
+
+    A FileError too: what Python reads, but others do not or differently (NaN, Infinity, numbers that no float holds,
+    a key that stands twice, half of a surrogate pair), and more than 64 levels.
+    """
     text = read_text(path, what)
     try:
-        return json.loads(text)
+        value = json.loads(
+            text, parse_constant=_number, parse_float=_number, parse_int=_whole, object_pairs_hook=_object
+        )
+        if "\\ud" in text.lower():  # an escape that may be half of a pair
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise FileError(path, f"not valid JSON ({where})") from error
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise FileError(path, f"not valid JSON ({half} is half of a surrogate pair)") from error
+    except ValueError as error:
+        raise FileError(path, f"not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise FileError(path, f"nested deeper than the {MOST_LEVELS} levels that are read") from error
+    level, levels = [value], 0
+    while level and levels <= MOST_LEVELS:
+        boxes = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level, levels = [each for box in boxes for each in box], levels + 1
+    if level:
+        raise FileError(path, f"nested deeper than the {MOST_LEVELS} levels that are read")
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no number, or too large for one")
+    return value
+
+
+def _whole(text: str) -> int:
+    _number(text)
+    return int(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found
 
 
 def sha256_file(path: str | Path) -> str:

@@ -10,10 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ldm.core.errors import MedSoftError
-from ldm.core.files import read_json, write_json
+from ldm.core.files import json_text, read_json, write_text
 from ldm.core.schema import Rule
+from ldm.data.checks import warn_of_texts
 from ldm.data.folders import scan_folder
-from ldm.data.samples import HEALTHY, META_RULES, META_TEXTS, Reject, Sample, is_box, text_of, wrong_value
+from ldm.data.samples import HEALTHY, META_RULES, META_TEXTS, Reject, Sample, is_box, prompt_of, text_of, wrong_value
 
 
 def load_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
@@ -29,12 +30,19 @@ def load_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
     if not samples:
         first = f"; the first: {rejects[0]}" if rejects else ""
         raise MedSoftError(f"{path}: none of its {len(rejects)} samples can be used{first}")
+    warn_of_texts(samples)
     return samples, rejects
 
 
 def write_annotations(path: str | Path, samples: Sequence[Sample]) -> None:
     """Write one record per sample, atomically: the published keys first, then ours."""
-    write_json(path, [_record(number, sample) for number, sample in enumerate(samples)])
+    write_text(path, annotations_text(samples))
+
+
+def annotations_text(samples: Sequence[Sample], split: str | None = None) -> str:
+    """The content of an annotation file; ``split`` says, in every record, how a split was made."""
+    made = {"split": split} if split else {}
+    return json_text([_record(number, sample) | made for number, sample in enumerate(samples)])
 
 
 def _record(number: int, sample: Sample) -> dict[str, Any]:
@@ -60,16 +68,20 @@ def _record(number: int, sample: Sample) -> dict[str, Any]:
 
 
 def write_rejects(path: str | Path, rejects: Sequence[Reject]) -> None:
-    """Write a JSON list of {sample_id, file, reason}, all text, atomically; without rejects there is no such file.
+    """Write the file of ``rejects_text``, atomically; without rejects there is no such file."""
+    if rejects:
+        write_text(path, rejects_text(rejects))
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
+def rejects_text(rejects: Sequence[Reject]) -> str:
+    """A JSON list of {sample_id, file, reason}, all text.
 
     File names that are not valid UTF-8 have their bytes written out, so that JSON can hold them.
     """
-    if not rejects:
-        Path(path).unlink(missing_ok=True)
-        return
     rows = [{"sample_id": r.sample_id, "file": str(r.file), "reason": r.reason} for r in rejects]
-    encodable = [{k: v.encode("utf-8", "backslashreplace").decode() for k, v in row.items()} for row in rows]
-    write_json(path, encodable)
+    return json_text([{k: v.encode("utf-8", "backslashreplace").decode() for k, v in row.items()} for row in rows])
 
 
 def read_annotations(path: Path) -> tuple[list[Sample], list[Reject]]:
@@ -104,7 +116,7 @@ _REQUIRED = ("image", "label", "box")
 _RULES = {
     **{key: META_RULES[key] for key in (*META_TEXTS, "synthetic")},  # what else stands beside `meta` is not ours
     **dict.fromkeys(("image", "mask_image", "anatomy", "soft_mask"), _PATH),
-    "label": Rule(lambda value: isinstance(value, str) and bool(value.strip()), "text that is not empty"),
+    "label": Rule(lambda value: isinstance(value, str) and bool(prompt_of(value)), "text that is not empty"),
     "box": Rule(is_box, "four numbers [x, y, w, h], fractions inside the image"),
     "sample_id": Rule(_is_identity, "a relative path without '..'"),
     "meta": Rule(lambda value: isinstance(value, dict), "an object"),
@@ -115,8 +127,8 @@ def _parse(path: Path, index: int, record: Any) -> Sample:
     """The sample of record number ``index`` of the file at ``path``; MedSoftError naming the key that is wrong."""
     if not isinstance(record, dict):
         raise MedSoftError(f"{path}: record {index}: expected an object, found {type(record).__name__}")
-    healthy = str(record.get("label")).strip().lower() == HEALTHY
-    required = _REQUIRED if healthy else (*_REQUIRED, "mask_image")
+    prompt = prompt_of(str(record.get("label")))
+    required = _REQUIRED if prompt.lower() == HEALTHY else (*_REQUIRED, "mask_image")
     wrong = wrong_value(record, _RULES, required) or wrong_value(record.get("meta") or {}, META_RULES)
     if wrong:
         raise MedSoftError(f"{path}: record {index}, key {wrong[0]!r}: {wrong[1]}")
@@ -125,18 +137,18 @@ def _parse(path: Path, index: int, record: Any) -> Sample:
         return Path(os.path.abspath(path.parent / record[key])) if record.get(key) else None
 
     x, y, width, height = map(float, record["box"])
+    texts: dict[str, Any] = {key: text_of(record.get(key)) for key in META_TEXTS}
     return Sample(
         sample_id=record.get("sample_id") or "",
         image=Path(os.path.abspath(path.parent / record["image"])),
         mask=file("mask_image"),
-        prompt=record["label"].strip(),
+        prompt=prompt,
         box=(x, y, width, height),
         anatomy=file("anatomy"),
         soft_mask=file("soft_mask"),
         synthetic=bool(record.get("synthetic")),
         meta=record.get("meta") or {},
-        **{key: text_of(record.get(key)) for key in META_TEXTS[1:]},
-        patient_id=text_of(record.get("patient_id")) or "",
+        **texts | {"patient_id": texts["patient_id"] or ""},
     )
 
 

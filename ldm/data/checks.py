@@ -3,9 +3,8 @@ classes and prompts. No file is decoded here; no torch."""
 
 import logging
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +14,11 @@ from ldm.core.files import fingerprint
 from ldm.core.tables import shortened
 from ldm.core.threads import thread_pool
 from ldm.data.images import check_ends
-from ldm.data.samples import Reject, Sample, is_trained_on
+from ldm.data.samples import Reject, Sample, is_trained_on, plain, probably_healthy, shown
 
 log = logging.getLogger(__name__)
 
-SIMILAR_SHOWN = 5
+SHOWN = 10
 FEWEST_PATIENTS = 10  # of a class; an interval over fewer says nothing
 SEPARATES, CHANCE = 0.75, 0.02  # AUC of one attribute from which it is warned of, if chance does so in fewer cases
 PERMUTATIONS, VALUES = 500, 6
@@ -131,9 +130,9 @@ def check_unseen(held_out: str, samples: Iterable[Sample], groups: Sequence[Mapp
         steps |= set(group["steps"]) if found else set()
     if met:
         names = sorted(met)
-        shown = ", ".join(names[:SIMILAR_SHOWN]) + (", ..." if len(names) > SIMILAR_SHOWN else "")
+        some = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
         raise MedSoftError(
-            f"{held_out}: {len(met)} of its {len(patients)} patients ({shown}) are among those that "
+            f"{held_out}: {len(met)} of its {len(patients)} patients ({some}) are among those that "
             f"{', '.join(sorted(steps))} learned from, says {source}; split by patient once, before the first "
             "training, and keep to that split"
         )
@@ -183,22 +182,62 @@ def damaged_files(samples: Sequence[Sample]) -> list[Reject]:
         return [reject for reject in pool.map(look, samples) if reject is not None]
 
 
+def similar(texts: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
+    """Groups of distinct texts that are equal under ``key``, each with the most frequent text first."""
+    groups: dict[str, Counter] = {}
+    for text in texts:
+        groups.setdefault(key(text), Counter())[text] += 1
+    return [[text for text, _ in group.most_common()] for group in groups.values() if len(group) > 1]
+
+
 def similar_prompts(samples: Iterable[Sample]) -> list[list[str]]:
     """Distinct prompts that differ only in case, spaces, punctuation or the form of accents."""
-    groups: dict[str, Counter] = {}
-    for sample in samples:
-        plain = unicodedata.normalize("NFKC", sample.prompt).casefold()
-        groups.setdefault(" ".join(re.findall(r"\w+", plain)), Counter())[sample.prompt] += 1
-    return [[prompt for prompt, _ in group.most_common()] for group in groups.values() if len(group) > 1]
+    return similar((sample.prompt for sample in samples), lambda text: " ".join(re.findall(r"\w+", plain(text))))
 
 
 def warn_of_similar_prompts(samples: Iterable[Sample]) -> None:
     """One warning line for each of the first groups of near-duplicate prompts."""
-    found = similar_prompts(samples)
-    for group in found[:SIMILAR_SHOWN]:
-        log.warning("warning: nearly the same prompt, learned as different ones: %s", " | ".join(map(repr, group[:4])))
-    if len(found) > SIMILAR_SHOWN:
-        log.warning("... and %d more groups of prompts like that", len(found) - SIMILAR_SHOWN)
+    _warn("nearly the same prompt, learned as different ones", map(_listed, similar_prompts(samples)))
+
+
+def warn_of_texts(samples: Sequence[Sample]) -> None:
+    """Warning lines for what the ids, classes and prompts of a data set are probably not meant to be.
+
+    That is: ids or classes that differ only in case or in the form of their characters, prompts that say that there is
+    no lesion in other words than ``healthy``, and what was noted when the files were read.
+    """
+    names = {
+        "patients": (s.patient_id for s in samples if s.patient_id != s.sample_id),
+        "samples": (s.sample_id for s in samples),
+        "lesion types": (s.lesion_type for s in samples if s.lesion_type),
+    }
+    for what, texts in names.items():
+        _warn(f"different {what}, but for case or the form of characters the same", map(_listed, similar(texts, plain)))
+    first = {sample.prompt: shown(sample.sample_id) for sample in reversed(samples)}
+    unclear = {prompt: name for prompt, name in reversed(first.items()) if probably_healthy(prompt)}
+    meaning = "counts as diseased but reads as healthy; write `healthy` if there is no lesion"
+    _warn(f"a prompt {meaning}", (f"{name}: {prompt!r}" for prompt, name in unclear.items()))
+    for note in dict.fromkeys(note for sample in samples for note in sample.notes):
+        _warn_of_first(note, [sample for sample in samples if note in sample.notes])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " | ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _warn(what: str, members: Iterable[str]) -> None:
+    members = list(members)
+    for member in members[:SHOWN]:
+        log.warning("warning: %s: %s", what, member)
+    if len(members) > SHOWN:
+        log.warning("... and %d more like that", len(members) - SHOWN)
+
+
+def _warn_of_first(what: str, samples: Sequence[Sample]) -> None:
+    """One warning line for a fault that ``samples`` share, naming the first of them; none without any."""
+    if samples:
+        more = f" (and {len(samples) - 1} more samples)" if len(samples) > 1 else ""
+        log.warning("warning: %s%s: %s", shown(samples[0].sample_id), more, what)
 
 
 class Separation(NamedTuple):

@@ -1,12 +1,13 @@
 """Sample folders: found, read and checked, and written. No torch.
 
 A sample folder holds ``image.png``, ``mask.png``, ``prompt.txt`` and perhaps ``anatomy.png``, ``soft_mask.png`` and
-``meta.json``.
+``meta.json``; capitals in these names do not matter.
 """
 
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,38 @@ from tqdm import tqdm
 from ldm.core.errors import FileError, MedSoftError
 from ldm.core.files import atomic_folder, read_json, read_text, sync, write_json, write_text
 from ldm.core.threads import thread_pool
-from ldm.data.images import SUFFIXES, read_image
-from ldm.data.masks import Mask, extents, read_anatomy, read_mask
+from ldm.data.images import SUFFIXES, intensity_range_of, orientations_differ, read_image
+from ldm.data.masks import (
+    ORIENTATION_NOTE,
+    STRAY_NOTE,
+    TARGET_LABEL,
+    Mask,
+    extents,
+    read_anatomy,
+    read_mask,
+    stray_parts,
+)
 from ldm.data.png import write_png
-from ldm.data.samples import HEALTHY, META_RULES, META_TEXTS, Reject, Sample, text_of, wrong_value
+from ldm.data.samples import HEALTHY, META_RULES, META_TEXTS, Reject, Sample, prompt_of, shown, text_of, wrong_value
+
+log = logging.getLogger(__name__)
 
 MASKS = ("mask", "soft_mask")
 STEMS = ("image", *MASKS, "anatomy")  # of a sample folder's image files
+# Formats in which people keep images and masks, and which are not read.
+_OTHER = "webp gif jp2 jfif jpe dib heic avif tga pgm ppm exr dcm ima nii nii.gz npy npz mat mha mhd nrrd h5 zip"
+OTHER_SUFFIXES = tuple(f".{name}" for name in _OTHER.split(" "))
+# Folders that file servers and systems make, with copies or remains of what lies beside them.
+SYSTEM_FOLDERS = ("@eadir", "__macosx", "lost+found", "$recycle.bin", "#recycle", "@recycle", "#snapshot")
+SYNTHETIC_MARK = b"MedSoft-Diffusion"  # in a text tag at the beginning of every image.png that was inpainted here
 
 
 def scan_folder(root: str | Path) -> tuple[list[Sample], list[Reject]]:
     """Find and check every sample folder below ``root``, in the order of their ids.
 
-    A sample folder is any that holds ``image.*``, ``mask.*`` or ``prompt.txt``; hidden folders are left out. Every file
-    is decoded completely. A sample with an error becomes a Reject and never stops the others. Raises MedSoftError if
-    ``root`` is no folder or holds no sample at all.
+    A sample folder is any that holds ``image.*``, ``mask.*`` or ``prompt.txt``; those that are hidden or a system's own
+    are left out and counted. Every file is decoded completely. A sample with an error becomes a Reject and never stops
+    the others. Raises MedSoftError if ``root`` is no folder or holds no sample at all.
     """
     root = Path(root)
     if not root.is_dir():
@@ -54,22 +72,44 @@ def scan_folder(root: str | Path) -> tuple[list[Sample], list[Reject]]:
 
 def _sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
     """(sample_id, folder) of every sample folder, sorted, and the folders that could not be listed."""
-    folders, rejects = [], []
+    folders: list[tuple[str, Path]] = []
+    left_out: list[tuple[str, Path]] = []
+    rejects = []
     above = {str(root): {os.path.realpath(root)}}  # real folders on the way to each one: a link back up is not followed
 
     def unreadable(error: OSError) -> None:
         folder = Path(error.filename)
-        rejects.append(Reject(_identity(root, folder), folder, f"could not be listed ({error.strerror})"))
+        if not _is_hidden(root, folder):
+            rejects.append(Reject(_identity(root, folder), folder, f"could not be listed ({error.strerror})"))
 
     for name, children, files in os.walk(root, onerror=unreadable, followlinks=True):
         passed = above.pop(name)
-        inner = {child: os.path.realpath(os.path.join(name, child)) for child in sorted(children) if child[0] != "."}
+        inner = {child: os.path.realpath(os.path.join(name, child)) for child in sorted(children)}
         children[:] = [child for child, real in inner.items() if real not in passed]
         above.update({os.path.join(name, child): passed | {inner[child]} for child in children})
-        stems = {Path(file).stem for file in (*files, *children) if Path(file).suffix.lower() in SUFFIXES}
-        if stems & {"image", "mask"} or "prompt.txt" in files:
-            folders.append((_identity(root, Path(name)), Path(name)))
+        if any(map(_is_of_a_sample, (*files, *children))):
+            chosen = left_out if _is_hidden(root, Path(name)) else folders
+            chosen.append((_identity(root, Path(name)), Path(name)))
+    if left_out:
+        message = "%d sample folders are left out, as hidden or a system's own; the first: %s"
+        log.warning(message, len(left_out), shown(min(left_out)[1]))
     return sorted(folders), rejects
+
+
+def _is_hidden(root: Path, folder: Path) -> bool:
+    parts = folder.relative_to(root).parts
+    return any(part[0] == "." or part.lower() in SYSTEM_FOLDERS for part in parts)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Stem and suffix in small letters; ``.nii.gz`` is one suffix."""
+    stem, suffix = os.path.splitext(name.lower())
+    return (stem.removesuffix(".nii"), ".nii.gz") if name.lower().endswith(".nii.gz") else (stem, suffix)
+
+
+def _is_of_a_sample(name: str) -> bool:
+    stem, suffix = _split_name(name)
+    return (stem in ("image", "mask") and suffix in (*SUFFIXES, *OTHER_SUFFIXES)) or name.lower() == "prompt.txt"
 
 
 def _identity(root: Path, folder: Path) -> str:
@@ -92,31 +132,78 @@ def read_sample(sample_id: str, folder: Path) -> Sample:
         sample_id.encode("utf-8")
     except UnicodeEncodeError as error:
         raise FileError(folder, "its name is not valid UTF-8; rename the folder") from error
-    files = _image_files(folder)
+    files = _files(folder)
     if "image" not in files:
         raise FileError(folder / "image.png", "does not exist")
-    shape = read_image(files["image"]).shape
-    prompt = read_text(folder / "prompt.txt", "prompt file").strip()
-    if not prompt:
-        raise FileError(folder / "prompt.txt", "the prompt is empty; write what the image shows, or `healthy`")
-    meta = _meta(folder / "meta.json")
+    image = read_image(files["image"])
+    prompt_file = files.get("prompt.txt", folder / "prompt.txt")
+    raw = read_text(prompt_file, "prompt file")
+    prompt = _prompt(raw, prompt_file)
     diseased = prompt.lower() != HEALTHY
+    meta_file = files.get("meta.json", folder / "meta.json")
+    meta = _meta(meta_file)
     if diseased and "mask" not in files:
         raise FileError(folder / "mask.png", "does not exist; a sample that is not healthy needs its lesion's mask")
-    masks = {stem: read_mask(files[stem], shape, stem == "soft_mask") for stem in MASKS if stem in files}
+    masks = {stem: read_mask(files[stem], image.shape, stem == "soft_mask") for stem in MASKS if stem in files}
     for stem, mask in masks.items():
         if mask.empty and diseased:
             name = stem.replace("_", " ")
             reason = f"the {name} is empty (all zero), but the prompt names a lesion ({prompt[:60]!r})"
             raise FileError(files[stem], reason)
-    if "anatomy" in files:
-        read_anatomy(files["anatomy"], shape)
+    anatomy = read_anatomy(files["anatomy"], image.shape) if "anatomy" in files else None
+    regions = {} if anatomy is None else {"vertebra": anatomy == TARGET_LABEL}
+    if "mask" in masks:
+        regions["lesion" if diseased else "vertebra"] = masks["mask"].hard
+    try:
+        notes = [*_window_notes(image, meta.get("window"), regions)]
+    except MedSoftError as error:
+        raise FileError(meta_file, str(error)) from error
+    notes += [mask.note for mask in masks.values() if mask.note]
+    if "lesion" in regions and stray_parts(regions["lesion"]):
+        notes.append(STRAY_NOTE)
+    if orientations_differ(files[stem] for stem in STEMS if stem in files):
+        notes.append(ORIENTATION_NOTE)
+    if prompt == HEALTHY and raw.strip().lower() != HEALTHY:
+        notes.append(f"the prompt {raw.strip()!r} is read as `healthy`")
     texts: dict[str, Any] = {key: text_of(meta.pop(key, None)) for key in META_TEXTS}
     texts["patient_id"] = texts["patient_id"] or sample_id
-    paths: dict[str, Any] = {"mask": None} | {stem: Path(os.path.abspath(file)) for stem, file in files.items()}
+    paths: dict[str, Any] = {stem: Path(os.path.abspath(files[stem])) if stem in files else None for stem in STEMS}
     meta.pop("sample_id", None)  # the folder's path is the identity
-    synthetic, box = meta.pop("synthetic", False), mask_box(masks.get("mask"))
-    return Sample(sample_id, prompt=prompt, box=box, synthetic=synthetic, meta=meta, **paths, **texts)
+    synthetic = meta.pop("synthetic", texts["parent_id"] is not None) or _is_marked(files["image"])
+    box = mask_box(masks.get("mask"))
+    return Sample(
+        sample_id, prompt=prompt, box=box, synthetic=synthetic, meta=meta, notes=tuple(notes), **paths, **texts
+    )
+
+
+def _is_marked(image: Path) -> bool:
+    with image.open("rb") as handle:
+        return SYNTHETIC_MARK in handle.read(1024)
+
+
+def _prompt(raw: str, path: Path) -> str:
+    """The prompt that a file means; FileError unless it is one sentence."""
+    prompt = prompt_of(raw)
+    if not prompt:
+        raise FileError(path, "the prompt is empty; write what the image shows, or `healthy`")
+    lines = len([line for line in prompt.splitlines() if line.strip()])
+    if lines > 1:
+        raise FileError(path, f"holds {lines} lines; expected one sentence: join them, or keep the right one")
+    return prompt
+
+
+def _window_notes(image: np.ndarray, window: Any, regions: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """What the intensity range does to an image's ``regions`` (bool HxW); MedSoftError if it misses the image."""
+    low, high = intensity_range_of(image, window)
+    if image.dtype == np.uint8:
+        if window is not None:
+            yield "its image has 8 bits, which are used as they are: `window` in its meta.json is not"
+        return
+    levels = np.atleast_3d(image)
+    inside = np.any((levels > low) & (levels < high), axis=2)
+    for name, region in regions.items():
+        if region.any() and inside[region].mean() < 0.5:
+            yield f"more than half of its {name} lies outside its `window` and is black or white for the model"
 
 
 def mask_box(mask: Mask | None) -> tuple[float, float, float, float]:
@@ -128,14 +215,25 @@ def mask_box(mask: Mask | None) -> tuple[float, float, float, float]:
     return (left / width, top / height, (right - left) / width, (bottom - top) / height)
 
 
-def _image_files(folder: Path) -> dict[str, Path]:
-    """The image files of a sample folder by their stems; FileError when two could be meant."""
+def _files(folder: Path) -> dict[str, Path]:
+    """The files of a sample: images by their stems, ``prompt.txt`` and ``meta.json`` by their names.
+
+    Raises FileError where two could be meant, and for an image in a format that is not read.
+    """
     found: dict[str, Path] = {}
+    strange: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.stem in STEMS and path.suffix.lower() in SUFFIXES:
-            other = found.setdefault(path.stem, path)
+        stem, suffix = _split_name(path.name)
+        key = stem if stem in STEMS and suffix in SUFFIXES else path.name.lower()
+        if key in (*STEMS, "prompt.txt", "meta.json"):
+            other = found.setdefault(key, path)
             if other != path:
                 raise FileError(other, f"ambiguous: {other.name} and {path.name} are both here; keep one")
+        elif stem in STEMS and suffix in OTHER_SUFFIXES:
+            strange.setdefault(stem, path)
+    for stem, path in strange.items():
+        if stem not in found:
+            raise FileError(path, f"this format is not read; export it as {stem}.png (read are {', '.join(SUFFIXES)})")
     return found
 
 

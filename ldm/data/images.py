@@ -260,12 +260,21 @@ def intensity_range_of(image: np.ndarray, given: Sequence[float] | None = None) 
     """The (low, high) pixel values that become 0 and 1.
 
     8-bit: (0, 255). 16-bit: ``given`` (meta.json's ``window``: two rising numbers) or the 0.5-99.5 percentile; where
-    those coincide the extremes, and for a constant image one level above it.
+    those coincide the extremes, and for a constant image one level above it. Raises MedSoftError for a ``given`` that
+    leaves less than one of 256 levels of the image.
     """
     if image.dtype == np.uint8:
         return 0.0, 255.0
     if given is not None:
-        return float(given[0]), float(given[1])
+        low, high = float(given[0]), float(given[1])
+        darkest, brightest = float(image.min()), float(image.max())
+        shared = min(high, brightest) - max(low, darkest)
+        if shared < 0 or (darkest < brightest and shared < (high - low) / 256):
+            raise MedSoftError(
+                f"window: {given} does not meet the image, whose levels go from {darkest:g} to {brightest:g}; expected "
+                "levels as they are in the file, not physical units such as HU"
+            )
+        return low, high
     low, high = (float(value) for value in np.percentile(image, PERCENTILES))
     if low >= high:
         low, high = float(image.min()), float(image.max())

@@ -1,6 +1,8 @@
-"""A sample, a sample that cannot be used, and what the values of ``meta.json`` may be."""
+"""A sample, a sample that cannot be used, and what prompts, ids and the values of ``meta.json`` may be."""
 
-import math
+import re
+import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ class Sample:
     severity: str | None = None
     synthetic: bool = False
     meta: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what a person should know of its files; not stored
 
     @property
     def healthy(self) -> bool:
@@ -75,14 +78,57 @@ def wrong_value(
     return None
 
 
+NO_TEXT = ("", "nan", "nat", "none", "null", "<na>", "n/a")  # what tables write where nothing is known
+
+
 def text_of(value: str | int | None) -> str | None:
-    """An id or a class as text without spaces around it; None if nothing is left."""
-    return None if value is None else str(value).strip() or None
+    """An id or a class as text without spaces around it; None for no text, and for words such as ``nan``."""
+    text = str(value).strip()
+    return None if text.casefold() in NO_TEXT else text
+
+
+def plain(text: str) -> str:
+    """``text`` as it is compared: without case, invisible characters, repeated spaces and the form of accents."""
+    visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
+
+
+_AROUND = re.compile("^[\\s\u200b-\u200f\u2060\ufeff\u00ad]+|[\\s\u200b-\u200f\u2060\ufeff\u00ad]+$")
+_DECORATED = re.compile(r"""[\s"'`‘’‚“”„«»‹›「」(\[]*healthy[\s"'`‘’‚“”„«»‹›「」)\].,;:!。]*""")
+
+
+def prompt_of(text: str) -> str:
+    """The prompt that a text means: nothing invisible around it, and ``healthy`` where that word stands alone.
+
+    Alone: apart from case, invisible characters, and quotes, brackets or a full stop around it.
+    """
+    text = _AROUND.sub("", text)
+    return HEALTHY if _DECORATED.fullmatch(plain(text)) else text
+
+
+_HEALTH = re.compile(r"health|\bnormal|unremarkable|\bnegative\b|gesund|unauff|\bo\.? ?b\.?$|\bsain|\bsano|正常|健康")
+_WITHOUT = re.compile(r"\b(no|non|not|without|free of|absen\w+|kein\w*|ohne|sans|sin)\b[^.,;:]*|[无無没].*")
+_LESION = re.compile(
+    r"lesion|lytic|blastic|metasta|tumou?r|fractur|sclero|cancer|\bmass|defect|abnormal|patholog|l[äa]sion"
+)
+
+
+_NEUTRAL = re.compile(
+    r"(?:\W|\b(?:an?|the|of|with|shows?|vertebra\w*|body|spine|lumbar|thoracic|cervical|[ctls]\d+|image|scan|mri?|ct)\b)*"
+)
+
+
+def probably_healthy(prompt: str) -> bool:
+    """Whether a prompt that is not ``healthy`` reads as if there were no lesion (``normal``, ``no lesion``)."""
+    text = plain(prompt)
+    rest = _WITHOUT.sub(" ", text)
+    likely = bool(_HEALTH.search(rest)) or (rest != text and bool(_NEUTRAL.fullmatch(rest)))
+    return text != HEALTHY and likely and not _LESION.search(rest)
 
 
 def is_number(value: Any) -> bool:
     """True for a finite int or float; JSON's true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_spacing(value: Any) -> bool:

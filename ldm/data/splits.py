@@ -3,57 +3,88 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import content_id, named_seed
-from ldm.data.annotations import load_samples, write_annotations, write_rejects
+from ldm.core.files import content_id, named_seed, read_json, write_together
+from ldm.data.annotations import annotations_text, load_samples, rejects_text
 from ldm.data.checks import annotation_rows, leaks, warn_of_similar_prompts
 from ldm.data.samples import Reject, Sample, is_number, shown
 
 log = logging.getLogger(__name__)
+
+Stratum = tuple[int, str]  # 1 for a patient with a lesion, and its type
 
 SPLITS = ("train", "val", "test")
 SHOWN_REJECTS = 20
 
 
 def split_by_patient(
-    samples: Sequence[Sample], seed: int = 0, fractions: Sequence[float] = (0.7, 0.1, 0.2)
+    samples: Sequence[Sample],
+    seed: int = 0,
+    fractions: Sequence[float] = (0.7, 0.1, 0.2),
+    kept: Mapping[str, str] | None = None,
 ) -> dict[str, list[Sample]]:
     """Split into train, val and test so that no patient is on two sides; stratified by class and lesion type.
 
-    A patient with any lesion counts as diseased. Deterministic for a seed and independent of the order of ``samples``.
-    Train is never empty; val and test get a patient each as soon as there are enough. Raises UsageError for fractions
-    that are not three shares of 1 with something for train.
+    A patient with any lesion counts as diseased. ``kept`` gives the side of patients who have one already, by
+    patient_id: they stay there, whoever comes in addition, and the others are dealt so that the shares of all come near
+    ``fractions``. Deterministic for a seed and independent of the order of ``samples``. Train is never empty; val and
+    test get a patient each as soon as there are enough. Raises UsageError for fractions that are not three shares of 1
+    with something for train.
     """
     shares = _shares(fractions)
     patients: dict[str, list[Sample]] = {}
     for sample in sorted(samples, key=lambda sample: sample.sample_id):
         patients.setdefault(sample.patient_id, []).append(sample)
     strata = {name: _stratum(group) for name, group in patients.items()}
-    sizes = Counter(strata.values())
-    # Rare kinds come first: the first patients go to train.
-    ordered = sorted(patients, key=lambda name: (sizes[strata[name]], strata[name], named_seed("split", seed, name)))
-    sides: dict[str, list[str]] = {name: [] for name in SPLITS}
-    for number, patient in enumerate(ordered, 1):
-        # Each patient goes to the side that is furthest behind its share, which keeps every stratum near the shares.
-        side = max(SPLITS, key=lambda name: shares[name] * number - len(sides[name]))
-        sides[side].append(patient)
-    wanted = [name for name in SPLITS if shares[name] > 0]
-    for name in wanted:
-        if not sides[name] and len(ordered) >= len(wanted):
-            trained = Counter(strata[patient] for patient in sides["train"])
-            # The commonest kind can spare one; on a tie, the healthy ones.
-            commonest = max(sorted(trained), key=lambda stratum: trained[stratum])
-            moved = next(patient for patient in reversed(sides["train"]) if strata[patient] == commonest)
-            sides["train"].remove(moved)
-            sides[name].append(moved)
-    members = {patient: name for name, group in sides.items() for patient in group}
+    sides = {name: side for name, side in (kept or {}).items() if name in patients}
+    sides |= _deal(strata, sides, shares, seed)
     result: dict[str, list[Sample]] = {name: [] for name in SPLITS}
-    for patient in sorted(patients):
-        result[members[patient]].extend(patients[patient])
+    for patient, group in patients.items():
+        result[sides[patient]].extend(group)
     return {name: sorted(group, key=lambda sample: sample.sample_id) for name, group in result.items()}
+
+
+def _deal(
+    strata: Mapping[str, Stratum], kept: Mapping[str, str], shares: Mapping[str, Fraction], seed: int
+) -> dict[str, str]:
+    """The sides of the patients in ``strata`` who have none in ``kept``.
+
+    How many of a stratum go to each side is found by dealing: to the side that is furthest behind its share, which
+    keeps every stratum near the shares. Who goes there follows a hash of seed and patient, in which a side is one
+    interval: two deals whose patients are nearly the same agree on nearly all of them.
+    """
+    sizes = Counter(strata.values())
+    totals, counts = Counter(kept.values()), Counter((strata[name], side) for name, side in kept.items())
+    dealt: dict[Stratum, list[str]] = {}
+    # Rare kinds come first: the first patients go to train.
+    new = sorted(set(strata) - set(kept), key=lambda name: (sizes[strata[name]], strata[name]))
+    for number, stratum in enumerate(map(strata.__getitem__, new), len(kept) + 1):
+        behind = {side: shares[side] * number - totals[side] for side in SPLITS}
+        if kept:  # strata whose patients come one by one stay near the shares too
+            members = sum(counts[stratum, side] for side in SPLITS) + 1
+            behind = {side: behind[side] + shares[side] * members - counts[stratum, side] for side in SPLITS}
+        side = max(SPLITS, key=behind.__getitem__)
+        totals[side] += 1
+        counts[stratum, side] += 1
+        dealt.setdefault(stratum, []).append(side)
+    wanted = [side for side in SPLITS if shares[side] > 0]
+    for side in wanted:
+        spare = {stratum: given.count("train") for stratum, given in sorted(dealt.items())}
+        if not totals[side] and len(strata) >= len(wanted) and any(spare.values()):
+            # The commonest kind can spare one; on a tie, the healthy ones.
+            given = dealt[max(spare, key=lambda stratum: spare[stratum])]
+            given[given.index("train")] = side
+            totals[side] += 1
+    result: dict[str, str] = {}
+    for stratum, given in dealt.items():
+        names = (name for name in new if strata[name] == stratum)
+        ordered = sorted(names, key=lambda name: (named_seed("split", seed, name), name))
+        result |= dict(zip(ordered, sorted(given, key=SPLITS.index), strict=True))
+    return result
 
 
 def _shares(fractions: Sequence[float]) -> dict[str, Fraction]:
@@ -66,7 +97,7 @@ def _shares(fractions: Sequence[float]) -> dict[str, Fraction]:
     return {name: Fraction(value).limit_denominator(10**6) for name, value in zip(SPLITS, fractions, strict=True)}
 
 
-def _stratum(samples: list[Sample]) -> tuple[int, str]:
+def _stratum(samples: list[Sample]) -> Stratum:
     types = [sample.lesion_type or "" for sample in samples if not sample.healthy]
     return (1, max(sorted(set(types)), key=types.count)) if types else (0, "")
 
@@ -77,32 +108,112 @@ def prepare_dataset(
     seed: int = 0,
     fractions: Sequence[float] = (0.7, 0.1, 0.2),
     strict: bool = False,
+    synthetic: bool = False,
 ) -> list[Reject]:
     """Check every sample of a data source, write the annotation file and its split; returns the rejects.
 
-    ``root_dir``: a dataset folder, or whatever else a source in ``ldm.data.annotations.SOURCES`` reads.
-
-    The rejects are listed in a file beside the others. Raises MedSoftError, with nothing written, if no sample can be
-    used, or, if ``strict``, if one cannot; UsageError for wrong ``fractions`` or an ``output_file`` that is a folder.
+    ``root_dir``: a dataset folder, or whatever else a source in ``ldm.data.annotations.SOURCES`` reads. Patients whom
+    the files of an earlier split with this seed and these fractions name keep their sides. Synthetic samples are left
+    out, or, if ``synthetic``, go to the side of the real sample that they were made from. The rejects are listed in a
+    file beside the others; all files appear together. Raises MedSoftError, with nothing written, if no sample can be
+    used, or, if ``strict``, if one cannot, or if the split that is there is not whole; UsageError for wrong
+    ``fractions`` or an ``output_file`` that is a folder.
     """
     paths = output_paths(output_file)
     _shares(fractions)  # wrong fractions show before minutes of reading
+    settings = f"seed {seed}, fractions {' '.join(format(value, 'g') for value in fractions)}"
+    before, earlier = _read_split(paths)
     samples, rejects = load_samples(root_dir)
+    real = [sample for sample in samples if not sample.synthetic]
+    made, orphans = _with_parents(real, [s for s in samples if s.synthetic]) if synthetic else ([], [])
+    rejects = [*rejects, *orphans]
+    if len(real) < len(samples) and not synthetic:
+        words = "are synthetic and left out; --synthetic takes them along, each on its parent's side"
+        log.warning("%d of %d samples %s", len(samples) - len(real), len(samples), words)
+    _log_rejects(rejects)
+    if not real:
+        raise MedSoftError(f"{root_dir}: all {len(samples)} usable samples are synthetic; nothing was written")
+    if rejects and strict:
+        raise MedSoftError(f"{root_dir}: {len(rejects)} samples cannot be used and --strict was given; nothing written")
+    kept = before if earlier in (None, settings) else {}
+    groups = split_by_patient([*real, *made], seed, fractions, kept)
+    groups["all"] = sorted([*real, *made], key=lambda sample: sample.sample_id)
+    _log_moves(groups, before, kept)
+    files = {paths[name]: annotations_text(group, settings) for name, group in groups.items()}
+    if rejects:
+        files[paths["rejects"]] = rejects_text(rejects)
+    write_together(files)
+    if rejects:
+        log.warning("%d samples rejected, listed in %s", len(rejects), shown(paths["rejects"]))
+    else:
+        paths["rejects"].unlink(missing_ok=True)
+    _log_counts(groups, paths)
+    _warn_of_problems(groups, paths)
+    return rejects
+
+
+def _read_split(paths: Mapping[str, Path]) -> tuple[dict[str, str], str | None]:
+    """The sides of the patients in the split that lies at ``paths``, and the seed and fractions that it was made with.
+
+    ({}, None) where there is none; None also where an older version wrote it. Raises MedSoftError for a split that is
+    not whole or has a patient on two sides.
+    """
+    there = [name for name in SPLITS if paths[name].exists()]
+    cure = "put it right, or remove the _train, _val and _test file so that every patient is dealt anew"
+    sides: dict[str, str] = {}
+    settings = None
+    for name in SPLITS if there else ():
+        if name not in there:
+            raise MedSoftError(f"{paths[name]}: is missing beside {paths[there[0]].name}; {cure}")
+        records = read_json(paths[name], "annotation file")
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise MedSoftError(f"{paths[name]}: is no annotation file; {cure}")
+        for record in records:
+            patient = record.get("patient_id")
+            if patient and sides.setdefault(str(patient), name) != name:
+                raise MedSoftError(f"{paths[name]}: patient {patient} is in {sides[patient]} too; {cure}")
+            settings = record.get("split", settings)
+    return sides, settings
+
+
+def _log_rejects(rejects: Sequence[Reject]) -> None:
     for reject in rejects[:SHOWN_REJECTS]:
         log.warning("rejected: %s", reject)
     if len(rejects) > SHOWN_REJECTS:
         log.warning("... and %d more", len(rejects) - SHOWN_REJECTS)
-    if rejects and strict:
-        raise MedSoftError(f"{root_dir}: {len(rejects)} samples cannot be used and --strict was given; nothing written")
-    groups = {**split_by_patient(samples, seed, fractions), "all": samples}
-    for name, group in groups.items():
-        write_annotations(paths[name], group)
-    write_rejects(paths["rejects"], rejects)
-    _log_counts(groups, paths)
-    _warn_of_problems(groups, paths)
-    if rejects:
-        log.warning("%d samples rejected, listed in %s", len(rejects), shown(paths["rejects"]))
-    return rejects
+
+
+def _with_parents(real: Sequence[Sample], made: Sequence[Sample]) -> tuple[list[Sample], list[Reject]]:
+    """Synthetic samples under the patient of the real one that they were made from; rejects where it is not here."""
+    by_image = {str(sample.image): sample.patient_id for sample in real}
+    patients = {sample.patient_id: sample.patient_id for sample in real}
+    by_name = {sample.sample_id: sample.patient_id for sample in real}
+    placed, rejects = [], []
+    for sample in made:
+        known = (by_image.get(str(sample.meta.get("parent_image"))), patients.get(sample.patient_id))
+        patient = next((name for name in (*known, by_name.get(sample.parent_id or "")) if name), None)
+        if patient:
+            placed.append(replace(sample, patient_id=patient))
+        else:
+            reason = f"synthetic, and neither its parent_id {sample.parent_id!r} nor its patient is a real sample's"
+            rejects.append(Reject(sample.sample_id, sample.image.with_name("meta.json"), reason))
+    return placed, rejects
+
+
+def _log_moves(groups: Mapping[str, list[Sample]], before: Mapping[str, str], kept: Mapping[str, str]) -> None:
+    """Say which patients of an earlier split kept their sides, moved, or are new."""
+    sides = {sample.patient_id: name for name in SPLITS for sample in groups[name]}
+    old, new = set(before) & set(sides), Counter(side for patient, side in sides.items() if patient not in before)
+    moved = sum(before[patient] != sides[patient] for patient in old)
+    added = ", ".join(f"{new[name]} in {name}" for name in SPLITS)
+    if kept:
+        message = "%d patients keep their sides, %d of the earlier split are gone, %d are new (%s)"
+        log.info(message, len(old), len(before) - len(old), new.total(), added)
+    elif before:
+        message = (
+            "warning: another seed or other fractions: %d of %d patients are on another side than before; what was"
+        )
+        log.warning(f"{message} trained on the earlier split must not be judged on this one", moved, len(old))
 
 
 def output_paths(output_file: Path) -> dict[str, Path]:
@@ -125,8 +236,10 @@ def _log_counts(groups: Mapping[str, list[Sample]], paths: Mapping[str, Path]) -
 def _warn_of_problems(groups: Mapping[str, list[Sample]], paths: Mapping[str, Path]) -> None:
     """Say what the data lack for a later step: patients, masks, a split that is too small, and leaks between splits."""
     samples = groups["all"]
-    if all(sample.patient_id == sample.sample_id for sample in samples):
-        log.info("no meta.json names a patient_id: each sample counts as a patient of its own in the split")
+    nameless = sum(sample.patient_id == sample.sample_id for sample in samples)
+    if nameless:
+        which = "no meta.json names a" if nameless == len(samples) else f"{nameless} of {len(samples)} samples have no"
+        log.info("%s patient_id: each such sample counts as a patient of its own in the split", which)
     nowhere = sum(s.healthy and s.anatomy is None and not any(s.box) for s in samples)
     if nowhere:
         log.info("%d healthy samples have neither a mask nor anatomy.png: for the classifier, not inpainted", nowhere)

@@ -61,6 +61,8 @@ class InferenceOptions:
         """UsageError for flags that contradict each other, and for paths that are not there."""
         if self.prompt is not None and not self.prompt.strip():
             raise UsageError("--prompt: expected a sentence, found nothing")
+        if self.prompt is not None and len(self.prompt.strip().splitlines()) > 1:
+            raise UsageError("--prompt: expected one sentence on one line, as a prompt.txt has it")
         if self.match not in MATCHES:
             raise UsageError(f"--match: expected one of {', '.join(MATCHES)}, found {self.match!r}")
         if self.image and not (self.mask and self.prompt):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from ldm.inference.prompts import MatchedPrompt, PromptPool, contradiction, imag
 log = logging.getLogger(__name__)
 
 CLASSES = ("all", "healthy", "diseased")
+MOST_NAME = 255  # bytes of a file's or folder's name
+MOST_PATH = 3900  # bytes of a path; systems take 4095, and a temporary folder's name is longer than the result's
 MOSTLY = 0.6  # more of the image marked than this is probably a mask of the wrong polarity
 
 
@@ -67,6 +70,12 @@ def plan_tasks(
         tasks, rejects = tasks_from_results(options, options.like)
     else:
         tasks, rejects = _dataset(options)
+    long = {task.name: too_long(options.output_dir / task.name) for task in tasks}
+    lengthy = [Reject(t.sample.sample_id, t.sample.image, str(long[t.name])) for t in tasks if long[t.name]]
+    rejects += dict.fromkeys(lengthy)  # once for all variants
+    tasks = [task for task in tasks if not long[task.name]]
+    if not tasks:
+        raise MedSoftError(f"nothing can be inpainted; the first of {len(rejects)} rejects: {rejects[0]}")
     _warn_of_contradictions(tasks)
     return tasks, rejects
 
@@ -87,6 +96,19 @@ def _warn_of_contradictions(tasks: Sequence[Task]) -> None:
             "warning: %d prompts name a vertebra, but the image's meta.json has no level to compare it with; first: %s"
         )
         log.warning(text, len(unknown), unknown[0])
+
+
+def too_long(folder: Path) -> str | None:
+    """Why no result can be written into ``folder``: a part of its path, or all of it, is longer than file systems take.
+
+    None if it can.
+    """
+    longest = max(folder.parts, key=lambda part: len(os.fsencode(part)))
+    if len(os.fsencode(longest)) > MOST_NAME:
+        return f"its result's folder would be called {longest[:40]}..., longer than {MOST_NAME} bytes; shorten its name"
+    if len(os.fsencode(folder.absolute())) > MOST_PATH:
+        return f"its result's path would be longer than {MOST_PATH} bytes; shorten it, or give another --output_dir"
+    return None
 
 
 def _single_image(options: InferenceOptions) -> list[Task]:

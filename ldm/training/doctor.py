@@ -32,7 +32,7 @@ from ldm.data.checks import (
 )
 from ldm.data.images import orientations_differ, pixel_digest, read_image
 from ldm.data.masks import ORIENTATION_NOTE, STRAY_NOTE, read_anatomy, read_mask, stray_parts
-from ldm.data.samples import Sample
+from ldm.data.samples import Sample, prompt_of
 from ldm.reports.overlays import write_overlays
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ def check_prompts(samples: list[Sample]) -> Iterator[Finding]:
             yield Finding("warning", str(file), text)
         if file.is_file():
             try:
-                if read_text(file).strip() != sample.prompt.strip():
+                if prompt_of(read_text(file)) != sample.prompt:
                     yield Finding("warning", str(file), "is not what the annotation file says; prepare the data again")
             except MedSoftError as error:
                 yield Finding("warning", str(file), error.cause(file))

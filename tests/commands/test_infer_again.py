@@ -417,6 +417,7 @@ def test_sample_ids_cannot_leave_the_output_folder(final: Path, one: Path, tmp_p
         (["--data", "a", "--like", "b"], "exclude each other"),
         (["--image", "i.png", "--mask", "m.png", "--prompt", "x"], r"--image i\.png: does not exist"),
         (["--prompt", " "], "--prompt: expected a sentence, found nothing"),
+        (["--prompt", "lytic\nlesion"], "--prompt: expected one sentence on one line"),
         (["--like", ".", "--variants", "2"], "--variants and --choose do not go with it"),
         (["--like", ".", "--choose", "all"], "--variants and --choose do not go with it"),
         (["--variants", "0"], "--variants and --limit: expected at least 1"),

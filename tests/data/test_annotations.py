@@ -52,7 +52,7 @@ def test_scan_finds_every_sample_below_the_root_in_order(tmp_path: Path, write_s
     assert not rejects
     healthy, deep = samples
     assert (healthy.sample_id, healthy.healthy, healthy.mask, healthy.patient_id) == ("a", True, None, "a")
-    assert healthy.prompt == "Healthy"
+    assert healthy.prompt == "healthy"
     assert healthy.box == (0, 0, 0, 0)
     folder = tmp_path / "b" / "deep"
     assert deep == Sample(

@@ -1,0 +1,344 @@
+"""Names, prompts, ids and meta.json of sample folders.
+
+What is certain is put right and said, what is likely is warned of, the rest is rejected by name.
+"""
+
+import json
+import os
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.core.errors import FileError, MedSoftError
+from ldm.core.files import read_json
+from ldm.data.annotations import load_samples, write_annotations
+from ldm.data.folders import scan_folder
+from ldm.data.images import intensity_range_of
+from ldm.data.masks import NOISE_NOTE, ORIENTATION_NOTE, STRAY_NOTE
+from ldm.data.png import write_png
+from ldm.data.samples import probably_healthy
+
+Write = Callable[..., Path]
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def test_capitals_in_file_names_do_not_matter(tmp_path: Path, write_sample: Write) -> None:
+    folder = write_sample(tmp_path / "a", meta={"patient_id": "p"}, anatomy=np.ones((20, 24), np.uint8))
+    for name in ("image.png", "mask.png", "prompt.txt", "meta.json", "anatomy.png"):
+        (folder / name).rename(folder / name.upper())
+    ((sample,), rejects) = scan_folder(tmp_path)
+    assert not rejects
+    assert [file.name for file in sample.files if file] == ["IMAGE.PNG", "MASK.PNG", "ANATOMY.PNG"]
+    assert (sample.patient_id, sample.prompt) == ("p", "lytic lesion")
+
+
+@pytest.mark.parametrize("name", ["image.png", "mask.png", "prompt.txt", "meta.json"])
+def test_a_name_in_small_and_in_capital_letters_is_ambiguous(tmp_path: Path, write_sample: Write, name: str) -> None:
+    folder = write_sample(tmp_path / "a", meta={})
+    twin = folder / name.capitalize()
+    if twin.exists():
+        pytest.skip("this file system does not tell capitals apart")
+    twin.write_bytes((folder / name).read_bytes())
+    _, (reject,) = scan_folder(tmp_path)
+    assert reject.reason == f"ambiguous: {twin.name} and {name} are both here; keep one"
+
+
+@pytest.mark.parametrize("name", ["image.dcm", "mask.nii.gz", "Image.webp", "anatomy.npy", "soft_mask.mha"])
+def test_a_format_that_is_not_read_is_rejected_with_its_name(tmp_path: Path, write_sample: Write, name: str) -> None:
+    stem = name.lower().partition(".")[0]
+    write_sample(tmp_path / "good")
+    folder = write_sample(tmp_path / "bad", prompt="healthy" if stem == "mask" else "lytic lesion", **{stem: None})
+    (folder / name).write_bytes(b"x")
+    samples, (reject,) = scan_folder(tmp_path)
+    assert [sample.sample_id for sample in samples] == ["good"]
+    assert reject.file == folder / name
+    assert f"export it as {stem}.png" in reject.reason
+
+
+def test_a_folder_with_nothing_but_another_format_counts_as_a_sample(tmp_path: Path, write_sample: Write) -> None:
+    write_sample(tmp_path / "good")
+    (tmp_path / "scan").mkdir()
+    (tmp_path / "scan" / "image.dcm").write_bytes(b"x")
+    _, (reject,) = scan_folder(tmp_path)
+    assert reject.sample_id == "scan"
+
+
+@pytest.mark.parametrize("hidden", [".trash", "@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found"])
+def test_hidden_and_system_folders_are_left_out_and_counted(
+    tmp_path: Path, write_sample: Write, hidden: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_sample(tmp_path / "a")
+    write_sample(tmp_path / hidden / "b")
+    write_sample(tmp_path / "a" / hidden)
+    (tmp_path / "a" / hidden / "image.jpg").mkdir()  # as a thumbnail server makes them
+    samples, rejects = scan_folder(tmp_path)
+    assert ([sample.sample_id for sample in samples], rejects) == (["a"], [])
+    assert "2 sample folders are left out, as hidden or a system's own; the first: " in caplog.text
+
+
+def test_a_dataset_below_a_hidden_folder_is_read(tmp_path: Path, write_sample: Write) -> None:
+    write_sample(tmp_path / ".cache" / "data" / "a")
+    assert [sample.sample_id for sample in scan_folder(tmp_path / ".cache" / "data")[0]] == ["a"]
+
+
+def test_deep_and_long_names_are_read_and_written(tmp_path: Path, write_sample: Write) -> None:
+    uid = "1.2.840.113619.2.55.3.604688119.969.1234567890.123"
+    deep = Path(*[uid] * 8, "n" * 255)
+    write_sample(tmp_path / "data" / deep)
+    samples, rejects = scan_folder(tmp_path / "data")
+    assert (samples[0].sample_id, rejects) == (deep.as_posix(), [])
+    write_annotations(tmp_path / "o.json", samples)
+    assert load_samples(tmp_path / "o.json") == (samples, [])
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+SPELLED = [
+    *("Healthy.", '"healthy"', "healthy\u200b", "\u2060 healthy", "'HEALTHY'", "(healthy)", "hea\u00adlthy"),
+    *("\u201eHealthy\u201c", "\uff48\uff45\uff41\uff4c\uff54\uff48\uff59"),
+]
+
+
+@pytest.mark.parametrize("text", SPELLED)
+def test_healthy_in_decoration_is_healthy_and_that_is_said(
+    tmp_path: Path, write_sample: Write, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_sample(tmp_path / "a", prompt=text)
+    write_sample(tmp_path / "b", prompt=text)
+    samples, _ = load_samples(tmp_path)
+    assert [sample.prompt for sample in samples] == ["healthy", "healthy"]
+    assert "warning: a (and 1 more samples): the prompt" in caplog.text
+    records = json.dumps([{"image": "a/image.png", "label": text, "box": [0, 0, 0, 0]}])
+    (tmp_path / "o.json").write_text(records, encoding="utf-8")
+    assert load_samples(tmp_path / "o.json")[0][0].prompt == "healthy"  # no mask is asked of it
+
+
+LIKELY = [
+    *("normal", "no lesion", "healthy vertebra", "正常", "unhealthy", "healthy?", "!healthy", "No fracture."),
+    *("The L3 vertebra without lesion", "normal spine, no metastases", "unremarkable", "ohne Befund", "无病变"),
+]
+
+
+@pytest.mark.parametrize("text", LIKELY)
+def test_healthy_in_other_words_is_warned_of(
+    tmp_path: Path, write_sample: Write, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_sample(tmp_path / "a", prompt=text)
+    ((sample,), _) = load_samples(tmp_path)
+    assert (sample.prompt, sample.healthy) == (text, False)
+    assert f"counts as diseased but reads as healthy; write `healthy` if there is no lesion: a: {text!r}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("moderate osteolytic lesion of the L3 vertebra", "lytic lesion without fracture", "abnormal signal in L2"),
+        *("compression fracture, otherwise normal", "hemangioma of L1, no fracture", "L3 vertebra", "healthy"),
+    ],
+)
+def test_a_lesion_is_not_warned_of(text: str) -> None:
+    assert not probably_healthy(text)
+
+
+PROMPTS: dict[str, tuple[bytes, str]] = {
+    "two lines": (b"lytic lesion\nhealthy\n", "holds 2 lines; expected one sentence"),
+    "two lines of an old Mac": (b"lytic\rlesion", "holds 2 lines"),
+    "UTF-16 without a mark": ("healthy".encode("utf-16-le"), "UTF-16 without a mark"),
+    "big-endian": ("a lytic lesion".encode("utf-16-be"), "UTF-16 without a mark"),
+    "UTF-16 with a mark": ("healthy".encode("utf-16"), "not UTF-8 text"),
+    "invisible": ("\u200b \n".encode(), "the prompt is empty"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_what_is_not_one_sentence_is_rejected(tmp_path: Path, write_sample: Write, name: str) -> None:
+    content, reason = PROMPTS[name]
+    (write_sample(tmp_path / "a") / "prompt.txt").write_bytes(content)
+    _, (reject,) = scan_folder(tmp_path)
+    assert (reject.file.name, reason in reject.reason) == ("prompt.txt", True), reject
+
+
+# ------------------------------------------------------------------------------------------------ ids
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "", "  ", "null", "<NA>", "N/A", "NaT"])
+def test_words_for_nothing_are_no_id(tmp_path: Path, write_sample: Write, word: str) -> None:
+    for name in "ab":
+        write_sample(tmp_path / name, meta={"patient_id": word, "lesion_type": word, "parent_id": word})
+    samples, _ = load_samples(tmp_path)
+    assert [(s.patient_id, s.lesion_type, s.parent_id, s.synthetic) for s in samples] == [
+        ("a", None, None, False),
+        ("b", None, None, False),
+    ]
+    record = {"image": "a/image.png", "label": "healthy", "box": [0, 0, 0, 0], "sample_id": "x", "patient_id": word}
+    (tmp_path / "o.json").write_text(json.dumps([record]))
+    assert load_samples(tmp_path / "o.json")[0][0].patient_id == "x"
+
+
+ACCENT = "Müller"
+
+
+@pytest.mark.parametrize(
+    ("key", "what", "pair"),
+    [
+        ("patient_id", "patients", ("P1", "p1")),
+        ("patient_id", "patients", (ACCENT, unicodedata.normalize("NFD", ACCENT))),
+        ("patient_id", "patients", ("p1", "p1\u200b")),
+        ("patient_id", "patients", ("p 1", "p  1")),
+        ("lesion_type", "lesion types", ("Lytic", "lytic")),
+    ],
+)
+def test_ids_and_classes_that_are_nearly_the_same_are_named(
+    tmp_path: Path, write_sample: Write, key: str, what: str, pair: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in zip("ab", pair, strict=True):
+        write_sample(tmp_path / name, meta={key: value})
+    samples, _ = load_samples(tmp_path)
+    assert tuple(getattr(sample, key) for sample in samples) == pair
+    names = " | ".join(map(repr, pair))
+    assert f"different {what}, but for case or the form of characters the same: {names}" in caplog.text
+    caplog.clear()
+    write_sample(tmp_path / "b", meta={key: pair[0]})
+    load_samples(tmp_path)
+    assert "the same" not in caplog.text
+
+
+def test_sample_folders_that_are_nearly_the_same_are_named(
+    tmp_path: Path, write_sample: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_sample(tmp_path / "Case1")
+    write_sample(tmp_path / "case1")
+    if len(os.listdir(tmp_path)) < 2:
+        pytest.skip("this file system does not tell capitals apart")
+    load_samples(tmp_path)
+    assert "different samples, but for case or the form of characters the same: 'Case1' | 'case1'" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ meta.json
+
+FAULTY: dict[str, tuple[str, str]] = {
+    "NaN": ('{"age": NaN}', "NaN is no number"),
+    "Infinity": ('{"deep": [{"age": -Infinity}]}', "-Infinity is no number"),
+    "a float beyond all": ('{"age": 1e999}', "1e999 is no number, or too large"),
+    "a whole number beyond all": (f'{{"age": {"9" * 400}}}', "or too large"),
+    "a number of too many digits": (f'{{"age": {"9" * 5000}}}', "or too large"),
+    "half of a pair": ('{"site": "\\ud800"}', "\\ud800 is half of a surrogate pair"),
+    "half of a pair as a key": ('{"\\udfff": 1}', "\\udfff is half of a surrogate pair"),
+    "too deep": ('{"a": ' + "[" * 70 + "]" * 70 + "}", "nested deeper than the 64 levels"),
+    "far too deep": ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested deeper than the 64 levels"),
+    "a key twice": ('{"patient_id": "a", "patient_id": "b"}', "the key 'patient_id' stands twice"),
+    "zero bytes": ('{"patient_id": "a\0"}', "holds zero bytes"),
+    "a window too large": ('{"window": [0, 1e999]}', "or too large"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_what_is_not_json_rejects_that_sample_alone(tmp_path: Path, write_sample: Write, name: str) -> None:
+    content, reason = FAULTY[name]
+    write_sample(tmp_path / "good", meta={"site": "😀", "age": 61.5, "uid": 10**30})
+    folder = write_sample(tmp_path / "bad")
+    (folder / "meta.json").write_text(content)
+    ((good,), (reject,)) = scan_folder(tmp_path)
+    assert (reject.sample_id, reject.file) == ("bad", folder / "meta.json")
+    assert reason in reject.reason
+    assert good.meta == {"site": "😀", "age": 61.5, "uid": 10**30}
+    write_annotations(tmp_path / "o.json", [good])
+    assert load_samples(tmp_path / "o.json") == ([good], [])
+
+
+def test_an_annotation_file_is_read_as_strictly(tmp_path: Path) -> None:
+    (tmp_path / "o.json").write_text('[{"image": "a.png", "label": "x", "box": [NaN, 0, 1, 1]}]')
+    with pytest.raises(FileError, match=r"o\.json: not valid JSON \(NaN is no number"):
+        read_json(tmp_path / "o.json")
+
+
+# ------------------------------------------------------------------------------------------------ windows
+
+
+def deep_image() -> np.ndarray:
+    """16 bits, HU + 32768 as some archives keep them: 32668 to 33147."""
+    return (np.arange(480, dtype=np.uint16) + 32668).reshape(20, 24)
+
+
+@pytest.mark.parametrize("window", [[-450, 1050], [0, 32668], [33147, 40000], [50000.5, 60000], [-1e6, 1e6]])
+def test_a_window_beside_the_image_is_refused(tmp_path: Path, write_sample: Write, window: list[float]) -> None:
+    write_sample(tmp_path / "good", image=deep_image(), meta={"window": [32668, 33147]})
+    folder = write_sample(tmp_path / "bad", image=deep_image(), meta={"window": window})
+    _, (reject,) = scan_folder(tmp_path)
+    assert (reject.sample_id, reject.file) == ("bad", folder / "meta.json")
+    assert f"window: {window} does not meet the image, whose levels go from 32668 to 33147" in reject.reason
+    with pytest.raises(MedSoftError, match="does not meet the image"):  # an annotation file's reader does not decode
+        intensity_range_of(deep_image(), window)
+
+
+SATURATED: dict[str, tuple[dict[str, Any], list[int], str | None]] = {
+    "lesion white": ({}, [32600, 32700], "lesion"),
+    "lesion black": ({}, [33100, 33200], "lesion"),
+    "lesion inside": ({}, [32668, 33147], None),
+    "vertebra white": ({"prompt": "healthy"}, [32600, 32700], "vertebra"),
+    "vertebra of the anatomy": ({"anatomy": np.eye(20, 24, dtype=np.uint8)}, [32760, 32960], "vertebra"),
+}
+
+
+@pytest.mark.parametrize("name", SATURATED)
+def test_a_window_that_hides_the_lesion_or_the_vertebra_is_warned_of(
+    tmp_path: Path, write_sample: Write, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    given, window, region = SATURATED[name]
+    image = np.repeat(deep_image()[..., None], 3, axis=2) if "black" in name else deep_image()
+    write_sample(tmp_path / "a", image=image, meta={"window": window}, **given)
+    load_samples(tmp_path)
+    said = f"a: more than half of its {region} lies outside its `window`"
+    assert (said in caplog.text) == (region is not None)
+    assert region is not None or "lies outside" not in caplog.text
+
+
+def test_a_window_of_an_8_bit_image_is_not_used_and_that_is_said(
+    tmp_path: Path, write_sample: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_sample(tmp_path / "a", meta={"window": [-450, 1050]})
+    load_samples(tmp_path)
+    assert "a: its image has 8 bits, which are used as they are: `window` in its meta.json is not" in caplog.text
+
+
+def test_what_is_odd_about_a_mask_is_said(
+    tmp_path: Path, write_sample: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    stray = np.zeros((60, 60), np.uint8)
+    stray[5:12, 5:12] = stray[55, 55] = 255
+    noisy = np.zeros((60, 60), np.uint8)
+    noisy[20:40, 20:40] = 255
+    folder = write_sample(tmp_path / "noise", image=stray, mask=None)
+    Image.fromarray(noisy).save(folder / "mask.jpg", quality=85)
+    write_sample(tmp_path / "stray", image=stray, mask=stray)
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    Image.fromarray(stray).save(write_sample(tmp_path / "turned", image=None, mask=noisy) / "image.png", exif=turned)
+    assert len(load_samples(tmp_path)[0]) == 3
+    for name, note in (("noise", NOISE_NOTE), ("stray", STRAY_NOTE), ("turned", ORIENTATION_NOTE)):
+        assert f"warning: {name}: {note}" in caplog.text
+
+
+def test_an_image_that_was_inpainted_here_is_synthetic_whatever_its_meta_json_says(
+    tmp_path: Path, write_sample: Write
+) -> None:
+    from ldm.inference.results import TAG
+
+    pixels = np.arange(480, dtype=np.uint8).reshape(20, 24)
+    write_png(write_sample(tmp_path / "tag", meta={"synthetic": False}) / "image.png", pixels, {"Comment": TAG})
+    write_sample(tmp_path / "parent", meta={"parent_id": "s1"})
+    write_sample(tmp_path / "real", meta={"parent_id": "series 3", "synthetic": False})
+    write_sample(tmp_path / "said", meta={"synthetic": True})
+    assert {s.sample_id: s.synthetic for s in scan_folder(tmp_path)[0]} == {
+        "parent": True,
+        "real": False,
+        "said": True,
+        "tag": True,
+    }
