@@ -122,7 +122,8 @@ def groups_of_samples(name: str, samples: Sequence[Sample]) -> list[dict[str, An
 
 def check_unseen(held_out: str, samples: Iterable[Sample], groups: Sequence[Mapping[str, Any]], source: object) -> None:
     """MedSoftError, by name, if patients of a validation or test set, ``held_out``, are among ``groups``."""
-    patients, met, steps = sorted({sample.patient_id for sample in samples}), set(), set()
+    patients = {sample.patient_id: sample for sample in samples}
+    met, steps = set(), set()
     for group in groups:
         digests = set(group["patients"])
         found = {name for name in patients if _patient_digest(group["salt"], name) in digests}
@@ -131,10 +132,12 @@ def check_unseen(held_out: str, samples: Iterable[Sample], groups: Sequence[Mapp
     if met:
         names = sorted(met)
         some = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+        unnamed = all(patients[name].sample_id == name for name in names)
+        hint = "; give other patients of the same folder names a patient_id in meta.json" if unnamed else ""
         raise MedSoftError(
             f"{held_out}: {len(met)} of its {len(patients)} patients ({some}) are among those that "
             f"{', '.join(sorted(steps))} learned from, says {source}; split by patient once, before the first "
-            "training, and keep to that split"
+            f"training, and keep to that split{hint}"
         )
 
 
