@@ -131,7 +131,8 @@ def test_every_file_is_fingerprinted_once(
     """However many results share a sample or a prompt's source; a parent's meta.json entry is that digest too."""
     plain, files = ldm.core.files.sha256_file, []
     monkeypatch.setattr(ldm.core.files, "sha256_file", lambda path: files.append(path) or plain(path))
-    assert infer(final, tmp_path / "out", "--train_json", world / TRAIN, "--variants", 3, "--limit", 2) == 0
+    given = ("--train_json", world / TRAIN, "--variants", 3, "--limit", 2, "--match", "none")
+    assert infer(final, tmp_path / "out", *given) == 0
     assert len(files) == len(set(files))
     found = metas(tmp_path / "out").values()
     assert {meta["parent_image"] for meta in found} < {str(path) for path in files}
