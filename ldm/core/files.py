@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,9 +61,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     that names the folder.
     """
     path = Path(path)
-    name = path.name if len(os.fsencode(path.name)) < 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    partial, before = (path.parent / f"{PARTIAL_PREFIX}{name}{end}" for end in ("", ".before"))
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = path.parent / f"{PARTIAL_PREFIX}{uuid.uuid4().hex}"  # nobody else's, however long the name is
+    before = path.parent / f"{PARTIAL_PREFIX}{named_seed(path.name):016x}.before"  # found again after a crash
     state = "nothing was changed there. Free some space or choose another place, then run the same command again"
     try:
         if before.exists() and not path.exists():

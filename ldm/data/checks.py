@@ -31,6 +31,20 @@ ACQUISITION = re.compile(
     "|orientation|(magnetic)?fieldstrength|kvp?|(convolution)?kernel|contrast|slicethickness(mm)?|spacingmm|unit|window"
     "|(patient)?(sex|age)|gender)"
 )
+_DAY, _MONTH, _YEAR = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:0?[1-9]|1[0-2])", r"(?:19|20)\d\d"
+_DATE = re.compile(
+    rf"(?<!\d)(?:{_YEAR}([-_./]){_MONTH}\1{_DAY}|{_DAY}([-_./]){_MONTH}\2{_YEAR}|{_YEAR}(?:0[1-9]|1[0-2])[0-3]\d)(?!\d)"
+)
+# Two words that begin with a capital, which these seldom do together with a name.
+_PERSON = re.compile(r"(?<![A-Za-z])([A-ZÀ-Þ][a-zà-ÿ]+|[A-Z]{2,})[ _,]+([A-ZÀ-Þ][a-zà-ÿ]+)(?![A-Za-z])")
+_NO_PERSON = re.compile(
+    "Patient|Case|Sample|Subject|Image|Slice|Series|Study|Scan|Spine|Lesion|Vertebra|Body|Level|Healthy|Diseased|Control|"
+    "Lumbar|Thoracic|Cervical|Sacral|Sagittal|Axial|Coronal|Left|Right|Test|Train|Val|Group|Site|Hospital|Data.*|Part"
+)
+_PERSONAL_KEY = re.compile(
+    r"(patients?)?_?(name|birth_?(date|day)|date_?of_?birth|address|phone|email)|(study|series|acquisition|scan)?_?date",
+    re.IGNORECASE,
+)
 
 
 class Row(NamedTuple):
@@ -196,6 +210,21 @@ def similar(texts: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
 def similar_prompts(samples: Iterable[Sample]) -> list[list[str]]:
     """Distinct prompts that differ only in case, spaces, punctuation or the form of accents."""
     return similar((sample.prompt for sample in samples), lambda text: " ".join(re.findall(r"\w+", plain(text))))
+
+
+def looks_personal(name: str) -> str | None:
+    """ "a date" or "a person's name" where a part of a path or an id looks like one; None where nothing does."""
+    if _DATE.search(name):
+        return "a date"
+    if "^" in name:
+        return "a person's name"
+    pairs = (pair for pair in _PERSON.findall(name) if not any(map(_NO_PERSON.fullmatch, pair)))
+    return "a person's name" if any(pairs) else None
+
+
+def personal_keys(meta: Mapping[str, object]) -> list[str]:
+    """The keys of a ``meta.json`` that say who somebody is, or when an image was taken, and hold something."""
+    return [key for key, value in meta.items() if value and _PERSONAL_KEY.fullmatch(key)]
 
 
 def warn_of_similar_prompts(samples: Iterable[Sample]) -> None:

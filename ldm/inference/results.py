@@ -1,5 +1,6 @@
 """One result on the disk: a sample folder whose meta.json says how it was made."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ldm.data.images import with_alpha
 from ldm.data.preparation import PreparedSample
 from ldm.data.samples import HEALTHY
 from ldm.inference.gallery import write_thumbnail
-from ldm.inference.tasks import Task
+from ldm.inference.tasks import RESULT_KEYS, Task
 from ldm.reports.comparison import ResultImage
 
 TAG = "synthetic picture drawn by MedSoft-Diffusion; not a patient's image; not for clinical use"
@@ -40,6 +41,8 @@ def write_result(
         "soft_mask.png": np.rint(prepared.soft * 255).astype(np.uint8),
     }
     metadata = result_metadata(task, prepared, image.changed_outside, provenance, parent_sha256)
+    paths = ("parent_image", "checkpoint", "config")
+    metadata |= {key: _portable(Path(metadata[key]), folder / task.name, folder) for key in paths}
     write_sample(folder / task.name, files, task.prompt, metadata, {"Comment": TAG, "Description": task.prompt})
     with suppress(MedSoftError):  # then the report makes it, or says why it cannot
         write_thumbnail(folder, task.name, image)
@@ -50,7 +53,8 @@ def result_metadata(
 ) -> dict[str, Any]:
     """The meta.json of a result of which ``changed`` pixels outside the soft mask differ from the parent's."""
     if task.record is not None:
-        return {**task.record, "changed_outside_pixels": changed, TRAINED_ON: provenance[TRAINED_ON]}
+        paths = {"parent_image": str(task.sample.image), **{key: provenance[key] for key in ("checkpoint", "config")}}
+        return {**task.record, **paths, "changed_outside_pixels": changed, TRAINED_ON: provenance[TRAINED_ON]}
     source, parent = task.source, task.sample
     diseased_source = source if source is not None and task.prompt.strip().lower() != HEALTHY else None
     metadata = {
@@ -63,6 +67,7 @@ def result_metadata(
         "synthetic": True,
         "seed": task.seed,
         "variant": task.variant,
+        "prompt": task.prompt,
         "prompt_match": task.match,
         "prompt_from": diseased_source.sample_id if diseased_source and diseased_source is not parent else None,
         "spacing_mm": parent.meta.get("spacing_mm"),
@@ -72,4 +77,13 @@ def result_metadata(
         "changed_outside_pixels": changed,
         **provenance,
     }
-    return {key: value for key, value in metadata.items() if value is not None or key in ("lesion_type", "severity")}
+    known = {key: value for key, value in metadata.items() if value is not None or key in ("lesion_type", "severity")}
+    return known | {key: value for key, value in parent.meta.items() if key not in RESULT_KEYS}
+
+
+def _portable(path: Path, result: Path, output_dir: Path) -> str:
+    """``path`` as seen from the result, if both lie below the folder that holds ``output_dir`` and can move with it."""
+    real = path.parent.resolve() / path.name
+    if not real.is_relative_to(output_dir.resolve().parent):
+        return str(path)
+    return Path(os.path.relpath(real, result.resolve())).as_posix()

@@ -86,7 +86,8 @@ def run(options: InferenceOptions) -> int:
         known = {"ckpt": digest, **flags, "images": fingerprint(plan)}  # what differs is named in this order
         before = results.open({**known, **settings, "noise": NOISE}, options.overwrite)
         there = sum(results.has(task.name, *FILES) for task in tasks)
-        if before and before.get("complete") and there == before["pictures"]:
+        known_rejects = len(set(rejects)) <= (before or {}).get("rejected", 0)  # else the record is written anew
+        if before and before.get("complete") and there == before["pictures"] and known_rejects:
             log.info("%s: already complete (%d images)", results.path, before["pictures"])
             return cli.SOME_REJECTED if before["rejected"] else cli.DONE
         processes = start_processes(options.device, options.devices, options.num_nodes)
@@ -103,11 +104,12 @@ def resolve(options: InferenceOptions, record: dict[str, Any] | None) -> tuple[I
     the result's meta.json; --ckpt, --config and --biomedclip say where these files are by now.
     """
     overrides = options.as_overrides()
-    if record:
+    if record and options.replay:
+        folder = options.replay.resolve().parent  # from which relative paths are seen
         options = dataclasses.replace(
             options,
-            ckpt=options.ckpt or Path(record["checkpoint"]),
-            config=options.config or Path(record["config"]),
+            ckpt=options.ckpt or folder / record["checkpoint"],
+            config=options.config or folder / record["config"],
             exact=record["exact"],
         )
         overrides = [*record["overrides"], "sampling.batch_size=1", *overrides]

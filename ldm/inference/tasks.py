@@ -11,12 +11,15 @@ from typing import Any
 from ldm.config import DataConfig
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import named_seed, read_json, read_text
+from ldm.core.paths import confined
+from ldm.core.schema import Rule
 from ldm.data.annotations import load_samples
+from ldm.data.checks import TRAINED_ON
 from ldm.data.folders import read_sample
 from ldm.data.images import read_image
 from ldm.data.masks import read_mask
 from ldm.data.preparation import PreparedSample, fit_sample, inpainting_obstacle, prepare
-from ldm.data.samples import Reject, Sample
+from ldm.data.samples import META_TEXTS, Reject, Sample, wrong_value
 from ldm.diffusion.noise import NOISE
 from ldm.inference.options import InferenceOptions
 from ldm.inference.prompts import MatchedPrompt, PromptPool, contradiction, image_facts, levels_named, matched
@@ -24,8 +27,19 @@ from ldm.inference.prompts import MatchedPrompt, PromptPool, contradiction, imag
 log = logging.getLogger(__name__)
 
 CLASSES = ("all", "healthy", "diseased")
-MOST_NAME = 255  # bytes of a file's or folder's name
+MOST_NAME = 239  # bytes of a result's folder: file systems take 255, and other names are made from it
 MOST_PATH = 3900  # bytes of a path; systems take 4095, and a temporary folder's name is longer than the result's
+_TEXT = Rule(lambda value: isinstance(value, str) and bool(value), "text")
+_WHOLE = Rule(lambda value: type(value) is int and value >= 0, "a whole number of at least 0")
+RECORD_RULES = {"parent_image": _TEXT, "parent_id": _TEXT, "seed": _WHOLE, "variant": _WHOLE}  # to make a result again
+REPLAY_RULES = RECORD_RULES | {
+    **dict.fromkeys(("parent_sha256", "checkpoint", "checkpoint_sha256", "config", "config_sha256"), _TEXT),
+    "overrides": Rule(lambda value: isinstance(value, list) and all(map(_TEXT.holds, value)), "a list of KEY=VALUE"),
+    "exact": Rule(lambda value: isinstance(value, bool), "true or false"),
+}
+# What meta.json of a result says beside the keys of its parent's, of which those of the same name are replaced.
+RESULT_KEYS = {*META_TEXTS, *REPLAY_RULES, "sample_id", "prompt", "prompt_match", "prompt_from", "synthetic", "window"}
+RESULT_KEYS |= {"spacing_mm", "changed_outside_pixels", "command", "noise", TRAINED_ON}
 MOSTLY = 0.6  # more of the image marked than this is probably a mask of the wrong polarity
 
 
@@ -70,14 +84,39 @@ def plan_tasks(
         tasks, rejects = tasks_from_results(options, options.like)
     else:
         tasks, rejects = _dataset(options)
-    long = {task.name: too_long(options.output_dir / task.name) for task in tasks}
-    lengthy = [Reject(t.sample.sample_id, t.sample.image, str(long[t.name])) for t in tasks if long[t.name]]
-    rejects += dict.fromkeys(lengthy)  # once for all variants
-    tasks = [task for task in tasks if not long[task.name]]
+    tasks, unnamed = _nameable(tasks, options.output_dir)
+    rejects += unnamed
     if not tasks:
-        raise MedSoftError(f"nothing can be inpainted; the first of {len(rejects)} rejects: {rejects[0]}")
+        raise MedSoftError(f"no sample can be inpainted ({len(rejects)} rejected; first: {rejects[0]})")
     _warn_of_contradictions(tasks)
     return tasks, rejects
+
+
+def _nameable(tasks: Sequence[Task], output_dir: Path) -> tuple[list[Task], list[Reject]]:
+    """The tasks whose result can have its name, and rejects for names that are too long or lead out of the folder.
+
+    MedSoftError for two results that would be written into one folder, or one into the other's: some would be lost.
+    """
+    found: dict[Path, Task] = {}
+    rejects: dict[str, Reject] = {}
+    for task in tasks:
+        file = (task.source or task.sample).image.parent  # of --like and --replay, the result's
+        try:
+            if reason := too_long(output_dir / task.name):
+                raise MedSoftError(reason)
+            path = confined(output_dir, task.name).resolve()
+        except MedSoftError as error:
+            rejects[task.sample.sample_id] = Reject(task.sample.sample_id, file, str(error))
+            continue
+        if path in found:
+            other = (found[path].source or found[path].sample).image.parent
+            raise MedSoftError(f"{other} and {file}: both results would be written as {task.name}; keep one of them")
+        found[path] = task
+    for path, task in found.items():
+        above = next((found[each] for each in path.parents if each in found), None)
+        if above:
+            raise MedSoftError(f"{task.sample.image}: its result {task.name} would lie in {above.name}; rename it")
+    return list(found.values()), list(rejects.values())
 
 
 def _warn_of_contradictions(tasks: Sequence[Task]) -> None:
@@ -124,10 +163,12 @@ def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
     data = options.data or options.train_json
     samples, rejects = load_samples(data)
     chosen, adjective = choose(samples, options.choose)
+    if not chosen:
+        raise MedSoftError(f"{data}: no sample was chosen; synthetic ones only if --choose lists them in a file")
     sources: list[Sample] = []
     if options.prompt is None and any(sample.healthy for sample in chosen):
         pool = samples if options.data is None else _prompt_samples(options.train_json)
-        sources = sorted((s for s in pool if not s.healthy), key=lambda s: s.sample_id)
+        sources = sorted((s for s in pool if not s.healthy and not s.synthetic), key=lambda s: s.sample_id)
         if not sources:
             raise MedSoftError(
                 f"{options.train_json}: has no diseased sample to take prompts from; give --prompt, or --train_json"
@@ -163,8 +204,6 @@ def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
         prompts = "their own prompts"
     count = len({task.sample.sample_id for task in tasks})
     log.info("inpainting %d %s samples of %s, with %s", count, adjective, data, prompts)
-    if not tasks:
-        raise MedSoftError(f"{data}: no sample can be inpainted ({len(rejects)} rejected; first: {rejects[0]})")
     return tasks, rejects
 
 
@@ -178,9 +217,14 @@ def _prompt_samples(path: Path) -> list[Sample]:
 
 
 def choose(samples: list[Sample], wanted: str | None) -> tuple[list[Sample], str]:
-    """The samples of a class, or those that a text file lists by sample_id; and an adjective for them."""
+    """The real samples of a class, or those that a text file lists by sample_id; and an adjective for them."""
     if wanted is not None and wanted not in CLASSES:
         return _listed(samples, Path(wanted)), "listed"
+    synthetic = [sample for sample in samples if sample.synthetic]
+    if synthetic:
+        text = "warning: %d synthetic samples are left out, the first: %s; a file that lists them (--choose) takes them"
+        log.warning(text, len(synthetic), synthetic[0].sample_id)
+        samples = [sample for sample in samples if not sample.synthetic]
     if wanted == "all":
         return samples, "chosen"
     wanted = wanted or ("healthy" if any(sample.healthy for sample in samples) else "diseased")
@@ -211,7 +255,12 @@ def _listed(samples: list[Sample], path: Path) -> list[Sample]:
 def tasks_from_results(options: InferenceOptions, folder: Path) -> tuple[list[Task], list[Reject]]:
     """The parents and masks of earlier results, with their prompts or another one, under the same names and noise."""
     results, rejects = load_samples(folder)
-    tasks = [_task_of(result, folder) for result in results[: options.limit]]
+    tasks: list[Task] = []
+    for result in results[: options.limit]:
+        try:
+            tasks.append(_task_of(result))
+        except FileError as error:
+            rejects.append(Reject(result.sample_id, error.path, error.reason))
     if options.prompt:
         tasks = [dataclasses.replace(task, prompt=options.prompt, source=None, match=None) for task in tasks]
     if other := sum(result.meta.get("noise", 1) != NOISE for result in results[: options.limit]):
@@ -221,33 +270,35 @@ def tasks_from_results(options: InferenceOptions, folder: Path) -> tuple[list[Ta
     return tasks, rejects
 
 
-def _task_of(result: Sample, where: Path) -> Task:
-    """The task that makes an earlier result again."""
-    parent = result.meta.get("parent_image")
-    if parent is None or result.parent_id is None or not {"seed", "variant"} <= result.meta.keys():
-        raise MedSoftError(
-            f"{result.sample_id} in {where}: its meta.json does not say how it was made; expected a result of inference"
-        )
-    meta = {key: result.meta[key] for key in ("window", "spacing_mm") if key in result.meta}
-    sample = dataclasses.replace(result, sample_id=result.parent_id, image=Path(parent), parent_id=None, meta=meta)
-    seed, variant, match = (result.meta.get(key) for key in ("seed", "variant", "prompt_match"))
-    return Task(sample, int(variant), result.prompt, int(seed), result, match, fixed_mask=True)
+def _task_of(result: Sample) -> Task:
+    """The task that makes an earlier result again; FileError if its meta.json does not say how it was made."""
+    folder, record = result.image.parent, {**result.meta, "parent_id": result.parent_id}
+    wrong = wrong_value(record, RECORD_RULES, [*RECORD_RULES])
+    if wrong:
+        raise FileError(folder / "meta.json", f"{wrong[0]}: {wrong[1]}; expected the meta.json of a result")
+    image = Path(os.path.abspath(folder / record["parent_image"]))
+    own = RESULT_KEYS - {"window", "spacing_mm"}
+    meta = {key: value for key, value in result.meta.items() if key not in own}
+    sample = dataclasses.replace(result, sample_id=record["parent_id"], image=image, parent_id=None, meta=meta)
+    seed, variant, match = (record.get(key) for key in ("seed", "variant", "prompt_match"))
+    return Task(sample, variant, result.prompt, seed, result, match, fixed_mask=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """The meta.json of a result, with all that --replay needs; MedSoftError naming what is missing."""
     record = read_json(path, "meta.json of a result")
-    needed = "parent_image parent_id parent_sha256 seed variant checkpoint checkpoint_sha256 config config_sha256"
-    needed += " overrides exact"
-    missing = [key for key in needed.split() if not isinstance(record, dict) or key not in record]
+    missing = [key for key in REPLAY_RULES if not isinstance(record, dict) or key not in record]
     if missing:
         raise MedSoftError(f"{path}: has no {', '.join(missing)}; expected the meta.json of a result")
+    wrong = wrong_value(record, REPLAY_RULES, [*REPLAY_RULES])
+    if wrong:
+        raise MedSoftError(f"{path}: {wrong[0]}: {wrong[1]}; expected the meta.json of a result")
     return record
 
 
 def task_from_metadata(path: Path, record: dict[str, Any], content: Callable[[Path | None], str | None]) -> Task:
     """The task that makes the result of this meta.json again; MedSoftError unless its parent's image is unchanged."""
-    task = _task_of(read_sample(path.parent.name, path.parent), path.parent)
+    task = _task_of(read_sample(path.parent.name, path.parent))
     found = content(task.sample.image)
     if found != record["parent_sha256"]:
         state = "has changed since" if found else "is not there or cannot be read"

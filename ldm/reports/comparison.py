@@ -80,7 +80,7 @@ def read_result(sample: Sample) -> ResultImage:
         raise MedSoftError(f"{meta}: expected parent_image, the path of the original, found {parent!r}")
     if sample.soft_mask is None:
         raise MedSoftError(f"{sample.image.with_name('soft_mask.png')}: does not exist; inpaint this sample again")
-    original, result = read_image(parent), read_image(sample.image)
+    original, result = read_image(sample.image.parent / parent), read_image(sample.image)
     if original.shape != result.shape or original.dtype != result.dtype:
         found, expected = (f"{each.dtype} pixels of shape {each.shape}" for each in (result, original))
         raise MedSoftError(f"{sample.image}: {found}, but its original {parent} has {expected}; inpaint it again")

@@ -26,6 +26,8 @@ from ldm.data.checks import (
     check_unseen,
     groups_of,
     leaks,
+    looks_personal,
+    personal_keys,
     sample_attributes,
     separations,
     similar_prompts,
@@ -33,6 +35,7 @@ from ldm.data.checks import (
 from ldm.data.images import orientations_differ, pixel_digest, read_image
 from ldm.data.masks import ORIENTATION_NOTE, STRAY_NOTE, read_anatomy, read_mask, stray_parts
 from ldm.data.samples import Sample, prompt_of
+from ldm.inference.prompts import contradiction, image_facts
 from ldm.reports.overlays import write_overlays
 
 log = logging.getLogger(__name__)
@@ -174,6 +177,7 @@ def check_data(sets: dict[str, Path], workers: int | None = None, overlays: Path
     log.info("every file of %d samples decoded in %.1f s (%.0f samples a minute)", *words)
     yield from (Finding("error", " and ".join(sets), leak) for leak in leaks(rows))
     yield from check_prompts(everyone)
+    yield from check_privacy(everyone)
 
 
 def _look_at(samples: list[Sample], name: str, workers: int | None) -> list[DatasetInspection]:
@@ -226,10 +230,28 @@ def _repeated(name: str, looks: list[DatasetInspection]) -> Iterator[Finding]:
             yield Finding("warning", name, text)
 
 
+def check_privacy(samples: list[Sample]) -> Iterator[Finding]:
+    """Names and keys that look like a person's or a date: results, reports and annotation files carry them along."""
+    found: dict[str, list[str]] = {}
+    for sample in samples:
+        names = dict.fromkeys((*sample.sample_id.split("/"), sample.patient_id))
+        for name in names:
+            if kind := looks_personal(name):
+                found.setdefault(f"look like {kind}", []).append(name)
+        for key in personal_keys(sample.meta):
+            found.setdefault(f"have the key {key} in meta.json", []).append(sample.sample_id)
+    for what, names in found.items():
+        shown = ", ".join(list(dict.fromkeys(names))[:3])
+        text = f"{len(names)} samples or ids {what} ({shown}): results and reports carry that on; use codes instead"
+        yield Finding("warning", "privacy", text)
+
+
 def check_prompts(samples: list[Sample]) -> Iterator[Finding]:
-    """Empty, badly encoded, long and nearly equal prompts."""
+    """Empty, badly encoded, long and nearly equal prompts, and those that contradict their meta.json."""
     for sample in samples:
         file = sample.image.parent / "prompt.txt"
+        if wrong := contradiction(sample.prompt, image_facts(sample)):
+            yield Finding("warning", str(file), f"contradicts meta.json: {wrong}; correct one of them")
         if not sample.prompt.strip():
             yield Finding("sample", str(file), "the prompt is empty")
         if ODD_PROMPT in sample.prompt or any(ord(char) < 32 and char not in "\t\n\r" for char in sample.prompt):

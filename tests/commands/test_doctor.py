@@ -20,6 +20,7 @@ from ldm.data.samples import Reject
 from ldm.training.doctor import check_installation, check_versions
 from tool import doctor
 
+PRIVACY = "results and reports carry that on; use codes instead"
 BODY = np.random.default_rng(0).integers(20, 200, (20, 24), dtype=np.uint8)
 
 
@@ -145,6 +146,46 @@ def test_prompts(tmp_path: Path, write_sample: Any) -> None:
     assert "nearly the same, learned as different ones: 'lytic lesion of L3' | 'Lytic lesion of L3.'" in said
     assert "s2/prompt.txt: odd characters, saved in another encoding?" in said
     assert "s3/prompt.txt: 400 characters: the text encoder reads 75 tokens only" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Mueller_Anna", "a person's name"),
+        ("Mueller, Anna", "a person's name"),
+        ("DOE^JOHN", "a person's name"),
+        ("scan 2021-03-09", "a date"),
+        ("09.03.2021", "a date"),
+        ("p7_20210309", "a date"),
+        ("Patient_Seven", None),
+        ("Lumbar_Spine", None),
+        ("w7p000012_L3", None),
+        ("lytic lesion", None),
+        ("1.2.826.0.1.3680043.8.498.11111111111111111111111111111111111111", None),
+        ("2021", None),
+        ("00012345", None),
+    ],
+)
+def test_names_that_look_like_a_persons_or_a_date(
+    tmp_path: Path, write_sample: Any, name: str, kind: str | None
+) -> None:
+    write_sample(tmp_path / "data" / name, meta={"patient_id": "p1", "site": "north"})
+    code, found = findings(tmp_path, "--data", tmp_path / "data")
+    assert code == 0
+    said = [item["text"] for item in found if item["where"] == "privacy"]
+    assert said == ([f"1 samples or ids look like {kind} ({name}): {PRIVACY}"] if kind else [])
+
+
+def test_keys_that_say_who_somebody_is_and_prompts_that_contradict_meta_json(tmp_path: Path, write_sample: Any) -> None:
+    meta = {"PatientName": "x", "StudyDate": "y", "patient_birth_date": None, "names": 1, "level": "L4"}
+    write_sample(tmp_path / "data" / "a", prompt="lytic lesion of L3", meta=meta)
+    said = texts(findings(tmp_path, "--data", tmp_path / "data")[1], "warning")
+    assert [line.split(" (")[0] for line in said.splitlines() if line.startswith("privacy")] == [
+        f"privacy: 1 samples or ids have the key {key} in meta.json" for key in ("PatientName", "StudyDate")
+    ]
+    assert (
+        "a/prompt.txt: contradicts meta.json: the prompt names L3, the image's level is L4; correct one of them" in said
+    )
 
 
 def test_patients_and_pictures_on_both_sides(tmp_path: Path, write_sample: Any) -> None:

@@ -49,7 +49,8 @@ def test_default_draws_on_the_healthy_with_prompts_of_the_diseased(results: Path
         assert (meta["lesion_type"], meta["severity"]) == (source.lesion_type, source.severity)
         assert (meta["patient_id"], meta["level"]) == (parent.patient_id, parent.level)
         assert meta["spacing_mm"] == parent.meta["spacing_mm"]
-        assert meta["parent_image"] == str(parent.image)
+        assert (results / name / meta["parent_image"]).samefile(parent.image)
+        assert meta["prompt"] == source.prompt.replace(source.level, parent.level)
         assert meta["synthetic"] is True
         assert (meta["seed"], meta["variant"], meta["changed_outside_pixels"]) == (0, 0, 0)
         assert len(meta["checkpoint_sha256"]) == len(meta["config_sha256"]) == 64
@@ -70,7 +71,7 @@ def test_masks_are_as_large_as_the_lesions_the_prompts_were_written_about(result
 
 def test_nothing_changes_outside_the_soft_mask(results: Path) -> None:
     for name, meta in metas(results).items():
-        assert changed_outside(results / name, Path(meta["parent_image"])) == 0
+        assert changed_outside(results / name, results / name / meta["parent_image"]) == 0
 
 
 def test_pictures_say_that_they_are_synthetic(results: Path) -> None:
@@ -135,11 +136,12 @@ def test_like_redraws_the_same_masks_with_another_prompt(
     for name, meta in after.items():
         for file in ("mask.png", "soft_mask.png"):
             assert np.array_equal(read_image(results / name / file), read_image(tmp_path / "out" / name / file))
-        assert meta["parent_image"] == before[name]["parent_image"]
+        parent = tmp_path / "out" / name / meta["parent_image"]
+        assert parent.samefile(results / name / before[name]["parent_image"])
         assert meta["parent_id"] == before[name]["parent_id"]
         assert meta["patient_id"] == before[name]["patient_id"]
         assert meta["lesion_type"] is None
-        assert changed_outside(tmp_path / "out" / name, Path(meta["parent_image"])) == 0
+        assert changed_outside(tmp_path / "out" / name, parent) == 0
     assert [job.sample_id for job in jobs] == [before[name]["parent_id"] for name in after]  # so, the same noise
 
 

@@ -190,8 +190,10 @@ def test_output_may_not_hold_a_picture_to_draw_on(final: Path, results: Path, tm
     """Results listed in a JSON elsewhere: --overwrite would remove them before they are read."""
     shutil.copytree(results, tmp_path / "out")
     write_annotations(tmp_path / "again.json", load_samples(tmp_path / "out")[0])
+    (tmp_path / "list.txt").write_text("\n".join(metas(results)))
+    given = ["--data", tmp_path / "again.json", "--choose", tmp_path / "list.txt", "--overwrite"]
     with pytest.raises(UsageError, match=r"out: holds .*, which is to be inpainted"):
-        infer(final, tmp_path / "out", "--data", tmp_path / "again.json", "--overwrite")
+        infer(final, tmp_path / "out", *given)
     assert set(metas(tmp_path / "out")) == set(metas(results))
 
 

@@ -160,7 +160,7 @@ def test_replay_refuses_what_is_not_the_same(final: Path, one: Path, tmp_path: P
     meta.write_text(json.dumps(older))
     refused(MedSoftError, r"meta\.json: was made with the noise of another version")
     meta.write_text(json.dumps(record))
-    parent = Path(record["parent_image"])
+    parent = meta.parent / record["parent_image"]
     pixels = read_image(parent)
     write_png(parent, 255 - pixels)
     refused(MedSoftError, r"image\.png: the image that .* was made from has changed since")

@@ -91,17 +91,16 @@ def test_every_run_leaves_a_report_of_its_pictures(results: Path) -> None:
     assert "http" not in page.text
 
 
-def test_report_is_made_again_where_it_is_missing_and_kept_where_not(
-    final: object, world: Path, results: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(results, tmp_path / "out")
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "report_files").iterdir()}
+def test_report_is_made_again_where_it_is_missing_and_kept_where_not(final: object, world: Path, results: Path) -> None:
+    out = results.with_name("copied")  # beside the data, so that the parents are found
+    shutil.copytree(results, out)
+    before = {file: file.stat().st_mtime_ns for file in (out / "report_files").iterdir()}
     assert len(before) == 10
     gone = min(before)
     gone.unlink()
-    (tmp_path / "out" / "report_files" / "removed__v0.png").write_bytes(b"of a picture that is no longer there")
-    write_gallery(tmp_path / "out")
-    after = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "report_files").iterdir()}
+    (out / "report_files" / "removed__v0.png").write_bytes(b"of an image that is no longer there")
+    write_gallery(out)
+    after = {file: file.stat().st_mtime_ns for file in (out / "report_files").iterdir()}
     assert set(after) == set(before)
     changed = {file for file in before if after[file] != before[file]}
     assert changed == {gone, gone.with_suffix(".png"), gone.with_suffix(".json")} & set(before)
