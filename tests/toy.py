@@ -24,7 +24,7 @@ def draw(rng: np.random.Generator, kind: str) -> np.ndarray:
     return image.clip(0, 255).astype(np.uint8)
 
 
-def add_sample(folder: Path, kind: str, image: np.ndarray, **meta: str) -> Path:
+def add_sample(folder: Path, kind: str, image: np.ndarray, **meta: Any) -> Path:
     write_png(folder / "image.png", image)
     if kind != "healthy":
         mask = np.zeros(image.shape[:2], np.uint8)

@@ -246,9 +246,10 @@ def test_patient_on_both_sides_is_refused(world: dict, tmp_path: Path) -> None:
 def test_picture_drawn_on_a_sample_of_another_set_is_refused(
     world: dict, tmp_path: Path, child: str, parent: str
 ) -> None:
-    """Pictures that were put among the real ones, without the patient that their parent belongs to."""
+    """Images that were put among the real ones, as if they were real, under another patient than their parent's."""
     image = draw(np.random.default_rng(22), "osteolytic")
-    add_sample(tmp_path / child / "zz", "osteolytic", image, patient_id="unknown", parent_id=f"{parent}002")
+    meta = {"patient_id": "unknown", "parent_id": f"{parent}002", "synthetic": False}
+    add_sample(tmp_path / child / "zz", "osteolytic", image, **meta)
     with pytest.raises(
         MedSoftError, match=f"sample zz of the {child} set was inpainted into {parent}002 of the {parent} set"
     ):

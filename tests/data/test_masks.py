@@ -215,7 +215,7 @@ def test_soft_mask_of_a_sample_prefers_its_own_file(tmp_path: Path, write_sample
     feathered = prepare(made, DataConfig(feather=12, feather_unit="mm"), 0, 0).soft
     np.testing.assert_array_equal(feathered, soften(hard, 6))
     healthy = read_sample("c", write_sample(tmp_path / "c", prompt="healthy", mask=None))
-    with pytest.raises(MedSoftError, match="c: healthy, and neither"):
+    with pytest.raises(MedSoftError, match="c: healthy, and its vertebra is not known"):
         prepare(healthy, DataConfig(), 0, 0)
 
 
