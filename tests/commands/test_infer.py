@@ -151,6 +151,7 @@ def test_like_says_where_the_noise_was_that_of_another_version(
     for number, path in enumerate(sorted(results.glob("*__v0"))[:2]):
         shutil.copytree(path, tmp_path / "old" / path.name)
         meta = json.loads((path / "meta.json").read_text())
+        meta["parent_image"] = str((path / meta["parent_image"]).resolve())
         older = {key: value for key, value in meta.items() if key != "noise" or number}
         (tmp_path / "old" / path.name / "meta.json").write_text(json.dumps(older))
     assert infer(final, tmp_path / "out", "--like", tmp_path / "old") == 0

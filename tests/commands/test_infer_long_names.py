@@ -11,7 +11,7 @@ from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples
 from tool import make_soft_masks
 
-FITS, TOO_LONG = "b" * 243, "c" * 252  # a result's name has 4 more characters, as in __v0
+FITS, TOO_LONG = "b" * 235, "c" * 243  # a result's name has 4 more characters, as in __v0
 
 
 def test_a_sample_whose_result_would_have_too_long_a_name_is_rejected_and_the_rest_drawn(
@@ -26,13 +26,13 @@ def test_a_sample_whose_result_would_have_too_long_a_name_is_rejected_and_the_re
         drawn = sorted(path.parent.name for path in (tmp_path / "out").glob("*/image.png"))
         assert drawn == sorted(f"{name}__v{k}" for name in (folder.name, FITS) for k in (0, 1))
         (reject,) = json.loads((tmp_path / "out" / "rejects.json").read_text())
-        assert (reject["sample_id"], "longer than 255 bytes" in reject["reason"]) == (TOO_LONG, True)
+        assert (reject["sample_id"], "longer than 239 bytes" in reject["reason"]) == (TOO_LONG, True)
     assert not list((tmp_path / "out").glob(".partial*"))
 
 
 def test_nothing_but_too_long_names_is_an_error(final: Path, one: Path, tmp_path: Path) -> None:
     next(one.iterdir()).rename(one / TOO_LONG)
-    with pytest.raises(MedSoftError, match=r"nothing can be inpainted; .*longer than 255 bytes; shorten its name"):
+    with pytest.raises(MedSoftError, match=r"no sample can be inpainted .*longer than 239 bytes; shorten its name"):
         infer(final, tmp_path / "out", "--data", one)
 
 

@@ -185,7 +185,7 @@ def test_paths_that_contradict_each_other(data: Path, tmp_path: Path) -> None:
         ({"sick": [[0.5, 0.5, 0.1]]}, "is no box inside the image"),
         ({"sick": "0.5"}, "is no box inside the image"),
         ({"sick": [-0.1, 0.5, 0.2, 0.1]}, "is no box inside the image"),
-        ({"sick": [math.nan, 0.5, 0.2, 0.1]}, "is no box inside the image"),
+        ({"sick": [math.nan, 0.5, 0.2, 0.1]}, "not valid JSON"),
         ({"nobody": [0.5, 0.5, 0.1, 0.1]}, "'nobody' is no sample of"),
     ],
 )

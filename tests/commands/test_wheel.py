@@ -49,7 +49,7 @@ def test_installed_command_finds_the_shipped_files(site: Path, tmp_path: Path) -
     assert medsoft(site, tmp_path).stdout.count("\n  ") == len(SCRIPTS)
     told = medsoft(site, tmp_path, "run", "configs/demo.yaml", "--list")
     assert (told.returncode, told.stderr) == (0, "")
-    assert told.stdout.startswith("[1/19] phantoms (to do): python tool/make_phantoms.py")
+    assert told.stdout.startswith("demo [1/20] phantoms (to do): python tool/make_phantoms.py")
     given = ("--healthy", "2", "--diseased", "2", "--output_dir", "data")
     (tmp_path / "plan.yaml").write_text(
         f"name: small\noutput_dir: out\nsteps:\n- name: a\n  run: python tool/make_phantoms.py {' '.join(given)}\n"
