@@ -98,7 +98,7 @@ def read_annotations(path: Path) -> tuple[list[Sample], list[Reject]]:
     usable: list[Sample] = []
     rejects: list[Reject] = []
     for sample in _with_identities(path, [_parse(path, index, record) for index, record in enumerate(records)]):
-        missing = next((file for file in sample.files if file is not None and not file.is_file()), None)
+        missing = next((file for file in sample.files if file is not None and not os.path.isfile(file)), None)
         if missing is None:
             usable.append(sample)
         else:

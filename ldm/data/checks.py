@@ -238,8 +238,9 @@ def warn_of_texts(samples: Sequence[Sample]) -> None:
     That is: ids or classes that differ only in case or in the form of their characters, prompts that say that there is
     no lesion in other words than ``healthy``, and what was noted when the files were read.
     """
+    named = any(sample.patient_id != sample.sample_id for sample in samples)
     names = {
-        "patients": (s.patient_id for s in samples if s.patient_id != s.sample_id),
+        "patients": (s.patient_id for s in samples if named),
         "samples": (s.sample_id for s in samples),
         "lesion types": (s.lesion_type for s in samples if s.lesion_type),
     }

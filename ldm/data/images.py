@@ -47,6 +47,8 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def read_labels(path: str | Path) -> np.ndarray:
     """Decode a label map: HxW integers. A palette file gives its indices; equal RGB channels count as grey."""
+    if _read_bytes(Path(path))[1] == "JPEG":
+        raise FileError(path, "a label map as JPEG, whose compression changes labels; export it as PNG")
     labels = _decode(Path(path), indices=True)
     if not is_grey(labels):
         raise FileError(path, "expected a label map (grey or palette), found a colour image")

@@ -1,6 +1,7 @@
 """The split of a data set by patient, and the annotation files that hold it. No torch."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -102,6 +103,9 @@ def _stratum(samples: list[Sample]) -> Stratum:
     return (1, max(sorted(set(types)), key=types.count)) if types else (0, "")
 
 
+_CURE = "put it right, or remove the _train, _val and _test file so that every patient is dealt anew"
+
+
 def prepare_dataset(
     root_dir: Path,
     output_file: Path,
@@ -122,7 +126,7 @@ def prepare_dataset(
     paths = output_paths(output_file)
     _shares(fractions)  # wrong fractions show before minutes of reading
     settings = f"seed {seed}, fractions {' '.join(format(value, 'g') for value in fractions)}"
-    before, earlier = _read_split(paths)
+    before, places, earlier = _read_split(paths)
     samples, rejects = load_samples(root_dir)
     real = [sample for sample in samples if not sample.synthetic]
     made, orphans = _with_parents(real, [s for s in samples if s.synthetic]) if synthetic else ([], [])
@@ -135,7 +139,7 @@ def prepare_dataset(
         raise MedSoftError(f"{root_dir}: all {len(samples)} usable samples are synthetic; nothing was written")
     if rejects and strict:
         raise MedSoftError(f"{root_dir}: {len(rejects)} samples cannot be used and --strict was given; nothing written")
-    kept = before if earlier in (None, settings) else {}
+    kept = _by_samples(real, before, places) if earlier in (None, settings) else {}
     groups = split_by_patient([*real, *made], seed, fractions, kept)
     groups["all"] = sorted([*real, *made], key=lambda sample: sample.sample_id)
     _log_moves(groups, before, kept)
@@ -152,28 +156,47 @@ def prepare_dataset(
     return rejects
 
 
-def _read_split(paths: Mapping[str, Path]) -> tuple[dict[str, str], str | None]:
-    """The sides of the patients in the split that lies at ``paths``, and the seed and fractions that it was made with.
+def _read_split(paths: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, str], str | None]:
+    """The sides of patients and of samples in the split at ``paths``, and the seed and fractions that it was made with.
 
-    ({}, None) where there is none; None also where an older version wrote it. Raises MedSoftError for a split that is
-    not whole or has a patient on two sides.
+    ({}, {}, None) where there is none; None also where an older version wrote it. Raises MedSoftError for a split that
+    is not whole, has a patient on two sides, or names neither patients nor samples.
     """
     there = [name for name in SPLITS if paths[name].exists()]
-    cure = "put it right, or remove the _train, _val and _test file so that every patient is dealt anew"
     sides: dict[str, str] = {}
+    places: dict[str, str] = {}
     settings = None
     for name in SPLITS if there else ():
         if name not in there:
-            raise MedSoftError(f"{paths[name]}: is missing beside {paths[there[0]].name}; {cure}")
+            raise MedSoftError(f"{paths[name]}: is missing beside {paths[there[0]].name}; {_CURE}")
         records = read_json(paths[name], "annotation file")
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise MedSoftError(f"{paths[name]}: is no annotation file; {cure}")
+            raise MedSoftError(f"{paths[name]}: is no annotation file; {_CURE}")
         for record in records:
-            patient = record.get("patient_id")
-            if patient and sides.setdefault(str(patient), name) != name:
-                raise MedSoftError(f"{paths[name]}: patient {patient} is in {sides[patient]} too; {cure}")
+            patient = str(record.get("patient_id") or record.get("sample_id") or "")
+            if not patient:
+                raise MedSoftError(f"{paths[name]}: a record has neither patient_id nor sample_id; {_CURE}")
+            if sides.setdefault(patient, name) != name:
+                raise MedSoftError(f"{paths[name]}: patient {patient} is in {sides[patient]} too; {_CURE}")
+            places[str(record.get("sample_id"))] = name
             settings = record.get("split", settings)
-    return sides, settings
+    return sides, places, settings
+
+
+def _by_samples(real: Sequence[Sample], before: Mapping[str, str], places: Mapping[str, str]) -> dict[str, str]:
+    """The sides ``before``, and under a patient's new id that of the samples, which had another id or none then.
+
+    Raises MedSoftError for patients whose samples lie on two sides now that they have one id.
+    """
+    sides = dict(before)
+    for sample in real:
+        side = places.get(sample.sample_id)
+        if side and sample.patient_id not in before and sides.setdefault(sample.patient_id, side) != side:
+            raise MedSoftError(
+                f"{sample.image.parent}: its patient, {sample.patient_id}, has another id than in the earlier split, "
+                f"which has samples of this patient in {side} and in {sides[sample.patient_id]}; {_CURE}"
+            )
+    return sides
 
 
 def _log_rejects(rejects: Sequence[Reject]) -> None:
@@ -185,12 +208,15 @@ def _log_rejects(rejects: Sequence[Reject]) -> None:
 
 def _with_parents(real: Sequence[Sample], made: Sequence[Sample]) -> tuple[list[Sample], list[Reject]]:
     """Synthetic samples under the patient of the real one that they were made from; rejects where it is not here."""
-    by_image = {str(sample.image): sample.patient_id for sample in real}
+    by_image = {os.path.abspath(sample.image): sample.patient_id for sample in real}
     patients = {sample.patient_id: sample.patient_id for sample in real}
     by_name = {sample.sample_id: sample.patient_id for sample in real}
     placed, rejects = [], []
     for sample in made:
-        known = (by_image.get(str(sample.meta.get("parent_image"))), patients.get(sample.patient_id))
+        known = (
+            by_image.get(os.path.abspath(sample.image.parent / str(sample.meta.get("parent_image")))),
+            patients.get(sample.patient_id),
+        )
         patient = next((name for name in (*known, by_name.get(sample.parent_id or "")) if name), None)
         if patient:
             placed.append(replace(sample, patient_id=patient))

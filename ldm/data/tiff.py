@@ -78,6 +78,13 @@ class TiffLayout:
         return {_RGB: 3, _YCBCR: 3, _CMYK: 4}.get(self.photometric, 1)
 
     @property
+    def pieces(self) -> int:
+        """Strips or tiles that the pixels fill."""
+        height = self.tile_height or min(self.rows or self.height, self.height)
+        across = -(-self.width // self.tile_width) if self.tile_width else 1
+        return -(-self.height // height) * across * (self.samples if self.planar == 2 else 1)
+
+    @property
     def exact_in_pillow(self) -> bool:
         """Whether Pillow reads exactly what the file says."""
         known_order = (self.order, self.big) != (">", True)
@@ -94,7 +101,7 @@ class TiffLayout:
     def exact_here(self) -> bool:
         """Whether ``_stored_samples`` reads exactly what the file says."""
         readable = self.compression in _LOSSLESS and self.predictor in (1, 2) and self.fill_order == 1
-        if not self._uniform or not readable:
+        if not self._uniform or not readable or self.samples != self.colours + len(self.extra):
             return False
         if self.formats[0] == _UNSIGNED and self.bits[0] in (8, 16):
             colours = self.photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB)
@@ -131,7 +138,11 @@ def read_tiff(path: Path, data: bytes) -> tuple[np.ndarray, int] | None:
     if not (layout.exact_in_pillow or layout.exact_here):
         raise FileError(path, f"this kind of TIFF file is not supported ({layout}); export it as 8- or 16-bit PNG")
     ends = [offset + count for offset, count in zip(layout.offsets, layout.counts, strict=False)]
-    if not ends or max(ends) > len(data):
+    if len(ends) < layout.pieces:
+        raise FileError(
+            path, f"damaged TIFF: {len(ends)} of {layout.pieces} strips or tiles are named; export it again"
+        )
+    if max(ends) > len(data):
         raise FileError(path, f"damaged TIFF: its {len(data)} bytes end before its pixel data; copy it again")
     if layout.exact_in_pillow:
         return None

@@ -205,3 +205,46 @@ def test_samples_without_a_patient_id_are_counted(
     write_sample(data / "data" / "x", meta={"patient_id": "nan"}, anatomy=np.ones((20, 24), np.uint8))
     run(data)
     assert "1 of 41 samples have no patient_id: each such sample counts as a patient of its own" in caplog.text
+
+
+def test_samples_keep_their_sides_when_their_patients_get_ids(tmp_path: Path, write_sample: Write) -> None:
+    for number in range(20):
+        write_sample(tmp_path / "data" / f"s{number:02d}", "lytic lesion" if number % 2 else "healthy")
+    run(tmp_path)
+    before = sides(tmp_path)
+    for number in range(20):
+        (tmp_path / "data" / f"s{number:02d}" / "meta.json").write_text(json.dumps({"patient_id": f"p{number}"}))
+    run(tmp_path)
+    assert sides(tmp_path) == {f"p{int(name[1:])}": side for name, side in before.items()}
+
+
+def test_one_id_for_patients_of_two_sides_is_refused(data: Path) -> None:
+    run(data)
+    found = sides(data)
+    one, other = next(n for n in found if found[n] == "train"), next(n for n in found if found[n] == "test")
+    for name in (one, other):
+        (data / "data" / f"s{int(name[1:]):02d}" / "meta.json").write_text(json.dumps({"patient_id": "both"}))
+    kept = contents(data)
+    with pytest.raises(
+        MedSoftError, match=r"its patient, both, has another id .* in (train|test) and in (train|test); put"
+    ):
+        run(data)
+    assert contents(data) == kept
+
+
+def test_a_split_that_names_nobody_is_refused(data: Path) -> None:
+    run(data)
+    records = json.loads((data / "o_val.json").read_text())
+    anonymous = [{k: v for k, v in record.items() if k not in ("patient_id", "sample_id")} for record in records]
+    (data / "o_val.json").write_text(json.dumps(anonymous))
+    with pytest.raises(MedSoftError, match=r"o_val\.json: a record has neither patient_id nor sample_id; put it right"):
+        run(data)
+
+
+def test_the_parent_of_a_synthetic_sample_is_found_by_a_relative_path(tmp_path: Path, write_sample: Write) -> None:
+    for number in range(6):
+        write_sample(tmp_path / "data" / "real" / f"s{number}")
+    meta = {"synthetic": True, "parent_id": "s0", "patient_id": "s0", "parent_image": "../../real/s0/image.png"}
+    write_sample(tmp_path / "data" / "results" / "s0__v0", meta=meta)
+    assert run(tmp_path, "--synthetic") == 0
+    assert len(json.loads((tmp_path / "o.json").read_text())) == 7

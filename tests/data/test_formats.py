@@ -287,6 +287,27 @@ def test_an_animation_is_refused(tmp_path: Path) -> None:
         read_image(tmp_path / "image.png")
 
 
+def test_a_tiff_file_that_names_too_few_strips_is_damaged(tmp_path: Path) -> None:
+    content = tiff_bytes(GREY.astype(np.uint16)).replace(
+        struct.pack("<HHII", 278, 4, 1, 3), struct.pack("<HHII", 278, 4, 1, 2)
+    )
+    with pytest.raises(FileError, match="damaged TIFF: 1 of 2 strips or tiles are named"):
+        read_bytes(tmp_path, content)
+
+
+def test_an_undeclared_extra_sample_of_a_tiff_file_is_refused(tmp_path: Path) -> None:
+    """As OpenCV writes a colour image with alpha."""
+    content = cv2.imencode(".tif", np.full((5, 6, 4), 200, np.uint8))[1].tobytes()
+    with pytest.raises(FileError, match=r"not supported .*4 a pixel, extra samples \[\]"):
+        read_bytes(tmp_path, content)
+
+
+def test_a_label_map_as_jpeg_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "anatomy.jpg").write_bytes(cv2.imencode(".jpg", np.eye(16, dtype=np.uint8))[1].tobytes())
+    with pytest.raises(FileError, match=r"a label map as JPEG, whose compression changes labels; export it as PNG"):
+        read_labels(tmp_path / "anatomy.jpg")
+
+
 def test_labels_of_a_16_bit_tiff_keep_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "anatomy.tif").write_bytes(tiff_bytes(GREY.astype(np.uint16) * 100, endian=">"))
     np.testing.assert_array_equal(read_labels(tmp_path / "anatomy.tif"), GREY.astype(int) * 100)
