@@ -24,6 +24,8 @@ MODALITIES = {
     "XR": r"x-?rays?|XR|CR|DX|radiographs?",
 }
 _SPINE = "|".join(REGIONS.values())
+# Elsewhere in a prompt these words may mean other things: cervical carcinoma, the sacral promontory.
+_REGION = rf"\b({_SPINE})\b(?=\s+(?:spine|spinal|vertebra|body|level|segment|column|lesion))"
 _LEVEL = re.compile(
     rf"""(?<![A-Za-z0-9])(?:
         (?:(?P<letter>(?-i:TH|Th|[CTDLS]|[HBL]WK)[\s-]?|th|[ctls])|(?P<han>[颈胸腰骶])椎?)
@@ -77,7 +79,7 @@ def levels_named(prompt: str, level: str | None = None) -> list[str]:
 def contradiction(prompt: str, facts: ImageFacts) -> str | None:
     """What the prompt names otherwise than the image's ``meta.json``, in words; None if they agree."""
     levels, modalities, region = levels_named(prompt, facts.level), _modalities(prompt), _region(facts)
-    regions = _regions(prompt) | {REGIONS[name[0]] for name in levels}
+    regions = _spinal(prompt) | {REGIONS[name[0]] for name in levels}
     canonical = facts.level and _LEVEL.fullmatch(facts.level)
     if levels and facts.level not in (None, *levels) and (canonical or str(facts.level) not in prompt.casefold()):
         return f"the prompt names {levels[0]}, the image's level is {facts.level}"
@@ -95,9 +97,9 @@ def agreeing(prompt: str, facts: ImageFacts) -> str | None:
     if facts.level and _LEVEL.fullmatch(facts.level) and len(named) == 1 and named != {facts.level}:
         for match, _ in reversed(mentions):
             prompt = prompt[: match.start()] + facts.level + prompt[match.end() :]
-    region, words = _region(facts), _regions(prompt)
-    if region in REGIONS.values() and len(words) == 1:
-        prompt = re.sub(rf"\b{min(words)}\b", lambda _: str(region), prompt, flags=re.IGNORECASE)
+    region, words = _region(facts), _spinal(prompt)
+    if region in REGIONS.values() and len(words) == 1 and words != {region}:
+        prompt = re.sub(_REGION, lambda _: str(region), prompt, flags=re.IGNORECASE)
     return prompt if contradiction(prompt, facts) is None else None
 
 
@@ -119,7 +121,9 @@ class PromptPool:
         usable = [
             (source, own)
             for source, own in self.sources
-            if _compatible(own.modality, facts.modality) and agreeing(source.prompt, facts) is not None
+            if _compatible(own.modality, facts.modality)
+            and agreeing(source.prompt, facts) is not None
+            and not _another_bone(source, own, facts)
         ]
         usable = [pair for pair in usable if _compatible(pair[1].region, facts.region)] or usable
         same = [pair for pair in usable if self.match == "level" and facts.level and pair[1].level == facts.level]
@@ -143,13 +147,20 @@ def matched(prompt: str, sample: Sample, source: Sample | None = None) -> Matche
     if agreed is None:
         return None
     if agreed != prompt:
-        named = (*levels, *sorted(_regions(prompt)))
+        named = [name for name in (*levels, *sorted(_spinal(prompt))) if name not in (facts.level, _region(facts))]
         how = f"{named[0]} replaced by {facts.level or facts.region}"
     elif not facts.level:
         how = "level unknown"
     else:
         how = "same level" if levels or (source and image_facts(source).level == facts.level) else "no level named"
     return MatchedPrompt(agreed, source, how)
+
+
+def _another_bone(source: Sample, own: ImageFacts, facts: ImageFacts) -> bool:
+    """Whether T1 or T2 in the prompt is the source's vertebra, which for another image reads as an MR sequence."""
+    return (
+        own.level in ("T1", "T2") and own.level != facts.level and own.level in levels_named(source.prompt, own.level)
+    )
 
 
 def _compatible(one: str | None, other: str | None) -> bool:
@@ -183,6 +194,11 @@ def _names(match: re.Match) -> list[str]:
 
 def _regions(text: str) -> set[str]:
     return {word.lower() for word in re.findall(rf"\b(?:{_SPINE})\b", text, re.IGNORECASE)}
+
+
+def _spinal(prompt: str) -> set[str]:
+    """The regions of the spine that a prompt names, as in "lumbar vertebra"."""
+    return {word.lower() for word in re.findall(_REGION, prompt, re.IGNORECASE)}
 
 
 def _region(facts: ImageFacts) -> str | None:

@@ -23,6 +23,7 @@ from ldm.core.devices import is_first_process, out_of_memory
 from ldm.core.distributed import Processes, check_tasks, start_processes
 from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.core.files import content_id, fingerprint, read_json, sha256_file
+from ldm.core.paths import shipped
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import write_rejects
@@ -61,7 +62,7 @@ def run(options: InferenceOptions) -> int:
     provenance = {
         "checkpoint": str(options.ckpt.resolve()),
         "checkpoint_sha256": digest,
-        "config": str(options.config.resolve()),
+        "config": str(shipped(options.config).resolve()),
         "overrides": overrides,
         "config_sha256": fingerprint(settings),
         "exact": options.exact,

@@ -63,6 +63,16 @@ def test_t2_is_a_vertebra_where_the_image_says_so() -> None:
         ("hyperintense on T2-weighted images", None, None, "CT", "names MR", None),
         ("lytic lesion on CT", None, None, "MR", "names CT", None),
         ("T12", "T1", None, None, "names T12", "T1"),
+        ("metastasis of cervical carcinoma in L3", "L3", None, None, None, "metastasis of cervical carcinoma in L3"),
+        (
+            "metastasis of cervical carcinoma in L3",
+            "L2",
+            None,
+            None,
+            "names L3",
+            "metastasis of cervical carcinoma in L2",
+        ),
+        ("near the sacral promontory", "L5", "lumbar", None, None, "near the sacral promontory"),
         ("lesion of L3", "vertebra 20", None, None, "names L3", None),
         ("disc lesion at L3-L4", "l3-l4", None, None, None, "disc lesion at L3-L4"),
     ],
@@ -119,6 +129,13 @@ def test_prompts_come_from_the_same_level_where_there_are_some(plan: Callable) -
     of_b = {(task.prompt, task.match) for task in tasks if task.sample.sample_id == "b"}
     replaced = {("lesion of T12", f"{level} replaced by T12") for level in ("L3", "L5")}
     assert of_b == replaced | {("big lesion of T12", "L3 replaced by T12")}
+
+
+@pytest.mark.parametrize("match", ["level", "replace"])
+def test_a_vertebra_that_may_be_a_sequence_is_not_given_to_another_image(plan: Callable, match: str) -> None:
+    diseased = [("osteolytic metastasis in T1", "T1", {}), ("lesion of L3", "L3", {})]
+    tasks, _ = plan(match, [(f"h{number}", "L1", {}) for number in range(6)], diseased)
+    assert {task.prompt for task in tasks} == {"lesion of L1"}
 
 
 def test_replace_takes_prompts_of_all_levels(plan: Callable) -> None:
