@@ -59,9 +59,10 @@ def check_tasks(devices: int | str, num_nodes: int) -> None:
     else:
         launcher, tasks, here, expected = "", given.get("SLURM_STEP_NUM_TASKS", "1"), None, 1
     says = f"--devices says {wanted}" + (f" and --num_nodes {num_nodes}" if num_nodes > 1 else "")
-    if int(tasks) != expected or (here and int(here) != wanted):
+    if int(tasks) != expected or (here and expected > 1 and int(here) != wanted):
         started = "1 task was" if tasks == "1" else f"{tasks} tasks were"
-        each, nodes = int(here or tasks), int(tasks) // int(here or tasks)
+        each = min(int(here or tasks), int(tasks))
+        nodes = int(tasks) // each
         fitting = f"--devices {each}" + (f" --num_nodes {nodes}" if nodes > 1 else "")
         cure = f"start {wanted} with {launcher}={wanted}, or give {fitting}" if launcher else "start one"
         raise UsageError(f"{started} started, {says}; {cure}")
@@ -69,7 +70,7 @@ def check_tasks(devices: int | str, num_nodes: int) -> None:
         raise UsageError(
             f"--ntasks={tasks} leaves open how many tasks a machine runs; give {launcher}={wanted} instead of it"
         )
-    if expected == 1 and not is_first_process():
+    if wanted * num_nodes == 1 and not is_first_process():
         raise UsageError(f"this is one of several tasks ({', '.join(RANKS)}), {says}; start one, or more --devices")
 
 

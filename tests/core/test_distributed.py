@@ -40,6 +40,8 @@ def started(monkeypatch: pytest.MonkeyPatch, **given: object) -> None:
         (2, 1, SRUN | {"SLURM_NTASKS": 8, "SLURM_JOB_NAME": "interactive", "SLURM_PROCID": 0}),  # a shell of salloc
         (2, 1, SRUN | TORCHRUN | {"SLURM_NTASKS": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}),
         (2, 1, {"WORLD_SIZE": 2, "LOCAL_RANK": 1, "NODE_RANK": 0}),  # started by Lightning
+        (2, 2, {"NODE_RANK": 1, "MASTER_ADDR": "a"}),  # the second machine, which starts its other process
+        (1, 1, {"SLURM_NTASKS": 1, "SLURM_PROCID": 0, "SLURM_NTASKS_PER_NODE": 4}),  # one task in a larger allocation
         ("nonsense", 1, TORCHRUN | {"WORLD_SIZE": 2}),  # for Fabric to refuse
     ],
 )
