@@ -171,8 +171,11 @@ def check_data(sets: dict[str, Path], workers: int | None = None, overlays: Path
         rows += annotation_rows(name, samples, {seen.sample_id: seen.digest for seen in looks if seen.digest})
         everyone += samples
     if overlays and everyone:
-        shown = write_overlays(overlays, everyone)
-        log.info("%s: look whether the outlines of these %d samples lie where they belong", overlays, shown)
+        try:
+            shown = write_overlays(overlays, everyone)
+            log.info("%s: look whether the outlines of these %d samples lie where they belong", overlays, shown)
+        except MedSoftError as error:
+            yield Finding("warning", str(overlays), str(error))
     words = (len(everyone), seconds, 60 * len(everyone) / max(seconds, 1e-9))
     log.info("every file of %d samples decoded in %.1f s (%.0f samples a minute)", *words)
     yield from (Finding("error", " and ".join(sets), leak) for leak in leaks(rows))

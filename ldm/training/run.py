@@ -21,7 +21,7 @@ from ldm.core.files import fingerprint, remove_partials, sha256_file, write_text
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import write_rejects
-from ldm.data.checks import TRAINED_ON, check_unseen, groups_of, trained_on
+from ldm.data.checks import TRAINED_ON, check_unseen, groups_of, groups_of_samples, trained_on
 from ldm.diffusion.noise import NOISE
 from ldm.features.build import FeatureBuilder
 from ldm.features.store import FeatureStore
@@ -66,7 +66,10 @@ def run_stage(options: TrainingOptions, config: Config) -> int:
     source = read_checkpoint(options.ckpt)
     seen = groups_of(source.metadata, source.path)
     check_unseen(f"--val_json {options.val_json}", inputs.samples("val"), seen, source.path)
-    inputs.trained_on = trained_on(config.training.stage, (s.patient_id for s in inputs.samples("train")), seen)
+    behind = groups_of_samples("--train_json", inputs.samples("train"))
+    check_unseen(f"--val_json {options.val_json}", inputs.samples("val"), behind, options.train_json)
+    patients = (sample.patient_id for sample in inputs.samples("train"))
+    inputs.trained_on = trained_on(config.training.stage, patients, seen, behind)
     if options.dry_run:
         fabric, precision = make_fabric(options, config.training)
         open_networks(options, config, inputs, source, fabric, half=precision == "bf16-mixed")

@@ -73,6 +73,18 @@ def test_a_later_stage_is_not_validated_on_patients_of_an_earlier_one(
     assert train("stage1", nobody, tmp_path / "s", world, *swapped, "--dry_run") == 0
 
 
+def test_what_is_trained_on_results_has_their_generator_behind_it(
+    trained: dict, pictures: Path, world: Path, tmp_path: Path
+) -> None:
+    source, given = trained["stage1"].source, ("--train_json", pictures, "--val_json")
+    with pytest.raises(MedSoftError, match=r"--val_json .*_train\.json: 9 of its 9 patients .* says .*pictures; split"):
+        train("stage1", source, tmp_path / "s", world, *given, world / TRAIN)
+    assert train("stage1", source, tmp_path / "s", world, *given, world / VAL, batch_size=2) == 0
+    assert groups(trained["stage2_2"].last)[0] | {"steps": []} in [
+        g | {"steps": []} for g in groups(tmp_path / "s/last.ckpt")
+    ]
+
+
 def test_results_carry_them_also_drawn_again(final: Path, pictures: Path, tmp_path: Path) -> None:
     for meta in metas(pictures).values():
         assert meta["trained_on"] == groups(final)
