@@ -17,11 +17,9 @@ from ldm.workflow.plans import DONE_CODES, Plan, PlanRecord, PlanStep, load_plan
 
 # What every step's environment gets, unless it is set already. glibc gives blocks of this size back to the kernel after
 # every operation and fetches them again for the next one: keeping them makes training on a CPU measurably faster.
-# Waiting OpenMP threads that sleep instead of spinning leave shared cores to whoever has work.
 CHILD_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 

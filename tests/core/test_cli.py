@@ -81,3 +81,13 @@ def test_a_file_name_that_is_no_text_is_shown_and_rejected(tmp_path: Path, write
     assert done.returncode == 3, done.stderr
     assert b"bad" in done.stdout
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("given", "waits"), [({}, "PASSIVE 2000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None")])
+def test_threads_spin_briefly_unless_the_user_says_otherwise(given: dict[str, str], waits: str) -> None:
+    ask = "from ldm.core import cli; from os import environ as e; cli.run(cli.parser(''), lambda args: print(" + (
+        "e.get('OMP_WAIT_POLICY'), e.get('GOMP_SPINCOUNT')))"
+    )
+    bare = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", ask], env=bare | given, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (waits, "")
