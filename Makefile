@@ -13,7 +13,8 @@ PYTHON3 ?= python3
 # Succeeds if every package of pyproject.toml is installed in a version that it allows. Imports none of them.
 COMPLETE := import tomllib; from importlib.metadata import version; from packaging.requirements import Requirement; \
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-wanted = map(Requirement, project["dependencies"] + project["optional-dependencies"]["test"]); \
+extras = sum(project["optional-dependencies"].values(), []); \
+wanted = map(Requirement, project["dependencies"] + [each for each in extras if not each.startswith(project["name"])]); \
 assert all(each.specifier.contains(version(each.name), prereleases=True) for each in wanted)
 
 # The first of VENV and the active environments that is complete.
