@@ -14,7 +14,7 @@ from ldm.core.files import fingerprint
 from ldm.core.tables import shortened
 from ldm.core.threads import thread_pool
 from ldm.data.images import check_ends
-from ldm.data.samples import Reject, Sample, is_trained_on, plain, probably_healthy, shown
+from ldm.data.samples import Reject, Sample, contradicts_type, is_trained_on, plain, probably_healthy, shown
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def trained_on(step: str, patients: Iterable[str], *earlier: Sequence[Mapping[st
     """
     names = sorted(set(patients))
     salt = fingerprint([TRAINED_ON, names])[:32]
-    own = {"salt": salt, "steps": [step], "patients": sorted(_patient_digest(salt, name) for name in names)}
+    own = {"salt": salt, "steps": [step], "patients": sorted(salted_digest(salt, name) for name in names)}
     groups: dict[str, dict[str, Any]] = {}
     for group in [*(group for each in earlier for group in each), *([own] if names else [])]:
         known = groups.setdefault(group["salt"], {**group, "steps": []})
@@ -108,8 +108,9 @@ def trained_on(step: str, patients: Iterable[str], *earlier: Sequence[Mapping[st
     return [groups[salt] for salt in sorted(groups)]
 
 
-def _patient_digest(salt: str, patient_id: str) -> str:
-    return fingerprint([salt, patient_id])[:16]
+def salted_digest(salt: str, name: str) -> str:
+    """What stands for the name of a patient or a sample in a file: whoever knows the name can ask for it."""
+    return fingerprint([salt, name])[:16]
 
 
 def groups_of(metadata: Mapping[str, Any], source: object) -> list[dict[str, Any]]:
@@ -140,7 +141,7 @@ def check_unseen(held_out: str, samples: Iterable[Sample], groups: Sequence[Mapp
     met, steps = set(), set()
     for group in groups:
         digests = set(group["patients"])
-        found = {name for name in patients if _patient_digest(group["salt"], name) in digests}
+        found = {name for name in patients if salted_digest(group["salt"], name) in digests}
         met |= found
         steps |= set(group["steps"]) if found else set()
     if met:
@@ -236,7 +237,8 @@ def warn_of_texts(samples: Sequence[Sample]) -> None:
     """Warning lines for what the ids, classes and prompts of a data set are probably not meant to be.
 
     That is: ids or classes that differ only in case or in the form of their characters, prompts that say that there is
-    no lesion in other words than ``healthy``, and what was noted when the files were read.
+    no lesion in other words than ``healthy``, or contradict the lesion type, and what was noted when the files were
+    read.
     """
     named = any(sample.patient_id != sample.sample_id for sample in samples)
     names = {
@@ -250,6 +252,9 @@ def warn_of_texts(samples: Sequence[Sample]) -> None:
     unclear = {prompt: name for prompt, name in reversed(first.items()) if probably_healthy(prompt)}
     meaning = "counts as diseased but reads as healthy; write `healthy` if there is no lesion"
     _warn(f"a prompt {meaning}", (f"{name}: {prompt!r}" for prompt, name in unclear.items()))
+    opposed = [sample for sample in samples if contradicts_type(sample)]
+    words = "prompt and lesion_type in meta.json contradict each other; which of them is wrong?"
+    _warn(words, (f"{shown(sample.sample_id)}: {sample.prompt!r}, {sample.lesion_type!r}" for sample in opposed))
     for note in dict.fromkeys(note for sample in samples for note in sample.notes):
         _warn_of_first(note, [sample for sample in samples if note in sample.notes])
 

@@ -40,6 +40,7 @@ _OTHER = "webp gif jp2 jfif jpe dib heic avif tga pgm ppm exr dcm ima nii nii.gz
 OTHER_SUFFIXES = tuple(f".{name}" for name in _OTHER.split(" "))
 # Folders that file servers and systems make, with copies or remains of what lies beside them.
 SYSTEM_FOLDERS = ("@eadir", "__macosx", "lost+found", "$recycle.bin", "#recycle", "@recycle", "#snapshot")
+PART_NOTE = "its prompt is `healthy`, but its mask covers less than half of the vertebra in anatomy.png: a lesion's?"
 SYNTHETIC_MARK = b"MedSoft-Diffusion"  # in a text tag at the beginning of every image.png that was inpainted here
 
 
@@ -170,10 +171,17 @@ def read_sample(sample_id: str, folder: Path) -> Sample:
     paths: dict[str, Any] = {stem: Path(os.path.abspath(files[stem])) if stem in files else None for stem in STEMS}
     meta.pop("sample_id", None)  # the folder's path is the identity
     synthetic = meta.pop("synthetic", texts["parent_id"] is not None) or _is_marked(files["image"])
+    if not (diseased or synthetic) and anatomy is not None and _is_part(masks.get("mask"), anatomy == TARGET_LABEL):
+        notes.append(PART_NOTE)
     box = mask_box(masks.get("mask"))
     return Sample(
         sample_id, prompt=prompt, box=box, synthetic=synthetic, meta=meta, notes=tuple(notes), **paths, **texts
     )
+
+
+def _is_part(mask: Mask | None, vertebra: np.ndarray) -> bool:
+    """Whether a mask that is not empty leaves most of the vertebra (bool HxW) out."""
+    return mask is not None and not mask.empty and bool(vertebra.any()) and mask.hard[vertebra].mean() < 0.5
 
 
 def _is_marked(image: Path) -> bool:

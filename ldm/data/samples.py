@@ -106,24 +106,59 @@ def prompt_of(text: str) -> str:
     return HEALTHY if _DECORATED.fullmatch(plain(text)) else text
 
 
-_HEALTH = re.compile(r"health|\bnormal|unremarkable|\bnegative\b|gesund|unauff|\bo\.? ?b\.?$|\bsain|\bsano|正常|健康")
-_WITHOUT = re.compile(r"\b(no|non|not|without|free of|absen\w+|kein\w*|ohne|sans|sin)\b[^.,;:]*|[无無没].*")
+def _any(words: str) -> str:
+    """A pattern for any of these, which are separated by spaces; ``_`` is a space within one."""
+    return "(?:" + "|".join(words.replace("_", " ") for words in words.split()) + ")"
+
+
+# What says in a prompt, as ``plain`` makes it, that there is no lesion; docs/data.md has the same in words. Its two
+# patterns of letters catch misspelled ones.
+_HEALTH = re.compile(
+    r"health|\bh[ealthy]{5,8}\b|\bn[ormal]{4,6}\b|\bo\.? ?b\.?$|gesund|unauff|正常|健康|норм|здоров|\b"
+    + _any(r"normal norma\b intact negative\b nad\b wnl\b unremarkable inconspicuous controls?\b sain san[oa]\b")
+)
+_NO = _any(
+    r"""no non none nil not nothing without w/o free_of free_from negative_for absen\w+ kein\w* nichts ohne aucune?
+    pas_de sans rien sin ningun\w* nessun\w* senza sem geen zonder без нет"""
+)
+_ABSENT = _any("(?:not|never|nicht)_(?:seen|present|visible|found|identified|detected|nachweisbar) absent excluded")
+_WITHOUT = re.compile(  # with what it denies, up to the next clause
+    rf"\b{_NO}\b(?!-| {_any('other further additional more longer')})"
+    rf"(?:(?!\b{_any('but with except aber mais pero')}\b)[^.,;:])*"
+    rf"|\b\w+[- ]free\b|[^.,;:]*\b{_ABSENT}\b|\b\w+ ?[:=] ?{_any('no none nil 0 absent negative')}\b"
+    r"|[无無没未].*|.*なし"
+)
+_NOTHING = re.compile(r"\W*(?:n/?a|nan|nat|null|0)?\W*")  # all of it: what tables write where there is nothing
+_BESIDE = re.compile(rf"\b{_any('otherwise elsewhere sonst ansonsten')}\b")  # said after a lesion has been named
 _LESION = re.compile(
-    r"lesion|lytic|blastic|metasta|tumou?r|fractur|sclero|cancer|\bmass|defect|abnormal|patholog|l[äa]sion"
+    _any(
+        r"""l[eéäa]sion lytic blastic m[eé]tasta tumou?r tumeur fra[ck]tur sclero cancer \bmass defe[ck]t abnormal
+        patholog destr[uo] collaps compress ero[ds] infiltr o?edema cyst nod[eu] hernia degenerat lucen hyper hypo
+        deform wedg bone_island diseased (?:oma|itis|osis|pathy|penia|plasia|plasty|phyte)s?\b"""
+    )
 )
-
-
-_NEUTRAL = re.compile(
-    r"(?:\W|\b(?:an?|the|of|with|shows?|vertebra\w*|body|spine|lumbar|thoracic|cervical|[ctls]\d+|image|scan|mri?|ct)\b)*"
+_NEUTRAL = _any(  # of these words alone nobody learns whether there is a lesion
+    r"""an? the this of in on at and with there is are was were seen shows? shown found any findings? evidence signs?
+    vertebra\w* body bone level spine lumbar thoracic cervical [ctls]\d+ th\d+ image scan slice sagittal mri? ct x-?ray
+    es gibt ist im am de[rs]? die das la le wirbel\w*"""
 )
+_ONLY_NEUTRAL = re.compile(rf"(?:\W|\b{_NEUTRAL}\b)*")
 
 
 def probably_healthy(prompt: str) -> bool:
-    """Whether a prompt that is not ``healthy`` reads as if there were no lesion (``normal``, ``no lesion``)."""
-    text = plain(prompt)
+    """Whether a prompt that is not ``healthy`` reads as if there were no lesion: ``normal``, ``no lesion``, ``n/a``."""
+    text = plain(prompt)[:500]  # nobody says it later
+    if text == HEALTHY or _BESIDE.search(text):
+        return False
     rest = _WITHOUT.sub(" ", text)
-    likely = bool(_HEALTH.search(rest)) or (rest != text and bool(_NEUTRAL.fullmatch(rest)))
-    return text != HEALTHY and likely and not _LESION.search(rest)
+    denied = rest != text and _ONLY_NEUTRAL.fullmatch(rest)
+    return bool(_HEALTH.search(rest) or _NOTHING.fullmatch(text) or denied) and not _LESION.search(rest)
+
+
+def contradicts_type(sample: Sample) -> bool:
+    """Whether one of prompt and ``lesion_type`` says that there is a lesion, and the other one that there is none."""
+    kind = sample.lesion_type
+    return kind is not None and sample.healthy != (plain(kind) == HEALTHY or probably_healthy(kind))
 
 
 def is_number(value: Any) -> bool:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import content_id, named_seed, read_json, write_together
+from ldm.core.files import content_id, fingerprint, json_text, named_seed, read_json, write_together
 from ldm.data.annotations import annotations_text, load_samples, rejects_text
-from ldm.data.checks import annotation_rows, leaks, warn_of_similar_prompts
+from ldm.data.checks import annotation_rows, leaks, salted_digest, warn_of_similar_prompts
 from ldm.data.samples import Reject, Sample, is_number, shown
 
 log = logging.getLogger(__name__)
@@ -117,21 +118,23 @@ def prepare_dataset(
     """Check every sample of a data source, write the annotation file and its split; returns the rejects.
 
     ``root_dir``: a dataset folder, or whatever else a source in ``ldm.data.annotations.SOURCES`` reads. Patients whom
-    the files of an earlier split with this seed and these fractions name keep their sides. Synthetic samples are left
-    out, or, if ``synthetic``, go to the side of the real sample that they were made from. The rejects are listed in a
-    file beside the others; all files appear together. Raises MedSoftError, with nothing written, if no sample can be
-    used, or, if ``strict``, if one cannot, or if the split that is there is not whole; UsageError for wrong
-    ``fractions`` or an ``output_file`` that is a folder.
+    the files of an earlier split with this seed and these fractions name keep their sides, and so do those who were
+    away for a time. Synthetic samples are left out, or, if ``synthetic``, go to the side of the real sample that they
+    were made from. The rejects are listed in a file beside the others; all files appear together. Raises MedSoftError,
+    with nothing written, if no sample can be used, or, if ``strict``, if one cannot, or if the split that is there is
+    not whole; UsageError for wrong ``fractions`` or an ``output_file`` that is a folder.
     """
     paths = output_paths(output_file)
     _shares(fractions)  # wrong fractions show before minutes of reading
     settings = f"seed {seed}, fractions {' '.join(format(value, 'g') for value in fractions)}"
-    before, places, earlier = _read_split(paths)
+    earlier = _read_split(paths)
     samples, rejects = load_samples(root_dir)
     real = [sample for sample in samples if not sample.synthetic]
-    made, orphans = _with_parents(real, [s for s in samples if s.synthetic]) if synthetic else ([], [])
+    used = samples if synthetic else real
+    digests = {sample.sample_id: digest for sample in used if (digest := content_id(sample.image))}
+    made, orphans = _with_parents(real, [s for s in used if s.synthetic], digests)
     rejects = [*rejects, *orphans]
-    if len(real) < len(samples) and not synthetic:
+    if len(used) < len(samples):
         words = "are synthetic and left out; --synthetic takes them along, each on its parent's side"
         log.warning("%d of %d samples %s", len(samples) - len(real), len(samples), words)
     _log_rejects(rejects)
@@ -139,33 +142,62 @@ def prepare_dataset(
         raise MedSoftError(f"{root_dir}: all {len(samples)} usable samples are synthetic; nothing was written")
     if rejects and strict:
         raise MedSoftError(f"{root_dir}: {len(rejects)} samples cannot be used and --strict was given; nothing written")
-    kept = _by_samples(real, before, places) if earlier in (None, settings) else {}
+    goes_on = earlier.settings in (None, settings)
+    known = _with_returned(earlier, real)
+    kept = _by_samples(real, known) if goes_on else {}
     groups = split_by_patient([*real, *made], seed, fractions, kept)
     groups["all"] = sorted([*real, *made], key=lambda sample: sample.sample_id)
-    _log_moves(groups, before, kept)
+    absent = _without_present(known, groups["all"]) if goes_on else NOBODY
+    _log_moves(groups, known, kept, len(known.sides) - len(earlier.sides))
     files = {paths[name]: annotations_text(group, settings) for name, group in groups.items()}
     if rejects:
         files[paths["rejects"]] = rejects_text(rejects)
+    if absent.patients or absent.samples:
+        files[paths["absent"]] = json_text({"split": settings, **absent._asdict()})
     write_together(files)
+    for path in {paths["rejects"], paths["absent"]} - set(files):
+        path.unlink(missing_ok=True)
     if rejects:
         log.warning("%d samples rejected, listed in %s", len(rejects), shown(paths["rejects"]))
-    else:
-        paths["rejects"].unlink(missing_ok=True)
+    if absent.patients:
+        log.info("the sides of those who are gone are kept in %s", shown(paths["absent"]))
     _log_counts(groups, paths)
-    _warn_of_problems(groups, paths)
+    _warn_of_problems(groups, paths, digests)
     return rejects
 
 
-def _read_split(paths: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, str], str | None]:
-    """The sides of patients and of samples in the split at ``paths``, and the seed and fractions that it was made with.
+class Absent(NamedTuple):
+    """The sides of those who were in an earlier data set and are not in this one, by the salted digests of their ids.
 
-    ({}, {}, None) where there is none; None also where an older version wrote it. Raises MedSoftError for a split that
-    is not whole, has a patient on two sides, or names neither patients nor samples.
+    No name is kept of somebody who was taken out of the data for good.
+    """
+
+    salt: str
+    patients: dict[str, str]
+    samples: dict[str, str]
+
+
+class EarlierSplit(NamedTuple):
+    """What the files of an earlier split say: the side of each patient_id and of each real sample_id, and the seed and
+    fractions that it was made with (None where there is none, or an older version wrote it)."""
+
+    sides: dict[str, str]
+    places: dict[str, str]
+    settings: str | None
+    absent: Absent
+
+
+NOBODY = Absent("", {}, {})
+
+
+def _read_split(paths: Mapping[str, Path]) -> EarlierSplit:
+    """The split at ``paths``; an empty one where there is none.
+
+    Raises MedSoftError for a split that is not whole, has a patient on two sides, or names neither patients nor
+    samples.
     """
     there = [name for name in SPLITS if paths[name].exists()]
-    sides: dict[str, str] = {}
-    places: dict[str, str] = {}
-    settings = None
+    found = EarlierSplit({}, {}, None, NOBODY)
     for name in SPLITS if there else ():
         if name not in there:
             raise MedSoftError(f"{paths[name]}: is missing beside {paths[there[0]].name}; {_CURE}")
@@ -176,26 +208,68 @@ def _read_split(paths: Mapping[str, Path]) -> tuple[dict[str, str], dict[str, st
             patient = str(record.get("patient_id") or record.get("sample_id") or "")
             if not patient:
                 raise MedSoftError(f"{paths[name]}: a record has neither patient_id nor sample_id; {_CURE}")
-            if sides.setdefault(patient, name) != name:
-                raise MedSoftError(f"{paths[name]}: patient {patient} is in {sides[patient]} too; {_CURE}")
-            places[str(record.get("sample_id"))] = name
-            settings = record.get("split", settings)
-    return sides, places, settings
+            if found.sides.setdefault(patient, name) != name:
+                raise MedSoftError(f"{paths[name]}: patient {patient} is in {found.sides[patient]} too; {_CURE}")
+            if not record.get("synthetic"):
+                found.places[str(record.get("sample_id"))] = name
+            found = found._replace(settings=record.get("split", found.settings))
+    if found.settings and paths["absent"].exists():
+        found = found._replace(absent=_read_absent(paths["absent"], found.settings))
+    return found
 
 
-def _by_samples(real: Sequence[Sample], before: Mapping[str, str], places: Mapping[str, str]) -> dict[str, str]:
-    """The sides ``before``, and under a patient's new id that of the samples, which had another id or none then.
+def _read_absent(path: Path, settings: str) -> Absent:
+    """Who is away, says the file at ``path``; nobody where it belongs to another split than that of ``settings``."""
+    record = read_json(path, "record of absent patients")
+    parts = [record.get(name) for name in ("patients", "samples")] if isinstance(record, dict) else [None]
+    sound = all(isinstance(part, dict) and all(side in SPLITS for side in part.values()) for part in parts)
+    if not sound or not isinstance(record.get("salt"), str):
+        raise MedSoftError(f"{path}: is damaged; put it right, or remove it so that who was away is dealt anew")
+    return Absent(record["salt"], *parts) if record.get("split") == settings else NOBODY
 
-    Raises MedSoftError for patients whose samples lie on two sides now that they have one id.
+
+def _with_returned(earlier: EarlierSplit, real: Sequence[Sample]) -> EarlierSplit:
+    """The earlier split with the names of those among ``real`` who had been away."""
+    salt, patients, samples = earlier.absent
+    returned = {s.patient_id: side for s in real if (side := patients.get(salted_digest(salt, s.patient_id)))}
+    places = {s.sample_id: side for s in real if (side := samples.get(salted_digest(salt, s.sample_id)))}
+    return earlier._replace(sides=returned | earlier.sides, places=places | earlier.places)
+
+
+def _without_present(known: EarlierSplit, present: Sequence[Sample]) -> Absent:
+    """Those of the earlier split who are not among the samples that are ``present``."""
+    salt = known.absent.salt or fingerprint(["absent", *sorted(known.sides)])[:32]
+    lost = []
+    for earlier, sides, names in (
+        (known.absent.patients, known.sides, {sample.patient_id for sample in present}),
+        (known.absent.samples, known.places, {sample.sample_id for sample in present}),
+    ):
+        all_sides = earlier | {salted_digest(salt, name): side for name, side in sides.items()}
+        here = {salted_digest(salt, name) for name in names}
+        lost.append({digest: side for digest, side in sorted(all_sides.items()) if digest not in here})
+    return Absent(salt, *lost)
+
+
+def _by_samples(real: Sequence[Sample], known: EarlierSplit) -> dict[str, str]:
+    """The sides of the earlier split, and under a patient's new id that of the samples, which had another or none then.
+
+    Raises MedSoftError for patients whose samples lie on two sides now that they have one id; samples that come to a
+    patient of another side are warned of.
     """
-    sides = dict(before)
+    sides, moved = dict(known.sides), []
     for sample in real:
-        side = places.get(sample.sample_id)
-        if side and sample.patient_id not in before and sides.setdefault(sample.patient_id, side) != side:
-            raise MedSoftError(
-                f"{sample.image.parent}: its patient, {sample.patient_id}, has another id than in the earlier split, "
-                f"which has samples of this patient in {side} and in {sides[sample.patient_id]}; {_CURE}"
-            )
+        side = known.places.get(sample.sample_id)
+        if side and sides.setdefault(sample.patient_id, side) != side:
+            if sample.patient_id not in known.sides:
+                raise MedSoftError(
+                    f"{sample.image.parent}: its patient, {sample.patient_id}, has another id than in the earlier "
+                    f"split, which has samples of this patient in {side} and in {sides[sample.patient_id]}; {_CURE}"
+                )
+            now, patient = sides[sample.patient_id], sample.patient_id
+            moved.append(f"{sample.sample_id} from {side} to {now}, as a sample of {patient}")
+    if moved:
+        text = "warning: %d samples changed sides with their patient's id, the first: %s; what was trained on the"
+        log.warning(f"{text} earlier split must not be judged on this split", len(moved), shown(moved[0]))
     return sides
 
 
@@ -206,36 +280,93 @@ def _log_rejects(rejects: Sequence[Reject]) -> None:
         log.warning("... and %d more", len(rejects) - SHOWN_REJECTS)
 
 
-def _with_parents(real: Sequence[Sample], made: Sequence[Sample]) -> tuple[list[Sample], list[Reject]]:
-    """Synthetic samples under the patient of the real one that they were made from; rejects where it is not here."""
-    by_image = {os.path.abspath(sample.image): sample.patient_id for sample in real}
-    patients = {sample.patient_id: sample.patient_id for sample in real}
-    by_name = {sample.sample_id: sample.patient_id for sample in real}
-    placed, rejects = [], []
-    for sample in made:
-        known = (
-            by_image.get(os.path.abspath(sample.image.parent / str(sample.meta.get("parent_image")))),
-            patients.get(sample.patient_id),
-        )
-        patient = next((name for name in (*known, by_name.get(sample.parent_id or "")) if name), None)
-        if patient:
-            placed.append(replace(sample, patient_id=patient))
-        else:
-            reason = f"synthetic, and neither its parent_id {sample.parent_id!r} nor its patient is a real sample's"
-            rejects.append(Reject(sample.sample_id, sample.image.with_name("meta.json"), reason))
-    return placed, rejects
+def _with_parents(
+    real: Sequence[Sample], made: Sequence[Sample], digests: Mapping[str, str]
+) -> tuple[list[Sample], list[Reject]]:
+    """Synthetic samples under the patient of the real one that they were made from; rejects where it is not here.
+
+    What they say of the parent's image (its SHA-256, else its path) decides; ``digests``: sample_id -> SHA-256. A
+    patient_id that real samples have, or a parent's name that nothing contradicts, does so with a warning.
+    """
+    named = {sample.patient_id for sample in real if sample.patient_id != sample.sample_id}
+    placed: dict[str, Sample] = {}
+    unsure: list[str] = []
+    waiting = {sample.sample_id: sample for sample in made}
+    parents = _Parents(real, digests)
+    before = -1
+    while before < len(placed):  # what was made from synthetic samples comes after these
+        before = len(placed)
+        parents = _Parents([*real, *placed.values()], digests)
+        for name, sample in list(waiting.items()):
+            if patient := parents.patient_of(sample):
+                placed[name] = replace(waiting.pop(name), patient_id=patient)
+        for name, sample in list(waiting.items()) if len(placed) == before else ():
+            patient = sample.patient_id if sample.patient_id in named else parents.namesake(sample)
+            if patient:
+                unsure.append(name)
+                placed[name] = replace(waiting.pop(name), patient_id=patient)
+    if unsure:
+        text = "warning: %d synthetic samples say of their parent no more than its name or patient, which decides here"
+        log.warning(f"{text}; the first: %s", len(unsure), shown(unsure[0]))
+    rejects = []
+    for sample in waiting.values():
+        reason = f"synthetic, and neither its parent_id {sample.parent_id!r} nor its patient is a real sample's"
+        if sample.parent_id in parents.by_name:
+            reason = f"synthetic, and made from another image than that of {sample.parent_id} here"
+        rejects.append(Reject(sample.sample_id, sample.image.with_name("meta.json"), reason))
+    return list(placed.values()), rejects
 
 
-def _log_moves(groups: Mapping[str, list[Sample]], before: Mapping[str, str], kept: Mapping[str, str]) -> None:
-    """Say which patients of an earlier split kept their sides, moved, or are new."""
+class _Parents:
+    """Samples by what a synthetic one may say of its parent: the digest of its image, its path, its name."""
+
+    def __init__(self, samples: Sequence[Sample], digests: Mapping[str, str]) -> None:
+        self.digests = digests
+        self.by_name = {sample.sample_id: sample for sample in samples}
+        self.by_path = {os.path.abspath(sample.image): sample for sample in samples}
+        self.by_digest = {digests.get(sample.sample_id): sample for sample in samples}
+
+    def patient_of(self, child: Sample) -> str | None:
+        """The patient of the sample that this one was certainly made from; None if that is not here."""
+        digest, found = str(child.meta.get("parent_sha256") or ""), self.by_path.get(_parent_path(child))
+        if digest:
+            equal = (found, self.by_name.get(child.parent_id or ""), self.by_digest.get(digest))
+            found = next((each for each in equal if each and self.digests.get(each.sample_id) == digest), None)
+        return found.patient_id if found else None
+
+    def namesake(self, child: Sample) -> str | None:
+        """The patient of the sample that has the parent's name, where nothing shows that it is another one."""
+        contradicted = child.meta.get("parent_sha256") or os.path.isfile(_parent_path(child))
+        found = None if contradicted else self.by_name.get(child.parent_id or "")
+        return found.patient_id if found else None
+
+
+def _parent_path(child: Sample) -> str:
+    path = child.meta.get("parent_image")
+    return os.path.abspath(child.image.parent / path) if isinstance(path, str) and path and "\0" not in path else ""
+
+
+def _log_moves(groups: Mapping[str, list[Sample]], known: EarlierSplit, kept: Mapping[str, str], returned: int) -> None:
+    """Say which patients of the split ``known`` kept their sides, moved, are gone, came back, or are new.
+
+    ``kept``: the sides that were kept, empty where everybody was dealt anew.
+    """
     sides = {sample.patient_id: name for name in SPLITS for sample in groups[name]}
+    before = kept or known.sides
     old, new = set(before) & set(sides), Counter(side for patient, side in sides.items() if patient not in before)
-    moved = sum(before[patient] != sides[patient] for patient in old)
-    added = ", ".join(f"{new[name]} in {name}" for name in SPLITS)
+    gone = len(set(known.sides) - set(sides) - {sample.sample_id for sample in groups["all"]})
     if kept:
+        added = ", ".join(f"{new[name]} in {name}" for name in SPLITS)
         message = "%d patients keep their sides, %d of the earlier split are gone, %d are new (%s)"
-        log.info(message, len(old), len(before) - len(old), new.total(), added)
+        log.info(message, len(old), gone, new.total(), added)
+        if returned:
+            log.info("%d patients are back on the sides that they had before", returned)
+        if gone > len(old) and new:
+            message = "warning: %d of %d patients of the earlier split are gone and %d are new: where only the names of"
+            counts = gone, len(known.sides), new.total()
+            log.warning(f"{message} folders, ids or the root have changed, these patients were dealt anew", *counts)
     elif before:
+        moved = sum(before[patient] != sides[patient] for patient in old)
         message = (
             "warning: another seed or other fractions: %d of %d patients are on another side than before; what was"
         )
@@ -243,11 +374,11 @@ def _log_moves(groups: Mapping[str, list[Sample]], before: Mapping[str, str], ke
 
 
 def output_paths(output_file: Path) -> dict[str, Path]:
-    """The files beside ``output_file``: all, train, val, test, rejects; different ones whatever its suffix is."""
+    """The files beside ``output_file``: all, each part, rejects and absent; different ones whatever its suffix is."""
     if output_file.is_dir() or not output_file.name:
         raise UsageError(f"--output_file {output_file}: expected the name of a file to write, found a folder")
     base = output_file.stem if output_file.suffix.lower() == ".json" else output_file.name
-    parts = {name: output_file.with_name(f"{base}_{name}.json") for name in (*SPLITS, "rejects")}
+    parts = {name: output_file.with_name(f"{base}_{name}.json") for name in (*SPLITS, "rejects", "absent")}
     return {"all": output_file, **parts}
 
 
@@ -259,7 +390,9 @@ def _log_counts(groups: Mapping[str, list[Sample]], paths: Mapping[str, Path]) -
         log.info("%-6s %8d %8d %9d %9d  %s", name, *counts, shown(paths[name]))
 
 
-def _warn_of_problems(groups: Mapping[str, list[Sample]], paths: Mapping[str, Path]) -> None:
+def _warn_of_problems(
+    groups: Mapping[str, list[Sample]], paths: Mapping[str, Path], digests: Mapping[str, str]
+) -> None:
     """Say what the data lack for a later step: patients, masks, a split that is too small, and leaks between splits."""
     samples = groups["all"]
     nameless = sum(sample.patient_id == sample.sample_id for sample in samples)
@@ -273,6 +406,5 @@ def _warn_of_problems(groups: Mapping[str, list[Sample]], paths: Mapping[str, Pa
         if not groups[name]:
             log.warning("%s is empty: too few patients (%d)", shown(paths[name]), len({s.patient_id for s in samples}))
     warn_of_similar_prompts(samples)
-    digests = {sample.sample_id: digest for sample in samples if (digest := content_id(sample.image))}
     for leak in leaks(row for name in SPLITS for row in annotation_rows(name, groups[name], digests)):
         log.warning("warning: %s", leak)

@@ -1,5 +1,6 @@
 """ver_openImagesDatasets.py on a data set that has grown, on a split that is there, and on synthetic samples."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -190,6 +191,41 @@ def test_synthetic_samples_go_to_the_side_of_their_parent(data: Path, write_samp
     assert "neither its parent_id 's99' nor its patient is a real sample's" in reject["reason"]
 
 
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_namesake_is_no_parent(tmp_path: Path, write_sample: Write, caplog: pytest.LogCaptureFixture) -> None:
+    """Results made from another data set whose sample folders have the same names, as sample_001 is everybody's."""
+    for number in range(8):
+        write_sample(tmp_path / "data" / f"s{number}", image=np.full((20, 24), number, np.uint8))
+        write_sample(tmp_path / "other" / f"s{number}", image=np.full((20, 24), 100 + number, np.uint8))
+    for number, (meta, root) in enumerate(
+        [
+            ({"parent_image": "../../other/s0/image.png"}, "other"),  # another data set's
+            ({"parent_image": "../s0/image.png"}, "other"),  # results that were copied beside a namesake
+            ({"parent_image": "../../gone/s0/image.png"}, "data"),  # moved, but the same image
+        ]
+    ):
+        digest = digest_of(tmp_path / root / "s0" / "image.png")
+        meta |= {"synthetic": True, "parent_id": "s0", "patient_id": "s0", "parent_sha256": digest}
+        write_sample(tmp_path / "data" / f"s0__v{number}", meta=meta)
+    assert run(tmp_path, "--synthetic") == 3
+    records = [r["sample_id"] for r in json.loads((tmp_path / "o.json").read_text())]
+    assert [name for name in records if "__v" in name] == ["s0__v2"]
+    rejects = json.loads((tmp_path / "o_rejects.json").read_text())
+    assert [reject["sample_id"] for reject in rejects] == ["s0__v0", "s0__v1"]
+    assert all("synthetic, and made from another image than that of s0 here" in reject["reason"] for reject in rejects)
+
+
+def test_a_parent_known_by_its_name_alone_is_said(
+    data: Path, write_sample: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    synthetic(write_sample, data / "data" / "by_name", 0, patient_id=None)
+    assert run(data, "--synthetic") == 0
+    assert "1 synthetic samples say of their parent no more than its name or patient" in caplog.text
+
+
 def test_nothing_but_synthetic_samples_is_an_error(tmp_path: Path, write_sample: Write) -> None:
     synthetic(write_sample, tmp_path / "data" / "a", 1)
     for more in ((), ("--synthetic",)):
@@ -248,3 +284,128 @@ def test_the_parent_of_a_synthetic_sample_is_found_by_a_relative_path(tmp_path: 
     write_sample(tmp_path / "data" / "results" / "s0__v0", meta=meta)
     assert run(tmp_path, "--synthetic") == 0
     assert len(json.loads((tmp_path / "o.json").read_text())) == 7
+
+
+# ------------------------------------------------------------------------------------- those who are away for a time
+
+
+def hide(folder: Path, numbers: list[int], how: str) -> Callable[[], None]:
+    """Make the samples with these numbers unusable; what is returned puts them back."""
+    pairs = []
+    for number in numbers:
+        sample = folder / "data" / f"s{number:02d}"
+        path = sample if how == "folder" else sample / "image.png"
+        pairs.append((path, folder / f"kept{number}"))
+    for path, kept in pairs:
+        path.rename(kept)
+
+    def put_back() -> None:
+        for path, kept in pairs:
+            kept.rename(path)
+
+    return put_back
+
+
+@pytest.mark.parametrize("how", ["folder", "rejected"])
+@pytest.mark.parametrize("named", [True, False])
+def test_patients_who_were_away_come_back_to_their_sides(
+    data: Path, write_sample: Write, caplog: pytest.LogCaptureFixture, how: str, named: bool
+) -> None:
+    caplog.set_level("INFO")
+    if not named:
+        for path in (data / "data").glob("*/meta.json"):
+            path.unlink()
+    run(data)
+    before = sides(data)
+    first, second = hide(data, [0, 1, 2, 3, 4, 5], how), hide(data, [6, 7, 8], how)
+    code = 0 if how == "folder" else 3
+    assert run(data) == code
+    absent = (data / "o_absent.json").read_text()
+    assert "9 of the earlier split are gone" in caplog.text
+    assert "the sides of those who are gone are kept in" in caplog.text
+    for number in range(9):
+        assert f"s{number:02d}" not in absent, "no name is kept of somebody who was taken out"
+        assert f'"p{number}"' not in absent
+    second()
+    for number in range(9):
+        write_sample(data / "data" / f"new{number}", meta={"patient_id": f"n{number}"})
+    caplog.clear()
+    assert run(data) == code
+    assert "3 patients are back on the sides that they had before" in caplog.text
+    first()
+    assert run(data) == 0
+    after = sides(data)
+    assert {name: after[name] for name in before} == before
+    assert not (data / "o_absent.json").exists()
+
+
+def test_a_sample_that_was_away_keeps_its_side_when_its_patient_has_an_id_by_then(
+    tmp_path: Path, write_sample: Write
+) -> None:
+    for number in range(20):
+        write_sample(tmp_path / "data" / f"s{number:02d}", "lytic lesion" if number % 2 else "healthy")
+    run(tmp_path)
+    before = sides(tmp_path)
+    back = hide(tmp_path, [3, 4, 5], "folder")
+    run(tmp_path)
+    back()
+    for number in range(20):
+        (tmp_path / "data" / f"s{number:02d}" / "meta.json").write_text(json.dumps({"patient_id": f"p{number}"}))
+    assert run(tmp_path) == 0
+    assert sides(tmp_path) == {f"p{int(name[1:])}": side for name, side in before.items()}
+
+
+def test_who_was_away_is_forgotten_where_everybody_is_dealt_anew(data: Path) -> None:
+    run(data)
+    back = hide(data, [0, 1, 2], "folder")
+    run(data)
+    assert (data / "o_absent.json").exists()
+    assert run(data, "--seed", 1) == 0
+    assert not (data / "o_absent.json").exists()
+    run(data)
+    for side in ("train", "val", "test"):
+        (data / f"o_{side}.json").unlink()
+    back()
+    fresh = data / "fresh"
+    fresh.mkdir()
+    (fresh / "data").symlink_to(data / "data")
+    assert run(data) == run(fresh) == 0
+    assert sides(data) == sides(fresh)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"split": "x", "salt": 1, "patients": {}, "samples": {}}', '{"salt": "a"}'])
+def test_a_damaged_record_of_who_was_away_is_refused(data: Path, content: str) -> None:
+    run(data)
+    hide(data, [0], "folder")
+    run(data)
+    (data / "o_absent.json").write_text(content)
+    with pytest.raises(MedSoftError, match=r"o_absent\.json: is damaged; .*remove"):
+        run(data)
+
+
+def test_a_sample_that_joins_a_patient_of_another_side_is_named(
+    data: Path, write_sample: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(10):
+        write_sample(data / "data" / f"x{number}")
+    run(data)
+    found = sides(data)
+    one = next(f"x{n}" for n in range(10) if found[f"x{n}"] == "train")
+    other = next(name for name in found if name[0] == "p" and found[name] == "test")
+    (data / "data" / one / "meta.json").write_text(json.dumps({"patient_id": other}))
+    assert run(data) == 0
+    assert "1 samples changed sides with their patient's id" in caplog.text
+    assert f"{one} from train to test, as a sample of {other}" in caplog.text
+    assert "must not be judged on this split" in caplog.text
+
+
+def test_a_split_that_has_lost_nearly_everybody_is_said(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another root gives other names to the same samples."""
+    for path in (data / "data").glob("*/meta.json"):
+        path.unlink()
+    run(data)
+    (data / "data").rename(data / "inner")
+    (data / "data").mkdir()
+    (data / "inner").rename(data / "data" / "inner")
+    assert run(data) == 0
+    assert "warning: 40 of 40 patients of the earlier split are gone and 40 are new" in caplog.text

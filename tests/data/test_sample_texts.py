@@ -123,6 +123,36 @@ def test_healthy_in_decoration_is_healthy_and_that_is_said(
 LIKELY = [
     *("normal", "no lesion", "healthy vertebra", "正常", "unhealthy", "healthy?", "!healthy", "No fracture."),
     *("The L3 vertebra without lesion", "normal spine, no metastases", "unremarkable", "ohne Befund", "无病变"),
+    *(
+        "there is no lesion in L3",
+        "There are no signs of fracture.",
+        "none",
+        "n/a",
+        "N/A",
+        "nan",
+        "-",
+        "nothing",
+        "nil",
+    ),
+    *("healhty", "helthy", "Haelthy", "nromal", "lesion-free", "fracture free L4 vertebra", "negative for fracture"),
+    *("NAD", "WNL", "within normal limits", "intact vertebra", "no abnormality detected", "nothing abnormal"),
+    *(
+        "lesion: none",
+        "lesion not seen",
+        "fracture absent",
+        "w/o lesion",
+        "free from metastases",
+        "healthy, no other finding",
+    ),
+    *("aucune lésion", "pas de lésion", "unauffällig", "keine Läsion", "sin lesiones", "nessuna lesione", "sem lesão"),
+    *(
+        "geen afwijking",
+        "未见异常",
+        "異常なし",
+        "без патологии",
+        "vertèbre normale",
+        "There is no fracture but L3 is normal",
+    ),
 ]
 
 
@@ -141,10 +171,57 @@ def test_healthy_in_other_words_is_warned_of(
     [
         *("moderate osteolytic lesion of the L3 vertebra", "lytic lesion without fracture", "abnormal signal in L2"),
         *("compression fracture, otherwise normal", "hemangioma of L1, no fracture", "L3 vertebra", "healthy"),
+        *("no other lesion", "lytic lesion, no other lesion", "lesion of L3 with intact endplates", "unclear finding"),
+        *("benign-looking lytic lesion, margins normal", "no fracture but a lytic lesion", "oedema, normal height"),
+        *("hemangioma with intact endplates", "Schmorl node, normal discs", "bone island, otherwise normal"),
+        *("osteolyse, aucune fracture", "Läsion ohne Fraktur", "spondylitis, negative for fracture", "病变"),
+        *("vertebra without fracture and with a blastic focus", "no longer normal after collapse", "non-union"),
+        *(
+            "fracture, not displaced",
+            "not healthy bone, destroyed",
+            "lesion with no sclerotic rim",
+            "tumor-free margin lost",
+        ),
     ],
 )
 def test_a_lesion_is_not_warned_of(text: str) -> None:
     assert not probably_healthy(text)
+
+
+def test_a_healthy_sample_with_the_mask_of_a_lesion_is_named(
+    tmp_path: Path, write_sample: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = np.zeros((20, 24), np.uint8)
+    body[2:18, 2:22] = 1
+    part = np.zeros((20, 24), np.uint8)
+    part[5:10, 8:16] = 255
+    for name, mask in {"part": part, "whole": body * 255, "none": None, "empty": part * 0}.items():
+        write_sample(tmp_path / name, prompt="healthy", mask=mask, anatomy=body)
+    write_sample(tmp_path / "made", prompt="healthy", mask=part, anatomy=body, meta={"synthetic": True})
+    write_sample(tmp_path / "lesion", mask=part, anatomy=body)
+    load_samples(tmp_path)
+    assert caplog.text.count("covers less than half of the vertebra in anatomy.png: a lesion's?") == 1
+    assert "warning: part: its prompt is `healthy`, but its mask" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "opposed"),
+    [
+        *[("healthy", "osteolytic", True), ("lytic lesion", "healthy", True), ("lytic lesion", "no lesion", True)],
+        *[("healthy", "healthy", False), ("healthy", "none", False), ("healthy", "Normal", False)],
+        *[("healthy", None, False), ("lytic lesion", "osteolytic", False), ("lytic lesion", None, False)],
+    ],
+)
+def test_a_prompt_and_a_lesion_type_that_contradict_each_other_are_named(
+    tmp_path: Path, write_sample: Write, caplog: pytest.LogCaptureFixture, prompt: str, kind: str | None, opposed: bool
+) -> None:
+    write_sample(tmp_path / "a", prompt=prompt, meta={"lesion_type": kind})
+    load_samples(tmp_path)
+    said = (
+        f"prompt and lesion_type in meta.json contradict each other; which of them is wrong?: a: {prompt!r}, {kind!r}"
+    )
+    assert (said in caplog.text) == opposed
+    assert opposed or "contradict" not in caplog.text
 
 
 PROMPTS: dict[str, tuple[bytes, str]] = {
