@@ -191,8 +191,7 @@ def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
             else:
                 given = MatchedPrompt(options.prompt or sample.prompt, None if options.prompt else sample, None)
             if given is None:
-                facts = ", ".join(f"{key} {value}" for key, value in image_facts(sample)._asdict().items() if value)
-                reason = f"no prompt can be made to agree with its meta.json ({facts}); give --prompt, or --match none"
+                reason = _disagreement(sample, options.prompt)
                 rejects.append(Reject(sample.sample_id, sample.image.with_name("meta.json"), reason))
                 break
             tasks.append(Task(sample, k, given.prompt, options.seed, given.source, given.how, marked))
@@ -205,6 +204,16 @@ def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
     count = len({task.sample.sample_id for task in tasks})
     log.info("inpainting %d %s samples of %s, with %s", count, adjective, data, prompts)
     return tasks, rejects
+
+
+def _disagreement(sample: Sample, prompt: str | None) -> str:
+    """Why no prompt, or not this one, can be made to agree with the image, and what to do."""
+    facts = image_facts(sample)
+    if prompt:
+        why = contradiction(prompt, facts)
+        return f"--prompt cannot be made to agree with its meta.json: {why}; leave that out of it, or give --match none"
+    known = ", ".join(f"{key} {value}" for key, value in facts._asdict().items() if value)
+    return f"no prompt can be made to agree with its meta.json ({known}); give --prompt, or --match none"
 
 
 def _prompt_samples(path: Path) -> list[Sample]:

@@ -190,6 +190,17 @@ def test_prompt_of_the_user_is_warned_of_or_replaced(plan: Callable, caplog: pyt
     assert "contradict" not in caplog.text
 
 
+def test_prompt_of_the_user_that_cannot_agree_is_told_what_to_change(plan: Callable) -> None:
+    healthy = [("a", "L3", {"modality": "CT"}), ("b", "L3", {})]
+    _, (reject,) = plan("replace", healthy, LUMBAR, prompt="lytic lesion on MRI")
+    assert reject.reason == (
+        "--prompt cannot be made to agree with its meta.json: the prompt names MR, the image's modality is CT; leave "
+        "that out of it, or give --match none"
+    )
+    tasks, rejects = plan("none", healthy, LUMBAR, prompt="lytic lesion on MRI")
+    assert (len(tasks), rejects) == (2, [])
+
+
 def test_unknown_way_to_match(tmp_path: Path) -> None:
     (tmp_path / "some.ckpt").write_bytes(b"")
     with pytest.raises(UsageError, match="--match: expected one of level, replace, none, found 'exact'"):
