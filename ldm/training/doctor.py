@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.torch_version import TorchVersion
 from tqdm import tqdm
 
+from ldm.checkpoints.checkpoint import read_checkpoint
+from ldm.checkpoints.fitting import check_finite, check_preparation
 from ldm.config import Config
+from ldm.core.devices import resolve_precision
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_text
 from ldm.data.annotations import load_samples
@@ -25,6 +30,7 @@ from ldm.data.checks import (
     check_classes,
     check_unseen,
     groups_of,
+    groups_of_samples,
     leaks,
     looks_personal,
     personal_keys,
@@ -34,9 +40,15 @@ from ldm.data.checks import (
 )
 from ldm.data.images import orientations_differ, pixel_digest, read_image
 from ldm.data.masks import ORIENTATION_NOTE, STRAY_NOTE, read_anatomy, read_mask, stray_parts
+from ldm.data.preparation import inpainting_obstacle
 from ldm.data.samples import Sample, prompt_of
+from ldm.features.names import training_items
 from ldm.inference.prompts import contradiction, image_facts
+from ldm.networks.model import MedSoftModel
+from ldm.networks.opening import open_encoder, open_model
 from ldm.reports.overlays import write_overlays
+from ldm.training.estimates import check_disk, check_memory
+from ldm.training.stage import training_groups
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +61,7 @@ FLOORS = {
 }
 
 LEVELS = {"error": "errors", "sample": "samples that cannot be used", "warning": "warnings"}
+HELD_OUT = {"val", "test"}
 SHOWN = 20  # findings of one level
 
 
@@ -154,7 +167,8 @@ def log_findings(found: Sequence[Finding]) -> Counter[str]:
 
 def check_data(sets: dict[str, Path], workers: int | None = None, overlays: Path | None = None) -> Iterator[Finding]:
     """Every file of the data sets (name -> dataset folder or annotation file), each split, and between them."""
-    everyone, rows, seconds = [], [], 0.0
+    loaded: dict[str, list[Sample]] = {}
+    rows, seconds = [], 0.0
     for name, path in sets.items():
         try:
             samples, rejects = load_samples(path)
@@ -169,7 +183,8 @@ def check_data(sets: dict[str, Path], workers: int | None = None, overlays: Path
         yield from _about(name, samples, looks)
         yield from _repeated(name, looks)
         rows += annotation_rows(name, samples, {seen.sample_id: seen.digest for seen in looks if seen.digest})
-        everyone += samples
+        loaded[name] = samples
+    everyone = [sample for samples in loaded.values() for sample in samples]
     if overlays and everyone:
         try:
             shown = write_overlays(overlays, everyone)
@@ -179,6 +194,8 @@ def check_data(sets: dict[str, Path], workers: int | None = None, overlays: Path
     words = (len(everyone), seconds, 60 * len(everyone) / max(seconds, 1e-9))
     log.info("every file of %d samples decoded in %.1f s (%.0f samples a minute)", *words)
     yield from (Finding("error", " and ".join(sets), leak) for leak in leaks(rows))
+    if "train" in loaded:
+        yield from _seen(loaded, groups_of_samples("train", loaded["train"]), sets["train"])
     yield from check_prompts(everyone)
     yield from check_privacy(everyone)
 
@@ -194,8 +211,6 @@ def _look_at(samples: list[Sample], name: str, workers: int | None) -> list[Data
 
 def _about(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> Iterator[Finding]:
     """What can only be judged over a whole set: classes, depths, sizes, polarity, where lesions may be drawn."""
-    from ldm.data.preparation import inpainting_obstacle
-
     if name == "train":
         try:
             check_classes(name, samples, balance=False)
@@ -286,7 +301,7 @@ def check_installation() -> Iterator[Finding]:
             yield Finding("error", package, "is not installed: python -m pip install -r requirements.txt")
     yield from check_versions(versions)
     try:
-        import torchvision.ops
+        import torchvision.ops  # here: where it is broken, that is a finding
 
         torchvision.ops.nms  # noqa: B018 (missing where the builds do not fit)
     except Exception as error:  # whatever a broken installation raises
@@ -295,26 +310,16 @@ def check_installation() -> Iterator[Finding]:
 
 def check_versions(versions: dict[str, str]) -> Iterator[Finding]:
     """Findings about the installed ``versions`` (package -> version, such as 2.14.1+cu130)."""
-    from torch.torch_version import TorchVersion
-
     for package, (floor, why) in FLOORS.items():
         if package in versions and TorchVersion(versions[package]) < floor:
             yield Finding("error", package, f"{versions[package]}: releases before {floor} have {why}; update")
-    torch, vision = versions.get("torch", ""), versions.get("torchvision", "")
-    if len({text.partition("+")[2] for text in (torch, vision) if "+" in text}) > 1:
-        yield Finding("error", "torchvision", f"built for {vision}, torch for {torch}; install both together")
+    ours, vision = versions.get("torch", ""), versions.get("torchvision", "")
+    if len({text.partition("+")[2] for text in (ours, vision) if "+" in text}) > 1:
+        yield Finding("error", "torchvision", f"built for {vision}, torch for {ours}; install both together")
 
 
 def check_checkpoint(config: Config, ckpt: Path | None, sets: dict[str, Path]) -> Iterator[Finding]:
     """Whether the checkpoint and the BiomedCLIP folder fit the configuration, and held-out ``sets`` the checkpoint."""
-    import torch
-
-    from ldm.checkpoints.checkpoint import read_checkpoint
-    from ldm.checkpoints.fitting import check_finite, check_preparation
-    from ldm.networks.model import MedSoftModel
-    from ldm.networks.opening import open_encoder, open_model
-    from ldm.training.stage import training_groups
-
     try:
         with torch.device("meta"):
             net = MedSoftModel(config.architecture, config.training.builds)
@@ -331,30 +336,31 @@ def check_checkpoint(config: Config, ckpt: Path | None, sets: dict[str, Path]) -
     except MedSoftError as error:
         yield Finding("error", str(ckpt or config.biomedclip.path), str(error))
         return
-    for name in ("val", "test"):
-        if source and name in sets:
-            yield from _unseen(name, sets[name], source)
-
-
-def _unseen(name: str, path: Path, source: Any) -> Iterator[Finding]:
-    try:
-        samples, _ = load_samples(path)
-    except MedSoftError:  # which is said where the data is looked at
+    if not source:
         return
+    held_out = {}
+    for name in HELD_OUT & set(sets):
+        with suppress(MedSoftError):  # which is said where the data is looked at
+            held_out[name] = load_samples(sets[name])[0]
     try:
-        check_unseen(name, samples, groups_of(source.metadata, source.path), source.path)
+        groups = groups_of(source.metadata, source.path)
     except MedSoftError as error:
-        yield Finding("error", name, str(error))
+        yield Finding("error", str(ckpt), str(error))
+    else:
+        yield from _seen(held_out, groups, source.path)
+
+
+def _seen(sets: Mapping[str, list[Sample]], groups: Sequence[dict[str, Any]], source: Path) -> Iterator[Finding]:
+    """The held-out ones of the ``sets`` that meet the patients behind ``source``, which ``groups`` describe."""
+    for name in sorted(HELD_OUT & set(sets)):
+        try:
+            check_unseen(name, sets[name], groups, source)
+        except MedSoftError as error:
+            yield Finding("error", name, str(error))
 
 
 def check_disk_and_memory(config: Config, sets: dict[str, Path], save_path: Path, devices: int) -> Iterator[Finding]:
     """Free disk and memory against what the stage will take."""
-    import torch
-
-    from ldm.core.devices import resolve_precision
-    from ldm.features.names import training_items
-    from ldm.training.estimates import check_disk, check_memory
-
     items, training = [], config.training
     for path in sets.values():
         with suppress(MedSoftError):  # which is said where the data is looked at

@@ -79,6 +79,11 @@ def test_what_is_trained_on_results_has_their_generator_behind_it(
     source, given = trained["stage1"].source, ("--train_json", pictures, "--val_json")
     with pytest.raises(MedSoftError, match=r"--val_json .*_train\.json: 9 of its 9 patients .* says .*pictures; split"):
         train("stage1", source, tmp_path / "s", world, *given, world / TRAIN)
+    found = tmp_path / "findings.json"
+    flags = ["--train_json", pictures, "--val_json", world / VAL, "--test_json", world / TRAIN, "--output", found]
+    assert call(doctor, *flags, "--overlays", tmp_path / "overlays.html") == 1
+    errors = [each for each in json.loads(found.read_text()) if each["level"] == "error" and "learned" in each["text"]]
+    assert [each["text"].partition(" patients")[0] for each in errors] == ["test: 9 of its 9"]
     assert train("stage1", source, tmp_path / "s", world, *given, world / VAL, batch_size=2) == 0
     assert groups(trained["stage2_2"].last)[0] | {"steps": []} in [
         g | {"steps": []} for g in groups(tmp_path / "s/last.ckpt")
