@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "replace a key of the JSON (value in JSON; may be repeated), for instance --set EPOCHS=5"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
     text = "one classifier for each seed, in output_dir/seed_N"
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help=text)
+    parser.add_argument("--seeds", type=cli.SEED, nargs="+", metavar="N", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace the results of another run in output_dir")
     return parser
 

@@ -16,10 +16,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     parser.add_argument("--root_dir", type=Path, required=True, help="dataset folder, searched recursively")
     parser.add_argument("--output_file", type=Path, default="openimages_format.json", help="annotation file to write")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split")
+    parser.add_argument("--seed", type=cli.SEED, default=0, help="seed of the split")
     sides, default = ("TRAIN", "VAL", "TEST"), (0.7, 0.1, 0.2)
     parser.add_argument(
-        "--fractions", type=float, nargs=3, default=default, metavar=sides, help="shares of the patients"
+        "--fractions", type=cli.SHARE, nargs=3, default=default, metavar=sides, help="shares of the patients"
     )
     parser.add_argument("--strict", action="store_true", help="one unusable sample is an error: nothing is written")
     words = "take synthetic samples along, each on the side of its parent (else they are left out)"

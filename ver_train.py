@@ -24,12 +24,12 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{split}_json", type=Path, default=default, help=f"annotations to {use} on")
     parser.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
     parser.add_argument("--cache_dir", type=Path, help="cached features (default: feature_cache beside SAVE_PATH)")
-    parser.add_argument("--devices", default="auto", help="number of devices, or auto")
-    parser.add_argument("--num_nodes", type=int, default=1, help="number of machines")
+    parser.add_argument("--devices", type=cli.devices, default="auto", help="number of devices, or auto")
+    parser.add_argument("--num_nodes", type=cli.PROCESSES, default=1, help="number of machines")
     parser.add_argument("--precision", help="auto, 32-true, bf16-mixed, ... (default: training.precision)")
-    parser.add_argument("--batch_size", type=int, help="global batch (default: training.batch_size)")
-    parser.add_argument("--max_epochs", type=int, help="epochs (default: training.max_epochs)")
-    parser.add_argument("--seed", type=int, help="seed (default: training.seed)")
+    parser.add_argument("--batch_size", type=cli.COUNT, help="global batch (default: training.batch_size)")
+    parser.add_argument("--max_epochs", type=cli.COUNT, help="epochs (default: training.max_epochs)")
+    parser.add_argument("--seed", type=cli.SEED, help="seed (default: training.seed)")
     parser.add_argument("--overwrite", action="store_true", help="start again where another run was saved")
     parser.add_argument(
         "--dry_run", action="store_true", help="show what would be trained and what it takes, then stop"

@@ -9,7 +9,20 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 
 from ldm.core.errors import UsageError
-from ldm.core.schema import Amount, Count, Rule, Share, Values, Whole, add_overrides, build, read_yaml, setting, within
+from ldm.core.schema import (
+    Amount,
+    Count,
+    Rule,
+    Seed,
+    Share,
+    Values,
+    Whole,
+    add_overrides,
+    build,
+    read_yaml,
+    setting,
+    within,
+)
 
 Part = Literal["unet", "autoencoder", "text", "biomedclip", "msc"]
 Group = Literal["msc", "attn3", "unet"]
@@ -155,7 +168,7 @@ class TrainingConfig:
     val_draws: Count = setting(1, NOTHING)  # times a validation sample is seen, each with other noise, mask or crop
     pictures: Whole = setting(2, NOTHING)  # fixed validation items that are inpainted now and then; 0 = none
     max_rejected: Share = setting(0.01, NOTHING)  # training stops when a larger share of the samples cannot be read
-    seed: int = setting(0, WEIGHTS)
+    seed: Seed = setting(0, WEIGHTS)
 
 
 @dataclass

@@ -31,8 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="dataset folder or JSON, healthy and diseased samples")
     parser.add_argument("--judge", type=Path, required=True, help="classifier.safetensors of classifier.py, task type")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for images and comparison.json")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
-    parser.add_argument("--limit", type=int, help="at most so many healthy samples")
+    parser.add_argument("--seeds", type=cli.Number(int, 2, 1000), default=3, help="how many, from 0 on")
+    parser.add_argument("--limit", type=cli.COUNT, help="at most so many healthy samples")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser

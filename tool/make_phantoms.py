@@ -16,10 +16,11 @@ from ldm.core.errors import UsageError
 def build_parser() -> argparse.ArgumentParser:
     made = cli.parser(__doc__)
     made.add_argument("--output_dir", type=Path, help="dataset folder to write")
-    made.add_argument("--healthy", type=int, default=160, help="healthy images")
-    made.add_argument("--diseased", type=int, default=40, help="ones with a lesion; types and severities take turns")
-    made.add_argument("--seed", type=int, default=0, help="the world: two seeds share no patient")
-    made.add_argument("--per_patient", type=int, default=1, help="images of each patient")
+    made.add_argument("--healthy", type=cli.WHOLE, default=160, help="healthy images")
+    text = "ones with a lesion; types and severities take turns"
+    made.add_argument("--diseased", type=cli.WHOLE, default=40, help=text)
+    made.add_argument("--seed", type=cli.SEED, default=0, help="the world: two seeds share no patient")
+    made.add_argument("--per_patient", type=cli.COUNT, default=1, help="images of each patient")
     text = "instead write the images that the BiomedCLIP stand-in was trained on"
     made.add_argument("--seen_by_biomedclip", action="store_true", help=text)
     made.add_argument("--overwrite", action="store_true", help="replace a phantom dataset made with other arguments")

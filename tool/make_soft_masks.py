@@ -29,10 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="mask: the lesion's mask; anatomy: labels of anatomy.png; box: the annotation's box or --boxes; lesion: a "
         "lesion-shaped mask inside the vertebra's label, mask or box",
     )
-    parser.add_argument("--labels", type=int, nargs="+", default=[1], help="labels of anatomy.png (default: 1)")
+    parser.add_argument(
+        "--labels", type=cli.Number(int, 0, 4), nargs="+", default=[1], help="labels of anatomy.png (default: 1)"
+    )
     parser.add_argument("--boxes", type=Path, help="JSON: sample_id -> box or boxes, [x, y, w, h] as fractions")
     border = parser.add_argument_group("soft border")
-    border.add_argument("--feather", type=float, default=0.25, help="its width")
+    border.add_argument("--feather", type=cli.AMOUNT, default=0.25, help="its width")
     border.add_argument(
         "--feather_unit",
         choices=get_args(FeatherUnit),
@@ -41,10 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     shape = parser.add_argument_group("lesion-shaped masks")
     text = "diameter, relative to the smaller side of the vertebra's bounding box (default: 0.35 0.7)"
-    shape.add_argument("--size", type=float, nargs=2, default=[0.35, 0.7], metavar=("FROM", "TO"), help=text)
+    shape.add_argument("--size", type=cli.SHARE, nargs=2, default=[0.35, 0.7], metavar=("FROM", "TO"), help=text)
     shape.add_argument("--side", choices=SIDES, help="half of the vertebra, in the picture (default: anywhere)")
-    shape.add_argument("--irregularity", type=float, help="0, an ellipse, to 1 (default: varies)")
-    shape.add_argument("--seed", type=int, default=0, help="seed of the shapes")
+    shape.add_argument("--irregularity", type=cli.SHARE, help="0, an ellipse, to 1 (default: varies)")
+    shape.add_argument("--seed", type=cli.SEED, default=0, help="seed of the shapes")
     parser.add_argument("--overwrite", action="store_true", help="replace masks made with other settings")
     return parser
 

@@ -21,8 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, required=True, help="model YAML")
     parser.add_argument("--data", type=Path, required=True, help="dataset folder or JSON with diseased samples")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--limit", type=int, help="at most so many samples")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument("--limit", type=cli.COUNT, help="at most so many samples")
+    parser.add_argument("--seed", type=cli.SEED, default=0, help="seed of the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser

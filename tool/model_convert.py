@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input_path", type=shipped, required=True, help=text)
     parser.add_argument("--output_path", type=Path, required=True, help="checkpoint to write (.ckpt or .safetensors)")
     parser.add_argument("--config", type=Path, required=True, help="model YAML: models/mldm_v15.yaml")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the new parameters")
+    parser.add_argument("--seed", type=cli.SEED, default=0, help="seed of the new parameters")
     parser.add_argument("--overwrite", action="store_true", help="replace an output made from something else")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser

@@ -20,10 +20,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("models/phantom_base"), help="where the models go")
     parser.add_argument("--config", type=Path, default=Path("models/phantom.yaml"), help="sizes of the networks")
-    parser.add_argument("--autoencoder_steps", type=int, default=900, help="steps of 16 crops")
-    parser.add_argument("--clip_steps", type=int, default=1200, help="steps of 64 image-prompt pairs")
-    parser.add_argument("--unet_steps", type=int, default=1500, help="steps of 32 crops")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and noise")
+    parser.add_argument("--autoencoder_steps", type=cli.COUNT, default=900, help="steps of 16 crops")
+    parser.add_argument("--clip_steps", type=cli.COUNT, default=1200, help="steps of 64 image-prompt pairs")
+    parser.add_argument("--unet_steps", type=cli.COUNT, default=1500, help="steps of 32 crops")
+    parser.add_argument("--seed", type=cli.SEED, default=0, help="seed of weights, order and noise")
     parser.add_argument(
         "--parts",
         nargs="+",

@@ -38,8 +38,6 @@ def compare_samplers(options: InferenceOptions, judge: Path, seeds: int) -> bool
     ``options``: what all runs have in common; their folders lie in its ``output_dir``, which keeps what it holds of the
     same comparison. ``judge``: classifier.safetensors. Raises UsageError or MedSoftError for what cannot be compared.
     """
-    if seeds < 2:
-        raise UsageError("--seeds: expected at least 2; the interval of the difference is over them")
     for file in (options.ckpt, judge):
         if not file.is_file():
             raise UsageError(f"{file}: does not exist")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from ldm.config import NOTHING, WEIGHTS
 from ldm.core.files import read_json
-from ldm.core.schema import Amount, Count, Rule, Values, Whole, add_overrides, build, setting, within
+from ldm.core.schema import Amount, Count, Rule, Seed, Values, Whole, add_overrides, build, setting, within
 
 MIX, PRETRAIN, DUPLICATE_REAL = "mix", "pretrain", "duplicate_real"  # what use_synthetic may be
 UseSynthetic = Literal["mix", "pretrain", "duplicate_real"]
@@ -45,7 +45,7 @@ class ClassifierConfig:
     use_synthetic: UseSynthetic = setting(MIX, WEIGHTS)
     pretrain_epochs: Count = setting(10, WEIGHTS)  # before the EPOCHS on real images, with use_synthetic pretrain
     output_dir: str | None = setting(None, NOTHING)  # null = classifier_results/<dataset>
-    seed: int = setting(0, WEIGHTS)
+    seed: Seed = setting(0, WEIGHTS)
     lr: Positive = setting(1e-3, WEIGHTS)
     weight_decay: Amount = setting(0.05, WEIGHTS)
     # healthy and diseased count the same: loss = by their weights in it, sampler = by being taken as often

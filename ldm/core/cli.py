@@ -4,14 +4,15 @@ import argparse
 import dataclasses
 import io
 import logging
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable
 from inspect import signature
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
 
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import MedSoftError, UsageError
 
 T = TypeVar("T")
 program: str | None = None  # what usage lines name instead of the script's file: "medsoft train"
@@ -32,9 +33,44 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
         return action.help if unsaid else super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help shows all flags")
+
+
+class Number(NamedTuple):
+    """What reads the value of a flag: an int or a float from ``low`` to ``high``; anything else is wrong usage."""
+
+    kind: type[int] | type[float]
+    low: float
+    high: float
+
+    def __call__(self, text: str) -> float:
+        """The number that ``text`` says."""
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if not self.low <= value <= self.high:  # as NaN never is
+            what = "a whole number" if self.kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} from {self.low} to {self.high}, found {text[:40]}")
+        return value
+
+
+COUNT, WHOLE = Number(int, 1, 10**9), Number(int, 0, 10**9)
+SEED = Number(int, 0, 2**63 - 1)
+PROCESSES = Number(int, 1, 1024)  # or devices, or machines: each would be started
+AMOUNT, SHARE = Number(float, 0, 1e6), Number(float, 0, 1)
+
+
+def devices(text: str) -> str:
+    """A number of devices, or what Fabric takes instead: auto, -1, or the numbers of GPUs such as 0,1."""
+    return text if text in ("auto", "-1") or "," in text else str(PROCESSES(text))
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """An argument parser with the flags that every command understands."""
-    made = argparse.ArgumentParser(prog=program, description=description, formatter_class=_Help)
+    made = _Parser(prog=program, description=description, formatter_class=_Help)
     made.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     return made
 
@@ -61,7 +97,8 @@ def add_flags(made: argparse.ArgumentParser, options: type) -> None:
             continue
         while get_args(hint):
             hint = get_args(hint)[0]
-        about |= {"action": "store_true"} if hint is bool else {"type": hint, "default": item.default}
+        shape = {"action": "store_true"} if hint is bool else {"type": hint, "default": item.default}
+        about = shape | about  # which may say more closely how its value is read
         if item.default is dataclasses.MISSING:
             about |= {"required": True, "default": None}
         made.add_argument(f"--{item.name}", **about)
@@ -76,7 +113,11 @@ def run(made: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int 
     for stream in (sys.stdout, sys.stderr):  # what the console cannot show stands there as \u4e2d, no name is lost
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    args = made.parse_intermixed_args(argv)  # KEY=VALUE may stand between flags
+    try:
+        args = made.parse_intermixed_args(argv)  # KEY=VALUE may stand between flags
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE) from None
     # Threads that wait for each other spin for some microseconds and then sleep; read when torch loads. Without any
     # spinning two threads train a small network no faster than one (80 phantoms a second, 130 with it); those that spin
     # for long make two programs on one machine many times slower (20 instead of 60).

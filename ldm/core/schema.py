@@ -72,6 +72,7 @@ Count = Annotated[int, within(1)]
 Whole = Annotated[int, within(0)]
 Amount = Annotated[float, within(0)]
 Share = Annotated[float, within(0, 1)]
+Seed = Annotated[int, Rule(lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")]
 Text = Annotated[str, Rule(lambda value: bool(value.strip()), "text that is not blank")]
 
 

@@ -18,7 +18,6 @@ from ldm.data.annotations import load_samples, write_rejects
 from ldm.data.folders import write_sample
 from ldm.data.images import read_image
 from ldm.data.masks import (
-    LABELS,
     Feather,
     Mask,
     box_region,
@@ -53,12 +52,8 @@ class SoftMaskOptions:
     def __post_init__(self) -> None:
         if self.boxes and self.source != "box":
             raise UsageError(f"--boxes goes with --source box, not with --source {self.source}")
-        if not LABELS.keys() >= {*self.labels}:
-            raise UsageError(f"--labels: expected labels of 0 to {max(LABELS)}, found {list(self.labels)}")
         if not 0 < self.size[0] <= self.size[1] <= 1:
             raise UsageError(f"--size: expected two rising numbers above 0, at most 1, found {list(self.size)}")
-        if self.irregularity is not None and not 0 <= self.irregularity <= 1:
-            raise UsageError(f"--irregularity: expected 0 to 1, found {self.irregularity}")
 
 
 def make_soft_masks(data: Path, output_dir: Path, options: SoftMaskOptions, overwrite: bool = False) -> int:

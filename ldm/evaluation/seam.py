@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ldm.config import Config, DataConfig
 from ldm.core.distributed import start_processes
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError
 from ldm.core.files import sha256_file, write_json
 from ldm.data.annotations import load_samples
 from ldm.data.checks import FEWEST_PATIENTS
@@ -42,8 +42,6 @@ def measure_seam(
 
     ``limit``: at most so many diseased samples. MedSoftError without a diseased sample or a border to measure at.
     """
-    if limit is not None and limit < 1:
-        raise UsageError("--limit: expected at least 1")
     diseased = [sample for sample in load_samples(source)[0] if not sample.healthy][:limit]
     if not diseased:
         raise MedSoftError(f"{source}: has no diseased sample; they are inpainted again in their own masks")

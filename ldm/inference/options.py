@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.config import SAMPLERS, SAMPLING_PRECISIONS
-from ldm.core.cli import flag
+from ldm.core.cli import AMOUNT, COUNT, PROCESSES, SEED, SHARE, flag
 from ldm.core.errors import UsageError
 from ldm.inference.prompts import MATCHES
 
@@ -30,8 +30,8 @@ class InferenceOptions:
     replay: Path | None = flag("the image this meta.json belongs to, again", metavar="META.json")
     image: Path | None = flag("one image, with --mask and --prompt")
     mask: Path | None = flag("its lesion mask")
-    limit: int | None = flag("at most so many samples")
-    variants: int = flag("results per sample", 1)
+    limit: int | None = flag("at most so many samples", type=COUNT)
+    variants: int = flag("results per sample", 1, type=COUNT)
     prompt: str | None = flag("one prompt for all (default: the sample's own, or one from --train_json)")
     match: str = flag(
         "how prompts agree with the level, region and modality in meta.json: level (of a diseased sample of the same "
@@ -40,20 +40,22 @@ class InferenceOptions:
         metavar="HOW",
     )
     train_json: Path = flag("gives healthy samples their prompts", Path("openimages_format_train.json"))
-    seed: int = flag("seed of masks, prompts and noise", 0)
-    batch_size: int | None = flag("images at a time (default: sampling.batch_size)")
+    seed: int = flag("seed of masks, prompts and noise", 0, type=SEED)
+    batch_size: int | None = flag("images at a time (default: sampling.batch_size)", type=COUNT)
     sampler: str | None = flag(f"{' or '.join(SAMPLERS)} (default: sampling.sampler)")
-    steps: int | None = flag("sampling steps (default: sampling.steps)")
-    guidance_scale: float | None = flag("1 = no guidance (default: sampling.guidance_scale)")
+    steps: int | None = flag("sampling steps (default: sampling.steps)", type=COUNT)
+    guidance_scale: float | None = flag("1 = no guidance (default: sampling.guidance_scale)", type=AMOUNT)
     guidance_interval: tuple[float, float] | None = flag(
-        "shares of the steps between which guidance acts (default: sampling.guidance_interval)", nargs=2
+        "shares of the steps between which guidance acts (default: sampling.guidance_interval)",
+        nargs=2,
+        type=SHARE,
     )
     precision: str | None = flag(f"{' or '.join(SAMPLING_PRECISIONS)} (default: sampling.precision)")
     exact: bool = flag("one image at a time and one thread: equal files on every run", False)
     biomedclip: Path | None = flag("BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
     device: str = flag("auto, cpu, cuda, cuda:1, ...", "auto")
-    devices: int = flag("processes on this node", 1)
-    num_nodes: int = flag("nodes, each with --devices", 1)
+    devices: int = flag("processes on this node", 1, type=PROCESSES)
+    num_nodes: int = flag("nodes, each with --devices", 1, type=PROCESSES)
     overwrite: bool = flag("replace the results of another run", False)
     overrides: Sequence[str] = ()  # KEY=VALUE of the YAML
 
@@ -75,12 +77,8 @@ class InferenceOptions:
         self._check_paths()
         if self.like and (self.variants > 1 or self.choose):
             raise UsageError("--like makes the same images again; --variants and --choose do not go with it")
-        if self.variants < 1 or (self.limit is not None and self.limit < 1):
-            raise UsageError("--variants and --limit: expected at least 1")
         if self.exact and self.batch_size not in (None, 1):
             raise UsageError("--exact takes one image at a time; --batch_size does not go with it")
-        if self.devices < 1 or self.num_nodes < 1:
-            raise UsageError("--devices and --num_nodes: expected at least 1")
 
     def _check_replay(self) -> None:
         if self.replay:

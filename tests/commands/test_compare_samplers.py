@@ -97,7 +97,7 @@ def test_the_difference_is_paired_by_seed_and_has_an_interval() -> None:
 
 
 def test_what_cannot_be_compared_is_refused(final: Path, world: Path, one: Path, judge: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--seeds: expected at least 2"):
+    with pytest.raises(UsageError, match="--seeds: expected a whole number from 2 "):
         compare(final, world / "train", judge, tmp_path / "out", "--seeds", 1)
     with pytest.raises(UsageError, match=r"nowhere\.safetensors: does not exist"):
         compare(final, world / "train", tmp_path / "nowhere.safetensors", tmp_path / "out")

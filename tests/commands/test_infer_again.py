@@ -423,8 +423,8 @@ def test_sample_ids_cannot_leave_the_output_folder(final: Path, one: Path, tmp_p
         (["--prompt", "lytic\nlesion"], "--prompt: expected one sentence on one line"),
         (["--like", ".", "--variants", "2"], "--variants and --choose do not go with it"),
         (["--like", ".", "--choose", "all"], "--variants and --choose do not go with it"),
-        (["--variants", "0"], "--variants and --limit: expected at least 1"),
-        (["--limit", "-1"], "--variants and --limit: expected at least 1"),
+        (["--variants", "0"], "--variants: expected a whole number from 1 to 1000000000, found 0"),
+        (["--limit", "-1"], "--limit: expected a whole number from 1 "),
         (["sampling.stepps=3"], "did you mean sampling.steps"),
     ],
 )

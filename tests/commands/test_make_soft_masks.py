@@ -158,9 +158,9 @@ def test_again_finishes_what_is_missing_and_other_settings_are_refused(data: Pat
         (["--boxes", "b.json"], "--boxes goes with --source box"),
         (["--size", "0.5", "0.2"], r"--size: expected two rising numbers .*, found \[0\.5, 0\.2\]"),
         (["--size", "0.5", "1.2"], "--size: expected"),
-        (["--irregularity", "2"], "--irregularity: expected 0 to 1, found 2"),
-        (["--source", "anatomy", "--labels", "1", "20"], r"--labels: expected labels of 0 to 4, found \[1, 20\]"),
-        (["--feather", "-1"], "feather.amount: expected a number of at least 0"),
+        (["--irregularity", "2"], "--irregularity: expected a number from 0 to 1, found 2"),
+        (["--source", "anatomy", "--labels", "1", "20"], "--labels: expected a whole number from 0 to 4, found 20"),
+        (["--feather", "-1"], "--feather: expected a number from 0 to "),
     ],
 )
 def test_wrong_usage(data: Path, tmp_path: Path, flags: list[str], message: str) -> None:

@@ -36,7 +36,7 @@ def test_soft_and_hard_composite_of_the_same_drawings(final: Path, world: Path, 
 
 
 def test_what_cannot_be_measured_is_refused(final: Path, world: Path, one: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--limit: expected at least 1"):
+    with pytest.raises(UsageError, match="--limit: expected a whole number from 1 "):
         measure(final, one, tmp_path / "seam.json", "--limit", 0)
     folder = next(one.iterdir())
     mask = read_image(folder / "mask.png")
