@@ -16,6 +16,7 @@ PRETRAINED_HUB = "hub"  # what pretrained may be besides a path
 # Below 32 a ResNet halves a map of one pixel. The gradient of that convolution is now and then garbage in bfloat16 on
 # CPUs with AMX (torch 2.14).
 ImageSide = Annotated[int, within(32, 4096)]
+Context = Annotated[float, within(1, 10)]
 Positive = Annotated[float, Rule(lambda value: value > 0, "a number above 0")]
 PlainName = Annotated[
     str, Rule(lambda name: name.strip() not in ("", ".", "..") and "/" not in name, "a name without /")
@@ -52,6 +53,8 @@ class ClassifierConfig:
     balance: Literal["loss", "sampler"] = setting("loss", WEIGHTS)
     model: str = setting("resnet18", WEIGHTS)  # any timm model
     channels: Literal["grey", "rgb"] = setting("grey", WEIGHTS)  # what the network sees: grey or rgb
+    # side of the square around the vertebra that the network sees, in multiples of its longer side; null = whole image
+    crop: Context | None = setting(None, WEIGHTS)
     # weight file (safetensors, or a torch file of plain tensors); hub = timm's, fetched
     pretrained: str | None = setting(None, WEIGHTS)
     task: Literal["binary", "type"] = setting("binary", WEIGHTS)  # type = healthy / each lesion type

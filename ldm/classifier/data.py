@@ -30,6 +30,7 @@ from ldm.data.checks import (
     trained_on,
 )
 from ldm.data.images import intensity_range_of, pixel_digest, read_image, to_unit
+from ldm.data.masks import TARGET_LABEL, extents, read_anatomy, spacing_of
 from ldm.data.samples import Reject, Sample
 from ldm.data.splits import output_paths, prepare_dataset
 
@@ -82,13 +83,15 @@ def load_images(
     size: int,
     task: str,
     channels: str = "grey",
+    crop: float | None = None,
     need_label: bool = True,
     only_real: bool = False,
 ) -> ImageSet:
     """Read every sample of a dataset folder or annotation JSON as a ``size`` x ``size`` image, grey or rgb.
 
-    Samples that cannot be read, or that have no lesion type where ``task`` is "type" and ``need_label``, are listed
-    in ``rejects`` and left out. With ``only_real`` synthetic ones are left out and counted. Raises MedSoftError when
+    ``crop``: the part around the vertebra, see ``vertebra_square``; None for the whole image. Samples that cannot be
+    read, or that have no lesion type where ``task`` is "type" and ``need_label``, are listed in ``rejects`` and left
+    out. With ``only_real`` synthetic ones are left out and counted. Raises MedSoftError when
     the dataset is missing or nothing is left of it.
     """
     require_source(name, source)
@@ -107,7 +110,7 @@ def load_images(
             continue
         try:
             pixels = read_image(sample.image)
-            seen = square(pixels, sample.meta.get("window"), size, channels)
+            seen = square(pixels, sample, size, channels, crop)
         except MedSoftError as error:
             rejects.append(Reject(sample.sample_id, sample.image, error.cause(sample.image)))
             continue
@@ -164,19 +167,48 @@ def label_of(sample: Sample, task: str) -> str:
     return DISEASED if task == "binary" else "" if kind.lower() == HEALTHY else kind
 
 
-def square(pixels: np.ndarray, window: Any, size: int, channels: str) -> np.ndarray:
-    """What the classifier sees of an image as read: uint8 (size, size), or (size, size, 3) with channels rgb.
+def square(pixels: np.ndarray, sample: Sample, size: int, channels: str, crop: float | None = None) -> np.ndarray:
+    """What the classifier sees of a sample's image as read: uint8 (size, size), or (size, size, 3) with channels rgb.
 
-    ``window``: as in meta.json, None for the whole range.
+    Nothing is stretched: the image, or the part that ``crop`` asks for (see ``vertebra_square``), is scaled until its
+    longer side, in mm where the spacing is known, fits, and what remains of the square is black.
     """
+    window, spacing = sample.meta.get("window"), spacing_of(sample.meta.get("spacing_mm") or 1.0)
     unit = to_unit(pixels, intensity_range_of(pixels, window))
     if channels == "grey" and unit.ndim == 3:
         unit = unit @ LUMINANCE
     if channels == "rgb" and unit.ndim == 2:
         unit = np.repeat(unit[..., None], 3, axis=2)
-    if unit.shape[:2] != (size, size):
-        unit = cv2.resize(unit, (size, size), interpolation=cv2.INTER_AREA)
-    return np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8)
+    if crop is not None:
+        unit = vertebra_square(unit, sample, spacing, crop)
+    lengths = [count * mm for count, mm in zip(unit.shape, spacing, strict=False)]
+    height, width = (max(1, round(size * length / max(lengths))) for length in lengths)
+    if unit.shape[:2] != (height, width):
+        unit = cv2.resize(unit, (width, height), interpolation=cv2.INTER_AREA)
+    seen = np.zeros((size, size, *unit.shape[2:]), np.uint8)
+    top, left = (size - height) // 2, (size - width) // 2
+    seen[top : top + height, left : left + width] = np.rint(np.clip(unit, 0, 1) * 255).astype(np.uint8)
+    return seen
+
+
+def vertebra_square(image: np.ndarray, sample: Sample, spacing: tuple[float, float], context: float) -> np.ndarray:
+    """The square (in mm) around the sample's vertebra, label 1 of its anatomy.png; black beyond the image.
+
+    Its side is ``context`` times the vertebra's longer one. Healthy and diseased samples are cut alike: a lesion's mask
+    is not looked at. MedSoftError where no vertebra is marked.
+    """
+    region = None if sample.anatomy is None else read_anatomy(sample.anatomy, image.shape) == TARGET_LABEL
+    if region is None or not region.any():
+        raise MedSoftError(f"crop {context:g}: no vertebra (label {TARGET_LABEL}) is marked in an anatomy.png")
+    spans = extents(region)
+    side = context * max((last - first) * mm for (first, last), mm in zip(spans, spacing, strict=True))
+    parts, margins = [], []
+    for (first, last), mm, length in zip(spans, spacing, image.shape, strict=False):
+        count = max(1, round(side / mm))
+        start = (first + last - count) // 2
+        parts.append(slice(max(start, 0), max(min(start + count, length), 0)))
+        margins.append((max(-start, 0), max(start + count - length, 0)))
+    return np.pad(image[tuple(parts)], [*margins, (0, 0)][: image.ndim])
 
 
 def check_image_sets_disjoint(sets: Sequence[ImageSet]) -> None:
@@ -246,7 +278,7 @@ def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence
 
     Which ones is a function of the seed and their names only. Healthy samples in the folders are left out.
     """
-    sizes = (config.img_size, config.task, config.channels)
+    sizes = (config.img_size, config.task, config.channels, config.crop)
     parts = [load_images(f"synthetic {folder}", folder, *sizes) for folder in config.synthetic]
     if not parts:
         return None
@@ -331,7 +363,7 @@ def load_data(config: ClassifierConfig) -> ClassifierData:
     for name, source in [*sources.items(), *added]:
         if source:
             require_source(name, source)
-    sizes = (config.img_size, config.task, config.channels)
+    sizes = (config.img_size, config.task, config.channels, config.crop)
     train, val, test = (load_images(n, s, *sizes, only_real=True) if s else None for n, s in sources.items())
     held_out = [images for images in (val, test) if images is not None]
     check_image_sets_disjoint([train, *held_out])

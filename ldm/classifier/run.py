@@ -116,7 +116,7 @@ def predict(
     """
     classifier = load_classifier(weights, gpu)
     saved = classifier.info["config"]
-    sizes = (saved["img_size"], saved["task"], saved["channels"])
+    sizes = (saved["img_size"], saved["task"], saved["channels"], saved["crop"])
     images = load_images(f"predict {source}", str(source), *sizes, need_label=False)
     return prediction_rows(images, classifier.score(images).probabilities, classifier.info["classes"]), images.rejects
 
@@ -209,13 +209,13 @@ def _test_saved(config: ClassifierConfig) -> dict[str, Any]:
     weights = _saved_weights(config)
     classifier = load_classifier(weights, config.GPU)
     saved = classifier.info["config"]
-    for key in ("img_size", "model", "task", "channels"):
+    for key in ("img_size", "model", "task", "channels", "crop"):
         if saved[key] != getattr(config, key):
             given = f"the configuration says {getattr(config, key)!r}"
             raise UsageError(f"{weights}: trained with {key} {saved[key]!r}, {given}")
     if not config.test_json:
         return {"n_rejected": 0, "already_complete": False, "classes": classifier.info["classes"]}
-    sizes = (config.img_size, config.task, config.channels)
+    sizes = (config.img_size, config.task, config.channels, config.crop)
     test = load_images("test", config.test_json, *sizes, only_real=True)
     check_unseen("test_json", test.samples, groups_of(classifier.info, weights), weights)
     if unknown := sorted(set(test.labels) - set(classifier.info["classes"])):

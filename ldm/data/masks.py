@@ -223,15 +223,24 @@ class Feather:
         if not (math.isfinite(self.amount) and self.amount >= 0):
             raise UsageError(f"feather.amount: expected a number of at least 0, found {self.amount}")
 
-    def pixels(self, hard: np.ndarray, spacing: Any = None) -> float:
-        """The width in pixels for this lesion. ``spacing``: mm per pixel, one number or two (their mean is used)."""
-        if self.unit == "pixels":
-            return float(self.amount)
-        if self.unit == "diameter":
-            return self.amount * equivalent_diameter(hard)
+    def pixels(self, hard: np.ndarray, spacing: Any = None) -> tuple[float, float]:
+        """The width for this lesion (bool HxW), in rows and in columns.
+
+        ``spacing``: mm per pixel, one number or [between rows, between columns]; needed for a feather in mm only.
+        """
+        if self.unit != "mm":
+            width = self.amount if self.unit == "pixels" else self.amount * equivalent_diameter(hard)
+            return float(width), float(width)
         if spacing is None:
             raise MedSoftError("feather in mm: the sample's meta.json has no spacing_mm; give the feather in pixels")
-        return self.amount / float(np.mean(spacing))
+        rows, columns = spacing_of(spacing)
+        return self.amount / rows, self.amount / columns
+
+
+def spacing_of(spacing: float | Sequence[float]) -> tuple[float, float]:
+    """(mm between rows, mm between columns) of a ``spacing_mm``, which is one number or two."""
+    both = list(spacing) if isinstance(spacing, Sequence) else [spacing]
+    return float(both[0]), float(both[-1])
 
 
 def equivalent_diameter(hard: np.ndarray) -> float:
@@ -239,20 +248,28 @@ def equivalent_diameter(hard: np.ndarray) -> float:
     return 2.0 * math.sqrt(np.count_nonzero(hard) / math.pi)
 
 
-def soften(hard: np.ndarray, feather: float) -> np.ndarray:
+def soften(hard: np.ndarray, feather: float | tuple[float, float]) -> np.ndarray:
     """Soft mask (float32 HxW, levels k/255) of a hard one (bool HxW) with a border of ``feather`` = 2r pixels.
+
+    ``feather``: one width, or that in rows and that in columns, where pixels are not square.
 
     The mask dilated by a disc of radius r and blurred with a Gaussian truncated at r, in closed form: the value is that
     blur's edge profile at the pixel's Euclidean distance from the mask. Unlike the two filters one after the other it
     is monotone at corners and between parts too. Exactly 1 on the mask, exactly 0 from ``feather`` on.
     """
     hard = hard.astype(bool)
-    if feather <= 0 or not hard.any():
+    rows, columns = feather if isinstance(feather, tuple) else (feather, feather)
+    if min(rows, columns) <= 0 or not hard.any():
         return hard.astype(np.float32)
-    reach = math.ceil(feather)
+    reach = math.ceil(max(rows, columns))
     near = tuple(slice(max(first - reach, 0), last + reach) for first, last in extents(hard))
-    distance = cv2.distanceTransform((~hard[near]).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    knots = np.linspace(0.0, feather, _PROFILE_POINTS)
+    if rows == columns:
+        distance = cv2.distanceTransform((~hard[near]).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    else:  # in columns, of which a row counts as many as its width says
+        from scipy.ndimage import distance_transform_edt
+
+        distance = distance_transform_edt(~hard[near], sampling=(columns / rows, 1.0))
+    knots = np.linspace(0.0, columns, _PROFILE_POINTS)
     levels = np.rint(255 * np.interp(distance.ravel(), knots, _edge_profile())).reshape(distance.shape)
     soft = np.zeros(hard.shape, np.float32)
     soft[near] = np.where(hard[near], 255, levels).astype(np.float32) / 255

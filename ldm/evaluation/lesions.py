@@ -5,6 +5,7 @@ synthetic image is its parent's but for the lesion.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from ldm.config import DataConfig
 from ldm.core.errors import MedSoftError
 from ldm.data.checks import FEWEST_PATIENTS
 from ldm.data.images import pixel_digest, to_unit
-from ldm.data.masks import equivalent_diameter
+from ldm.data.masks import equivalent_diameter, spacing_of
 from ldm.data.preparation import PreparedSample, prepare
 from ldm.data.samples import Reject, Sample
 from ldm.evaluation import metrics
@@ -55,6 +56,7 @@ class Lesion:
     crop: np.ndarray
     inside: np.ndarray
     diameter: float  # equivalent, native pixels
+    diameter_mm: float | None  # None where the spacing is unknown
     contrast: float  # mean inside minus mean of a ring around, of the image's grey range
     texture: float  # standard deviation inside
     features: Tensor
@@ -103,19 +105,30 @@ def _lesions(read: Sequence[tuple[Sample, PreparedSample]], encoder: ImageTextEn
     alone = F.normalize(crop_features(encoder, images, masks < FULLY), dim=1)
     rows = zip(crops, inside, crop_features(encoder, images), alone, image_embeddings(encoder, images), strict=True)
     return [
-        Lesion(sample, pixel_digest(image.original), crop, within, *_native_numbers(image), features, own, embedding)
+        Lesion(
+            sample,
+            pixel_digest(image.original),
+            crop,
+            within,
+            *_native_numbers(sample, image),
+            features,
+            own,
+            embedding,
+        )
         for (sample, image), (crop, within, features, own, embedding) in zip(read, rows, strict=True)
     ]
 
 
-def _native_numbers(image: PreparedSample) -> tuple[float, float, float]:
-    """Diameter, contrast and texture of a lesion at native size."""
+def _native_numbers(sample: Sample, image: PreparedSample) -> tuple[float, float | None, float, float]:
+    """Diameter in pixels and in mm, contrast and texture of a lesion at native size."""
     unit = to_unit(image.original, image.intensity_range)
     grey = unit if unit.ndim == 2 else unit.mean(axis=2)
     wide = cv2.dilate(image.hard.astype(np.uint8), np.ones((2 * RING + 1,) * 2, np.uint8)) > 0
     ring, inside = wide & ~image.hard, grey[image.hard]
     contrast = float(inside.mean() - grey[ring].mean()) if ring.any() else 0.0
-    return equivalent_diameter(image.hard), contrast, float(inside.std())
+    diameter, spacing = equivalent_diameter(image.hard), sample.meta.get("spacing_mm")
+    in_mm = diameter * math.sqrt(math.prod(spacing_of(spacing))) if spacing else None
+    return diameter, in_mm, contrast, float(inside.std())
 
 
 def lesion_rows(lesions: Sequence[Lesion], name: str) -> Tensor:
@@ -220,14 +233,24 @@ def text_agreement(encoder: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict
     return {name: mean_of(each.tolist(), patients) for name, each in numbers.items()}
 
 
-MEASURES = {"diameter": "equivalent diameter, pixels", "contrast": "mean inside - ring around", "texture": "std inside"}
+MEASURES = {
+    "diameter": "equivalent diameter, pixels",
+    "diameter_mm": "equivalent diameter, mm",
+    "contrast": "mean inside - ring around",
+    "texture": "std inside",
+}
 
 
 def distributions(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
-    """Quartiles of size, contrast and texture in both sets, and the Wasserstein-1 distance between them."""
+    """Quartiles of size, contrast and texture in both sets, and the Wasserstein-1 distance between them.
+
+    The size in mm of those lesions whose spacing is known; without it where one of the sets has none of them.
+    """
     found = {}
     for name in MEASURES:
-        both = [np.array([getattr(lesion, name) for lesion in lesions]) for lesions in (real, synthetic)]
+        both = [known_values(lesions, name) for lesions in (real, synthetic)]
+        if not all(map(len, both)):
+            continue
         quartiles = [[float(q) for q in np.percentile(values, (25, 50, 75))] for values in both]
         found[name] = {
             "real_quartiles": quartiles[0],
@@ -235,3 +258,8 @@ def distributions(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[s
             "wasserstein": float(wasserstein_distance(*both)),
         }
     return found
+
+
+def known_values(lesions: Sequence[Lesion], measure: str) -> np.ndarray:
+    """One of ``MEASURES`` of the lesions of which it is known."""
+    return np.array([value for lesion in lesions if (value := getattr(lesion, measure)) is not None])

@@ -13,7 +13,7 @@ from ldm.data.annotations import write_rejects
 from ldm.data.png import write_png
 from ldm.data.samples import Reject
 from ldm.evaluation.copies import CopyCheck, Neighbour
-from ldm.evaluation.lesions import MEASURES, Lesion
+from ldm.evaluation.lesions import MEASURES, Lesion, known_values
 from ldm.reports.figures import write_figure
 from ldm.reports.html import number, write_page
 
@@ -83,10 +83,10 @@ def _parent_rows(parents: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def _lesion_rows(measured: Mapping[str, Any]) -> Iterator[list[Any]]:
-    for name, label in MEASURES.items():
-        both = (measured[name][f"{source}_quartiles"] for source in ("real", "synthetic"))
+    for name, numbers in measured.items():
+        both = (numbers[f"{source}_quartiles"] for source in ("real", "synthetic"))
         quartiles = [", ".join(f"{value:.3f}" for value in each) for each in both]
-        yield [label, *quartiles, measured[name]["wasserstein"]]
+        yield [MEASURES[name], *quartiles, numbers["wasserstein"]]
 
 
 def _neighbour_row(each: Neighbour, threshold: float) -> dict[str, Any]:
@@ -106,13 +106,14 @@ def lesion_figure(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> "Figur
     """Histograms of size, contrast and texture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    for axes, (name, label) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
-        both = [np.array([getattr(lesion, name) for lesion in lesions]) for lesions in (real, synthetic)]
+    values_of = {name: [known_values(lesions, name) for lesions in (real, synthetic)] for name in MEASURES}
+    shown = {name: both for name, both in values_of.items() if all(map(len, both))}
+    figure = Figure(figsize=(10 / 3 * len(shown), 3), layout="constrained")
+    for axes, (name, both) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
         edges = np.histogram_bin_edges(np.concatenate(both), 20)
         for values, colour, who in zip(both, ("tab:green", "tab:blue"), ("real", "synthetic"), strict=True):
             axes.hist(values, edges, density=True, alpha=0.5, color=colour, label=who)
-        axes.set(xlabel=label, yticks=[])
+        axes.set(xlabel=MEASURES[name], yticks=[])
     axes.legend(fontsize=8)
     return figure
 

@@ -40,6 +40,9 @@ def write_result(
         "mask.png": prepared.hard.astype(np.uint8) * 255,
         "soft_mask.png": np.rint(prepared.soft * 255).astype(np.uint8),
     }
+    anatomy = task.sample.anatomy
+    if anatomy is not None and anatomy.is_file():  # where the vertebrae are has not changed
+        files[f"anatomy{anatomy.suffix}"] = anatomy
     metadata = result_metadata(task, prepared, image.changed_outside, provenance, parent_sha256)
     paths = ("parent_image", "checkpoint", "config")
     metadata |= {key: _portable(Path(metadata[key]), folder / task.name, folder) for key in paths}

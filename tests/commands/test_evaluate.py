@@ -76,6 +76,27 @@ def test_honest_samples_are_no_copies_and_like_real_ones(real: Path, honest: Pat
     assert (out / "neighbours.csv").read_text().count("\n") == 41
 
 
+def test_sizes_are_in_mm_where_the_spacing_is_known(real: Path, honest: Path, tmp_path: Path) -> None:
+    images, sizes = tmp_path / "images", []
+    shutil.copytree(honest, images)
+    for number, folder in enumerate(diseased(images)):
+        meta = json.loads((folder / "meta.json").read_text()) | {"spacing_mm": [2.0, 0.5]}
+        if number == 0:
+            del meta["spacing_mm"]
+        else:
+            sizes.append(2 * np.sqrt(np.count_nonzero(read_image(folder / "mask.png") > 127) / np.pi))  # 1 mm2 a pixel
+        (folder / "meta.json").write_text(json.dumps(meta))
+    assert run(real, images, tmp_path / "out") == 0
+    numbers = found(tmp_path / "out")["lesions"]
+    assert numbers["diameter_mm"]["synthetic_quartiles"] == pytest.approx(np.percentile(sizes, (25, 50, 75)), rel=0.01)
+    assert "equivalent diameter, mm" in (tmp_path / "out" / "report.html").read_text()
+    for folder in diseased(images):
+        (folder / "meta.json").write_text("{}")
+    assert run(real, images, tmp_path / "unknown") == 0
+    assert set(found(tmp_path / "unknown")["lesions"]) == {"diameter", "contrast", "texture"}
+    assert "equivalent diameter, mm" not in (tmp_path / "unknown" / "report.html").read_text()
+
+
 def test_other_pictures_are_farther_away(real: Path, honest: Path, tmp_path: Path) -> None:
     blurred = tmp_path / "blurred"
     shutil.copytree(honest, blurred)

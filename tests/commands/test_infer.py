@@ -50,6 +50,7 @@ def test_default_draws_on_the_healthy_with_prompts_of_the_diseased(results: Path
         assert (meta["patient_id"], meta["level"]) == (parent.patient_id, parent.level)
         assert meta["spacing_mm"] == parent.meta["spacing_mm"]
         assert (results / name / meta["parent_image"]).samefile(parent.image)
+        assert (results / name / "anatomy.png").read_bytes() == parent.anatomy.read_bytes()
         assert meta["prompt"] == source.prompt.replace(source.level, parent.level)
         assert meta["synthetic"] is True
         assert (meta["seed"], meta["variant"], meta["changed_outside_pixels"]) == (0, 0, 0)

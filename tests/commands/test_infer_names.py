@@ -147,6 +147,15 @@ def test_longest_name_that_is_taken_is_written_with_all_that_belongs_to_it(
 
 def test_keys_of_the_user_travel_with_the_sample(final: Path, write_sample: Callable, tmp_path: Path) -> None:
     own = {"StudyInstanceUID": "1.2.840.1", "site": "north", "nested": {"kVp": 120}, "age": 61.5}
+    own |= {
+        "modality": "CT",
+        "region": "lumbar",
+        "scanner": "one",
+        "unit": "HU",
+        "value_offset": -1024,
+        "value_scale": 1,
+    }
+    own |= {"series": "abc", "instance": "def", "acquired": True, "turn": [False, True, False], "affine": [[0.0, 1.0]]}
     taken = {"seed": 99, "prompt": "theirs", "level": "L3", "spacing_mm": [2.0, 1.0]}
     write_sample(tmp_path / "data" / "a", LESION, meta=own | taken)
     assert infer(final, tmp_path / "out", "--data", tmp_path / "data", "--exact") == 0

@@ -191,12 +191,28 @@ def test_feather_units() -> None:
     cv2_disc = np.hypot(*np.mgrid[-25:25, -25:25]) <= 10
     hard |= cv2_disc
     assert equivalent_diameter(hard) == pytest.approx(20, rel=0.03)
-    assert Feather(7, "pixels").pixels(hard) == 7
-    assert Feather().pixels(hard) == pytest.approx(5, rel=0.03)
-    assert Feather(3, "mm").pixels(hard, 0.5) == 6
-    assert Feather(3, "mm").pixels(hard, [0.4, 0.6]) == 6
+    assert Feather(7, "pixels").pixels(hard) == (7, 7)
+    assert Feather().pixels(hard) == pytest.approx((5, 5), rel=0.03)
+    assert Feather(3, "mm").pixels(hard, 0.5) == (6, 6)
+    assert Feather(3, "mm").pixels(hard, [0.4, 0.6]) == pytest.approx((7.5, 5))
     with pytest.raises(MedSoftError, match="spacing_mm"):
         Feather(3, "mm").pixels(hard)
+
+
+@pytest.mark.parametrize("spacing", [(2.0, 0.977), (0.6, 3.0)])
+def test_feather_in_mm_is_as_wide_in_every_direction(spacing: tuple[float, float]) -> None:
+    hard = np.zeros((41, 61), bool)
+    hard[18:23, 25:36] = True
+    soft = soft_mask_for(Mask(hard.astype(np.float32)), Feather(6, "mm"), list(spacing))
+    marked = np.argwhere(hard)
+    gaps = (np.stack(np.mgrid[:41, :61], axis=-1)[:, :, None] - marked) * spacing  # mm, to every pixel of the lesion
+    distance = np.hypot(gaps[..., 0], gaps[..., 1]).min(axis=2)
+    assert (soft[distance >= 6] == 0).all()
+    assert (soft[distance < 5.5] > 0).all()
+    order = np.argsort(distance, axis=None, kind="stable")
+    assert (np.diff(soft.ravel()[order]) <= 0).all()
+    at_half = soft[(distance > 2.9) & (distance < 3.1)]
+    assert ((at_half > 0.4) & (at_half < 0.6)).all()
 
 
 @pytest.mark.parametrize(("amount", "unit"), [(-1, "pixels"), (math.nan, "mm")])
