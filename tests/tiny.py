@@ -132,4 +132,4 @@ def whole(folder: Path) -> None:
     assert not list(folder.rglob(".partial-*"))
     for meta in folder.rglob("meta.json"):
         names = {file.name for file in meta.parent.iterdir()}
-        assert names == {"image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json"}
+        assert names - {"anatomy.png"} == {"image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json"}
