@@ -38,7 +38,7 @@ SOP_CLASSES = {
 }
 LETTERS = {"L": (1, 0, 0), "R": (-1, 0, 0), "P": (0, 1, 0), "A": (0, -1, 0), "H": (0, 0, 1), "F": (0, 0, -1)}
 ORIENTATIONS = ["".join(each) for pairs in permutations(("RL", "AP", "FH")) for each in product(*pairs)]  # 48
-AXIAL, SAGITTAL, CORONAL = "LPH", "PFL", "LFP"  # as scanners store them
+AXIAL, SAGITTAL, CORONAL = "LPH", "PFR", "LFP"  # as scanners store them: the third is the normal of the first two
 
 
 def grid(axes: str, shape: Sequence[int], spacing: Sequence[float], turn: float = 0.0) -> np.ndarray:
@@ -107,6 +107,46 @@ def write_series(
     return paths
 
 
+def write_multiframe(
+    path: Path,
+    values: np.ndarray,
+    affine: np.ndarray,
+    *,
+    modality: str = "MR",
+    syntax: str = "explicit",
+    change: Callable[[Dataset], Any] | None = None,
+    per_frame: Callable[[Dataset, int], Any] | None = None,
+) -> Path:
+    """An enhanced MR or CT image: one file, geometry in functional groups, frames stored in shuffled order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    for key, value in common(modality).items():
+        setattr(dataset, key, value)
+    for key in ("RescaleSlope", "RescaleIntercept", "RescaleType"):
+        dataset.pop(key, None)
+    dataset.SOPClassUID = {"MR": pydicom.uid.EnhancedMRImageStorage, "CT": pydicom.uid.EnhancedCTImageStorage}[modality]
+    dataset.SOPInstanceUID, dataset.SeriesInstanceUID = generate_uid(), generate_uid()
+    dataset.StudyInstanceUID = generate_uid()
+    order = np.random.default_rng(5).permutation(values.shape[2])
+    set_pixels(dataset, values[:, :, order].T)
+    measures = item(PixelSpacing=[_decimal(spacing[1]), _decimal(spacing[0])], SliceThickness=_decimal(spacing[2]))
+    plane = item(ImageOrientationPatient=[_decimal(x) for x in (affine[:3, :2] / spacing[:2]).T.ravel()])
+    dataset.SharedFunctionalGroupsSequence = [item(PixelMeasuresSequence=[measures], PlaneOrientationSequence=[plane])]
+    dataset.PerFrameFunctionalGroupsSequence = []
+    for frame in map(int, order):
+        place = [_decimal(x) for x in affine[:3, 3] + frame * affine[:3, 2]]
+        groups = item(PlanePositionSequence=[item(ImagePositionPatient=place)])
+        if per_frame is not None:
+            per_frame(groups, frame)
+        dataset.PerFrameFunctionalGroupsSequence.append(groups)
+    if change is not None:
+        change(dataset)
+    save(dataset, path, syntax)
+    return path
+
+
 def common(modality: str) -> dict[str, Any]:
     """What every file of a series says."""
     header = {
@@ -154,7 +194,8 @@ def save(dataset: Dataset, path: Path, syntax: str = "explicit") -> None:
     """Write the data set (pixels uncompressed, little endian) in one of SYNTAXES."""
     uid = SYNTAXES[syntax]
     dataset.file_meta.TransferSyntaxUID = uid if not uid.is_compressed else pydicom.uid.ExplicitVRLittleEndian
-    dataset["PixelData"].VR = "OW"
+    if "PixelData" in dataset:
+        dataset["PixelData"].VR = "OW"
     if syntax in ("rle", "j2k", "jpeg_ls"):
         dataset.compress(uid)
     if syntax == "big_endian" and dataset.BitsAllocated > 8:
@@ -260,13 +301,13 @@ def write_rtstruct(path: Path, series: Sequence[Path], masks: Mapping[str, np.nd
     dataset.RTROIObservationsSequence = []
     for number, (name, mask) in enumerate(masks.items(), 1):
         dataset.StructureSetROISequence.append(
-            _item(ROINumber=number, ROIName=name, ReferencedFrameOfReferenceUID=images[0].FrameOfReferenceUID)
+            item(ROINumber=number, ROIName=name, ReferencedFrameOfReferenceUID=images[0].FrameOfReferenceUID)
         )
         contours = [
             _contour(image, points) for image, part in zip(images, mask.T, strict=True) for points in _rings(part)
         ]
-        dataset.ROIContourSequence.append(_item(ReferencedROINumber=number, ContourSequence=contours))
-        dataset.RTROIObservationsSequence.append(_item(ObservationNumber=number, ReferencedROINumber=number))
+        dataset.ROIContourSequence.append(item(ReferencedROINumber=number, ContourSequence=contours))
+        dataset.RTROIObservationsSequence.append(item(ObservationNumber=number, ReferencedROINumber=number))
     dataset.save_as(path, enforce_file_format=True)
     return path
 
@@ -285,8 +326,8 @@ def _contour(image: Dataset, points: np.ndarray) -> Dataset:
     orientation = np.array(image.ImageOrientationPatient, float).reshape(2, 3)
     spacing = np.array(image.PixelSpacing, float)[::-1]
     places = points * spacing @ orientation + np.array(image.ImagePositionPatient, float)
-    reference = _item(ReferencedSOPClassUID=image.SOPClassUID, ReferencedSOPInstanceUID=image.SOPInstanceUID)
-    return _item(
+    reference = item(ReferencedSOPClassUID=image.SOPClassUID, ReferencedSOPInstanceUID=image.SOPInstanceUID)
+    return item(
         ContourImageSequence=[reference],
         ContourGeometricType="CLOSED_PLANAR",
         NumberOfContourPoints=len(points),
@@ -294,7 +335,8 @@ def _contour(image: Dataset, points: np.ndarray) -> Dataset:
     )
 
 
-def _item(**values: Any) -> Dataset:
+def item(**values: Any) -> Dataset:
+    """A data set of these elements, for a sequence."""
     made = Dataset()
     for key, value in values.items():
         setattr(made, key, value)
