@@ -7,7 +7,7 @@ A sample folder holds ``image.png``, ``mask.png``, ``prompt.txt`` and perhaps ``
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.core.errors import FileError, MedSoftError
-from ldm.core.files import atomic_folder, read_json, read_text, sync, write_json, write_text
+from ldm.core.files import atomic_folder, content_id, read_json, read_text, sync, write_json, write_text
 from ldm.core.threads import thread_pool
 from ldm.data.images import SUFFIXES, intensity_range_of, orientations_differ, read_image
 from ldm.data.masks import (
@@ -256,6 +256,28 @@ def _meta(path: Path) -> dict[str, Any]:
     if wrong:
         raise FileError(path, ": ".join(wrong))
     return {key: value for key, value in meta.items() if value is not None}
+
+
+def parent_image(result: Sample, content: Callable[[Path], str | None] = content_id) -> Path:
+    """The image that a result was made from: its meta.json has the path, seen from the result, and the SHA-256.
+
+    ``content`` gives a file's SHA-256, None for one that cannot be read. FileError, with what to do, where the image is
+    not there or is another one: results may have been copied without their data, or beside other data.
+    """
+    folder, given = result.image.parent, result.meta.get("parent_image")
+    if not isinstance(given, str) or not given or "\0" in given:
+        raise FileError(folder / "meta.json", f"expected parent_image, the path of the original, found {given!r}")
+    path = Path(os.path.abspath(folder / given))
+    digest, expected = content(path), result.meta.get("parent_sha256")
+    if digest is None:
+        raise FileError(
+            path,
+            f"is not there or cannot be read; it is the image that {folder} was made from, whose meta.json names it as "
+            f"{given}: copy results and data together, or put it back",
+        )
+    if expected not in (None, digest):
+        raise FileError(path, f"has changed since, or is another image than the one that {folder} was made from")
+    return path
 
 
 def write_sample(

@@ -182,13 +182,13 @@ def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
     Outside: so far from the soft mask that SSIM's window does not reach it.
     """
     found = {name: {measure: ([], []) for measure in ("ssim", "psnr")} for name in ("outside", "inside")}
-    unchanged, orphans = 0, 0
+    unchanged, orphans, faults = 0, 0, []
     for lesion in tqdm(synthetic, desc="parents", leave=False, disable=None):
         try:
             image = read_result(lesion.sample)
         except MedSoftError as error:
             if isinstance(lesion.sample.meta.get("parent_image"), str) and lesion.sample.soft_mask is not None:
-                log.warning("not compared with its parent: %s", error)
+                faults.append(error)
             orphans += 1
             continue
         original, result = (x if x.ndim == 2 else x.mean(axis=2) for x in image.shown())
@@ -200,6 +200,9 @@ def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
                     values, patients = found[name][measure]
                     values.append(value)
                     patients.append(lesion.sample.patient_id)
+    if faults:
+        text = "warning: %d of %d results are not compared with their parents; the first: %s"
+        log.warning(text, len(faults), len(synthetic), faults[0])
     compared = len(synthetic) - orphans
     summary: dict[str, Any] = {"compared": compared, "without_parent": orphans}
     summary |= {name: {key: mean_of(*each) for key, each in measures.items()} for name, measures in found.items()}

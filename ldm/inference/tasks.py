@@ -15,7 +15,7 @@ from ldm.core.paths import confined
 from ldm.core.schema import Rule
 from ldm.data.annotations import load_samples
 from ldm.data.checks import TRAINED_ON
-from ldm.data.folders import read_sample
+from ldm.data.folders import parent_image, read_sample
 from ldm.data.images import read_image
 from ldm.data.masks import read_mask
 from ldm.data.preparation import PreparedSample, fit_sample, inpainting_obstacle, prepare
@@ -81,7 +81,7 @@ def plan_tasks(
     elif options.replay and record:
         tasks = [task_from_metadata(options.replay, record, content)]
     elif options.like:
-        tasks, rejects = tasks_from_results(options, options.like)
+        tasks, rejects = tasks_from_results(options, options.like, content)
     else:
         tasks, rejects = _dataset(options)
     tasks, unnamed = _nameable(tasks, options.output_dir)
@@ -261,13 +261,15 @@ def _listed(samples: list[Sample], path: Path) -> list[Sample]:
     return [known[name] for name in found]
 
 
-def tasks_from_results(options: InferenceOptions, folder: Path) -> tuple[list[Task], list[Reject]]:
+def tasks_from_results(
+    options: InferenceOptions, folder: Path, content: Callable[[Path | None], str | None]
+) -> tuple[list[Task], list[Reject]]:
     """The parents and masks of earlier results, with their prompts or another one, under the same names and noise."""
     results, rejects = load_samples(folder)
     tasks: list[Task] = []
     for result in results[: options.limit]:
         try:
-            tasks.append(_task_of(result))
+            tasks.append(_task_of(result, content))
         except FileError as error:
             rejects.append(Reject(result.sample_id, error.path, error.reason))
     if options.prompt:
@@ -279,13 +281,16 @@ def tasks_from_results(options: InferenceOptions, folder: Path) -> tuple[list[Ta
     return tasks, rejects
 
 
-def _task_of(result: Sample) -> Task:
-    """The task that makes an earlier result again; FileError if its meta.json does not say how it was made."""
+def _task_of(result: Sample, content: Callable[[Path | None], str | None]) -> Task:
+    """The task that makes an earlier result again.
+
+    FileError if its meta.json does not say how it was made, or its parent's image is not there or another one.
+    """
     folder, record = result.image.parent, {**result.meta, "parent_id": result.parent_id}
     wrong = wrong_value(record, RECORD_RULES, [*RECORD_RULES])
     if wrong:
         raise FileError(folder / "meta.json", f"{wrong[0]}: {wrong[1]}; expected the meta.json of a result")
-    image = Path(os.path.abspath(folder / record["parent_image"]))
+    image = parent_image(result, content)
     own = RESULT_KEYS - {"window", "spacing_mm"}
     meta = {key: value for key, value in result.meta.items() if key not in own}
     sample = dataclasses.replace(result, sample_id=record["parent_id"], image=image, parent_id=None, meta=meta)
@@ -307,11 +312,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def task_from_metadata(path: Path, record: dict[str, Any], content: Callable[[Path | None], str | None]) -> Task:
     """The task that makes the result of this meta.json again; MedSoftError unless its parent's image is unchanged."""
-    task = _task_of(read_sample(path.parent.name, path.parent))
-    found = content(task.sample.image)
-    if found != record["parent_sha256"]:
-        state = "has changed since" if found else "is not there or cannot be read"
-        raise MedSoftError(f"{task.sample.image}: the image that {path} was made from {state}; put it back")
+    task = _task_of(read_sample(path.parent.name, path.parent), content)
     log.info("inpainting %s again", path.parent)
     return dataclasses.replace(task, record=record)
 

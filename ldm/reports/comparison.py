@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ldm.core.errors import MedSoftError
 from ldm.core.tables import shortened
 from ldm.data.crop import Fit
-from ldm.data.folders import scan_folder
+from ldm.data.folders import parent_image, scan_folder
 from ldm.data.images import intensity_range_of, read_image, to_unit
 from ldm.data.masks import read_mask
 from ldm.data.png import write_png
@@ -73,14 +73,11 @@ def read_all_results(folder: str | Path) -> list[Sample]:
 
 
 def read_result(sample: Sample) -> ResultImage:
-    """Read one synthetic sample with its parent. MedSoftError if either is missing or their sizes differ."""
-    parent = sample.meta.get("parent_image")
-    meta = sample.image.with_name("meta.json")
-    if not isinstance(parent, str):
-        raise MedSoftError(f"{meta}: expected parent_image, the path of the original, found {parent!r}")
+    """Read one synthetic sample with its parent. MedSoftError if either is missing or they do not fit."""
+    parent = parent_image(sample)
     if sample.soft_mask is None:
         raise MedSoftError(f"{sample.image.with_name('soft_mask.png')}: does not exist; inpaint this sample again")
-    original, result = read_image(sample.image.parent / parent), read_image(sample.image)
+    original, result = read_image(parent), read_image(sample.image)
     if original.shape != result.shape or original.dtype != result.dtype:
         found, expected = (f"{each.dtype} pixels of shape {each.shape}" for each in (result, original))
         raise MedSoftError(f"{sample.image}: {found}, but its original {parent} has {expected}; inpaint it again")

@@ -297,6 +297,28 @@ def test_drawn_results_are_compared_with_their_parents(world: Path, results: Pat
     assert "density" not in numbers["distances"]
 
 
+@pytest.mark.parametrize("beside", ["nothing", "a namesake"])
+def test_results_that_were_copied_without_their_data_are_compared_with_no_other(
+    world: Path, results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, beside: str
+) -> None:
+    shutil.copytree(results, tmp_path / "copy" / "results")
+    folders = diseased(tmp_path / "copy" / "results")
+    said = "is not there or cannot be read"
+    if beside == "a namesake":
+        said = "has changed since, or is another image"
+        for folder in folders:
+            path = folder / json.loads((folder / "meta.json").read_text())["parent_image"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / "image.png", path)
+    out = tmp_path / "out"
+    assert run(world / tiny.TEST, tmp_path / "copy" / "results", out, "--train_json", world / tiny.TRAIN) in (0, 3)
+    numbers = found(out)
+    assert (numbers["parents"]["compared"], numbers["parents"]["without_parent"]) == (0, len(folders))
+    (line,) = [line for line in caplog.messages if "not compared with their parents" in line]
+    assert line.startswith(f"warning: {len(folders)} of {len(folders)} results")
+    assert said in line
+
+
 def test_the_same_again_is_complete_and_others_need_overwrite(
     real: Path, honest: Path, tmp_path: Path, caplog: Any
 ) -> None:

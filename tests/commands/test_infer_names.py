@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import call, dataset_infer, infer, metas, record, whole
+from tiny import PHANTOM, call, dataset_infer, infer, metas, record, whole
 
 from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples, write_annotations
@@ -232,3 +232,23 @@ def test_report_shows_every_result_whatever_its_name(final: Path, write_sample: 
     assert all(path.is_file() and len(os.fsencode(path.name)) < 150 for path in shown)
     assert {path.suffix for path in (tmp_path / "out" / "report_files").iterdir()} == {".png", ".json"}
     assert len(list((tmp_path / "out" / "report_files").iterdir())) == 2 * len(names)
+
+
+def test_results_that_were_copied_alone_say_what_is_missing(
+    final: Path, made: Path, write_sample: Callable, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(made / "results", tmp_path / "other" / "results")
+    expected = (
+        r"\(2 rejected; first: .*data/a/image\.png: is not there .* made from, .*: copy results and data together"
+    )
+    with pytest.raises(MedSoftError, match=expected):
+        infer(final, tmp_path / "like", "--like", copied)
+    with pytest.raises(MedSoftError, match=r"data/a/image\.png: is not there .*: copy results and data together"):
+        replay(copied / "a__v0" / "meta.json", tmp_path / "again", "--ckpt", final, "--config", PHANTOM)
+    assert len(load_samples(copied)[0]) == 2
+    for name in "ab":  # other data of the same names is not taken for it
+        write_sample(tmp_path / "other" / "data" / name, LESION, meta={"patient_id": name})
+    with pytest.raises(
+        MedSoftError, match=r"2 rejected; first: .*has changed since, or is another image than the one that"
+    ):
+        infer(final, tmp_path / "like", "--like", copied)

@@ -276,7 +276,7 @@ def test_results_without_their_parent_or_of_another_size_are_refused(demo: Path,
     with pytest.raises(MedSoftError, match=r"p3__v0.image.png: uint8 pixels of shape \(32, 32\), but its original"):
         run(demo)
     (tmp_path / "parents" / "p3.png").unlink()
-    with pytest.raises(MedSoftError, match=r"p3.png: does not exist"):
+    with pytest.raises(MedSoftError, match=r"p3.png: is not there .*: copy results and data together, or put it back"):
         run(demo)
 
 
