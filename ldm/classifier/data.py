@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm.classifier.config import DUPLICATE_REAL, PRETRAIN, ClassifierConfig
 from ldm.core.errors import MedSoftError
-from ldm.core.files import fingerprint, named_seed
+from ldm.core.files import content_id, fingerprint, named_seed
 from ldm.data.annotations import load_samples
 from ldm.data.checks import (
     Row,
@@ -236,12 +236,14 @@ def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[Imag
     """Raise MedSoftError for a synthetic set of which an image descends from, or equals, a validation or test sample,
     and for one without any child of a training sample: nobody could tell whose children its images are.
 
-    A parent name that occurs on both sides (two roots with equal folder names) is decided by the patient.
+    A parent is known by its SHA-256, its name and its patient. A name that occurs on both sides (two roots with equal
+    folder names) is decided by the patient.
     """
     own_ids, own_patients = {s.sample_id for s in train.samples}, {s.patient_id for s in train.samples}
     held_ids = {s.sample_id: other.name for other in held_out for s in other.samples}
     held_patients = {s.patient_id: other.name for other in held_out for s in other.samples}
     held_hashes = {h: (o.name, s.sample_id) for o in held_out for h, s in zip(o.hashes, o.samples, strict=True)}
+    held_files = {content_id(s.image): (other.name, s.sample_id) for other in held_out for s in other.samples}
     strangers = []
     for sample, digest in zip(synthetic.samples, synthetic.hashes, strict=True):
         parent, patient = sample.parent_id, sample.patient_id
@@ -252,6 +254,12 @@ def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[Imag
                 f"synthetic sample {sample.sample_id} was inpainted into {parent or 'an unknown parent'}, patient "
                 f"{patient} in the {side} set; only children of training patients may be added: inpaint training "
                 "samples"
+            )
+        if (made_from := str(sample.meta.get("parent_sha256") or "")) in held_files:
+            name, other_id = held_files[made_from]
+            raise MedSoftError(
+                f"synthetic sample {sample.sample_id} was inpainted into {other_id} of the {name} set, says the "
+                "SHA-256 in its meta.json; only children of training patients may be added: inpaint training samples"
             )
         if digest in held_hashes:
             name, other_id = held_hashes[digest]
@@ -332,12 +340,13 @@ class ClassifierData:
 
     @property
     def trained_on(self) -> list[dict[str, Any]]:
-        """Salted digests of the patients that the weights have learned from, whatever picture shows them."""
+        """Salted digests of the patients that the weights have learned from, whatever image shows them."""
         learned = [*self.train.samples, *(self.synthetic.samples if self.synthetic else [])]
         return trained_on("classifier", (sample.patient_id for sample in learned), self.earlier)
 
     @property
     def sets(self) -> list[ImageSet]:
+        """All that there are, those for training first."""
         return [s for s in (self.train, self.synthetic, self.duplicates, self.val, self.test) if s is not None]
 
     @property

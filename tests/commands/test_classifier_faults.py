@@ -13,6 +13,7 @@ from toy import add_sample, draw, make_set, make_world, metrics_of, rows_of, run
 
 import classifier
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import sha256_file
 
 ROOT = Path(classifier.__file__).resolve().parent
 
@@ -226,6 +227,17 @@ def test_equal_sample_names_of_different_patients_are_no_leak(world: dict, tmp_p
     add_sample(tmp_path / "test" / "train000", "healthy", draw(rng, "healthy"), patient_id="somebody-else")
     folder = synthetic_set(tmp_path / "results", "train-patient0", "train000")
     assert run(world | {"synthetic": [folder]}) == 0
+
+
+def test_synthetic_child_of_a_test_image_under_other_names_stops_the_run(world: dict, tmp_path: Path) -> None:
+    """As when results were made before the patients got their ids, or from another copy of the data."""
+    folder = synthetic_set(tmp_path / "results", "train-patient0", "train000")
+    meta, parent = Path(folder) / "s2" / "meta.json", tmp_path / "test" / "test001" / "image.png"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"parent_sha256": sha256_file(parent)}))
+    with pytest.raises(
+        MedSoftError, match="synthetic sample s2 was inpainted into test001 of the test set, says the SHA"
+    ):
+        run(world | {"synthetic": [folder]})
 
 
 def test_synthetic_copy_of_a_test_picture_stops_the_run(world: dict, tmp_path: Path) -> None:
