@@ -4,7 +4,7 @@
     python tool/make_soft_masks.py --data dataset --output_dir drawable --source lesion --size 0.3 0.5 --side left
 
 The output is a dataset folder again: image, prompt and meta.json as they were, mask.png and soft_mask.png new.
-dataset_infer.py draws in these masks, in healthy images too. The same command again finishes what is missing.
+dataset_infer.py inpaints in these masks, in healthy images too. The same command again finishes what is missing.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     shape = parser.add_argument_group("lesion-shaped masks")
     text = "diameter, relative to the smaller side of the vertebra's bounding box (default: 0.35 0.7)"
     shape.add_argument("--size", type=cli.SHARE, nargs=2, default=[0.35, 0.7], metavar=("FROM", "TO"), help=text)
-    shape.add_argument("--side", choices=SIDES, help="half of the vertebra, in the picture (default: anywhere)")
+    shape.add_argument("--side", choices=SIDES, help="half of the vertebra, in the image (default: anywhere)")
     shape.add_argument("--irregularity", type=cli.SHARE, help="0, an ellipse, to 1 (default: varies)")
     shape.add_argument("--seed", type=cli.SEED, default=0, help="seed of the shapes")
     parser.add_argument("--overwrite", action="store_true", help="replace masks made with other settings")

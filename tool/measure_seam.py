@@ -1,10 +1,10 @@
-"""Measure how visible the border of drawn lesions is: redraw diseased samples in their own masks.
+"""Measure how visible the border of synthetic lesions is: inpaint diseased samples again in their own masks.
 
     python tool/measure_seam.py --ckpt stage2_2/last.ckpt --config models/mldm_v15.yaml \
         --data openimages_format_test.json --output seam.json
 
 The mean gradient across the mask's border in the result, over that of the real image at the same place, with a 95 %
-interval over patients. The control pastes the same drawing with a hard mask (soft >= 0.5). Of a soft mask the border is
+interval over patients. The control pastes the same image with a hard mask (soft >= 0.5). Of a soft mask the border is
 the band in which its value changes, or the contour where it crosses 0.5; both are measured.
 """
 

@@ -96,7 +96,7 @@ def look(sample: Sample) -> DatasetInspection:
     seen["attributes"] = sample_attributes(sample, image)
     faults: list[Finding] = []
     if image.min() == image.max():
-        faults.append(Finding("warning", str(sample.image), f"every pixel is {image.min()}: an empty picture"))
+        faults.append(Finding("warning", str(sample.image), f"every pixel is {image.min()}: an empty image"))
     try:
         mask = read_mask(sample.mask, image.shape) if sample.mask else None
         if mask is not None and mask.note:
@@ -210,7 +210,7 @@ def _look_at(samples: list[Sample], name: str, workers: int | None) -> list[Data
 
 
 def _about(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> Iterator[Finding]:
-    """What can only be judged over a whole set: classes, depths, sizes, polarity, where lesions may be drawn."""
+    """What can only be judged over a whole set: classes, depths, sizes, polarity, where lesions may be inpainted."""
     if name == "train":
         try:
             check_classes(name, samples, balance=False)
@@ -219,7 +219,7 @@ def _about(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> 
     obstacles = [(sample, reason) for sample in samples if sample.healthy and (reason := inpainting_obstacle(sample))]
     if obstacles:
         healthy, (first, reason) = sum(sample.healthy for sample in samples), obstacles[0]
-        text = f"{len(obstacles)} of {healthy} healthy samples cannot be inpainted, training and drawing leave them out"
+        text = f"{len(obstacles)} of {healthy} healthy samples cannot be inpainted, so training leaves them out too"
         yield Finding("warning", name, f"{text}; the first, {first.sample_id}: {reason}")
     depths = {seen.depth for seen in looks if seen.depth}
     if len(depths) > 1:
@@ -244,7 +244,7 @@ def _repeated(name: str, looks: list[DatasetInspection]) -> Iterator[Finding]:
     for seen in looks:
         twin = first.setdefault(seen.digest, seen.sample_id) if seen.digest else seen.sample_id
         if twin != seen.sample_id:
-            text = f"samples {twin} and {seen.sample_id} have the same picture, pixel for pixel"
+            text = f"samples {twin} and {seen.sample_id} are the same image, pixel for pixel"
             yield Finding("warning", name, text)
 
 

@@ -270,8 +270,8 @@ def _training(
     train_loader = loader(sets["train"], training, True, rank, world, start)
     loaders = (train_loader, loader(sets["val"], training, False, rank, world))
     records = Records(folder, training.stage, fabric.is_global_zero)
-    drawn = Previews(folder, stage, previews, sets["val"], records) if previews and fabric.is_global_zero else None
-    return Training(stage, fabric, precision, loaders, checkpoints, records, drawn)
+    shown = Previews(folder, stage, previews, sets["val"], records) if previews and fabric.is_global_zero else None
+    return Training(stage, fabric, precision, loaders, checkpoints, records, shown)
 
 
 def _guarded(loop: Training) -> int:

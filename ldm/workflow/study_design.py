@@ -171,12 +171,12 @@ def plan_groups(design: Design) -> Iterator[Group]:
 
 
 def added_path(design: Design, world: World, arm: Arm) -> str:
-    """The JSON of the pictures that an arm adds to the training set."""
+    """The JSON of the images that an arm adds to the training set."""
     return design.folder(world.name, f"train_{arm.name}.json")
 
 
 def generator_steps(design: Design, world: World, name: str) -> tuple[PlanStep, ...]:
-    """Convert, train the stages in order, draw. What stands before ``merge`` starts from the converted checkpoint,
+    """Convert, train the stages in order, inpaint. What stands before ``merge`` starts from the converted checkpoint,
     what stands behind it from the checkpoint before it."""
     generator, home = design.keys.generators[name], design.folder(world.name, "generators", name)
     start = f"{home}/converted.ckpt"
@@ -198,23 +198,24 @@ def generator_steps(design: Design, world: World, name: str) -> tuple[PlanStep, 
         trained.append(f"{home}/{stem}/last.ckpt")
         steps.append(command(stem, train, trained[-1]))
         start = start if "merge" in generator.stages[position:] else trained[-1]
-    draw = ["dataset_infer.py", "--ckpt", start, "--config", str(design.keys.model), "--output_dir", f"{home}/pictures"]
-    draw += ["--train_json", world.train, *shlex.split(design.keys.draw or ""), *generator.set]
-    return (*steps, command("draw", draw, f"{home}/pictures/inference.json"))
+    words = ["dataset_infer.py", "--ckpt", start, "--config", str(design.keys.model)]
+    words += ["--output_dir", f"{home}/pictures"]
+    words += ["--train_json", world.train, *shlex.split(design.keys.draw or ""), *generator.set]
+    return (*steps, command("draw", words, f"{home}/pictures/inference.json"))
 
 
 def plan_cell(design: Design, world: World, arm: Arm, ratio: float | None, seed: int) -> CellStep:
     """One classifier; its folder names arm, ratio and seed."""
     name = f"{label(arm, ratio)}_seed{seed}"
     folder = design.folder(world.name, "cells", name)
-    drawn = [design.folder(world.name, "generators", arm.generator, "pictures")] if arm.generator else []
+    synthetic = [design.folder(world.name, "generators", arm.generator, "pictures")] if arm.generator else []
     values = {
         "train_json": added_path(design, world, arm) if arm.add else world.train,
         "val_json": world.val,
         "test_json": world.test,
         "output_dir": folder,
         "seed": seed,
-        "synthetic": drawn,  # always said, so that the classifier's JSON cannot add pictures to an arm
+        "synthetic": synthetic,  # always said, so that the classifier's JSON cannot add images to an arm
         "use_synthetic": arm.use or "mix",
         "ratio": ratio,
     }

@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def added(self) -> int | None:
-        """Images that joined the real ones: drawn, or repeated. None where the metrics do not say."""
+        """Images that joined the real ones: synthetic, or repeated. None where the metrics do not say."""
         known = [count for count in self.counts.values() if count is not None]
         return sum(known) if known and len(known) == len(self.counts) else None
 

@@ -180,7 +180,7 @@ def commit() -> str:
 
 
 def generator_seconds(groups: list[Group]) -> dict[str, float]:
-    """Seconds spent on each finished generator, by world/generator: conversion, stages, drawing."""
+    """Seconds spent on each finished generator, by world/generator: conversion, stages, inference."""
     found = {}
     for group in groups:
         record = PlanRecord(group.plan)

@@ -338,7 +338,7 @@ def test_healthy_samples_with_a_black_mask_are_left_out_before_any_feature_is_co
     assert len(list((tmp_path / "features").rglob("*.clip.safetensors"))) == 2 * (5 + 3)
     assert call(doctor, "--data", tmp_path / "data", "--output", tmp_path / "found.json") == 0
     (finding,) = [each for each in json.loads((tmp_path / "found.json").read_text()) if "inpainted" in each["text"]]
-    assert finding["text"].startswith("4 of 5 healthy samples cannot be inpainted, training and drawing leave them out")
+    assert finding["text"].startswith("4 of 5 healthy samples cannot be inpainted, so training leaves them out")
     assert infer(converted, tmp_path / "out", "--data", tmp_path / "data", "--prompt", "x") == 3
     assert len(json.loads((tmp_path / "out" / "rejects.json").read_text())) == 4
 
