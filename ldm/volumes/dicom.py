@@ -78,7 +78,7 @@ def find_series(path: Path) -> tuple[list[Series], list[FileError]]:
         warnings.simplefilter("ignore")  # pydicom's, about values that are odd and no matter here
         for file in [path] if single else _files(path if path.is_dir() else path.parent):
             try:
-                if single or _promises_dicom(file):
+                if single or promises_dicom(file):
                     header = open_file(file, pixels=False)
                     if sop_uids(header)[0] != MediaStorageDirectoryStorage:
                         found.setdefault(_key(file, header), []).append((file, header))
@@ -160,7 +160,7 @@ def _files(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def _promises_dicom(file: Path) -> bool:
+def promises_dicom(file: Path) -> bool:
     """Whether it is marked as DICOM, or named so that it should be."""
     if file.suffix.lower() in SUFFIXES or file.suffix[1:].isdigit():
         return True

@@ -3,6 +3,7 @@
 Arrays are (I, J, K) with i over columns, j over rows, k over frames; affines lead to LPS in mm, as in ``ldm.volumes``.
 """
 
+import gzip
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -208,11 +209,18 @@ def save(dataset: Dataset, path: Path, syntax: str = "explicit") -> None:
 
 
 def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray, **header: Any) -> Path:
-    """A NIfTI file of a grid in LPS; ``header`` sets fields. Both forms are written, sform as scanner coordinates."""
-    image = nibabel.Nifti1Image(values, np.diag([-1, -1, 1, 1]) @ affine)
+    """A NIfTI file of a grid in LPS, in the byte order of ``values``; ``header`` overwrites fields, as it is."""
+    order = ">" if values.dtype.byteorder == ">" else "<"
+    empty = nibabel.Nifti1Header(endianness=order)
+    image = nibabel.Nifti1Image(values, np.diag([-1, -1, 1, 1]) @ affine, empty, dtype=values.dtype)
+    image.set_sform(image.affine, 1)
+    image.set_qform(image.affine, 1)
+    data = image.to_bytes()
+    changed = nibabel.Nifti1Header(data[:348], endianness=order)
     for key, value in header.items():
-        image.header[key] = value
-    nibabel.save(image, path)
+        changed[key] = value
+    data = changed.binaryblock + data[348:]
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
 
