@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from inspect import signature
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
 
 from ldm.core.errors import MedSoftError, UsageError
@@ -134,8 +135,24 @@ def run(made: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int 
     raise SystemExit(code)
 
 
+def _check_encoding(args: argparse.Namespace) -> None:
+    """UsageError for a text or path among the arguments that is not UTF-8: what is written could not hold it."""
+    given = {"the working directory": [os.getcwd()]}
+    given |= {f"--{name}": value if isinstance(value, list) else [value] for name, value in vars(args).items()}
+    for name, values in given.items():
+        for value in values:
+            text = os.path.realpath(value) if isinstance(value, Path) else str(value)
+            if not _is_utf8(text) or not _is_utf8(str(value)):
+                raise UsageError(f"{name}: {ascii(text)[1:-1]} is not valid UTF-8, which JSON files need; rename it")
+
+
+def _is_utf8(text: str) -> bool:
+    return text == text.encode("utf-8", "replace").decode()
+
+
 def _guarded(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     try:
+        _check_encoding(args)
         return main(args) or DONE
     except Terminated:
         return TERMINATED

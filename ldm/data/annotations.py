@@ -14,7 +14,18 @@ from ldm.core.files import json_text, read_json, write_text
 from ldm.core.schema import Rule
 from ldm.data.checks import warn_of_texts
 from ldm.data.folders import scan_folder
-from ldm.data.samples import HEALTHY, META_RULES, META_TEXTS, Reject, Sample, is_box, prompt_of, text_of, wrong_value
+from ldm.data.samples import (
+    HEALTHY,
+    META_RULES,
+    META_TEXTS,
+    Reject,
+    Sample,
+    is_box,
+    prompt_fault,
+    prompt_of,
+    text_of,
+    wrong_value,
+)
 
 
 def load_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
@@ -116,7 +127,10 @@ _REQUIRED = ("image", "label", "box")
 _RULES = {
     **{key: META_RULES[key] for key in (*META_TEXTS, "synthetic")},  # what else stands beside `meta` is not ours
     **dict.fromkeys(("image", "mask_image", "anatomy", "soft_mask"), _PATH),
-    "label": Rule(lambda value: isinstance(value, str) and bool(prompt_of(value)), "text that is not empty"),
+    "label": Rule(
+        lambda value: isinstance(value, str) and not prompt_fault(prompt_of(value)),
+        "one sentence on one line, not empty",
+    ),
     "box": Rule(is_box, "four numbers [x, y, w, h], fractions inside the image"),
     "sample_id": Rule(_is_identity, "a relative path without '..'"),
     "meta": Rule(lambda value: isinstance(value, dict), "an object"),
@@ -139,7 +153,7 @@ def _parse(path: Path, index: int, record: Any) -> Sample:
     x, y, width, height = map(float, record["box"])
     texts: dict[str, Any] = {key: text_of(record.get(key)) for key in META_TEXTS}
     return Sample(
-        sample_id=record.get("sample_id") or "",
+        sample_id=PurePosixPath(record["sample_id"]).as_posix() if record.get("sample_id") else "",
         image=Path(os.path.abspath(path.parent / record["image"])),
         mask=file("mask_image"),
         prompt=prompt,
@@ -153,15 +167,24 @@ def _parse(path: Path, index: int, record: Any) -> Sample:
 
 
 def _with_identities(path: Path, samples: list[Sample]) -> list[Sample]:
-    """Fill in missing ids (files of the published tool have none) and refuse repeated ones."""
-    parents = [sample.image.parent for sample in samples]
-    common = Path(os.path.commonpath(parents)) if len(set(parents)) > 1 else parents[0].parent
+    """Fill in missing ids and refuse repeated ones.
+
+    Files of the published tool have no ids: an image's folder is its sample's id or, where several lie in one folder,
+    its file's name without the suffix.
+    """
+    nameless = [sample.image for sample in samples if not sample.sample_id]
+    names = {image: image.parent for image in nameless}
+    if len({*names.values()}) < len(nameless):
+        names = {image: image.with_suffix("") for image in nameless}
+    common = Path(os.path.commonpath([name.parent for name in names.values()])) if names else Path()
     seen: dict[str, int] = {}
     result = []
-    for index, (sample, parent) in enumerate(zip(samples, parents, strict=True)):
-        sample_id = sample.sample_id or parent.relative_to(common).as_posix()
+    for index, sample in enumerate(samples):
+        sample_id = sample.sample_id or names[sample.image].relative_to(common).as_posix()
         if sample_id in seen:
-            raise MedSoftError(f"{path}: records {seen[sample_id]} and {index} have the same sample_id {sample_id!r}")
+            cure = "" if sample.sample_id else ", as it is made from the image's name; give each a sample_id"
+            first = seen[sample_id]
+            raise MedSoftError(f"{path}: records {first} and {index} have the same sample_id {sample_id!r}{cure}")
         seen[sample_id] = index
         result.append(replace(sample, sample_id=sample_id, patient_id=sample.patient_id or sample_id))
     return result

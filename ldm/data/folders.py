@@ -4,8 +4,10 @@ A sample folder holds ``image.png``, ``mask.png``, ``prompt.txt`` and perhaps ``
 ``meta.json``; capitals in these names do not matter.
 """
 
+import filecmp
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,7 +31,18 @@ from ldm.data.masks import (
     stray_parts,
 )
 from ldm.data.png import write_png
-from ldm.data.samples import HEALTHY, META_RULES, META_TEXTS, Reject, Sample, prompt_of, shown, text_of, wrong_value
+from ldm.data.samples import (
+    HEALTHY,
+    META_RULES,
+    META_TEXTS,
+    Reject,
+    Sample,
+    prompt_fault,
+    prompt_of,
+    shown,
+    text_of,
+    wrong_value,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +54,34 @@ OTHER_SUFFIXES = tuple(f".{name}" for name in _OTHER.split(" "))
 # Folders that file servers and systems make, with copies or remains of what lies beside them.
 SYSTEM_FOLDERS = ("@eadir", "__macosx", "lost+found", "$recycle.bin", "#recycle", "@recycle", "#snapshot")
 PART_NOTE = "its prompt is `healthy`, but its mask covers less than half of the vertebra in anatomy.png: a lesion's?"
+OVERVIEW = "sheet.png"  # of all samples, as tool/make_phantoms.py writes it beside them
+# What names begin with that are probably meant to be a sample's file, and what they end with.
+_IMAGES = "|".join(map(re.escape, sorted((*SUFFIXES, *OTHER_SUFFIXES), key=len, reverse=True)))
+_ALIKE = {
+    "image": ("image|img", _IMAGES),
+    "mask": ("mask", _IMAGES),
+    "soft_mask": ("soft[ _-]?mask", _IMAGES),
+    "anatomy": ("anatomy", _IMAGES),
+    "prompt.txt": ("prompt", r"\.(?:txt|text|md|rtf|docx?)"),
+    "meta.json": ("meta", r"\.(?:json|txt)"),
+}
+_NUMBER = r"(?:[\W\d_]|copy|kopie)*"
+_ALIKE_NAMES = {key: re.compile(rf"(?:{word}){_NUMBER}(?:(?:{end}){_NUMBER})*") for key, (word, end) in _ALIKE.items()}
+FAINT = 0.1  # of the intensity range
+FAINT_NOTE = (
+    "nearly all of its image lies within a tenth of its range (0 to 255, or its `window`): the networks see next to "
+    "nothing of it"
+)
 SYNTHETIC_MARK = b"MedSoft-Diffusion"  # in a text tag at the beginning of every image.png that was inpainted here
 
 
 def scan_folder(root: str | Path) -> tuple[list[Sample], list[Reject]]:
     """Find and check every sample folder below ``root``, in the order of their ids.
 
-    A sample folder is any that holds ``image.*``, ``mask.*`` or ``prompt.txt``; those that are hidden or a system's own
-    are left out and counted. Every file is decoded completely. A sample with an error becomes a Reject and never stops
-    the others. Raises MedSoftError if ``root`` is no folder or holds no sample at all.
+    A sample folder is any that holds an image file or the prompt of one, or a file of nearly such a name
+    (``image_1.png``); those that are hidden or a system's own are left out and counted, as are image files of other
+    names. Every file is decoded completely. A sample with an error becomes a Reject and never stops the others. Raises
+    MedSoftError if ``root`` is no folder or holds no sample at all.
     """
     root = Path(root)
     if not root.is_dir():
@@ -74,7 +106,8 @@ def scan_folder(root: str | Path) -> tuple[list[Sample], list[Reject]]:
 def _sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
     """(sample_id, folder) of every sample folder, sorted, and the folders that could not be listed."""
     folders: list[tuple[str, Path]] = []
-    left_out: list[tuple[str, Path]] = []
+    left_out: list[Path] = []
+    unread: list[Path] = []
     rejects = []
     above = {str(root): {os.path.realpath(root)}}  # real folders on the way to each one: a link back up is not followed
 
@@ -88,12 +121,21 @@ def _sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
         inner = {child: os.path.realpath(os.path.join(name, child)) for child in sorted(children)}
         children[:] = [child for child, real in inner.items() if real not in passed]
         above.update({os.path.join(name, child): passed | {inner[child]} for child in children})
-        if any(map(_is_of_a_sample, (*files, *children))):
-            chosen = left_out if _is_hidden(root, Path(name)) else folders
-            chosen.append((_identity(root, Path(name)), Path(name)))
+        folder, named = Path(name), [*files, *(child for child in children if "." in child)]
+        hidden, keys = _is_hidden(root, folder), {_key_of(each) for each in named}
+        if keys - {None, "meta.json"}:
+            if hidden:
+                left_out.append(folder)
+            else:
+                folders.append((_identity(root, folder), folder))
+        if not hidden and not name.endswith("_files"):  # the images of a report
+            unread += [folder / file for file in files if _is_unread(file)]
     if left_out:
         message = "%d sample folders are left out, as hidden or a system's own; the first: %s"
-        log.warning(message, len(left_out), shown(min(left_out)[1]))
+        log.warning(message, len(left_out), shown(min(left_out)))
+    if unread:
+        message = "%d image files are not read, as they are not named image, mask, soft_mask or anatomy; the first: %s"
+        log.warning(message, len(unread), shown(min(unread)))
     return sorted(folders), rejects
 
 
@@ -108,9 +150,19 @@ def _split_name(name: str) -> tuple[str, str]:
     return (stem.removesuffix(".nii"), ".nii.gz") if name.lower().endswith(".nii.gz") else (stem, suffix)
 
 
-def _is_of_a_sample(name: str) -> bool:
+def _is_unread(name: str) -> bool:
+    """Whether a file is an image, but none of a sample's by its name. Hidden files are not looked at."""
     stem, suffix = _split_name(name)
-    return (stem in ("image", "mask") and suffix in (*SUFFIXES, *OTHER_SUFFIXES)) or name.lower() == "prompt.txt"
+    own = (stem in STEMS and suffix in SUFFIXES) or name == OVERVIEW or name.startswith(".")
+    return suffix in (*SUFFIXES, *OTHER_SUFFIXES) and not own
+
+
+def _key_of(name: str) -> str | None:
+    """Which file of a sample a name means, or is probably meant to (``mask (1).png``, ``prompt.txt.txt``); None: none.
+
+    An image's key is its stem, another file's its name.
+    """
+    return next((key for key, pattern in _ALIKE_NAMES.items() if pattern.fullmatch(name.lower())), None)
 
 
 def _identity(root: Path, folder: Path) -> str:
@@ -139,12 +191,17 @@ def read_sample(sample_id: str, folder: Path) -> Sample:
     image = read_image(files["image"])
     prompt_file = files.get("prompt.txt", folder / "prompt.txt")
     raw = read_text(prompt_file, "prompt file")
-    prompt = _prompt(raw, prompt_file)
+    prompt = prompt_of(raw)
+    if fault := prompt_fault(prompt):
+        raise FileError(prompt_file, fault)
     diseased = prompt.lower() != HEALTHY
     meta_file = files.get("meta.json", folder / "meta.json")
     meta = _meta(meta_file)
     if diseased and "mask" not in files:
         raise FileError(folder / "mask.png", "does not exist; a sample that is not healthy needs its lesion's mask")
+    for stem in ("mask", "soft_mask", "anatomy"):
+        if stem in files and filecmp.cmp(files["image"], files[stem], shallow=False):
+            raise FileError(files[stem], f"is a copy of {files['image'].name}; put the right file in its place")
     masks = {stem: read_mask(files[stem], image.shape, stem == "soft_mask") for stem in MASKS if stem in files}
     for stem, mask in masks.items():
         if mask.empty and diseased:
@@ -156,7 +213,7 @@ def read_sample(sample_id: str, folder: Path) -> Sample:
     if "mask" in masks:
         regions["lesion" if diseased else "vertebra"] = masks["mask"].hard
     try:
-        notes = [*_window_notes(image, meta.get("window"), regions)]
+        notes = [*_intensity_notes(image, meta.get("window"), regions)]
     except MedSoftError as error:
         raise FileError(meta_file, str(error)) from error
     notes += [mask.note for mask in masks.values() if mask.note]
@@ -189,20 +246,12 @@ def _is_marked(image: Path) -> bool:
         return SYNTHETIC_MARK in handle.read(1024)
 
 
-def _prompt(raw: str, path: Path) -> str:
-    """The prompt that a file means; FileError unless it is one sentence."""
-    prompt = prompt_of(raw)
-    if not prompt:
-        raise FileError(path, "the prompt is empty; write what the image shows, or `healthy`")
-    lines = len([line for line in prompt.splitlines() if line.strip()])
-    if lines > 1:
-        raise FileError(path, f"holds {lines} lines; expected one sentence: join them, or keep the right one")
-    return prompt
-
-
-def _window_notes(image: np.ndarray, window: Any, regions: Mapping[str, np.ndarray]) -> Iterator[str]:
-    """What the intensity range does to an image's ``regions`` (bool HxW); MedSoftError if it misses the image."""
-    low, high = intensity_range_of(image, window)
+def _intensity_notes(image: np.ndarray, window: Any, regions: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """What the intensity range does to an image and its ``regions`` (bool HxW); MedSoftError if it misses the image."""
+    low, high = intensity_range_of(image, window, regions.get("lesion"))
+    darkest, brightest = np.percentile(image, (0.5, 99.5))
+    if brightest - darkest < FAINT * (high - low):
+        yield FAINT_NOTE
     if image.dtype == np.uint8:
         if window is not None:
             yield "its image has 8 bits, which are used as they are: `window` in its meta.json is not"
@@ -226,22 +275,28 @@ def mask_box(mask: Mask | None) -> tuple[float, float, float, float]:
 def _files(folder: Path) -> dict[str, Path]:
     """The files of a sample: images by their stems, ``prompt.txt`` and ``meta.json`` by their names.
 
-    Raises FileError where two could be meant, and for an image in a format that is not read.
+    Raises FileError where two could be meant, for an image in a format that is not read, and for a file of nearly the
+    name of one that is not there.
     """
     found: dict[str, Path] = {}
-    strange: dict[str, Path] = {}
+    alike: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         stem, suffix = _split_name(path.name)
         key = stem if stem in STEMS and suffix in SUFFIXES else path.name.lower()
-        if key in (*STEMS, "prompt.txt", "meta.json"):
+        if path.is_dir() and "." not in path.name:
+            continue  # `mask/` is not a mask
+        if key in _ALIKE:
             other = found.setdefault(key, path)
             if other != path:
                 raise FileError(other, f"ambiguous: {other.name} and {path.name} are both here; keep one")
-        elif stem in STEMS and suffix in OTHER_SUFFIXES:
-            strange.setdefault(stem, path)
-    for stem, path in strange.items():
-        if stem not in found:
-            raise FileError(path, f"this format is not read; export it as {stem}.png (read are {', '.join(SUFFIXES)})")
+        elif meant := _key_of(path.name):
+            alike.setdefault(meant, path)
+    for key, path in alike.items():
+        if key not in found:
+            name, suffix = f"{key}.png" if key in STEMS else key, _split_name(path.name)[1]
+            if suffix in OTHER_SUFFIXES:
+                raise FileError(path, f"this format is not read; export it as {name} (read are {', '.join(SUFFIXES)})")
+            raise FileError(path, f"is not read under this name; call it {name}, or take it out of the sample's folder")
     return found
 
 

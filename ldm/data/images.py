@@ -18,7 +18,8 @@ from ldm.data.png import PNG_SIGNATURE, check_png, check_size
 from ldm.data.tiff import TIFF_HEADS, read_tiff, tiff_orientation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-PERCENTILES = (0.5, 99.5)
+PERCENTILES = (0.1, 99.9)  # of the visible pixels, and of those of them that are no background
+BACKGROUND = 0.1  # of the way from the first percentile to the last: what is darker is air, for the upper end
 _ORIENTATION_TAG = 0x0112
 _ALPHA_MODES = ("LA", "RGBA", "La", "RGBa", "PA")  # Pillow's
 _IMAGE_MAGIC = {PNG_SIGNATURE: "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", **dict.fromkeys(TIFF_HEADS, "TIFF")}
@@ -91,7 +92,28 @@ def _orientation_of(path: Path) -> int:
     if kind == "PNG" and b"eXIf" not in data and b"Raw profile type" not in data:
         return 1  # Pillow would decode the whole file to look for it
     with Image.open(io.BytesIO(data), formats=[kind]) as opened:
-        found = opened.getexif().get(_ORIENTATION_TAG, 1)
+        return _exif_orientation(path, opened)
+
+
+def _exif_orientation(path: Path, opened: Image.Image) -> int:
+    """The orientation that an image's EXIF names, 1 (upright) to 8; 1 without EXIF, or with one that was emptied.
+
+    FileError for an EXIF block that cannot be read: then nothing says how the image is turned.
+    """
+    if opened.format == "PNG":
+        opened.load()  # the block may follow the pixels
+    block = opened.info.get("exif", b"")
+    if text := opened.info.get("Raw profile type exif"):  # as ImageMagick writes it: name, length, then hexadecimal
+        block = block or bytes.fromhex("".join(text.split("\n")[3:]))
+    if not block.removeprefix(b"Exif\0\0").strip(b"\0"):
+        return 1
+    exif = Image.Exif()
+    try:
+        exif.load(block)
+        found = exif.get(_ORIENTATION_TAG, 1)
+    except Exception as error:  # Pillow raises many kinds
+        reason = f"its EXIF block cannot be read ({error}), so nothing says how it is turned; remove it or export again"
+        raise FileError(path, reason) from error
     return found if found in range(1, 9) else 1
 
 
@@ -112,16 +134,19 @@ def _decode(path: Path, indices: bool, alpha: bool = False) -> np.ndarray:
     try:
         if kind == "PNG":
             check_png(path, data)
-        found = read_tiff(path, data) if kind == "TIFF" else None
+        found = read_tiff(path, data, indices) if kind == "TIFF" else None
         if found is None:
             with Image.open(io.BytesIO(data), formats=[kind]) as opened:
                 check_size(path, *opened.size)
                 if kind == "PNG" and getattr(opened, "n_frames", 1) > 1:
                     raise FileError(path, "holds several images; expected one")
+                opened.info.pop("xmp", None)  # it may name a turn too, which Pillow would apply to TIFF files
                 opened.load()
                 deep = kind == "PNG" and data[24] == 16
                 layers = _deep_layers(data, opened) if deep else _layers(opened, indices)
-                found = layers, opened.getexif().get(_ORIENTATION_TAG, 1)
+                if kind == "PNG" and data[25] in (0, 2) and "transparency" in opened.info:
+                    layers = _with_transparent_level(layers, opened, data[24])
+                found = layers, 1 if kind == "TIFF" else _exif_orientation(path, opened)  # Pillow has turned TIFF files
     except MedSoftError:
         raise
     except Image.DecompressionBombError as error:
@@ -141,11 +166,18 @@ def _deep_layers(data: bytes, opened: Image.Image) -> np.ndarray:
             raise ValueError("its 16-bit pixels cannot be decoded")
         channels = {2: [2, 1, 0], 4: [0, 3], 6: [2, 1, 0, 3]}[data[25]]  # by PNG's colour type; OpenCV's order is BGRA
         layers = decoded[..., channels]
-    hidden = opened.info.get("transparency")
-    if hidden is None or data[25] not in (0, 2):
-        return layers
+    return layers
+
+
+def _with_transparent_level(layers: np.ndarray, opened: Image.Image, depth: int) -> np.ndarray:
+    """HxWx2 or HxWx4: alpha is 0 where HxW or HxWx3 ``layers`` have the level that a PNG of ``depth`` bits hides.
+
+    Pillow scales pixels of 2 and 4 bits to 8, but not this level.
+    """
+    top = np.iinfo(layers.dtype).max
+    level = np.bitwise_and(opened.info["transparency"], 2**depth - 1) * (top // (2**depth - 1))
     colours = layers.reshape(*layers.shape[:2], -1)
-    alpha = np.where((colours == hidden).all(axis=2, keepdims=True), np.uint16(0), np.uint16(65535))
+    alpha = np.where((colours == level).all(axis=2, keepdims=True), 0, top).astype(layers.dtype)
     return np.concatenate([colours, alpha], axis=2)
 
 
@@ -154,9 +186,9 @@ def _layers(opened: Image.Image, indices: bool) -> np.ndarray:
     mode = opened.mode
     if indices and mode == "P":
         return np.asarray(opened)
-    if mode in _ALPHA_MODES or "transparency" in opened.info:
+    if mode in _ALPHA_MODES or (mode == "P" and "transparency" in opened.info):
         rgba = np.asarray(opened.convert("RGBA"))
-        grey = mode in ("LA", "La", "L", "1") or (mode in ("P", "PA") and is_grey(_visible(rgba)))
+        grey = mode in ("LA", "La") or (mode in ("P", "PA") and is_grey(_visible(rgba)))
         return rgba[..., [0, 3]] if grey else rgba
     if mode in ("1", "L"):
         return np.asarray(opened.convert("L"))
@@ -258,12 +290,16 @@ def _describe(head: bytes) -> str:
     return f"unknown content beginning with {head[:8].hex(' ')}"
 
 
-def intensity_range_of(image: np.ndarray, given: Sequence[float] | None = None) -> tuple[float, float]:
+def intensity_range_of(
+    image: np.ndarray, given: Sequence[float] | None = None, hidden: np.ndarray | None = None
+) -> tuple[float, float]:
     """The (low, high) pixel values that become 0 and 1.
 
-    8-bit: (0, 255). 16-bit: ``given`` (meta.json's ``window``: two rising numbers) or the 0.5-99.5 percentile; where
-    those coincide the extremes, and for a constant image one level above it. Raises MedSoftError for a ``given`` that
-    leaves less than one of 256 levels of the image.
+    8-bit: (0, 255). 16-bit: ``given`` (meta.json's ``window``: two rising numbers), or what the pixels that are not
+    ``hidden`` (bool HxW) hold: from their 0.1 percentile to the 99.9 percentile of those brighter than a tenth of the
+    way up. So air around the body takes no share in how bright bone may be. All pixels count where none is visible; a
+    range of one value is made one level wide. Raises MedSoftError for a ``given`` that leaves less than one of 256
+    levels of the image.
     """
     if image.dtype == np.uint8:
         return 0.0, 255.0
@@ -277,9 +313,10 @@ def intensity_range_of(image: np.ndarray, given: Sequence[float] | None = None) 
                 "levels as they are in the file, not physical units such as HU"
             )
         return low, high
-    low, high = (float(value) for value in np.percentile(image, PERCENTILES))
-    if low >= high:
-        low, high = float(image.min()), float(image.max())
+    visible = image if hidden is None or hidden.all() else image[~hidden]
+    low, high = (float(value) for value in np.percentile(visible, PERCENTILES))
+    body = visible[visible > low + BACKGROUND * (high - low)]
+    high = float(np.percentile(body, PERCENTILES[1])) if body.size else low
     return low, max(high, low + 1.0)
 
 

@@ -38,7 +38,8 @@ class PreparedSample:
 
     original: HxW or HxWx3 pixels as in the file; intensity_range: its (low, high) values that become 0 and 1; hard:
     bool HxW lesion region; soft: float32 HxW soft mask; crop_window: the square the model sees. image: (3, S, S) in
-    [-1, 1]; mask: soft, (1, S, S) in [0, 1]. Where mask < 0.5, image does not depend on pixels where soft >= 0.5.
+    [-1, 1]; mask: soft, (1, S, S) in [0, 1]. Where mask < 0.5, image does not depend on pixels where soft >= 0.5, and
+    neither does intensity_range.
     """
 
     original: np.ndarray
@@ -148,8 +149,9 @@ def fit_sample(
     else:
         soft = soft_mask_for(mask, Feather(data.feather, data.feather_unit), sample.meta.get("spacing_mm"))
     crop_window = Fit(data.fit, data.image_size, data.context).crop_window(original.shape, soft, offset)
-    intensity_range = intensity_range_of(original, sample.meta.get("window"))
-    unit = crop_window.forward(to_unit(original, intensity_range), hidden=soft >= 0.5)
+    hidden = soft >= 0.5
+    intensity_range = intensity_range_of(original, sample.meta.get("window"), hidden)
+    unit = crop_window.forward(to_unit(original, intensity_range), hidden)
     rgb = np.repeat(unit[..., None], 3, axis=2) if unit.ndim == 2 else unit  # the networks read RGB
     image = torch.from_numpy(np.ascontiguousarray((rgb * 2 - 1).transpose(2, 0, 1)))
     model_mask = torch.from_numpy(crop_window.forward_mask(soft))[None]

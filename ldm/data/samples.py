@@ -161,6 +161,14 @@ def contradicts_type(sample: Sample) -> bool:
     return kind is not None and sample.healthy != (plain(kind) == HEALTHY or probably_healthy(kind))
 
 
+def prompt_fault(prompt: str) -> str | None:
+    """What is wrong with a prompt that ``prompt_of`` gave, in words; None if it is one sentence."""
+    if not prompt:
+        return "the prompt is empty; write what the image shows, or `healthy`"
+    lines = len([line for line in prompt.splitlines() if line.strip()])
+    return f"holds {lines} lines; expected one sentence: join them, or keep the right one" if lines > 1 else None
+
+
 def is_number(value: Any) -> bool:
     """True for a finite int or float; JSON's true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
@@ -168,7 +176,7 @@ def is_number(value: Any) -> bool:
 
 def _is_spacing(value: Any) -> bool:
     numbers = value if isinstance(value, list) else [value]
-    return len(numbers) in (1, 2) and all(is_number(number) and number > 0 for number in numbers)
+    return len(numbers) in (1, 2) and all(is_number(number) and 0.001 <= number <= 1000 for number in numbers)
 
 
 def _is_window(value: Any) -> bool:
@@ -201,7 +209,7 @@ META_RULES = {
         META_TEXTS, Rule(lambda value: isinstance(value, (str, int)) and not isinstance(value, bool), "text")
     ),
     "synthetic": Rule(lambda value: isinstance(value, bool), "true or false"),
-    "spacing_mm": Rule(_is_spacing, "one or two positive numbers"),
+    "spacing_mm": Rule(_is_spacing, "one or two numbers of mm, each from 0.001 to 1000"),
     "window": Rule(_is_window, "two numbers [low, high] with low < high"),
     "trained_on": Rule(is_trained_on, "a list of {salt, steps, patients}, as results have it"),
 }

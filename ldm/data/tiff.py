@@ -1,13 +1,15 @@
 """TIFF files: what their directory says, and the pixels that Pillow reads wrongly or not at all. No torch.
 
 Pillow takes 16-bit white-is-zero for black-is-zero, cuts 16-bit colour down to 8 bits, wraps signed bytes, and knows
-neither 16-bit planes nor 16-bit grey with alpha nor big-endian BigTIFF. Such files are read here: Pillow decompresses
-their strips or tiles under a new directory, which calls each row of pixels a longer row of grey samples.
+neither 16-bit planes nor 16-bit grey with alpha nor big-endian BigTIFF, and takes colour maps of 8 bits for black. Such
+files are read here: Pillow decompresses their strips or tiles under a new directory, which calls each row of pixels a
+longer row of grey samples.
 """
 
 import io
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ _NAMES = {
     279: "counts",
     284: "planar",
     317: "predictor",
+    320: "colour_map",
     322: "tile_width",
     323: "tile_height",
     324: "offsets",
@@ -42,7 +45,11 @@ _NAMES = {
 _FIELD_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # of a tag's values, in struct's letters
 _UNSIGNED, _SIGNED = 1, 2
 _FORMATS = {_UNSIGNED: "unsigned", _SIGNED: "signed", 3: "floating-point"}
-_JPEG, _LOSSLESS = 7, (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, Zstandard
+_UNCOMPRESSED, _JPEG, _LOSSLESS = (
+    1,
+    7,
+    (1, 5, 8, 32773, 32946, 34925, 50000),
+)  # none, LZW, deflate, PackBits, deflate, LZMA, Zstandard
 _WITHOUT_PREDICTOR = (1, 32773)  # there the tag means nothing
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _PREMULTIPLIED, _ALPHA = 1, 2  # kinds of extra samples; another one is not part of the image
@@ -64,6 +71,7 @@ class TiffLayout:
     planar: int = 1
     predictor: int = 1
     fill_order: int = 1
+    colour_map: tuple[int, ...] = ()
     orientation: int = 1
     extra: tuple[int, ...] = ()
     rows: int = 0  # of a strip
@@ -78,11 +86,14 @@ class TiffLayout:
         return {_RGB: 3, _YCBCR: 3, _CMYK: 4}.get(self.photometric, 1)
 
     @property
-    def pieces(self) -> int:
-        """Strips or tiles that the pixels fill."""
+    def piece_sizes(self) -> list[int]:
+        """Bytes of each of the strips or tiles that the pixels fill, before they are compressed."""
         height = self.tile_height or min(self.rows or self.height, self.height)
         across = -(-self.width // self.tile_width) if self.tile_width else 1
-        return -(-self.height // height) * across * (self.samples if self.planar == 2 else 1)
+        planes = self.samples if self.planar == 2 else 1
+        row = -(-(self.tile_width or self.width) * self.bits[0] * self.samples // planes // 8)
+        rows = [height if self.tile_width else min(height, self.height - top) for top in range(0, self.height, height)]
+        return [count * row for count in rows for _ in range(across)] * planes
 
     @property
     def exact_in_pillow(self) -> bool:
@@ -122,8 +133,10 @@ class TiffLayout:
         )
 
 
-def read_tiff(path: Path, data: bytes) -> tuple[np.ndarray, int] | None:
+def read_tiff(path: Path, data: bytes, indices: bool = False) -> tuple[np.ndarray, int] | None:
     """The pixels of a TIFF file and its orientation tag; None for a file that Pillow reads exactly.
+
+    ``indices``: those of a palette are wanted, not its colours.
 
     HxW, HxWx2 (grey, alpha), HxWx3 or HxWx4, uint8 or uint16, black is zero, not yet turned upright. FileError for
     several images, for a sound file of a kind that is not supported (saying which), and for a damaged one.
@@ -137,13 +150,22 @@ def read_tiff(path: Path, data: bytes) -> tuple[np.ndarray, int] | None:
     check_size(path, layout.width, layout.height)
     if not (layout.exact_in_pillow or layout.exact_here):
         raise FileError(path, f"this kind of TIFF file is not supported ({layout}); export it as 8- or 16-bit PNG")
+    sizes = layout.piece_sizes
+    if layout.compression == _UNCOMPRESSED:  # there the counts say nothing new, and may be missing
+        counts = tuple(map(max, zip_longest(sizes, layout.counts[: len(sizes)], fillvalue=0)))
+        layout = replace(layout, counts=counts)
     ends = [offset + count for offset, count in zip(layout.offsets, layout.counts, strict=False)]
-    if len(ends) < layout.pieces:
-        raise FileError(
-            path, f"damaged TIFF: {len(ends)} of {layout.pieces} strips or tiles are named; export it again"
-        )
+    if layout.offsets and not layout.counts:
+        raise FileError(path, "its compressed strips have no StripByteCounts, so they cannot be found; export it again")
+    if len(ends) < len(sizes):
+        raise FileError(path, f"damaged TIFF: {len(ends)} of {len(sizes)} strips or tiles are named; export it again")
     if max(ends) > len(data):
         raise FileError(path, f"damaged TIFF: its {len(data)} bytes end before its pixel data; copy it again")
+    if layout.photometric == _PALETTE and len(layout.colour_map) != 3 * 2 ** layout.bits[0]:
+        entries = f"{len(layout.colour_map)} entries, expected {3 * 2 ** layout.bits[0]}"
+        raise FileError(path, f"damaged TIFF: its colour map has {entries}; export it again")
+    if layout.colour_map and max(layout.colour_map) <= 255 and not indices:
+        return _coloured(data, layout), 1
     if layout.exact_in_pillow:
         return None
     if layout.width * layout.height * layout.samples > MAX_PIXELS:
@@ -176,7 +198,7 @@ def _directory(data: bytes) -> tuple[TiffLayout, bool]:
             values = f"{length}{_FIELD_TYPES[kind]}"
             (start,) = (place,) if struct.calcsize(order + values) <= room else read(pointer, place)
             name = _NAMES[tag]
-            several = name in ("bits", "formats", "extra", "offsets", "counts")
+            several = name in ("bits", "formats", "extra", "offsets", "counts", "colour_map")
             found[name] = read(values, start) if several else read(values, start)[0]
         place += room
     return TiffLayout(order, big, **found), read(pointer, place) != (0,)
@@ -199,6 +221,17 @@ def _stored_samples(data: bytes, layout: TiffLayout) -> np.ndarray:
                 np.cumsum(tile, axis=1, dtype=tile.dtype, out=tile)
         found.append(samples)
     return np.concatenate(found, axis=2)
+
+
+def _coloured(data: bytes, layout: TiffLayout) -> np.ndarray:
+    """A palette image, HxW or HxWx3, whose colour map has 8 bits: none of its numbers, which have 16, is above 255.
+
+    Pillow has turned it upright.
+    """
+    with Image.open(io.BytesIO(data), formats=["TIFF"]) as opened:
+        opened.info.pop("xmp", None)
+        colours = np.array(layout.colour_map, np.uint8).reshape(3, -1).T[np.asarray(opened)]
+    return colours[..., 0] if (colours == colours[..., :1]).all() else colours
 
 
 def _as_grey(

@@ -13,7 +13,7 @@ from ldm.data.preparation import inpainting_obstacle
 from ldm.data.samples import Reject, Sample
 from ldm.networks.msc import ControllerInputs
 
-FORMAT = [3, *ControllerInputs._fields]  # raise the number when what is stored changes its meaning
+FORMAT = [4, *ControllerInputs._fields]  # raise the number when what is stored changes its meaning
 ITEM_KINDS, PROMPT_KINDS = ("clip", "latents"), ("clip_text", "text")
 
 

@@ -91,3 +91,20 @@ def test_threads_spin_briefly_unless_the_user_says_otherwise(given: dict[str, st
     bare = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     done = subprocess.run([sys.executable, "-c", ask], env=bare | given, cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == (waits, "")
+
+
+@pytest.mark.parametrize("place", ["flag", "working directory", "target of a link"])
+def test_a_path_that_is_not_utf8_is_refused_before_anything_is_read(
+    tmp_path: Path, write_sample: Any, place: str
+) -> None:
+    bad = tmp_path / os.fsdecode(b"d\xff")
+    write_sample(bad / "a")
+    (tmp_path / "link").symlink_to(bad)
+    data = {"flag": bad, "working directory": Path(), "target of a link": tmp_path / "link"}[place]
+    for script, flag in (("ver_openImagesDatasets.py", "--root_dir"), ("tool/doctor.py", "--data")):
+        done = subprocess.run(
+            [sys.executable, ROOT / script, flag, data], capture_output=True, text=True, check=False, cwd=bad
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.endswith("d\\udcff is not valid UTF-8, which JSON files need; rename it")

@@ -120,7 +120,7 @@ REJECTED: dict[str, tuple[dict[str, Any], str, str]] = {
     "meta list": ({"meta": []}, "meta.json", "expected a JSON object"),
     "meta patient": ({"meta": {"patient_id": ["x"]}}, "meta.json", "patient_id: expected text"),
     "meta synthetic": ({"meta": {"synthetic": "yes"}}, "meta.json", "synthetic: expected true or false"),
-    "meta spacing": ({"meta": {"spacing_mm": [1, 0]}}, "meta.json", "spacing_mm: expected one or two positive"),
+    "meta spacing": ({"meta": {"spacing_mm": [1, 0]}}, "meta.json", "spacing_mm: expected one or two numbers of mm"),
     "meta window": (
         {"meta": {"window": [5, 1]}},
         "meta.json",
@@ -276,7 +276,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "no image": ([{k: v for k, v in GOOD.items() if k != "image"}], "record 0, key 'image'.*found nothing"),
     "image type": ([GOOD | {"image": 3}], "key 'image'.*found 3"),
     "image nul": ([GOOD | {"image": "a\0b"}], "key 'image': expected a path"),
-    "label blank": ([GOOD | {"label": " "}], "key 'label': expected text that is not empty"),
+    "label blank": ([GOOD | {"label": " "}], "key 'label': expected one sentence on one line, not empty"),
     "no box": ([{k: v for k, v in GOOD.items() if k != "box"}], "key 'box': expected four numbers.*found nothing"),
     "box three": ([GOOD | {"box": [0, 0, 1]}], "key 'box'"),
     "box text": ([GOOD | {"box": [0, 0, 1, "1"]}], "key 'box'"),

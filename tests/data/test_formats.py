@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.core.errors import FileError
-from ldm.data.images import read_image, read_labels, with_alpha
+from ldm.data.images import orientations_differ, read_image, read_labels, with_alpha
 
 NONE, DEFLATE, PACKBITS = 1, 8, 32773
 
@@ -25,6 +26,8 @@ def tiff_bytes(
     planar: int = 1,
     endian: str = "<",
     big: bool = False,
+    counted: bool = True,
+    colour_map: Sequence[int] = (),
     compression: int = NONE,
     predictor: int = 1,
     rows: int = 0,
@@ -35,7 +38,8 @@ def tiff_bytes(
 ) -> bytes:
     """A TIFF file written here, from HxW or HxWxS samples; ``rows`` of a strip, or the side of a square ``tile``.
 
-    ``bits`` below 8 packs grey samples; ``tags``: orientation, sample_format, fill_order.
+    ``bits`` below 8 packs grey samples; ``tags``: orientation, sample_format, fill_order. Not ``counted``: without the
+    bytes of each strip.
     """
     samples = samples[..., None] if samples.ndim == 2 else samples
     height, width, count = samples.shape
@@ -59,6 +63,9 @@ def tiff_bytes(
     numbers = {"fill_order": 266, "orientation": 274, "sample_format": 339}
     values |= {numbers[name]: [value] * (count if name == "sample_format" else 1) for name, value in tags.items()}
     values |= {338: list(extra)} if extra else {}
+    values |= {320: list(colour_map)} if colour_map else {}
+    if not counted:
+        del values[325 if tile else 279]
     start = 16 if big else 8
     places = [start + sum(map(len, blocks[:k])) for k in range(len(blocks))]
     values[324 if tile else 273] = places
@@ -182,6 +189,36 @@ def test_small_depths_are_scaled_to_8_bits(tmp_path: Path, bits: int, photometri
     np.testing.assert_array_equal(found, (stored if photometric else top - stored) * (255 // top))
 
 
+@pytest.mark.parametrize("scale", [1, 256, 257])
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("grey", [False, True])
+def test_a_colour_map_of_8_or_16_bits_is_read_exactly(tmp_path: Path, bits: int, scale: int, grey: bool) -> None:
+    """Its numbers have 16 bits; where none is above 255, another program wrote 8."""
+    rng = np.random.default_rng(bits)
+    colours = rng.integers(0, 256, (2**bits, 3))
+    colours[:, 1:] = colours[:, :1] if grey else colours[:, 1:]
+    stored = rng.integers(0, 2**bits, (5, 11), dtype=np.uint8)
+    colour_map = (colours * scale).T.ravel().tolist()
+    content = tiff_bytes(stored, 3, bits=bits, colour_map=colour_map, orientation=6)
+    expected = upright(colours[stored], 6)
+    np.testing.assert_array_equal(read_bytes(tmp_path, content), expected[..., 0] if grey else expected)
+    (tmp_path / "anatomy.tif").write_bytes(content)
+    np.testing.assert_array_equal(read_labels(tmp_path / "anatomy.tif"), upright(stored, 6))
+
+
+@pytest.mark.parametrize("tile", [0, 16])
+@pytest.mark.parametrize("planar", [1, 2])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_uncompressed_strips_need_no_byte_counts(tmp_path: Path, dtype: type, planar: int, tile: int) -> None:
+    """Whoever wrote the file left out what follows from its size; cut off, it is damaged nevertheless."""
+    stored = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (21, 19, 3), dtype=dtype)
+    for rows in (0, 4):
+        content = tiff_bytes(stored, 2, planar=planar, rows=rows, tile=tile, counted=False)
+        np.testing.assert_array_equal(read_bytes(tmp_path, content), stored)
+    small = np.eye(5, 11, dtype=np.uint8)
+    np.testing.assert_array_equal(read_bytes(tmp_path, tiff_bytes(small, bits=1, counted=False)), small * 255)
+
+
 @pytest.mark.parametrize("colour", [False, True])
 def test_tiff_files_of_opencv_are_read_as_opencv_reads_them(tmp_path: Path, colour: bool) -> None:
     """LZW with a predictor, written and read by another library."""
@@ -219,6 +256,17 @@ NOT_READ = {
         "16-bit unsigned samples, 4 a pixel",
     ),
     "another compression": (tiff_bytes(GREY.astype(np.uint16), compression=34712)[:-1] + b"\0", "compression 34712"),
+    "compressed and not counted": (
+        tiff_bytes(GREY, compression=PACKBITS, counted=False),
+        "its compressed strips have no StripByteCounts",
+    ),
+    "not counted and cut off": (
+        tiff_bytes(GREY, counted=False).replace(
+            struct.pack("<HHII", 273, 4, 1, 8), struct.pack("<HHII", 273, 4, 1, 999)
+        ),
+        "damaged TIFF: its [0-9]+ bytes end before its pixel data",
+    ),
+    "no colour map": (tiff_bytes(GREY, 3), "damaged TIFF: its colour map has 0 entries, expected 768"),
     "cut off": (tiff_bytes(GREY)[:20], "damaged TIFF: its directory cannot be read"),
     "no pixels": (
         tiff_bytes(GREY).replace(struct.pack("<HHII", 279, 4, 1, 12), struct.pack("<HHII", 279, 4, 1, 9999)),
@@ -251,15 +299,57 @@ def test_a_changed_or_cut_tiff_file_gives_an_image_or_the_documented_error(
         assert found.dtype in (np.uint8, np.uint16)
 
 
-def test_a_transparent_level_of_a_16_bit_png_is_hidden(tmp_path: Path) -> None:
-    for colour, level, pixels in ((0, (7,), [[[7], [900]]]), (2, (7, 8, 9), [[[7, 8, 9], [7, 8, 10]]])):
-        stored = np.array(pixels, np.uint16)
-        ihdr = struct.pack(">IIBBBBB", 2, 1, 16, colour, 0, 0, 0)
-        chunks = [(b"IHDR", ihdr), (b"tRNS", struct.pack(f">{len(level)}H", *level))]
-        chunks += [(b"IDAT", zlib.compress(b"\0" + stored.astype(">u2").tobytes())), (b"IEND", b"")]
-        body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
-        found = read_bytes(tmp_path, b"\x89PNG\r\n\x1a\n" + body, "image.png")
-        np.testing.assert_array_equal(found.reshape(2, -1), [[0] * len(level), stored[0, 1]])
+def png_bytes(stored: np.ndarray, bits: int, chunks: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
+    """A PNG file written here, from HxW (grey) or HxWx3 samples of ``bits``, with more ``chunks`` before the pixels."""
+    height, width = stored.shape[:2]
+    rows = stored.reshape(height, -1)
+    if bits < 8:
+        rows = np.packbits((rows[..., None] >> np.arange(bits - 1, -1, -1) & 1).reshape(height, -1), axis=1)
+    rows = rows.astype(">u2" if bits == 16 else np.uint8)
+    ihdr = struct.pack(">IIBBBBB", width, height, bits, 0 if stored.ndim == 2 else 2, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    whole = [(b"IHDR", ihdr), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in whole)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("colour", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_the_transparent_level_of_a_png_is_hidden(tmp_path: Path, bits: int, colour: bool) -> None:
+    if colour and bits < 8:
+        pytest.skip("PNG has no such colour images")
+    top = 2**bits - 1
+    stored = np.array([[0, 1, top // 2, top]]) if not colour else np.array([[[0, 1, 2], [1, 1, top], [top, 5, 0]]])
+    level = stored[0, 1]
+    found = read_bytes(tmp_path, png_bytes(stored, bits, [(b"tRNS", struct.pack(f">{level.size}H", *level.flat))]))
+    hidden = (stored == level).all(axis=2, keepdims=True) if colour else stored == level
+    np.testing.assert_array_equal(found, np.where(hidden, 0, stored) * max(1, 255 // top))
+
+
+EMPTY_EXIF = (b"", b"Exif\0\0", bytes(40), b"MM\0*\0\0\0\x08\0\0\0\0\0\0")  # the last: a directory of no entry
+
+
+@pytest.mark.parametrize("block", EMPTY_EXIF)
+def test_an_emptied_exif_block_turns_nothing(tmp_path: Path, block: bytes) -> None:
+    """As programs leave it that take out what identifies a patient."""
+    np.testing.assert_array_equal(read_bytes(tmp_path, png_bytes(GREY, 8, [(b"eXIf", block)]), "image.png"), GREY)
+    (tmp_path / "plain.png").write_bytes(png_bytes(GREY, 8))
+    assert not orientations_differ([tmp_path / "image.png", tmp_path / "plain.png"])
+
+
+def test_an_exif_block_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(GREY).save(buffer, "JPEG", exif=b"Exif\0\0no directory")
+    for content in (png_bytes(GREY, 8, [(b"eXIf", b"no directory")]), buffer.getvalue()):
+        with pytest.raises(FileError, match=r"its EXIF block cannot be read .*nothing says how it is turned") as caught:
+            read_bytes(tmp_path, content)
+        assert "damaged" not in caught.value.reason
+
+
+def test_only_exif_turns_an_image(tmp_path: Path) -> None:
+    """Another program's notes (XMP) may name a turn that the pixels have behind them, and most viewers ignore it."""
+    note = b"XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation='6' tiff:Orientation=\"6\"/>"
+    np.testing.assert_array_equal(read_bytes(tmp_path, png_bytes(GREY, 8, [(b"iTXt", note)]), "image.png"), GREY)
 
 
 def test_sound_jpeg_and_bmp_files_of_other_kinds_are_not_called_damaged(tmp_path: Path) -> None:

@@ -27,21 +27,25 @@ def prepared(image: np.ndarray, hard: np.ndarray, data: DataConfig) -> PreparedS
     fit=st.sampled_from(["crop", "pad", "resize"]),
     feather=st.floats(0, 6),
     colour=st.booleans(),
+    depth=st.sampled_from([np.uint8, np.uint16]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_no_visible_model_pixel_depends_on_a_hidden_one(
-    size: tuple[int, int], side: int, fit: str, feather: float, colour: bool, seed: int
+    size: tuple[int, int], side: int, fit: str, feather: float, colour: bool, depth: type, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    image = rng.integers(0, 256, (*size, 3) if colour else size, dtype=np.uint8)
+    top_level = np.iinfo(depth).max
+    image = rng.integers(0, top_level // 4 + 1, (*size, 3) if colour else size, dtype=depth)
     hard = np.zeros(size, bool)
     top, left = (int(rng.integers(0, length)) for length in size)
     hard[top : top + int(rng.integers(1, 12)), left : left + int(rng.integers(1, 12))] = True
     data = DataConfig(image_size=side, fit=fit, feather=feather, feather_unit="pixels")
     first = prepared(image, hard, data)
     other = image.copy()
-    other[first.soft >= 0.5] = rng.integers(0, 256, other[first.soft >= 0.5].shape)
+    other[first.soft >= 0.5] = rng.integers(0, top_level + 1, other[first.soft >= 0.5].shape)
     second = prepared(other, hard, data)
+    if (first.soft < 0.5).any():
+        assert first.intensity_range == second.intensity_range
     assert torch.equal(first.mask, second.mask)
     visible = ~hidden_region(first.mask).expand(3, -1, -1)
     torch.testing.assert_close(first.image[visible], second.image[visible], rtol=0, atol=1e-6)

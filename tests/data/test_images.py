@@ -261,12 +261,30 @@ def test_window_is_the_whole_range_for_8_bit_and_percentiles_for_16() -> None:
     assert intensity_range_of(pixels((9, 9))) == (0.0, 255.0)
     deep = np.arange(1000, dtype=np.uint16).reshape(20, 50)
     low, high = intensity_range_of(deep)
-    assert (low, high) == (pytest.approx(4.995), pytest.approx(994.005))
+    assert low == pytest.approx(0.999)
+    assert high == pytest.approx(np.percentile(np.arange(101, 1000), 99.9))
     assert intensity_range_of(deep, [100, 300]) == (100.0, 300.0)
     sparse = np.zeros((100, 100), np.uint16)
     sparse[0, 0] = 900
     assert intensity_range_of(sparse) == (0.0, 900.0)
     assert intensity_range_of(np.full((3, 3), 7, np.uint16)) == (7.0, 8.0)
+    hidden = np.zeros((20, 50), bool)
+    hidden[10:] = True
+    assert intensity_range_of(deep, hidden=hidden) == intensity_range_of(deep[:10])
+    assert intensity_range_of(deep, hidden=np.ones_like(hidden)) == intensity_range_of(deep)
+
+
+def test_air_around_a_body_takes_no_share_in_the_range_of_16_bit_images() -> None:
+    """A vertebra of 1,500 pixels in a CT slice that is mostly air: the range ended at its darker half before."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(30, 15, (512, 512))
+    image[150:360, 150:360] = rng.normal(1050, 40, (210, 210))  # soft tissue
+    image[240:280, 240:280] = rng.uniform(1200, 1900, (40, 40))  # bone
+    image = image.clip(0).astype(np.uint16)
+    bone = image[240:280, 240:280]
+    low, high = intensity_range_of(image)
+    assert np.mean((bone < low) | (bone > high)) < 0.05
+    assert np.mean(bone > np.percentile(image, 99.5)) > 0.5
 
 
 def test_a_12_bit_image_is_neither_white_nor_black() -> None:

@@ -394,7 +394,7 @@ def test_what_is_odd_about_a_mask_is_said(
     noisy[20:40, 20:40] = 255
     folder = write_sample(tmp_path / "noise", image=stray, mask=None)
     Image.fromarray(noisy).save(folder / "mask.jpg", quality=85)
-    write_sample(tmp_path / "stray", image=stray, mask=stray)
+    write_sample(tmp_path / "stray", image=255 - stray, mask=stray)
     turned = Image.Exif()
     turned[0x0112] = 3
     Image.fromarray(stray).save(write_sample(tmp_path / "turned", image=None, mask=noisy) / "image.png", exif=turned)
@@ -419,3 +419,33 @@ def test_an_image_that_was_inpainted_here_is_synthetic_whatever_its_meta_json_sa
         "said": True,
         "tag": True,
     }
+
+
+FAINT: dict[str, tuple[np.ndarray, dict[str, Any], bool]] = {
+    "one level": (np.full((20, 24), 90, np.uint8), {}, True),
+    "12 bits cut down to 8": (np.tile(np.arange(16, dtype=np.uint8), (24, 20)).T[:20, :24], {}, True),
+    "one bright pixel": (np.pad([[np.uint8(255)]], ((3, 16), (3, 20))), {}, True),
+    "a window of all 16 bits": (deep_image(), {"window": [0, 65535]}, True),
+    "one level of 16 bits": (np.full((20, 24), 900, np.uint16), {}, True),
+    "a quarter": (np.tile(np.arange(24, dtype=np.uint8) * 3, (20, 1)), {}, False),
+    "few levels of 16 bits": (deep_image(), {}, False),
+}
+
+
+@pytest.mark.parametrize("name", FAINT)
+def test_an_image_of_nearly_one_brightness_is_warned_of(
+    tmp_path: Path, write_sample: Write, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    image, meta, faint = FAINT[name]
+    write_sample(tmp_path / "a", image=image, meta=meta)
+    load_samples(tmp_path)
+    assert ("the networks see next to nothing of it" in caplog.text) == faint
+
+
+@pytest.mark.parametrize("stem", ["mask", "soft_mask", "anatomy"])
+def test_the_image_itself_is_no_mask(tmp_path: Path, write_sample: Write, stem: str) -> None:
+    folder = write_sample(tmp_path / "bad")
+    write_sample(tmp_path / "good")
+    (folder / f"{stem}.png").write_bytes((folder / "image.png").read_bytes())
+    _, (reject,) = scan_folder(tmp_path)
+    assert str(reject) == f"{folder / f'{stem}.png'}: is a copy of image.png; put the right file in its place"
