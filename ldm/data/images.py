@@ -18,8 +18,8 @@ from ldm.data.png import PNG_SIGNATURE, check_png, check_size
 from ldm.data.tiff import TIFF_HEADS, read_tiff, tiff_orientation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-PERCENTILES = (0.1, 99.9)  # of the visible pixels, and of those of them that are no background
-BACKGROUND = 0.1  # of the way from the first percentile to the last: what is darker is air, for the upper end
+DARK, BRIGHT = 0.5, 99.9  # percentiles: of all visible pixels, and of the body's
+BACKGROUND = 0.1  # of the way from the one to the other: what is darker is air
 _ORIENTATION_TAG = 0x0112
 _ALPHA_MODES = ("LA", "RGBA", "La", "RGBa", "PA")  # Pillow's
 _IMAGE_MAGIC = {PNG_SIGNATURE: "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", **dict.fromkeys(TIFF_HEADS, "TIFF")}
@@ -296,9 +296,9 @@ def intensity_range_of(
     """The (low, high) pixel values that become 0 and 1.
 
     8-bit: (0, 255). 16-bit: ``given`` (meta.json's ``window``: two rising numbers), or what the pixels that are not
-    ``hidden`` (bool HxW) hold: from their 0.1 percentile to the 99.9 percentile of those brighter than a tenth of the
+    ``hidden`` (bool HxW) hold: from their 0.5 percentile to the 99.9 percentile of those brighter than a tenth of the
     way up. So air around the body takes no share in how bright bone may be. All pixels count where none is visible; a
-    range of one value is made one level wide. Raises MedSoftError for a ``given`` that leaves less than one of 256
+    range without width is made one level wide. Raises MedSoftError for a ``given`` that leaves less than one of 256
     levels of the image.
     """
     if image.dtype == np.uint8:
@@ -314,9 +314,9 @@ def intensity_range_of(
             )
         return low, high
     visible = image if hidden is None or hidden.all() else image[~hidden]
-    low, high = (float(value) for value in np.percentile(visible, PERCENTILES))
+    low, high = (float(value) for value in np.percentile(visible, (DARK, BRIGHT)))
     body = visible[visible > low + BACKGROUND * (high - low)]
-    high = float(np.percentile(body, PERCENTILES[1])) if body.size else low
+    high = float(np.percentile(body, BRIGHT)) if body.size else low
     return low, max(high, low + 1.0)
 
 
