@@ -154,6 +154,8 @@ def _decode(path: Path, indices: bool, alpha: bool = False) -> np.ndarray:
     except Exception as error:  # decoders raise many kinds of error on hostile files
         raise FileError(path, _decoding_error(kind, data, error)) from error
     layers, orientation = found
+    if not alpha and layers.shape[2:] in ((2,), (4,)) and not layers[..., -1].any():
+        raise FileError(path, "all of it is transparent (alpha 0 everywhere); export it without an alpha channel")
     return np.ascontiguousarray(_oriented(layers if alpha else _visible(layers), orientation))
 
 

@@ -145,6 +145,8 @@ def test_every_tiff_is_read_exactly_or_refused_as_unsupported(
     shape = (draw(st.integers(1, 40)), draw(st.integers(1, 40)), colours + len(extra))
     stored = np.random.default_rng(draw(st.integers(0, 99))).integers(0, np.iinfo(dtype).max + 1, shape, dtype)
     stored[::3, :, -1] = 0
+    alphas = [stored[..., colours + k] for k, kind in enumerate(extra) if kind]
+    assume(all(alpha.any() for alpha in alphas))  # what is transparent everywhere is refused
     orientation = draw(st.integers(1, 8))
     content = tiff_bytes(
         stored,
@@ -324,6 +326,14 @@ def test_the_transparent_level_of_a_png_is_hidden(tmp_path: Path, bits: int, col
     found = read_bytes(tmp_path, png_bytes(stored, bits, [(b"tRNS", struct.pack(f">{level.size}H", *level.flat))]))
     hidden = (stored == level).all(axis=2, keepdims=True) if colour else stored == level
     np.testing.assert_array_equal(found, np.where(hidden, 0, stored) * max(1, 255 // top))
+
+
+def test_an_image_that_is_transparent_everywhere_is_refused(tmp_path: Path) -> None:
+    """Programs that know no transparency leave 0 in a fourth byte, and the image would be read as black."""
+    for name in ("image.png", "image.tif"):
+        Image.fromarray(np.dstack([GREY, GREY, GREY, GREY * 0])).save(tmp_path / name)
+        with pytest.raises(FileError, match=r"all of it is transparent .alpha 0 everywhere."):
+            read_image(tmp_path / name)
 
 
 EMPTY_EXIF = (b"", b"Exif\0\0", bytes(40), b"MM\0*\0\0\0\x08\0\0\0\0\0\0")  # the last: a directory of no entry
