@@ -150,11 +150,15 @@ def _parse(path: Path, index: int, record: Any) -> Sample:
     def file(key: str) -> Path | None:
         return Path(os.path.abspath(path.parent / record[key])) if record.get(key) else None
 
+    image = Path(os.path.abspath(path.parent / record["image"]))
+    for key in ("mask_image", "anatomy", "soft_mask"):
+        if file(key) == image:
+            raise MedSoftError(f"{path}: record {index}, key {key!r}: is the image itself")
     x, y, width, height = map(float, record["box"])
     texts: dict[str, Any] = {key: text_of(record.get(key)) for key in META_TEXTS}
     return Sample(
         sample_id=PurePosixPath(record["sample_id"]).as_posix() if record.get("sample_id") else "",
-        image=Path(os.path.abspath(path.parent / record["image"])),
+        image=image,
         mask=file("mask_image"),
         prompt=prompt,
         box=(x, y, width, height),

@@ -136,6 +136,10 @@ def _sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
     if unread:
         message = "%d image files are not read, as they are not named image, mask, soft_mask or anatomy; the first: %s"
         log.warning(message, len(unread), shown(min(unread)))
+    own = (_identity(root, root), root)
+    if own in folders and (own[0], root / own[0]) in folders:
+        folders.remove(own)
+        rejects.append(Reject(own[0], root, f"is a sample, as is {own[0]} in it, and both have this name; rename one"))
     return sorted(folders), rejects
 
 

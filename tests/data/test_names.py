@@ -94,6 +94,21 @@ def test_nothing_is_said_of_a_folder_of_samples_alone(
     assert caplog.text == ""
 
 
+def test_a_sample_and_one_in_it_have_different_ids(tmp_path: Path, write_sample: Write) -> None:
+    """The folder that is searched may be a sample itself, of its own name."""
+    write_sample(tmp_path / "a")
+    write_sample(tmp_path / "a" / "b")
+    assert [sample.sample_id for sample in scan_folder(tmp_path / "a")[0]] == ["a", "b"]
+    write_sample(tmp_path / "a" / "a")
+    samples, (reject,) = scan_folder(tmp_path / "a")
+    assert [(sample.sample_id, sample.image.parent) for sample in samples] == [
+        ("a", tmp_path / "a" / "a"),
+        ("b", tmp_path / "a" / "b"),
+    ]
+    assert (reject.sample_id, reject.file) == ("a", tmp_path / "a")
+    assert reject.reason == "is a sample, as is a in it, and both have this name; rename one"
+
+
 # ------------------------------------------------------------------------------------------------ annotation files
 
 
@@ -142,9 +157,16 @@ def test_one_image_twice_needs_ids(tmp_path: Path) -> None:
         load_samples(path)
 
 
+@pytest.mark.parametrize("key", ["mask_image", "anatomy", "soft_mask"])
+def test_a_mask_that_is_the_image_is_refused(tmp_path: Path, key: str) -> None:
+    path = annotations(tmp_path, {"image": "a/1.png", key: "a/../a/1.png"})
+    with pytest.raises(MedSoftError, match=f"record 0, key '{key}': is the image itself"):
+        load_samples(path)
+
+
 @pytest.mark.parametrize("label", ["lytic\nlesion", "lytic\r\n\r\nlesion", "one\u2028two", " \u200b"])
 def test_a_label_is_one_sentence(tmp_path: Path, label: str) -> None:
-    path = annotations(tmp_path, {"image": "1.png", "label": label, "mask_image": "1.png"})
+    path = annotations(tmp_path, {"image": "1.png", "label": label, "mask_image": "m.png"})
     with pytest.raises(MedSoftError, match=r"record 0, key 'label': expected one sentence on one line"):
         load_samples(path)
 
