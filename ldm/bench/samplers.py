@@ -18,6 +18,7 @@ from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_json
 from ldm.data.annotations import load_samples, write_annotations
+from ldm.data.checks import real_ones
 from ldm.data.preparation import prepare
 from ldm.data.samples import Sample
 from ldm.evaluation.metrics import crop_features, frechet_distance
@@ -42,7 +43,8 @@ def compare_samplers(options: InferenceOptions, judge: Path, seeds: int) -> bool
         if not file.is_file():
             raise UsageError(f"{file}: does not exist")
     config = load_config(options.config, options.overrides)
-    real = [sample for sample in load_samples(options.data)[0] if not sample.healthy and sample.severity != "subtle"]
+    samples = real_ones(options.data, load_samples(options.data)[0])
+    real = [sample for sample in samples if not sample.healthy and sample.severity != "subtle"]
     if len(real) < 2:
         raise MedSoftError(f"{options.data}: {len(real)} diseased samples that are not subtle; expected at least 2")
     prompts = options.output_dir / "prompts.json"

@@ -13,7 +13,7 @@ from ldm.core.errors import MedSoftError
 from ldm.core.files import json_text, read_json, write_text
 from ldm.core.schema import Rule
 from ldm.data.checks import warn_of_texts
-from ldm.data.folders import scan_folder
+from ldm.data.folders import is_marked, scan_folder
 from ldm.data.samples import (
     HEALTHY,
     META_RULES,
@@ -71,7 +71,7 @@ def _record(number: int, sample: Sample) -> dict[str, Any]:
         "anatomy": sample.anatomy,
         "soft_mask": sample.soft_mask,
         **{key: getattr(sample, key) for key in META_TEXTS[1:]},
-        "synthetic": sample.synthetic or None,
+        "synthetic": sample.synthetic or (None if sample.parent_id is None else False),
         "meta": sample.meta or None,
     }
     record |= {key: value for key, value in optional.items() if value is not None}
@@ -110,8 +110,8 @@ def read_annotations(path: Path) -> tuple[list[Sample], list[Reject]]:
     rejects: list[Reject] = []
     for sample in _with_identities(path, [_parse(path, index, record) for index, record in enumerate(records)]):
         missing = next((file for file in sample.files if file is not None and not os.path.isfile(file)), None)
-        if missing is None:
-            usable.append(sample)
+        if missing is None:  # an image that was inpainted here says so itself, whoever has listed it
+            usable.append(sample if sample.synthetic else replace(sample, synthetic=is_marked(sample.image)))
         else:
             rejects.append(Reject(sample.sample_id, missing, "the annotation names it, but the file is not there"))
     return usable, rejects
@@ -164,7 +164,7 @@ def _parse(path: Path, index: int, record: Any) -> Sample:
         box=(x, y, width, height),
         anatomy=file("anatomy"),
         soft_mask=file("soft_mask"),
-        synthetic=bool(record.get("synthetic")),
+        synthetic=bool(texts["parent_id"] if record.get("synthetic") is None else record["synthetic"]),
         meta=record.get("meta") or {},
         **texts | {"patient_id": texts["patient_id"] or ""},
     )

@@ -83,9 +83,11 @@ def leaks(rows: Iterable[Row]) -> list[str]:
 
 
 def check_disjoint(rows: Iterable[Row]) -> None:
-    """Raise MedSoftError, by name, when two sets share a patient or an identical image."""
+    """Raise MedSoftError, by name, when two sets share a patient or an identical image; warn of nearly equal ids."""
+    rows = list(rows)
     for leak in leaks(rows):
         raise MedSoftError(leak)
+    _warn("one patient in two sets?", near_leaks(rows))
 
 
 TRAINED_ON = "trained_on"  # where checkpoints, results and classifiers keep what ``trained_on`` returns
@@ -133,6 +135,15 @@ def groups_of_samples(name: str, samples: Sequence[Sample]) -> list[dict[str, An
         what = "synthetic samples do not say which patients their generator was trained on"
         log.warning("warning: %s: %d of %d %s, so nobody can check for them", name, silent, len(synthetic), what)
     return trained_on("", (), *(sample.meta.get(TRAINED_ON, []) for sample in synthetic))
+
+
+def real_ones(source: object, samples: Sequence[Sample]) -> list[Sample]:
+    """Those of ``samples`` that are real, where real ones are measured; the others are counted in a warning."""
+    real = [sample for sample in samples if not sample.synthetic]
+    if len(real) < len(samples):
+        text = "warning: %s: %d synthetic samples are left out, as real ones are measured here"
+        log.warning(text, source, len(samples) - len(real))
+    return real
 
 
 def check_unseen(held_out: str, samples: Iterable[Sample], groups: Sequence[Mapping[str, Any]], source: object) -> None:
@@ -208,6 +219,25 @@ def similar(texts: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
     return [[text for text, _ in group.most_common()] for group in groups.values() if len(group) > 1]
 
 
+def same_patient(patient_id: str) -> str:
+    """An id as it is compared with others: tables write 017 as 17 or 17.0, and P-1 as P_1."""
+    text = re.sub(r"(?<=\d)\.0$", "", plain(patient_id))
+    return re.sub(r"[-_ ]+", " ", re.sub(r"(?<!\d)0+(?=\d)", "", text))
+
+
+def near_leaks(rows: Iterable[Row]) -> list[str]:
+    """A sentence for patients of two sets whose ids are the same but for case, zeros or the form of characters."""
+    groups: dict[str, set[str]] = {}
+    for row in rows:
+        groups.setdefault(row.patient_id, set()).add(row.group)
+    pairs = similar(groups, same_patient)
+    return [
+        f"patients {_listed(names)} are in different sets, but for case or the form of characters they are the same"
+        for names in pairs
+        if len(set().union(*(groups[name] for name in names))) > 1
+    ]
+
+
 def similar_prompts(samples: Iterable[Sample]) -> list[list[str]]:
     """Distinct prompts that differ only in case, spaces, punctuation or the form of accents."""
     return similar((sample.prompt for sample in samples), lambda text: " ".join(re.findall(r"\w+", plain(text))))
@@ -241,13 +271,13 @@ def warn_of_texts(samples: Sequence[Sample]) -> None:
     read.
     """
     named = any(sample.patient_id != sample.sample_id for sample in samples)
-    names = {
-        "patients": (s.patient_id for s in samples if named),
-        "samples": (s.sample_id for s in samples),
-        "lesion types": (s.lesion_type for s in samples if s.lesion_type),
-    }
-    for what, texts in names.items():
-        _warn(f"different {what}, but for case or the form of characters the same", map(_listed, similar(texts, plain)))
+    names = [
+        ("patients", (s.patient_id for s in samples if named), same_patient),
+        ("samples", (s.sample_id for s in samples), plain),
+        ("lesion types", (s.lesion_type for s in samples if s.lesion_type), plain),
+    ]
+    for what, texts, key in names:
+        _warn(f"different {what}, but for case or the form of characters the same", map(_listed, similar(texts, key)))
     first = {sample.prompt: shown(sample.sample_id) for sample in reversed(samples)}
     unclear = {prompt: name for prompt, name in reversed(first.items()) if probably_healthy(prompt)}
     meaning = "counts as diseased but reads as healthy; write `healthy` if there is no lesion"

@@ -231,7 +231,7 @@ def read_sample(sample_id: str, folder: Path) -> Sample:
     texts["patient_id"] = texts["patient_id"] or sample_id
     paths: dict[str, Any] = {stem: Path(os.path.abspath(files[stem])) if stem in files else None for stem in STEMS}
     meta.pop("sample_id", None)  # the folder's path is the identity
-    synthetic = meta.pop("synthetic", texts["parent_id"] is not None) or _is_marked(files["image"])
+    synthetic = meta.pop("synthetic", texts["parent_id"] is not None) or is_marked(files["image"])
     if not (diseased or synthetic) and anatomy is not None and _is_part(masks.get("mask"), anatomy == TARGET_LABEL):
         notes.append(PART_NOTE)
     box = mask_box(masks.get("mask"))
@@ -245,9 +245,13 @@ def _is_part(mask: Mask | None, vertebra: np.ndarray) -> bool:
     return mask is not None and not mask.empty and bool(vertebra.any()) and mask.hard[vertebra].mean() < 0.5
 
 
-def _is_marked(image: Path) -> bool:
-    with image.open("rb") as handle:
-        return SYNTHETIC_MARK in handle.read(1024)
+def is_marked(image: Path) -> bool:
+    """Whether an image file says that it was inpainted here."""
+    try:
+        with image.open("rb") as handle:
+            return SYNTHETIC_MARK in handle.read(1024)
+    except OSError:  # which is said where its pixels are read
+        return False
 
 
 def _intensity_notes(image: np.ndarray, window: Any, regions: Mapping[str, np.ndarray]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from ldm.core.files import fingerprint
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import load_samples
-from ldm.data.checks import FEWEST_PATIENTS, check_unseen, groups_of_samples
+from ldm.data.checks import FEWEST_PATIENTS, check_unseen, groups_of_samples, real_ones
 from ldm.data.preparation import sample_identity
 from ldm.data.samples import Reject, Sample
 from ldm.evaluation.copies import check_copies, quarantine_copies
@@ -110,7 +110,8 @@ def _read_sources(sources: Sources) -> tuple[dict[str, list[Sample]], list[Rejec
     paths = sources.by_name()
     read = {path: load_samples(path) for path in dict.fromkeys(paths.values())}
     rejects = [reject for _, more in read.values() for reject in more]
-    return {name: read[path][0] for name, path in paths.items()}, rejects
+    samples = {name: read[path][0] for name, path in paths.items()}
+    return samples | {"real": real_ones(f"REAL {sources.real}", samples["real"])}, rejects
 
 
 def _read_lesions(

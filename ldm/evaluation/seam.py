@@ -13,7 +13,7 @@ from ldm.core.distributed import start_processes
 from ldm.core.errors import MedSoftError
 from ldm.core.files import sha256_file, write_json
 from ldm.data.annotations import load_samples
-from ldm.data.checks import FEWEST_PATIENTS
+from ldm.data.checks import FEWEST_PATIENTS, real_ones
 from ldm.data.images import border_gradient, to_unit
 from ldm.data.preparation import prepare
 from ldm.data.samples import Sample
@@ -42,7 +42,7 @@ def measure_seam(
 
     ``limit``: at most so many diseased samples. MedSoftError without a diseased sample or a border to measure at.
     """
-    diseased = [sample for sample in load_samples(source)[0] if not sample.healthy][:limit]
+    diseased = [sample for sample in real_ones(source, load_samples(source)[0]) if not sample.healthy][:limit]
     if not diseased:
         raise MedSoftError(f"{source}: has no diseased sample; they are inpainted again in their own masks")
     inpainter = load_inpainter(checkpoint, config, start_processes(device, 1, 1).device)

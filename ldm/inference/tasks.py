@@ -19,7 +19,7 @@ from ldm.data.folders import parent_image, read_sample
 from ldm.data.images import read_image
 from ldm.data.masks import read_mask
 from ldm.data.preparation import PreparedSample, fit_sample, inpainting_obstacle, prepare
-from ldm.data.samples import META_TEXTS, Reject, Sample, wrong_value
+from ldm.data.samples import META_TEXTS, Reject, Sample, probably_healthy, wrong_value
 from ldm.diffusion.noise import NOISE
 from ldm.inference.options import InferenceOptions
 from ldm.inference.prompts import MatchedPrompt, PromptPool, contradiction, image_facts, levels_named, matched
@@ -89,6 +89,9 @@ def plan_tasks(
     if not tasks:
         raise MedSoftError(f"no sample can be inpainted ({len(rejects)} rejected; first: {rejects[0]})")
     _warn_of_contradictions(tasks)
+    if options.prompt and probably_healthy(options.prompt):
+        text = "warning: --prompt reads as healthy, but counts as a lesion's; write `healthy` for no lesion: %r"
+        log.warning(text, options.prompt)
     return tasks, rejects
 
 

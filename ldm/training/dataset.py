@@ -116,6 +116,10 @@ def _read_set(inputs: TrainingInputs, name: str, path: Path, data: DataConfig) -
     diseased = sum(not sample.healthy for sample in used)
     counts = (name, diseased, len(used) - diseased, len({sample.patient_id for sample in used}), path)
     log.info("%s: %d diseased and %d healthy samples of %d patients (%s)", *counts)
+    if name == "val" and (made := sum(sample.synthetic for sample in used)):
+        log.warning(
+            "warning: val: %d of %d samples are synthetic; the best epoch is chosen on them too", made, len(used)
+        )
     log_skipped([*missing, *damaged, *undrawable])
     if undrawable:
         log.warning("%s: %d samples cannot be inpainted and are left out; they are no damage", name, len(undrawable))

@@ -33,6 +33,7 @@ from ldm.data.checks import (
     groups_of_samples,
     leaks,
     looks_personal,
+    near_leaks,
     personal_keys,
     sample_attributes,
     separations,
@@ -194,6 +195,7 @@ def check_data(sets: dict[str, Path], workers: int | None = None, overlays: Path
     words = (len(everyone), seconds, 60 * len(everyone) / max(seconds, 1e-9))
     log.info("every file of %d samples decoded in %.1f s (%.0f samples a minute)", *words)
     yield from (Finding("error", " and ".join(sets), leak) for leak in leaks(rows))
+    yield from (Finding("warning", " and ".join(sets), leak) for leak in near_leaks(rows))
     if "train" in loaded:
         yield from _seen(loaded, groups_of_samples("train", loaded["train"]), sets["train"])
     yield from check_prompts(everyone)

@@ -297,6 +297,20 @@ def test_drawn_results_are_compared_with_their_parents(world: Path, results: Pat
     assert "density" not in numbers["distances"]
 
 
+def test_synthetic_images_among_the_real_ones_are_left_out(
+    world: Path, results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a data set was prepared with --synthetic."""
+    for sample in diseased(world / "test"):
+        shutil.copytree(sample, tmp_path / "mixed" / sample.name)
+    made = diseased(results)
+    for folder in made:
+        shutil.copytree(folder, tmp_path / "mixed" / "results" / folder.name)
+    assert run(tmp_path / "mixed", results, tmp_path / "out", "--train_json", world / tiny.TRAIN) in (0, 3)
+    assert found(tmp_path / "out")["pictures"]["real"] == len(diseased(world / "test"))
+    assert f"{len(made)} synthetic samples are left out, as real ones are measured here" in caplog.text
+
+
 @pytest.mark.parametrize("beside", ["nothing", "a namesake"])
 def test_results_that_were_copied_without_their_data_are_compared_with_no_other(
     world: Path, results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, beside: str

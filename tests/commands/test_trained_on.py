@@ -90,6 +90,14 @@ def test_what_is_trained_on_results_has_their_generator_behind_it(
     ]
 
 
+def test_validation_on_synthetic_images_is_said(
+    trained: dict, pictures: Path, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = ("--train_json", world / VAL, "--val_json", pictures, "--dry_run")
+    assert train("stage1", trained["stage1"].source, tmp_path / "s", world, *given) == 0
+    assert "val: 2 of 2 samples are synthetic; the best epoch is chosen on them too" in caplog.text
+
+
 def test_results_carry_them_also_drawn_again(final: Path, pictures: Path, tmp_path: Path) -> None:
     for meta in metas(pictures).values():
         assert meta["trained_on"] == groups(final)

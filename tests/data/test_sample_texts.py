@@ -17,6 +17,7 @@ from PIL import Image
 from ldm.core.errors import FileError, MedSoftError
 from ldm.core.files import read_json
 from ldm.data.annotations import load_samples, write_annotations
+from ldm.data.checks import Row, check_disjoint
 from ldm.data.folders import scan_folder
 from ldm.data.images import intensity_range_of
 from ldm.data.masks import NOISE_NOTE, ORIENTATION_NOTE, STRAY_NOTE
@@ -269,6 +270,9 @@ ACCENT = "Müller"
         ("patient_id", "patients", (ACCENT, unicodedata.normalize("NFD", ACCENT))),
         ("patient_id", "patients", ("p1", "p1\u200b")),
         ("patient_id", "patients", ("p 1", "p  1")),
+        ("patient_id", "patients", ("017", "17")),  # as tables write numbers
+        ("patient_id", "patients", ("17", "17.0")),
+        ("patient_id", "patients", ("P-1", "P_01")),
         ("lesion_type", "lesion types", ("Lytic", "lytic")),
     ],
 )
@@ -285,6 +289,16 @@ def test_ids_and_classes_that_are_nearly_the_same_are_named(
     write_sample(tmp_path / "b", meta={key: pair[0]})
     load_samples(tmp_path)
     assert "the same" not in caplog.text
+
+
+def test_ids_that_are_nearly_the_same_in_two_sets_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [Row("training", "a", "017", None), Row("training", "b", "p 2", None), Row("validation", "c", "17", None)]
+    check_disjoint([*rows, Row("validation", "d", "170", None)])
+    (line,) = caplog.messages
+    assert line == (
+        "warning: one patient in two sets?: patients '017' | '17' are in different sets, but for case or the form of "
+        "characters they are the same"
+    )
 
 
 def test_sample_folders_that_are_nearly_the_same_are_named(
@@ -449,3 +463,24 @@ def test_the_image_itself_is_no_mask(tmp_path: Path, write_sample: Write, stem: 
     (folder / f"{stem}.png").write_bytes((folder / "image.png").read_bytes())
     _, (reject,) = scan_folder(tmp_path)
     assert str(reject) == f"{folder / f'{stem}.png'}: is a copy of image.png; put the right file in its place"
+
+
+def test_an_annotation_file_that_somebody_else_wrote_makes_no_result_real(tmp_path: Path, write_sample: Write) -> None:
+    from ldm.inference.results import TAG
+
+    pixels = np.arange(480, dtype=np.uint8).reshape(20, 24)
+    write_png(write_sample(tmp_path / "tag") / "image.png", pixels, {"Comment": TAG})
+    write_sample(tmp_path / "plain")
+    records = [
+        {"image": f"{folder}/image.png", "mask_image": f"{folder}/mask.png", "label": "lytic", "box": [0, 0, 1, 1]}
+        | {"sample_id": name, **more}
+        for name, folder, more in (
+            *[("tag", "tag", {"synthetic": False}), ("parent", "plain", {"parent_id": "s1"})],
+            *[("real", "plain", {"parent_id": "s1", "synthetic": False}), ("none", "plain", {"synthetic": None})],
+        )
+    ]
+    (tmp_path / "o.json").write_text(json.dumps(records))
+    samples, _ = load_samples(tmp_path / "o.json")
+    assert {s.sample_id: s.synthetic for s in samples} == {"tag": True, "parent": True, "real": False, "none": False}
+    write_annotations(tmp_path / "again.json", samples)
+    assert load_samples(tmp_path / "again.json") == (samples, [])

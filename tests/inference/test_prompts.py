@@ -201,6 +201,19 @@ def test_prompt_of_the_user_that_cannot_agree_is_told_what_to_change(plan: Calla
     assert (len(tasks), rejects) == (2, [])
 
 
+def test_prompt_of_the_user_that_reads_as_healthy_is_warned_of(
+    plan: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    healthy = [("a", "L3", {})]
+    plan("level", healthy, LUMBAR, prompt="no lesion")
+    assert (
+        "--prompt reads as healthy, but counts as a lesion's; write `healthy` for no lesion: 'no lesion'" in caplog.text
+    )
+    caplog.clear()
+    plan("level", healthy, LUMBAR, prompt="healthy")
+    assert "reads as healthy" not in caplog.text
+
+
 def test_unknown_way_to_match(tmp_path: Path) -> None:
     (tmp_path / "some.ckpt").write_bytes(b"")
     with pytest.raises(UsageError, match="--match: expected one of level, replace, none, found 'exact'"):
