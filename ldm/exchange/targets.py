@@ -23,6 +23,7 @@ NEAR = 10.0  # mm: a vertebra this near to a lesion that belongs to none is not 
 PART = 0.1  # of a lesion's voxels: less of it in or at a vertebra is none of that vertebra's lesion
 STRAY = 0.01  # of a lesion's voxels: a part that is far away and this small is left out
 SMALL = {"body": 0.25, "lesion": 0.1}  # of the largest slice's area: slices with less are left out
+CUT_OFF = 0.25  # of its largest cross-section: a body that reaches the image's edge with as much goes on outside
 LEAST = 4  # pixels of a lesion in a slice
 # Why a vertebra gives no healthy sample:
 DISEASED = "has a lesion: its slices without it are not taken for healthy"
@@ -285,11 +286,13 @@ class _Case:
             return self.suspected[number]
         if box is None:
             return self.about_bodies.get(number, "is not in the image")
-        shape = self.grid.values.shape
-        edges = [
-            axis for axis in range(3) if shape[axis] > 1 and (box[axis].start == 0 or box[axis].stop == shape[axis])
-        ]
-        return "the edge of the image cuts it off" if {*edges} - {self.axis} else None
+        body = self.bodies[box] == number
+        for axis in {0, 1, 2} - {self.axis}:
+            areas = body.sum(axis=tuple(other for other in range(3) if other != axis))
+            ends = ((box[axis].start == 0) * areas[0], (box[axis].stop == self.bodies.shape[axis]) * areas[-1])
+            if self.bodies.shape[axis] > 1 and max(ends) >= CUT_OFF * areas.max():
+                return "the edge of the image cuts it off"
+        return None
 
     def positions(self, focus: _Focus, slices: str | int, left_out: list[LeftOut]) -> list[int]:
         """The slices to cut of a vertebra or lesion, along the plane's normal."""

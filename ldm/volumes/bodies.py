@@ -10,8 +10,8 @@ laminae, processes) is cut off, in millimetres and for each vertebra:
    what is left the largest part counts, grown back by half of the ball's radius, so that corners are kept.
 
 A label of which this leaves at least 85 % is taken for one of the body alone, and stays as it is. So do C1, which has
-no body, and the sacrum. Where less than 15 % lies in front of the canal, the body is outside of the image. Where there
-is no canal and less than 15 % is left, the label is kept, and that is said.
+no body, and the sacrum. Where less than 25 % lies in front of the canal, the body is outside of the image. Where there
+is no canal and less than 25 % is left, the label is kept, and that is said.
 """
 
 import math
@@ -23,11 +23,11 @@ from scipy import ndimage
 from ldm.volumes.labels import LEVELS
 
 CELL = 1.5  # mm: the grid on which bodies are found; borders are those of the label
-BODY_ONLY, TOO_LITTLE = 0.85, 0.15  # of the label's voxels
+BODY_ONLY, TOO_LITTLE = 0.85, 0.25  # of the label's voxels
 REACH = 20.0  # mm: how far a vertebra goes on beyond the image's edge
 HOLE = 30.0  # mm2: a smaller hole is none of the canal
 NOT_FOUND = "its label holds the arch too, which could not be told from the body: lesions placed in it may be larger"
-OUTSIDE = "its body lies outside of the image; only its arch is seen"
+OUTSIDE = "its body lies outside of the image: its label is hardly more than an arch"
 NO_BODY = ("C1", "S1", "sacrum", "partial")
 
 

@@ -209,6 +209,9 @@ def test_a_vertebra_at_the_edge_is_no_healthy_sample() -> None:
     assert left_out == [LeftOut("L3", "the edge of the image cuts it off")]
     axial, _ = choose(volume(low), labels(low.labels), [], plane="axial")
     assert [cut.level for cut in axial] == ["L1", "L2", "L3"]  # whole in each of these slices
+    tip = MADE.labels.copy()
+    tip[18:21, 18:21, :4] = 29  # an osteophyte that reaches the edge
+    assert [cut.level for cut in choose(volume(), labels(tip), [])[0]] == ["L1", "L2", "L3"]
 
 
 def test_vertebrae_of_unknown_level_have_numbers_from_the_head() -> None:
