@@ -291,6 +291,8 @@ def _files(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         stem, suffix = _split_name(path.name)
         key = stem if stem in STEMS and suffix in SUFFIXES else path.name.lower()
+        if key in _ALIKE and path.exists() and not (path.is_file() or path.is_dir()):
+            raise FileError(path, "is a pipe, a socket or a device, which would be waited for; put a file in its place")
         if path.is_dir() and "." not in path.name:
             continue  # `mask/` is not a mask
         if key in _ALIKE:

@@ -7,6 +7,7 @@ longer row of grey samples.
 """
 
 import io
+import re
 import struct
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -52,6 +53,8 @@ _UNCOMPRESSED, _JPEG, _LOSSLESS = (
 )  # none, LZW, deflate, PackBits, deflate, LZMA, Zstandard
 _WITHOUT_PREDICTOR = (1, 32773)  # there the tag means nothing
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
+# What ImageJ and tifffile note where one directory stands for a stack whose other images lie behind the first.
+_STACK = re.compile(rb'ImageJ=[^\0]*\nimages=(?!1\n)\d|\{"shape": [^\0]*"truncated": true')
 _PREMULTIPLIED, _ALPHA = 1, 2  # kinds of extra samples; another one is not part of the image
 
 
@@ -145,7 +148,7 @@ def read_tiff(path: Path, data: bytes, indices: bool = False) -> tuple[np.ndarra
         layout, several = _directory(data)
     except struct.error as error:
         raise FileError(path, "damaged TIFF: its directory cannot be read; copy or export it again") from error
-    if several:
+    if several or _STACK.search(data):
         raise FileError(path, "holds several images; expected one")
     check_size(path, layout.width, layout.height)
     if not (layout.exact_in_pillow or layout.exact_here):

@@ -387,6 +387,26 @@ def test_an_animation_is_refused(tmp_path: Path) -> None:
         read_image(tmp_path / "image.png")
 
 
+@pytest.mark.parametrize(
+    ("note", "stack"),
+    [
+        (b"ImageJ=1.53t\nimages=30\nslices=30\n\0", True),
+        (b"ImageJ=1.53t\nimages=1\nmode=grayscale\n\0", False),
+        (b"ImageJ=1.53t\nunit=mm\n\0", False),
+        (b'{"shape": [30, 3, 4], "truncated": true}\0', True),
+        (b'{"shape": [3, 4]}\0', False),
+    ],
+)
+def test_a_stack_under_one_directory_is_refused(tmp_path: Path, note: bytes, stack: bool) -> None:
+    """The other images lie behind the first, and only a note says so."""
+    content = tiff_bytes(GREY) + note
+    if stack:
+        with pytest.raises(FileError, match="holds several images"):
+            read_bytes(tmp_path, content)
+    else:
+        np.testing.assert_array_equal(read_bytes(tmp_path, content), GREY)
+
+
 def test_a_tiff_file_that_names_too_few_strips_is_damaged(tmp_path: Path) -> None:
     content = tiff_bytes(GREY.astype(np.uint16)).replace(
         struct.pack("<HHII", 278, 4, 1, 3), struct.pack("<HHII", 278, 4, 1, 2)

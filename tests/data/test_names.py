@@ -1,6 +1,7 @@
 """Names of files and samples: whatever is called nearly as a sample's files are is refused by name, or counted."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,16 @@ def test_a_folder_with_such_a_file_alone_is_a_sample(tmp_path: Path, write_sampl
     (tmp_path / "bad" / name).write_bytes((tmp_path / "good" / "image.png").read_bytes())
     _, (reject,) = scan_folder(tmp_path)
     assert reject.sample_id == "bad"
+
+
+@pytest.mark.parametrize("name", ["image.png", "mask.png", "prompt.txt", "meta.json"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, write_sample: Write, name: str) -> None:
+    write_sample(tmp_path / "good")
+    folder = write_sample(tmp_path / "bad", meta={})
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    _, (reject,) = scan_folder(tmp_path)
+    assert (reject.file, reject.reason[:10]) == (folder / name, "is a pipe,")
 
 
 def test_two_images_of_one_sample_are_ambiguous(tmp_path: Path, write_sample: Write) -> None:
