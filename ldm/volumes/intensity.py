@@ -9,11 +9,12 @@ Three kinds of number:
 A window [low, high] is in values until ``Levels.window`` brings it to pixels, as ``meta.json`` has it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import MedSoftError, UsageError
 from ldm.volumes.volume import Volume
 
 HIGHEST = 65535
@@ -80,6 +81,23 @@ def levels_of(volume: Volume) -> Levels:
     sign = -1 if volume.low_is_white else 1
     zero = highest if sign < 0 else 0 if lowest >= 0 and highest <= HIGHEST else lowest
     return Levels(zero, sign, volume.offset + volume.scale * zero, sign * volume.scale)
+
+
+def window_asked(words: Sequence[str] | None) -> str | tuple[float, float] | None:
+    """``--window``: the name of a rule, two rising numbers, or None; UsageError for anything else."""
+    names = (*PRESETS, "file", "body")
+    if words is None:
+        return None
+    if len(words) == 1 and words[0] in names:
+        return words[0]
+    found = f"--window: expected one of {', '.join(names)}, or LOW HIGH, found {' '.join(words)}"
+    try:
+        low, high = map(float, words)
+    except ValueError as error:
+        raise UsageError(found) from error
+    if not low < high:
+        raise UsageError(f"{found}; LOW is to be below HIGH")
+    return low, high
 
 
 def window_for(volume: Volume, asked: str | tuple[float, float] | None = None) -> tuple[float, float, str]:

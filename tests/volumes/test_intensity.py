@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.images import to_unit
-from ldm.volumes.intensity import HIGHEST, PRESETS, levels_of, linear_window, window_for
+from ldm.volumes.intensity import HIGHEST, PRESETS, levels_of, linear_window, window_asked, window_for
 from ldm.volumes.volume import Volume
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "real"
@@ -153,3 +153,17 @@ def test_no_vertebra_is_cut_off_in_real_ct() -> None:
     for made, most in ((volume(values, unit="HU"), 0.001), (volume(values), 0.05)):
         low, high, _ = window_for(made)
         assert ((vertebra <= low) | (vertebra >= high)).mean() < most
+
+
+@pytest.mark.parametrize(
+    ("words", "window"),
+    [(None, None), (["bone"], "bone"), (["file"], "file"), (["-100", "250.5"], (-100.0, 250.5))],
+)
+def test_a_window_on_the_command_line(words: list[str] | None, window: Any) -> None:
+    assert window_asked(words) == window
+
+
+@pytest.mark.parametrize("words", [["bones"], ["5"], ["5", "4"], ["5", "5"], ["1", "2", "3"], ["nan", "2"]])
+def test_words_that_are_no_window(words: list[str]) -> None:
+    with pytest.raises(UsageError, match=f"--window: expected one of .*, or LOW HIGH, found {' '.join(words)}"):
+        window_asked(words)
