@@ -11,8 +11,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -21,11 +22,12 @@ from ldm.core.files import atomic_folder, content_id, read_json, read_text, sync
 from ldm.core.threads import thread_pool
 from ldm.data.images import SUFFIXES, intensity_range_of, orientations_differ, read_image
 from ldm.data.masks import (
-    ORIENTATION_NOTE,
-    STRAY_NOTE,
+    MOSTLY,
     TARGET_LABEL,
     Mask,
+    equivalent_diameter,
     extents,
+    looks_inverted,
     read_anatomy,
     read_mask,
     stray_parts,
@@ -46,8 +48,7 @@ from ldm.data.samples import (
 
 log = logging.getLogger(__name__)
 
-MASKS = ("mask", "soft_mask")
-STEMS = ("image", *MASKS, "anatomy")  # of a sample folder's image files
+STEMS = ("image", "mask", "soft_mask", "anatomy")  # of a sample folder's image files
 # Formats in which people keep images and masks, and which are not read.
 _OTHER = "webp gif jp2 jfif jpe dib heic avif tga pgm ppm exr dcm ima nii nii.gz npy npz mat mha mhd nrrd h5 zip"
 OTHER_SUFFIXES = tuple(f".{name}" for name in _OTHER.split(" "))
@@ -73,6 +74,23 @@ FAINT_NOTE = (
     "nothing of it"
 )
 SYNTHETIC_MARK = b"MedSoft-Diffusion"  # in a text tag at the beginning of every image.png that was inpainted here
+
+POLARITY = "1 (white) is the lesion, 0 everything else"
+ORIENTATION_NOTE = (
+    "its image, mask and label map have different EXIF orientations: what was made on the stored pixels of another one "
+    "lies elsewhere; look at the overlays of tool/doctor.py"
+)
+STRAY_NOTE = "its mask has a part that is tiny, or far from the largest one (stray pixels?), which makes the crop wider"
+MOSTLY_NOTE = f"its mask marks most of the image or of its border: inverted? {POLARITY}"
+EVERYWHERE_NOTE = "its soft mask is above 0 in most of the image, all of which will change: is its background 0?"
+OUTLINE_NOTE = "its mask encloses nearly as much as it marks, or more: an outline that is not filled?"
+BEYOND_NOTE = (
+    "its soft mask marks, in full, what lies far outside its mask: what is inpainted is not what its mask says"
+)
+SHORT_NOTE = "its soft mask leaves part of its mask out: that part will not be inpainted"
+NO_TARGET_NOTE = f"its label map does not say which vertebra the image is about (no label {TARGET_LABEL})"
+TARGETS_NOTE = f"label {TARGET_LABEL} of its label map has several large parts: it is one vertebra, the others are 2"
+OUTSIDE_NOTE = f"its mask lies outside label {TARGET_LABEL} of its label map: look at the overlays of tool/doctor.py"
 
 
 def scan_folder(root: str | Path) -> tuple[list[Sample], list[Reject]]:
@@ -206,23 +224,15 @@ def read_sample(sample_id: str, folder: Path) -> Sample:
     for stem in ("mask", "soft_mask", "anatomy"):
         if stem in files and filecmp.cmp(files["image"], files[stem], shallow=False):
             raise FileError(files[stem], f"is a copy of {files['image'].name}; put the right file in its place")
-    masks = {stem: read_mask(files[stem], image.shape, stem == "soft_mask") for stem in MASKS if stem in files}
-    for stem, mask in masks.items():
-        if mask.empty and diseased:
-            name = stem.replace("_", " ")
-            reason = f"the {name} is empty (all zero), but the prompt names a lesion ({prompt[:60]!r})"
-            raise FileError(files[stem], reason)
-    anatomy = read_anatomy(files["anatomy"], image.shape) if "anatomy" in files else None
-    regions = {} if anatomy is None else {"vertebra": anatomy == TARGET_LABEL}
-    if "mask" in masks:
-        regions["lesion" if diseased else "vertebra"] = masks["mask"].hard
+    marked = read_regions(image, files.get("mask"), files.get("soft_mask"), files.get("anatomy"), not diseased)
+    regions = {} if marked.anatomy is None else {"vertebra": marked.anatomy == TARGET_LABEL}
+    if marked.mask is not None:
+        regions["lesion" if diseased else "vertebra"] = marked.mask.hard
     try:
         notes = [*_intensity_notes(image, meta.get("window"), regions)]
     except MedSoftError as error:
         raise FileError(meta_file, str(error)) from error
-    notes += [mask.note for mask in masks.values() if mask.note]
-    if "lesion" in regions and stray_parts(regions["lesion"]):
-        notes.append(STRAY_NOTE)
+    notes += dict.fromkeys(note.text for note in marked.notes)
     if orientations_differ(files[stem] for stem in STEMS if stem in files):
         notes.append(ORIENTATION_NOTE)
     if prompt == HEALTHY and raw.strip().lower() != HEALTHY:
@@ -232,17 +242,123 @@ def read_sample(sample_id: str, folder: Path) -> Sample:
     paths: dict[str, Any] = {stem: Path(os.path.abspath(files[stem])) if stem in files else None for stem in STEMS}
     meta.pop("sample_id", None)  # the folder's path is the identity
     synthetic = meta.pop("synthetic", texts["parent_id"] is not None) or is_marked(files["image"])
-    if not (diseased or synthetic) and anatomy is not None and _is_part(masks.get("mask"), anatomy == TARGET_LABEL):
+    if not (diseased or synthetic) and _is_part(marked.mask, marked.anatomy):
         notes.append(PART_NOTE)
-    box = mask_box(masks.get("mask"))
+    box = mask_box(marked.mask)
     return Sample(
         sample_id, prompt=prompt, box=box, synthetic=synthetic, meta=meta, notes=tuple(notes), **paths, **texts
     )
 
 
-def _is_part(mask: Mask | None, vertebra: np.ndarray) -> bool:
-    """Whether a mask that is not empty leaves most of the vertebra (bool HxW) out."""
-    return mask is not None and not mask.empty and bool(vertebra.any()) and mask.hard[vertebra].mean() < 0.5
+class Note(NamedTuple):
+    """What a person should know of a file: ``text`` is the same for every sample, ``detail`` has this one's numbers."""
+
+    file: Path
+    text: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}{': ' * bool(self.detail)}{self.detail}"
+
+
+class Regions(NamedTuple):
+    """What the files of a sample mark in its image, and what a person should know of them."""
+
+    mask: Mask | None
+    soft_mask: Mask | None
+    anatomy: np.ndarray | None
+    notes: list[Note]
+
+
+def read_regions(
+    image: np.ndarray, mask: Path | None, soft_mask: Path | None, anatomy: Path | None, healthy: bool
+) -> Regions:
+    """Read the files that mark regions of ``image`` (HxW or HxWx3), and compare them; FileError for a certain mistake.
+
+    ``healthy``: the mask is the vertebra's, not a lesion's.
+    """
+    own = read_mask(mask, image.shape) if mask else None
+    soft = read_mask(soft_mask, image.shape, soft=True) if soft_mask else None
+    labels = read_anatomy(anatomy, image.shape) if anatomy else None
+    notes = []
+    for path, each in ((mask, own), (soft_mask, soft)):
+        if path is None or each is None:
+            continue
+        if each.empty and not healthy:
+            name = path.stem.lower().replace("_", " ")
+            raise FileError(path, f"the {name} is empty (all zero), but the prompt names a lesion")
+        if path == mask and looks_inverted(each.hard, whole=not healthy):
+            reason = f"marks the whole border and {each.hard.mean():.0%} of the image: inverted? {POLARITY}"
+            raise FileError(path, reason)
+        if each.soft and _is_picture_of(image, each.values):
+            raise FileError(path, f"looks like the image itself; expected a mask: {POLARITY}")
+        if each.note:
+            notes.append(Note(path, each.note))
+        if each.soft and np.count_nonzero(each.values) > MOSTLY * each.values.size:
+            notes.append(Note(path, EVERYWHERE_NOTE))
+    if mask and own and not healthy:
+        notes += _lesion_notes(mask, own.hard)
+    if soft_mask and soft and own and not own.empty:
+        notes += _soft_mask_notes(soft_mask, soft.values, own.hard, healthy)
+    if anatomy and labels is not None:
+        notes += _anatomy_notes(anatomy, labels == TARGET_LABEL, own)
+    return Regions(own, soft, labels, notes)
+
+
+def _is_picture_of(image: np.ndarray, values: np.ndarray) -> bool:
+    """Whether the values of a mask (HxW) rise and fall with the levels of its image: a copy, or one cut to the lesion.
+
+    A lesion may resemble its own soft mask, but not that well.
+    """
+    levels = image if image.ndim == 2 else image.mean(axis=2)
+    for region, least in ((np.ones(values.shape, bool), 0.9), (values > 0, 0.97)):
+        there, marked = levels[region].astype(float), values[region].astype(float)
+        if len(marked) > 20 and np.ptp(there) and np.ptp(marked) and abs(np.corrcoef(there, marked)[0, 1]) > least:
+            return True
+    return False
+
+
+def _lesion_notes(path: Path, hard: np.ndarray) -> list[Note]:
+    edge = np.concatenate([hard[0], hard[-1], hard[:, 0], hard[:, -1]]).mean()
+    notes = [Note(path, MOSTLY_NOTE, f"{hard.mean():.0%}")] if max(edge, hard.mean()) > MOSTLY else []
+    outlines, _ = cv2.findContours(hard.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    filled = cv2.drawContours(np.zeros(hard.shape, np.uint8), outlines, -1, 1, cv2.FILLED)
+    if np.count_nonzero(filled) > 1.8 * np.count_nonzero(hard):
+        notes.append(Note(path, OUTLINE_NOTE))
+    parts = [f"{pixels} pixels from row {row}, column {column} on" for pixels, row, column in stray_parts(hard)[:3]]
+    return notes + [Note(path, STRAY_NOTE, part) for part in parts]
+
+
+def _soft_mask_notes(path: Path, soft: np.ndarray, hard: np.ndarray, healthy: bool) -> list[Note]:
+    """What does not fit between a soft mask (HxW in [0, 1]) and the mask beside it (bool HxW)."""
+    if not healthy and not (hard & (soft >= 0.5)).any():
+        raise FileError(path, "lies elsewhere than the mask beside it: none of the mask's pixels is 0.5 or more here")
+    notes = []
+    away = cv2.distanceTransform((~hard).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    reach = max(2.0, equivalent_diameter(hard) / 2)
+    if ((soft >= 0.995) & (away > reach)).any():
+        notes.append(Note(path, BEYOND_NOTE))
+    if not healthy and np.count_nonzero(soft[hard] == 0) > 0.1 * np.count_nonzero(hard):
+        notes.append(Note(path, SHORT_NOTE))
+    return notes
+
+
+def _anatomy_notes(path: Path, target: np.ndarray, own: Mask | None) -> list[Note]:
+    """What is strange about the target vertebra (bool HxW), alone and beside the sample's mask."""
+    if not target.any():
+        return [Note(path, NO_TARGET_NOTE)]
+    areas = np.sort(cv2.connectedComponentsWithStats(target.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])
+    notes = [Note(path, TARGETS_NOTE)] if len(areas) > 1 and areas[-2] > areas[-1] / 2 else []
+    if own and own.hard.any() and np.count_nonzero(own.hard & target) < 0.1 * np.count_nonzero(own.hard):
+        notes.append(Note(path, OUTSIDE_NOTE))
+    return notes
+
+
+def _is_part(mask: Mask | None, labels: np.ndarray | None) -> bool:
+    """Whether a mask that is not empty leaves most of the vertebra of a label map (HxW) out."""
+    if mask is None or mask.empty or labels is None or not (labels == TARGET_LABEL).any():
+        return False
+    return bool(mask.hard[labels == TARGET_LABEL].mean() < 0.5)
 
 
 def is_marked(image: Path) -> bool:

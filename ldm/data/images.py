@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ldm.core.errors import FileError, MedSoftError
 from ldm.data.png import PNG_SIGNATURE, check_png, check_size
-from ldm.data.tiff import TIFF_HEADS, read_tiff, tiff_orientation
+from ldm.data.tiff import TIFF_HEADS, read_tiff, tiff_is_lossy, tiff_orientation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 DARK, BRIGHT = 0.5, 99.9  # percentiles: of all visible pixels, and of the body's
@@ -46,11 +46,17 @@ def read_image(path: str | Path) -> np.ndarray:
     return _decode(Path(path), indices=False)
 
 
+def is_lossy(path: str | Path) -> bool:
+    """Whether an image file that can be read is compressed with loss (JPEG, also inside TIFF), which changes levels."""
+    data, kind = _read_bytes(Path(path))
+    return kind == "JPEG" or (kind == "TIFF" and tiff_is_lossy(data))
+
+
 def read_labels(path: str | Path) -> np.ndarray:
     """Decode a label map: HxW integers. A palette file gives its indices; equal RGB channels count as grey."""
-    if _read_bytes(Path(path))[1] == "JPEG":
-        raise FileError(path, "a label map as JPEG, whose compression changes labels; export it as PNG")
     labels = _decode(Path(path), indices=True)
+    if is_lossy(path):
+        raise FileError(path, "a label map as JPEG, whose compression changes labels; export it as PNG")
     if not is_grey(labels):
         raise FileError(path, "expected a label map (grey or palette), found a colour image")
     return labels if labels.ndim == 2 else labels[..., 0]

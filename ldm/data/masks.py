@@ -14,7 +14,7 @@ import numpy as np
 
 from ldm.config import FeatherUnit
 from ldm.core.errors import FileError, MedSoftError, UsageError
-from ldm.data.images import is_grey, read_labels, read_layers
+from ldm.data.images import is_grey, is_lossy, read_image, read_labels, read_layers
 from ldm.data.samples import Sample
 
 TARGET_LABEL = 1  # in anatomy.png: the vertebral body the image is about
@@ -28,12 +28,16 @@ MIN_REGION = 4  # pixels: the smallest side of a region that a lesion-shaped mas
 _PROFILE_POINTS = 4097
 
 
-ORIENTATION_NOTE = (
-    "its image, mask and label map have different EXIF orientations: what was made on the stored pixels of another one "
-    "lies elsewhere; look at the overlays of tool/doctor.py"
-)
-STRAY_NOTE = "its mask has a part that is tiny, or far from the largest one (stray pixels?), which makes the crop wider"
+MOST_BORDER = 0.6  # share of the image that the border of a soft mask takes at most
+MAX_HUMPS = 10  # of a soft mask: parts that stay below its maximum
+MOSTLY = 0.5  # share of the image or of its border: more than that is hardly a lesion
+
+
 NOISE_NOTE = "its mask has compression noise or a rim from resampling: it is read as hard, cut at half of its maximum"
+PARTS_NOTE = (
+    "its mask has compression noise or a rim from resampling, and small parts with levels of their own (a second "
+    "label? stray pixels?): it is read as hard, cut at half of its maximum"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,79 +65,129 @@ class Mask:
 def read_mask(path: str | Path, shape: tuple[int, ...] | None = None, soft: bool = False) -> Mask:
     """Read a mask file for an image of ``shape`` (H, W, ...).
 
-    What the levels are decides how they are read (see docs/data.md): two levels {0, v}, also with compression noise or
-    a rim from resampling, are hard; a wider smooth transition is soft already: value / maximum, rounded to k/255, which
-    is what a ``soft_mask.png`` can hold: a pixel is outside the mask here exactly if it is in the file of the result.
-    An alpha channel is multiplied in. Flat levels in between are labels. Labels, a maximum below half of the file's
-    range with more than two levels, and a size that differs from the image's are refused with a FileError that names
-    them. ``soft``: the file is a ``soft_mask.png``, soft whatever its levels are.
+    What the levels are decides how they are read (see docs/data.md). Two levels {0, v} are hard. So are more of them
+    where every transition is at most two pixels wide (compression noise, a rim from resampling): cut at half of the
+    maximum. A wider smooth transition is soft already: value / maximum, rounded to k/255, which is what a
+    ``soft_mask.png`` can hold: a pixel is outside the mask here exactly if it is in the file of the result. An alpha
+    channel is multiplied in. Everything else, and a size that differs from the image's, is refused with a FileError
+    that names the levels: labels, pictures, ramps, a maximum below half of the range. ``soft``: the file is a
+    ``soft_mask.png``, soft whatever its levels are, unless it is a picture.
     """
-    layers = read_layers(path)
+    layers, lossy = read_layers(path), is_lossy(path)
     if shape is not None:
         _check_same_size(path, layers, shape)
-    levels = _grey_levels(path, layers)
+    levels = _grey_levels(path, layers, lossy)
     present = np.unique(levels)
-    top, highest = int(present[-1]), np.iinfo(levels.dtype).max
-    if len(present) == 1 or (len(present) == 2 and present[0] == 0):  # one level: nothing, or everything, is marked
-        return Mask((levels > 0).astype(np.float32), soft)
+    top = int(present[-1])
+    span = 255 if top <= 255 else 65535  # files of 16 bits often hold 8
+    if lossy and 0 < top < span / 2:
+        raise _unclear(path, present, span, f"reaches half of {span}: a JPEG loses smaller numbers, save it as PNG")
+    if len(present) == 1 or (len(present) == 2 and present[0] == 0):  # one: nothing, or everything, is marked
+        cut = lossy and not is_grey(layers)
+        return Mask((levels > 0).astype(np.float32), soft and not cut, NOISE_NOTE if cut else None)
     unit = levels / np.float32(top)
-    labels = [] if soft else _labels_between(levels, unit)
-    no_background = len(present) <= MAX_LABELS and present[0] > RIM[0] * top and not soft
-    if labels or no_background or top < highest / 2:
-        named = sorted({int(present[0]), *labels, *present[:4].tolist(), top}) if not labels else [0, *labels, top]
-        raise FileError(
-            path,
-            f"{len(present)} levels with a maximum of {top} (among them {', '.join(map(str, named))}): neither a hard "
-            f"mask (0 and one other level) nor a soft one (a smooth border, a maximum of at least half of {highest}); "
-            f"of labels, save the lesion's alone, as {highest}",
-        )
-    if not soft and _hard_but_for_noise(unit):
-        return Mask((unit >= 0.5).astype(np.float32), note=NOISE_NOTE)
+    if not soft and (labels := _labels_between(levels, unit)):
+        raise _unclear(path, np.array([0, *labels, top]), span, "has no flat levels between", len(present))
+    if not soft and present[0] > RIM[0] * top:
+        raise _unclear(path, present, span, "is 0 where there is no lesion")
+    if top < span / 2 and len(present) <= MAX_LABELS:  # small numbers are labels
+        raise _unclear(path, present, span, f"reaches at least half of {span}")
+    if not soft and (note := _note_if_hard(unit)):
+        return Mask((unit >= 0.5).astype(np.float32), note=note)
+    if top < span / 2:
+        raise _unclear(path, present, span, f"reaches at least half of {span}")
+    humps, between = _humps(unit), np.count_nonzero((unit > RIM[0]) & (unit < RIM[1]))
+    if between > MOST_BORDER * unit.size and (humps > 2 or not soft):
+        raise _unclear(path, present, span, "is 0 in most places: most of this one lies between, as of a ramp")
+    if humps > MAX_HUMPS:
+        raise _unclear(path, present, span, "rises from 0 to few parts: this one goes up and down, as an image does")
     return Mask(np.rint(unit * 255).astype(np.float32) / 255, soft=True)
+
+
+def _unclear(path: str | Path, present: np.ndarray, span: int, soft_one: str, count: int | None = None) -> FileError:
+    """The refusal of a mask with the levels ``present``; ``soft_one``: what a soft mask would be."""
+    named = sorted({int(present[0]), *present[: 4 if count is None else None].tolist(), int(present[-1])})
+    return FileError(
+        path,
+        f"{count or len(present)} levels with a maximum of {present[-1]} (among them {', '.join(map(str, named))}): "
+        f"neither a hard mask (0 and one other level) nor a soft one (which {soft_one}); of labels, save the lesion's "
+        f"alone, as {span}",
+    )
 
 
 def _labels_between(levels: np.ndarray, unit: np.ndarray) -> list[int]:
     """The levels between 0 and the maximum that fill areas, as labels do; a rim or a soft border has none of them.
 
-    Of few levels, those that fill a 3 x 3 area anywhere, even 1 beside 255. Of many (compression noise), those of
-    nearly constant areas between RIM, if two levels hold most of these areas: a wide smooth border has more of them.
+    Of few levels, those that fill a 3 x 3 area anywhere, even 1 beside 255. Of many, those that fill most of what lies
+    between; with compression noise, those of nearly constant areas between RIM, if two levels hold most of these areas:
+    a wide smooth border has more of them.
     """
     kernel, present = np.ones((3, 3), np.uint8), np.unique(levels)
     if len(present) <= MAX_LABELS:
-        flat = cv2.erode(levels, kernel) == cv2.dilate(levels, kernel)
-        inner = levels[flat & (levels > 0) & (unit < 1)]
+        flat = (cv2.erode(levels, kernel) == cv2.dilate(levels, kernel)) & (levels > 0) & (unit < 1)
+        inner = levels[flat]
+        certain = len(inner) > 4 or bool((flat & (unit > RIM[0]) & (unit < RIM[1])).any())  # not ripples of resampling
         tiny = present[1:-1][present[1:-1] < RIM[0] * present[-1]] if len(present) == 3 else []
-        return np.unique(inner if len(inner) > 4 else tiny).tolist()
+        return np.unique(inner if certain else tiny).tolist()
     smooth, window = cv2.medianBlur(np.rint(unit * 255).astype(np.uint8), 5), np.ones((5, 5), np.uint8)
     flat = cv2.dilate(smooth, window) - cv2.erode(smooth, window) <= 4
     between = (smooth > 51) & (smooth < 255 * RIM[1])  # the far ends of a wide border are flat too
     counts = np.bincount(smooth[flat & between] // 16, minlength=16)
     most = np.sort(np.argsort(-counts, kind="stable")[:2])
-    if counts.sum() <= 0.12 * np.count_nonzero(between) or counts[most].sum() <= 0.6 * counts.sum():
+    constant = (cv2.erode(levels, window) == cv2.dilate(levels, window)) & between
+    if np.count_nonzero(constant) <= 0.3 * np.count_nonzero(between) and (
+        counts.sum() <= 0.12 * np.count_nonzero(between) or counts[most].sum() <= 0.6 * counts.sum()
+    ):
         return []
     return [int(np.median(levels[flat & between & (smooth // 16 == k)])) for k in most if counts[k]]
 
 
-def _hard_but_for_noise(unit: np.ndarray) -> bool:
-    """Whether a mask (HxW in [0, 1]) has no transition wider than two pixels, but for compression noise.
+def _note_if_hard(unit: np.ndarray) -> str | None:
+    """What to say of a mask (HxW in [0, 1]) whose transitions are at most two pixels wide; None for another one.
 
     Between RIM every pixel of such a transition is near both sides. Noise reaches further; where the low values ripple,
-    which those of a smooth border do not, only the transition between NOISY_RIM counts.
+    which those of a smooth border do not, only the transition between NOISY_RIM counts. A few pixels that are not near
+    both sides are a part of its own.
     """
     low = (unit > 0.01) & (unit < NOISY_RIM[0])
     neighbours = cv2.dilate(unit, np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]], np.uint8))
     ripples = np.count_nonzero(low & (unit > neighbours)) > 0.02 * np.count_nonzero(low)
-    return any(_narrow(unit, *limits) for limits in ((RIM, NOISY_RIM) if ripples else (RIM,)))
+    hard = (unit >= 0.5).astype(np.uint8)
+    edge = np.count_nonzero(hard - cv2.erode(hard, np.ones((3, 3), np.uint8)))
+    for limits in (RIM, NOISY_RIM) if ripples else (RIM,):
+        wide = np.count_nonzero(_in_wide_transitions(unit, *limits))
+        if (unit >= limits[1]).any() and wide <= 0.25 * edge:
+            return PARTS_NOTE if wide else NOISE_NOTE
+    return None
 
 
-def _narrow(unit: np.ndarray, low: float, high: float) -> bool:
-    between = (unit > low) & (unit < high)
+def _in_wide_transitions(unit: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The pixels (bool HxW) between ``low`` and ``high`` that lie in transitions wider than RIM_WIDTH."""
     sides = (unit > low, unit < high)  # the distance is to the pixels where this is false
     to_sides = [cv2.distanceTransform(side.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for side in sides]
-    wide = between & (to_sides[0] + to_sides[1] > RIM_WIDTH + 1.5)
-    hard = (unit >= 0.5).astype(np.uint8)
-    edge = hard - cv2.erode(hard, np.ones((3, 3), np.uint8))
-    return bool((unit >= high).any() and np.count_nonzero(wide) <= 0.25 * np.count_nonzero(edge))
+    wide: np.ndarray = sides[0] & sides[1] & (to_sides[0] + to_sides[1] > RIM_WIDTH + 1.5)
+    return wide
+
+
+def _humps(unit: np.ndarray, depth: int = 5) -> int:
+    """How many separate maxima of values (HxW in [0, 1]) stay below the maximum; a picture has dozens, a mask few.
+
+    Counted are those from 0.1 to 0.8 that stand ``depth`` percent above what surrounds them, in the image brought to
+    at most 128 pixels a side.
+    """
+    height, width = unit.shape
+    scale = min(1.0, 128 / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    percent = np.rint(100 * cv2.resize(unit, size, interpolation=cv2.INTER_AREA)).astype(np.uint8)
+    smooth, kernel = cv2.medianBlur(percent, 3), np.ones((3, 3), np.uint8)
+    level = cv2.subtract(smooth, np.full_like(smooth, depth))
+    while True:  # morphological reconstruction: what is left without the peaks
+        grown = np.minimum(cv2.dilate(level, kernel), smooth)
+        if (grown == level).all():
+            break
+        level = grown
+    tops = (smooth - level >= depth) & (smooth > 10) & (smooth < 80)
+    return int(cv2.connectedComponents(tops.astype(np.uint8), connectivity=8)[0]) - 1
 
 
 def _check_same_size(path: str | Path, found: np.ndarray, shape: tuple[int, ...]) -> None:
@@ -146,7 +200,7 @@ def _check_same_size(path: str | Path, found: np.ndarray, shape: tuple[int, ...]
         )
 
 
-def _grey_levels(path: str | Path, layers: np.ndarray) -> np.ndarray:
+def _grey_levels(path: str | Path, layers: np.ndarray, lossy: bool) -> np.ndarray:
     """HxW levels of a mask image: grey as it is, shades of one colour by its strongest channel; times its alpha."""
     if layers.ndim == 2:
         return layers
@@ -154,19 +208,25 @@ def _grey_levels(path: str | Path, layers: np.ndarray) -> np.ndarray:
         highest = np.iinfo(layers.dtype).max
         share = layers[..., -1:] / np.float64(highest)
         colours = np.rint(layers[..., :-1] * share).astype(layers.dtype)
-        return _grey_levels(path, colours[..., 0] if colours.shape[2] == 1 else colours)
+        return _grey_levels(path, colours[..., 0] if colours.shape[2] == 1 else colours, lossy)
     if is_grey(layers):
         return np.ascontiguousarray(layers[..., 0])
     strongest = layers.max(axis=2)
+    typical = np.median(strongest[strongest >= strongest.max() / 2])
     colour = layers[np.unravel_index(strongest.argmax(), strongest.shape)] / np.float64(strongest.max())
-    shades = np.abs(layers - strongest[..., None] * colour) <= 0.02 * strongest.max()
-    if not shades.all():
-        colours = np.unique(layers[strongest > 0].reshape(-1, 3), axis=0)
-        raise FileError(
-            path,
-            f"a colour mask with {len(colours)} colours besides black (maximum {strongest.max()}); expected one: "
-            "save the lesion alone",
-        )
+    if lossy:
+        bright = np.median(layers[strongest >= 0.75 * typical], axis=0)
+        colour = bright / bright.max()
+    other = np.abs(layers - strongest[..., None] * colour).max(axis=2) / typical  # than shades of this colour
+    if lossy:  # colours are blurred over two pixels, so nothing is known of a soft border: cut at half
+        several = cv2.erode((other > 0.25).astype(np.uint8), np.ones((3, 3), np.uint8)).any()
+        strongest = (strongest >= typical / 2).astype(np.uint8) * np.uint8(255)
+    else:
+        several = (other > 0.02).any()
+    if several:
+        count = len(np.unique(layers[strongest > 0].reshape(-1, 3), axis=0))
+        reason = f"a colour mask with {count} colours besides black (maximum {layers.max()}); expected one"
+        raise FileError(path, f"{reason}: save the lesion alone")
     return strongest
 
 
@@ -174,16 +234,56 @@ def read_anatomy(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
     """The label map HxW: 0 background, 1 target vertebra, 2 other vertebrae, 3 discs, 4 spinal canal.
 
     FileError naming the levels for any other ones (another numbering, a map saved as 0 and 255, or in 2 or 4 bits,
-    which are scaled when they are read).
+    which are scaled when they are read), for several without 0 or with label 1 all around an unmarked middle, and
+    for one that was resized with interpolation, which puts label 1 between 0 and 2.
     """
     labels = read_labels(path)
     _check_same_size(path, labels, shape)
     present = np.unique(labels).tolist()
+    shown = ", ".join(map(str, present[:8])) + (", ..." if len(present) > 8 else "")
+    meaning = ", ".join(f"{number} {name}" for number, name in LABELS.items())
     if present[-1] > max(LABELS):
-        shown = ", ".join(map(str, present[:8])) + (", ..." if len(present) > 8 else "")
-        meaning = ", ".join(f"{number} {name}" for number, name in LABELS.items())
         raise FileError(path, f"has the levels {shown}; expected a label map of {meaning}: renumber it, with 8 bits")
+    if len(present) > 1 and present[0] > 0:
+        raise FileError(
+            path, f"has the levels {shown}, no 0; expected a label map of {meaning}: is it numbered from 1?"
+        )
+    if looks_inverted(labels == TARGET_LABEL, whole=False):
+        raise FileError(path, f"label {TARGET_LABEL} lies all around the image; expected a label map of {meaning}")
+    shades = read_image(path)  # of a palette
+    if is_grey(shades) and _other_order(labels, shades if shades.ndim == 2 else shades[..., 0]):
+        raise FileError(path, "its palette has grey levels in another order than its indices; save it as grey levels")
+    if _interpolated(labels):
+        reason = "has labels in between along the borders of others: it was resized with interpolation; use nearest"
+        raise FileError(path, reason)
     return labels
+
+
+def _other_order(labels: np.ndarray, shades: np.ndarray) -> bool:
+    """Whether the grey levels that a palette shows could be other labels than its indices (both HxW)."""
+    numbers, places = np.unique(labels, return_index=True)
+    shown = shades.ravel()[places].astype(int)
+    small = shown.max() <= numbers.max() and (shown != numbers).any()
+    return bool(shown.any() and (small or (np.diff(shown) < 0).any()))
+
+
+def _interpolated(labels: np.ndarray) -> bool:
+    """Whether most jumps of a label map (HxW) by two or more pass through a label in between."""
+    low, high = (change(labels, np.ones((3, 3), np.uint8)) for change in (cv2.erode, cv2.dilate))
+    jumps = cv2.subtract(high, low) >= 2
+    between = jumps & (labels > low) & (labels < high)
+    passed = cv2.dilate(between.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    return bool(np.count_nonzero(jumps) >= 300 and np.count_nonzero(jumps & passed) > 0.45 * np.count_nonzero(jumps))
+
+
+def looks_inverted(region: np.ndarray, whole: bool = True) -> bool:
+    """Whether a region (bool HxW) is the outside of something: the image's whole border and more than half of it.
+
+    ``whole``: also if nothing is left out.
+    """
+    inner = region[1:-1, 1:-1]
+    around = np.count_nonzero(region) - np.count_nonzero(inner) == region.size - inner.size
+    return around and region.mean() > MOSTLY and (whole or not region.all())
 
 
 def stray_parts(hard: np.ndarray) -> list[tuple[int, int, int]]:

@@ -46,11 +46,9 @@ _NAMES = {
 _FIELD_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # of a tag's values, in struct's letters
 _UNSIGNED, _SIGNED = 1, 2
 _FORMATS = {_UNSIGNED: "unsigned", _SIGNED: "signed", 3: "floating-point"}
-_UNCOMPRESSED, _JPEG, _LOSSLESS = (
-    1,
-    7,
-    (1, 5, 8, 32773, 32946, 34925, 50000),
-)  # none, LZW, deflate, PackBits, deflate, LZMA, Zstandard
+_UNCOMPRESSED, _JPEG = 1, 7
+_LOSSLESS = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, deflate, LZMA, Zstandard
+_LOSSY = (6, _JPEG, 34712, 50001)  # JPEG of two kinds, JPEG 2000, WebP
 _WITHOUT_PREDICTOR = (1, 32773)  # there the tag means nothing
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 # What ImageJ and tifffile note where one directory stands for a stack whose other images lie behind the first.
@@ -179,6 +177,11 @@ def read_tiff(path: Path, data: bytes, indices: bool = False) -> tuple[np.ndarra
 def tiff_orientation(data: bytes) -> int:
     """The orientation tag of a TIFF file that can be read: 1 (upright) to 8."""
     return _directory(data)[0].orientation
+
+
+def tiff_is_lossy(data: bytes) -> bool:
+    """Whether the pixels of a TIFF file that can be read are compressed with loss."""
+    return _directory(data)[0].compression in _LOSSY
 
 
 def _directory(data: bytes) -> tuple[TiffLayout, bool]:

@@ -39,8 +39,8 @@ from ldm.data.checks import (
     separations,
     similar_prompts,
 )
+from ldm.data.folders import ORIENTATION_NOTE, read_regions
 from ldm.data.images import orientations_differ, pixel_digest, read_image
-from ldm.data.masks import ORIENTATION_NOTE, STRAY_NOTE, read_anatomy, read_mask, stray_parts
 from ldm.data.preparation import inpainting_obstacle
 from ldm.data.samples import Sample, prompt_of
 from ldm.features.names import training_items
@@ -53,7 +53,6 @@ from ldm.training.stage import training_groups
 
 log = logging.getLogger(__name__)
 
-HUGE_MASK = 0.5  # share of the image: more than that is hardly a lesion
 ODD_PROMPT = "\ufffd"  # what is left of a character in another encoding
 LONG_PROMPT = 300  # characters; the text encoder reads 75 tokens
 FLOORS = {
@@ -99,33 +98,13 @@ def look(sample: Sample) -> DatasetInspection:
     if image.min() == image.max():
         faults.append(Finding("warning", str(sample.image), f"every pixel is {image.min()}: an empty image"))
     try:
-        mask = read_mask(sample.mask, image.shape) if sample.mask else None
-        if mask is not None and mask.note:
-            faults.append(Finding("warning", str(sample.mask), mask.note))
-        if sample.soft_mask:
-            read_mask(sample.soft_mask, image.shape, soft=True)
-        if sample.anatomy:
-            read_anatomy(sample.anatomy, image.shape)
+        marked = read_regions(image, sample.mask, sample.soft_mask, sample.anatomy, sample.healthy)
+        faults += [Finding("warning", str(note.file), str(note)) for note in marked.notes]
         if orientations_differ(sample.files):
             faults.append(Finding("warning", str(sample.image), ORIENTATION_NOTE))
     except MedSoftError as error:
         faults.append(Finding("sample", str(sample.image.parent), str(error)))
-    else:
-        faults += _mask_faults(str(sample.mask), mask) if mask is not None and not sample.healthy else []
     return DatasetInspection(sample.sample_id, tuple(faults), **seen)
-
-
-def _mask_faults(file: str, mask: Any) -> Iterator[Finding]:
-    edge = np.concatenate([mask.hard[0], mask.hard[-1], mask.hard[:, 0], mask.hard[:, -1]]).mean()
-    if mask.empty:
-        yield Finding("sample", file, "the mask is empty (all zero), but the prompt names a lesion")
-    elif (covered := mask.hard.mean()) > HUGE_MASK:
-        text = f"marks {covered:.0%} of the image: inverted? 1 (white) is the lesion, 0 everything else"
-        yield Finding("warning", file, text)
-    elif edge > HUGE_MASK:
-        yield Finding("warning", file, "marks most of the image's border: inverted? 1 (white) is the lesion")
-    for pixels, row, column in stray_parts(mask.hard)[:3]:
-        yield Finding("warning", file, f"{STRAY_NOTE}: {pixels} pixels from row {row}, column {column} on")
 
 
 def check_everything(

@@ -112,14 +112,18 @@ def test_files_that_changed_after_preparation(tmp_path: Path, write_sample: Any)
 
 def test_inverted_and_huge_masks(tmp_path: Path, write_sample: Any) -> None:
     inverted = np.full((20, 24), 255, np.uint8)
-    inverted[5:10, 8:16] = 0
+    inverted[5:10, 16:] = 0  # a lesion at the border
     for number in range(3):
         write_sample(tmp_path / "data" / f"s{number}", image=picture(number), mask=inverted)
+    inside = np.full((20, 24), 255, np.uint8)
+    inside[5:10, 8:16] = 0
+    write_sample(tmp_path / "data" / "certain", image=picture(5), mask=inside)
     write_sample(tmp_path / "data" / "h", prompt="healthy", image=picture(7), mask=None)
     code, found = findings(tmp_path, "--data", tmp_path / "data")
     assert code == 1
     assert "3 of 3 masks look inverted: 1 (white) must be the lesion" in texts(found, "error")
-    assert "s0/mask.png: marks 92% of the image: inverted?" in texts(found, "warning")
+    assert "s0/mask.png: its mask marks most of the image or of its border: inverted?" in texts(found, "warning")
+    assert "certain/mask.png: marks the whole border and 92% of the image: inverted?" in texts(found, "sample")
 
 
 def test_depths_sizes_and_empty_pictures(tmp_path: Path, write_sample: Any) -> None:

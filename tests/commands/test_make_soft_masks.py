@@ -127,7 +127,8 @@ def test_lesion_in_a_half_without_room_takes_the_other() -> None:
 
 
 def test_a_mask_that_is_soft_already_is_used_as_it_is(data: Path, tmp_path: Path) -> None:
-    ramp = np.tile(np.linspace(0, 255, 80).astype(np.uint8), (60, 1))
+    slope = np.interp(np.arange(80), [35, 75], [0, 255])
+    ramp = np.tile(slope.astype(np.uint8), (60, 1))
     write_png(data / "sick" / "mask.png", ramp)
     assert make(data, tmp_path / "out") == 3
     np.testing.assert_array_equal(read_image(tmp_path / "out" / "sick" / "soft_mask.png"), ramp)

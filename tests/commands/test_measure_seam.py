@@ -8,7 +8,7 @@ import pytest
 from tiny import CLIP, PHANTOM, TEST, call
 
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.data.annotations import load_samples
+from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.images import read_image
 from ldm.data.png import write_png
 from tool import measure_seam
@@ -40,9 +40,11 @@ def test_what_cannot_be_measured_is_refused(final: Path, world: Path, one: Path,
         measure(final, one, tmp_path / "seam.json", "--limit", 0)
     folder = next(one.iterdir())
     mask = read_image(folder / "mask.png")
+    write_annotations(tmp_path / "one.json", load_samples(one)[0])
     write_png(folder / "mask.png", np.full_like(mask, 255))
     with pytest.raises(MedSoftError, match="no mask has a border with a gradient"):
-        measure(final, one, tmp_path / "seam.json")
+        measure(final, tmp_path / "one.json", tmp_path / "seam.json")
+    write_png(folder / "mask.png", mask)
     (folder / "prompt.txt").write_text("healthy")
     with pytest.raises(MedSoftError, match="has no diseased sample"):
         measure(final, one, tmp_path / "seam.json")

@@ -142,8 +142,9 @@ def write_mask(draw: st.DrawFn, folder: Path, shape: tuple[int, ...], orientatio
     top, left = draw(st.integers(0, height - 4)), draw(st.integers(0, width - 5))
     region[top : top + draw(st.integers(2, 4)), left : left + draw(st.integers(2, 5))] = kind != "empty"
     levels = region * np.uint8(1 if kind == "1" else 255)
-    if kind == "soft":  # a slope over the whole width
-        levels = np.rint(np.linspace(0, 255, width)).astype(np.uint8)[None].repeat(height, axis=0)
+    if kind == "soft":  # a slope over most of the width
+        slope = np.interp(np.arange(width), [3, width - 2], [0, 255])
+        levels = np.rint(slope).astype(np.uint8)[None].repeat(height, axis=0)
         region = levels >= 127.5
     if kind == "colour":
         levels = np.stack([levels, levels * np.uint8(0), levels * np.uint8(0)], axis=2)

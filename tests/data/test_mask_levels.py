@@ -77,10 +77,17 @@ def test_a_resampled_edge_leaves_a_mask_hard(
 
 
 @settings(max_examples=60, deadline=None)
-@given(lesion=lesions, feather=st.floats(6, 40), quality=st.one_of(st.none(), st.integers(60, 98)))
+@given(
+    case=st.one_of(
+        st.tuples(st.builds(disc, st.floats(4, 40), st.integers(45, 80)), st.floats(6, 40)),
+        st.tuples(st.builds(blob, st.integers(0, 999)), st.floats(6, 18)),  # parts everywhere: wider ones leave no 0
+    ),
+    quality=st.one_of(st.none(), st.integers(60, 98)),
+)
 def test_a_wider_smooth_border_is_soft_already(
-    tmp_path_factory: pytest.TempPathFactory, lesion: np.ndarray, feather: float, quality: int | None
+    tmp_path_factory: pytest.TempPathFactory, case: tuple[np.ndarray, float], quality: int | None
 ) -> None:
+    lesion, feather = case
     levels = np.rint(soften(lesion, feather if quality is None else feather + 4) * 255).astype(np.uint8)
     levels = levels if quality is None else jpeg(levels, quality)
     found = mask_of(tmp_path_factory.getbasetemp(), levels)
@@ -113,6 +120,79 @@ def test_labels_are_refused_through_noise_and_resampling(
     levels = np.where(disc(18, 35), 100, np.where(disc(14, 90), 200, 0)).astype(np.uint8)
     with pytest.raises(FileError, match=r"among them 0, (99|100|101), "):
         mask_of(tmp_path, change(levels))
+
+
+@pytest.mark.parametrize("quality", [75, 85, 95, 100])
+@pytest.mark.parametrize("name", ["mask.jpg", "mask.tif"])
+def test_small_numbers_that_jpeg_has_lost_are_refused(tmp_path: Path, quality: int, name: str) -> None:
+    options = {"compression": "jpeg"} if name == "mask.tif" else {}
+    Image.fromarray(blob(3).astype(np.uint8)).save(tmp_path / name, quality=quality, **options)
+    if not np.asarray(Image.open(tmp_path / name)).any():
+        assert read_mask(tmp_path / name).empty
+        return
+    with pytest.raises(FileError, match="a JPEG loses smaller numbers, save it as PNG"):
+        read_mask(tmp_path / name)
+
+
+@pytest.mark.parametrize("level", [1, 100, 200])
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("place", [(64, 64), (20, 90), (64, 90)])  # in the lesion, away from it, at its edge
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_small_second_label_is_named(
+    tmp_path: Path, level: int, side: int, place: tuple[int, int], noisy: bool
+) -> None:
+    levels = np.where(disc(28), 255, 0).astype(np.uint8)
+    if noisy:  # a resampled edge, of many levels
+        large = cv2.resize(levels, (333, 333), interpolation=cv2.INTER_NEAREST)
+        levels = cv2.resize(large, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    levels[place[0] : place[0] + side, place[1] : place[1] + side] = level
+    if noisy and (level == 1 or side == 1 or place == (64, 90)):
+        return  # cannot be told from noise, or from the rim
+    refused = None
+    try:
+        found = mask_of(tmp_path, levels)
+    except FileError as error:
+        refused = error.reason
+    if refused:
+        assert str(level) in refused
+    elif place != (64, 90) or side > 3:
+        assert found.note is not None
+        assert "a second label" in found.note
+
+
+@pytest.mark.parametrize("top", [255, 1000, 4095, 65535])
+def test_a_resampled_edge_is_hard_whatever_depth_the_file_has(tmp_path: Path, top: int) -> None:
+    levels = resized(disc(30).astype(np.uint8) * 255, 0.7, Image.Resampling.BILINEAR)
+    found = mask_of(tmp_path, np.rint(levels * (top / 255)).astype(np.uint16))
+    assert not found.soft
+    np.testing.assert_array_equal(found.hard, levels >= 128)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lesion=lesions,
+    colour=st.sampled_from([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (200, 30, 60), (255, 128, 0)]),
+    quality=st.integers(75, 98),
+)
+def test_one_colour_on_black_is_a_hard_mask_in_jpeg_too(
+    tmp_path_factory: pytest.TempPathFactory, lesion: np.ndarray, colour: tuple[int, int, int], quality: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "colour.jpg"
+    Image.fromarray(lesion[..., None] * np.array(colour, np.uint8)).save(path, quality=quality)
+    found = read_mask(path)
+    assert not found.soft
+    edge = lesion ^ cv2.erode(lesion.astype(np.uint8), np.ones((3, 3))).astype(bool)
+    assert np.count_nonzero(found.hard != lesion) <= 0.7 * np.count_nonzero(edge) + 2
+
+
+@pytest.mark.parametrize("quality", [75, 90])
+@pytest.mark.parametrize("second", [(0, 255, 0), (255, 128, 0), (255, 255, 255)])
+def test_two_colours_are_refused_in_jpeg_too(tmp_path: Path, quality: int, second: tuple[int, int, int]) -> None:
+    colours = disc(20, 40)[..., None] * np.array([255, 0, 0], np.uint8)
+    colours = colours + disc(8, 100)[..., None] * np.array(second, np.uint8)
+    Image.fromarray(colours).save(tmp_path / "mask.jpg", quality=quality)
+    with pytest.raises(FileError, match="colours besides black"):
+        read_mask(tmp_path / "mask.jpg")
 
 
 def test_a_soft_alpha_channel_is_a_soft_mask(tmp_path: Path) -> None:

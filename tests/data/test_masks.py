@@ -82,9 +82,9 @@ def test_palette_label_one_bit_16_bit_rgb_and_full_masks_are_hard(tmp_path: Path
 
 
 def test_more_levels_are_soft_and_used_as_they_are(tmp_path: Path) -> None:
-    array = np.array([[0, 20, 64, 100, 128, 170, 200]], np.uint8)
+    array = np.array([[0, 0, 0, 20, 64, 100, 128, 170, 200]], np.uint8)
     write_png(tmp_path / "mask.png", array)
-    mask = read_mask(tmp_path / "mask.png", (1, 7))
+    mask = read_mask(tmp_path / "mask.png", (1, 9))
     assert mask.soft
     np.testing.assert_allclose(mask.values, np.rint(array / 200 * 255) / 255, rtol=1e-6)
     np.testing.assert_array_equal(soft_mask_for(mask, Feather(9, "pixels")), mask.values)
@@ -223,7 +223,7 @@ def test_impossible_feather_is_refused(amount: float, unit: str) -> None:
 
 def test_soft_mask_of_a_sample_prefers_its_own_file(tmp_path: Path, write_sample: Callable[..., Path]) -> None:
     ramp = np.zeros((20, 24), np.uint8)
-    ramp[5, :4] = (64, 128, 255, 128)
+    ramp[5, 8:12] = (64, 128, 255, 128)
     own = read_sample("a", write_sample(tmp_path / "a", soft_mask=ramp))
     np.testing.assert_allclose(prepare(own, DataConfig(), 0, 0).soft, ramp / 255, rtol=1e-6)
     made = read_sample("b", write_sample(tmp_path / "b", meta={"spacing_mm": 2.0}))
