@@ -19,7 +19,7 @@ from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.data.samples import shown
-from ldm.volumes.dicom_frames import Frame, decode, frames_of, is_projection, open_file, sop_uids
+from ldm.volumes.dicom_frames import Frame, decode, frames_of, is_projection, open_file, sop_uids, told
 from ldm.volumes.dicom_stack import stacked
 from ldm.volumes.volume import PROJECTION, Volume, frame_plane, to_integers
 
@@ -69,7 +69,7 @@ def find_series(path: Path) -> tuple[list[Series], list[FileError]]:
     A DICOMDIR stands for its folder. Files in a folder whose names promise no DICOM (``notes.txt``) are passed over.
     Raises FileError where ``path`` is one file that is no readable DICOM, or a folder without any.
     """
-    found: dict[tuple[str, ...], list[tuple[Path, Dataset]]] = {}
+    found: dict[tuple[str, str], list[Series]] = {}
     rejects: list[FileError] = []
     if not path.exists():
         raise FileError(path, "it does not exist")
@@ -79,16 +79,17 @@ def find_series(path: Path) -> tuple[list[Series], list[FileError]]:
         for file in [path] if single else _files(path if path.is_dir() else path.parent):
             try:
                 if single or promises_dicom(file):
-                    header = open_file(file, pixels=False)
-                    if sop_uids(header)[0] != MediaStorageDirectoryStorage:
-                        found.setdefault(_key(file, header), []).append((file, header))
+                    with told(file, "its header is damaged"):
+                        header = open_file(file, pixels=False)
+                        if sop_uids(header)[0] != MediaStorageDirectoryStorage:
+                            found.setdefault(_key(file, header), []).append(_series(file, header))
             except FileError as error:
                 if single:
                     raise
                 rejects.append(error)
-        if not found and not rejects:
-            raise FileError(path, "there is no DICOM image or object in it")
-        return [_series(members) for members in found.values()], rejects
+    if not found and not rejects:
+        raise FileError(path, "there is no DICOM image or object in it")
+    return [_joined(parts) for parts in found.values()], rejects
 
 
 def pick(series: Sequence[Series], wanted: str | None, path: Path) -> Series:
@@ -128,26 +129,26 @@ def read_series(series: Series) -> Volume:
         raise MedSoftError(f"{series.name}: this is no image but: {series.kind}; expected slices or a radiograph")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        headers = {file: open_file(file, pixels=False) for file in series.files}
-        frames = [frame for file, header in headers.items() for frame in frames_of(file, header)]
-        first = headers[series.files[0]]
-        inverted = {header.get("PhotometricInterpretation") == "MONOCHROME1" for header in headers.values()}
-        if len(inverted) > 1:
-            raise MedSoftError(f"{series.name}: MONOCHROME1 and MONOCHROME2 in one series; expected one of them")
-        frames, affine = stacked(series.name, frames, _thickness(first))
+        frames = [frame for file in series.files for frame in frames_of(file, open_file(file, pixels=False))]
+        with told(series.files[0], "its header is damaged"):
+            header = open_file(series.files[0], pixels=False)
+            frames, affine = stacked(series.name, frames, _thickness(header))
+            known = {
+                "unit": _unit(series, header),
+                "acquired": PROJECTION if is_projection(header) else frame_plane(affine),
+                "header": _white_list(header),
+                "source": _source(series, frames, header),
+            }
         middle = frames[len(frames) // 2]
         volume = Volume(
             values=_decoded(frames).transpose(2, 1, 0),
             affine=affine,
-            low_is_white=inverted.pop(),
+            low_is_white=middle.low_is_white,
             modality=series.modality or None,
-            unit=_unit(series, first),
             windows=middle.windows,
-            acquired=PROJECTION if is_projection(first) else frame_plane(affine),
             calibrated=middle.calibrated,
-            header=_white_list(first),
-            source=_source(series, frames, first),
             name=series.name,
+            **known,
         )
         return _rescaled(volume, frames)
 
@@ -171,19 +172,17 @@ def promises_dicom(file: Path) -> bool:
         raise FileError(file, error.strerror or str(error)) from error
 
 
-def _key(file: Path, header: Dataset) -> tuple[str, ...]:
+def _key(file: Path, header: Dataset) -> tuple[str, str]:
     """What files of one stack have in common. Radiographs and multi-frame files stand for themselves."""
     alone = is_projection(header) or _whole(header.get("NumberOfFrames")) not in (None, 1)
     alone |= "PerFrameFunctionalGroupsSequence" in header or "SeriesInstanceUID" not in header
     return (str(header.get("SeriesInstanceUID")), str(file) if alone else "")
 
 
-def _series(members: Sequence[tuple[Path, Dataset]]) -> Series:
-    """One series from the headers of its files."""
-    file, header = members[0]
-    kinds = {_kind(each) for _, each in members}
+def _series(file: Path, header: Dataset) -> Series:
+    """What one file says of its series."""
     return Series(
-        files=tuple(path for path, _ in members),
+        files=(file,),
         folder=file.parent,
         uid=str(header.get("SeriesInstanceUID") or sop_uids(header)[1] or file.absolute()),
         study_uid=str(header.get("StudyInstanceUID") or ""),
@@ -191,8 +190,19 @@ def _series(members: Sequence[tuple[Path, Dataset]]) -> Series:
         modality=str(header.get("Modality") or ""),
         description=str(header.get("SeriesDescription") or ""),
         number=_whole(header.get("SeriesNumber")),
-        frames=sum(_whole(each.get("NumberOfFrames")) or 1 for _, each in members),
-        kind=kinds.pop() if len(kinds) == 1 else IMAGE,  # a localizer among slices is refused when they are read
+        frames=_whole(header.get("NumberOfFrames")) or 1,
+        kind=_kind(header),
+    )
+
+
+def _joined(parts: Sequence[Series]) -> Series:
+    """One series of its files. A localizer among slices makes it an image that is refused when it is read."""
+    kinds = {part.kind for part in parts}
+    return replace(
+        parts[0],
+        files=tuple(file for part in parts for file in part.files),
+        frames=sum(part.frames for part in parts),
+        kind=kinds.pop() if len(kinds) == 1 else IMAGE,
     )
 
 
@@ -202,7 +212,7 @@ def _kind(header: Dataset) -> str:
         if name.startswith(beginning):
             return kind
     if not header.get("Rows"):
-        return f"object without pixels ({name or 'of no SOP class'})"
+        return f"object without pixels ({shown(name)[:60] or 'of no SOP class'})"
     if "Secondary Capture" in name and not is_projection(header) and "ImageOrientationPatient" not in header:
         return "secondary capture"
     if LOCALIZER.upper() in _texts(header.get("ImageType")):

@@ -4,8 +4,8 @@ Sources: PS3.3 C.7.6.1 (image), C.7.6.2 (plane), C.7.6.16 (functional groups of 
 LUT), C.11.2 (window); PS3.10 (files).
 """
 
-import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder, iter_pixels
 from pydicom.uid import (
@@ -23,6 +24,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEGExtended12Bit,
+    JPEGTransferSyntaxes,
 )
 
 from ldm.core.errors import FileError, MedSoftError, first_line
@@ -31,6 +33,16 @@ from ldm.volumes.intensity import linear_window
 PROJECTIONS = ("CR", "DX", "MG", "RG", "RF", "XA", "IO", "PX")  # modalities whose images have no place in the patient
 LETTERS = {"L": (1, 0, 0), "R": (-1, 0, 0), "P": (0, 1, 0), "A": (0, -1, 0), "H": (0, 0, 1), "F": (0, 0, -1)}
 RAW = "convert it to an uncompressed transfer syntax first, for example with gdcmconv --raw IN OUT"
+
+
+# The plugins of pydicom that decode these. GDCM, its first choice, ends the whole process where bytes of JPEG 2000 are
+# damaged, and is slower; the others have no second decoder, and GDCM gets their frames after a look at their headers.
+PLUGINS = {
+    **dict.fromkeys(pydicom.uid.JPEG2000TransferSyntaxes, "pylibjpeg"),
+    **dict.fromkeys(pydicom.uid.JPEGLSTransferSyntaxes, "pyjpegls"),
+    pydicom.uid.RLELossless: "pydicom",
+    pydicom.uid.JPEGBaseline8Bit: "pillow",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +58,7 @@ class Frame:
     position: np.ndarray  # (3,) LPS in mm, centre of the first pixel
     spacing: tuple[float, float]  # mm between rows, between columns
     calibrated: bool
+    low_is_white: bool  # MONOCHROME1
     slope: Fraction
     intercept: Fraction
     lut: tuple[int, np.ndarray] | None  # the stored value of its first entry; integers
@@ -53,24 +66,32 @@ class Frame:
     windows: tuple[tuple[float, float], ...]
 
 
-def open_file(path: Path, *, pixels: bool) -> Dataset:
-    """The data set of a DICOM file, with or without its pixels. Files without a preamble are read, too."""
+@contextmanager
+def told(path: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a FileError: pydicom raises dozens of kinds where bytes are damaged."""
     try:
-        with path.open("rb") as file:
-            marked = file.read(132)[128:] == b"DICM"
-            file.seek(0)
-            dataset = pydicom.dcmread(file, stop_before_pixels=not pixels, force=not marked)
-            if not marked and "SOPClassUID" not in dataset and "Rows" not in dataset:
-                raise InvalidDicomError
+        yield
+    except MedSoftError:
+        raise
     except InvalidDicomError:
         raise FileError(path, "it is not a DICOM file (no DICM at byte 128, and no image or object in it)") from None
     except EOFError:
         raise FileError(path, "the file is truncated; copy it again") from None
     except OSError as error:
-        raise FileError(path, error.strerror or first_line(error)) from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, struct.error) as error:
-        raise FileError(path, f"it is no sound DICOM file ({first_line(error)})") from error
-    return dataset
+        raise FileError(path, error.strerror or f"{what} ({first_line(error)})") from error
+    except Exception as error:
+        raise FileError(path, f"{what} ({first_line(error)})") from error
+
+
+def open_file(path: Path, *, pixels: bool) -> Dataset:
+    """The data set of a DICOM file, with or without its pixels. Files without a preamble are read, too."""
+    with told(path, "it is no sound DICOM file"), path.open("rb") as file:
+        marked = file.read(132)[128:] == b"DICM"
+        file.seek(0)
+        dataset = pydicom.dcmread(file, stop_before_pixels=not pixels, force=not marked)
+        if not marked and "SOPClassUID" not in dataset and "Rows" not in dataset:
+            raise InvalidDicomError
+        return dataset
 
 
 def sop_uids(dataset: Dataset) -> tuple[str, str]:
@@ -89,37 +110,38 @@ def is_projection(dataset: Dataset) -> bool:
 
 def frames_of(path: Path, dataset: Dataset) -> list[Frame]:
     """The frames of one file, from its header; refused where they are no grey images with a place in the patient."""
-    try:
+    with told(path, "its header is damaged"):
         _check(path, dataset)
         count = int(dataset.get("NumberOfFrames") or 1)
         multi = count > 1 or "PerFrameFunctionalGroupsSequence" in dataset
         return [_frame(path, dataset, index if multi else None) for index in range(count)]
-    except MedSoftError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise FileError(path, f"its header is damaged ({first_line(error)})") from error
 
 
 def decode(path: Path, frames: Sequence[Frame]) -> Iterator[np.ndarray]:
     """The values (rows, columns) of some frames of one file, after a modality LUT, before slope and intercept."""
-    dataset = open_file(path, pixels=True)
-    uid = _transfer_syntax(path, dataset)
-    if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        raise FileError(path, "it has no pixels (no Pixel Data element); is it a header only, or no image?")
-    dataset.file_meta.TransferSyntaxUID = uid
-    try:
-        decoded = iter_pixels(dataset, indices=[frame.index for frame in frames])
-        for frame, values in zip(frames, decoded, strict=True):
-            if values.shape != frame.shape:
-                raise FileError(path, f"a frame has {values.shape} pixels, its header says {frame.shape}")
-            values = values if frame.lut is None else _looked_up(values, *frame.lut)
-            if not np.can_cast(values.dtype, frame.dtype):
-                raise FileError(path, f"its pixels are {values.dtype}, its header says {frame.dtype}")
-            yield values
-    except MedSoftError:
-        raise
-    except Exception as error:  # decoders raise whatever they like
-        raise FileError(path, _undecodable(uid, first_line(error))) from error
+    with told(path, "its header is damaged"):
+        dataset = open_file(path, pixels=True)
+        uid = _transfer_syntax(path, dataset)
+        if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+            raise FileError(path, "it has no pixels (no Pixel Data element); is it a header only, or no image?")
+        dataset.file_meta.TransferSyntaxUID = uid
+        count = int(dataset.get("NumberOfFrames") or 1)
+    if uid in JPEGTransferSyntaxes:
+        for frame in frames:
+            _check_jpeg(path, frame, get_frame(dataset.PixelData, frame.index, number_of_frames=count))
+    plugin = PLUGINS.get(uid, "")
+    decoded = iter_pixels(dataset, indices=[frame.index for frame in frames], decoding_plugin=plugin)
+    for frame in frames:
+        try:
+            values = next(decoded)
+        except Exception as error:  # decoders raise whatever they like
+            raise FileError(path, _undecodable(uid, first_line(error))) from error
+        if values.shape != frame.shape:
+            raise FileError(path, f"a frame has {values.shape} pixels, its header says {frame.shape}")
+        values = values if frame.lut is None else _looked_up(values, *frame.lut)
+        if not np.can_cast(values.dtype, frame.dtype):
+            raise FileError(path, f"its pixels are {values.dtype}, its header says {frame.dtype}")
+        yield values
 
 
 def _check(path: Path, dataset: Dataset) -> None:
@@ -158,6 +180,21 @@ def _transfer_syntax(path: Path, dataset: Dataset) -> UID:
     return uid
 
 
+def _check_jpeg(path: Path, frame: Frame, data: bytes) -> None:
+    """The frame header (SOF) of a JPEG must say what the file says; GDCM does not survive all that it may say."""
+    place = 2  # behind the marker of the image's start
+    while place + 10 <= len(data) and data[place] == 0xFF:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            bits, parts = data[place + 4], data[place + 9]
+            shape = int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
+            if shape == frame.shape and parts == 1 and 2 <= bits <= 16:
+                return
+            break
+        place += 2 + length
+    raise FileError(path, "its pixels are damaged: the JPEG's header is not that of its DICOM header; copy it again")
+
+
 def _undecodable(uid: UID, reason: str) -> str:
     if uid == JPEGExtended12Bit:
         return (
@@ -191,6 +228,7 @@ def _frame(path: Path, dataset: Dataset, index: int | None) -> Frame:
         position=position,
         spacing=spacing or (1.0, 1.0),
         calibrated=spacing is not None,
+        low_is_white=dataset.get("PhotometricInterpretation") == "MONOCHROME1",
         slope=slope,
         intercept=Fraction(0) if lut else _fraction(rescale.get("RescaleIntercept"), 0),
         lut=lut,

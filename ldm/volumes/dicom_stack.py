@@ -49,6 +49,8 @@ def _check_alike(name: str, frames: Sequence[Frame]) -> None:
             f"{name}: {len(odd)} of {len(frames)} frames lie in another orientation than the others, the first is "
             f"{_which(odd[0])}; is a localizer mixed in? Leave them out"
         )
+    if len({frame.low_is_white for frame in frames}) > 1:
+        raise MedSoftError(f"{name}: MONOCHROME1 and MONOCHROME2 in one series; expected one of them")
     shapes = [frame.shape for frame in frames]
     for frame in frames:
         if frame.shape != _most(shapes):

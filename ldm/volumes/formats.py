@@ -6,6 +6,7 @@ reads it. A NIfTI or NRRD file that does not say where left and head are is refu
 
 import gzip
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,20 +130,7 @@ def _nifti(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     shape = raw.shape[:3] + (1,) * (3 - raw.ndim)
     if int(np.prod(raw.shape)) != int(np.prod(shape)):
         raise FileError(path, f"it holds {' x '.join(map(str, raw.shape))} voxels, several volumes; expected one")
-    forms = [image.get_sform(coded=True), image.get_qform(coded=True)]
-    known = [form for form, code in forms if code]
-    if not known:
-        raise FileError(
-            path, "neither sform nor qform says where left and head are; write one (3D Slicer does) or use the original"
-        )
-    notes: tuple[str, ...] = ()
-    if len(known) == 2:
-        corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
-        apart = np.linalg.norm(((known[0] - known[1]) @ np.vstack([corners, np.ones(8)]))[:3], axis=0).max()
-        if apart > APART * np.linalg.norm(known[0][:3, :3], axis=0).min():
-            notes = (f"sform and qform disagree by up to {apart:.3g} mm: the sform is used",)
-    affine = RAS_TO_LPS @ np.array(known[0], float)
-    affine[:3] *= UNITS.get(int(header["xyzt_units"]) & 7, 1.0)
+    affine, notes = _nifti_affine(path, image, shape)
     low, high = (float(header[name]) for name in ("cal_min", "cal_max"))
     return (
         raw.reshape(shape, order="A"),
@@ -154,6 +142,29 @@ def _nifti(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
             "windows": ((low, high),) if np.isfinite([low, high]).all() and low < high else (),
         },
     )
+
+
+def _nifti_affine(path: Path, image: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The sform, else the qform, as LPS in mm; and a note where they are two different ones."""
+    forms = [image.get_sform(coded=True)]
+    with suppress(ValueError):  # a quaternion longer than 1
+        forms.append(image.get_qform(coded=True))
+    known = [np.array(form, float) for form, code in forms if code]
+    if not known:
+        raise FileError(
+            path, "neither sform nor qform says where left and head are; write one (3D Slicer does) or use the original"
+        )
+    if not np.isfinite(known).all():
+        raise FileError(path, "its sform or qform holds what is no finite number")
+    notes: tuple[str, ...] = ()
+    if len(known) == 2:
+        corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
+        apart = np.linalg.norm(((known[0] - known[1]) @ np.vstack([corners, np.ones(8)]))[:3], axis=0).max()
+        if apart > APART * np.linalg.norm(known[0][:3, :3], axis=0).min():
+            notes = (f"sform and qform disagree by up to {apart:.3g} mm: the sform is used",)
+    affine = RAS_TO_LPS @ known[0]
+    affine[:3] *= UNITS.get(int(image.header["xyzt_units"]) & 7, 1.0)
+    return affine, notes
 
 
 def _nrrd(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:

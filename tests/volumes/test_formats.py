@@ -191,6 +191,19 @@ def test_one_form_is_enough(tmp_path: Path, form: str) -> None:
     assert volume.notes == ()
 
 
+def test_a_sound_sform_beside_a_damaged_qform_is_enough(tmp_path: Path) -> None:
+    values, affine = base()
+    path = made.write_nifti(tmp_path / "a.nii", values, affine, quatern_b=0.9, quatern_c=0.9)
+    same(read_volume(path), values, affine)
+    both = made.write_nifti(tmp_path / "b.nii", values, affine, quatern_b=0.9, quatern_c=0.9, sform_code=0)
+    assert "it is no sound NIfTI file" in refusal(both)
+
+
+def test_a_form_that_is_no_number(tmp_path: Path) -> None:
+    path = made.write_nifti(tmp_path / "a.nii", *base(), srow_y=np.nan)
+    assert "holds what is no finite number" in refusal(path)
+
+
 def test_lengths_in_other_units_become_mm(tmp_path: Path) -> None:
     values, affine = base()
     path = made.write_nifti(tmp_path / "a.nii", values, np.diag([0.001, 0.001, 0.001, 1]) @ affine, xyzt_units=1)
