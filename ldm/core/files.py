@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,8 +24,10 @@ MOST_LEVELS = 64  # of a JSON file
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` for writing bytes; it becomes ``path`` only if the block succeeds.
+
+    ``mode``: the most rights that it gives, before the umask takes some; 0o600 for its owner alone.
 
     The bytes are on the disk (fsync) before the rename, and the rename itself is made durable, so a crash at any
     moment leaves either the old file or the new one. The parent folder is created. An OSError (full disk, missing
@@ -35,7 +38,9 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Its rights are those that the umask gives to a new file: mkstemp would need chmod, which some mounts refuse.
-        with open(path.parent / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}", "xb") as handle:
+        with open(
+            path.parent / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}", "xb", opener=partial(os.open, mode=mode)
+        ) as handle:
             temporary = Path(handle.name)
             yield handle
             handle.flush()

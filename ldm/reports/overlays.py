@@ -24,7 +24,7 @@ from ldm.reports.html import files_folder, write_image, write_page
 
 TILE, GAP, CAPTION, HEAD = 240, 10, 36, 30  # pixels
 COLUMNS, ROWS = 5, 4  # of a sheet
-MASK_COLOUR = (255, 64, 64)
+MASK_COLOUR, LETTER_COLOUR = (255, 64, 64), (255, 210, 120)
 LABEL_COLOURS = {1: (80, 220, 100), 2: (90, 150, 255), 3: (245, 210, 70), 4: (90, 225, 230)}
 
 
@@ -108,9 +108,32 @@ def _sheet(tiles: Sequence[tuple[Sample, np.ndarray]]) -> np.ndarray:
         left, top = GAP + number % COLUMNS * (TILE + GAP), HEAD + number // COLUMNS * (TILE + CAPTION)
         sheet.paste(Image.fromarray(tile), (left, top))
         kind = "healthy" if sample.healthy else sample.lesion_type or "diseased"
+        for letter, place, anchor in _directions(sample, (left, top)):
+            pen.text(place, letter, LETTER_COLOUR, font, anchor=anchor)
         pen.text((left, top + TILE + 2), _fitting(pen, shown(sample.sample_id), font), (235, 238, 242), font)
         pen.text((left, top + TILE + 17), shortened(f"{sample.level or 'no level'}, {kind}", 36), (150, 160, 172), font)
     return np.asarray(sheet)
+
+
+def _directions(sample: Sample, corner: tuple[int, int]) -> Iterator[tuple[str, tuple[int, int], str]]:
+    """Where left, right, top and bottom of an imported image lie in the patient: a letter, its place and its anchor.
+
+    By ``affine`` of its meta.json, which takes (row, column) to the patient's left, posterior and head.
+    """
+    try:
+        axes = np.array(sample.meta.get("affine"), float)[:3, :2]
+    except (TypeError, ValueError, IndexError):
+        return
+    if axes.shape != (3, 2) or not np.isfinite(axes).all():
+        return
+    left, top = corner
+    middle = TILE // 2
+    places = {1: (left + TILE - 4, top + middle, "rm"), -1: (left + 4, top + middle, "lm")}
+    places |= {2: (left + middle, top + TILE - 2, "mb"), -2: (left + middle, top + 2, "mt")}
+    for sign, (x, y, anchor) in places.items():
+        direction = np.sign(sign) * axes[:, 1 if abs(sign) == 1 else 0]
+        axis = int(np.abs(direction).argmax())
+        yield "LPHRAF"[axis + 3 * (direction[axis] < 0)], (x, y), anchor
 
 
 def _fitting(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
