@@ -218,7 +218,7 @@ def read_sample(sample_id: str, folder: Path) -> Sample:
         raise FileError(prompt_file, fault)
     diseased = prompt.lower() != HEALTHY
     meta_file = files.get("meta.json", folder / "meta.json")
-    meta = _meta(meta_file)
+    meta = read_meta(meta_file)
     if diseased and "mask" not in files:
         raise FileError(folder / "mask.png", "does not exist; a sample that is not healthy needs its lesion's mask")
     for stem in ("mask", "soft_mask", "anatomy"):
@@ -426,8 +426,8 @@ def _files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _meta(path: Path) -> dict[str, Any]:
-    """The keys of meta.json that have a value, checked one by one. Empty if there is no such file."""
+def read_meta(path: Path) -> dict[str, Any]:
+    """The keys of a meta.json that have a value, checked one by one. Empty if there is no such file."""
     if not os.path.lexists(path):
         return {}
     meta = read_json(path)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.config import SAMPLERS, SAMPLING_PRECISIONS
-from ldm.core.cli import AMOUNT, COUNT, PROCESSES, SEED, SHARE, flag
+from ldm.core.cli import AMOUNT, COUNT, PROCESSES, SEED, SHARE, WHOLE, Number, flag
 from ldm.core.errors import UsageError
 from ldm.inference.prompts import MATCHES
 
+MM = Number(float, 0.001, 1000)
 # What may stand beside --replay, which takes the rest from the meta.json of the image that it makes again.
 FREE_IN_REPLAY = ("output_dir", "ckpt", "config", "replay", "train_json", "biomedclip", "device", "overwrite")
 
@@ -28,8 +29,26 @@ class InferenceOptions:
     )
     like: Path | None = flag("the same images and masks as in these earlier results", metavar="RESULTS")
     replay: Path | None = flag("the image this meta.json belongs to, again", metavar="META.json")
-    image: Path | None = flag("one image, with --mask and --prompt")
-    mask: Path | None = flag("its lesion mask")
+    image: Path | None = flag(
+        "one image, with --mask and --prompt; a meta.json beside it is read. Or a volume: DICOM file or folder, NIfTI, "
+        "NRRD, MHA"
+    )
+    mask: Path | None = flag("its lesion mask: an image, or for a volume also one (NIfTI, DICOM SEG, RTSTRUCT, ...)")
+    plane: str | None = flag(
+        "of a volume (default: that of its only slice, else sagittal)", choices=("sagittal", "coronal", "axial")
+    )
+    slice: int | None = flag(
+        "of a volume: which slice, from 0 at the right, the front or the feet (default: where the mask is largest)",
+        type=WHOLE,
+    )
+    window: Sequence[str] | None = flag(
+        "of the one image: bone, soft_tissue, or LOW HIGH in values, such as HU; of a volume also file or body",
+        nargs="+",
+        metavar="RULE",
+    )
+    spacing: Sequence[float] | None = flag(
+        "of the one image: mm between pixels, or between rows and between columns", nargs="+", type=MM, metavar="MM"
+    )
     limit: int | None = flag("at most so many samples", type=COUNT)
     variants: int = flag("results per sample", 1, type=COUNT)
     prompt: str | None = flag("one prompt for all (default: the sample's own, or one from --train_json)")
@@ -67,10 +86,7 @@ class InferenceOptions:
             raise UsageError("--prompt: expected one sentence on one line, as a prompt.txt has it")
         if self.match not in MATCHES:
             raise UsageError(f"--match: expected one of {', '.join(MATCHES)}, found {self.match!r}")
-        if self.image and not (self.mask and self.prompt):
-            raise UsageError("--image needs --mask and --prompt as well")
-        if self.mask and not self.image:
-            raise UsageError("--mask belongs to --image; a dataset's masks are in its sample folders")
+        self._check_image()
         if sum(bool(given) for given in (self.data, self.like, self.image, self.replay)) > 1:
             raise UsageError("--data, --like, --image and --replay exclude each other")
         self._check_replay()
@@ -79,6 +95,15 @@ class InferenceOptions:
             raise UsageError("--like makes the same images again; --variants and --choose do not go with it")
         if self.exact and self.batch_size not in (None, 1):
             raise UsageError("--exact takes one image at a time; --batch_size does not go with it")
+
+    def _check_image(self) -> None:
+        if self.image and not (self.mask and self.prompt):
+            raise UsageError("--image needs --mask and --prompt as well")
+        for name in ("mask", "plane", "slice", "window", "spacing"):
+            if getattr(self, name) is not None and not self.image:
+                raise UsageError(f"--{name} belongs to --image; a dataset says it in its sample folders")
+        if self.spacing is not None and len(self.spacing) > 2:
+            raise UsageError(f"--spacing: expected one or two numbers, found {' '.join(map(str, self.spacing))}")
 
     def _check_replay(self) -> None:
         if self.replay:

@@ -23,6 +23,7 @@ from ldm.data.samples import META_TEXTS, Reject, Sample, probably_healthy, wrong
 from ldm.diffusion.noise import NOISE
 from ldm.inference.options import InferenceOptions
 from ldm.inference.prompts import MatchedPrompt, PromptPool, contradiction, image_facts, levels_named, matched
+from ldm.inference.single import single_sample
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ def plan_tasks(
     """
     rejects: list[Reject] = []
     if options.image:
-        tasks = _single_image(options)
+        sample = single_sample(options)
+        tasks = [Task(sample, k, sample.prompt, options.seed, fixed_mask=True) for k in range(options.variants)]
     elif options.replay and record:
         tasks = [task_from_metadata(options.replay, record, content)]
     elif options.like:
@@ -151,15 +153,6 @@ def too_long(folder: Path) -> str | None:
     if len(os.fsencode(folder.absolute())) > MOST_PATH:
         return f"its result's path would be longer than {MOST_PATH} bytes; shorten it, or give another --output_dir"
     return None
-
-
-def _single_image(options: InferenceOptions) -> list[Task]:
-    assert options.image  # the options were checked: these three come together
-    assert options.mask
-    assert options.prompt
-    name, box = options.image.stem, (0.0, 0.0, 0.0, 0.0)
-    sample = Sample(name, options.image.resolve(), options.mask.resolve(), options.prompt, box, name)
-    return [Task(sample, k, options.prompt, options.seed, fixed_mask=True) for k in range(options.variants)]
 
 
 def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:

@@ -1,0 +1,174 @@
+"""The one image of ``dataset_infer.py --image``: an image file, or a slice of a DICOM or NIfTI volume, as a sample.
+
+A slice is written beside the results, into ``OUTPUT_DIR.input``, with what is known of it in a meta.json: results name
+the image they were made from, and --replay needs it.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ldm.core.errors import FileError, UsageError
+from ldm.core.files import fingerprint
+from ldm.core.locks import exclusive
+from ldm.data.folders import read_meta, write_sample
+from ldm.data.images import SUFFIXES, pixel_digest, read_image
+from ldm.data.samples import META_TEXTS, Sample, text_of
+from ldm.inference.options import InferenceOptions
+
+if TYPE_CHECKING:
+    from ldm.volumes.volume import Slice, Volume
+
+log = logging.getLogger(__name__)
+
+VOLUMES = (".dcm", ".ima", ".dicom", ".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
+HEADER = ("manufacturer", "kvp", "sequence", "slice_thickness_mm")  # of a volume, for meta.json
+
+
+def single_sample(options: InferenceOptions) -> Sample:
+    """The sample that ``--image``, ``--mask`` and ``--prompt`` describe.
+
+    Raises UsageError for flags that do not fit the image, and FileError or MedSoftError where it cannot be read.
+    """
+    assert options.image  # the options were checked: these three come together
+    assert options.mask
+    assert options.prompt
+    if is_volume(options.image):
+        return _slice_sample(options, options.image, options.mask, options.prompt)
+    if options.plane is not None or options.slice is not None:
+        raise UsageError(f"--plane and --slice choose a slice of a volume; {options.image} is an image")
+    meta = read_meta(options.image.with_name("meta.json"))
+    if options.spacing:
+        meta["spacing_mm"] = list(options.spacing)
+    if options.window:
+        meta["window"] = window_in_levels(options.window, meta, options.image)
+    return _sample(options.image.stem, options.image.resolve(), options.mask.resolve(), options.prompt, meta)
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a path is a folder or, by its name or its first bytes, a DICOM file or a volume, and no image file."""
+    if path.is_dir() or path.name.lower().endswith(VOLUMES):
+        return True
+    if path.suffix.lower() in SUFFIXES:
+        return False
+    with path.open("rb") as handle:
+        return handle.read(132)[128:] == b"DICM"
+
+
+def window_in_levels(words: Sequence[str], meta: dict[str, Any], image: Path) -> list[float]:
+    """``--window`` of an image file in its levels, by the value_offset and value_scale that its meta.json may have."""
+    from ldm.volumes.intensity import PRESETS, window_asked
+
+    asked = window_asked(words)
+    if read_image(image).dtype == np.uint8:
+        raise UsageError(f"--window: {image} has 8 bits, which are used as they are")
+    if isinstance(asked, str) and (asked not in PRESETS or meta.get("unit") != "HU" or "value_offset" not in meta):
+        raise UsageError(f"--window {asked}: {image} has no meta.json that says how its levels are HU; give LOW HIGH")
+    ends = PRESETS[asked] if isinstance(asked, str) else asked
+    assert ends is not None  # words are given
+    offset, scale = meta.get("value_offset", 0), meta.get("value_scale", 1)
+    return sorted((end - offset) / scale for end in ends)
+
+
+def _sample(name: str, image: Path, mask: Path, prompt: str, meta: dict[str, Any]) -> Sample:
+    texts: dict[str, Any] = {key: text_of(meta.pop(key, None)) for key in META_TEXTS}
+    texts["patient_id"] = texts["patient_id"] or name
+    for key in ("sample_id", "synthetic"):
+        meta.pop(key, None)
+    return Sample(name, image, mask, prompt, (0.0, 0.0, 0.0, 0.0), meta=meta, **texts)
+
+
+def _slice_sample(options: InferenceOptions, path: Path, mask: Path, prompt: str) -> Sample:
+    from ldm.volumes.volume import require_extra
+
+    require_extra()
+    from ldm.volumes.formats import read_volume
+    from ldm.volumes.intensity import levels_of, window_asked, window_for
+    from ldm.volumes.volume import cut, square
+
+    volume = read_volume(path)
+    lesion = _lesion(mask, volume) if is_volume(mask) else None
+    plane, index = _chosen(options, volume, lesion)
+    shown = cut(volume, plane, index)
+    if options.spacing:
+        shown = dataclasses.replace(shown, spacing=(float(options.spacing[0]), float(options.spacing[-1])))
+    image = square(shown)
+    levels, window = levels_of(volume), window_for(volume, window_asked(options.window))
+    meta = {
+        **{key: volume.header[key] for key in HEADER if key in volume.header},
+        "modality": volume.modality,
+        "spacing_mm": image.spacing and list(image.spacing),
+        "plane": plane,
+        "slice": index,
+        "value_offset": levels.value_offset,
+        "value_scale": levels.value_scale,
+        "unit": volume.unit,
+        "window": levels.window(*window[:2]),
+    }
+    files = {"image.png": levels.pixels(image.pixels)}
+    if lesion is not None:
+        files["mask.png"] = _mask_of(lesion, shown, mask)
+    stem = path.name.removesuffix(".gz").rpartition(".")[0] or path.name
+    name = f"{stem}_{plane}_{index:03d}"
+    known = {key: value for key, value in meta.items() if value is not None}
+    folder = _written(options.output_dir, name, files, prompt, known)
+    log.info("%s: %s slice %d, window %g to %g (%s), is read as %s", path, plane, index, *window, folder / "image.png")
+    own_mask = folder / "mask.png" if lesion is not None else mask.resolve()
+    return _sample(name, folder / "image.png", own_mask, prompt, known)
+
+
+def _chosen(options: InferenceOptions, volume: "Volume", lesion: "Volume | None") -> tuple[str, int]:
+    """The plane and the slice: as asked, the only one, or the one in which most of the lesion lies."""
+    from ldm.volumes.volume import PROJECTION, count, cut, frame_plane
+
+    projection = volume.acquired == PROJECTION
+    if projection or 1 in volume.values.shape:
+        plane = PROJECTION if projection else frame_plane(volume.affine)
+        if options.plane not in (None, plane):
+            raise UsageError(f"--plane {options.plane}: {options.image} is one {plane} slice")
+        return plane, options.slice or 0
+    plane = options.plane or "sagittal"
+    if options.slice is not None:
+        return plane, options.slice
+    number = count(volume, plane)
+    if lesion is None:
+        raise UsageError(f"--slice is needed: {options.image} has {number} {plane} slices, and --mask is an image")
+    return plane, int(np.argmax([np.count_nonzero(cut(lesion, plane, index).pixels) for index in range(number)]))
+
+
+def _lesion(path: Path, volume: "Volume") -> "Volume":
+    """All that a file marks, on the volume's grid: values 0 and 1."""
+    from ldm.volumes.segmentations import read_lesions
+
+    found = read_lesions(path, volume)
+    if not found:
+        raise FileError(path, "marks nothing in the image; mark the region to inpaint")
+    values = np.any([lesion.mask for lesion in found], axis=0).astype(np.uint8)
+    return dataclasses.replace(volume, values=values, low_is_white=False)
+
+
+def _mask_of(lesion: "Volume", shown: "Slice", path: Path) -> np.ndarray:
+    """The lesion in a slice, on the grid of the image that is written."""
+    from ldm.volumes.volume import cut, square
+
+    pixels = cut(lesion, shown.plane, shown.index).pixels
+    mask = square(dataclasses.replace(shown, pixels=pixels), nearest=True).pixels
+    if not mask.any():
+        raise FileError(path, f"marks nothing in the {shown.plane} slice {shown.index}; see --slice")
+    return mask * np.uint8(255)
+
+
+def _written(output: Path, name: str, files: dict[str, Any], prompt: str, meta: dict[str, Any]) -> Path:
+    """The sample folder of a slice, in ``OUTPUT_DIR.input``; its name follows from its content."""
+    content = [[key, pixel_digest(pixels)] for key, pixels in files.items()]
+    above = output.resolve().with_name(f"{output.resolve().name}.input")
+    folder = above / f"{name}_{fingerprint([content, meta])[:8]}"
+    above.mkdir(parents=True, exist_ok=True)
+    with exclusive(above / ".lock", f"{above}: another run is writing here at this moment", wait=True):
+        if not (folder / "meta.json").exists():
+            write_sample(folder, files, prompt, meta)
+    return folder
