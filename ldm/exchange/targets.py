@@ -21,7 +21,7 @@ BACKGROUND, TARGET, OTHER, DISC, CANAL = range(5)  # of anatomy.png, see docs/da
 BESIDE = 2.0  # mm: a lesion this near to a label lies at it: labels leave destroyed bone out
 NEAR = 10.0  # mm: a vertebra this near to a lesion that belongs to none is not taken for healthy
 PART = 0.1  # of a lesion's voxels: less of it in or at a vertebra is none of that vertebra's lesion
-STRAY = 0.01  # of a lesion's voxels: a part that is far away and this small is left out
+STRAY = 10.0  # mm3: a smaller part of a lesion is left out
 SMALL = {"body": 0.25, "lesion": 0.1}  # of the largest slice's area: slices with less are left out
 CUT_OFF = 0.25  # of its largest cross-section: a body that reaches the image's edge with as much goes on outside
 LEAST = 4  # pixels of a lesion in a slice
@@ -29,6 +29,10 @@ LEAST = 4  # pixels of a lesion in a slice
 DISEASED = "has a lesion: its slices without it are not taken for healthy"
 REACHED = "a lesion of another vertebra reaches into it: it is not taken for healthy"
 BESIDE_IT = "a lesion that was refused lies in it or beside it: it is not taken for healthy"
+
+
+_Box = tuple[slice, ...]
+_Part = tuple[_Box, np.ndarray]  # bool mask in a box of the oriented grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +68,7 @@ class _Focus:
     vertebra: int  # its number in the labels; 0: unknown
     level: str | None
     name: str
-    box: tuple[slice, ...]
+    box: _Box
     mask: np.ndarray
     lesion: Lesion | None = None
     notes: tuple[str, ...] = ()
@@ -136,7 +140,9 @@ class _Case:
             return
         self.structures = labels.structures
         self.values = orient(replace(volume, values=labels.values)).values
-        self.bodies, self.about_bodies = bodies(self.values, self.structures, self.grid.spacing)
+        self.bodies = self.values  # of a projection the labels as they are: there is no canal to look behind
+        if plane != PROJECTION:
+            self.bodies, self.about_bodies = bodies(self.values, self.structures, self.grid.spacing)
         self.boxes = dict(enumerate(ndimage.find_objects(self.bodies), 1))
         unknown = [number for number, name in sorted(self.structures.items()) if name == "vertebra"]
         self.names = {  # as samples and messages name them
@@ -162,25 +168,18 @@ class _Case:
         """One for each lesion of each vertebra; those outside of every vertebra are rejected."""
         found: dict[int, list[_Focus]] = {}
         for lesion in lesions:
-            mask = orient(replace(self.volume, values=lesion.mask)).values
-            box = _box(mask, self.grid.spacing, NEAR)
-            pieces = self._divided(lesion, box, mask[box], left_out) if self.labels else {0: (_parts(mask[box]), ())}
-            least = STRAY * np.count_nonzero(mask[box])
-            for number, (parts, notes) in pieces.items():
-                if sum(map(np.count_nonzero, parts)) < least:
-                    left_out.append(LeftOut(f"{lesion.name} of {self._name(number)}", "stray voxels only"))
-                    self._suspect(np.array([number]), REACHED)
-                    continue
-                for part in _grouped(parts, self.grid.spacing, f"{lesion.name} of {self._name(number)}", left_out):
-                    focus = _Focus(number, self.level(number), self._name(number), box, part, lesion, notes)
+            parts = self._without_strays(
+                lesion, _parts(orient(replace(self.volume, values=lesion.mask)).values), left_out
+            )
+            for number, (own, notes) in self._by_vertebra(lesion, parts, left_out).items():
+                for box, mask in _grouped(own, self.grid.spacing):
+                    focus = _Focus(number, self.level(number), self._name(number), box, mask, lesion, notes)
                     found.setdefault(number, []).append(focus)
         self.diseased = {*found}
-        several = {n: [chr(97 + k) if k < 26 else str(k) for k in range(len(foci))] for n, foci in found.items()}
-        ordered = sorted(found.items(), key=lambda item: self.rank(item[0]))
         return [
-            replace(focus, name=f"{focus.name}_{letter}" if len(foci) > 1 else focus.name)
-            for number, foci in ordered
-            for focus, letter in zip(foci, several[number], strict=True)
+            replace(focus, name=f"{focus.name}_{chr(97 + k) if k < 26 else k}" if len(foci) > 1 else focus.name)
+            for _, foci in sorted(found.items(), key=lambda item: self.rank(item[0]))
+            for k, focus in enumerate(foci)
         ]
 
     def _name(self, number: int) -> str:
@@ -190,35 +189,65 @@ class _Case:
         level = self.level(number)
         return (LEVELS.index(level) if level in LEVELS else len(LEVELS), number)
 
-    def _divided(
-        self, lesion: Lesion, box: tuple[slice, ...], mask: np.ndarray, left_out: list[LeftOut]
-    ) -> dict[int, tuple[list[np.ndarray], tuple[str, ...]]]:
-        """The connected parts of a lesion by the number of the vertebra that they belong to, with notes."""
-        values, spacing = self.values[box], self.grid.spacing
+    def _without_strays(self, lesion: Lesion, parts: list[_Part], left_out: list[LeftOut]) -> list[_Part]:
+        """The parts without specks; the largest one stays, whatever its size."""
+        least = max(LEAST, STRAY / float(np.prod(self.grid.spacing)))
+        sizes = [np.count_nonzero(mask) for _, mask in parts]
+        strays = [part for part, size in zip(parts, sizes, strict=True) if size < least and size < max(sizes)]
+        if strays:
+            left_out.append(LeftOut(lesion.name, f"{_voxels(strays)} stray voxels"))
+        for box, mask in strays if self.labels else ():
+            self._suspect(self.values[box][mask], REACHED)
+        return [part for part in parts if not any(part is stray for stray in strays)]
+
+    def _by_vertebra(
+        self, lesion: Lesion, parts: Sequence[_Part], left_out: list[LeftOut]
+    ) -> dict[int, tuple[list[_Part], tuple[str, ...]]]:
+        """The parts of a lesion by the number of the vertebra that they belong to (0: unknown), with notes."""
+        if self.labels is None:
+            return {0: ([*parts], ())} if parts else {}
+        outside: list[_Part] = []
+        found: dict[int, tuple[list[_Part], tuple[str, ...]]] = {}
+        for part in parts:
+            pieces = self._divided(*part)
+            outside += [] if pieces else [part]
+            for number, (piece, notes) in pieces.items():
+                earlier, known = found.get(number, ([], ()))
+                found[number] = ([*earlier, piece], tuple(dict.fromkeys(known + notes)))
+        if outside:
+            reason = f"{_voxels(outside)} of its {_voxels(parts)} voxels lie outside of every vertebra of the labels"
+            left_out.append(LeftOut(lesion.name, reason, rejected=True))
+            self.refused += [_Focus(0, None, "one that was refused", *part, lesion) for part in outside]
+        for number in [*found]:
+            own = found[number][0]
+            inside = sum(np.count_nonzero(mask & (self.values[box] == number)) for box, mask in own)
+            if inside == _voxels(own) == np.count_nonzero(self.values == number):
+                reason = f"is the whole label of {self._name(number)}; is the lesion file a label map of vertebrae?"
+                left_out.append(LeftOut(lesion.name, reason, rejected=True))
+                self._suspect(np.array([number]), BESIDE_IT)
+                del found[number]
+        return found
+
+    def _divided(self, box: _Box, mask: np.ndarray) -> dict[int, tuple[_Part, tuple[str, ...]]]:
+        """A connected part of a lesion divided between the vertebrae that hold it; empty if none does."""
+        spacing = self.grid.spacing
+        box, part = _wider(box, mask, spacing, self.values.shape)
+        values = self.values[box]
         vertebrae = [number for number, name in self.structures.items() if name in VERTEBRAE]
         others = [number for number, name in self.structures.items() if name in ("disc", "canal")]
         distance, nearest = _nearest(values, vertebrae, spacing)
-        at = (distance <= max(BESIDE, 1.01 * min(spacing))) & ~np.isin(values, others)
-        total, outside = np.count_nonzero(mask), []
-        found: dict[int, tuple[list[np.ndarray], tuple[str, ...]]] = {}
-        for part in _parts(mask):
-            votes = np.bincount(nearest[part & at], minlength=max(vertebrae) + 1)
-            holders = np.flatnonzero(votes >= PART * np.count_nonzero(part)).tolist()
-            holders = [holder for holder in holders if votes[holder]]
-            if not holders:
-                outside.append(part)
-                self._suspect(nearest[part & (distance <= NEAR)], BESIDE_IT)
-                continue
-            self._suspect(values[part & np.isin(values, vertebrae)], REACHED)
-            owner = _nearest(values, holders, spacing)[1] if len(holders) > 1 else np.full(part.shape, holders[0])
-            for holder in holders:
-                own = part & (owner == holder)
-                if own.any():
-                    earlier, notes = found.get(holder, ([], ()))
-                    notes += self._about(holder, own, holders, values)
-                    found[holder] = ([*earlier, own], tuple(dict.fromkeys(notes)))
-        self._report_outside(lesion, box, outside, total, left_out)
-        return self._without_labels_as_lesions(lesion, found, box, left_out)
+        at = part & (distance <= max(BESIDE, 1.01 * min(spacing))) & ~np.isin(values, others)
+        votes = np.bincount(nearest[at], minlength=max(vertebrae) + 1)
+        holders = [n for n in np.flatnonzero(votes).tolist() if votes[n] >= PART * np.count_nonzero(part)]
+        if not holders:
+            self._suspect(nearest[part & (distance <= NEAR)], BESIDE_IT)
+            return {}
+        self._suspect(values[part & np.isin(values, vertebrae)], REACHED)
+        owner = _nearest(values, holders, spacing)[1] if len(holders) > 1 else np.full(part.shape, holders[0])
+        return {
+            holder: ((box, part & (owner == holder)), self._about(holder, part & (owner == holder), holders, values))
+            for holder in holders
+        }
 
     def _about(self, holder: int, own: np.ndarray, holders: Sequence[int], values: np.ndarray) -> tuple[str, ...]:
         """What to say of a lesion's part and its vertebra."""
@@ -229,32 +258,6 @@ class _Case:
 
     def _suspect(self, numbers: np.ndarray, why: str) -> None:
         self.suspected |= {number: why for number in np.unique(numbers).tolist() if number}
-
-    def _report_outside(
-        self, lesion: Lesion, box: tuple[slice, ...], parts: Sequence[np.ndarray], total: int, left_out: list[LeftOut]
-    ) -> None:
-        sizes = [np.count_nonzero(part) for part in parts]
-        large = [size for size in sizes if size >= STRAY * total]
-        if small := sum(sizes) - sum(large):
-            left_out.append(LeftOut(lesion.name, f"{small} stray voxels outside of every vertebra"))
-        if large:
-            reason = f"{sum(large)} of its {total} voxels lie outside of every vertebra of the labels"
-            left_out.append(LeftOut(lesion.name, reason, rejected=True))
-        self.refused += [_Focus(0, None, "one that was refused", box, part, lesion) for part in parts]
-
-    def _without_labels_as_lesions(
-        self, lesion: Lesion, found: dict, box: tuple[slice, ...], left_out: list[LeftOut]
-    ) -> dict:
-        """``found`` without the vertebrae whose whole label is the lesion: those come from a label map."""
-        for number in [*found]:
-            voxels = sum(np.count_nonzero(part & (self.values[box] == number)) for part in found[number][0])
-            marked = sum(np.count_nonzero(part) for part in found[number][0])
-            if voxels == marked == np.count_nonzero(self.values == number):
-                reason = f"is the whole label of {self._name(number)}; is the lesion file a label map of vertebrae?"
-                left_out.append(LeftOut(lesion.name, reason, rejected=True))
-                self._suspect(np.array([number]), BESIDE_IT)
-                del found[number]
-        return found
 
     def healthy_foci(self, wanted: Sequence[str], left_out: list[LeftOut]) -> list[_Focus]:
         """The bodies of the vertebrae without a lesion; without labels the volume, unless it has a lesion."""
@@ -354,20 +357,43 @@ class _Case:
         return meaning[numbers]
 
 
-def _box(mask: np.ndarray, spacing: Sequence[float], margin: float) -> tuple[slice, ...]:
-    """The box of a mask, wider by a margin in mm."""
-    box = []
-    for axis, length in enumerate(spacing):
-        places = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-        wider = int(np.ceil(margin / length)) + 1
-        box.append(slice(max(int(places[0]) - wider, 0), int(places[-1]) + 1 + wider))
-    return tuple(box)
+def _parts(mask: np.ndarray) -> list[_Part]:
+    """The connected parts of a mask, each in its box."""
+    along = [np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis))) for axis in range(3)]
+    if not all(map(len, along)):
+        return []
+    place = tuple(slice(int(each[0]), int(each[-1]) + 1) for each in along)
+    parts, _ = ndimage.label(mask[place], np.ones((3, 3, 3)))
+    boxes = ndimage.find_objects(parts)
+    return [
+        (
+            tuple(slice(p.start + b.start, p.start + b.stop) for p, b in zip(place, box, strict=True)),
+            parts[box] == number,
+        )
+        for number, box in enumerate(boxes, 1)
+    ]
 
 
-def _parts(mask: np.ndarray) -> list[np.ndarray]:
-    """The connected parts of a mask."""
-    parts, number = ndimage.label(mask, np.ones((3, 3, 3)))
-    return [parts == part for part in range(1, number + 1)]
+def _voxels(parts: Sequence[_Part]) -> int:
+    return sum(np.count_nonzero(mask) for _, mask in parts)
+
+
+def _pasted(box: _Box, parts: Sequence[_Part]) -> np.ndarray:
+    """Parts together in a box that holds theirs."""
+    whole = np.zeros([side.stop - side.start for side in box], bool)
+    for own, mask in parts:
+        whole[tuple(slice(o.start - b.start, o.stop - b.start) for o, b in zip(own, box, strict=True))] |= mask
+    return whole
+
+
+def _wider(box: _Box, mask: np.ndarray, spacing: Sequence[float], shape: Sequence[int]) -> _Part:
+    """A part in a box with a margin of ``NEAR`` mm."""
+    steps = [int(np.ceil(NEAR / length)) + 1 for length in spacing]
+    wide = tuple(
+        slice(max(side.start - step, 0), min(side.stop + step, n))
+        for side, step, n in zip(box, steps, shape, strict=True)
+    )
+    return wide, _pasted(wide, [(box, mask)])
 
 
 def _nearest(values: np.ndarray, numbers: Sequence[int], spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -379,21 +405,17 @@ def _nearest(values: np.ndarray, numbers: Sequence[int], spacing: Sequence[float
     return distance, values[tuple(places)]
 
 
-def _grouped(
-    parts: Sequence[np.ndarray], spacing: Sequence[float], name: str, left_out: list[LeftOut]
-) -> list[np.ndarray]:
+def _grouped(parts: Sequence[_Part], spacing: Sequence[float]) -> list[_Part]:
     """Parts as lesions: a part joins a larger one that is no further away than that one is wide (as a ball)."""
-    rest, groups, stray = sorted(parts, key=np.count_nonzero, reverse=True), [], 0
-    least = STRAY * np.count_nonzero(rest[0])
+    box = tuple(
+        slice(min(part[axis].start for part, _ in parts), max(part[axis].stop for part, _ in parts))
+        for axis in range(3)
+    )
+    rest = sorted((_pasted(box, [part]) for part in parts), key=np.count_nonzero, reverse=True)
+    groups = []
     while rest:
-        main = rest[0]
-        if groups and np.count_nonzero(main) < least:
-            stray = sum(map(np.count_nonzero, rest))
-            break
-        width = 2 * (3 * np.count_nonzero(main) * float(np.prod(spacing)) / (4 * np.pi)) ** (1 / 3)
-        near = ndimage.distance_transform_edt(~main, spacing) <= width
-        groups.append(np.logical_or.reduce([part for part in rest if part[near].any()]))
+        width = 2 * (3 * np.count_nonzero(rest[0]) * float(np.prod(spacing)) / (4 * np.pi)) ** (1 / 3)
+        near = ndimage.distance_transform_edt(~rest[0], spacing) <= width if len(rest) > 1 else rest[0]
+        groups.append((box, np.logical_or.reduce([part for part in rest if part[near].any()])))
         rest = [part for part in rest if not part[near].any()]
-    if stray:
-        left_out.append(LeftOut(name, f"{stray} stray voxels far from its largest part"))
     return groups

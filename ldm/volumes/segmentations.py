@@ -103,7 +103,10 @@ def read_lesions(path: Path, grid: Volume) -> list[Lesion]:
     if segments is None:
         values, resampled = _label_map(path, grid)
         notes = (f"lesion {RESAMPLED}",) * resampled
-        numbers = [number for number, count in _counts(values).items() if number and count]
+        counts = _counts(values)
+        numbers = [number for number, count in counts.items() if number and count]
+        if 2 * counts.get(0, 0) < values.size:
+            raise FileError(path, f"marks {1 - counts.get(0, 0) / values.size:.0%} of {grid.name}; is it inverted?")
         if len(numbers) > MOST_LESIONS:
             raise FileError(
                 path, f"has {len(numbers)} different values; expected a lesion mask: 0, and one number a lesion"
@@ -367,25 +370,38 @@ def _structure_set(path: Path, dataset: pydicom.Dataset, grid: Volume) -> list[_
 
 
 def _filled(path: Path, name: str, contours: Sequence[pydicom.Dataset], grid: Volume) -> tuple[np.ndarray, bool]:
-    """The voxels inside closed planar contours; a contour inside another one is a hole (exclusive or)."""
-    mask, inverse, moved, inside = np.zeros(grid.values.shape, np.uint8), np.linalg.inv(grid.affine), 0.0, False
-    for contour in contours:
-        if not str(contour.get("ContourGeometricType", "")).startswith("CLOSED_PLANAR"):
-            continue
-        points = np.array(contour.ContourData, float).reshape(-1, 3) @ inverse[:3, :3].T + inverse[:3, 3]
-        axis = int(np.argmin(np.ptp(points, axis=0)))
-        position = float(points[:, axis].mean())
-        if np.ptp(points[:, axis]) > 0.5:
+    """The voxels inside closed planar contours; a contour inside another one of its plane is a hole (exclusive or)."""
+    inverse, moved = np.linalg.inv(grid.affine), 0.0
+    rings = [
+        np.array(contour.ContourData, float).reshape(-1, 3) @ inverse[:3, :3].T + inverse[:3, 3]
+        for contour in contours
+        if str(contour.get("ContourGeometricType", "")).startswith("CLOSED_PLANAR")
+    ]
+    axis = int(np.argmin(sum(np.ptp(ring, axis=0) for ring in rings))) if rings else 0
+    planes: dict[float, list[np.ndarray]] = {}
+    for ring in rings:
+        if np.ptp(ring[:, axis]) > 0.5:
             raise FileError(path, f"a contour of {shown(name)} is oblique to the voxels of {grid.name}")
+        planes.setdefault(round(float(ring[:, axis].mean()), 2), []).append(ring)
+    steps = np.diff(sorted({round(position) for position in planes}))
+    if len(steps) > 1 and steps.min() > 1:
+        raise FileError(
+            path,
+            f"the contours of {shown(name)} lie on every {steps.min()}. slice of {grid.name} at most, with nothing "
+            "marked between them; interpolate them first",
+        )
+    mask, inside = np.zeros(grid.values.shape, np.uint8), False
+    for position, together in planes.items():
         index = round(position)
         if not 0 <= index < mask.shape[axis]:
             continue
         inside, moved = True, max(moved, abs(position - index))
         rows, columns = (each for each in range(3) if each != axis)
-        plane = np.zeros((mask.shape[rows], mask.shape[columns]), np.uint8)
-        corners = np.rint(points[:, [columns, rows]] * 16).astype(np.int32)
-        cv2.fillPoly(plane, [corners], 1, shift=4)
-        mask[(slice(None),) * axis + (index,)] ^= plane
+        filled = np.zeros((mask.shape[rows], mask.shape[columns]), np.uint8)
+        for ring in together:
+            corners = np.rint(ring[:, [columns, rows]] * 16).astype(np.int32)
+            filled ^= cv2.fillPoly(np.zeros_like(filled), [corners], 1, shift=4)
+        mask[(slice(None),) * axis + (index,)] |= filled
     if not inside:
         raise MedSoftError(
             f"{path}: no contour of {shown(name)} lies in {grid.name}; is it of another patient or series?"

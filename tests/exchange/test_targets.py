@@ -131,6 +131,14 @@ def test_parts_near_each_other_are_one_lesion() -> None:
     assert np.array_equal(cuts[0].lesion, near[..., cuts[0].image.index].T)
 
 
+def test_many_lesions_in_one_file_and_a_small_one_is_no_stray() -> None:
+    mask = MADE.labels == 29
+    mask[:, :20] = False  # half of L3, and a small lesion in L1
+    mask |= ball((0, -8, 20), 1.6)
+    cuts, _ = choose(volume(), labels(), [lesion(mask)])
+    assert {cut.level for cut in cuts if cut.lesion is not None} == {"L1", "L3"}
+
+
 def test_two_segments_in_one_vertebra_are_two_lesions_each_with_its_own_words() -> None:
     found = [lesion(ball((-4, -8, 0), 3), "a"), lesion(ball((4, -8, 0), 3), "b")]
     cuts, _ = choose(volume(), labels(), found, target=["L2"])
@@ -180,10 +188,12 @@ def test_stray_voxels_are_left_out_and_counted() -> None:
     stray[0, 0, 0] = stray[11, 24, 30] = True
     cuts, left_out = choose(volume(), labels(), [lesion(stray)], target=["L2"])
     assert len(cuts) == 1
-    assert [(each.reason, each.rejected) for each in left_out if "stray" in each.reason] == [
-        ("1 stray voxels outside of every vertebra", False),
-        ("1 stray voxels far from its largest part", False),
-    ]
+    assert np.array_equal(cuts[0].lesion, MADE.lesion[cuts[0].image.index].T[::-1])
+    assert [each for each in left_out if "stray" in each.reason] == [LeftOut("lesion", "2 stray voxels")]
+    stray[20, 24, 50] = True  # in L1
+    cuts, left_out = choose(volume(), labels(), [lesion(stray)])
+    assert [cut.level for cut in cuts] == ["L2", "L3"]
+    assert LeftOut("L1", REACHED) in left_out
 
 
 def test_a_label_map_given_as_lesions_is_refused() -> None:
@@ -237,6 +247,19 @@ def test_without_labels_lesions_are_cut_and_nothing_is_healthy() -> None:
     assert [(cut.level, cut.anatomy) for cut in cuts] == [(None, None)]
     assert np.count_nonzero(cuts[0].lesion) == MADE.lesion.sum(axis=(1, 2)).max()
     assert left_out == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_projection_is_one_slice(known: bool) -> None:
+    flat = (slice(18, 21), slice(None), slice(None))  # its third axis becomes the only frame
+    values = [each[flat].max(axis=0)[:, ::-1, None] for each in (MADE.image, MADE.labels, MADE.lesion)]
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    image = Volume(values[0], affine, acquired="projection", name="radiograph")
+    cuts, _ = choose(image, labels(values[1]) if known else None, [lesion(values[2])])
+    assert [cut.level for cut in cuts] == (["L1", "L2", "L3"] if known else [None])
+    (cut,) = [cut for cut in cuts if cut.lesion is not None]
+    assert cut.image.plane == "projection"
+    assert np.count_nonzero(cut.lesion) == np.count_nonzero(values[2])
 
 
 def test_without_labels_and_lesions_slices_of_the_volume_are_cut() -> None:

@@ -1,5 +1,6 @@
 """Labels and lesions from NIfTI, SEG, RTSTRUCT and folders: equal to what was written; what does not fit is refused."""
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -339,6 +340,29 @@ def test_a_segmentation_of_another_image_is_refused(case: Case, tmp_path: Path, 
         read_lesions(path, case.volume)
 
 
+def test_contours_of_planes_between_the_slices_add_up(case: Case, tmp_path: Path) -> None:
+    path = write_rtstruct(tmp_path / "rt.dcm", case.files, {"lesion": case.made.lesion})
+    dataset = pydicom.dcmread(path)
+    contours = dataset.ROIContourSequence[0].ContourSequence
+    for contour in [*contours]:  # as drawn on a series of half the slice distance
+        second = copy.deepcopy(contour)
+        places = np.add(np.reshape(list(map(float, contour.ContourData)), (-1, 3)), (0, 0, 0.4))
+        second.ContourData = [f"{x:.4f}" for x in places.ravel()]
+        contours.append(second)
+    dataset.save_as(path)
+    (lesion,) = read_lesions(path, case.volume)
+    assert same(lesion.mask, case.made.lesion)
+    assert lesion.notes == (f"lesion {RESAMPLED}",)
+
+
+def test_contours_on_every_second_slice_are_refused(case: Case, tmp_path: Path) -> None:
+    sparse = case.made.lesion.copy()
+    sparse[..., 1::2] = False
+    path = write_rtstruct(tmp_path / "rt.dcm", case.files, {"lesion": sparse})
+    with pytest.raises(FileError, match=r"the contours of lesion lie on every 2\. slice .* interpolate them first"):
+        read_lesions(path, case.volume)
+
+
 def test_labels_of_another_patient_are_refused(case: Case, tmp_path: Path) -> None:
     away = case.made.affine.copy()
     away[2, 3] += 500
@@ -379,7 +403,13 @@ def test_contours_elsewhere_or_oblique_are_refused(case: Case, tmp_path: Path) -
     [
         (lambda mask: mask * 0.37 + mask.any() * 0.001, "holds fractions"),
         (lambda mask: np.where(mask, -5, 0).astype(np.int16), "holds the number -5"),
-        (lambda mask: np.arange(mask.size).reshape(mask.shape).astype(np.int32) % 100, "has 99 different values"),
+        (lambda mask: (~mask).astype(np.uint8), r"marks \d+% of .*; is it inverted"),
+        (
+            lambda mask: (
+                np.arange(mask.size).reshape(mask.shape).astype(np.int32) % 100 * (np.arange(mask.shape[2]) < 20)
+            ),
+            "has 99 different values",
+        ),
     ],
 )
 def test_a_lesion_file_that_is_no_mask_is_refused(case: Case, tmp_path: Path, values: Callable, message: str) -> None:
