@@ -63,7 +63,7 @@ def sentence(level: str | None, lesion: Lesion | None, rows: Sequence[Row], *, d
         )
     if text == HEALTHY:
         raise MedSoftError(f"{shown(lesion.name)} has a mask, but {where} says healthy")
-    if wrong := contradiction(text, ImageFacts(known, region_of(known), None)):
+    if wrong := contradiction(text, ImageFacts(None if known == "sacrum" else known, region_of(known), None)):
         raise MedSoftError(f"{shown(lesion.name)}: {wrong} (the labels' or the table's)")
     notes = ("its sentence reads as if there were no lesion",) if probably_healthy(text) else ()
     return Sentence(text, known, fields["lesion_type"], fields["severity"], notes)
@@ -112,7 +112,8 @@ def _describes_lesion(row: Row) -> bool:
 def _levels(row: Row, level: str | None) -> set[str]:
     """The vertebrae that a row is about: of its level, else of its prompt; none where it does not say."""
     own = _level_of(row)
-    return {own} if own else {*levels_named(_prompt(row), level)}
+    named = {own} if own else {*levels_named(_prompt(row), level)}
+    return {"sacrum" if level == "sacrum" and name[0] == "S" else name for name in named}
 
 
 def _row_for(level: str | None, name: str, rows: Sequence[Row]) -> Row:

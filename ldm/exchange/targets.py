@@ -13,6 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.data.samples import shown
 from ldm.volumes.bodies import bodies
 from ldm.volumes.labels import LEVELS, VERTEBRAE, Labels, Lesion, structure_named
 from ldm.volumes.volume import PLANES, PROJECTION, Slice, Volume, count, cut, orient
@@ -93,6 +94,11 @@ def choose(
     """
     if slices not in ("middle", "lesion", "all") and not (isinstance(slices, int) and slices > 0):
         raise UsageError(f"--slices: expected middle, lesion, all or a number above 0, found {slices}")
+    if labels is not None and labels.lesions and not lesions:
+        raise MedSoftError(
+            f"{volume.name}: its labels hold lesions too ({shown(labels.lesions[0])}), which would count as healthy; "
+            "give the same file as --lesions"
+        )
     case = _Case(volume, labels, PROJECTION if volume.acquired == PROJECTION else plane)
     wanted = _targets(target, case, volume.name)
     rows, left_out = [], [LeftOut(level, "is not in the labels") for level in wanted if level not in case.levels()]

@@ -44,11 +44,15 @@ class Scheme:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """A label map on the grid of an image: values (I, J, K), 0 background; what structure each number stands for."""
+    """A label map on the grid of an image: values (I, J, K), 0 background; what structure each number stands for.
+
+    ``lesions``: names of segments of the same file that are lesions, and are no part of the label map.
+    """
 
     values: np.ndarray
     structures: Mapping[int, str]
     notes: tuple[str, ...] = ()
+    lesions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,16 +105,33 @@ _WORDS = {
     "vertebra": r"vertebrae?|vertebral (?:body|bodies|column)|wirbel(?:körper)?|spine|vb",
     "partial": r"partial(?:ly visible)?(?: vertebrae?)?",
 }
-# What is named after a vertebra without being one.
-_NO_VERTEBRA = re.compile(r"\b(?:ribs?|costa|nerves?|roots?|muscles?|ganglion|left|right|implant|screws?|cage)\b")
+# What is named after a vertebra without being one: lesions, and what else there is.
+_LESION = re.compile(
+    r"lesion|läsion|metasta|tumou?r|neoplas|cancer|carcinom|sarcom|myelom|fractur|fraktur|lytic|lysis|blastic|sclero|"
+    r"ha?emangiom|cyst|nodul|\bmass\b|o?edema|ödem|abscess|defect|abnormal|\b[gci]tv\d*\b"
+)
+_NO_VERTEBRA = re.compile(
+    r"\b(?:ribs?|costa|nerves?|roots?|muscles?|ganglion|left|right|implant|screws?|cage|p[tr]v\d*)\b"
+)
+
+
+def names_lesion(text: str) -> bool:
+    """Whether the name of a segment is one of a lesion (``lytic lesion``, ``GTV_L3``)."""
+    return bool(_LESION.search(_plain(text)))
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"[_\s]+", " ", text).casefold().split())
 
 
 def structure_named(text: str) -> str | None:
     """The structure that a name in a map file or of a segment means (``vertebrae_L5``, ``LWK 5``, ``Th12``, ``L4-L5``).
 
-    None if it names no part of the spine, or a part of one that is none of ours.
+    None if it names a lesion, no part of the spine, or a part of one that is none of ours.
     """
-    plain = " ".join(re.sub(r"[_\s]+", " ", text).casefold().split())
+    plain = _plain(text)
+    if _LESION.search(plain):
+        return None
     for name, words in _WORDS.items():
         if re.fullmatch(words, plain):
             return name

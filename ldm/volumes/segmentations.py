@@ -30,6 +30,7 @@ from ldm.volumes.labels import (
     Labels,
     Lesion,
     Scheme,
+    names_lesion,
     structure_named,
     structures_of,
 )
@@ -41,11 +42,6 @@ RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 MOST_LESIONS = 32  # values of a lesion file: more are no numbers of lesions
 RESAMPLED = "brought onto the image's grid by nearest neighbour: the two grids differ"
-_LESION = re.compile(
-    r"lesion|läsion|metasta|tumou?r|neoplas|cancer|carcinom|sarcom|myelom|fractur|fraktur|lytic|lysis|blastic|sclero|"
-    r"h[a]?emangiom|cyst|nodul|\bmass\b|o?edema|ödem|abscess|defect|abnormal|\bGTV\b|\bCTV\b",
-    re.IGNORECASE,
-)
 _ALTERED = ("49755003", "M-01000")  # SCT and SRT: morphologically altered structure
 
 
@@ -89,14 +85,16 @@ def read_labels(path: Path, grid: Volume, scheme: Scheme | None = None) -> Label
     notes = (*notes, *(f"labels {RESAMPLED}" for _ in range(resampled)))
     values, structures = separated(values, structures, grid)
     notes += check_order(path, values, structures, grid)
-    return Labels(values, structures, notes)
+    ill = tuple(each.name for each in segments or () if each.lesion and each.load()[0].any())
+    return Labels(values, structures, notes, ill)
 
 
 def read_lesions(path: Path, grid: Volume) -> list[Lesion]:
     """The lesions in a file or folder, on the grid of an image; none if no voxel is marked.
 
-    Of a label map each number is one; of segments those that are named or coded as a lesion, else those that are no
-    part of the spine. MedSoftError if there is none of these, for probabilities, and as ``read_labels`` for the grid.
+    Of a label map each number is one; of segments those that are named or coded as a lesion, else the only one that is
+    no part of the spine. MedSoftError if there is none of these, for probabilities, for a mask of more than half of the
+    image, and as ``read_labels`` for the grid.
     """
     path = Path(path)
     segments = _segments(path, grid)
@@ -105,25 +103,31 @@ def read_lesions(path: Path, grid: Volume) -> list[Lesion]:
         notes = (f"lesion {RESAMPLED}",) * resampled
         counts = _counts(values)
         numbers = [number for number, count in counts.items() if number and count]
-        if 2 * counts.get(0, 0) < values.size:
-            raise FileError(path, f"marks {1 - counts.get(0, 0) / values.size:.0%} of {grid.name}; is it inverted?")
+        _check_share(path, values.size - counts.get(0, 0), grid)
         if len(numbers) > MOST_LESIONS:
             raise FileError(
                 path, f"has {len(numbers)} different values; expected a lesion mask: 0, and one number a lesion"
             )
         return [Lesion(values == n, f"lesion {n}" if len(numbers) > 1 else "lesion", notes=notes) for n in numbers]
     chosen = [each for each in segments if each.lesion or each.coded]
-    chosen = chosen or [each for each in segments if structure_named(each.name) is None]
-    if not chosen:
-        names = ", ".join(shown(each.name) for each in segments)
-        raise FileError(path, f"holds no lesion: its segments are {names}")
+    others = [each for each in segments if structure_named(each.name) is None]
+    if not chosen and len(others) != 1:
+        names = ", ".join(shown(each.name) for each in segments[:8]) + (", ..." if len(segments) > 8 else "")
+        raise FileError(path, f"has no segment that is named or coded as a lesion: {names}; name one of them so")
+    chosen = chosen or others
     lesions = []
     for segment in chosen:
         mask, resampled = segment.load()
+        _check_share(path, np.count_nonzero(mask), grid)
         if mask.any():
             notes = (*segment.notes, *(f"lesion {RESAMPLED}" for _ in range(resampled)))
             lesions.append(Lesion(mask, segment.name, segment.description, notes=notes))
     return lesions
+
+
+def _check_share(path: Path, marked: int, grid: Volume) -> None:
+    if 2 * marked > grid.values.size:
+        raise FileError(path, f"marks {marked / grid.values.size:.0%} of {grid.name} as a lesion; is it inverted?")
 
 
 def references(path: Path) -> set[str]:
@@ -262,7 +266,7 @@ def _mask_file(number: int, file: Path, name: str, grid: Volume) -> _Segment:
             raise FileError(file, "holds several numbers; in a folder of masks expected one structure a file")
         return values > 0, resampled
 
-    return _Segment(number, name, None, bool(_LESION.search(name)), False, load)
+    return _Segment(number, name, None, names_lesion(name), False, load)
 
 
 def _slicer_segments(path: Path, grid: Volume) -> list[_Segment] | None:
@@ -281,7 +285,7 @@ def _slicer_segments(path: Path, grid: Volume) -> list[_Segment] | None:
     for key in (f"Segment{n}" for n in range(len(header))):
         if f"{key}_LabelValue" in header:
             number, name = int(header[f"{key}_LabelValue"]), str(header.get(f"{key}_Name", ""))
-            lesion = bool(_LESION.search(name))
+            lesion = names_lesion(name)
             segments.append(_Segment(number, name, _sentence_of(None, name), lesion, False, partial(load, number)))
     return segments or None
 
@@ -309,7 +313,7 @@ def _segmentation(path: Path, dataset: pydicom.Dataset, grid: Volume) -> list[_S
             int(item.SegmentNumber),
             str(item.get("SegmentLabel", "")),
             _sentence_of(item.get("SegmentDescription"), item.get("SegmentLabel")),
-            bool(_LESION.search(str(item.get("SegmentLabel", "")))),
+            names_lesion(str(item.get("SegmentLabel", ""))),
             _coded_as_lesion(item),
             partial(load, int(item.SegmentNumber)),
             notes,
@@ -341,7 +345,7 @@ def _opened(whole: pydicom.Dataset, grid: Volume) -> highdicom.seg.Segmentation:
 def _coded_as_lesion(item: pydicom.Dataset) -> bool:
     keys = ("SegmentedPropertyCategoryCodeSequence", "SegmentedPropertyTypeCodeSequence")
     codes = [code for key in keys for code in item.get(key, [])]
-    return any(code.get("CodeValue") in _ALTERED or _LESION.search(str(code.get("CodeMeaning", ""))) for code in codes)
+    return any(code.get("CodeValue") in _ALTERED or names_lesion(str(code.get("CodeMeaning", ""))) for code in codes)
 
 
 def _sentence_of(description: str | None, label: str | None) -> str | None:
@@ -349,7 +353,7 @@ def _sentence_of(description: str | None, label: str | None) -> str | None:
     if description and str(description).strip():
         return str(description).strip()
     label = str(label or "").strip()
-    return label if len(label.split()) >= 3 and _LESION.search(label) else None
+    return label if len(label.split()) >= 3 and names_lesion(label) else None
 
 
 def _structure_set(path: Path, dataset: pydicom.Dataset, grid: Volume) -> list[_Segment]:
@@ -365,7 +369,7 @@ def _structure_set(path: Path, dataset: pydicom.Dataset, grid: Volume) -> list[_
             name = str(item.get("ROIName", ""))
             description = _sentence_of(item.get("ROIDescription"), name)
             load = partial(_filled, path, name, drawn, grid)
-            segments.append(_Segment(number, name, description, bool(_LESION.search(name)), False, load))
+            segments.append(_Segment(number, name, description, names_lesion(name), False, load))
     return segments
 
 

@@ -74,6 +74,15 @@ def test_the_level_comes_from_the_row_where_the_labels_do_not_know_it() -> None:
     assert sentence(None, lesion(), rows, diseased=True)[:2] == ("lytic lesion of the L2 vertebra", "L2")
 
 
+def test_what_names_a_part_of_the_sacrum_is_about_the_sacrum() -> None:
+    assert (
+        sentence("sacrum", lesion(), [{"prompt": "lytic lesion of S2"}], diseased=True).prompt == "lytic lesion of S2"
+    )
+    assert sentence("sacrum", lesion(), [{"level": "S1", "prompt": "lytic lesion"}], diseased=True).level == "sacrum"
+    with pytest.raises(MedSoftError, match="is about L5"):
+        sentence("sacrum", lesion(), [{"prompt": "lytic lesion of L5"}], diseased=True)
+
+
 def test_no_lesion_is_healthy_also_beside_another_vertebra_with_one() -> None:
     rows = [{"level": "L3", "prompt": "lytic lesion"}]
     assert sentence("L4", None, rows, diseased=True) == ("healthy", "L4", None, None, ())

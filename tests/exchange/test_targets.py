@@ -282,6 +282,13 @@ def test_flags_that_cannot_be(given: dict, message: str) -> None:
         choose(volume(), labels(), [], **given)
 
 
+def test_lesions_in_the_labels_that_nobody_reads_make_nothing_healthy() -> None:
+    told = replace(labels(), lesions=("lytic lesion",))
+    with pytest.raises(MedSoftError, match=r"image: its labels hold lesions too \(lytic lesion\).* as --lesions"):
+        choose(volume(), told, [])
+    assert len(choose(volume(), told, [lesion()])[0]) == 3
+
+
 def test_a_target_that_is_not_there_is_said() -> None:
     assert choose(volume(), labels(), [], target=["T4"]) == ([], [LeftOut("T4", "is not in the labels")])
     with pytest.raises(MedSoftError, match="--target needs to know where the vertebrae are; give --labels"):

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
-from ldm.volumes.labels import LEVELS, PRESETS, read_map, region_of, scheme, structure_named, structures_of
+from ldm.volumes.labels import (
+    LEVELS,
+    PRESETS,
+    names_lesion,
+    read_map,
+    region_of,
+    scheme,
+    structure_named,
+    structures_of,
+)
 
 # Lines of the tools' own tables, written down apart from the code.
 KNOWN = {
@@ -89,11 +98,21 @@ def test_levels_are_read_as_tools_and_people_write_them(level: str, form: str) -
         ("L3 nerve root", None),
         ("L3 left pedicle", None),
         ("liver", None),
+        ("L3 metastasis", None),
+        ("GTV_L3", None),
+        ("PTV L3", None),
+        ("L2_lesion_1", None),
         ("", None),
     ],
 )
 def test_other_names(text: str, name: str | None) -> None:
     assert structure_named(text) == name
+
+
+def test_names_of_lesions() -> None:
+    for text in ("GTV_L3", "ctv1", "Lytic lesion", "L3_metastasis", "Läsion", "compression fracture T12"):
+        assert names_lesion(text)
+    assert not any(map(names_lesion, ("L3", "PTV", "vertebrae_L5", "canal", "")))
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def test_a_seg_with_structures_and_lesions_gives_each_to_its_reader(case: Case, 
     labels = read_labels(path, case.volume)
     assert {*labels.structures.values()} == {"L2"}
     assert labels.notes == ("2 segments are no part of the spine and left out",)
+    assert labels.lesions == ("lytic lesion",)
     (lesion,) = read_lesions(path, case.volume)
     assert same(lesion.mask, case.made.lesion)
     assert (lesion.name, lesion.description) == ("lytic lesion", "moderate lytic lesion of the L2 vertebra")
@@ -418,9 +419,15 @@ def test_a_lesion_file_that_is_no_mask_is_refused(case: Case, tmp_path: Path, va
         read_lesions(path, case.volume)
 
 
-def test_a_seg_without_a_lesion_is_refused(case: Case, tmp_path: Path) -> None:
+def test_a_seg_whose_lesion_is_not_named_is_refused(case: Case, tmp_path: Path) -> None:
     path = segmentation(tmp_path / "seg.dcm", case.files, case.named())
-    with pytest.raises(FileError, match="holds no lesion: its segments are L3, L2, L1, canal"):
+    with pytest.raises(FileError, match="no segment that is named or coded as a lesion: L3, L2, L1, canal; name one"):
+        read_lesions(path, case.volume)
+    other = {"L2": case.made.labels == 30, "Segment_1": case.made.lesion}
+    path = segmentation(tmp_path / "one.dcm", case.files, other)
+    assert same(read_lesions(path, case.volume)[0].mask, case.made.lesion)
+    path = write_rtstruct(tmp_path / "rt.dcm", case.files, other | {"Body": case.made.image > -500})
+    with pytest.raises(FileError, match="no segment that is named or coded as a lesion: L2, Segment_1, Body"):
         read_lesions(path, case.volume)
 
 
