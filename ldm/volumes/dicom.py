@@ -19,7 +19,8 @@ from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.data.samples import shown
-from ldm.volumes.dicom_frames import Frame, decode, frames_of, is_projection, open_file, sop_uids, told
+from ldm.volumes.dicom_files import Decoder, open_file, told
+from ldm.volumes.dicom_frames import Frame, frames_of, is_projection, sop_uids, stored_values
 from ldm.volumes.dicom_stack import stacked
 from ldm.volumes.volume import PROJECTION, Volume, frame_plane, to_integers
 
@@ -224,10 +225,12 @@ def _decoded(frames: Sequence[Frame]) -> np.ndarray:
     """The values (frames, rows, columns) in the frames' order; one copy, filled file by file."""
     values = np.empty((len(frames), *frames[0].shape), np.result_type(*{frame.dtype for frame in frames}))
     by_file = sorted(range(len(frames)), key=lambda place: (str(frames[place].path), frames[place].index))
-    for path, places in groupby(by_file, key=lambda place: frames[place].path):
-        taken = list(places)
-        for place, decoded in zip(taken, decode(path, [frames[place] for place in taken]), strict=True):
-            values[place] = decoded
+    with Decoder() as decoder:
+        for (path, syntax), places in groupby(by_file, key=lambda place: (frames[place].path, frames[place].syntax)):
+            taken = list(places)
+            decoded = decoder.frames(path, syntax, [frames[place].index for place in taken])
+            for place, pixels in zip(taken, decoded, strict=True):
+                values[place] = stored_values(frames[place], pixels)
     return values
 
 

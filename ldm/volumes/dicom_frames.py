@@ -1,48 +1,25 @@
-"""What a DICOM file says about its frames, and their pixels. Every fault is a FileError that names the file.
+"""What the header of a DICOM file says about its frames. Every fault is a FileError that names the file.
 
 Sources: PS3.3 C.7.6.1 (image), C.7.6.2 (plane), C.7.6.16 (functional groups of multi-frame images), C.11.1 (modality
-LUT), C.11.2 (window); PS3.10 (files).
+LUT), C.11.2 (window).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from pydicom.dataset import Dataset
-from pydicom.encaps import get_frame
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels import get_decoder, iter_pixels
-from pydicom.uid import (
-    UID,
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    JPEGExtended12Bit,
-    JPEGTransferSyntaxes,
-)
+from pydicom.uid import UID
 
-from ldm.core.errors import FileError, MedSoftError, first_line
+from ldm.core.errors import FileError, MedSoftError
+from ldm.volumes.dicom_files import told, transfer_syntax
 from ldm.volumes.intensity import linear_window
 
 PROJECTIONS = ("CR", "DX", "MG", "RG", "RF", "XA", "IO", "PX")  # modalities whose images have no place in the patient
 LETTERS = {"L": (1, 0, 0), "R": (-1, 0, 0), "P": (0, 1, 0), "A": (0, -1, 0), "H": (0, 0, 1), "F": (0, 0, -1)}
-RAW = "convert it to an uncompressed transfer syntax first, for example with gdcmconv --raw IN OUT"
-
-
-# The plugins of pydicom that decode these. GDCM, its first choice, ends the whole process where bytes of JPEG 2000 are
-# damaged, and is slower; the others have no second decoder, and GDCM gets their frames after a look at their headers.
-PLUGINS = {
-    **dict.fromkeys(pydicom.uid.JPEG2000TransferSyntaxes, "pylibjpeg"),
-    **dict.fromkeys(pydicom.uid.JPEGLSTransferSyntaxes, "pyjpegls"),
-    pydicom.uid.RLELossless: "pydicom",
-    pydicom.uid.JPEGBaseline8Bit: "pillow",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +30,7 @@ class Frame:
     index: int  # in its file, from 0
     number: int | None  # in its file, from 1; None in a file of one frame
     sop_uid: str
+    syntax: UID
     shape: tuple[int, int]
     orientation: np.ndarray  # (2, 3) unit vectors in LPS: along a row, along a column
     position: np.ndarray  # (3,) LPS in mm, centre of the first pixel
@@ -64,34 +42,6 @@ class Frame:
     lut: tuple[int, np.ndarray] | None  # the stored value of its first entry; integers
     dtype: np.dtype[Any]  # of the decoded values, after the lut
     windows: tuple[tuple[float, float], ...]
-
-
-@contextmanager
-def told(path: Path, what: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a FileError: pydicom raises dozens of kinds where bytes are damaged."""
-    try:
-        yield
-    except MedSoftError:
-        raise
-    except InvalidDicomError:
-        raise FileError(path, "it is not a DICOM file (no DICM at byte 128, and no image or object in it)") from None
-    except EOFError:
-        raise FileError(path, "the file is truncated; copy it again") from None
-    except OSError as error:
-        raise FileError(path, error.strerror or f"{what} ({first_line(error)})") from error
-    except Exception as error:
-        raise FileError(path, f"{what} ({first_line(error)})") from error
-
-
-def open_file(path: Path, *, pixels: bool) -> Dataset:
-    """The data set of a DICOM file, with or without its pixels. Files without a preamble are read, too."""
-    with told(path, "it is no sound DICOM file"), path.open("rb") as file:
-        marked = file.read(132)[128:] == b"DICM"
-        file.seek(0)
-        dataset = pydicom.dcmread(file, stop_before_pixels=not pixels, force=not marked)
-        if not marked and "SOPClassUID" not in dataset and "Rows" not in dataset:
-            raise InvalidDicomError
-        return dataset
 
 
 def sop_uids(dataset: Dataset) -> tuple[str, str]:
@@ -117,31 +67,14 @@ def frames_of(path: Path, dataset: Dataset) -> list[Frame]:
         return [_frame(path, dataset, index if multi else None) for index in range(count)]
 
 
-def decode(path: Path, frames: Sequence[Frame]) -> Iterator[np.ndarray]:
-    """The values (rows, columns) of some frames of one file, after a modality LUT, before slope and intercept."""
-    with told(path, "its header is damaged"):
-        dataset = open_file(path, pixels=True)
-        uid = _transfer_syntax(path, dataset)
-        if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-            raise FileError(path, "it has no pixels (no Pixel Data element); is it a header only, or no image?")
-        dataset.file_meta.TransferSyntaxUID = uid
-        count = int(dataset.get("NumberOfFrames") or 1)
-    if uid in JPEGTransferSyntaxes:
-        for frame in frames:
-            _check_jpeg(path, frame, get_frame(dataset.PixelData, frame.index, number_of_frames=count))
-    plugin = PLUGINS.get(uid, "")
-    decoded = iter_pixels(dataset, indices=[frame.index for frame in frames], decoding_plugin=plugin)
-    for frame in frames:
-        try:
-            values = next(decoded)
-        except Exception as error:  # decoders raise whatever they like
-            raise FileError(path, _undecodable(uid, first_line(error))) from error
-        if values.shape != frame.shape:
-            raise FileError(path, f"a frame has {values.shape} pixels, its header says {frame.shape}")
-        values = values if frame.lut is None else _looked_up(values, *frame.lut)
-        if not np.can_cast(values.dtype, frame.dtype):
-            raise FileError(path, f"its pixels are {values.dtype}, its header says {frame.dtype}")
-        yield values
+def stored_values(frame: Frame, values: np.ndarray) -> np.ndarray:
+    """What was decoded for a frame, after its modality LUT, before slope and intercept; refused if it is another."""
+    if values.shape != frame.shape:
+        raise FileError(frame.path, f"a frame has {values.shape} pixels, its header says {frame.shape}")
+    values = values if frame.lut is None else _looked_up(values, *frame.lut)
+    if not np.can_cast(values.dtype, frame.dtype):
+        raise FileError(frame.path, f"its pixels are {values.dtype}, its header says {frame.dtype}")
+    return values
 
 
 def _check(path: Path, dataset: Dataset) -> None:
@@ -156,54 +89,6 @@ def _check(path: Path, dataset: Dataset) -> None:
             path,
             "BurnedInAnnotation is YES: text, perhaps a name, is part of its pixels; paint it over first",
         )
-    _transfer_syntax(path, dataset)
-
-
-def _transfer_syntax(path: Path, dataset: Dataset) -> UID:
-    """The file's transfer syntax, for files without one as they were read; refused where no package decodes it."""
-    meta = getattr(dataset, "file_meta", None) or Dataset()
-    uid = meta.get("TransferSyntaxUID")
-    if not uid:
-        implicit, little = dataset.original_encoding
-        uid = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        uid = ImplicitVRLittleEndian if implicit else uid
-    if uid == DeflatedExplicitVRLittleEndian:
-        return uid
-    try:
-        decoder = get_decoder(uid)
-    except NotImplementedError:
-        name = f"{uid.name} ({uid})" if uid.name != uid else f"{uid}"
-        raise FileError(path, f"unknown transfer syntax {name}: no installed package decodes it; {RAW}") from None
-    if not decoder.is_available:
-        missing = "; ".join(decoder.missing_dependencies)
-        raise FileError(path, f"transfer syntax {uid.name} ({uid}): the package that decodes it is missing: {missing}")
-    return uid
-
-
-def _check_jpeg(path: Path, frame: Frame, data: bytes) -> None:
-    """The frame header (SOF) of a JPEG must say what the file says; GDCM does not survive all that it may say."""
-    place = 2  # behind the marker of the image's start
-    while place + 10 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            bits, parts = data[place + 4], data[place + 9]
-            shape = int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
-            if shape == frame.shape and parts == 1 and 2 <= bits <= 16:
-                return
-            break
-        place += 2 + length
-    raise FileError(path, "its pixels are damaged: the JPEG's header is not that of its DICOM header; copy it again")
-
-
-def _undecodable(uid: UID, reason: str) -> str:
-    if uid == JPEGExtended12Bit:
-        return (
-            f"transfer syntax {uid.name} ({uid}) with 12 bits: only pylibjpeg-libjpeg decodes it, whose licence "
-            f"is the GPL, so that it is no part of the extra dicom: run pip install pylibjpeg-libjpeg, or {RAW}"
-        )
-    if not uid.is_compressed or "no frame data" in reason or "end of" in reason:
-        return f"the file is truncated or its header is wrong ({reason}); copy it again"
-    return f"its pixels cannot be decoded, it may be truncated (transfer syntax {uid.name}: {reason})"
 
 
 def _frame(path: Path, dataset: Dataset, index: int | None) -> Frame:
@@ -223,6 +108,7 @@ def _frame(path: Path, dataset: Dataset, index: int | None) -> Frame:
         index=index or 0,
         number=None if index is None else index + 1,
         sop_uid=sop_uids(dataset)[1],
+        syntax=transfer_syntax(path, dataset),
         shape=shape,
         orientation=orientation,
         position=position,

@@ -16,11 +16,8 @@ SHAPE = (40, 36, 3)
 
 def sound_files(folder: Path) -> list[Path]:
     values, affine = made.marked(SHAPE), made.grid("LPH", SHAPE, (1, 1, 2))
-    files = [
-        made.write_series(folder / syntax, values, affine, syntax=syntax)[0]
-        for syntax in made.SYNTAXES
-        if syntax != "jpeg_lossless"
-    ]
+    syntaxes = [name for name in made.SYNTAXES if name != "jpeg_lossless"]  # which takes a process a file
+    files = [made.write_series(folder / syntax, values, affine, syntax=syntax)[0] for syntax in syntaxes]
     files.append(made.write_multiframe(folder / "multi.dcm", values, affine))
     files.append(made.write_nifti(folder / "a.nii", values, affine))
     files.append(made.write_nifti(folder / "b.nii.gz", values, affine))

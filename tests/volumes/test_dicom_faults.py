@@ -13,7 +13,7 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 
 from ldm.core.errors import FileError, MedSoftError
-from ldm.volumes import dicom_frames
+from ldm.volumes import dicom_files
 from ldm.volumes.dicom import find_series, pick, read_series
 
 SHAPE, SPACING = (10, 9, 8), (0.7, 0.8, 3.0)
@@ -81,6 +81,18 @@ def test_a_truncated_file(tmp_path: Path, syntax: str) -> None:
     assert path.name in refusal(tmp_path)
 
 
+def test_a_decoder_that_crashes_is_one_line_and_the_next_series_is_read(tmp_path: Path) -> None:
+    values = made.marked((40, 36, 3))
+    paths = made.write_series(tmp_path / "bad", values, made.grid("LPH", values.shape, SPACING), syntax="jpeg_lossless")
+    content = bytearray(paths[1].read_bytes())
+    place = content.index(b"\xff\xc3")  # the frame header of a lossless JPEG; its precision follows
+    content[place + 4] = 45  # GDCM does not survive that
+    paths[1].write_bytes(content)
+    assert f"{paths[1].name}: its pixels are damaged: GDCM, which decodes them, crashed" in refusal(tmp_path / "bad")
+    made.write_series(tmp_path / "good", values, made.grid("LPH", values.shape, SPACING), syntax="jpeg_lossless")
+    np.testing.assert_array_equal(read_series(find_series(tmp_path / "good")[0][0]).values, values)
+
+
 def test_a_file_that_ends_in_its_header(tmp_path: Path) -> None:
     path = series(tmp_path)[0]
     path.write_bytes(path.read_bytes()[:700])
@@ -134,7 +146,7 @@ def test_a_decoder_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
 
     values = made.marked((40, 36, 2))
     made.write_series(tmp_path, values, made.grid("LPH", values.shape, SPACING), syntax="jpeg_ls")
-    monkeypatch.setattr(dicom_frames, "get_decoder", lambda uid: Missing)
+    monkeypatch.setattr(dicom_files, "get_decoder", lambda uid: Missing)
     assert "JPEG-LS Lossless Image Compression (1.2.840.10008.1.2.4.80): the package" in refusal(tmp_path)
     assert "pyjpegls - requires pyjpegls>=1.2" in refusal(tmp_path)
 
