@@ -22,6 +22,7 @@ SCRIPTS = {
     "doctor": "tool/doctor.py",
     "inspect": "tool/inspect_checkpoint.py",
     "export": "tool/export_diffusers.py",
+    "export-dicom": "tool/export_dicom.py",
     "soft-masks": "tool/make_soft_masks.py",
     "seam": "tool/measure_seam.py",
     "compare-samplers": "tool/compare_samplers.py",
