@@ -5,6 +5,7 @@
     python tool/bench.py training --config models/phantom.yaml       # the four stages: cache, freezing, precision
     python tool/bench.py batches --config models/mldm_v15.yaml       # a GPU: steps of 1, 2, 4 ... items until full
     python tool/bench.py memory --config models/mldm_v15.yaml --batch_size 1   # docs/memory.md; about 20 GB
+    python tool/bench.py import      # 1,000 slices of DICOM series into sample folders, about two minutes
 
 Both sides have the same weights, input, precision and threads, and take turns; the ratio is theirs / ours, so above 1
 ours is faster. Times are medians. The last lines of `inference` compare whole images by adding up the calls that each
@@ -18,8 +19,8 @@ from pathlib import Path
 from ldm.core import cli
 from ldm.core.files import write_json
 
-# Each measurement is the `main(options)` of ldm/bench/<name>.py.
-MEASUREMENTS = ("inference", "training", "batches", "memory")
+# Each measurement is the `main(options)` of its module in ldm/bench.
+MEASUREMENTS = {name: name for name in ("inference", "training", "batches", "memory")} | {"import": "importing"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     from ldm.bench.common import BenchOptions
 
-    numbers = importlib.import_module(f"ldm.bench.{args.what}").main(cli.options(BenchOptions, args))
+    numbers = importlib.import_module(f"ldm.bench.{MEASUREMENTS[args.what]}").main(cli.options(BenchOptions, args))
     if args.output:
         write_json(args.output, numbers)
     return cli.DONE

@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--preset", choices=PRESETS, help="what the numbers of the labels mean")
     what.add_argument("--map", type=Path, help="JSON or CSV that says it: number (or segment) and L3, disc, canal, ...")
     what.add_argument("--series", help="of DICOM: the series to take, by number, UID or a part of the description")
-    what.add_argument("--modality", help="CT or MR: of volumes that do not say it; of DICOM, only such series")
+    what.add_argument("--modality", type=str.upper, help="CT or MR: of volumes; of DICOM, only such series")
     cut = parser.add_argument_group("what is cut from them")
     cut.add_argument("--plane", choices=PLANES, default="sagittal", help="of the slices")
     cut.add_argument("--target", nargs="+", default=[], metavar="LEVEL", help="vertebrae such as L3 (default: all)")

@@ -25,6 +25,7 @@ IMAGE, PARTNERS = ("image", "series"), ("labels", "lesion")  # columns of a tabl
 TEXTS, FACTS = ("prompt", "lesion_type", "severity", "level"), ("patient", "site", "scanner", "modality", "region")
 COLUMNS = (*IMAGE, *PARTNERS, *TEXTS, *FACTS)
 ALIASES = {"patient_id": "patient", "label": "labels", "lesions": "lesion", "sentence": "prompt"}
+ROWS_DIFFER = "its rows in the table contradict each other"
 NNUNET = re.compile(r"(.+)_(\d{4})")  # CASE_0000: the number is a channel's
 _BIDS = re.compile(r"(sub-[A-Za-z0-9]+)(?:_|$)")
 
@@ -74,12 +75,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """A part of the source that does not become samples; ``rejected``: something is wrong with it. PRIVATE."""
+    """A part of the source that does not become samples; ``rejected``: something is wrong with it.
+
+    PRIVATE but for ``public``, the reason where the other one names more than ``path``.
+    """
 
     path: Path
     name: str
     reason: str
     rejected: bool = True
+    public: str | None = None
 
 
 @dataclass(frozen=True)
@@ -272,7 +277,7 @@ def _cases_of_table(table: Path, wanted: Wanted) -> tuple[list[Case], list[Probl
         except FileError as error:
             problems.append(Problem(error.path, f"{table.name}, {where}", error.reason))
         except MedSoftError as error:
-            problems.append(Problem(table.parent / image, f"{table.name}, {where}", str(error)))
+            problems.append(Problem(table.parent / image, f"{table.name}, {where}", str(error), public=ROWS_DIFFER))
     return cases, problems
 
 
@@ -287,8 +292,8 @@ def _case_of_rows(table: Path, image: str, wanted: Wanted) -> tuple[Case, list[P
     if len(cases) != 1:
         if not cases and problems:
             raise FileError(problems[0].path, problems[0].reason)
-        titles = "; ".join(case.names[0] for case in cases[:5])
-        choose = f" ({titles}); a column series chooses one" if cases else ""
+        numbers = ", ".join(str(case.series.number) for case in cases if case.series)
+        choose = f" (series {numbers}); a column series chooses one" if numbers else ""
         raise FileError(path, f"expected one image, found {len(cases)}{choose}")
     return cases[0], [problem for problem in problems if problem.rejected]
 

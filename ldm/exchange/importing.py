@@ -19,6 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -39,7 +40,7 @@ from ldm.exchange.pairing import inside, pair
 from ldm.exchange.privacy import PrivateFolder, Pseudonyms, read_key
 from ldm.exchange.writing import CutOptions, LeftOutPart, OutputError, texts_of, texts_of_files, write_case
 from ldm.reports.overlays import write_overlays
-from ldm.volumes.intensity import PRESETS
+from ldm.volumes.intensity import window_asked
 from ldm.volumes.labels import LEVELS, scheme, structure_named
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 OVERLAYS = "import_overlays.html"
 MOST_WORKERS = 4  # each holds a whole volume
 SMALL = 50_000_000  # bytes: less is imported before other processes have started
+SAME = "is the same image as another one"
 CASE = 12  # letters of a case id
 SHOWN = 10
 
@@ -79,26 +81,8 @@ class ImportOptions:
         for level in self.target:
             if structure_named(level) not in (*LEVELS, "sacrum"):
                 raise UsageError(f"--target: expected levels such as L3, or sacrum, found {level}")
-        window = window_of(self.window)
+        window = window_asked(self.window)
         return CutOptions(self.plane, tuple(self.target), slices, window, self.mm_per_pixel, self.modality, self.year)
-
-
-def window_of(words: Sequence[str] | None) -> str | tuple[float, float] | None:
-    """``--window``: the name of a rule, two rising numbers, or None; UsageError for anything else."""
-    names = (*PRESETS, "file", "body")
-    if words is None:
-        return None
-    if len(words) == 1 and words[0] in names:
-        return words[0]
-    try:
-        low, high = map(float, words)
-    except ValueError as error:
-        raise UsageError(
-            f"--window: expected one of {', '.join(names)} or LOW HIGH, found {' '.join(words)}"
-        ) from error
-    if not low < high:
-        raise UsageError(f"--window: expected LOW below HIGH, found {low:g} {high:g}")
-    return low, high
 
 
 def import_volumes(source: Path, output_dir: Path, options: ImportOptions, overwrite: bool = False) -> int:
@@ -122,6 +106,7 @@ def import_volumes(source: Path, output_dir: Path, options: ImportOptions, overw
     )
     private = PrivateFolder(output_dir.with_name(f"{output_dir.name}.private"))
     with folder.lock():
+        log.info("looking for images in %s", source)
         cases, problems = _gathered(source, options)
         private.create()
         run = _Run(source, folder, private, read_key(options.key or private.path / "key"), options)
@@ -148,7 +133,7 @@ def _gathered(source: Path, options: ImportOptions) -> tuple[list[Case], list[Pr
     known: dict[str, Case] = {}
     for case in cases:
         if (first := known.setdefault(case.key, case)) is not case:
-            problems.append(Problem(case.image, case.names[0], f"is the same image as {first.names[0]}"))
+            problems.append(Problem(case.image, case.names[0], f"is the same image as {first.names[0]}", public=SAME))
     if not known:
         first = next((each for each in problems if each.rejected), problems[0] if problems else None)
         reason = f"; the first of {len(problems)}: {first.path}: {first.reason}" if first else ""
@@ -170,7 +155,7 @@ class _Run:
         self.source, self.folder, self.private, self.options = source, folder, private, options
         self.pseudonyms = Pseudonyms(key)
         self.cutting, self.scheme = options.cutting(), scheme(options.preset, options.map)
-        self.made = 0  # cases that were imported now
+        self.made = 0  # cases that have changed with this command
 
     def settings(self) -> dict[str, Any]:
         """What decides the output, without a path: those are digests."""
@@ -188,8 +173,10 @@ class _Run:
     def all(self, cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
         """The record of every case by its id, in the order of the cases; those that are missing are made now."""
         stored = self.private.read_all("cases")
-        for case_id in {*stored} - {self.case_id(case) for case in cases}:
+        gone = {*stored} - {self.case_id(case) for case in cases}
+        for case_id in gone:
             self._forget(case_id, stored[case_id])
+        self.made = len(gone)
         patients: dict[str, list[Case]] = {}
         for case in cases:
             patients.setdefault(case.patient, []).append(case)
@@ -216,6 +203,9 @@ class _Run:
         pool = ProcessPoolExecutor(workers, context, _end_with_parent)
         try:
             yield from pool.map(self.patient, patients, given)
+        except BrokenProcessPool as error:
+            reason = "a process of the import was killed (is there enough memory?)"
+            raise MedSoftError(f"{reason}; run the same command again to go on") from error
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupted command does not import the rest
 
@@ -229,17 +219,21 @@ class _Run:
         records, made, left = {}, 0, self.options.limit
         for case, known in zip(cases, stored, strict=True):
             record = self._record(case, known, left)
-            made += record is not known
+            made += record != known
             left = None if left is None else left - len(record["samples"])
             records[self.case_id(case)] = record
         return records, made
 
     def _record(self, case: Case, stored: dict[str, Any] | None, left: int | None) -> dict[str, Any]:
-        """The stored record if it is of the same files and whole, else the one of the case imported now."""
+        """The stored record if it is of the same files and whole, else the one of the case imported now.
+
+        An image that was rejected is tried again: a disk may have been away, a decoder may have come.
+        """
         case_id = self.case_id(case)
         files = [[str(file), *_state(file)] for path in case.files for file in _files(path)]
         content = fingerprint([files, case.patient, case.rows, left])
-        if stored and stored["content"] == content and all(map(self._whole, stored["samples"])):
+        tried_again = stored and any(part["what"] == "image" and part["rejected"] for part in stored["left_out"])
+        if stored and not tried_again and stored["content"] == content and all(map(self._whole, stored["samples"])):
             return stored
         if stored:
             self._forget(case_id, stored)
@@ -293,6 +287,8 @@ class _Run:
         samples = [_sample(path, sample_id) for record in records.values() for sample_id in record["samples"]]
         for row in rejected[:SHOWN] if samples or len(rejected) > 1 else ():
             log.warning("rejected: %s", _line(row))
+        if len(rejected) > SHOWN:
+            log.warning("... and %d more like that", len(rejected) - SHOWN)
         if not samples:
             first = f"; the first of {len(left_out)}: {_line(left_out[0])}" if left_out else ""
             raise MedSoftError(f"{self.source}: nothing was imported{first}")
@@ -310,7 +306,7 @@ class _Run:
             "path": os.path.abspath(problem.path),
             "what": "file",
             "reason": problem.reason,
-            "public": texts.hidden(problem.reason),
+            "public": problem.public or texts.hidden(problem.reason),
             "rejected": problem.rejected,
         }
 

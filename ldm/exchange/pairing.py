@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
-from ldm.exchange.cases import Case, Problem, Row, is_volume, read_rows, stem, with_row_files
+from ldm.exchange.cases import ROWS_DIFFER, Case, Problem, Row, is_volume, read_rows, stem, with_row_files
 from ldm.exchange.sentences import read_sentences
 from ldm.volumes.labels import structure_named
 from ldm.volumes.segmentations import references
@@ -69,14 +69,16 @@ def _with_labels(
     for number, case in enumerate(cases):
         paths = found.get(number, [])
         if len(paths) > 1:
-            reason = f"{len(paths)} files of --labels fit it ({', '.join(path.name for path in paths[:SHOWN])})"
+            public = f"{len(paths)} files of --labels fit it"
+            reason = f"{public} ({', '.join(path.name for path in paths[:SHOWN])})"
         elif not paths and case.labels is None:
+            public = "nothing in --labels fits it"
             reason = f"nothing in --labels {given} fits it; looked for a name that begins with {case.names[-1]}"
         else:
             cases[number] = replace(case, labels=case.labels or paths[0])
             continue
         wrong.add(number)
-        problems.append(Problem(case.image, case.names[0], reason))
+        problems.append(Problem(case.image, case.names[0], reason, public=public))
     return wrong
 
 
@@ -121,7 +123,7 @@ def _matches(cases: Sequence[Case], given: Path, flag: str) -> tuple[dict[int, l
         elif fitting:
             names = "; ".join(cases[number].names[0] for number in fitting[:SHOWN])
             reason = f"{len(fitting)} images fit it ({names}); choose with --series, or give a table"
-            problems.append(Problem(entry.path, entry.path.name, reason))
+            problems.append(Problem(entry.path, entry.path.name, reason, public=f"{len(fitting)} images fit it"))
         else:
             reason = "belongs to no image by its name" if not entry.series else "refers to no series of the source"
             problems.append(Problem(entry.path, entry.path.name, reason, rejected=flag == "--lesions"))
@@ -190,7 +192,7 @@ def _with_table(cases: Sequence[Case], table: Path) -> tuple[list[Case], list[Pr
                 )
             rows.setdefault(fitting[0], []).extend(load())
         except FileError as error:
-            problems.append(Problem(path, name, error.reason))
+            problems.append(Problem(path, name, error.reason, public="it belongs to no image, or holds no sentence"))
     made = []
     for number, case in enumerate(cases):
         try:
@@ -198,7 +200,7 @@ def _with_table(cases: Sequence[Case], table: Path) -> tuple[list[Case], list[Pr
         except FileError as error:
             problems.append(Problem(error.path, case.names[0], error.reason))
         except MedSoftError as error:
-            problems.append(Problem(case.image, case.names[0], str(error)))
+            problems.append(Problem(case.image, case.names[0], str(error), public=ROWS_DIFFER))
     return made, problems
 
 

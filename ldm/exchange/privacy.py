@@ -30,10 +30,11 @@ _DIGITS = re.compile(r"(?<!\d)\d{8,}(?!\d)")  # dates, times, accession numbers
 # Folders and files are called so in any data set.
 _ANYONES = re.compile(
     r"(images?|labels?|lesions?|masks?|seg(mentations?)?|ct|mri?|dicoms?|data|series|study|volumes?|patients?|scans?|"
-    r"train(ing)?|test|val|raw|nifti|(images|labels)T[rs])_?\d{0,2}",
+    r"train(ing)?|test|val|raw|nifti|(images|labels)T[rs])[_ ]?\d{0,2}",
     re.IGNORECASE,
 )
 # Attributes that say who somebody is or where, beside those that hold a person's name by their type (PN).
+_PARTICLES = ("von", "van", "vom", "zum", "zur", "der", "den", "dem", "del", "dos", "las", "los", "bin", "ibn", "the")
 # fmt: off
 _IDENTIFYING = (
     "PatientID", "OtherPatientIDs", "AccessionNumber", "StudyID", "PatientAddress", "PatientTelephoneNumbers",
@@ -71,22 +72,29 @@ class IdentifyingTexts:
     """
 
     def __init__(self, who: Iterable[str] = (), others: Iterable[str] = ()) -> None:
-        who = {text.strip() for text in who}
-        others = {text.strip() for text in others}
-        self._who = _pattern(text for text in who if len(text) >= FEWEST)
-        self._all = _pattern(who | {text for text in others if not _ANYONES.fullmatch(text)})
+        self.who = {text.strip() for text in who}
+        self.others = {text.strip() for text in others}
+        self._who = _pattern(text for text in self.who if len(text) >= FEWEST)
+        self._all = _pattern(self.who | {text for text in self.others if not is_anyones(text)})
+
+    def and_others(self, others: Iterable[str]) -> "IdentifyingTexts":
+        """The same with more texts to hide."""
+        return IdentifyingTexts(self.who, {*self.others, *others})
 
     def found_in(self, text: str) -> str | None:
-        """What of the patient the text holds, in words that do not repeat it; None if nothing."""
+        """What of the patient the text holds, in words that do not repeat it; None if nothing.
+
+        Two words with capitals are not taken for a person: Ewing Sarcoma, Siemens Healthineers.
+        """
         if self._who and self._who.search(text):
-            return "a name or a number from the image's header"
-        return looks_personal(text)
+            return "a name or a number from the image's header or the table"
+        return "a date" if looks_personal(text) == "a date" else None
 
     def hidden(self, text: str) -> str:
-        """The text with ``[...]`` for everything of the patient, paths, UIDs and long numbers."""
+        """The text with ``[...]`` for everything of the patient, paths, UIDs, dates and long numbers."""
         for pattern in (self._all, _UID, _DIGITS):
             text = pattern.sub(HIDDEN, text) if pattern else text
-        return text if looks_personal(text) is None else _without_personal(text)
+        return " ".join(HIDDEN if looks_personal(word) == "a date" else word for word in text.split(" "))
 
 
 def is_anyones(name: str) -> bool:
@@ -95,18 +103,13 @@ def is_anyones(name: str) -> bool:
 
 
 def _pattern(texts: Iterable[str]) -> re.Pattern | None:
-    """One pattern for all the texts as whole words, longer ones first, in any case."""
+    """One pattern for all the texts, longer ones first, in any case: words end at signs, letters also at digits."""
     words = sorted({text for text in texts if len(text) >= 2}, key=lambda text: (-len(text), text))
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE) if words else None
-
-
-def _without_personal(text: str) -> str:
-    """The words of a text that do not look like a date or a person's name, alone or with the word before."""
-    kept: list[str] = []
-    for word in text.split(" "):
-        personal = looks_personal(" ".join([*kept[-1:], word]))
-        kept.append(HIDDEN if personal else word)
-    return " ".join(kept)
+    found = []
+    for word in words:
+        inside = r"[^\W\d_]" if word.isalpha() else r"[^\W_]"
+        found.append(rf"(?<!{inside}){re.escape(word)}(?!{inside})")
+    return re.compile("|".join(found), re.IGNORECASE) if found else None
 
 
 def identifying(dataset: Any) -> tuple[set[str], set[str]]:
@@ -118,7 +121,7 @@ def identifying(dataset: Any) -> tuple[set[str], set[str]]:
         texts = [str(value).strip() for value in values if value is not None and not isinstance(value, bytes)]
         if element.VR == "PN":
             names = [name for text in texts for name in re.split(r"[\^=,\s]+", text)]
-            who |= {name for name in names if len(name) >= FEWEST}
+            who |= {name for name in names if len(name) >= FEWEST and name.casefold() not in _PARTICLES}
             others |= {text.replace("^", " ") for text in texts} | set(texts)
         elif element.keyword in _IDENTIFYING or element.VR in ("DA", "DT"):
             who |= {text for text in texts if len(text) > FEWEST}

@@ -21,7 +21,7 @@ from ldm.volumes.formats import read_volume
 from ldm.volumes.intensity import Levels, levels_of, window_for
 from ldm.volumes.labels import Lesion, Scheme, region_of
 from ldm.volumes.segmentations import read_labels, read_lesions
-from ldm.volumes.volume import Slice, Volume, frame_plane, square
+from ldm.volumes.volume import PLANES, PROJECTION, Slice, Volume, count, square
 
 WHITE_LIST = ("manufacturer", "kvp", "sequence", "slice_thickness_mm", "body_part")  # of a header
 COPIED = ("site", "scanner")  # of a table, beside what a sentence is made of
@@ -114,8 +114,9 @@ def write_case(
         found = read_lesions(path, volume)
         rows_of |= {id(lesion): rows for lesion in found if rows}
         lesions += found
-    plane = frame_plane(volume.affine) if 1 in volume.values.shape else options.plane
-    cuts, left = choose(volume, labels, lesions, plane=plane, target=options.target, slices=options.slices, limit=limit)
+    texts = texts.and_others(lesion.name for lesion in lesions)  # a segment may be called anything
+    flags = {"plane": _plane(volume, options.plane), "target": options.target, "slices": options.slices}
+    cuts, left = choose(volume, labels, lesions, **flags, limit=limit)
     left_out = [
         LeftOutPart(texts.hidden(each.what), each.reason, texts.hidden(each.reason), each.rejected) for each in left
     ]
@@ -137,6 +138,13 @@ def write_case(
     return Written(tuple(samples), tuple(left_out), writer.series, writer.instances)
 
 
+def _plane(volume: Volume, asked: str) -> str:
+    """The plane that is asked for; of an image of one slice, that slice's."""
+    if volume.acquired == PROJECTION:
+        return PROJECTION
+    return next((plane for plane in PLANES if count(volume, plane) == 1), asked)
+
+
 def _check_is_image(volume: Volume) -> None:
     """MedSoftError for a label map: most neighbours are equal there, beside the background."""
     values = volume.values
@@ -150,10 +158,10 @@ def _check_is_image(volume: Volume) -> None:
 
 def _with_modality(volume: Volume, case: Case, options: CutOptions) -> Volume:
     """The volume with the modality that the table or ``--modality`` gives to a file that does not say it."""
-    given = case.value("modality") or options.modality
+    given = (case.value("modality") or options.modality or "").upper()
     if not given or volume.modality:
         return volume
-    unit = "HU" if given.upper() == "CT" and volume.unit is None else volume.unit
+    unit = "HU" if given == "CT" and volume.unit is None else volume.unit
     return replace(volume, modality=given, unit=unit)
 
 

@@ -95,7 +95,7 @@ def window_asked(words: Sequence[str] | None) -> str | tuple[float, float] | Non
         low, high = map(float, words)
     except ValueError as error:
         raise UsageError(found) from error
-    if not low < high:
+    if not low < high or np.isinf([low, high]).any():
         raise UsageError(f"{found}; LOW is to be below HIGH")
     return low, high
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ldm.bench import importing
 from ldm.core.errors import MedSoftError, UsageError
 from tool import bench
 
@@ -88,3 +89,19 @@ def test_batch_sizes_that_are_none() -> None:
     flags = ["batches", "--config", str(ROOT / "models" / "phantom_stage1.yaml"), "--sizes", "8,many"]
     with pytest.raises(UsageError, match=r"--sizes 8,many: expected batch sizes with commas"):
         bench.main(bench.build_parser().parse_args(flags))
+
+
+def test_import_measures_slices_a_second(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    for name, value in {"PATIENTS": 2, "SLICES": 3, "SIDE": 64}.items():
+        monkeypatch.setattr(importing, name, value)
+    flags = ["import", "--output", str(tmp_path / "bench.json")]
+    assert bench.main(bench.build_parser().parse_args(flags)) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())["measured"]
+    assert [(row["files"], row["slices"]) for row in found] == [("uncompressed", 6), ("JPEG 2000, lossless", 6)]
+    assert all(0 < row["seconds"] < 300 for row in found)
+    if Path("/proc/self/smaps_rollup").exists():
+        assert all(1e7 < row["memory"] < 4e9 for row in found)
+    assert "| uncompressed | 6 |" in caplog.text

@@ -58,7 +58,11 @@ def test_the_private_folder_is_closed_to_others(tmp_path: Path) -> None:
 
 def header() -> Dataset:
     dataset = Dataset()
-    dataset.PatientName, dataset.PatientID, dataset.PatientBirthDate = "Mustermann^Erika", "HOSP-4711", "19500102"
+    dataset.PatientName, dataset.PatientID, dataset.PatientBirthDate = (
+        "von der Mustermann^Erika",
+        "HOSP-4711",
+        "19500102",
+    )
     dataset.InstitutionName, dataset.SeriesDescription = "Klinikum Nord", "Mustermann follow-up"
     dataset.ReferringPhysicianName = "Doe^John"
     item = Dataset()
@@ -79,14 +83,23 @@ def header() -> Dataset:
         "operator Ida, lesion of L3",
         "lesion, klinikum nord",
         "lesion, first seen 2023-04-05",
-        "Lesion of John Smith",
+        "GTV_Mustermann2",
     ],
 )
 def test_a_text_that_identifies_somebody_is_found(text: str) -> None:
     assert IdentifyingTexts(*identifying(header())).found_in(text)
 
 
-@pytest.mark.parametrize("text", ["moderate osteolytic lesion of the L3 vertebra", "erikalike lesion", "private words"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "moderate osteolytic lesion of the L3 vertebra",
+        "erikalike lesion",
+        "private words",
+        "Ewing Sarcoma",
+        "Läsion der L3",
+    ],
+)
 def test_other_texts_are_not(text: str) -> None:
     assert IdentifyingTexts(*identifying(header())).found_in(text) is None
 
