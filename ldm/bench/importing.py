@@ -5,10 +5,13 @@ with its start, its checks and its sheets.
 """
 
 import logging
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +82,23 @@ def _slice(pixels: np.ndarray, syntax: pydicom.uid.UID) -> Dataset:
     dataset.PixelData = pixels.tobytes()
     dataset["PixelData"].VR = "OW"
     if syntax.is_compressed:
-        dataset.compress(syntax)
+        with _silent():
+            dataset.compress(syntax)
     return dataset
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what the encoder prints for every image, past Python."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def timed(source: Path, output: Path) -> tuple[float, int]:
