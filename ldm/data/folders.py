@@ -242,7 +242,8 @@ def read_sample(sample_id: str, folder: Path) -> Sample:
     paths: dict[str, Any] = {stem: Path(os.path.abspath(files[stem])) if stem in files else None for stem in STEMS}
     meta.pop("sample_id", None)  # the folder's path is the identity
     synthetic = meta.pop("synthetic", texts["parent_id"] is not None) or is_marked(files["image"])
-    if not (diseased or synthetic) and _is_part(marked.mask, marked.anatomy):
+    planned = diseased or synthetic or "soft_mask" in files  # made to be inpainted, it may be any part of the vertebra
+    if not planned and _is_part(marked.mask, marked.anatomy):
         notes.append(PART_NOTE)
     box = mask_box(marked.mask)
     return Sample(

@@ -207,7 +207,7 @@ def test_two_processes_draw_each_picture_once_and_the_same(final: Path, world: P
     whole(tmp_path / "out")
     assert infer(final, tmp_path / "alone", *given) == 0
     first, second = files_of(tmp_path / "out"), files_of(tmp_path / "alone")
-    assert len(first) == 50
+    assert len(first) == 60  # image, mask, soft mask, label map, prompt and meta.json of each
     assert set(first) == set(second)
     for file, content in first.items():
         if not file.endswith("meta.json"):  # which holds the command

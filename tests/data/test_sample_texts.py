@@ -200,6 +200,7 @@ def test_a_healthy_sample_with_the_mask_of_a_lesion_is_named(
         write_sample(tmp_path / name, prompt="healthy", mask=mask, anatomy=body)
     write_sample(tmp_path / "made", prompt="healthy", mask=part, anatomy=body, meta={"synthetic": True})
     write_sample(tmp_path / "lesion", mask=part, anatomy=body)
+    write_sample(tmp_path / "planned", prompt="healthy", mask=part, anatomy=body, soft_mask=part)
     load_samples(tmp_path)
     assert caplog.text.count("covers less than half of the vertebra in anatomy.png: a lesion's?") == 1
     assert "warning: part: its prompt is `healthy`, but its mask" in caplog.text
