@@ -34,9 +34,9 @@ _TEXTS = keywords(
 _DROPPED = keywords(
     """SpecificCharacterSet QueryRetrieveLevel InstanceAvailability SmallestImagePixelValue LargestImagePixelValue
     SmallestPixelValueInSeries LargestPixelValueInSeries SmallestImagePixelValueInPlane LargestImagePixelValueInPlane
-    SeriesNumber AcquisitionNumber InstanceNumber NumberOfFrames SyntheticData BurnedInAnnotation ImagesInAcquisition
-    NumberOfStudyRelatedInstances NumberOfSeriesRelatedInstances NumberOfStudyRelatedSeries SeriesInStudy
-    NumberOfPatientRelatedStudies NumberOfPatientRelatedInstances NumberOfPatientRelatedSeries
+    SeriesNumber AcquisitionNumber InstanceNumber OtherStudyNumbers NumberOfFrames SyntheticData BurnedInAnnotation
+    ImagesInAcquisition NumberOfStudyRelatedInstances NumberOfSeriesRelatedInstances NumberOfStudyRelatedSeries
+    SeriesInStudy NumberOfPatientRelatedStudies NumberOfPatientRelatedInstances NumberOfPatientRelatedSeries
     DimensionOrganizationSequence DimensionIndexSequence"""
 )
 # Attributes that many kinds of image must have, if only without a value.
@@ -124,6 +124,8 @@ def mark_synthetic(instance: Dataset, derivation: str) -> None:
     """
     instance.SyntheticData = "YES"
     instance.ContributingEquipmentSequence = [equipment()]
+    if "ContentQualification" in instance:
+        instance.ContentQualification = "RESEARCH"
     frames = None if "SegmentationType" in instance else instance.get("PerFrameFunctionalGroupsSequence")
     if not frames:
         instance.DerivationDescription = derivation[:1024]

@@ -20,7 +20,7 @@ from highdicom.sr import CodedConcept
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_modality_lut, pixel_array
 from pydicom.sr.codedict import codes
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 from pydicom.valuerep import DSfloat
 
 from ldm.core.errors import FileError, MedSoftError, first_line
@@ -36,6 +36,7 @@ from ldm.exchange.headers import (
     technical,
 )
 
+_LOSSY = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless)  # a JPEG 2000 file says it itself
 _OF_FRAMES = keywords(
     """SliceLocation SpacingBetweenSlices GantryDetectorTilt ImagerPixelSpacing NominalScannedPixelSpacing TablePosition
     ReconstructionDiameter"""
@@ -160,6 +161,8 @@ def synthetic_image(frame: Frame, stored: np.ndarray, identity: Identity, deriva
     image.PixelData = np.ascontiguousarray(stored, f"<{kind}").tobytes()
     if len(image.PixelData) % 2:
         image.PixelData += b"\0"
+    if source.file_meta.TransferSyntaxUID in _LOSSY:
+        image.LossyImageCompression = "01"  # once lossy, always
     if source.get("BurnedInAnnotation"):
         image.BurnedInAnnotation = source.BurnedInAnnotation
     _identify(image, source, identity)
@@ -195,7 +198,8 @@ def placed(image: Dataset, affine: np.ndarray) -> Dataset:
     else:
         for item in (measures, orientation, position):
             image.update(item)
-    image.ImageType = [*image.ImageType[:3], "MPR"]
+        image.DerivationCodeSequence = [CodedConcept.from_code(codes.DCM.MultiplanarReformatting)]
+        image.ImageType = list(image.ImageType)[:3]  # what else it says is of the acquired frames
     return image
 
 

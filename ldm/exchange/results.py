@@ -32,6 +32,7 @@ from ldm.exchange.instances import (
 from ldm.exchange.origins import Origin
 from ldm.exchange.privacy import Pseudonyms
 
+_OF_META = ("modality", "region", "site", "scanner", "plane", "slice", "spacing_mm", "unit")
 _HEX = str.maketrans("abcdefghijklmnop", "0123456789abcdef")
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -56,6 +57,13 @@ def files_of(result: ExportedResult, suffix: str) -> list[str]:
     """The files that stand for a result; one that is healthy has no lesion."""
     names = ("image", "soft_mask") if result.sample.healthy else ("image", "lesion", "soft_mask")
     return [f"{name}{suffix}" for name in names]
+
+
+def known(result: ExportedResult) -> dict[str, Any]:
+    """What is said of a result beside its files, None for what nobody knows."""
+    sample = result.sample
+    own = {key: getattr(sample, key) for key in ("prompt", "level", "lesion_type", "severity")}
+    return own | {key: sample.meta.get(key) for key in _OF_META}
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +113,7 @@ def write_nifti(folder: Path, result: ExportedResult) -> dict[str, Any]:
         volume.header.set_slope_inter(*((slope, inter) if name == "image" else (1.0, 0.0)))
         volume.header["descrip"] = f"synthetic, {MAKER}; not for clinical use"
         nibabel.save(volume, folder / f"{name}.nii.gz")
-    return {"kind": "slice", "patient": result.origin.patient, "plane": origin.place[0], "slice": origin.place[1]}
+    return {"kind": "slice", "patient": origin.patient, **known(result)}
 
 
 def write_dicom(
@@ -136,6 +144,7 @@ def write_dicom(
     sources = _references(origin.paths if origin.instance is None else [origin.instance.path]) if link_source else ()
     identity = names.identity(frame, started, same_study, tuple(sources))
     how = f"A lesion was inpainted by {MAKER} inside the soft mask; prompt: {sample.prompt}"
+    how = how if origin.instance else f"A {origin.place[0]} slice was reformatted from its series. {how}"
     image = synthetic_image(frame, stored, identity, how)
     if origin.instance is None:
         placed(image, origin.affine)
@@ -152,8 +161,7 @@ def write_dicom(
     return {
         "kind": "slice" if origin.instance is None else "frame",
         "patient": str(image.PatientID) if not same_study else origin.patient,
-        "plane": origin.place[0],
-        "slice": origin.place[1],
+        **known(result),
         "study": None if same_study else identity.study,
         "series": identity.series,
         "instance": identity.instance,

@@ -141,7 +141,7 @@ def test_header_says_what_it_is_and_whose(world: World, capsys: pytest.CaptureFi
         assert made[keyword].value == before[keyword].value
     (row,) = (world.out / "export.csv").read_text().splitlines()[1:]
     assert made.SOPInstanceUID in row
-    assert row.startswith(f"{name},frame,{made.PatientID},")
+    assert row.startswith(f"{name},frame,{made.PatientID},{PROMPT},L3,")
 
 
 def test_segmentations_read_back_as_the_masks(world: World) -> None:
@@ -222,7 +222,9 @@ def test_a_reformat_is_a_series_of_its_own(world: World) -> None:
     assert len({image.SeriesNumber for image in made}) == 3
     inverse = np.linalg.inv(affine)
     for image, name in zip(made[:2], names[:2], strict=True):
-        assert image.ImageType[3] == "MPR"
+        assert image.ImageType == ["DERIVED", "SECONDARY", "AXIAL"]  # CT's word for any cross-section
+        assert image.DerivationCodeSequence[0].CodeMeaning == "Multiplanar reformatting"
+        assert image.DerivationDescription.startswith("A sagittal slice was reformatted")
         orientation = np.array(image.ImageOrientationPatient, float).reshape(2, 3)
         steps = np.array(image.PixelSpacing, float)[::-1]
         rows, columns = np.mgrid[: image.Rows, : image.Columns]

@@ -92,6 +92,7 @@ def test_a_radiograph(world: World, modality: str) -> None:
             del dataset[key]
         dataset.PatientOrientation = ["A", "F"]
         dataset.PhotometricInterpretation = "MONOCHROME1"
+        dataset.OtherStudyNumbers, dataset.ContentQualification = 4711, "PRODUCT"
 
     shape = (40, 36, 1)
     affine = grid(AXIAL, shape, SPACING)
@@ -104,6 +105,8 @@ def test_a_radiograph(world: World, modality: str) -> None:
     assert turn == [False, False, True]  # anterior at the left
     unchanged_outside(before.pixel_array, image.pixel_array, soft[:, ::-1])
     assert image.ImagerPixelSpacing == [0.2, 0.2]
+    assert image.ContentQualification == "RESEARCH"
+    assert "OtherStudyNumbers" not in image
     assert (image.PhotometricInterpretation, image.PatientOrientation) == ("MONOCHROME1", ["A", "F"])
     found = highdicom.seg.segread(folder / "lesion.dcm").get_pixels_by_source_instance([image.SOPInstanceUID])
     mask = read_image(world.root / "results/case/projection_000__v0/mask.png")[:, ::-1]
@@ -130,6 +133,19 @@ def test_a_modality_look_up_table_and_embedded_overlays(world: World) -> None:
     shown = read_image(world.root / "results/case/axial_002__v0/image.png").astype(float)
     assert np.abs(table[image.pixel_array] - shown)[soft > 0].max() <= 1
     assert b"by Doe" not in (folder / "image.dcm").read_bytes()
+
+
+def test_what_was_lossy_stays_so(world: World) -> None:
+    affine = grid(AXIAL, SHAPE, SPACING)
+    (path, *_) = write_series(world.root / "s", marked(SHAPE) // 16, affine, syntax="jpeg_ls")
+    dataset = pydicom.dcmread(path)
+    near = dataset.pixel_array
+    dataset.compress(pydicom.uid.JPEGLSNearLossless, near, jls_error=3)
+    dataset.LossyImageCompression = "00"
+    dataset.save_as(path)
+    shutil.move(path, world.root / "one.dcm")
+    _, folder, _ = world.round_trip(world.root / "one.dcm", "axial", 0)
+    assert pydicom.dcmread(folder / "image.dcm").LossyImageCompression == "01"
 
 
 # -------------------------------------------------------------------------------------------------- public, real files
@@ -163,7 +179,7 @@ def faults(path: Path) -> set[str]:
 
 @pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dciodvfy (Debian: dicom3tools) is not installed")
 @pytest.mark.parametrize(
-    "name", ["CT_small.dcm", "MR_small.dcm", "examples_overlay.dcm", "693_J2KI.dcm", "real", "enhanced"]
+    "name", ["CT_small.dcm", "MR_small.dcm", "examples_overlay.dcm", "693_J2KI.dcm", "real", "reformat", "enhanced"]
 )
 def test_dciodvfy_finds_nothing_new(world: World, name: str) -> None:
     if name == "real":
@@ -177,6 +193,10 @@ def test_dciodvfy_finds_nothing_new(world: World, name: str) -> None:
         )
         source = world.root / "whole.dcm"
         whole.save_as(source)
+    elif name == "reformat":
+        affine = grid(AXIAL, (36, 40, 33), (0.7, 0.7, 0.7))
+        write_series(world.root / "s", marked((36, 40, 33)), affine, **TYPE_TWO)
+        source, folder, _ = world.round_trip(world.root / "s", "sagittal", 12)
     elif name == "enhanced":
         affine = grid(AXIAL, SHAPE, SPACING)
         slices = [pydicom.dcmread(path) for path in write_series(world.root / "s", marked(SHAPE), affine, **TYPE_TWO)]

@@ -1,5 +1,6 @@
 """The real import, a result on its samples, the export, and the project's own readers on what comes out."""
 
+import json
 from pathlib import Path
 
 import made
@@ -110,3 +111,5 @@ def test_nifti_comes_back_into_its_place(world: World) -> None:
     soft = read_image(world.root / "results" / name / "soft_mask.png")
     np.testing.assert_array_equal(found[soft == 0], expected[soft == 0])
     assert (found != expected)[soft > 0].any()
+    about = json.loads((world.out / name / "about.json").read_text())
+    assert (about["level"], about["region"], about["plane"], about["prompt"]) == ("L2", "lumbar", "axial", PROMPT)
