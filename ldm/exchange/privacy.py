@@ -44,6 +44,7 @@ _IDENTIFYING = (
 _DESCRIBING = (
     "StudyDescription", "SeriesDescription", "PatientComments", "ImageComments", "AdditionalPatientHistory",
     "RequestedProcedureDescription", "PerformedProcedureStepDescription", "ProtocolName",
+    "SegmentLabel", "SegmentDescription", "ROIName", "ROIDescription",
 )
 # fmt: on
 

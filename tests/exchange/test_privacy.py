@@ -68,6 +68,9 @@ def header() -> Dataset:
     item = Dataset()
     item.OperatorsName = "Inner^Ida"
     dataset.ReferencedStudySequence = [item]
+    segment = Dataset()
+    segment.SegmentLabel = "GTV Krause"
+    dataset.SegmentSequence = [segment]
     dataset.add_new(0x00091001, "LO", "private words")
     return dataset
 
@@ -112,13 +115,25 @@ def test_messages_lose_names_paths_and_numbers() -> None:
     )
     message = (
         f"{source}/CT/IM0003.dcm: the image of Mustermann Erika, born 1950-01-02 (HOSP-4711, private words), series "
-        "1.2.840.113619.2.55.3.604688, number 123456789, IM0003 in Mustermann_Erika_1950: no pixels"
+        "1.2.840.113619.2.55.3.604688, number 123456789, GTV Krause, IM0003 in "
+        "Mustermann_Erika_1950: no pixels"
     )
     hidden = texts.hidden(message)
     assert hidden.startswith(HIDDEN)
     assert "the image of" in hidden
     assert hidden.endswith("no pixels")
-    for word in ("Mustermann", "Erika", "1950", "4711", "private", "1.2.840", "123456789", "IM0003", "archive"):
+    for word in (
+        "Mustermann",
+        "Erika",
+        "1950",
+        "4711",
+        "private",
+        "1.2.840",
+        "123456789",
+        "Krause",
+        "IM0003",
+        "archive",
+    ):
         assert word not in hidden, word
 
 
