@@ -68,9 +68,10 @@ class ImageSet:
         return [position for position, label in enumerate(self.labels) if label != HEALTHY]
 
     def fingerprint(self) -> str:
-        """What this set holds: names, labels, patients and pixels."""
-        rows = zip(self.samples, self.labels, self.hashes, strict=True)
-        return fingerprint([[s.sample_id, s.patient_id, label, digest] for s, label, digest in rows])
+        """What this set holds: names, labels, patients, pixels, and what the network sees of them, in which `window`,
+        `spacing_mm` and the label map have a part."""
+        rows = zip(self.samples, self.labels, self.hashes, map(pixel_digest, self.images), strict=True)
+        return fingerprint([[s.sample_id, s.patient_id, label, *digests] for s, label, *digests in rows])
 
     def counts(self) -> dict[str, int]:
         """Samples of each class, by its name."""

@@ -4,7 +4,7 @@ A data source of another kind is one function here and one entry in SOURCES.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -50,10 +50,16 @@ def write_annotations(path: str | Path, samples: Sequence[Sample]) -> None:
     write_text(path, annotations_text(samples))
 
 
-def annotations_text(samples: Sequence[Sample], split: str | None = None) -> str:
-    """The content of an annotation file; ``split`` says, in every record, how a split was made."""
-    made = {"split": split} if split else {}
-    return json_text([_record(number, sample) | made for number, sample in enumerate(samples)])
+def annotations_text(
+    samples: Sequence[Sample], split: str | None = None, digests: Mapping[str, str] | None = None
+) -> str:
+    """The content of an annotation file.
+
+    ``split`` says, in every record, how a split was made; ``digests``: sample_id -> SHA-256 of its image.
+    """
+    made, known = {"split": split} if split else {}, digests or {}
+    images = [{"image_sha256": known[s.sample_id]} if s.sample_id in known else {} for s in samples]
+    return json_text([_record(n, sample) | images[n] | made for n, sample in enumerate(samples)])
 
 
 def _record(number: int, sample: Sample) -> dict[str, Any]:

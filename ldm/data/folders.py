@@ -449,7 +449,8 @@ def parent_image(result: Sample, content: Callable[[Path], str | None] = content
     folder, given = result.image.parent, result.meta.get("parent_image")
     if not isinstance(given, str) or not given or "\0" in given:
         raise FileError(folder / "meta.json", f"expected parent_image, the path of the original, found {given!r}")
-    path = Path(os.path.abspath(folder / given))
+    places = [Path(os.path.abspath(each / given)) for each in (folder.resolve(), folder)]  # a link may lead to results
+    path = next((place for place in places if place.is_file()), places[0])
     digest, expected = content(path), result.meta.get("parent_sha256")
     if digest is None:
         raise FileError(

@@ -94,6 +94,8 @@ def read_mask(path: str | Path, shape: tuple[int, ...] | None = None, soft: bool
         raise _unclear(path, present, span, f"reaches at least half of {span}")
     if not soft and (note := _note_if_hard(unit)):
         return Mask((unit >= 0.5).astype(np.float32), note=note)
+    if not soft and len(present) <= 3:  # a second label that is too thin for a 3 x 3 area: no smooth transition
+        raise _unclear(path, present, span, "has more levels between")
     if top < span / 2:
         raise _unclear(path, present, span, f"reaches at least half of {span}")
     humps, between = _humps(unit), np.count_nonzero((unit > RIM[0]) & (unit < RIM[1]))

@@ -27,7 +27,7 @@ from ldm.data.masks import (
     region_for,
     soft_mask_for,
 )
-from ldm.data.samples import Sample
+from ldm.data.samples import META_TEXTS, Sample
 
 MAX_SHIFT = 0.125  # of a training crop, as a share of its side, in either direction
 
@@ -58,6 +58,13 @@ def sample_identity(sample: Sample, content: Callable[[Path | None], str | None]
     """
     extra = (sample.meta.get("window"), sample.meta.get("spacing_mm"))
     return [sample.sample_id, sample.prompt, sample.box, extra, [content(path) for path in sample.files]]
+
+
+def described_identity(sample: Sample, content: Callable[[Path | None], str | None] = content_id) -> list:
+    """``sample_identity`` with all that results and reports say of a sample beside its pixels: whose it is, its lesion,
+    the other keys of its ``meta.json``. Who corrects one of them means another run."""
+    texts = [getattr(sample, key) for key in META_TEXTS]
+    return [*sample_identity(sample, content), texts, sample.synthetic, sample.meta]
 
 
 def digests_of(samples: Iterable[Sample]) -> dict[Path | None, str]:

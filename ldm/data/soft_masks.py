@@ -27,7 +27,7 @@ from ldm.data.masks import (
     region_for,
     soft_mask_for,
 )
-from ldm.data.preparation import sample_identity
+from ldm.data.preparation import described_identity, sample_identity
 from ldm.data.samples import META_TEXTS, Reject, Sample, is_box
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,8 @@ def make_soft_masks(data: Path, output_dir: Path, options: SoftMaskOptions, over
         raise MedSoftError(f"{options.boxes}: {unknown[0]!r} is no sample of {data}")
     flags = {"data": data, **dataclasses.asdict(options)}
     identities = [sample_identity(sample) for sample in samples]
-    settings = {**flags, "content_of_boxes": fingerprint(boxes), "content_of_data": fingerprint(identities)}
+    content = fingerprint([described_identity(sample) for sample in samples])
+    settings = {**flags, "content_of_boxes": fingerprint(boxes), "content_of_data": content}
     folder = RunFolder(output_dir, "soft_masks.json", what="masks", own=("rejects.json",), samples="soft_mask.png")
     with folder.lock(wait=True):
         record = folder.open(settings, overwrite, legacy=fingerprint([flags, boxes, identities]))

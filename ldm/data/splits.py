@@ -144,12 +144,12 @@ def prepare_dataset(
         raise MedSoftError(f"{root_dir}: {len(rejects)} samples cannot be used and --strict was given; nothing written")
     goes_on = earlier.settings in (None, settings)
     known = _with_returned(earlier, real)
-    kept = _by_samples(real, known) if goes_on else {}
+    kept = _by_samples(real, known, digests) if goes_on else {}
     groups = split_by_patient([*real, *made], seed, fractions, kept)
     groups["all"] = sorted([*real, *made], key=lambda sample: sample.sample_id)
     absent = _without_present(known, groups["all"]) if goes_on else NOBODY
     _log_moves(groups, known, kept, len(known.sides) - len(earlier.sides))
-    files = {paths[name]: annotations_text(group, settings) for name, group in groups.items()}
+    files = {paths[name]: annotations_text(group, settings, digests) for name, group in groups.items()}
     if rejects:
         files[paths["rejects"]] = rejects_text(rejects)
     if absent.patients or absent.samples:
@@ -178,11 +178,13 @@ class Absent(NamedTuple):
 
 
 class EarlierSplit(NamedTuple):
-    """What the files of an earlier split say: the side of each patient_id and of each real sample_id, and the seed and
-    fractions that it was made with (None where there is none, or an older version wrote it)."""
+    """What the files of an earlier split say: the side of each patient_id and of each real sample_id, the sample_ids by
+    the SHA-256 of their image, and the seed and fractions that it was made with (None where there is none, or an older
+    version wrote it)."""
 
     sides: dict[str, str]
     places: dict[str, str]
+    images: dict[str, list[str]]
     settings: str | None
     absent: Absent
 
@@ -197,7 +199,7 @@ def _read_split(paths: Mapping[str, Path]) -> EarlierSplit:
     samples.
     """
     there = [name for name in SPLITS if paths[name].exists()]
-    found = EarlierSplit({}, {}, None, NOBODY)
+    found = EarlierSplit({}, {}, {}, None, NOBODY)
     for name in SPLITS if there else ():
         if name not in there:
             raise MedSoftError(f"{paths[name]}: is missing beside {paths[there[0]].name}; {_CURE}")
@@ -212,6 +214,7 @@ def _read_split(paths: Mapping[str, Path]) -> EarlierSplit:
                 raise MedSoftError(f"{paths[name]}: patient {patient} is in {found.sides[patient]} too; {_CURE}")
             if not record.get("synthetic"):
                 found.places[str(record.get("sample_id"))] = name
+                found.images.setdefault(str(record.get("image_sha256")), []).append(str(record.get("sample_id")))
             found = found._replace(settings=record.get("split", found.settings))
     if found.settings and paths["absent"].exists():
         found = found._replace(absent=_read_absent(paths["absent"], found.settings))
@@ -250,15 +253,21 @@ def _without_present(known: EarlierSplit, present: Sequence[Sample]) -> Absent:
     return Absent(salt, *lost)
 
 
-def _by_samples(real: Sequence[Sample], known: EarlierSplit) -> dict[str, str]:
+def _by_samples(real: Sequence[Sample], known: EarlierSplit, digests: Mapping[str, str]) -> dict[str, str]:
     """The sides of the earlier split, and under a patient's new id that of the samples, which had another or none then.
+
+    A sample is known by its name, or, where its folder was renamed, by its image, which only the sample had that is not
+    there any more; ``digests``: sample_id -> SHA-256.
 
     Raises MedSoftError for patients whose samples lie on two sides now that they have one id; samples that come to a
     patient of another side are warned of.
     """
     sides, moved = dict(known.sides), []
+    here = {sample.sample_id for sample in real}
     for sample in real:
-        side = known.places.get(sample.sample_id)
+        before = known.images.get(digests.get(sample.sample_id, ""), [])
+        renamed = sample.sample_id not in known.places and len(before) == 1 and before[0] not in here
+        side = known.places.get(before[0] if renamed else sample.sample_id)
         if side and sides.setdefault(sample.patient_id, side) != side:
             if sample.patient_id not in known.sides:
                 raise MedSoftError(
@@ -356,6 +365,7 @@ def _log_moves(groups: Mapping[str, list[Sample]], known: EarlierSplit, kept: Ma
     old, new = set(before) & set(sides), Counter(side for patient, side in sides.items() if patient not in before)
     gone = len(set(known.sides) - set(sides) - {sample.sample_id for sample in groups["all"]})
     if kept:
+        gone = max(0, gone - len(old - set(known.sides)))  # these have another name now
         added = ", ".join(f"{new[name]} in {name}" for name in SPLITS)
         message = "%d patients keep their sides, %d of the earlier split are gone, %d are new (%s)"
         log.info(message, len(old), gone, new.total(), added)

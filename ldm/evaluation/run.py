@@ -2,18 +2,21 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ldm.config import BiomedClipConfig, DataConfig
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import fingerprint
+from ldm.core.files import content_id, fingerprint
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import load_samples
 from ldm.data.checks import FEWEST_PATIENTS, check_unseen, groups_of_samples, real_ones
-from ldm.data.preparation import sample_identity
+from ldm.data.folders import parent_image
+from ldm.data.preparation import described_identity
 from ldm.data.samples import Reject, Sample
 from ldm.evaluation.copies import check_copies, quarantine_copies
 from ldm.evaluation.lesions import (
@@ -45,11 +48,12 @@ class Sources:
     @property
     def held_out(self) -> bool:
         """Whether the real samples are other ones than the generator's training samples."""
-        return self.train is not None and self.train != self.real
+        return self.train is not None and self.train.resolve() != self.real.resolve()
 
     def by_name(self) -> dict[str, Path]:
         """The paths as evaluation.json names them."""
-        return {"real": self.real, "synthetic": self.synthetic, "train": self.train or self.real}
+        train = self.train if self.train and self.held_out else self.real
+        return {"real": self.real, "synthetic": self.synthetic, "train": train}
 
     def check(self) -> None:
         """UsageError for paths that are not there, and for a source that is compared with itself."""
@@ -84,8 +88,9 @@ def evaluate(
             behind = groups_of_samples("SYNTHETIC", samples["synthetic"])
             check_unseen(f"REAL {sources.real}", samples["real"], behind, sources.synthetic)
         encoder = open_encoder(biomedclip)
-        identities = {name: fingerprint([sample_identity(s) for s in each]) for name, each in samples.items()}
-        settings = {**identities, "biomedclip": encoder.fingerprint, "data": identity(data, "features")}
+        settings = {name: fingerprint([described_identity(s) for s in each]) for name, each in samples.items()}
+        settings["parents"] = _parents(samples["synthetic"])
+        settings |= {"biomedclip": encoder.fingerprint, "data": identity(data, "features")}
         record = folder.open(settings, overwrite, anew=overwrite)
         if record and record["complete"] and not (quarantine and record["copies"]["count"]):
             log.info("%s: already complete", output_dir)
@@ -111,7 +116,19 @@ def _read_sources(sources: Sources) -> tuple[dict[str, list[Sample]], list[Rejec
     read = {path: load_samples(path) for path in dict.fromkeys(paths.values())}
     rejects = [reject for _, more in read.values() for reject in more]
     samples = {name: read[path][0] for name, path in paths.items()}
+    if silent := sum(not sample.synthetic for sample in samples["synthetic"]):
+        text = "warning: SYNTH %s: %d of %d samples do not say that they are synthetic: are they real ones?"
+        log.warning(text, sources.synthetic, silent, len(samples["synthetic"]))
     return samples | {"real": real_ones(f"REAL {sources.real}", samples["real"])}, rejects
+
+
+def _parents(results: list[Sample]) -> str:
+    """A digest of the images that the results were made from; some may be put back between two evaluations."""
+    content, found = cache(content_id), set()
+    for result in results:
+        with suppress(MedSoftError):  # not there, or another one
+            found.add(content(parent_image(result, content)))
+    return fingerprint(sorted(filter(None, found)))
 
 
 def _read_lesions(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ldm.core.errors import MedSoftError
-from ldm.data.checks import TRAINED_ON
+from ldm.data.checks import TRAINED_ON, trained_on
 from ldm.data.folders import write_sample
 from ldm.data.images import with_alpha
 from ldm.data.preparation import PreparedSample
@@ -55,10 +55,12 @@ def result_metadata(
     task: Task, prepared: PreparedSample, changed: int, provenance: dict[str, Any], parent_sha256: str | None
 ) -> dict[str, Any]:
     """The meta.json of a result of which ``changed`` pixels outside the soft mask differ from the parent's."""
-    if task.record is not None:
-        paths = {"parent_image": str(task.sample.image), **{key: provenance[key] for key in ("checkpoint", "config")}}
-        return {**task.record, **paths, "changed_outside_pixels": changed, TRAINED_ON: provenance[TRAINED_ON]}
     source, parent = task.source, task.sample
+    # Behind a result is also what made its parent, if that is synthetic itself.
+    behind = trained_on("", (), provenance[TRAINED_ON], parent.meta.get(TRAINED_ON, []))
+    if task.record is not None:
+        paths = {"parent_image": str(parent.image), **{key: provenance[key] for key in ("checkpoint", "config")}}
+        return {**task.record, **paths, "changed_outside_pixels": changed, TRAINED_ON: behind}
     diseased_source = source if source is not None and task.prompt.strip().lower() != HEALTHY else None
     metadata = {
         "sample_id": task.name,
@@ -79,6 +81,7 @@ def result_metadata(
         "parent_sha256": parent_sha256,
         "changed_outside_pixels": changed,
         **provenance,
+        TRAINED_ON: behind,
     }
     known = {key: value for key, value in metadata.items() if value is not None or key in ("lesion_type", "severity")}
     return known | {key: value for key, value in parent.meta.items() if key not in RESULT_KEYS}

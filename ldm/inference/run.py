@@ -28,7 +28,7 @@ from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import write_rejects
 from ldm.data.checks import TRAINED_ON, groups_of
-from ldm.data.preparation import PreparedSample, lesion_diameter, sample_identity
+from ldm.data.preparation import PreparedSample, described_identity, lesion_diameter, sample_identity
 from ldm.data.samples import Reject
 from ldm.diffusion.noise import NOISE
 from ldm.inference.gallery import write_gallery
@@ -129,8 +129,11 @@ def _check_replay(options: InferenceOptions, record: dict[str, Any], provenance:
 
 
 def _identity(task: Task, content: Content) -> tuple:
-    source = (sample_identity(task.source, content),) if task.source and not task.fixed_mask else ()
-    return (sample_identity(task.sample, content), task.variant, task.prompt, task.seed, task.fixed_mask, *source)
+    own = (described_identity(task.sample, content), task.variant, task.prompt, task.seed, task.fixed_mask)
+    if task.source is None:
+        return own
+    source = () if task.fixed_mask else (sample_identity(task.source, content),)
+    return (*own, *source, task.source.lesion_type, task.source.severity)
 
 
 @dataclasses.dataclass(frozen=True)

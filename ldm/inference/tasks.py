@@ -15,7 +15,7 @@ from ldm.core.paths import confined
 from ldm.core.schema import Rule
 from ldm.data.annotations import load_samples
 from ldm.data.checks import TRAINED_ON
-from ldm.data.folders import parent_image, read_sample
+from ldm.data.folders import is_marked, parent_image, read_meta, read_sample
 from ldm.data.images import read_image
 from ldm.data.masks import read_mask
 from ldm.data.preparation import PreparedSample, fit_sample, inpainting_obstacle, prepare
@@ -289,6 +289,8 @@ def _task_of(result: Sample, content: Callable[[Path | None], str | None]) -> Ta
     image = parent_image(result, content)
     own = RESULT_KEYS - {"window", "spacing_mm"}
     meta = {key: value for key, value in result.meta.items() if key not in own}
+    if is_marked(image):  # a result was made from a result
+        meta[TRAINED_ON] = read_meta(image.with_name("meta.json")).get(TRAINED_ON, [])
     sample = dataclasses.replace(result, sample_id=record["parent_id"], image=image, parent_id=None, meta=meta)
     seed, variant, match = (record.get(key) for key in ("seed", "variant", "prompt_match"))
     return Task(sample, variant, result.prompt, seed, result, match, fixed_mask=True)

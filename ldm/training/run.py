@@ -211,6 +211,9 @@ def _run(
     found = folder.open(run_settings(config, content), options.overwrite)
     previous = found["checkpoint"] if found else None
     if previous and previous.metadata.get("complete"):
+        if previous.metadata.get(TRAINED_ON, inputs.trained_on) != inputs.trained_on:
+            text = "warning: %s knows its patients by other ids than the data have now: later checks will not find them"
+            log.warning(f"{text}; --overwrite trains it again, under the new ones", previous.path)
         log.info("%s: already complete (%d steps)", save_path, previous.metadata["step"])
         return cli.SOME_REJECTED if (save_path / REJECTS).exists() else cli.DONE
     fabric, precision = make_fabric(options, training)

@@ -94,3 +94,17 @@ def test_classifier_with_crop_needs_label_maps(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"crop: expected a number from 1 to 10"):
         run(settings | {"crop": 0.5})
     assert json.loads((tmp_path / "out" / "run.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("values", [{"spacing_mm": [2.0, 1.0]}, {"window": [0, 9000]}])
+def test_a_corrected_meta_json_is_another_run(tmp_path: Path, values: dict) -> None:
+    """The pixels in the files are the same, what the network sees of them is not."""
+    settings = make_world(tmp_path)
+    folders = sorted((tmp_path / "test").iterdir())
+    for folder in folders:
+        write_png(folder / "image.png", read_image(folder / "image.png").astype(np.uint16) * 100)
+    assert run(settings) == 0
+    path = folders[0] / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(UsageError, match="holds the results of another test"):
+        run(settings)

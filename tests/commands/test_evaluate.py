@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,40 @@ def test_the_same_again_is_complete_and_others_need_overwrite(
         run(real, few, out)
     assert run(real, few, out, "--overwrite") == 0
     assert found(out)["pictures"]["synthetic"] == 2
+
+
+def test_corrected_patients_are_measured_again(real: Path, honest: Path, tmp_path: Path) -> None:
+    """They decide the threshold for copies and the intervals."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(real, data)
+    assert run(data, honest, out, "--train_json", os.path.relpath(data)) == 0  # the same
+    assert found(out)["copies"]["nearer_than_95_percent_of_held_out"] is None
+    path = diseased(data)[0] / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "patient_id": "another"}))
+    with pytest.raises(UsageError, match="holds results of another run"):
+        run(data, honest, out)
+
+
+def test_parents_that_are_put_back_are_compared(world: Path, results: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "copy" / "results", tmp_path / "out"
+    shutil.copytree(results, folder)
+    given = (world / tiny.TEST, folder, out, "--train_json", world / tiny.TRAIN)
+    assert run(*given) in (0, 3)
+    assert found(out)["parents"]["compared"] == 0
+    for name in diseased(folder):
+        path = name / json.loads((name / "meta.json").read_text())["parent_image"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        original = json.loads((results / name.name / "meta.json").read_text())["parent_image"]
+        shutil.copyfile(results / name.name / original, path)
+    with pytest.raises(UsageError, match=r"holds results of another run \(parents: "):
+        run(*given)
+
+
+def test_real_samples_in_the_place_of_results_are_said(
+    real: Path, honest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(real, honest, tmp_path / "out") == 0
+    assert "42 of 42 samples do not say that they are synthetic: are they real ones?" in caplog.text
 
 
 def test_unreadable_samples_are_listed(real: Path, honest: Path, tmp_path: Path) -> None:

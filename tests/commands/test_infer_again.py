@@ -125,6 +125,17 @@ def test_changed_input_is_another_run(final: Path, world: Path, tmp_path: Path) 
     assert infer(final, tmp_path / "out", *given) == 0  # all is as it was
 
 
+@pytest.mark.parametrize("key", ["patient_id", "site"])
+def test_a_corrected_meta_json_is_another_run(final: Path, one: Path, tmp_path: Path, key: str) -> None:
+    """Results carry its keys, and would keep the wrong ones."""
+    given = ["--data", one, "--prompt", "lytic lesion"]
+    assert infer(final, tmp_path / "out", *given) == 0
+    (path,) = one.glob("*/meta.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: "corrected"}))
+    with pytest.raises(UsageError, match="holds results of another run"):
+        infer(final, tmp_path / "out", *given)
+
+
 def test_every_file_is_fingerprinted_once(
     final: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

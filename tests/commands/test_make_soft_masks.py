@@ -153,6 +153,15 @@ def test_again_finishes_what_is_missing_and_other_settings_are_refused(data: Pat
         make(data, tmp_path / "thesis", *given, "--overwrite")
 
 
+def test_a_corrected_meta_json_is_another_run(data: Path, tmp_path: Path) -> None:
+    """Ids and other keys are written into the masks' folders, which would keep the wrong ones."""
+    assert make(data, tmp_path / "out") == 3
+    path = data / "sick" / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "patient_id": "p9", "site": "north"}))
+    with pytest.raises(UsageError, match=r"holds masks of another run \(content_of_data"):
+        make(data, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

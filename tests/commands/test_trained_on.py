@@ -113,6 +113,45 @@ def test_results_carry_them_also_drawn_again(final: Path, pictures: Path, tmp_pa
     assert meta["trained_on"] == groups(final)
 
 
+def test_results_made_from_results_carry_both_generators(final: Path, pictures: Path, tmp_path: Path) -> None:
+    """The second generator has learned from other patients, and from nobody of the first one's."""
+    theirs = trained_on("elsewhere", ["q1"])
+    content = torch.load(final, weights_only=True)
+    content["medsoft"]["trained_on"] = theirs
+    second, listed = tmp_path / "second.ckpt", tmp_path / "listed.txt"
+    torch.save(content, second)
+    listed.write_text(min(metas(pictures)))
+    both = trained_on("", (), groups(final), theirs)
+    given = ("--data", pictures, "--choose", listed, "--prompt", "lytic lesion")
+    assert infer(second, tmp_path / "out", *given) == 0
+    assert infer(second, tmp_path / "like", "--like", tmp_path / "out") == 0
+    (path,) = (tmp_path / "out").glob("*/meta.json")
+    assert call(dataset_infer, "--replay", path, "--output_dir", tmp_path / "again", "--device", "cpu") == 0
+    for folder in ("out", "like", "again"):
+        (meta,) = metas(tmp_path / folder).values()
+        assert meta["trained_on"] == both, folder
+
+
+def test_patients_that_were_renamed_after_a_training_are_said(
+    trained: dict, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = json.loads((world / TRAIN).read_text())
+    for number, record in enumerate(records):
+        for key in ("image", "mask_image", "anatomy", "soft_mask"):
+            if record.get(key):
+                record[key] = str(world / record[key])
+        record["patient_id"] = f"renamed{number}"
+    train_json = tmp_path / "train.json"
+    train_json.write_text(json.dumps(records))
+    source, given = trained["stage1"].source, ("--train_json", train_json)
+    assert train("stage1", source, tmp_path / "s", world, *given) == 0
+    assert train("stage1", source, tmp_path / "s", world, *given) == 0
+    assert "knows its patients by other ids" not in caplog.text
+    train_json.write_text(json.dumps([{**record, "patient_id": f"x{n}"} for n, record in enumerate(records)]))
+    assert train("stage1", source, tmp_path / "s", world, *given) == 0
+    assert "last.ckpt knows its patients by other ids than the data have now" in caplog.text
+
+
 @pytest.mark.parametrize(("key", "other"), [("val_json", None), ("test_json", VAL)])
 def test_a_classifier_inherits_the_patients_of_the_generator(
     world: Path, pictures: Path, tmp_path: Path, key: str, other: str | None

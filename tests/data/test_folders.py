@@ -1,6 +1,7 @@
 """ldm/data/folders.py: sample folders appear whole, with every kind of file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples
-from ldm.data.folders import write_sample
+from ldm.data.folders import parent_image, write_sample
 from ldm.data.images import read_image
 
 
@@ -40,3 +41,20 @@ def test_a_sample_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
         write_sample(tmp_path / "a", {"image.png": tmp_path / "gone.png"}, "two", {"n": 2})
     assert json.loads((tmp_path / "a" / "meta.json").read_text()) == {"n": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_results_behind_a_link_find_their_parents(tmp_path: Path) -> None:
+    """As where a cluster's scratch disk is linked into the home folder. ``..`` leads on from where they really lie."""
+    image, disk = np.arange(64, dtype=np.uint8).reshape(8, 8), tmp_path / "disk"
+    write_sample(disk / "data" / "a", {"image.png": image}, "healthy", {})
+    meta = {"synthetic": True, "parent_image": "../../data/a/image.png", "parent_sha256": None}
+    write_sample(disk / "results" / "a__v0", {"image.png": image}, "healthy", meta)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "results").symlink_to(disk / "results")
+    ((sample,), _) = load_samples(tmp_path / "home" / "results")
+    assert parent_image(sample) == disk / "data" / "a" / "image.png"
+    # Moved away and linked: the data stayed.
+    shutil.move(disk / "results", tmp_path / "far")
+    (disk / "results").symlink_to(tmp_path / "far")
+    ((sample,), _) = load_samples(disk / "results")
+    assert parent_image(sample) == disk / "data" / "a" / "image.png"

@@ -249,3 +249,12 @@ def test_stray_pixels_and_far_parts_are_named_and_near_ones_are_not() -> None:
     hard[335, 410] = True  # near, but a single pixel
     hard[700:720, 700:720] = True
     assert stray_parts(hard) == [(400, 700, 700), (1, 335, 410), (1, 1000, 20)]
+
+
+@pytest.mark.parametrize("level", [64, 128])
+def test_a_thin_label_around_a_lesion_is_never_a_soft_border(tmp_path: Path, level: int) -> None:
+    """A ring of "uncertain" or "ignore", 2 pixels wide and more at its corners, into which no 3 x 3 area fits."""
+    lesion = disc(20).astype(np.uint8)
+    ring = level * cv2.dilate(lesion, np.ones((5, 5), np.uint8))
+    with pytest.raises(FileError, match=f"3 levels with a maximum of 255 .among them 0, {level}, 255"):
+        mask_of(tmp_path, np.where(lesion, 255, ring).astype(np.uint8))

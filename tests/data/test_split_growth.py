@@ -1,16 +1,19 @@
 """A data set grows: nobody changes sides, and the shares stay near what is asked."""
 
+import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.data.samples import Sample
-from ldm.data.splits import SPLITS, split_by_patient
+from ldm.data.splits import SPLITS, prepare_dataset, split_by_patient
 
 FEW = settings(max_examples=30, deadline=None)
 FRACTIONS = [(0.7, 0.1, 0.2), (0.5, 0.25, 0.25), (0.8, 0.2, 0.0), (1.0, 0.0, 0.0)]
@@ -102,3 +105,39 @@ def test_a_side_that_was_empty_is_filled_from_the_new_patients_only() -> None:
     found = sides(split_by_patient(there, kept=kept))
     assert {found["p2"], found["p3"]} == {"val", "test"}
     assert {found["p0"], found["p1"]} == {"train"}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["by their folders", "by patient_id"])
+def test_renamed_folders_keep_their_sides(
+    tmp_path: Path, write_sample: Callable[..., Path], caplog: pytest.LogCaptureFixture, named: bool
+) -> None:
+    """Other names for folders and patients, a folder above more, another form of accents: the images are the same."""
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        image = rng.integers(0, 255, (16, 16)).astype(np.uint8)
+        meta = {"patient_id": f"p{number}"} if named else {}
+        write_sample(tmp_path / "data" / f"s{number:02d}", prompt="healthy", image=image, mask=None, meta=meta)
+    output = tmp_path / "a.json"
+    prepare_dataset(tmp_path / "data", output)
+    before = sides_of(output)
+    for number in range(0, 24, 2):
+        folder = tmp_path / "data" / f"s{number:02d}"
+        if named:
+            (folder / "meta.json").write_text(json.dumps({"patient_id": f"site/p{number}"}))
+        folder.rename(folder.with_name(f"renamed{number:02d}"))
+    (tmp_path / "data").rename(tmp_path / "sub")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "sub").rename(tmp_path / "data" / "sub")
+    caplog.clear()
+    caplog.set_level("INFO")
+    prepare_dataset(tmp_path / "data", output)
+    after = sides_of(output)
+    expected = {f"sub/{name if int(name[1:]) % 2 else 'renamed' + name[1:]}": side for name, side in before.items()}
+    assert after == expected
+    assert "24 patients keep their sides, 0 of the earlier split are gone, 0 are new" in caplog.text
+    assert "warning" not in caplog.text
+
+
+def sides_of(output: Path) -> dict[str, str]:
+    files = {name: output.with_name(f"{output.stem}_{name}.json") for name in SPLITS}
+    return {record["sample_id"]: name for name, file in files.items() for record in json.loads(file.read_text())}
