@@ -15,7 +15,7 @@ from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.tables import read_table
 from ldm.data.samples import text_of
 from ldm.exchange.privacy import is_anyones
-from ldm.volumes.dicom import Series, find_series
+from ldm.volumes.dicom import Series, find_series, named
 from ldm.volumes.segmentations import SUFFIXES
 
 log = logging.getLogger(__name__)
@@ -210,8 +210,10 @@ def _cases_of_dicom(source: Path, wanted: Wanted) -> tuple[list[Case], list[Prob
         return [], [Problem(error.path, str(error.path), error.reason)]
     problems = [Problem(reject.path, str(reject.path), reject.reason) for reject in rejects]
     cases = []
+    images = [series for series in found if series.kind == "image"]
+    called = images if wanted.series is None else named(images, wanted.series)
     for series in sorted(found, key=lambda each: (str(each.folder), each.number or 0, each.uid, each.files)):
-        if reason := _not_wanted(series, wanted):
+        if reason := _not_wanted(series, wanted, called):
             problems.append(Problem(series.folder, series.name, reason, rejected=False))
             continue
         inside = [each.name for each in (series.folder, *series.folder.parents) if source in each.parents]
@@ -222,19 +224,13 @@ def _cases_of_dicom(source: Path, wanted: Wanted) -> tuple[list[Case], list[Prob
     return cases, problems
 
 
-def _not_wanted(series: Series, wanted: Wanted) -> str | None:
+def _not_wanted(series: Series, wanted: Wanted, called: Sequence[Series]) -> str | None:
     """Why a series is not imported; None if it is."""
     if series.kind != "image":
         return f"is a {series.kind}, no image to import"
     if wanted.modality and series.modality != wanted.modality:
         return f"is {series.modality}, not --modality {wanted.modality}"
-    if wanted.series and not _is_called(series, wanted.series):
-        return "is not the --series"
-    return None
-
-
-def _is_called(series: Series, text: str) -> bool:
-    return text in (series.uid, str(series.number)) or text.casefold() in (series.description or "").casefold()
+    return None if series in called else "is not the --series"
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -263,13 +259,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def _cases_of_table(table: Path, wanted: Wanted) -> tuple[list[Case], list[Problem]]:
     """One case for each image that the rows name; the rows of one image belong together."""
-    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    groups: dict[tuple[Path, str], list[dict[str, str]]] = {}
     for row in read_rows(table):
-        groups.setdefault((row["image"], row.get("series", "")), []).append(row)
+        groups.setdefault(((table.parent / row["image"]).resolve(), row.get("series", "")), []).append(row)
     cases: list[Case] = []
     problems: list[Problem] = []
-    for (image, series), rows in groups.items():
-        where = f"line {rows[0]['line']}"
+    for (_, series), rows in groups.items():
+        where, image = f"line {rows[0]['line']}", rows[0]["image"]
         try:
             case, wrong = _case_of_rows(table, image, replace(wanted, series=series or wanted.series))
             cases.append(with_row_files(replace(case, rows=tuple(rows)), table.parent))

@@ -82,6 +82,8 @@ def export(options: ExportOptions) -> int:
             "warning: --same_study writes synthetic images under the real patient's name, into the real study; never "
             "send them to a clinical archive"
         )
+    if options.link_source:
+        log.warning("warning: --link_source names the real images, by which their patients can be found")
     folder = RunFolder(options.output_dir, "export.json", own=("rejects.json", "export.csv"), samples=ABOUT)
     flags = {"format": options.format, "same_study": options.same_study, "link_source": options.link_source}
     settings = {"results": fingerprint([_identity(each) for each in planned]), **flags}

@@ -14,6 +14,8 @@ from highdicom import ContributingEquipment
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
+from ldm.volumes.dicom_files import readable
+
 MAKER = "MedSoft-Diffusion"
 NOT_CLINICAL = "Synthetic image, made by software; it shows no patient as they are; not for clinical use"
 _NUMBERS = ("CS", "DS", "IS", "FD", "FL", "US", "SS", "UL", "SL", "UV", "SV", "AT")
@@ -74,7 +76,7 @@ def sop_instance(source: Dataset) -> str:
 def of_the_study(source: Dataset) -> Dataset:
     """Who the patient is and which study this is, as in the source: for ``--same_study`` alone."""
     kept = Dataset()
-    for element in source:
+    for element in readable(source):
         if (element.tag.group == 0x0010 and not element.tag.is_private) or element.keyword in _OF_THE_STUDY:
             kept.add(element)
     return kept
@@ -97,7 +99,7 @@ def _cleaned(source: Dataset) -> Dataset:
 
 def _candidates(source: Dataset) -> Iterator[pydicom.DataElement]:
     """The elements of a data set that the white list names, sequences among them."""
-    for element in source:
+    for element in readable(source):
         group, keyword = element.tag.group, element.keyword
         if element.tag.is_private or group not in _GROUPS or keyword in _DROPPED or "Overlay" in keyword:
             continue

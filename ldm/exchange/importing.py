@@ -104,7 +104,7 @@ def import_volumes(source: Path, output_dir: Path, options: ImportOptions, overw
         own=("rejects.json", "left_out.csv", OVERLAYS, f"{Path(OVERLAYS).stem}_files"),
         samples="meta.json",
     )
-    private = PrivateFolder(output_dir.with_name(f"{output_dir.name}.private"))
+    private = PrivateFolder(Path(f"{os.path.abspath(output_dir)}.private"))
     with folder.lock():
         log.info("looking for images in %s", source)
         cases, problems = _gathered(source, options)

@@ -36,10 +36,14 @@ from ldm.exchange.headers import (
     technical,
 )
 
+_NAMED = keywords(  # in every image, if only without a value
+    """PatientID PatientName PatientBirthDate PatientSex ReferringPhysicianName AccessionNumber StudyID StudyDate
+    StudyTime"""
+)
 _LOSSY = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless)  # a JPEG 2000 file says it itself
 _OF_FRAMES = keywords(
-    """SliceLocation SpacingBetweenSlices GantryDetectorTilt ImagerPixelSpacing NominalScannedPixelSpacing TablePosition
-    ReconstructionDiameter"""
+    """PatientOrientation SliceLocation SpacingBetweenSlices GantryDetectorTilt ImagerPixelSpacing
+    NominalScannedPixelSpacing TablePosition ReconstructionDiameter"""
 )
 
 
@@ -233,7 +237,7 @@ def _identify(image: Dataset, source: Dataset, identity: Identity) -> None:
     has_place = "ImagePositionPatient" in image or "PerFrameFunctionalGroupsSequence" in image
     if "FrameOfReferenceUID" not in image and (has_place or source.get("FrameOfReferenceUID")):
         image.FrameOfReferenceUID = identity.frame_of_reference
-    for keyword in ("PatientBirthDate", "PatientSex", "ReferringPhysicianName", "AccessionNumber", "StudyID"):
+    for keyword in _NAMED:
         if keyword not in image:
             setattr(image, keyword, None)
     image.SOPInstanceUID, image.SeriesInstanceUID = identity.instance, identity.series

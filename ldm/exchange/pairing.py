@@ -20,6 +20,7 @@ from ldm.volumes.segmentations import references
 log = logging.getLogger(__name__)
 
 SHOWN = 3  # names in a message
+UNCLEAR = "a lesion file, row or text that may be its own is unclear: it is not taken for healthy"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +46,19 @@ def pair(
     wrong: set[int] = set()
     for given, flag in ((labels, "--labels"), (lesions, "--lesions")):
         if given is not None:
-            found, more = _matches(made, given, flag)
+            found, unclear, more = _matches(made, given, flag)
             problems += more
-            add = _with_labels if flag == "--labels" else _with_lesions
-            wrong |= add(made, found, given, problems)
+            if flag == "--labels":
+                wrong |= _with_labels(made, found, given, problems)
+            else:
+                problems += [_unclear(made[number]) for number in sorted(unclear - wrong)]
+                wrong |= unclear
+                _with_lesions(made, found, given)
     return [case for number, case in enumerate(made) if number not in wrong], problems
+
+
+def _unclear(case: Case) -> Problem:
+    return Problem(case.image, case.names[0], UNCLEAR, public=UNCLEAR)
 
 
 def inside(given: Path | None, source: Path) -> set[Path]:
@@ -82,9 +91,7 @@ def _with_labels(
     return wrong
 
 
-def _with_lesions(
-    cases: list[Case], found: Mapping[int, Sequence[Path]], given: Path, problems: list[Problem]
-) -> set[int]:
+def _with_lesions(cases: list[Case], found: Mapping[int, Sequence[Path]], given: Path) -> None:
     """Add the files of ``--lesions`` to the cases; those that a row names already are not added again."""
     for number, case in enumerate(cases):
         known = {path.resolve() for path, _ in case.lesions}
@@ -94,16 +101,15 @@ def _with_lesions(
     if healthy:
         message = "%d of %d images have no file of --lesions %s and count as healthy; the first: %s"
         log.warning(message, len(healthy), len(cases), given, healthy[0])
-    return set()
 
 
-def _matches(cases: Sequence[Case], given: Path, flag: str) -> tuple[dict[int, list[Path]], list[Problem]]:
-    """Paths by the number of the case that they belong to, and those that belong to none or to several."""
+def _matches(cases: Sequence[Case], given: Path, flag: str) -> tuple[dict[int, list[Path]], set[int], list[Problem]]:
+    """Paths by the number of the case that they belong to; the cases that one of several may belong to; problems."""
     if not given.exists():
         beside = {number: case.folder / given for number, case in enumerate(cases) if (case.folder / given).exists()}
         if not beside or given.is_absolute():
             raise UsageError(f"{flag} {given}: does not exist, and there is nothing of that name beside an image")
-        return {number: [path] for number, path in beside.items()}, []
+        return {number: [path] for number, path in beside.items()}, set(), []
     if _is_one(given):
         entries = [_entry(given, ())]
         if not entries[0].series:
@@ -111,23 +117,25 @@ def _matches(cases: Sequence[Case], given: Path, flag: str) -> tuple[dict[int, l
                 names = "; ".join(case.names[0] for case in cases[:SHOWN])
                 cure = "give a folder with a file for each, a table" + (", or --series" if cases[0].series else "")
                 raise UsageError(f"{flag} {given}: is one file for {len(cases)} images ({names}); {cure}")
-            return {0: [given]}, []
+            return {0: [given]}, set(), []
     else:
         entries = [*_entries(given)]
     found: dict[int, list[Path]] = {}
+    unclear: set[int] = set()
     problems = []
     for entry in entries:
         fitting = _fitting(entry, cases)
         if len(fitting) == 1:
             found.setdefault(fitting[0], []).append(entry.path)
         elif fitting:
+            unclear |= {*fitting}
             names = "; ".join(cases[number].names[0] for number in fitting[:SHOWN])
             reason = f"{len(fitting)} images fit it ({names}); choose with --series, or give a table"
             problems.append(Problem(entry.path, entry.path.name, reason, public=f"{len(fitting)} images fit it"))
         else:
             reason = "belongs to no image by its name" if not entry.series else "refers to no series of the source"
             problems.append(Problem(entry.path, entry.path.name, reason, rejected=flag == "--lesions"))
-    return found, problems
+    return found, unclear, problems
 
 
 def _is_one(path: Path) -> bool:
@@ -155,14 +163,21 @@ def _entry(path: Path, above: tuple[str, ...]) -> _Entry:
 
 
 def _fitting(entry: _Entry, cases: Sequence[Case]) -> list[int]:
-    """The cases that an entry belongs to: by the series that it refers to, else by its nearest name that fits any."""
+    """The cases that an entry belongs to: by the series that it refers to, else by its nearest name that fits any.
+
+    Where that fits several (``image.nii.gz``), the next names choose among them.
+    """
     if entry.series:
         return [number for number, case in enumerate(cases) if case.series and case.series.uid in entry.series]
+    fitting: list[int] = []
     for key in entry.keys:
-        lengths = [max((_fits(key, name) for name in case.names), default=0) for case in cases]
-        if best := max(lengths, default=0):
-            return [number for number, length in enumerate(lengths) if length == best]
-    return []
+        among = fitting or range(len(cases))
+        lengths = {number: max((_fits(key, name) for name in cases[number].names), default=0) for number in among}
+        if best := max(lengths.values(), default=0):
+            fitting = [number for number, length in lengths.items() if length == best]
+        if len(fitting) == 1:
+            break
+    return fitting
 
 
 def _fits(key: str, name: str) -> int:
@@ -181,6 +196,7 @@ def _with_table(cases: Sequence[Case], table: Path) -> tuple[list[Case], list[Pr
         raise UsageError(f"--table {table}: does not exist; expected a CSV file, or a folder of CASE.txt")
     folder = table if table.is_dir() else table.parent
     rows: dict[int, list[Row]] = {}
+    unclear: set[int] = set()
     problems = []
     for path, name, keys, load in _told(table):
         fitting = _called(cases, folder, keys) if table.is_file() else _fitting(_Entry(path, keys), cases)
@@ -192,9 +208,13 @@ def _with_table(cases: Sequence[Case], table: Path) -> tuple[list[Case], list[Pr
                 )
             rows.setdefault(fitting[0], []).extend(load())
         except FileError as error:
+            unclear |= {*fitting}
             problems.append(Problem(path, name, error.reason, public="it belongs to no image, or holds no sentence"))
     made = []
     for number, case in enumerate(cases):
+        if number in unclear:
+            problems.append(_unclear(case))
+            continue
         try:
             made.append(with_row_files(replace(case, rows=(*case.rows, *rows.get(number, ()))), folder))
         except FileError as error:

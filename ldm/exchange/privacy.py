@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from ldm.core.errors import MedSoftError
 from ldm.core.files import atomic_file, json_text, read_json, read_text
 from ldm.core.tables import csv_lines
 from ldm.data.checks import looks_personal
+from ldm.volumes.dicom_files import readable
 
 PATIENT, DIGEST = 12, 24  # letters; each is worth 4 bits
 HIDDEN = "[...]"
@@ -117,7 +118,7 @@ def identifying(dataset: Any) -> tuple[set[str], set[str]]:
     """(who, others) of a pydicom data set, for ``IdentifyingTexts``; sequences and private elements included."""
     who: set[str] = set()
     others: set[str] = set()
-    for element in dataset.iterall():
+    for element in _elements(dataset):
         values = element.value if element.VM > 1 else [element.value]
         texts = [str(value).strip() for value in values if value is not None and not isinstance(value, bytes)]
         if element.VR == "PN":
@@ -129,6 +130,14 @@ def identifying(dataset: Any) -> tuple[set[str], set[str]]:
         elif element.keyword in _DESCRIBING or element.tag.is_private:
             others |= {text for text in texts if len(text) > FEWEST}
     return who, others
+
+
+def _elements(dataset: Any) -> Iterator[Any]:
+    """Those of a data set and of its sequences."""
+    for element in readable(dataset):
+        yield element
+        for item in element.value if element.VR == "SQ" else ():
+            yield from _elements(item)
 
 
 def path_texts(paths: Iterable[Path], above: Path) -> set[str]:

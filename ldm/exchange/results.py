@@ -9,7 +9,6 @@ from typing import Any
 
 import nibabel
 import numpy as np
-import pydicom
 
 from ldm.core.errors import FileError
 from ldm.data.images import dimensions, read_image
@@ -31,6 +30,7 @@ from ldm.exchange.instances import (
 )
 from ldm.exchange.origins import Origin
 from ldm.exchange.privacy import Pseudonyms
+from ldm.volumes.dicom_files import open_file
 
 _OF_META = ("modality", "region", "site", "scanner", "plane", "slice", "spacing_mm", "unit")
 _HEX = str.maketrans("abcdefghijklmnop", "0123456789abcdef")
@@ -210,16 +210,13 @@ def derived_values(frame: Frame, pixels: Pixels, origin: Origin, path: Path) -> 
 @cache
 def _template(path: Path) -> Frame:
     """A frame of a series, for the header of slices that are none."""
-    try:
-        frames = pydicom.dcmread(path, stop_before_pixels=True).get("NumberOfFrames")
-    except Exception:  # said by the one who reads it whole
-        frames = None
-    return read_frame(path, None if frames is None else 1)
+    multi = "NumberOfFrames" in open_file(path, pixels=False)
+    return read_frame(path, 1 if multi else None)
 
 
 @cache
 def _reference(path: Path) -> tuple[str, str]:
-    return reference_to(pydicom.dcmread(path, stop_before_pixels=True))
+    return reference_to(open_file(path, pixels=False))
 
 
 def _references(paths: Sequence[Path]) -> list[tuple[str, str]]:

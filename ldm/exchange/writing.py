@@ -2,26 +2,27 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import FileError, MedSoftError
 from ldm.data.folders import write_sample
 from ldm.data.images import intensity_range_of
-from ldm.exchange.cases import Case, Row
+from ldm.exchange.cases import Case, Row, is_volume
 from ldm.exchange.privacy import IdentifyingTexts, Pseudonyms, identifying, path_texts
 from ldm.exchange.sentences import Sentence, sentence
 from ldm.exchange.targets import Cut, choose
 from ldm.volumes.dicom import read_series
+from ldm.volumes.dicom_files import open_file
 from ldm.volumes.formats import read_volume
 from ldm.volumes.intensity import Levels, levels_of, window_for
 from ldm.volumes.labels import Lesion, Scheme, region_of
 from ldm.volumes.segmentations import read_labels, read_lesions
-from ldm.volumes.volume import PLANES, PROJECTION, Slice, Volume, count, square
+from ldm.volumes.volume import Slice, Volume, only_plane, square
 
 WHITE_LIST = ("manufacturer", "kvp", "sequence", "slice_thickness_mm", "body_part")  # of a header
 COPIED = ("site", "scanner")  # of a table, beside what a sentence is made of
@@ -81,12 +82,11 @@ def texts_of_files(
     paths = list(paths)
     who, others = {*who}, {*others, *path_texts(paths, source)}
     for path in paths:
-        try:
-            header = pydicom.dcmread(path, stop_before_pixels=True)
-        except (pydicom.errors.InvalidDicomError, OSError, ValueError, EOFError):
-            continue  # NIfTI and the like name nobody; what is damaged is refused where it is read
-        names, more = identifying(header)
-        who, others = who | names, others | more
+        if is_volume(path):
+            continue  # NIfTI and the like name nobody
+        with suppress(FileError):  # what is damaged is refused where it is read
+            names, more = identifying(open_file(path, pixels=False))
+            who, others = who | names, others | more
     return IdentifyingTexts(who, others)
 
 
@@ -115,7 +115,7 @@ def write_case(
         rows_of |= {id(lesion): rows for lesion in found if rows}
         lesions += found
     texts = texts.and_others(lesion.name for lesion in lesions)  # a segment may be called anything
-    flags = {"plane": _plane(volume, options.plane), "target": options.target, "slices": options.slices}
+    flags = {"plane": only_plane(volume) or options.plane, "target": options.target, "slices": options.slices}
     cuts, left = choose(volume, labels, lesions, **flags, limit=limit)
     left_out = [
         LeftOutPart(texts.hidden(each.what), each.reason, texts.hidden(each.reason), each.rejected) for each in left
@@ -136,13 +136,6 @@ def write_case(
         except MedSoftError as error:
             raise OutputError(str(error)) from error
     return Written(tuple(samples), tuple(left_out), writer.series, writer.instances)
-
-
-def _plane(volume: Volume, asked: str) -> str:
-    """The plane that is asked for; of an image of one slice, that slice's."""
-    if volume.acquired == PROJECTION:
-        return PROJECTION
-    return next((plane for plane in PLANES if count(volume, plane) == 1), asked)
 
 
 def _check_is_image(volume: Volume) -> None:

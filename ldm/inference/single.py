@@ -123,14 +123,12 @@ def _slice_sample(options: InferenceOptions, path: Path, mask: Path, prompt: str
 
 def _chosen(options: InferenceOptions, volume: "Volume", lesion: "Volume | None") -> tuple[str, int]:
     """The plane and the slice: as asked, the only one, or the one in which most of the lesion lies."""
-    from ldm.volumes.volume import PROJECTION, count, cut, frame_plane
+    from ldm.volumes.volume import count, cut, only_plane
 
-    projection = volume.acquired == PROJECTION
-    if projection or 1 in volume.values.shape:
-        plane = PROJECTION if projection else frame_plane(volume.affine)
-        if options.plane not in (None, plane):
-            raise UsageError(f"--plane {options.plane}: {options.image} is one {plane} slice")
-        return plane, options.slice or 0
+    if only := only_plane(volume):
+        if options.plane not in (None, only):
+            raise UsageError(f"--plane {options.plane}: {options.image} is one {only} slice")
+        return only, options.slice or 0
     plane = options.plane or "sagittal"
     if options.slice is not None:
         return plane, options.slice

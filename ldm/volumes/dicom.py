@@ -93,6 +93,13 @@ def find_series(path: Path) -> tuple[list[Series], list[FileError]]:
     return [_joined(parts) for parts in found.values()], rejects
 
 
+def named(series: Sequence[Series], wanted: str) -> list[Series]:
+    """Those whose number or UID ``wanted`` is; if there are none, those with ``wanted`` in their description."""
+    return [each for each in series if wanted in (str(each.number), each.uid)] or [
+        each for each in series if wanted.casefold() in each.description.casefold()
+    ]
+
+
 def pick(series: Sequence[Series], wanted: str | None, path: Path) -> Series:
     """The one image series, or the one that ``wanted`` names: its number, its UID or a part of its description.
 
@@ -103,11 +110,7 @@ def pick(series: Sequence[Series], wanted: str | None, path: Path) -> Series:
     if not images:
         kinds = ", ".join(sorted({each.kind for each in series}))
         raise FileError(path, f"there is no image series in it, only: {kinds}")
-    fitting = images
-    if wanted is not None:
-        fitting = [each for each in images if wanted in (str(each.number), each.uid)] or [
-            each for each in images if wanted.casefold() in each.description.casefold()
-        ]
+    fitting = images if wanted is None else named(images, wanted)
     if len(fitting) == 1:
         return fitting[0]
     listed = "".join(

@@ -18,6 +18,7 @@ from typing import Self
 
 import numpy as np
 import pydicom
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder, iter_pixels
@@ -62,6 +63,16 @@ def open_file(path: Path, *, pixels: bool) -> Dataset:
         if not marked and "SOPClassUID" not in dataset and "Rows" not in dataset:
             raise InvalidDicomError
         return dataset
+
+
+def readable(dataset: Dataset) -> Iterator[DataElement]:
+    """The elements of a data set without those whose value their type cannot have (half a number)."""
+    for tag in list(dataset.keys()):
+        try:
+            element = dataset[tag]
+        except Exception:  # pydicom raises many kinds
+            continue
+        yield element
 
 
 def transfer_syntax(path: Path, dataset: Dataset) -> UID:

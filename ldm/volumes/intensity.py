@@ -49,8 +49,8 @@ PRESETS = {"bone": linear_window(400, 1800), "soft_tissue": linear_window(50, 25
 class Levels:
     """How the stored values of one volume become pixels, the same for all of its slices.
 
-    ``zero``: the stored value whose pixel is 0. ``sign``: 1, or -1 where the lowest values are shown white
-    (MONOCHROME1): the pixels are inverted, and value_scale is negative.
+    ``zero``: the stored value whose pixel is 0. ``sign``: 1, or -1 where the lowest stored values are shown white
+    (MONOCHROME1, or a negative scale): the pixels are inverted.
     """
 
     zero: int
@@ -78,7 +78,7 @@ def levels_of(volume: Volume) -> Levels:
     lowest, highest = int(volume.values.min()), int(volume.values.max())
     if highest - lowest > HIGHEST:
         raise MedSoftError(f"{volume.name}: its values go from {lowest} to {highest}, more than the 65536 of 16 bits")
-    sign = -1 if volume.low_is_white else 1
+    sign = -1 if volume.low_is_white == (volume.scale > 0) else 1
     zero = highest if sign < 0 else 0 if lowest >= 0 and highest <= HIGHEST else lowest
     return Levels(zero, sign, volume.offset + volume.scale * zero, sign * volume.scale)
 

@@ -18,10 +18,10 @@ import highdicom
 import nrrd
 import numpy as np
 import pydicom
-from pydicom.errors import InvalidDicomError
 
 from ldm.core.errors import FileError, MedSoftError, first_line
 from ldm.data.samples import shown
+from ldm.volumes.dicom_files import told
 from ldm.volumes.formats import read_volume
 from ldm.volumes.labels import (
     LEVELS,
@@ -159,11 +159,10 @@ def _segments(path: Path, grid: Volume) -> list[_Segment] | None:
 
 def _dataset(path: Path) -> pydicom.Dataset | None:
     """The header of a DICOM SEG or RTSTRUCT; None for anything else."""
-    if not path.is_file():
-        return None
     try:
-        dataset = pydicom.dcmread(path, stop_before_pixels=True)
-    except (InvalidDicomError, OSError, ValueError, EOFError):
+        with told(path, "its header is damaged"):
+            dataset = pydicom.dcmread(path, stop_before_pixels=True)
+    except FileError:
         return None
     return dataset if dataset.get("SOPClassUID") in (*SEG, RTSTRUCT) else None
 
@@ -306,6 +305,8 @@ def _segmentation(path: Path, dataset: pydicom.Dataset, grid: Volume) -> list[_S
             raise FileError(path, f"its frames cannot be read as a volume ({first_line(error)})") from error
         mask = Volume((found.array[..., 0] >= 0.5).astype(np.uint8), found.affine, name=str(path))
         values, resampled = onto(mask, grid)
+        if mask.values.any() and not values.any():
+            raise FileError(path, f"nothing of its segment {number} lies in {grid.name}; is it of another image?")
         return values > 0, resampled
 
     return [

@@ -134,6 +134,13 @@ def count(volume: Volume, plane: str) -> int:
     return int(volume.values.shape[_order(volume.affine)[_normal(volume, plane)]])
 
 
+def only_plane(volume: Volume) -> str | None:
+    """The plane of an image that is one slice; None for a volume."""
+    if volume.acquired == PROJECTION:
+        return PROJECTION
+    return next((plane for plane in PLANES if count(volume, plane) == 1), None)
+
+
 def cut(volume: Volume, plane: str, index: int) -> Slice:
     """Slice ``index`` of the plane (see ``Slice`` for how it is counted and turned). Of a projection: 0."""
     axis = _normal(volume, plane)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made import AXIAL, grid, marked, spine, write_nifti, write_seg, write_series, write_spine
+from made import AXIAL, grid, marked, spine, turned, write_nifti, write_seg, write_series, write_spine
 from tiny import infer, metas
 
 from ldm.core.errors import MedSoftError, UsageError
@@ -89,6 +89,15 @@ def test_one_file_with_an_image_as_mask(tmp_path: Path) -> None:
     offset = sample.meta["value_offset"]
     assert sample.meta["window"] == [-100 - offset, 300 - offset]
     assert sample_of(tmp_path, path, mask, window=["bone"]).meta["window"] == [-500 - offset, 1299 - offset]
+
+
+@pytest.mark.parametrize("axes", ["LPH", "PHL", "HLP"])
+def test_one_slice_stored_along_any_axes(tmp_path: Path, axes: str) -> None:
+    values, affine = turned(marked((32, 36, 1)), grid(AXIAL, (32, 36, 1), (1, 1, 3)), axes)
+    image = write_nifti(tmp_path / "slice.nii.gz", values, affine)
+    sample = sample_of(tmp_path, image, mask_of(tmp_path / "mask.png", (36, 32)))
+    assert sample.meta["plane"] == "axial"
+    assert read_image(sample.image).shape == (36, 32)
 
 
 def test_an_image_with_a_meta_json_beside_it(tmp_path: Path, write_sample: Callable) -> None:

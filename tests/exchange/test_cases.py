@@ -92,8 +92,10 @@ def test_series_are_chosen_by_number_uid_or_description(tmp_path: Path) -> None:
     for text in ("4", uid, "bone"):
         assert patients(tmp_path, Wanted(series=text)) == ["bone"]
     assert patients(tmp_path, Wanted(series="kernel")) == ["bone", "soft"]
+    series(tmp_path, PatientID="four mm", SeriesNumber=6, SeriesDescription="Bone 4 mm")
+    assert patients(tmp_path, Wanted(series="4")) == ["bone"]  # a number is no part of a description
     _, problems = find_cases(tmp_path, Wanted(series="4"))
-    assert [(each.reason, each.rejected) for each in problems] == [("is not the --series", False)]
+    assert [(each.reason, each.rejected) for each in problems] == [("is not the --series", False)] * 2
 
 
 def test_files_belong_to_the_image_with_whose_name_theirs_begins(tmp_path: Path, volume: Callable[[str], Path]) -> None:
@@ -128,6 +130,30 @@ def test_lesions_several_for_one_image_and_none_for_another(
     assert [[path.name for path, _ in case.lesions] for case in cases] == [["a_1.nii.gz", "a_2.nii.gz"], []]
     assert [(each.path.name, each.rejected) for each in problems] == [("aa.nii.gz", True)]  # misspelled: never healthy
     assert "1 of 2 images have no file of --lesions" in caplog.text
+
+
+def test_images_to_which_one_lesion_file_may_belong_are_not_healthy(
+    tmp_path: Path, volume: Callable[[str], Path]
+) -> None:
+    for number in (4, 5):
+        series(tmp_path / "scans" / "P1", SeriesNumber=number)
+    series(tmp_path / "scans" / "P2", PatientID="2")
+    volume("lesions/P1_lesion.nii.gz")
+    table = write(tmp_path / "t.csv", "image,prompt\nP1,lytic lesion of the L3 vertebra\n")
+    (tmp_path / "texts").mkdir()
+    write(tmp_path / "texts" / "P1.txt", "lytic lesion of the L3 vertebra")
+    for flags in ({"lesions": tmp_path / "lesions"}, {"table": table}, {"table": tmp_path / "texts"}):
+        cases, problems = paired(tmp_path / "scans", **flags)
+        assert [case.patient for case in cases] == ["2"]
+        assert sum("not taken for healthy" in each.reason and each.rejected for each in problems) == 2
+
+
+def test_the_next_name_chooses_where_the_nearest_fits_all(tmp_path: Path, volume: Callable[[str], Path]) -> None:
+    for name in ("images/p1/image", "images/p2/image", "labels/p2/image", "labels/p1/image"):
+        volume(f"{name}.nii.gz")
+    cases, problems = paired(tmp_path / "images", labels=tmp_path / "labels")
+    assert [(case.patient, case.labels.parent.name) for case in cases] == [("p1", "p1"), ("p2", "p2")]
+    assert not problems
 
 
 def test_names_beside_the_images(tmp_path: Path, volume: Callable[[str], Path]) -> None:
@@ -219,6 +245,15 @@ def test_a_table_chooses_among_series(tmp_path: Path) -> None:
     assert "expected one image, found 2" in problems[0].reason
 
 
+def test_rows_of_one_image_belong_together_however_they_write_it(tmp_path: Path, volume: Callable[[str], Path]) -> None:
+    for name in ("scans/a", "l1", "l2"):
+        volume(f"{name}.nii.gz")
+    rows = "scans/a.nii.gz,l1.nii.gz\n./scans/../scans/a.nii.gz,l2.nii.gz\n"
+    cases, problems = find_cases(write(tmp_path / "t.csv", f"image,lesion\n{rows}"), Wanted())
+    assert [[path.name for path, _ in case.lesions] for case in cases] == [["l1.nii.gz", "l2.nii.gz"]]
+    assert not problems
+
+
 def test_tables_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(MedSoftError, match=r"expected a column image \(of image, series"):
         find_cases(write(tmp_path / "t.csv", "file;patient\na;b\n"), Wanted())
@@ -255,8 +290,8 @@ def test_a_folder_of_text_files(tmp_path: Path, volume: Callable[[str], Path]) -
     write(tmp_path / "texts" / "b.txt", "")
     write(tmp_path / "texts" / "c.txt", "x")
     cases, problems = paired(tmp_path / "scans", table=tmp_path / "texts")
-    assert [len(case.rows) for case in cases] == [2, 0]
-    assert {(each.name, each.rejected) for each in problems} == {("b.txt", True), ("c.txt", True)}
+    assert [len(case.rows) for case in cases] == [2]
+    assert {(each.name, each.rejected) for each in problems} == {("b.txt", True), ("b.nii.gz", True), ("c.txt", True)}
 
 
 def test_a_source_that_is_not_there(tmp_path: Path) -> None:

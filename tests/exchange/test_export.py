@@ -191,6 +191,7 @@ def test_same_study_and_source_only_on_demand(world: World, caplog: pytest.LogCa
     before = pydicom.dcmread(source)
     assert world.export("--same_study", "--link_source") == 0
     assert "never send them to a clinical archive" in caplog.text
+    assert "--link_source names the real images" in caplog.text
     made = exported(world, name)
     for keyword in ("PatientName", "PatientID", "StudyInstanceUID", "FrameOfReferenceUID", "AccessionNumber"):
         assert made[keyword].value == before[keyword].value
@@ -202,12 +203,41 @@ def test_same_study_and_source_only_on_demand(world: World, caplog: pytest.LogCa
     assert reference.PurposeOfReferenceCodeSequence[0].CodeValue == "121322"
 
 
+def odd(dataset: pydicom.Dataset, frame: int) -> None:
+    """Patient and study are not named at all."""
+    for keyword in ("PatientName", "PatientID", "StudyDate", "StudyTime"):
+        del dataset[keyword]
+    dataset.add_new("RegionLocationMinX0", "US", 1)
+
+
+@pytest.mark.parametrize("flag", [None, "--same_study"])
+def test_odd_headers_are_exported(world: World, flag: str | None) -> None:
+    affine = grid(AXIAL, SHAPE, SPACING)
+    for path in write_series(world.root / "s", marked(SHAPE), affine, change=odd):
+        data = path.read_bytes()
+        assert data.count(b"\x18\x00\x18\x60US") == 1
+        path.write_bytes(data.replace(b"\x18\x00\x18\x60US", b"\x18\x00\x18\x60UL"))  # half a number
+    _, folder, _ = world.round_trip(world.root / "s", "axial", 2, *([flag] if flag else []))
+    image = pydicom.dcmread(folder / "image.dcm")
+    assert "RegionLocationMinX0" not in image
+    assert bool(image.PatientID) == (flag is None)
+
+
+def test_a_source_that_is_gone_cannot_be_linked(world: World) -> None:
+    affine = grid(AXIAL, (36, 40, 33), (0.7, 0.7, 0.7))
+    paths = write_series(world.root / "s", marked((36, 40, 33)), affine)
+    name = world.import_and_inpaint(volume_of(marked((36, 40, 33)), affine, "axial"), "sagittal", 9, paths)
+    paths[5].unlink()
+    with pytest.raises(MedSoftError, match=f"no result could be exported; first: .*{name}.*its source No such file"):
+        world.export("--link_source")
+
+
 def test_a_reformat_is_a_series_of_its_own(world: World) -> None:
     """Every pixel lies where its voxel lies, outside of the soft mask with its value."""
     shape = (36, 40, 33)
     affine = grid(AXIAL, shape, (0.8, 0.7, 0.7), turn=4.0)
     values = marked(shape)
-    paths = write_series(world.root / "series", values, affine)
+    paths = write_series(world.root / "series", values, affine, PatientOrientation=["L", "P"])
     volume = volume_of(values, affine, "axial")
     names = [world.import_and_inpaint(volume, "sagittal", index, paths) for index in (10, 20)]
     names.append(world.import_and_inpaint(volume, "axial", 9, paths, mm_per_pixel=0.7))
@@ -225,6 +255,7 @@ def test_a_reformat_is_a_series_of_its_own(world: World) -> None:
         assert image.ImageType == ["DERIVED", "SECONDARY", "AXIAL"]  # CT's word for any cross-section
         assert image.DerivationCodeSequence[0].CodeMeaning == "Multiplanar reformatting"
         assert image.DerivationDescription.startswith("A sagittal slice was reformatted")
+        assert "PatientOrientation" not in image  # that of the acquired frames
         orientation = np.array(image.ImageOrientationPatient, float).reshape(2, 3)
         steps = np.array(image.PixelSpacing, float)[::-1]
         rows, columns = np.mgrid[: image.Rows, : image.Columns]

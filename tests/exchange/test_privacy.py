@@ -147,3 +147,9 @@ def test_odd_headers_are_read() -> None:
     dataset.PatientName, dataset.OtherPatientIDs, dataset.AccessionNumber = "", ["A-17", "B-18"], None
     who, _ = identifying(dataset)
     assert who == {"A-17", "B-18"}
+    tag = pydicom.tag.Tag("EchoTrainLength")
+    dataset[tag] = pydicom.dataelem.RawDataElement(tag, "US", 1, b"\1", 0, False, True)  # half of a number
+    item = pydicom.dataset.Dataset()
+    item.PersonName = "Trude"
+    dataset.ReferencedPatientSequence = [item]
+    assert identifying(dataset)[0] == {"A-17", "B-18", "Trude"}

@@ -95,6 +95,16 @@ def test_monochrome1_is_inverted_together_with_its_window() -> None:
     np.testing.assert_allclose(ours, 1 - shown_by_pydicom(stored, 1800, 900, "LINEAR"), atol=1e-4)
 
 
+@pytest.mark.parametrize("white", [False, True])
+def test_a_negative_scale_turns_no_image_into_its_negative(white: bool) -> None:
+    made = volume(np.arange(100).reshape(10, 10), scale=-2.0, offset=50.0, low_is_white=white)
+    levels = levels_of(made)
+    real = made.offset + made.scale * made.values
+    pixels = levels.pixels(made.values)
+    np.testing.assert_array_equal(levels.value_offset + levels.value_scale * pixels.astype(float), real)
+    assert (levels.value_scale < 0) == white  # bright is high, but for MONOCHROME1
+
+
 def test_the_rule_of_a_window() -> None:
     ct = volume(np.arange(-1000, 1000).reshape(40, 50), unit="HU", modality="CT", windows=((-110, 189), (-450, 1049)))
     assert window_for(ct) == (-500, 1299, "bone")  # what a soft tissue window would make white in bone stays grey

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +376,15 @@ def test_labels_of_another_patient_are_refused(case: Case, tmp_path: Path) -> No
     path = write_nifti(tmp_path / "beside.nii.gz", beside, case.made.affine)
     with pytest.raises(FileError, match="none of its labels lies in"):
         read_labels(path, case.volume, TOTAL)
+
+
+def test_a_seg_that_marks_nothing_in_the_image_is_refused(case: Case, tmp_path: Path) -> None:
+    lesion = np.zeros_like(case.made.lesion)
+    lesion[-4:-1, 4:8, 20:24] = True
+    path = segmentation(tmp_path / "seg.dcm", case.files, {"lesion": lesion})
+    narrow = replace(case.volume, values=case.volume.values[:-4])
+    with pytest.raises(FileError, match="nothing of its segment 1 lies in"):
+        read_lesions(path, narrow)
 
 
 def test_contours_elsewhere_or_oblique_are_refused(case: Case, tmp_path: Path) -> None:
