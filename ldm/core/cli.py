@@ -19,7 +19,7 @@ T = TypeVar("T")
 program: str | None = None  # what usage lines name instead of the script's file: "medsoft train"
 DONE, FAILED, USAGE, SOME_REJECTED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
-TALKATIVE = ("httpx", "open_clip", "timm", "matplotlib", "lightning_fabric")
+TALKATIVE = ("httpx", "open_clip", "timm", "matplotlib", "lightning_fabric", "highdicom", "pydicom", "nibabel")
 
 
 class Terminated(SystemExit):

@@ -15,7 +15,7 @@ import logging
 from ldm.core import cli
 def main(args):
     import lightning_fabric
-    for name in ("lightning_fabric.utilities", "open_clip", "ldm.training.run", "lightning"):
+    for name in ("lightning_fabric.utilities", "open_clip", "highdicom.base", "ldm.training.run", "lightning"):
         logging.getLogger(name).info("%s informs", name)
         logging.getLogger(name).warning("%s warns", name)
 cli.run(cli.parser(None), main, [])
@@ -26,9 +26,10 @@ def test_packages_that_talk_of_themselves_are_quiet_until_they_warn() -> None:
     done = subprocess.run([sys.executable, "-c", TALK], capture_output=True, text=True, cwd=ROOT, check=True)
     said = done.stdout.splitlines()
     assert "ldm.training.run informs" in said
-    assert [line for line in said if line.startswith(("lightning_fabric", "open_clip"))] == [
+    assert [line for line in said if line.startswith(("lightning_fabric", "open_clip", "highdicom"))] == [
         "lightning_fabric.utilities warns",
         "open_clip warns",
+        "highdicom.base warns",
     ]
 
 
