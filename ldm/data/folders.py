@@ -291,7 +291,9 @@ def read_regions(
         if path == mask and looks_inverted(each.hard, whole=not healthy):
             reason = f"marks the whole border and {each.hard.mean():.0%} of the image: inverted? {POLARITY}"
             raise FileError(path, reason)
-        if each.soft and _is_picture_of(image, each.values):
+        # Where a flat lesion was inpainted into flat tissue, the image does rise and fall with its soft mask.
+        of_mask = path == soft_mask and own is not None and own.hard.any() and (each.values[own.hard] == 1).all()
+        if each.soft and not of_mask and _is_picture_of(image, each.values):
             raise FileError(path, f"looks like the image itself; expected a mask: {POLARITY}")
         if each.note:
             notes.append(Note(path, each.note))
