@@ -54,7 +54,7 @@ def test_killed_and_restarted_gives_the_files_of_the_unbroken_run(
     given = ["--train_json", world / TRAIN, "--variants", variants, "--exact"]
     assert infer(final, tmp_path / "unbroken", *given) == 0
     broken, unbroken = files_of(tmp_path / "killed" / "out"), files_of(tmp_path / "unbroken")
-    assert len(unbroken) == 5 * 5 * variants
+    assert len(unbroken) == 5 * 6 * variants
     whole(tmp_path / "killed" / "out")
     assert set(broken) == set(unbroken)
     for file, content in broken.items():
