@@ -43,7 +43,7 @@ KNOWN = {
     ("mldm_v15_unet_only", "weights rounding"): "94d1e69e56f48b0539177468014aea7fad2ce8af49f9181dd5880e4ac496de8d",
     ("mldm_v15_unet_only", "images"): "1f1b8fbe4a4d452c6f16cb905804e14532b62ee28e51a1b56decb1517f5e8f82",
     ("mldm_v15_unet_only", "architecture"): "6c38d0421d4cc6850217a51380f6ae4e6e6831a62e0c1b11a6580aa4541a40b6",
-    ("phantom_stage2_2", "weights rounding"): "db1796bf21f06308244014187449f536d99612b8d467db1d5feebb0555147586",
+    ("phantom_stage2_2", "weights rounding"): "32064437f5fac58f614effc8fe6144502ae87e197d72aeefce8ec099b1d142d6",
     ("phantom_stage2_2", "images"): "e78ca85e08f0942be620cdfb3641371c85d87f2253672eb10ff2a72f2f6de35b",
     ("phantom_stage2_2", "architecture"): "f0a4f47aed522e130d712c403dc7ea3b48c14b2858063bacf8c05ad4ef1a3610",
 }
