@@ -1,11 +1,13 @@
 """Labels, lesions and sentences for the images of a source: by the segmentation's own reference, by names, by a table.
 
-A file belongs to the image with whose name its own begins (``case_012.nii.gz``, ``case_012_seg.nii.gz``), or in whose
-folder of the same name it lies; a DICOM SEG or RTSTRUCT to the series that it refers to. Every lesion file must belong
-to an image, or one that is misspelled would leave its image healthy.
+A file belongs to the image whose name it has, alone or before words that say what it is (``case_012.nii.gz``,
+``case_012_seg.nii.gz``; ``case_012-2.nii.gz`` may be another case's), or in whose folder of the same name it lies; a
+DICOM SEG or RTSTRUCT to the series that it refers to. Every lesion file must belong to an image, or one that is
+misspelled would leave its image healthy.
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +22,14 @@ from ldm.volumes.segmentations import references
 log = logging.getLogger(__name__)
 
 SHOWN = 3  # names in a message
+# What may follow an image's name in that of a file that belongs to it: words for what it holds, numbered or not.
+_WORDS = (
+    r"lesions?|labels?|labelmap|seg(mentations?)?|segm|totalseg(mentator)?|masks?|msk|tumou?rs?|metastas[ie]s|mets?|"
+    r"findings?|roi|gt|groundtruth|truth|annotations?|contours?|rtstruct|rtss|vert(ebrae?)?|spine|subreg|body|bodies|"
+    r"lytic|blastic|sclerotic|left|right|manual|pred|image|img|ct|mri?|t1w?|t2w?|stir|text|report|prompts?|sentences?|"
+    r"(th|[ctls])\d{1,2}"
+)
+_REST = re.compile(rf"(_0000)?([\W_]+({_WORDS})([\W_]?\d{{1,3}})?)*[\W_]*")
 UNCLEAR = "a lesion file, row or text that may be its own is unclear: it is not taken for healthy"
 
 
@@ -133,7 +143,12 @@ def _matches(cases: Sequence[Case], given: Path, flag: str) -> tuple[dict[int, l
             reason = f"{len(fitting)} images fit it ({names}); choose with --series, or give a table"
             problems.append(Problem(entry.path, entry.path.name, reason, public=f"{len(fitting)} images fit it"))
         else:
+            perhaps = _perhaps(entry, cases)
+            unclear |= perhaps
             reason = "belongs to no image by its name" if not entry.series else "refers to no series of the source"
+            if perhaps:
+                names = "; ".join(cases[number].names[0] for number in sorted(perhaps)[:SHOWN])
+                reason += f", which begins as that of {names}: name it IMAGE_lesion or IMAGE_seg, or give a table"
             problems.append(Problem(entry.path, entry.path.name, reason, rejected=flag == "--lesions"))
     return found, unclear, problems
 
@@ -180,11 +195,28 @@ def _fitting(entry: _Entry, cases: Sequence[Case]) -> list[int]:
     return fitting
 
 
+def _perhaps(entry: _Entry, cases: Sequence[Case]) -> set[int]:
+    """The cases with whose names those of an entry begin that fits none: it may be theirs, or of an image elsewhere."""
+    if entry.series:
+        return set()
+    return {
+        number
+        for number, case in enumerate(cases)
+        if any(_rest(key, name) is not None for key in entry.keys for name in case.names)
+    }
+
+
 def _fits(key: str, name: str) -> int:
-    """How many letters of ``key`` are ``name``: all, or its beginning up to a sign that is neither letter nor digit."""
+    """How many letters of ``key`` are ``name``: all, or its beginning before words that say what a file holds."""
+    rest = _rest(key, name)
+    return len(name) if rest is not None and _REST.fullmatch(rest) else 0
+
+
+def _rest(key: str, name: str) -> str | None:
+    """What follows ``name`` in ``key``; None where ``key`` does not begin with it, or a letter or digit follows."""
     key, name = key.casefold(), name.casefold()
     begins = name and key.startswith(name) and not key[len(name) : len(name) + 1].isalnum()
-    return len(name) if begins else 0
+    return key[len(name) :] if begins else None
 
 
 # ------------------------------------------------------------------------------------------------------ rows and texts
@@ -208,7 +240,7 @@ def _with_table(cases: Sequence[Case], table: Path) -> tuple[list[Case], list[Pr
                 )
             rows.setdefault(fitting[0], []).extend(load())
         except FileError as error:
-            unclear |= {*fitting}
+            unclear |= {*fitting} or (_perhaps(_Entry(path, keys), cases) if table.is_dir() else set())
             problems.append(Problem(path, name, error.reason, public="it belongs to no image, or holds no sentence"))
     made = []
     for number, case in enumerate(cases):

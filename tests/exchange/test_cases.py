@@ -112,22 +112,25 @@ def test_files_belong_to_the_image_with_whose_name_theirs_begins(tmp_path: Path,
 
 
 def test_an_image_without_labels_or_with_two_is_rejected(tmp_path: Path, volume: Callable[[str], Path]) -> None:
-    for name in ("images/a", "images/b", "images/c", "labels/a", "labels/b_1", "labels/b_2"):
+    for name in ("images/a", "images/b", "images/c", "labels/a", "labels/b_seg", "labels/b_label"):
         volume(f"{name}.nii.gz")
     cases, problems = paired(tmp_path / "images", labels=tmp_path / "labels")
     assert [case.patient for case in cases] == ["a"]
     assert [(each.name, each.rejected) for each in problems] == [("b.nii.gz", True), ("c.nii.gz", True)]
-    assert "2 files of --labels fit it (b_1.nii.gz, b_2.nii.gz)" in problems[0].reason
+    assert "2 files of --labels fit it (b_label.nii.gz, b_seg.nii.gz)" in problems[0].reason
     assert "looked for a name that begins with c" in problems[1].reason
 
 
 def test_lesions_several_for_one_image_and_none_for_another(
     tmp_path: Path, volume: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("images/a", "images/b", "lesions/a_1", "lesions/a_2", "lesions/aa"):
+    for name in ("images/a", "images/b", "lesions/a_lesion_1", "lesions/a_lesion_2", "lesions/aa"):
         volume(f"{name}.nii.gz")
     cases, problems = paired(tmp_path / "images", lesions=tmp_path / "lesions")
-    assert [[path.name for path, _ in case.lesions] for case in cases] == [["a_1.nii.gz", "a_2.nii.gz"], []]
+    assert [[path.name for path, _ in case.lesions] for case in cases] == [
+        ["a_lesion_1.nii.gz", "a_lesion_2.nii.gz"],
+        [],
+    ]
     assert [(each.path.name, each.rejected) for each in problems] == [("aa.nii.gz", True)]  # misspelled: never healthy
     assert "1 of 2 images have no file of --lesions" in caplog.text
 
@@ -146,6 +149,21 @@ def test_images_to_which_one_lesion_file_may_belong_are_not_healthy(
         cases, problems = paired(tmp_path / "scans", **flags)
         assert [case.patient for case in cases] == ["2"]
         assert sum("not taken for healthy" in each.reason and each.rejected for each in problems) == 2
+
+
+def test_a_longer_name_may_be_of_another_image(tmp_path: Path, volume: Callable[[str], Path]) -> None:
+    for name in ("P1", "Q1"):
+        volume(f"images/{name}.nii.gz")
+    for name in ("P1-2_lesion", "P1-2_seg", "Q1_seg"):
+        volume(f"{'lesions' if 'lesion' in name else 'labels'}/{name}.nii.gz")
+    cases, problems = paired(tmp_path / "images", lesions=tmp_path / "lesions")
+    assert [(case.patient, case.lesions) for case in cases] == [("Q1", ())]  # P1 is neither diseased nor healthy
+    assert [each.name for each in problems if each.rejected] == ["P1-2_lesion.nii.gz", "P1.nii.gz"]
+    assert "begins as that of P1.nii.gz" in problems[0].reason
+    assert [case.patient for case in paired(tmp_path / "images", labels=tmp_path / "labels")[0]] == ["Q1"]
+    (tmp_path / "texts").mkdir()
+    write(tmp_path / "texts" / "P1-2.txt", "lytic lesion of the L3 vertebra")
+    assert [case.patient for case in paired(tmp_path / "images", table=tmp_path / "texts")[0]] == ["Q1"]
 
 
 def test_the_next_name_chooses_where_the_nearest_fits_all(tmp_path: Path, volume: Callable[[str], Path]) -> None:
