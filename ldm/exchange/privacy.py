@@ -24,7 +24,7 @@ from ldm.volumes.dicom_files import readable
 
 PATIENT, DIGEST = 12, 24  # letters; each is worth 4 bits
 HIDDEN = "[...]"
-FEWEST = 3  # letters of a name that is looked for in other texts
+FEWEST = 3  # letters of a name that is looked for in other texts; one in another script may have a single one
 _LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")  # letters only: no digest looks like a date
 _UID = re.compile(r"(?<![\d.])[0-2](?:\.\d+){4,}(?![\d.])")
 _DIGITS = re.compile(r"(?<!\d)\d{8,}(?!\d)")  # dates, times, accession numbers
@@ -76,7 +76,7 @@ class IdentifyingTexts:
     def __init__(self, who: Iterable[str] = (), others: Iterable[str] = ()) -> None:
         self.who = {text.strip() for text in who}
         self.others = {text.strip() for text in others}
-        self._who = _pattern(text for text in self.who if len(text) >= FEWEST)
+        self._who = _pattern(text for text in self.who if _is_long(text))
         self._all = _pattern(self.who | {text for text in self.others if not is_anyones(text)})
 
     def and_others(self, others: Iterable[str]) -> "IdentifyingTexts":
@@ -104,11 +104,22 @@ def is_anyones(name: str) -> bool:
     return _ANYONES.fullmatch(name) is not None
 
 
+def _is_long(text: str, fewest: int = FEWEST) -> bool:
+    """Whether a text has the letters that it takes to be looked for in others."""
+    return len(text) >= fewest if text.isascii() else any(map(str.isalnum, text))
+
+
 def _pattern(texts: Iterable[str]) -> re.Pattern | None:
-    """One pattern for all the texts, longer ones first, in any case: words end at signs, letters also at digits."""
-    words = sorted({text for text in texts if len(text) >= 2}, key=lambda text: (-len(text), text))
+    """One pattern for all the texts, longer ones first, in any case: words end at signs, letters also at digits.
+
+    Those of scripts without capitals end anywhere: many of them put no space between words.
+    """
+    words = sorted({text for text in texts if _is_long(text, 2)}, key=lambda text: (-len(text), text))
     found = []
     for word in words:
+        if not word.isascii() and word.lower() == word.upper():
+            found.append(re.escape(word))
+            continue
         inside = r"[^\W\d_]" if word.isalpha() else r"[^\W_]"
         found.append(rf"(?<!{inside}){re.escape(word)}(?!{inside})")
     return re.compile("|".join(found), re.IGNORECASE) if found else None
@@ -123,10 +134,10 @@ def identifying(dataset: Any) -> tuple[set[str], set[str]]:
         texts = [str(value).strip() for value in values if value is not None and not isinstance(value, bytes)]
         if element.VR == "PN":
             names = [name for text in texts for name in re.split(r"[\^=,\s]+", text)]
-            who |= {name for name in names if len(name) >= FEWEST and name.casefold() not in _PARTICLES}
+            who |= {name for name in names if _is_long(name) and name.casefold() not in _PARTICLES}
             others |= {text.replace("^", " ") for text in texts} | set(texts)
         elif element.keyword in _IDENTIFYING or element.VR in ("DA", "DT"):
-            who |= {text for text in texts if len(text) > FEWEST}
+            who |= {text for text in texts if _is_long(text, FEWEST + 1)}
         elif element.keyword in _DESCRIBING or element.tag.is_private:
             others |= {text for text in texts if len(text) > FEWEST}
     return who, others

@@ -107,6 +107,23 @@ def test_other_texts_are_not(text: str) -> None:
     assert IdentifyingTexts(*identifying(header())).found_in(text) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("Wang^Fang=王^芳", "患者王某，第三腰椎溶骨性病变"),
+        ("Yamada^Ryo=山田^亮", "山田さんの骨病変"),
+        ("Ü^Kim", "Herr Ü, Läsion L3"),
+    ],
+)
+def test_short_names_of_other_scripts_are_found(name: str, text: str) -> None:
+    dataset = Dataset()
+    dataset.SpecificCharacterSet, dataset.PatientName = "ISO_IR 192", name
+    texts = IdentifyingTexts(*identifying(dataset))
+    assert texts.found_in(text)
+    assert text != texts.hidden(text)
+    assert texts.found_in("lytic lesion of the L3 vertebra, über L4") is None
+
+
 def test_messages_lose_names_paths_and_numbers() -> None:
     source = Path("/archive/Mustermann_Erika_1950")
     paths = path_texts([source / "CT" / "IM0003.dcm", source / "images" / "L3.nii.gz"], source)
