@@ -31,8 +31,15 @@ from ldm.data.samples import (
 def load_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
     """Samples of a dataset folder, an annotation file or another source, and what of it cannot be used.
 
-    Raises MedSoftError if the path does not exist or nothing in it is usable.
+    What is doubtful about them is logged. Raises MedSoftError if the path does not exist or nothing in it is usable.
     """
+    samples, rejects = read_samples(path)
+    warn_of_texts(samples)
+    return samples, rejects
+
+
+def read_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
+    """``load_samples`` for a caller that says itself what is doubtful about them."""
     path = Path(path)
     if not path.exists():
         raise MedSoftError(f"{path}: does not exist; expected a dataset folder or an annotation JSON file")
@@ -41,7 +48,6 @@ def load_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
     if not samples:
         first = f"; the first: {rejects[0]}" if rejects else ""
         raise MedSoftError(f"{path}: none of its {len(rejects)} samples can be used{first}")
-    warn_of_texts(samples)
     return samples, rejects
 
 

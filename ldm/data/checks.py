@@ -4,7 +4,7 @@ classes and prompts. No file is decoded here; no torch."""
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -263,12 +263,11 @@ def warn_of_similar_prompts(samples: Iterable[Sample]) -> None:
     _warn("nearly the same prompt, learned as different ones", map(_listed, similar_prompts(samples)))
 
 
-def warn_of_texts(samples: Sequence[Sample]) -> None:
-    """Warning lines for what the ids, classes and prompts of a data set are probably not meant to be.
+def doubtful_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, list[str]]]:
+    """What the ids, classes and prompts of a data set are probably not meant to be: each doubt, and whom it concerns.
 
     That is: ids or classes that differ only in case or in the form of their characters, prompts that say that there is
-    no lesion in other words than ``healthy``, or contradict the lesion type, and what was noted when the files were
-    read.
+    no lesion in other words than ``healthy``, or contradict the lesion type.
     """
     named = any(sample.patient_id != sample.sample_id for sample in samples)
     names = [
@@ -277,14 +276,21 @@ def warn_of_texts(samples: Sequence[Sample]) -> None:
         ("lesion types", (s.lesion_type for s in samples if s.lesion_type), plain),
     ]
     for what, texts, key in names:
-        _warn(f"different {what}, but for case or the form of characters the same", map(_listed, similar(texts, key)))
+        alike = [_listed(found) for found in similar(texts, key)]
+        yield f"different {what}, but for case or the form of characters the same", alike
     first = {sample.prompt: shown(sample.sample_id) for sample in reversed(samples)}
     unclear = {prompt: name for prompt, name in reversed(first.items()) if probably_healthy(prompt)}
     meaning = "counts as diseased but reads as healthy; write `healthy` if there is no lesion"
-    _warn(f"a prompt {meaning}", (f"{name}: {prompt!r}" for prompt, name in unclear.items()))
+    yield f"a prompt {meaning}", [f"{name}: {prompt!r}" for prompt, name in unclear.items()]
     opposed = [sample for sample in samples if contradicts_type(sample)]
     words = "prompt and lesion_type in meta.json contradict each other; which of them is wrong?"
-    _warn(words, (f"{shown(sample.sample_id)}: {sample.prompt!r}, {sample.lesion_type!r}" for sample in opposed))
+    yield words, [f"{shown(sample.sample_id)}: {sample.prompt!r}, {sample.lesion_type!r}" for sample in opposed]
+
+
+def warn_of_texts(samples: Sequence[Sample]) -> None:
+    """Warning lines for the doubtful texts of a data set, and for what was noted when its files were read."""
+    for what, members in doubtful_texts(samples):
+        _warn(what, members)
     for note in dict.fromkeys(note for sample in samples for note in sample.notes):
         _warn_of_first(note, [sample for sample in samples if note in sample.notes])
 

@@ -24,11 +24,12 @@ from ldm.config import Config
 from ldm.core.devices import resolve_precision
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_text
-from ldm.data.annotations import load_samples
+from ldm.data.annotations import load_samples, read_samples
 from ldm.data.checks import (
     annotation_rows,
     check_classes,
     check_unseen,
+    doubtful_texts,
     groups_of,
     groups_of_samples,
     leaks,
@@ -42,7 +43,7 @@ from ldm.data.checks import (
 from ldm.data.folders import ORIENTATION_NOTE, read_regions
 from ldm.data.images import orientations_differ, pixel_digest, read_image
 from ldm.data.preparation import inpainting_obstacle
-from ldm.data.samples import Sample, prompt_of
+from ldm.data.samples import Sample, prompt_of, shown
 from ldm.features.names import training_items
 from ldm.inference.prompts import contradiction, image_facts
 from ldm.networks.model import MedSoftModel
@@ -151,7 +152,7 @@ def check_data(sets: dict[str, Path], workers: int | None = None, overlays: Path
     rows, seconds = [], 0.0
     for name, path in sets.items():
         try:
-            samples, rejects = load_samples(path)
+            samples, rejects = read_samples(path)
         except MedSoftError as error:
             yield Finding("error", name, str(error))
             continue
@@ -160,6 +161,7 @@ def check_data(sets: dict[str, Path], workers: int | None = None, overlays: Path
         looks = _look_at(samples, name, workers)
         seconds += time.perf_counter() - start
         yield from (fault for seen in looks for fault in seen.faults)
+        yield from _doubts(name, samples, looks)
         yield from _about(name, samples, looks)
         yield from _repeated(name, looks)
         rows += annotation_rows(name, samples, {seen.sample_id: seen.digest for seen in looks if seen.digest})
@@ -167,8 +169,8 @@ def check_data(sets: dict[str, Path], workers: int | None = None, overlays: Path
     everyone = [sample for samples in loaded.values() for sample in samples]
     if overlays and everyone:
         try:
-            shown = write_overlays(overlays, everyone)
-            log.info("%s: look whether the outlines of these %d samples lie where they belong", overlays, shown)
+            count = write_overlays(overlays, everyone)
+            log.info("%s: look whether the outlines of these %d samples lie where they belong", overlays, count)
         except MedSoftError as error:
             yield Finding("warning", str(overlays), str(error))
     words = (len(everyone), seconds, 60 * len(everyone) / max(seconds, 1e-9))
@@ -188,6 +190,15 @@ def _look_at(samples: list[Sample], name: str, workers: int | None) -> list[Data
         return list(tqdm(map(look, samples), **bar))
     with ProcessPoolExecutor(count) as pool:
         return list(tqdm(pool.map(look, samples, chunksize=16), **bar))
+
+
+def _doubts(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> Iterator[Finding]:
+    """Texts that are probably meant otherwise, and notes of the reading that no look at the pixels has repeated."""
+    for what, members in doubtful_texts(samples):
+        yield from (Finding("warning", name, f"{what}: {member}") for member in members)
+    for sample, seen in zip(samples, looks, strict=True):
+        said = [note for note in sample.notes if not any(note in fault.text for fault in seen.faults)]
+        yield from (Finding("warning", shown(sample.sample_id), note) for note in said)
 
 
 def _about(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> Iterator[Finding]:
@@ -240,8 +251,8 @@ def check_privacy(samples: list[Sample]) -> Iterator[Finding]:
         for key in personal_keys(sample.meta):
             found.setdefault(f"have the key {key} in meta.json", []).append(sample.sample_id)
     for what, names in found.items():
-        shown = ", ".join(list(dict.fromkeys(names))[:3])
-        text = f"{len(names)} samples or ids {what} ({shown}): results and reports carry that on; use codes instead"
+        some = ", ".join(list(dict.fromkeys(names))[:3])
+        text = f"{len(names)} samples or ids {what} ({some}): results and reports carry that on; use codes instead"
         yield Finding("warning", "privacy", text)
 
 
@@ -265,8 +276,8 @@ def check_prompts(samples: list[Sample]) -> Iterator[Finding]:
             except MedSoftError as error:
                 yield Finding("warning", str(file), error.cause(file))
     for group in similar_prompts(samples):
-        shown = " | ".join(map(repr, group[:4]))
-        yield Finding("warning", "prompts", f"nearly the same, learned as different ones: {shown}")
+        some = " | ".join(map(repr, group[:4]))
+        yield Finding("warning", "prompts", f"nearly the same, learned as different ones: {some}")
 
 
 # ------------------------------------------------------------------------------------------------------- machine

@@ -152,6 +152,24 @@ def test_prompts(tmp_path: Path, write_sample: Any) -> None:
     assert "s3/prompt.txt: 400 characters: the text encoder reads 75 tokens only" in said
 
 
+def test_doubtful_texts_and_notes_are_findings_said_once(
+    tmp_path: Path, write_sample: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for name, prompt, patient in (("a", "normal", "P1"), ("b", "lytic lesion", "p1"), ("c", '"healthy"', "p2")):
+        write_sample(tmp_path / "data" / name, prompt=prompt, image=picture(ord(name)), meta={"patient_id": patient})
+    code, found = findings(tmp_path, "--data", tmp_path / "data")
+    said, printed = texts(found, "warning"), caplog.text
+    assert code == 0
+    for text in (
+        "a prompt counts as diseased but reads as healthy",
+        "different patients, but for case",
+        "is read as `",
+    ):
+        assert said.count(text) == 1
+        assert printed.count(text) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
