@@ -26,6 +26,7 @@ from ldm.volumes.volume import PROJECTION, Volume, frame_plane, to_integers
 
 IMAGE, LOCALIZER = "image", "localizer"
 SUFFIXES = ("", ".dcm", ".ima", ".dicom", ".dic")  # and numbers: a file so named is expected to be DICOM
+NO_RESCALE = "no RescaleSlope or no RescaleIntercept in the header: values are as stored, and not taken for HU"
 # By the beginnings of the names of their SOP classes in pydicom's dictionary.
 KINDS = {
     "Segmentation Storage": "segmentation",
@@ -137,8 +138,11 @@ def read_series(series: Series) -> Volume:
         with told(series.files[0], "its header is damaged"):
             header = open_file(series.files[0], pixels=False)
             frames, affine = stacked(series.name, frames, _thickness(header))
+            unit = _unit(series, header)
+            unknown = unit == "HU" and not all(frame.rescaled for frame in frames)
             known = {
-                "unit": _unit(series, header),
+                "unit": None if unknown else unit,
+                "notes": (NO_RESCALE,) if unknown else (),
                 "acquired": PROJECTION if is_projection(header) else frame_plane(affine),
                 "header": _white_list(header),
                 "source": _source(series, frames, header),

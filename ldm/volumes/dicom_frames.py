@@ -39,6 +39,7 @@ class Frame:
     low_is_white: bool  # MONOCHROME1
     slope: Fraction
     intercept: Fraction
+    rescaled: bool  # the header gives slope and intercept, or the lut
     lut: tuple[int, np.ndarray] | None  # the stored value of its first entry; integers
     dtype: np.dtype[Any]  # of the decoded values, after the lut
     windows: tuple[tuple[float, float], ...]
@@ -117,6 +118,8 @@ def _frame(path: Path, dataset: Dataset, index: int | None) -> Frame:
         low_is_white=dataset.get("PhotometricInterpretation") == "MONOCHROME1",
         slope=slope,
         intercept=Fraction(0) if lut else _fraction(rescale.get("RescaleIntercept"), 0),
+        rescaled=lut is not None
+        or all(rescale.get(name) not in (None, "") for name in ("RescaleSlope", "RescaleIntercept")),
         lut=lut,
         dtype=_dtype(dataset) if lut is None else lut[1].dtype,
         windows=_windows(_group(dataset, index, "FrameVOILUTSequence")),

@@ -136,6 +136,15 @@ def test_what_a_volume_says_of_its_making_is_a_white_list(tmp_path: Path) -> Non
     assert (volume.rounded, volume.notes, volume.low_is_white) == (False, (), False)
 
 
+@pytest.mark.parametrize("missing", ["RescaleSlope", "RescaleIntercept"])
+def test_ct_without_slope_or_intercept_has_no_unit_and_it_is_said(tmp_path: Path, missing: str) -> None:
+    values = made.marked((4, 5, 3))
+    made.write_series(tmp_path, values, made.grid("LPH", values.shape, SPACING), **{missing: None})
+    volume = read(tmp_path)
+    assert volume.unit is None
+    assert "not taken for HU" in volume.notes[0]
+
+
 def test_mr_has_no_unit_and_names_its_sequence(tmp_path: Path) -> None:
     values = made.marked((4, 5, 3))
     made.write_series(tmp_path, values, made.grid(made.SAGITTAL, values.shape, SPACING), modality="MR")
