@@ -6,7 +6,8 @@ the way back; nothing of it is written but to those who ask for it (``--same_stu
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ldm.core import cli
-from ldm.core.errors import FileError, MedSoftError, UsageError
+from ldm.core.errors import FileError, MedSoftError, UsageError, first_line
 from ldm.core.files import atomic_folder, content_id, fingerprint, read_json, write_json
 from ldm.core.paths import confined
 from ldm.core.run_folder import RunFolder
@@ -159,11 +160,12 @@ def _write(
     for result in tqdm(results, "exporting", unit=" results", disable=None):
         try:
             with atomic_folder(folder.path / result.name) as partial:
-                if options.format == "nifti":
-                    about = write_nifti(partial, result)
-                else:
-                    said = {"same_study": options.same_study, "link_source": options.link_source}
-                    about = write_dicom(partial, result, pseudonyms, folder.run, started, **said)
+                with _odd_header(result):
+                    if options.format == "nifti":
+                        about = write_nifti(partial, result)
+                    else:
+                        said = {"same_study": options.same_study, "link_source": options.link_source}
+                        about = write_dicom(partial, result, pseudonyms, folder.run, started, **said)
                 write_json(partial / ABOUT, {"sample_id": result.name, **about})
         except FileError as error:
             own = error.path.is_relative_to(result.sample.image.parent)
@@ -172,6 +174,22 @@ def _write(
             file, reason = (error.path, error.reason) if own else (result.sample.image, f"its source {error.reason}")
             rejects.append(Reject(result.name, file, reason))
     return rejects
+
+
+@contextmanager
+def _odd_header(result: ExportedResult) -> Iterator[None]:
+    """What pydicom and highdicom raise where a header holds what they do not expect rejects this result alone.
+
+    Their words may repeat the header: only the console shows them. Any OSError (full disk) is the caller's.
+    """
+    try:
+        yield
+    except FileError:
+        raise
+    except (MedSoftError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        kind = type(error).__name__
+        log.warning("%s: %s: %s", result.name, kind, first_line(error))
+        raise FileError(result.sample.image, f"cannot be written with its source's header ({kind})") from error
 
 
 def _finish(folder: RunFolder, planned: Sequence[ExportedResult], rejects: Sequence[Reject], started: str) -> int:

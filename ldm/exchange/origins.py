@@ -57,6 +57,7 @@ class Origin:
     series: str  # digest
     patient: str  # pseudonym
     study_uid: str | None
+    series_uid: str | None
     kind: str  # dicom or nifti
     paths: tuple[Path, ...]  # of the series
     affine: np.ndarray  # (4, 4): (row, column, 0, 1) of the result -> LPS in mm
@@ -98,6 +99,7 @@ class PrivateMapping:
             series=meta["series"],
             patient=series["patient"],
             study_uid=series.get("study_uid"),
+            series_uid=series.get("series_uid"),
             kind=series["kind"],
             paths=tuple(map(Path, series["paths"])),
             affine=affine,

@@ -138,7 +138,7 @@ def write_dicom(
         check_source(frame, path, origin.instance.sop_uid)
         stored = changed_values(frame, pixels, origin, sample.image)
     else:
-        frame = _template(origin.paths[0])
+        frame = _template(origin.paths[0], origin.series_uid)
         stored = derived_values(frame, pixels, origin, sample.image)
     names = _Names(pseudonyms, run, result)
     sources = _references(origin.paths if origin.instance is None else [origin.instance.path]) if link_source else ()
@@ -208,10 +208,12 @@ def derived_values(frame: Frame, pixels: Pixels, origin: Origin, path: Path) -> 
 
 
 @cache
-def _template(path: Path) -> Frame:
-    """A frame of a series, for the header of slices that are none."""
-    multi = "NumberOfFrames" in open_file(path, pixels=False)
-    return read_frame(path, 1 if multi else None)
+def _template(path: Path, series_uid: str | None) -> Frame:
+    """A frame of a series, for the header of slices that are none; FileError if the file is of another series now."""
+    header = open_file(path, pixels=False)
+    if (header.get("SeriesInstanceUID") or series_uid) != series_uid:
+        raise FileError(path, "is of another series than the one that was imported from there; put that one back")
+    return read_frame(path, 1 if "NumberOfFrames" in header else None)
 
 
 @cache

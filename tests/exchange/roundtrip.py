@@ -73,7 +73,7 @@ class World:
         meta |= {"value_offset": levels.value_offset, "value_scale": levels.value_scale, "unit": volume.unit}
         meta |= {"spacing_mm": image.spacing and list(image.spacing)}
         self.mapping["series"][series] = {
-            "series_uid": None,
+            "series_uid": pydicom.dcmread(paths[0]).get("SeriesInstanceUID") if kind == "dicom" else None,
             "study_uid": None if kind == "nifti" else "1.2.3",
             "patient_id": "P-4711",
             "patient": patient,

@@ -273,6 +273,19 @@ def test_a_reformat_is_a_series_of_its_own(world: World) -> None:
         np.testing.assert_array_equal(found[0, ..., 0] > 0, read_image(world.root / "results" / name / "mask.png") > 0)
 
 
+def test_a_reformat_takes_no_header_of_another_series(world: World) -> None:
+    shape = (36, 40, 33)
+    affine = grid(AXIAL, shape, (0.8, 0.7, 0.7))
+    paths = write_series(world.root / "series", marked(shape), affine)
+    world.import_and_inpaint(volume_of(marked(shape), affine, "axial"), "sagittal", 10, paths)
+    for path in paths:
+        dataset = pydicom.dcmread(path)
+        dataset.SeriesInstanceUID = pydicom.uid.generate_uid()
+        dataset.save_as(path)
+    with pytest.raises(MedSoftError, match="is of another series than the one that was imported from there"):
+        world.export()
+
+
 def test_a_resampled_slice_is_a_series_of_its_own(world: World) -> None:
     affine = grid(AXIAL, SHAPE, SPACING)
     paths = write_series(world.root / "series", marked(SHAPE), affine)
@@ -338,6 +351,10 @@ def spoilt(world: World, how: str) -> str:
         dataset.SOPInstanceUID = pydicom.uid.generate_uid()
         dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
         dataset.save_as(source)
+    elif how == "odd header":
+        dataset = pydicom.dcmread(source)
+        dataset.add_new("PixelPaddingValue", "US", [0, 1])
+        dataset.save_as(source)
     elif how == "other offset":
         meta["value_offset"] += 1
     elif how == "truncated":
@@ -350,6 +367,7 @@ def spoilt(world: World, how: str) -> str:
         "no turn": "turn: expected three times true or false, found nothing",
         "source gone": "its source does not exist any more",
         "another image": "is another image than the one that was imported",
+        "odd header": "cannot be written with its source's header (TypeError)",
         "other offset": "of its pixels outside the soft mask are not those of its source",
         "truncated": "its source its pixels cannot be read",
     }[how]
@@ -364,6 +382,7 @@ def spoilt(world: World, how: str) -> str:
         "no turn",
         "source gone",
         "another image",
+        "odd header",
         "other offset",
         "truncated",
     ],
