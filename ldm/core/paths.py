@@ -3,6 +3,8 @@
 In a checkout that is its root. The wheel holds the same tree in a folder of the package.
 """
 
+import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ldm.core.errors import MedSoftError
@@ -35,3 +37,24 @@ def confined(folder: Path, name: str) -> Path:
     if "\0" in name or root not in path.resolve().parents:
         raise MedSoftError(f"{name!r}: leads out of {folder}; expected the name of something inside that folder")
     return path
+
+
+def walk(top: Path, leave_out: Collection[Path] = ()) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder from ``top`` on, in the order of their names, with the sorted names of its files.
+
+    Links to folders are followed, but no folder is met twice, and none that lies in ``top`` or above it by a link.
+    Hidden folders, and those of ``leave_out`` (resolved), are left out.
+    """
+    root = top.resolve()
+    seen = {*leave_out}
+
+    def is_new(folder: Path) -> bool:
+        real = folder.resolve()
+        if real in seen or (folder.is_symlink() and (real.is_relative_to(root) or root.is_relative_to(real))):
+            return False
+        seen.add(real)
+        return True
+
+    for place, folders, files in os.walk(top, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if name[0] != "." and is_new(Path(place, name))]
+        yield Path(place), sorted(files)

@@ -4,7 +4,6 @@ What is paired with them (labels, lesions, sentences) is found by ``ldm.exchange
 """
 
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
+from ldm.core.paths import walk
 from ldm.core.tables import read_table
 from ldm.data.samples import text_of
 from ldm.exchange.privacy import is_anyones
@@ -135,10 +135,8 @@ def _walk(source: Path, leave_out: frozenset[Path]) -> tuple[list[Path], bool]:
     """Volumes in files below the source, sorted, and whether there are other files."""
     left_out = {path.resolve() for path in leave_out}
     volumes, other = [], False
-    for folder, folders, files in os.walk(source):
-        place = Path(folder)
-        folders[:] = sorted(name for name in folders if name[0] != "." and (place / name).resolve() not in left_out)
-        for name in sorted(files):
+    for place, files in walk(source, left_out):
+        for name in files:
             path = place / name
             if name[0] == "." or path.resolve() in left_out:
                 continue

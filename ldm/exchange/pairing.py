@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
+from ldm.core.paths import walk
 from ldm.exchange.cases import ROWS_DIFFER, Case, Problem, Row, is_volume, read_rows, stem, with_row_files
 from ldm.exchange.sentences import read_sentences
 from ldm.volumes.labels import structure_named
@@ -77,7 +78,9 @@ def inside(given: Path | None, source: Path) -> set[Path]:
         return set()
     if given.exists():
         return {given} if given.resolve() != source.resolve() else set()
-    return set(source.rglob(given.as_posix())) if source.is_dir() and not given.is_absolute() else set()
+    if not source.is_dir() or given.is_absolute():
+        return set()
+    return {folder / given for folder, _ in walk(source) if (folder / given).exists()}
 
 
 def _with_labels(
@@ -129,7 +132,7 @@ def _matches(cases: Sequence[Case], given: Path, flag: str) -> tuple[dict[int, l
                 raise UsageError(f"{flag} {given}: is one file for {len(cases)} images ({names}); {cure}")
             return {0: [given]}, set(), []
     else:
-        entries = [*_entries(given)]
+        entries = sorted(_entries(given), key=lambda entry: entry.path)
     found: dict[int, list[Path]] = {}
     unclear: set[int] = set()
     problems = []
@@ -162,14 +165,24 @@ def _is_mask_folder(folder: Path) -> bool:
     return any(is_volume(path) and structure_named(stem(path)) for path in folder.iterdir() if path.is_file())
 
 
-def _entries(folder: Path, above: tuple[str, ...] = ()) -> Iterator[_Entry]:
-    for path in sorted(folder.iterdir()):
-        if path.name[0] == ".":
+def _entries(top: Path) -> Iterator[_Entry]:
+    """The files and folders of masks below a folder, links followed."""
+    masks: set[Path] = set()
+    for folder, names in walk(top):
+        if masks & {*folder.parents}:
             continue
-        if path.is_dir() and not _is_mask_folder(path):
-            yield from _entries(path, (path.name, *above))
-        elif path.is_dir() or is_volume(path) or references(path):
-            yield _entry(path, above)
+        if _is_mask_folder(folder):
+            masks.add(folder)
+            yield _entry(folder, _above(folder, top))
+            continue
+        for path in (folder / name for name in names if name[0] != "."):
+            if is_volume(path) or references(path):
+                yield _entry(path, _above(path, top))
+
+
+def _above(path: Path, top: Path) -> tuple[str, ...]:
+    """The names of the folders that a path lies in below ``top``, the nearest first."""
+    return tuple(parent.name for parent in path.parents if parent.is_relative_to(top) and parent != top)
 
 
 def _entry(path: Path, above: tuple[str, ...]) -> _Entry:
@@ -262,7 +275,7 @@ def _told(table: Path) -> Iterator[tuple[Path, str, tuple[str, ...], Callable[[]
         for row in read_rows(table):
             yield table, f"{table.name}, line {row['line']}", (row["image"],), partial(list, [row])
     else:
-        for path in sorted(table.rglob("*.txt")):
+        for path in sorted(place / name for place, names in walk(table) for name in names if name.endswith(".txt")):
             yield path, path.name, (path.stem, path.parent.name), partial(read_sentences, path)
 
 

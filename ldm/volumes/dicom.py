@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
+from ldm.core.paths import walk
 from ldm.data.samples import shown
 from ldm.volumes.dicom_files import Decoder, open_file, told
 from ldm.volumes.dicom_frames import Frame, frames_of, is_projection, sop_uids, stored_values
@@ -163,9 +164,8 @@ def read_series(series: Series) -> Volume:
 
 def _files(folder: Path) -> Iterator[Path]:
     """Files at any depth, in the order of their names; hidden ones, and those in hidden folders, are left out."""
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if not hidden and file.is_file() and file.name.upper() != "DICOMDIR":
+    for file in sorted(place / name for place, names in walk(folder) for name in names if name[0] != "."):
+        if file.is_file() and file.name.upper() != "DICOMDIR":
             yield file
 
 

@@ -324,3 +324,19 @@ def test_multi_frame_files_and_radiographs_are_images_of_their_own(tmp_path: Pat
     series(tmp_path, modality="DX", PatientID="P1", change=change)
     cases, _ = find_cases(tmp_path, Wanted())
     assert len({case.key for case in cases}) == len(cases) == 4
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path, volume: Callable[[str], Path]) -> None:
+    volume("archive/P1/ct.nii.gz")
+    series(tmp_path / "archive" / "P2", PatientID="P2")
+    volume("masks/P1/lesion.nii.gz")
+    for name in ("source", "lesions"):
+        (tmp_path / name).mkdir()
+    for target in ("P1", "P2"):
+        (tmp_path / "source" / target).symlink_to(tmp_path / "archive" / target)
+    (tmp_path / "lesions" / "P1").symlink_to(tmp_path / "masks" / "P1")
+    for place in ("archive/P1/again", "masks/P1/again", "source/again", "lesions/again"):
+        (tmp_path / place).symlink_to((tmp_path / place).parent)
+    cases, problems = paired(tmp_path / "source", lesions=tmp_path / "lesions")
+    assert [(case.patient, len(case.lesions)) for case in cases] == [("P1", 1), ("P2", 0)]
+    assert not problems
