@@ -16,6 +16,7 @@ from ldm.core.tables import read_table
 from ldm.data.samples import text_of
 from ldm.exchange.privacy import is_anyones
 from ldm.volumes.dicom import Series, find_series, named
+from ldm.volumes.dicom_frames import PROJECTIONS
 from ldm.volumes.segmentations import SUFFIXES
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ TEXTS, FACTS = ("prompt", "lesion_type", "severity", "level"), ("patient", "site
 COLUMNS = (*IMAGE, *PARTNERS, *TEXTS, *FACTS)
 ALIASES = {"patient_id": "patient", "label": "labels", "lesions": "lesion", "sentence": "prompt"}
 ROWS_DIFFER = "its rows in the table contradict each other"
+MODALITIES = ("CT", "MR", "PT", "NM", "US", *PROJECTIONS)  # of volumes in files
+NNUNET_FOLDERS = ("imagesTr", "imagesTs")
 NNUNET = re.compile(r"(.+)_(\d{4})")  # CASE_0000: the number is a channel's
 _BIDS = re.compile(r"(sub-[A-Za-z0-9]+)(?:_|$)")
 
@@ -100,21 +103,36 @@ class Wanted:
 
 
 def find_cases(source: Path, wanted: Wanted) -> tuple[list[Case], list[Problem]]:
-    """The images of SOURCE in the order of their names, and what of it is none. UsageError if it does not exist."""
+    """The images of SOURCE in the order of their names, and what of it is none.
+
+    UsageError if it does not exist, and for ``wanted`` that nothing of it can be.
+    """
     if not source.exists():
         raise UsageError(f"{source}: does not exist; expected a folder, an image or a table (CSV)")
     if source.suffix.lower() == ".csv":
         return _cases_of_table(source, wanted)
-    if source.is_file():
-        return _cases_of_file(source, wanted)
-    inner = source / "imagesTr"
-    if source.name == "imagesTr" or inner.is_dir():
-        return _cases_of_nnunet(source if source.name == "imagesTr" else inner)
+    cases, problems = _cases_of_file(source, wanted) if source.is_file() else _cases_of_folder(source, wanted)
+    if wanted.modality not in (None, *MODALITIES) and any(case.series is None for case in cases):
+        raise UsageError(f"--modality {wanted.modality}: of a volume in a file, expected {', '.join(MODALITIES)}")
+    return cases, problems
+
+
+def _cases_of_folder(source: Path, wanted: Wanted) -> tuple[list[Case], list[Problem]]:
+    if source.name in NNUNET_FOLDERS:
+        return _cases_of_nnunet(source)
+    inner, tests = (source / name for name in NNUNET_FOLDERS)
+    if inner.is_dir():
+        cases, problems = _cases_of_nnunet(inner)
+        if tests.is_dir():
+            log.warning("%s: is not imported with imagesTr; import it as a SOURCE of its own", tests)
+            reason = "is nnU-Net's test set, which is not imported with imagesTr"
+            problems.append(Problem(tests, tests.name, reason, rejected=False))
+        return cases, problems
     volumes, other = _walk(source, wanted.leave_out)
     cases = _cases_of_volumes(source, volumes)
     problems: list[Problem] = []
     if other:
-        more, problems = _cases_of_dicom(source, wanted)
+        more, problems = _cases_of_dicom(source, wanted, alone=not cases)
         left_out = {path.resolve() for path in wanted.leave_out}
         problems = [
             each
@@ -200,8 +218,8 @@ def _cases_of_volumes(source: Path, volumes: Sequence[Path]) -> list[Case]:
     return cases
 
 
-def _cases_of_dicom(source: Path, wanted: Wanted) -> tuple[list[Case], list[Problem]]:
-    """One case for each series that is an image and wanted."""
+def _cases_of_dicom(source: Path, wanted: Wanted, alone: bool = True) -> tuple[list[Case], list[Problem]]:
+    """One case for each series that is an image and wanted; ``alone``: SOURCE holds no volumes in files."""
     try:
         found, rejects = find_series(source)
     except FileError as error:
@@ -209,6 +227,9 @@ def _cases_of_dicom(source: Path, wanted: Wanted) -> tuple[list[Case], list[Prob
     problems = [Problem(reject.path, str(reject.path), reject.reason) for reject in rejects]
     cases = []
     images = [series for series in found if series.kind == "image"]
+    modalities = sorted({series.modality for series in images})
+    if alone and wanted.modality and modalities and wanted.modality not in modalities:
+        raise UsageError(f"--modality {wanted.modality}: no series has it; there are {', '.join(modalities)}")
     called = images if wanted.series is None else named(images, wanted.series)
     for series in sorted(found, key=lambda each: (str(each.folder), each.number or 0, each.uid, each.files)):
         if reason := _not_wanted(series, wanted, called):
@@ -282,7 +303,10 @@ def _case_of_rows(table: Path, image: str, wanted: Wanted) -> tuple[Case, list[P
     path = table.parent / image
     if not path.exists():
         raise FileError(path, "does not exist; paths in a table begin at the table's folder")
-    cases, problems = find_cases(path, wanted)
+    try:
+        cases, problems = find_cases(path, wanted)
+    except UsageError as error:  # the next row's image may be of that modality
+        raise FileError(path, str(error)) from error
     if len(cases) != 1:
         if not cases and problems:
             raise FileError(problems[0].path, problems[0].reason)

@@ -73,6 +73,29 @@ def test_an_nnunet_folder(tmp_path: Path, volume: Callable[[str], Path]) -> None
         assert [(each.name, each.rejected) for each in problems] == [("a_0001.nii.gz", False), ("odd.nii.gz", True)]
 
 
+def test_nnunets_test_set_is_named(tmp_path: Path, volume: Callable[[str], Path]) -> None:
+    for name in ("imagesTr/a_0000", "imagesTs/b_0000", "imagesTs/b_0001"):
+        volume(f"{name}.nii.gz")
+    cases, problems = find_cases(tmp_path, Wanted())
+    assert [case.patient for case in cases] == ["a"]
+    assert [(each.name, each.rejected) for each in problems] == [("imagesTs", False)]
+    assert patients(tmp_path / "imagesTs") == ["b"]
+
+
+def test_a_modality_that_nothing_has_is_refused(tmp_path: Path, volume: Callable[[str], Path]) -> None:
+    series(tmp_path / "dicom" / "ct")
+    series(tmp_path / "dicom" / "mr", modality="MR")
+    with pytest.raises(UsageError, match="--modality CTT: no series has it; there are CT, MR"):
+        find_cases(tmp_path / "dicom", Wanted(modality="CTT"))
+    for source in (volume("volumes/a.nii.gz"), tmp_path / "volumes", tmp_path):
+        with pytest.raises(UsageError, match="--modality CTT: of a volume in a file, expected CT, MR, "):
+            find_cases(source, Wanted(modality="CTT"))
+    table = write(tmp_path / "t.csv", "image\ndicom/ct\nvolumes/a.nii.gz\n")
+    cases, problems = find_cases(table, Wanted(modality="MR"))
+    assert [case.image.name for case in cases] == ["a.nii.gz"]
+    assert "no series has it; there are CT" in problems[0].reason
+
+
 def test_dicom_series_at_any_depth_and_what_is_none(tmp_path: Path) -> None:
     series(tmp_path / "x" / "ct", PatientID="P1")
     series(tmp_path / "y", PatientID="P2", modality="MR")
