@@ -4,6 +4,7 @@ Tensor names used throughout: ``x`` features, ``text`` (B, 77, D_text) text-enco
 (B, N, D_sem) tokens of the Medical Semantic Controller, ``gate`` (B, H*W, 1) the soft mask at this resolution.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import cast
@@ -22,16 +23,15 @@ class Conditioning:
     semantic:  (B', N, D_sem) tokens for the third attention of the first B' <= B images; the others have zero tokens,
                for which that attention's output is its bias. None leaves the third attention out altogether.
     soft_mask: (B, 1, h, w) soft mask at latent size, 1 = to be inpainted; None leaves the third attention ungated.
-    reuse:     keep the keys and values of text and semantic for further calls (the steps of a sampling run), and leave
-               the third attention out where every gate is closed. Never while gradients are wanted.
+
+    ``UNet.precompute`` adds what stays the same in all the steps of a sampling run.
     """
 
     text: Tensor
     semantic: Tensor | None = None
     soft_mask: Tensor | None = None
-    reuse: bool = False
     _gates: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    _open: dict[int, Tensor | slice] = field(default_factory=dict)
+    _open: dict[int, Tensor] = field(default_factory=dict)  # by the number of tokens, of which some are closed
     _kept: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def gate(self, height: int, width: int) -> Tensor | None:
@@ -43,22 +43,30 @@ class Conditioning:
             self._gates[height, width] = rearrange(pooled, "b 1 h w -> b (h w) 1")
         return self._gates[height, width]
 
-    def open(self, gate: Tensor | None) -> Tensor | slice:
-        """Index of the tokens (of B, h*w, 1) at which any image's gate is open; all of them unless ``reuse``."""
-        if gate is None or not self.reuse:
-            return slice(None)
-        if gate.shape[1] not in self._open:
-            found = (gate > 0).any(dim=2).any(dim=0).nonzero()[:, 0]
-            self._open[gate.shape[1]] = slice(None) if len(found) == gate.shape[1] else found
-        return self._open[gate.shape[1]]
+    def keep_keys_values(self, attention: "CrossAttention", tokens: Tensor) -> None:
+        """Compute the keys and values of ``tokens`` in ``attention`` now, for all calls that follow."""
+        self._kept[attention] = attention.keys_values(tokens)
+
+    def keep_open(self, height: int, width: int) -> None:
+        """Find out, for all calls that follow, at which of the (height, width) cells any image's gate is open.
+
+        The host waits for the device to tell it, and shapes then depend on the mask.
+        """
+        gate = self.gate(height, width)
+        if gate is None:
+            return
+        found = (gate > 0).any(dim=2).any(dim=0).nonzero()[:, 0]
+        if len(found) < gate.shape[1]:
+            self._open[gate.shape[1]] = found
+
+    def open(self, tokens: int) -> Tensor | slice:
+        """Index of the ``tokens`` at which the third attention acts: those that ``keep_open`` found, else all."""
+        return self._open.get(tokens, slice(None))
 
     def keys_values(self, attention: "CrossAttention", tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of ``tokens`` in ``attention``, computed once if they are to be reused."""
-        if not self.reuse:
-            return attention.keys_values(tokens)
-        if attention not in self._kept:
-            self._kept[attention] = attention.keys_values(tokens)
-        return self._kept[attention]
+        """The keys and values of ``tokens`` in ``attention``: those that are kept, if any are."""
+        kept = self._kept.get(attention)
+        return attention.keys_values(tokens) if kept is None else kept
 
     def spread(self, x: Tensor) -> Tensor:
         """``x`` with one row per row of the text: images whose rows were equal so far are repeated."""
@@ -150,7 +158,7 @@ class TransformerBlock(nn.Module):
         """``x`` plus the gated third attention, with one row per row of the text."""
         if cond.semantic is None:
             return cond.spread(x)
-        steered, cells = len(cond.semantic), cond.open(gate)
+        steered, cells = len(cond.semantic), cond.open(x.shape[1])
         out = self.attn3(self.norm4(x[:steered, cells]), cond.keys_values(self.attn3, cond.semantic))
         if steered < len(cond.text):
             # Zero tokens have zero values (no bias there), so what comes out is the output projection's bias.
@@ -192,5 +200,5 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of time steps, cosines first (SD's order): (B,) -> (B, dim), float32."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps.float()[:, None] * torch.exp(-torch.log(torch.tensor(10_000.0)) * exponents)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000.0) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -96,12 +96,9 @@ class MedSoftModel(nn.Module):
         """
         return self.denoise(noisy, t, mask, masked_latent, self.conditioning(mask, text, semantic))
 
-    def conditioning(self, mask: Tensor, text: Tensor, semantic: Tensor | None, reuse: bool = False) -> Conditioning:
-        """What steers the U-Net, with the mask (B, 1, s, s) as the gate of the third attention unless switched off.
-
-        ``reuse``: keys, values and gates are computed once and kept for all the steps of a sampling run.
-        """
-        return Conditioning(text, semantic, mask if self.architecture.unet.soft_mask_attention else None, reuse)
+    def conditioning(self, mask: Tensor, text: Tensor, semantic: Tensor | None) -> Conditioning:
+        """What steers the U-Net, with the mask (B, 1, s, s) as the gate of the third attention unless switched off."""
+        return Conditioning(text, semantic, mask if self.architecture.unet.soft_mask_attention else None)
 
     def denoise(self, noisy: Tensor, t: Tensor, mask: Tensor, masked_latent: Tensor, cond: Conditioning) -> Tensor:
         """``predict_noise`` with a conditioning made before."""

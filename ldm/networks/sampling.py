@@ -21,18 +21,27 @@ class GuidanceConditions(NamedTuple):
 
 
 def guidance_conditions(
-    net: MedSoftModel, mask: Tensor, text: Tensor, empty_text: Tensor, semantic: Tensor
+    net: MedSoftModel,
+    mask: Tensor,
+    text: Tensor,
+    empty_text: Tensor,
+    semantic: Tensor,
+    fixed_shapes: bool = False,
 ) -> GuidanceConditions:
     """The conditions of a whole sampling run, their keys and values computed once.
 
     mask: (B, 1, s, s) soft mask at latent size; text: (B, T, D_text); empty_text: (1, T, D_text), the states of the
-    empty prompt; semantic: (B, M, D) tokens of the third attention. All of them get the type of ``text``.
+    empty prompt; semantic: (B, M, D) tokens of the third attention. All of them get the type of ``text``. fixed_shapes:
+    no shape depends on the mask's content, see ``UNet.precompute``; so it is on a GPU.
     """
+    fixed_shapes = fixed_shapes or mask.device.type != "cpu"
     gate, semantic = mask.to(text.dtype), semantic.to(text.dtype)
     empty = empty_text.to(text.dtype).expand(len(text), -1, -1)
     return GuidanceConditions(
-        net.conditioning(gate, text, semantic, reuse=True),
-        net.conditioning(torch.cat([gate, gate]), torch.cat([text, empty]), semantic, reuse=True),
+        net.unet.precompute(net.conditioning(gate, text, semantic), fixed_shapes),
+        net.unet.precompute(
+            net.conditioning(torch.cat([gate, gate]), torch.cat([text, empty]), semantic), fixed_shapes
+        ),
     )
 
 
@@ -57,24 +66,23 @@ def sample_latent(
     mask: (B, 1, s, s) soft mask at latent size; masked, original: scaled latents of the masked and of the whole image,
     the latter read only with ``sampling.differential``; step_noise(index): the noise of a step, needed for ``eta`` > 0;
     on_step(index, x) is called after each step. The latent stays float32; the U-Net gets the type of the conditions'
-    text.
+    text. The host never waits for the device, unless ``step_noise`` or ``on_step`` do.
     """
     dtype = conditions.prompted.text.dtype
     inputs = mask.to(dtype), masked.to(dtype)
-    scale = sampling.guidance_scale
+    scale, alphas = sampling.guidance_scale, net.schedule.alphas_cumprod.tolist()
     guided = guided_steps(sampling.steps, sampling.guidance_interval) if scale != 1.0 else range(0)
 
     def predict(x: Tensor, t: int, index: int) -> Tensor:
         condition = conditions.both if index in guided else conditions.prompted
-        eps = net.denoise(x.to(dtype), torch.tensor([t], device=x.device), *inputs, condition).float()
+        eps = net.denoise(x.to(dtype), x.new_full((1,), t, dtype=torch.long), *inputs, condition).float()
         if index not in guided:
             return eps
         prompted, plain = eps.chunk(2)
         eps = plain + scale * (prompted - plain)
         if not sampling.guidance_rescale:
             return eps
-        alpha = float(net.schedule.alphas_cumprod[t])
-        return rescaled(eps, prompted, x, alpha, mask, sampling.guidance_rescale)
+        return rescaled(eps, prompted, x, alphas[t], mask, sampling.guidance_rescale)
 
     differential = None
     if sampling.differential:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.config import UNetConfig
-from ldm.networks.attention import Conditioning, SpatialTransformer, timestep_embedding
+from ldm.networks.attention import Conditioning, SpatialTransformer, TransformerBlock, timestep_embedding
 
 
 class ResBlock(nn.Module):
@@ -69,7 +69,7 @@ class UNet(nn.Module):
 
     def __init__(self, cfg: UNetConfig) -> None:
         super().__init__()
-        self.model_channels = cfg.model_channels
+        self.model_channels, self.levels = cfg.model_channels, len(cfg.channel_mult)
         self.activation_checkpointing = False
         emb_dim = 4 * cfg.model_channels
         self.time_embed = nn.Sequential(nn.Linear(cfg.model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
@@ -105,6 +105,25 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, cfg.out_channels, 3, padding=1)
         )
+
+    def precompute(self, cond: Conditioning, fixed_shapes: bool) -> Conditioning:
+        """``cond`` with what is the same in every step of a sampling run: gates, keys and values. Without gradients.
+
+        The third attention then leaves out the cells at which every gate is closed, unless ``fixed_shapes``: then
+        no shape depends on the mask's content, the host does not wait for the device, a compiled U-Net fits all masks.
+        """
+        for block in self.modules():
+            if isinstance(block, TransformerBlock):
+                cond.keep_keys_values(block.attn2, cond.text)
+                if cond.semantic is not None:
+                    cond.keep_keys_values(block.attn3, cond.semantic)
+        if cond.soft_mask is not None:
+            height, width = cond.soft_mask.shape[-2:]
+            for level in range(self.levels):
+                cond.gate(height >> level, width >> level)
+                if not fixed_shapes:
+                    cond.keep_open(height >> level, width >> level)
+        return cond
 
     def _run(self, block: nn.Module, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

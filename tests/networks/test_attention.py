@@ -78,13 +78,16 @@ def test_keys_and_values_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> N
     plain = CrossAttention.keys_values
     monkeypatch.setattr(CrossAttention, "keys_values", lambda self, c: computed.append(self) or plain(self, c))
     given = noise(2, 77, 24), noise(2, 9, 16), torch.rand(2, 1, 8, 8)
-    kept = Conditioning(*given, reuse=True)
+    kept = unet.precompute(Conditioning(*given), fixed_shapes=False)
+    fixed = [module for name, module in unet.named_modules() if name.endswith(("attn2", "attn3"))]
+    assert set(computed) == set(fixed)
+    assert len(computed) == len(fixed)
     for t in (900, 500, 100):
         x = noise(2, 9, 8, 8, seed=t)
         computed.clear()
         reused = unet(x, torch.tensor([t]), kept)
-        fixed = [module for name, module in unet.named_modules() if name.endswith(("attn2", "attn3"))]
-        assert len([m for m in computed if m in fixed]) == (len(fixed) if t == 900 else 0)
+        assert computed
+        assert not set(computed) & set(fixed)
         assert torch.equal(reused, unet(x, torch.tensor([t]), Conditioning(*given)))
 
 
@@ -113,11 +116,16 @@ def test_third_attention_reads_no_token_behind_a_closed_gate() -> None:
     expected = unet(x, t, Conditioning(text, tokens, torch.cat([mask, mask])))
     assert {*seen} == {(2, 4 * 4)}
     seen.clear()
-    found = unet(x, t, Conditioning(text, tokens, torch.cat([mask, mask]), reuse=True))
+    found = unet(x, t, unet.precompute(Conditioning(text, tokens, torch.cat([mask, mask])), fixed_shapes=False))
     assert relative_error(found, expected) < 1e-6
     assert {*seen} == {(2, 1 + 2)}
-    closed = unet(x, t, Conditioning(text, tokens, torch.zeros(4, 1, 8, 8), reuse=True))
+    nowhere = Conditioning(text, tokens, torch.zeros(4, 1, 8, 8))
+    closed = unet(x, t, unet.precompute(nowhere, fixed_shapes=False))
     assert torch.equal(closed, unet(x, t, Conditioning(text)))
+    seen.clear()
+    found = unet(x, t, unet.precompute(Conditioning(text, tokens, torch.cat([mask, mask])), fixed_shapes=True))
+    assert relative_error(found, expected) < 1e-6
+    assert {*seen} == {(2, 4 * 4)}
 
 
 def test_half_precision_stays_half_behind_the_gate() -> None:
@@ -137,7 +145,7 @@ def test_two_conditions_share_what_comes_before_the_first_of_them(levels: list[i
     x, text, tokens, mask = noise(2, 9, 8, 8), noise(4, 77, 24), noise(2, 9, 16), torch.rand(2, 1, 8, 8)
     both = Conditioning(text, torch.cat([tokens, torch.zeros_like(tokens)]), torch.cat([mask, mask]))
     expected = unet(torch.cat([x, x]), torch.full((4,), 300), both)
-    cond = Conditioning(text, tokens, torch.cat([mask, mask]), reuse=True)
+    cond = unet.precompute(Conditioning(text, tokens, torch.cat([mask, mask])), fixed_shapes=False)
     assert relative_error(unet(x, torch.tensor([300]), cond), expected) < 1e-6
     first = []
     unet.input_blocks[0][0].register_forward_hook(lambda module, given, result: first.append(len(result)))
