@@ -17,19 +17,28 @@ from ldm.phantom.spines import (
     VERSION,
     Phantom,
     biomedclip_pairs,
+    check_size,
     plan,
     render_phantom,
 )
 
 INDEX_FILE = "phantoms.json"
 META = ("sample_id", "patient_id", "lesion_type", "level", "severity", "spacing_mm", "seed")  # of meta.json
-TILE = 148  # pixels of a contact sheet; no phantom is larger
+TILE = 148  # pixels of a contact sheet; no phantom of the default world is larger
 
 
 def write_dataset(
-    root: str | Path, seed: int, n_healthy: int, n_diseased: int, per_patient: int = 1, overwrite: bool = False
+    root: str | Path,
+    seed: int,
+    n_healthy: int,
+    n_diseased: int,
+    per_patient: int = 1,
+    overwrite: bool = False,
+    size: int | None = None,
 ) -> bool:
     """Write a dataset folder of phantoms; returns False when it was already complete.
+
+    ``size``: pixels a side, within SIZES; None for the default world, whose images have 104 to 144.
 
     An interrupted run is finished by the next one with the same arguments; a process that finds another one at work in
     the folder waits for it. Other arguments, or a folder that is not a phantom dataset, raise UsageError; ``overwrite``
@@ -40,7 +49,9 @@ def write_dataset(
     if n_healthy < 0 or n_diseased < 0 or n_healthy + n_diseased == 0 or per_patient < 1 or seed < 0:
         expected = "expected counts of at least 0 (not both 0), per_patient of at least 1, seed of at least 0"
         raise UsageError(f"{root}: {expected}; found {arguments}")
-    items = [(seed, *each) for each in plan(n_healthy, n_diseased, per_patient)]
+    if size is not None:
+        arguments["size"] = check_size(size)
+    items = [(seed, *each, size) for each in plan(n_healthy, n_diseased, per_patient)]
     return _write(Path(root), arguments, items, overwrite)
 
 
@@ -82,16 +93,16 @@ def _png(array: np.ndarray) -> bytes:
     return data.tobytes()
 
 
-def write_sheet(path: Path, seed: int, columns: int = 9) -> None:
+def write_sheet(path: Path, seed: int, columns: int = 9, size: int | None = None) -> None:
     """A PNG: one row of healthy phantoms, one row for each lesion type from subtle (left) to severe (right)."""
-    rows = []
+    rows, tile = [], TILE if size is None else check_size(size) + TILE - 144
     for row, lesion_type in enumerate((None, *LESION_TYPES)):
         tiles = []
         for column in range(columns):
             severity = SEVERITIES[column * len(SEVERITIES) // columns] if lesion_type else None
             patient = 2 * (row * columns + column) + (lesion_type is not None)
-            image = render_phantom(seed, patient, lesion_type, severity).image
-            tiles.append(np.pad(image, [((TILE - side) // 2, (TILE - side + 1) // 2) for side in image.shape]))
+            image = render_phantom(seed, patient, lesion_type, severity, size=size).image
+            tiles.append(np.pad(image, [((tile - side) // 2, (tile - side + 1) // 2) for side in image.shape]))
         rows.append(np.hstack(tiles))
     with atomic_file(path) as handle:
         handle.write(cv2.imencode(".png", np.vstack(rows))[1].tobytes())

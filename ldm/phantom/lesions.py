@@ -1,13 +1,14 @@
 """What is drawn inside phantom vertebral bodies: four kinds of lesion, and benign findings that resemble them.
 
 All functions work in a body's own frame: ``u`` runs from the front (anterior, negative) to the back and ``v`` from
-the upper endplate (negative) to the lower one, both in pixels and zero in the body's middle; ``depth`` is the distance
-in pixels from the body's surface, positive inside. Grey values are those of the clean canvas: fat 0.15, soft tissue
-0.3, spongy bone about 0.5, cortical bone 0.9.
+the upper endplate (negative) to the lower one, both zero in the body's middle; ``depth`` is the distance from the
+body's surface, positive inside. Lengths are pixels of the default world (about 0.9 mm); ``scale`` says how many pixels
+of the image one of them has. Grey values are those of the clean canvas: fat 0.15, soft tissue 0.3, spongy bone about
+0.5, cortical bone 0.9.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import cv2
@@ -16,20 +17,35 @@ import numpy as np
 LESION_TYPES = ("osteolytic", "osteoblastic", "salt-and-pepper", "haemangioma")
 SEVERITIES = ("subtle", "moderate", "severe")
 
-# diameter in pixels, and how far the lesion's own grey value replaces the bone's
+# diameter, and how far the lesion's own grey value replaces the bone's
 _DIAMETER = {"subtle": (12.0, 16.5), "moderate": (16.5, 21.0), "severe": (21.0, 26.0)}
 _STRENGTH = {"subtle": (0.60, 0.74), "moderate": (0.80, 0.90), "severe": (0.94, 1.0)}
 
 
 @dataclass(frozen=True)
 class Body:
-    """One vertebral body on the canvas; ``u``, ``v`` and ``depth`` are float32 HxW, the rest pixels."""
+    """One vertebral body on the canvas; ``u``, ``v`` and ``depth`` are float32 HxW."""
 
     u: np.ndarray
     v: np.ndarray
     depth: np.ndarray
     half_width: float
     half_height: float
+    scale: float
+
+    def texture(self, rng: np.random.Generator, sigma: float, sigma_y: float = 0.0) -> np.ndarray:
+        """``smooth_noise`` over the whole canvas, ``sigma`` a length as all others."""
+        return smooth_noise(rng, self.u.shape, sigma * self.scale, sigma_y * self.scale)
+
+    def part(self, rows: slice) -> "Body":
+        """These rows alone."""
+        return replace(self, u=self.u[rows], v=self.v[rows], depth=self.depth[rows])
+
+
+def rows_of(region: np.ndarray) -> slice:
+    """The rows from the first to the last in which ``region`` (bool HxW) holds anything."""
+    found = np.flatnonzero(region.any(axis=1))
+    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], sigma: float, sigma_y: float = 0.0) -> np.ndarray:
@@ -70,7 +86,7 @@ def _blob(rng: np.random.Generator, lesion_type: str, severity: str, body: Body)
     for order in range(2, 6):
         edge = edge + rng.uniform(0.0, 0.22 / order) * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
     ragged = 0.14 if lesion_type == "osteolytic" else 0.07
-    edge = edge + ragged * smooth_noise(rng, u.shape, 1.4)
+    edge = edge + ragged * body.texture(rng, 1.4)
     region = (np.hypot(u / radius_u, v / radius_v) < edge) & (body.depth > 1)
     closed = cv2.morphologyEx(region.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
     _, labels, stats, _ = cv2.connectedComponentsWithStats(closed, connectivity=4)
@@ -79,23 +95,24 @@ def _blob(rng: np.random.Generator, lesion_type: str, severity: str, body: Body)
 
 def _texture(rng: np.random.Generator, lesion_type: str, canvas: np.ndarray, body: Body) -> np.ndarray:
     """The grey values of a fully developed lesion, float32 HxW. Nothing in it is finer than two pixels."""
-    shape = canvas.shape
     if lesion_type == "osteolytic":
-        return 0.17 + 0.04 * smooth_noise(rng, shape, 1.5)
+        return 0.17 + 0.04 * body.texture(rng, 1.5)
     if lesion_type == "osteoblastic":
-        return 0.90 + 0.06 * smooth_noise(rng, shape, 1.6)
+        return 0.90 + 0.06 * body.texture(rng, 1.6)
     level = float(canvas[body.depth > 3].mean())
     if lesion_type == "salt-and-pepper":
-        grain = smooth_noise(rng, shape, 1.6) - 0.5 * smooth_noise(rng, shape, 4.0)
+        grain = body.texture(rng, 1.6) - 0.5 * body.texture(rng, 4.0)
         return level + 0.40 * np.tanh(1.8 * grain)
     # haemangioma: fat between a few thick struts that run from endplate to endplate
-    wave = body.u + 0.6 * smooth_noise(rng, shape, 2.5, 7.0) + rng.uniform(0, 7)
+    wave = body.u + 0.6 * body.texture(rng, 2.5, 7.0) + rng.uniform(0, 7)
     columns = np.cos(2 * np.pi * wave / rng.uniform(7.5, 9.5))
     return level - 0.03 + 0.37 * np.tanh(1.6 * columns)
 
 
 def draw_benign(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> None:
     """Draw what healthy bodies show and a hurried reader mistakes for a lesion; changes ``canvas`` in place."""
+    whole, rows = body, rows_of(body.depth > -1)
+    body, canvas = body.part(rows), canvas[rows]
     inside = np.clip(body.depth, 0, 1)
     slope_u, slope_v = rng.normal(0, 0.025), rng.normal(0, 0.025)
     canvas += inside * (slope_u * body.u / body.half_width + slope_v * body.v / body.half_height)  # density gradient
@@ -111,7 +128,7 @@ def draw_benign(rng: np.random.Generator, canvas: np.ndarray, body: Body) -> Non
     for _ in range(rng.integers(0, 4)):  # fatty or denser marrow, without an edge
         canvas += inside * _spot(rng, body, 0.8, (3, 7)) * rng.uniform(-0.14, 0.11)
     if rng.random() < 0.3:  # thin bone: the upright trabeculae stand out in the whole body
-        canvas += inside * rng.uniform(0.025, 0.055) * smooth_noise(rng, canvas.shape, 1.0, 5.0)
+        canvas += inside * rng.uniform(0.025, 0.055) * whole.texture(rng, 1.0, 5.0)[rows]
 
 
 def _spot(rng: np.random.Generator, body: Body, reach: float, radii: tuple[float, float]) -> np.ndarray:

@@ -1,8 +1,14 @@
 """Sagittal spine phantoms: CT-like images of one vertebra and its neighbours, healthy or with one lesion.
 
-A phantom is a pure function of (seed, patient, image, lesion type, severity): the same arguments give the same bytes,
-however many others are made, and the healthy twin of a diseased phantom (``lesion_type=None``) is the same image but
-for the lesion. Front (anterior) is left. Phantoms are made up and are no clinical evidence.
+A phantom is a pure function of (seed, patient, image, lesion type, severity, size): the same arguments give the same
+bytes, however many others are made, and the healthy twin of a diseased phantom (``lesion_type=None``) is the same
+image but for the lesion. Front (anterior) is left. Phantoms are made up and are no clinical evidence.
+
+By default an image shows a vertebra and its neighbours, 104 to 144 pixels a side. With a ``size`` it has that many
+pixels a side and shows FIELD pixels of the default world, as a CT of the whole spine does: at 512 the same anatomy has
+1.6 times the resolution (0.5 to 0.6 mm a pixel), and a lesion is 4 to 8 % of the image's side. What belongs to the
+patient scales with the resolution, all by one factor; what belongs to the scanner (blur, grain of the noise, rings)
+keeps its width in pixels.
 
 How hard they are, ``python tool/make_phantoms.py --calibrate`` measures (docs/results.md).
 """
@@ -14,12 +20,15 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from ldm.core.errors import UsageError
 from ldm.core.files import named_seed
-from ldm.phantom.lesions import LESION_TYPES, SEVERITIES, Body, draw_benign, draw_lesion, smooth_noise
+from ldm.phantom.lesions import LESION_TYPES, SEVERITIES, Body, draw_benign, draw_lesion, rows_of, smooth_noise
 
 LEVELS = ("T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5")
 BASE_WORLD = 90_000  # phantom worlds from here on belong to the phantom base alone; no demo or study uses them
 BIOMEDCLIP_PAIRS = 3000  # images that the BiomedCLIP stand-in was trained on
+FIELD = 320.0  # side of what an image of a given size shows, in pixels of the default world
+SIZES = (256, 2048)  # of images of a given size: below, a lesion has hardly ten pixels
 VERSION = 3  # raise it when the images change, so that a stored dataset is not taken for a new one
 
 # in every eight lesions of one type: two subtle, three moderate, three severe
@@ -54,18 +63,31 @@ class Phantom:
         return self.lesion_type is None
 
 
+def check_size(size: int) -> int:
+    """``size`` if phantoms can be rendered with so many pixels a side; UsageError otherwise."""
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise UsageError(f"size: {size} pixels a side; expected {SIZES[0]} to {SIZES[1]}")
+    return size
+
+
 def lesion_prompt(lesion_type: str, severity: str, level: str, variant: int = 0) -> str:
     """The lesion in words; ``variant`` chooses the wording (any integer)."""
     return _TEMPLATES[variant % len(_TEMPLATES)].format(lesion_type=lesion_type, severity=severity, level=level)
 
 
 def render_phantom(
-    seed: int, index: int, lesion_type: str | None, severity: str | None = None, image: int = 0
+    seed: int,
+    index: int,
+    lesion_type: str | None,
+    severity: str | None = None,
+    image: int = 0,
+    size: int | None = None,
 ) -> Phantom:
     """Render image ``image`` of patient ``index`` in the world ``seed``.
 
     ``lesion_type`` None renders the healthy image, otherwise one of LESION_TYPES; ``severity`` None lets the patient
-    decide (a quarter subtle). Sides 104-144 px, the body in the middle about 40x30 px. ValueError for unknown names.
+    decide (a quarter subtle). Sides 104-144 px, the body in the middle about 40x30 px; with ``size`` that many pixels
+    a side (see above). ValueError for unknown names.
     """
     if lesion_type is not None and lesion_type not in LESION_TYPES:
         raise ValueError(f"lesion type {lesion_type!r} is unknown; expected one of {', '.join(LESION_TYPES)}")
@@ -73,7 +95,7 @@ def render_phantom(
         raise ValueError(f"severity {severity!r} is unknown; expected one of {', '.join(SEVERITIES)}")
     patient_rng = np.random.default_rng(named_seed("phantom patient", seed, index))
     image_rng = np.random.default_rng(named_seed("phantom picture", seed, index, image))
-    spine = _Spine.of(patient_rng, image_rng)
+    spine = _Spine.of(patient_rng, image_rng, size)
     canvas, anatomy, body = _draw_spine(spine, image_rng)
     lesion_rng = np.random.default_rng(named_seed("phantom lesion", seed, index, image, lesion_type, severity))
     mask, change, prompt = np.zeros(canvas.shape, bool), None, "healthy"
@@ -101,16 +123,20 @@ def render_phantom(
 
 @dataclass(frozen=True)
 class _Spine:
-    """The numbers that describe one image before it is drawn; lengths in pixels, angles in radians."""
+    """The numbers that describe one image before it is drawn.
+
+    Angles are in radians, lengths in pixels of the default world; only ``shape`` and ``blur`` count the image's own.
+    """
 
     shape: tuple[int, int]
+    scale: float  # how many of its pixels a length of one has
     level: str
     centre: tuple[float, float]  # x, y of the target body
     tilt: float
-    curvature: float  # 1/px, positive where the column bends backwards at both ends
-    widths: np.ndarray  # of the five bodies in view, the target third
+    curvature: float  # 1 / length, positive where the column bends backwards at both ends
+    widths: np.ndarray  # of the bodies in view, an odd number, the target in the middle
     heights: np.ndarray
-    discs: np.ndarray  # heights of the discs below bodies 0 to 3
+    discs: np.ndarray  # heights of the discs below all bodies but the last
     bone: float
     tissue: float
     canal: float
@@ -121,27 +147,30 @@ class _Spine:
     spacing_mm: float
 
     @classmethod
-    def of(cls, patient_rng: np.random.Generator, image_rng: np.random.Generator) -> "_Spine":
+    def of(cls, patient_rng: np.random.Generator, image_rng: np.random.Generator, size: int | None) -> "_Spine":
         """Drawn by chance: what a patient's images share from ``patient_rng``, the rest from ``image_rng``."""
-        scale, ratio, disc = patient_rng.normal(0, 1.4), patient_rng.uniform(0.72, 0.80), patient_rng.uniform(6.0, 9.5)
+        wider, ratio, disc = patient_rng.normal(0, 1.4), patient_rng.uniform(0.72, 0.80), patient_rng.uniform(6.0, 9.5)
         bend, bone = patient_rng.normal(0, 0.0012), patient_rng.uniform(0.44, 0.60)
         tissue, canal, gain = (patient_rng.uniform(*ends) for ends in ((0.26, 0.33), (13.0, 18.0), (0.6, 1.4)))
         rank = int(image_rng.integers(len(LEVELS)))
-        width = float(np.clip(37.5 + 0.9 * rank + scale, 36, 46))
+        width = float(np.clip(37.5 + 0.9 * rank + wider, 36, 46))
         height = float(np.clip(width * ratio, 26, 36))
-        steps = np.arange(-2, 3)
-        growth = 1 + 0.025 * steps + image_rng.normal(0, 0.015, 5) * (steps != 0)
+        scale, beyond = (1.0, 2) if size is None else (size / FIELD, 6)  # bodies in view on either side of the target
+        steps = np.arange(-beyond, beyond + 1)
+        growth = 1 + 0.025 * steps + image_rng.normal(0, 0.015, len(steps)) * (steps != 0)
         lumbar = (rank - 2) / 5  # from kyphosis above zero to lordosis
-        shape = (int(image_rng.integers(104, 145)), int(image_rng.integers(104, 145)))
+        shape = (size, size) if size else (int(image_rng.integers(104, 145)), int(image_rng.integers(104, 145)))
+        high, wide = (side / scale for side in shape)
         return cls(
             shape=shape,
+            scale=scale,
             level=LEVELS[rank],
-            centre=(shape[1] * image_rng.uniform(0.36, 0.58), shape[0] * image_rng.uniform(0.41, 0.59)),
+            centre=(wide * image_rng.uniform(0.36, 0.58), high * image_rng.uniform(0.41, 0.59)),
             tilt=math.radians(-7 + 18 * max(0.0, lumbar) ** 2 + image_rng.normal(0, 9)),
             curvature=float(0.0035 * lumbar + bend),
             widths=(width * growth).astype(np.float32),
-            heights=(height * growth * (1 + image_rng.normal(0, 0.025, 5) * (steps != 0))).astype(np.float32),
-            discs=np.clip(disc * (1 + 0.05 * rank) * image_rng.uniform(0.75, 1.2, 4), 3.5, 12).astype(np.float32),
+            heights=(height * growth * (1 + image_rng.normal(0, 0.025, len(steps)) * (steps != 0))).astype(np.float32),
+            discs=np.clip(disc * (1 + 0.05 * rank) * image_rng.uniform(0.75, 1.2, 2 * beyond), 3.5, 12).astype("f4"),
             bone=bone,
             tissue=tissue,
             canal=canal,
@@ -149,27 +178,49 @@ class _Spine:
             noise=image_rng.uniform(0.012, 0.032),
             gain=gain,
             offset=image_rng.normal(0, 0.06),
-            spacing_mm=round((31 + 0.9 * rank) / width, 3),
+            spacing_mm=round((31 + 0.9 * rank) / width / scale, 3),
         )
+
+    @property
+    def target(self) -> int:
+        """The number of the target body."""
+        return len(self.widths) // 2
+
+    @property
+    def half(self) -> float:
+        """Half of the target body's width."""
+        return self.widths[self.target] / 2
+
+    def texture(self, rng: np.random.Generator, sigma: float, sigma_y: float = 0.0) -> np.ndarray:
+        """``smooth_noise`` over the whole image, ``sigma`` a length."""
+        return smooth_noise(rng, self.shape, sigma * self.scale, sigma_y * self.scale)
+
+    def pixels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the pixels lie, across and down: two float32 HxW."""
+        y, x = np.mgrid[: self.shape[0], : self.shape[1]].astype(np.float32) / self.scale
+        return x, y
 
 
 def _draw_spine(spine: _Spine, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Body]:
     """The clean canvas (float32 HxW), the label map (uint8 HxW) and the target body."""
+    count = len(spine.widths)
     t, s = _column_frame(spine, rng)
     gaps = np.concatenate([[np.float32(0)], (spine.heights[:-1] + spine.heights[1:]) / 2 + spine.discs])
-    middles = np.cumsum(gaps) - np.cumsum(gaps)[2]
+    middles = np.cumsum(gaps) - np.cumsum(gaps)[spine.target]
     nearest = np.searchsorted((middles[:-1] + middles[1:]) / 2, s).astype(np.intp)
-    slips = (rng.normal(0, 0.5, 5) * (np.arange(5) != 2)).astype(np.float32)
+    slips = (rng.normal(0, 0.5, count) * (np.arange(count) != spine.target)).astype(np.float32)
     u, v = t - slips[nearest], s - middles[nearest]
     depth = _body_depth(spine, u, v, nearest, rng)
     canvas = _soft_tissue(spine, t, s, rng)
     canal_mask = _canal(spine, canvas, t, s, rng)
-    marrow = spine.bone * rng.uniform(0.8, 1.0) + 0.04 * smooth_noise(rng, spine.shape, 1.1)
-    for k in range(5):
-        _spinous_process(spine, canvas, marrow, t - spine.widths[2] / 2 - spine.canal, s - middles[k], rng)
+    marrow = spine.bone * rng.uniform(0.8, 1.0) + 0.04 * spine.texture(rng, 1.1)
+    behind = t - spine.half - spine.canal
+    for k in range(count):
+        rows = rows_of((np.abs(s - middles[k]) < 60) & (behind > -10) & (behind < 60))  # no process reaches further
+        _spinous_process(spine, canvas[rows], marrow[rows], behind[rows], s[rows] - middles[k], rng)
     disc_mask = _discs(spine, canvas, t, depth, nearest, v, rng)
-    depths = [np.where(nearest == k, depth, -9).astype(np.float32) for k in range(5)]
-    bodies = [Body(u, v, depths[k], spine.widths[k] / 2, spine.heights[k] / 2) for k in range(5)]
+    depths = [np.where(nearest == k, depth, -9).astype(np.float32) for k in range(count)]
+    bodies = [Body(u, v, depths[k], spine.widths[k] / 2, spine.heights[k] / 2, spine.scale) for k in range(count)]
     _bone(spine, canvas, u, v, depth, rng)
     for body in bodies:
         if (body.depth > 0).any():
@@ -177,29 +228,30 @@ def _draw_spine(spine: _Spine, rng: np.random.Generator) -> tuple[np.ndarray, np
     anatomy = np.zeros(spine.shape, np.uint8)
     anatomy[canal_mask] = 4
     anatomy[disc_mask] = 3
-    anatomy[depth > 0] = np.where(nearest == 2, 1, 2)[depth > 0]
-    return canvas, anatomy, bodies[2]
+    anatomy[depth > 0] = np.where(nearest == spine.target, 1, 2)[depth > 0]
+    return canvas, anatomy, bodies[spine.target]
 
 
 def _column_frame(spine: _Spine, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates along the bent column: ``t`` from front to back, ``s`` downwards; zero in the target's middle."""
-    y, x = np.mgrid[: spine.shape[0], : spine.shape[1]].astype(np.float32)
+    x, y = spine.pixels()
     x, y = x - spine.centre[0], y - spine.centre[1]
     sine, cosine = math.sin(spine.tilt), math.cos(spine.tilt)
     across, along = x * cosine - y * sine, x * sine + y * cosine
-    t = across - spine.curvature / 2 * along**2 + 0.5 * smooth_noise(rng, spine.shape, 5)
-    s = along * (1 + spine.curvature * t) + 0.5 * smooth_noise(rng, spine.shape, 5)
+    t = across - spine.curvature / 2 * along**2 + 0.5 * spine.texture(rng, 5)
+    s = along * (1 + spine.curvature * t) + 0.5 * spine.texture(rng, 5)
     return t.astype(np.float32), s.astype(np.float32)
 
 
 def _body_depth(
     spine: _Spine, u: np.ndarray, v: np.ndarray, nearest: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Distance in pixels from the surface of the nearest body, positive inside: a waisted box with round corners."""
-    waist = rng.uniform(0.04, 0.10, 5).astype(np.float32)[nearest]
-    hollow = rng.uniform(0.3, 1.8, 5).astype(np.float32)[nearest]
-    wedge = rng.normal(0.02, 0.03, 5).astype(np.float32)[nearest]
-    spur = (rng.uniform(1, 4.5, 5) * (rng.random(5) < 0.35)).astype(np.float32)[nearest]
+    """Distance from the surface of the nearest body, positive inside: a waisted box with round corners."""
+    count = len(spine.widths)
+    waist = rng.uniform(0.04, 0.10, count).astype(np.float32)[nearest]
+    hollow = rng.uniform(0.3, 1.8, count).astype(np.float32)[nearest]
+    wedge = rng.normal(0.02, 0.03, count).astype(np.float32)[nearest]
+    spur = (rng.uniform(1, 4.5, count) * (rng.random(count) < 0.35)).astype(np.float32)[nearest]
     half_width, half_height = spine.widths[nearest] / 2, spine.heights[nearest] / 2
     low, across = v / half_height, u / half_width
     front = u < 0
@@ -210,27 +262,27 @@ def _body_depth(
 
 
 def _rounded(a: np.ndarray, b: np.ndarray, radius: np.ndarray | float) -> np.ndarray:
-    """Depth in a box whose walls are ``a`` and ``b`` pixels away, its corners rounded by ``radius`` pixels."""
+    """Depth in a box whose walls are ``a`` and ``b`` away, its corners rounded by ``radius``."""
     a, b = radius - a, radius - b
     return radius - np.hypot(np.maximum(a, 0), np.maximum(b, 0)) - np.minimum(np.maximum(a, b), 0)
 
 
 def _soft_tissue(spine: _Spine, t: np.ndarray, s: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Muscle, fat and the great vessels around the column."""
-    shape, half = spine.shape, spine.widths[2] / 2
-    canvas = spine.tissue + 0.025 * smooth_noise(rng, shape, 7) + 0.012 * smooth_noise(rng, shape, 1.5)
-    fat = 0.16 + 0.015 * smooth_noise(rng, shape, 2)
+    half = spine.half
+    canvas = spine.tissue + 0.025 * spine.texture(rng, 7) + 0.012 * spine.texture(rng, 1.5)
+    fat = 0.16 + 0.015 * spine.texture(rng, 2)
     start, width = -half - rng.uniform(5, 9), rng.uniform(11, 17)
-    wobble = t + 1.5 * smooth_noise(rng, shape, 9)
+    wobble = t + 1.5 * spine.texture(rng, 9)
     front = np.clip((start - wobble) / 2 + 0.5, 0, 1)
     vessel = front * np.clip((wobble - (start - width)) / 2 + 0.5, 0, 1)
-    patchy = np.clip(0.5 + 1.4 * smooth_noise(rng, shape, 6), 0, 1)
+    patchy = np.clip(0.5 + 1.4 * spine.texture(rng, 6), 0, 1)
     canvas += front * (1 - vessel) * patchy * (fat - canvas)
     canvas += vessel * rng.uniform(0.02, 0.09)
     gap = np.exp(-(((wobble - start) / 1.6) ** 2))  # fat between the vessel and the spine
     canvas += 0.8 * gap * (fat - canvas)
     back = np.clip((t - half - spine.canal - 3) / 3, 0, 1)
-    streaks = np.clip(0.35 + 0.8 * smooth_noise(rng, shape, 2.2, 6), 0, 1)
+    streaks = np.clip(0.35 + 0.8 * spine.texture(rng, 2.2, 6), 0, 1)
     canvas += back * streaks * (fat - canvas)
     if rng.random() < 0.2:  # bowel gas at the front
         x, y = start - width - rng.uniform(8, 20), rng.uniform(-40, 40)
@@ -241,7 +293,7 @@ def _soft_tissue(spine: _Spine, t: np.ndarray, s: np.ndarray, rng: np.random.Gen
 
 def _canal(spine: _Spine, canvas: np.ndarray, t: np.ndarray, s: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw epidural fat, the sac and the cord; returns the canal as bool HxW."""
-    start = spine.widths[2] / 2 - 1
+    start = spine.half - 1
     inside = np.clip(np.minimum(t - start, start + spine.canal + 1 - t) + 0.5, 0, 1)
     canvas += inside * (0.18 - canvas)
     wave = 0.8 * np.sin(s / rng.uniform(9, 14) + rng.uniform(0, 6))
@@ -260,7 +312,7 @@ def _spinous_process(
     thoracic = spine.level.startswith("T")
     slope = math.radians(rng.uniform(24, 36) if thoracic else rng.uniform(6, 17))
     length, half = rng.uniform(24, 34), rng.uniform(4.0, 5.5) if thoracic else rng.uniform(6.0, 9.0)
-    low = s - spine.heights[2] * rng.uniform(0.20, 0.34)
+    low = s - spine.heights[spine.target] * rng.uniform(0.20, 0.34)
     along, across = t * math.cos(slope) + low * math.sin(slope), low * math.cos(slope) - t * math.sin(slope)
     reach = np.clip(along / length, 0, 1)
     wall = half * (0.72 + 0.35 * reach) + 0.5 * np.sin(along / 3.0 + rng.uniform(0, 6))
@@ -284,11 +336,11 @@ def _discs(
     between = np.abs(v) > spine.heights[nearest] / 2 - 4
     cover = np.clip(reach - np.abs(t) + 0.5, 0, 1) * between
     core = np.clip(1 - np.abs(t) / (0.75 * reach), 0, 1)
-    grey = spine.tissue + 0.09 + rng.normal(0, 0.015) - 0.03 * core + 0.012 * smooth_noise(rng, spine.shape, 1.6)
+    grey = spine.tissue + 0.09 + rng.normal(0, 0.015) - 0.03 * core + 0.012 * spine.texture(rng, 1.6)
     canvas += cover * (grey - canvas)
     if rng.random() < 0.15:  # gas in a worn disc
-        k = int(rng.integers(1, 4))
-        edge = spine.heights[k] / 2 + spine.discs[min(k, 3)] / 2
+        k = int(rng.integers(1, len(spine.discs)))
+        edge = spine.heights[k] / 2 + spine.discs[min(k, len(spine.discs) - 1)] / 2
         line = np.exp(-(((np.abs(v) - edge) / 1.0) ** 2)) * (nearest == k) * np.clip(core * 3, 0, 1)
         canvas += line * (0.06 - canvas) * 0.8
     return (cover > 0.5) & (depth <= 0)
@@ -298,11 +350,10 @@ def _bone(
     spine: _Spine, canvas: np.ndarray, u: np.ndarray, v: np.ndarray, depth: np.ndarray, rng: np.random.Generator
 ) -> None:
     """Draw all bodies: spongy bone with trabeculae that run mostly upright, and a cortical shell."""
-    shape = spine.shape
-    inner = spine.bone + rng.uniform(0.015, 0.035) * smooth_noise(rng, shape, 0.9, 2.0)
-    inner += rng.uniform(0.015, 0.035) * smooth_noise(rng, shape, 1.2) + 0.02 * smooth_noise(rng, shape, 5)
+    inner = spine.bone + rng.uniform(0.015, 0.035) * spine.texture(rng, 0.9, 2.0)
+    inner += rng.uniform(0.015, 0.035) * spine.texture(rng, 1.2) + 0.02 * spine.texture(rng, 5)
     shell = np.exp(-((np.clip(depth - 0.7, 0, None) / rng.uniform(0.9, 1.5)) ** 2))
-    peak = rng.uniform(0.78, 0.95) + 0.04 * smooth_noise(rng, shape, 3)
+    peak = rng.uniform(0.78, 0.95) + 0.04 * spine.texture(rng, 3)
     steep = 0.75 + 0.25 * np.clip(np.abs(v) / (np.abs(u) + 1e-3), 0, 1)  # endplates are brighter than the walls
     canvas += np.clip(depth + 0.5, 0, 1) * (inner + shell * steep * np.clip(peak - inner, 0, 1) - canvas)
 
@@ -322,15 +373,17 @@ def _acquire(
     grain = 0.75 * smooth_noise(rng, spine.shape, 0.55) + 0.5 * smooth_noise(rng, spine.shape, 1.1)
     image = image + spine.noise * grain
     y, x = np.mgrid[: spine.shape[0], : spine.shape[1]].astype(np.float32)
-    image = image + rng.normal(0, 0.025) * (x / 60 - 1) + rng.normal(0, 0.025) * (y / 60 - 1)  # shading
+    wider = max(1.0, max(spine.shape) / 144)  # than a default image
+    ends = 60 * wider
+    image = image + rng.normal(0, 0.025) * (x / ends - 1) + rng.normal(0, 0.025) * (y / ends - 1)  # shading
     if rng.random() < 0.25:  # streaks from dense structures outside the image
         angle = rng.normal(0, 0.25)
-        wave = smooth_noise(rng, (1, 512), 2.0)[0]
-        rows = np.clip(y * math.cos(angle) + x * math.sin(angle) + 150, 0, 511).astype(np.intp)
+        wave = smooth_noise(rng, (1, int(512 * wider)), 2.0)[0]
+        rows = np.clip(y * math.cos(angle) + x * math.sin(angle) + 150 * wider, 0, len(wave) - 1).astype(np.intp)
         image = image + rng.uniform(0.008, 0.022) * wave[rows]
     if rng.random() < 0.2:  # a ring around the scanner's axis
         radius = np.hypot(x - rng.uniform(-80, spine.shape[1] + 80), y - rng.uniform(-80, spine.shape[0] + 80))
-        ring = np.exp(-(((radius - rng.uniform(40, 140)) / 1.2) ** 2))
+        ring = np.exp(-(((radius - wider * rng.uniform(40, 140)) / 1.2) ** 2))
         image = image + (1 if rng.random() < 0.5 else -1) * rng.uniform(0.03, 0.07) * ring
     image = (image - 0.45) * spine.gain + 0.45 + spine.offset
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
