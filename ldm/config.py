@@ -29,9 +29,11 @@ Group = Literal["msc", "attn3", "unet"]
 FitMode = Literal["crop", "pad", "resize"]
 FeatherUnit = Literal["diameter", "pixels", "mm"]
 Sampler = Literal["ddim", "dpmpp_2m"]
+Spacing = Literal["leading", "trailing"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights and optimizer stay float32 in all of them
 SamplingPrecision = Literal["32-true", "bf16-true"]
-GROUPS, SAMPLERS, SAMPLING_PRECISIONS = get_args(Group), get_args(Sampler), get_args(SamplingPrecision)
+GROUPS, SAMPLERS, SPACINGS = get_args(Group), get_args(Sampler), get_args(Spacing)
+SAMPLING_PRECISIONS = get_args(SamplingPrecision)
 
 Channels = Annotated[int, Rule(lambda count: count % 32 == 0, "a multiple of 32 (group normalisation has 32 groups)")]
 Grid = Annotated[int, Rule(lambda side: side % 2 == 0, "an even number: tokens are pooled 2x2")]
@@ -177,6 +179,7 @@ class SamplingConfig:
 
     sampler: Sampler = setting("ddim", IMAGES)  # ddim or dpmpp_2m (DPM-Solver++ 2M)
     steps: Count = setting(50, IMAGES)
+    spacing: Spacing = setting("leading", IMAGES, before="leading")  # of the time steps; trailing: from the noisiest on
     guidance_scale: Amount = setting(7.5, IMAGES)  # 1 = no guidance
     # From which to which share of the steps guidance acts (0 = the first, noisiest step). Outside, the prompt alone
     # steers, at half the cost.

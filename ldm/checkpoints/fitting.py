@@ -87,8 +87,8 @@ def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
         return
     made, here = (identity(each, "images") for each in (theirs, config))
     for section in ("data", "diffusion"):
-        for key, value in made[section].items():
-            asked = here[section][key]
+        for key in made[section] | here[section]:
+            value, asked = (getattr(getattr(each, section), key) for each in (theirs, config))
             if asked != value:
                 raise UsageError(
                     f"{checkpoint.path}: was trained with {section}.{key}={value}, this configuration has {asked}; add "

@@ -12,11 +12,11 @@ import json
 import math
 import shlex
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 
@@ -28,9 +28,13 @@ T = TypeVar("T")
 UNIONS = (Union, types.UnionType)
 
 
-def setting(default: Any, decides: frozenset[str]) -> Any:
-    """A configuration field: its default, and the scopes that change when its value does."""
-    metadata = {"decides": decides}
+def setting(default: Any, decides: frozenset[str], before: Any = None) -> Any:
+    """A configuration field: its default, and the scopes that change when its value does.
+
+    ``before``: of a key that was added later, the value that all runs had before it existed. With this value the key
+    is no part of the identity, so that those runs are still recognised.
+    """
+    metadata: dict[str, Any] = {"decides": decides} | ({} if before is None else {"before": (before,)})
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -48,8 +52,21 @@ def identity(config: Any, *scopes: str) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             if section := identity(value, *scopes):
                 found[item.name] = section
-        elif item.metadata["decides"].intersection(scopes):
+        elif item.metadata["decides"].intersection(scopes) and value not in item.metadata.get("before", ()):
             found[item.name] = value
+    return found
+
+
+def stored_overrides(kind: Any, stored: Mapping[str, Any]) -> list[str]:
+    """The ``identity`` that an earlier run has stored, as overrides; ``kind`` is a dataclass of sections."""
+    found = []
+    for section in dataclasses.fields(kind):
+        values, about = stored.get(section.name), section.type
+        if not isinstance(values, dict) or not _is_section(about):
+            continue
+        for item in dataclasses.fields(cast(Any, about)):
+            before = [values[item.name]] if item.name in values else item.metadata.get("before", ())
+            found += [f"{section.name}.{item.name}={json.dumps(value)}" for value in before]
     return found
 
 

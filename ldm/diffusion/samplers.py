@@ -9,13 +9,14 @@ clean         predicted x_0                           x_theta(x_t, t)
 sigma         sigma_t, equation 16, scaled by eta
 lambda_       -                                       half the logarithm of the signal-to-noise ratio
 
-Both visit the same time steps: leading spacing, offset 1 (Stable Diffusion 1.x).
+Both visit the time steps they are given, from noisy to clean: those of ``SPACINGS``, or any others.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +26,31 @@ Predict = Callable[[Tensor, int, int], Tensor]  # (x, t, index of the step) -> e
 OnStep = Callable[[int, Tensor], None]
 
 
-def leading_timesteps(total: int, steps: int) -> list[int]:
-    """``steps`` time steps from noisy to clean, evenly spaced from the start, offset by one (SD 1.x's spacing)."""
+def leading(total: int, steps: int) -> list[int]:
+    """Evenly spaced from the clean end, offset by one (Stable Diffusion 1.x): the noisiest steps are left out."""
     stride = total // steps
     return [index * stride + 1 for index in reversed(range(steps))]
+
+
+def trailing(total: int, steps: int) -> list[int]:
+    """Evenly spaced from the noisy end, where the initial noise belongs (Lin et al. 2024, table 2)."""
+    ends = np.arange(total, 0, -total / steps)[:steps]  # which rounding may make one longer
+    return [int(end) - 1 for end in ends.round()]
+
+
+# ``steps`` of the ``total`` time steps of a schedule, from noisy to clean, as diffusers' ``timestep_spacing``.
+SPACINGS: dict[str, Callable[[int, int], list[int]]] = {"leading": leading, "trailing": trailing}
+
+
+def time_passed(timesteps: Sequence[int], index: int) -> float:
+    """The share of the time from the first step to the end that has passed when step ``index`` begins: 0 to below 1.
+
+    The last step counts as long as the others are on average. Evenly spaced steps give index / steps.
+    """
+    if index == 0:
+        return 0.0
+    steps = len(timesteps)
+    return (timesteps[0] - timesteps[index]) * (steps - 1) / ((timesteps[0] - timesteps[-1]) * steps)
 
 
 @dataclass(frozen=True)
@@ -53,16 +75,16 @@ class DifferentialMask:
         path = alpha**0.5 * self.original + (1 - alpha) ** 0.5 * self.noise
         return torch.where(self.released(progress), x, path)
 
-    def finished(self, x: Tensor, steps: int) -> Tensor:
-        """``x`` with the cells that none of the ``steps`` was allowed to inpaint put exactly on the input."""
-        return torch.where(self.released(1 - 1 / steps), x, self.original)
+    def finished(self, x: Tensor, progress: float) -> Tensor:
+        """``x`` with the cells that no step up to ``progress``, the last one's, could inpaint put on the input."""
+        return torch.where(self.released(progress), x, self.original)
 
 
 def ddim(
     predict: Predict,
     noise: Tensor,
     schedule: NoiseSchedule,
-    steps: int,
+    timesteps: Sequence[int],
     eta: float = 0.0,
     differential: DifferentialMask | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
@@ -70,19 +92,18 @@ def ddim(
 ) -> Tensor:
     """Sample latents from ``noise`` (B, C, h, w) with ``predict(x, t, index) -> eps``; returns the same shape.
 
-    The final alpha is alphas_cumprod[0]. ``eta`` > 0 needs ``step_noise(index)``, the standard normal noise of that
-    step. ``on_step(index, x)`` is called after each step.
+    ``timesteps``: the time steps to visit, falling. The final alpha is alphas_cumprod[0]. ``eta`` > 0 needs
+    ``step_noise(index)``, the standard normal noise of that step. ``on_step(index, x)`` is called after each step.
     """
     if eta > 0 and step_noise is None:
         raise ValueError("eta > 0 needs step_noise")
-    alphas = schedule.alphas_cumprod.tolist()
-    timesteps = leading_timesteps(schedule.timesteps, steps)
+    alphas, steps = schedule.alphas_cumprod.tolist(), len(timesteps)
     x = noise
     for index, t in enumerate(timesteps):
-        alpha = alphas[t]
+        alpha, progress = alphas[t], time_passed(timesteps, index)
         alpha_next = alphas[timesteps[index + 1]] if index + 1 < steps else alphas[0]
         if differential is not None:
-            x = differential.held(x, alpha, index / steps)
+            x = differential.held(x, alpha, progress)
         eps = predict(x, t, index)
         clean = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
         sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
@@ -91,14 +112,14 @@ def ddim(
             x = x + sigma * step_noise(index)
         if on_step is not None:
             on_step(index, x)
-    return x if differential is None else differential.finished(x, steps)
+    return x if differential is None else differential.finished(x, progress)
 
 
 def dpmpp_2m(
     predict: Predict,
     noise: Tensor,
     schedule: NoiseSchedule,
-    steps: int,
+    timesteps: Sequence[int],
     eta: float = 0.0,
     differential: DifferentialMask | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
@@ -111,18 +132,17 @@ def dpmpp_2m(
     """
     if eta != 0:
         raise ValueError("DPM-Solver++(2M) is deterministic: eta has to be 0")
-    alphas = schedule.alphas_cumprod.tolist()
-    timesteps = leading_timesteps(schedule.timesteps, steps)
+    alphas, steps = schedule.alphas_cumprod.tolist(), len(timesteps)
     x, before, lambda_before = noise, None, 0.0
     for index, t in enumerate(timesteps):
-        alpha = alphas[t]
+        alpha, progress = alphas[t], time_passed(timesteps, index)
         lambda_ = _half_log_ratio(alpha)
         if differential is not None:
-            x = differential.held(x, alpha, index / steps)
+            x = differential.held(x, alpha, progress)
         eps = predict(x, t, index)
         clean = (x - (1 - alpha) ** 0.5 * eps) / alpha**0.5
         if differential is not None:
-            clean = torch.where(differential.released(index / steps), clean, differential.original)
+            clean = torch.where(differential.released(progress), clean, differential.original)
         if index + 1 == steps:
             x = clean
         else:
@@ -136,7 +156,7 @@ def dpmpp_2m(
         before, lambda_before = clean, lambda_
         if on_step is not None:
             on_step(index, x)
-    return x if differential is None else differential.finished(x, steps)
+    return x if differential is None else differential.finished(x, progress)
 
 
 def _half_log_ratio(alpha: float) -> float:

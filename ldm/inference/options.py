@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.config import SAMPLERS, SAMPLING_PRECISIONS
+from ldm.config import SAMPLERS, SAMPLING_PRECISIONS, SPACINGS
 from ldm.core.cli import AMOUNT, COUNT, PROCESSES, SEED, SHARE, WHOLE, Number, flag
 from ldm.core.errors import UsageError
 from ldm.inference.prompts import MATCHES
@@ -63,6 +63,7 @@ class InferenceOptions:
     batch_size: int | None = flag("images at a time (default: sampling.batch_size)", type=COUNT)
     sampler: str | None = flag(f"{' or '.join(SAMPLERS)} (default: sampling.sampler)")
     steps: int | None = flag("sampling steps (default: sampling.steps)", type=COUNT)
+    step_spacing: str | None = flag(f"of the time steps: {' or '.join(SPACINGS)} (default: sampling.spacing)")
     guidance_scale: float | None = flag("1 = no guidance (default: sampling.guidance_scale)", type=AMOUNT)
     guidance_interval: tuple[float, float] | None = flag(
         "shares of the steps between which guidance acts (default: sampling.guidance_interval)",
@@ -129,6 +130,7 @@ class InferenceOptions:
         """The configuration keys that the flags set, as KEY=VALUE; dotted overrides come after them, so they win."""
         names = ("batch_size", "sampler", "steps", "guidance_scale", "guidance_interval", "precision")
         flags = {f"sampling.{name}": getattr(self, name) for name in names}
+        flags["sampling.spacing"] = self.step_spacing
         if self.guidance_interval is not None:
             flags["sampling.guidance_interval"] = list(self.guidance_interval)  # as YAML spells it
         hub = str(self.biomedclip).startswith("hf-hub:")  # else a folder, which a replay from elsewhere has to find

@@ -25,7 +25,7 @@ from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.core.files import content_id, fingerprint, read_json, sha256_file
 from ldm.core.paths import shipped
 from ldm.core.run_folder import RunFolder
-from ldm.core.schema import identity
+from ldm.core.schema import identity, stored_overrides
 from ldm.data.annotations import write_rejects
 from ldm.data.checks import TRAINED_ON, groups_of
 from ldm.data.preparation import PreparedSample, described_identity, lesion_diameter, sample_identity
@@ -39,6 +39,7 @@ from ldm.inference.tasks import Task, plan_tasks, prepare_task, read_record
 
 log = logging.getLogger(__name__)
 
+RECORD = "inference.json"
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} images [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
 Content = Callable[[Path | None], str | None]  # a file's SHA-256
 
@@ -80,7 +81,7 @@ def run(options: InferenceOptions) -> int:
                 f"--output_dir {options.output_dir}: holds {image}, which is to be inpainted; give another"
             )
     own = ("rejects.json", "report.html", "report_files")
-    results = RunFolder(options.output_dir, "inference.json", own=own, samples="*__v*/meta.json")
+    results = RunFolder(options.output_dir, RECORD, own=own, samples="*__v*/meta.json")
     with results.lock(first=is_first_process()):
         plan = [_identity(task, content) for task in tasks]
         flags = {name: getattr(options, name) for name in ("exact", "seed", "prompt", "match", "variants")}
@@ -102,7 +103,8 @@ def resolve(options: InferenceOptions, record: dict[str, Any] | None) -> tuple[I
     """The options with checkpoint and configuration file, the configuration, and the overrides behind it.
 
     The configuration is the YAML, then flags, then dotted overrides. With --replay everything comes from ``record``,
-    the result's meta.json; --ckpt, --config and --biomedclip say where these files are by now.
+    the result's meta.json, and from the record of its run, if it still lies in that folder; --ckpt, --config and
+    --biomedclip say where these files are by now.
     """
     overrides = options.as_overrides()
     if record and options.replay:
@@ -113,9 +115,20 @@ def resolve(options: InferenceOptions, record: dict[str, Any] | None) -> tuple[I
             config=options.config or folder / record["config"],
             exact=record["exact"],
         )
-        overrides = [*record["overrides"], "sampling.batch_size=1", *overrides]
+        overrides = [*_stored_settings(folder), *record["overrides"], "sampling.batch_size=1", *overrides]
     assert options.config  # the options were checked
     return options, load_config(options.config, overrides), overrides
+
+
+def _stored_settings(result: Path) -> list[str]:
+    """The settings of the run whose folder holds ``result``, as overrides: the YAML may have other defaults by now.
+
+    A key that the run's record does not know has the value that every run had before there was this key. Nothing for a
+    result that was copied without its run's record.
+    """
+    folder = next((each for each in result.parents if (each / RECORD).is_file()), None)
+    stored = (RunFolder(folder, RECORD).read_record() if folder else None) or {}
+    return stored_overrides(Config, stored.get("settings") or {})
 
 
 def _check_replay(options: InferenceOptions, record: dict[str, Any], provenance: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.config import SamplingConfig
 from ldm.diffusion.guidance import guided_steps, rescaled
-from ldm.diffusion.samplers import SAMPLERS, DifferentialMask
+from ldm.diffusion.samplers import SAMPLERS, SPACINGS, DifferentialMask
 from ldm.networks.attention import Conditioning
 from ldm.networks.model import MedSoftModel
 
@@ -90,4 +90,5 @@ def sample_latent(
             raise ValueError("sampling.differential needs the latent of the whole image")
         differential = DifferentialMask(mask, original, noise)
     sampler = SAMPLERS[sampling.sampler]
-    return sampler(predict, noise, net.schedule, sampling.steps, sampling.eta, differential, step_noise, on_step)
+    times = SPACINGS[sampling.spacing](net.schedule.timesteps, sampling.steps)
+    return sampler(predict, noise, net.schedule, times, sampling.eta, differential, step_noise, on_step)

@@ -134,6 +134,23 @@ def test_replay_makes_the_same_picture(final: Path, world: Path, tmp_path: Path,
     assert np.abs(a - b).max() <= 1
 
 
+def test_replay_of_a_result_from_before_there_was_a_key(final: Path, one: Path, tmp_path: Path) -> None:
+    """With the settings of its run's record, which lacks the key; the YAML has other defaults by now."""
+    flags = ["--sampler", "ddim", "--step_spacing", "leading", "--steps", 3]
+    assert infer(final, tmp_path / "out", "--data", one, *flags) == 0
+    (name,) = metas(tmp_path / "out")
+    meta, run_record = tmp_path / "out" / name / "meta.json", tmp_path / "out" / "inference.json"
+    record, run = (json.loads(file.read_text()) for file in (meta, run_record))
+    assert "spacing" not in run["settings"]["sampling"]  # the fingerprint is that of earlier versions
+    meta.write_text(json.dumps({**record, "overrides": []}))  # as if all this came from an earlier YAML
+    later = tmp_path / "later.yaml"
+    later.write_text(f"base: {PHANTOM}\nsampling: {{sampler: dpmpp_2m, spacing: trailing, steps: 2}}\n")
+    again = ["--replay", meta, "--output_dir", tmp_path / "again", "--config", later]
+    assert call(dataset_infer, *again) == 0
+    images = [(tmp_path / folder / name / "image.png").read_bytes() for folder in ("out", "again")]
+    assert images[0] == images[1]
+
+
 def test_replay_refuses_what_is_not_the_same(final: Path, one: Path, tmp_path: Path) -> None:
     assert infer(final, tmp_path / "out", "--data", one) == 0
     (name,) = metas(tmp_path / "out")
@@ -149,10 +166,11 @@ def test_replay_refuses_what_is_not_the_same(final: Path, one: Path, tmp_path: P
     refused(
         MedSoftError, r"other\.ckpt: is not, or no longer, what .*meta\.json was made with; see --ckpt", "--ckpt", other
     )
-    shutil.copy(PHANTOM.with_name("mldm_v15.yaml"), tmp_path)
     changed = tmp_path / "other.yaml"
-    changed.write_text(f"base: {PHANTOM}\nsampling: {{eta: 0.5}}\n")
+    changed.write_text(f"base: {PHANTOM}\nsampling: {{guidance_scale: 2}}\n")
+    run_record = (tmp_path / "out" / "inference.json").rename(tmp_path / "record.json")
     refused(MedSoftError, r"other\.yaml: is not, or no longer, what .*see --config", "--config", changed)
+    run_record.rename(tmp_path / "out" / "inference.json")
     for flags in (["--steps", 3], ["--seed", 1], ["--prompt", "x"], ["sampling.eta=1"], ["--devices", 2]):
         refused(UsageError, "does not go with it", *flags)
     refused(UsageError, "exclude each other", "--data", one)
@@ -242,6 +260,7 @@ def test_fault_in_one_of_two_processes_is_one_line(final: Path, world: Path, tmp
         (["--devices", "0"], "--devices: expected a whole number from 1 to 1024, found 0"),
         (["--exact", "--batch_size", "8"], "--exact takes one image at a time; --batch_size does not go with it"),
         (["--sampler", "euler"], r'sampling\.sampler: expected one of ddim, dpmpp_2m, found "euler"'),
+        (["--step_spacing", "even"], r'sampling\.spacing: expected one of leading, trailing, found "even"'),
         (["--precision", "fp8"], r"sampling\.precision: expected one of 32-true, bf16-true"),
         (
             ["--guidance_interval", "0.8", "0.2"],
@@ -293,6 +312,7 @@ def test_samplers_steps_scale_and_interval_all_matter(final: Path, one: Path, tm
         "plain": [],
         "dpm": ["--sampler", "dpmpp_2m"],
         "steps": ["--steps", 3],
+        "spacing": ["--step_spacing", "trailing"],
         "scale": ["--guidance_scale", 2],
         "early": ["--guidance_interval", 0, 0.5],
         "never": ["--guidance_interval", 1, 1],

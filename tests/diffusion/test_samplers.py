@@ -17,7 +17,7 @@ from ldm.config import DiffusionConfig
 from ldm.diffusion import samplers
 from ldm.diffusion.guidance import guided_steps, rescaled
 from ldm.diffusion.noise import image_noise, step_noise
-from ldm.diffusion.samplers import DifferentialMask, ddim, dpmpp_2m, leading_timesteps
+from ldm.diffusion.samplers import DifferentialMask, ddim, dpmpp_2m, leading, time_passed, trailing
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.networks.attention import Conditioning
 from ldm.networks.sampling import GuidanceConditions, sample_latent
@@ -26,20 +26,23 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.0120, "beta_schedule": "scaled_
 BOTH = pytest.mark.parametrize("sampler", [ddim, dpmpp_2m])
 
 
-def diffusers_ddim(steps: int) -> Any:
+def diffusers_ddim(steps: int, spacing: str = "leading") -> Any:
     from diffusers import DDIMScheduler
 
-    made = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **SCHEDULE)
+    about = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": spacing}
+    made = DDIMScheduler(**about, **SCHEDULE)
     made.set_timesteps(steps)
     return made
 
 
-def diffusers_dpm(steps: int) -> Any:
-    """Its own defaults (2M, midpoint, lower order at the end); our time steps, as its leading spacing differs."""
+def diffusers_dpm(steps: int, spacing: str = "leading") -> Any:
+    """Its own defaults (2M, midpoint, lower order at the end); for leading our time steps, as its own differ."""
     from diffusers import DPMSolverMultistepScheduler
 
-    made = DPMSolverMultistepScheduler(**SCHEDULE)
-    made.set_timesteps(timesteps=leading_timesteps(1000, steps))
+    made = DPMSolverMultistepScheduler(timestep_spacing=spacing, **SCHEDULE)
+    made.set_timesteps(
+        **({"timesteps": leading(1000, steps)} if spacing == "leading" else {"num_inference_steps": steps})
+    )
     return made
 
 
@@ -55,6 +58,44 @@ def cellwise(x: Tensor, t: int, index: int) -> Tensor:
 
 def test_every_sampler_of_the_configuration_exists() -> None:
     assert set(samplers.SAMPLERS) == set(config.SAMPLERS)
+    assert set(samplers.SPACINGS) == set(config.SPACINGS)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_time_steps_are_those_of_diffusers(spacing: str) -> None:
+    theirs = diffusers_ddim(50, spacing)
+    for steps in (*range(1, 101), 128, 200, 250, 333, 500, 999):
+        theirs.set_timesteps(steps)
+        expected = theirs.timesteps.tolist()
+        if expected[-1] == -1:  # of 61 trailing steps, and a few more numbers, diffusers makes one too many by rounding
+            expected.pop()
+        assert samplers.SPACINGS[spacing](1000, steps) == expected, steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 50, 999])
+def test_time_passes_evenly_where_the_steps_are_even(steps: int) -> None:
+    """Exactly with leading spacing, as in all earlier results; to the rounding of the time steps with trailing."""
+    for index in range(steps):
+        assert time_passed(leading(1000, steps), index) == index / steps
+        assert time_passed(trailing(1000, steps), index) == pytest.approx(index / steps, abs=1e-3)
+
+
+def test_cells_are_released_by_time_where_the_steps_are_uneven() -> None:
+    """Of the steps 900, 800, 100 the last begins when most of the time has passed, though it is the third of three."""
+    assert time_passed([900, 800, 100], 1) == pytest.approx(1 / 12)  # of 900 to -300: the mean step takes 400
+    assert time_passed([900, 800, 100], 2) == pytest.approx(8 / 12)
+    soft = torch.tensor([0.3, 0.35, 0.9, 0.95]).reshape(1, 1, 1, 4)
+    original, start = noise(1, 4, 1, 4, seed=3), noise(1, 4, 1, 4, seed=4)
+    held, schedule = [], NoiseSchedule(DiffusionConfig())
+
+    def predict(x: Tensor, t: int, index: int) -> Tensor:
+        alpha = float(schedule.alphas_cumprod[t])
+        path = alpha**0.5 * original + (1 - alpha) ** 0.5 * start
+        held.append([torch.allclose(a, b, atol=1e-5) for a, b in zip(x.unbind(3), path.unbind(3), strict=True)])
+        return cellwise(x, t, index)
+
+    ddim(predict, start, schedule, [900, 800, 100], differential=DifferentialMask(soft, original, start))
+    assert held[1:] == [[True, True, True, False], [True, False, False, False]]
 
 
 def test_noise_schedule_agrees_with_diffusers() -> None:
@@ -64,9 +105,14 @@ def test_noise_schedule_agrees_with_diffusers() -> None:
     assert torch.allclose(ours.add_noise(z, e, t), theirs.add_noise(z, e, t), atol=1e-6)
 
 
-@pytest.mark.parametrize(("steps", "eta"), [(50, 0.0), (50, 1.0), (7, 0.5), (250, 0.0)])
-def test_ddim_agrees_with_diffusers_step_by_step(steps: int, eta: float) -> None:
-    theirs = diffusers_ddim(steps)
+STEP_BY_STEP = [(50, 0.0, "leading"), (50, 1.0, "leading"), (7, 0.5, "leading"), (250, 0.0, "leading")]
+# Between trailing steps diffusers always goes 1000 // steps back, which is the next one only where steps divide 1000.
+STEP_BY_STEP += [(10, 0.0, "trailing"), (20, 1.0, "trailing"), (50, 0.0, "trailing")]
+
+
+@pytest.mark.parametrize(("steps", "eta", "spacing"), STEP_BY_STEP)
+def test_ddim_agrees_with_diffusers_step_by_step(steps: int, eta: float, spacing: str) -> None:
+    theirs, times = diffusers_ddim(steps, spacing), samplers.SPACINGS[spacing](1000, steps)
     visited: list[tuple[int, Tensor]] = []
 
     def predict(x: Tensor, t: int, index: int) -> Tensor:
@@ -76,7 +122,7 @@ def test_ddim_agrees_with_diffusers_step_by_step(steps: int, eta: float) -> None
     def step_noise(index: int) -> Tensor:
         return noise(2, 4, 2, 2, seed=100 + index)
 
-    last = ddim(predict, noise(2, 4, 2, 2), NoiseSchedule(DiffusionConfig()), steps, eta, step_noise=step_noise)
+    last = ddim(predict, noise(2, 4, 2, 2), NoiseSchedule(DiffusionConfig()), times, eta, step_noise=step_noise)
     x = noise(2, 4, 2, 2)
     assert [t for t, _ in visited] == theirs.timesteps.tolist()
     for index, (t, ours) in enumerate(visited):
@@ -86,12 +132,13 @@ def test_ddim_agrees_with_diffusers_step_by_step(steps: int, eta: float) -> None
     assert torch.allclose(last, x, atol=1e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 20, 50])
-def test_dpm_solver_agrees_with_diffusers_step_by_step(steps: int) -> None:
-    theirs = diffusers_dpm(steps)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 15, 20, 50])
+def test_dpm_solver_agrees_with_diffusers_step_by_step(steps: int, spacing: str) -> None:
+    theirs, times = diffusers_dpm(steps, spacing), samplers.SPACINGS[spacing](1000, steps)
     after: list[Tensor] = []
     last = dpmpp_2m(
-        network, noise(2, 4, 2, 2), NoiseSchedule(DiffusionConfig()), steps, on_step=lambda _, x: after.append(x)
+        network, noise(2, 4, 2, 2), NoiseSchedule(DiffusionConfig()), times, on_step=lambda _, x: after.append(x)
     )
     x = noise(2, 4, 2, 2)
     assert len(theirs.timesteps) == len(after) == steps
@@ -102,22 +149,25 @@ def test_dpm_solver_agrees_with_diffusers_step_by_step(steps: int) -> None:
 
 
 @BOTH
-def test_takes_every_number_of_steps_the_configuration_allows(sampler: Any) -> None:
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_takes_every_number_of_steps_the_configuration_allows(sampler: Any, spacing: str) -> None:
     short = DiffusionConfig(timesteps=10)
     for steps in range(1, 10):
-        drawn = sampler(lambda x, t, index: 0.1 * x, noise(1, 4, 2, 2), NoiseSchedule(short), steps)
+        times = samplers.SPACINGS[spacing](10, steps)
+        drawn = sampler(lambda x, t, index: 0.1 * x, noise(1, 4, 2, 2), NoiseSchedule(short), times)
         assert torch.isfinite(drawn).all(), steps
 
 
 def test_eta_asks_for_noise_and_is_not_for_dpm_solver() -> None:
     with pytest.raises(ValueError, match="step_noise"):
-        ddim(cellwise, noise(1, 4, 2, 2), NoiseSchedule(DiffusionConfig()), 2, eta=1.0)
+        ddim(cellwise, noise(1, 4, 2, 2), NoiseSchedule(DiffusionConfig()), [501, 1], eta=1.0)
     with pytest.raises(ValueError, match="deterministic"):
-        dpmpp_2m(cellwise, noise(1, 4, 2, 2), NoiseSchedule(DiffusionConfig()), 2, eta=0.5)
+        dpmpp_2m(cellwise, noise(1, 4, 2, 2), NoiseSchedule(DiffusionConfig()), [501, 1], eta=0.5)
 
 
 @BOTH
-def test_differential_mask_releases_cells_by_their_soft_value(sampler: Any) -> None:
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_differential_mask_releases_cells_by_their_soft_value(sampler: Any, spacing: str) -> None:
     steps, schedule = 10, NoiseSchedule(DiffusionConfig())
     soft = torch.tensor([0.0, 0.05, 0.25, 0.5, 1.0]).reshape(1, 1, 1, 5)
     original, start = noise(1, 4, 1, 5, seed=3), noise(1, 4, 1, 5, seed=4)
@@ -127,9 +177,10 @@ def test_differential_mask_releases_cells_by_their_soft_value(sampler: Any) -> N
         seen.append((t, x.clone()))
         return cellwise(x, t, index)
 
-    free = sampler(predict, start, schedule, steps)
+    times = samplers.SPACINGS[spacing](1000, steps)
+    free = sampler(predict, start, schedule, times)
     seen.clear()
-    held = sampler(predict, start, schedule, steps, differential=DifferentialMask(soft, original, start))
+    held = sampler(predict, start, schedule, times, differential=DifferentialMask(soft, original, start))
 
     for index, (t, x) in enumerate(seen):
         alpha = float(schedule.alphas_cumprod[t])
@@ -151,8 +202,8 @@ def test_dpm_solver_history_of_a_held_cell_is_the_input() -> None:
     original, start = noise(1, 4, 1, 1, seed=3), noise(1, 4, 1, 1, seed=4)
     after: list[Tensor] = []
     differential = DifferentialMask(soft, original, start)
-    dpmpp_2m(cellwise, start, schedule, steps, differential=differential, on_step=lambda _, x: after.append(x))
-    times = leading_timesteps(1000, steps)
+    times = leading(1000, steps)
+    dpmpp_2m(cellwise, start, schedule, times, differential=differential, on_step=lambda _, x: after.append(x))
     theirs = diffusers_dpm(steps)
     for index in range(3):
         alpha = float(schedule.alphas_cumprod[times[index]])
