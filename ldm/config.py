@@ -28,6 +28,7 @@ Part = Literal["unet", "autoencoder", "text", "biomedclip", "msc"]
 Group = Literal["msc", "attn3", "unet"]
 FitMode = Literal["crop", "pad", "resize"]
 FeatherUnit = Literal["diameter", "pixels", "mm"]
+CropUnit = Literal["pixels", "mm"]
 Sampler = Literal["ddim", "dpmpp_2m"]
 Spacing = Literal["leading", "trailing"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights and optimizer stay float32 in all of them
@@ -57,6 +58,10 @@ class DataConfig:
     image_size: Count = setting(512, PREPARATION)  # side of the model's square, pixels
     fit: FitMode = setting("crop", PREPARATION)  # crop (with context around the lesion), pad or resize
     context: Annotated[float, within(1)] = setting(2.0, PREPARATION)  # crop side / longest lesion side
+    min_crop: Amount = setting(64.0, PREPARATION)  # smallest side of a crop, in the native image
+    min_crop_unit: CropUnit = setting("pixels", PREPARATION, before="pixels")
+    # above 0: crops of image_size times that on each side, instead of the above
+    mm_per_pixel: Amount = setting(0.0, PREPARATION, before=0.0)
     feather: Amount = setting(0.25, PREPARATION)  # width of the soft border
     feather_unit: FeatherUnit = setting("diameter", PREPARATION)  # diameter: of the lesion's equivalent circle
     healthy_masks: Count = setting(4, WEIGHTS)  # training: fixed lesion-shaped masks per healthy image
@@ -257,7 +262,14 @@ def stage_configs(path: Path, overrides: Sequence[str] = ()) -> dict[str, Config
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> Config:
-    """A Config from the plain dictionary stored in a checkpoint; ``source`` names it in errors."""
+    """A Config from the plain dictionary stored in a checkpoint; ``source`` names it in errors.
+
+    Crops had at least the model's own size before there was a ``data.min_crop``; a checkpoint without it says so.
+    """
+    data = values.get("data")
+    if isinstance(data, dict) and "min_crop" not in data and data.get("fit", "crop") == "crop":
+        size = data.get("image_size", DataConfig().image_size)
+        values = {**values, "data": {**data, "min_crop": size}}
     return _checked(Values(source, values))
 
 
@@ -282,6 +294,8 @@ def _checked(values: Values) -> Config:
     agree(fits, "sampling.eta", sampling.eta, f"0 with sampling.sampler={sampling.sampler}")
     multiple = config.autoencoder.factor * 2 ** (len(unet.channel_mult) - 1)
     agree(data.image_size % multiple == 0, "data.image_size", data.image_size, f"a multiple of {multiple}")
+    cropped = data.fit == "crop" or not data.mm_per_pixel
+    agree(cropped, "data.mm_per_pixel", data.mm_per_pixel, f"0 with data.fit={data.fit}")
     channels = 2 * config.autoencoder.latent_channels + 1
     what = f"{channels} (noisy latent + mask + masked-image latent)"
     agree(unet.in_channels == channels, "unet.in_channels", unet.in_channels, what)

@@ -40,11 +40,11 @@ SCOPES = {"architecture", "features", "images", "weights", "rounding"}
 # Fingerprints of folders, caches and results that exist. A key that is added changes those it decides, and the ones who
 # change one here say to whom that work is lost.
 KNOWN = {
-    ("mldm_v15_unet_only", "weights rounding"): "94d1e69e56f48b0539177468014aea7fad2ce8af49f9181dd5880e4ac496de8d",
-    ("mldm_v15_unet_only", "images"): "1f1b8fbe4a4d452c6f16cb905804e14532b62ee28e51a1b56decb1517f5e8f82",
+    ("mldm_v15_unet_only", "weights rounding"): "e03919bee7dbcbe2e37354e79f847311b76fd922804190efe0268a1ec04f3295",
+    ("mldm_v15_unet_only", "images"): "07401eafbfdf665ae4d635b02f314fe70177d3f4a3a7415cea0baab7b9abe849",
     ("mldm_v15_unet_only", "architecture"): "6c38d0421d4cc6850217a51380f6ae4e6e6831a62e0c1b11a6580aa4541a40b6",
-    ("phantom_stage2_2", "weights rounding"): "32064437f5fac58f614effc8fe6144502ae87e197d72aeefce8ec099b1d142d6",
-    ("phantom_stage2_2", "images"): "e78ca85e08f0942be620cdfb3641371c85d87f2253672eb10ff2a72f2f6de35b",
+    ("phantom_stage2_2", "weights rounding"): "9e222d00ca3f7c165aeb88791a4c134de339f0de9d5a52203edef7c6ff750846",
+    ("phantom_stage2_2", "images"): "e30e62fd365b27c6c2567f361eb24ce3332292817e4eb4d4c6615c9dfa386438",
     ("phantom_stage2_2", "architecture"): "f0a4f47aed522e130d712c403dc7ea3b48c14b2858063bacf8c05ad4ef1a3610",
 }
 
@@ -69,9 +69,18 @@ def test_work_of_earlier_versions_is_recognised(name: str, scopes: str) -> None:
 
 def test_cached_features_of_earlier_versions_are_recognised_and_stretched_classifiers_are_not() -> None:
     features = fingerprint(identity(Config().data, "features"))
-    assert features == "fa4e9e370eff06f48da35037d39134fd4aa120ceb13db82a1f0e45d06a7d3341"
+    assert features == "a1fb6428d25568d2a7b5f02ccddc414479c629a0e68c679e11c0f7fd9d244591"
     classifier = fingerprint(identity(ClassifierConfig(), "weights"))
     assert classifier == "10b5e9e8842ca72acc70cf9eee3ee65cacda569dc805f6c565dd0707e3bfc7ad"  # with the key `crop`
+
+
+def test_a_checkpoint_from_before_min_crop_has_crops_of_the_models_own_size() -> None:
+    old = dataclasses.asdict(load_config(MODELS / "mldm_v15_stage1.yaml", ["data.image_size=256"]))
+    for key in ("min_crop", "min_crop_unit", "mm_per_pixel"):
+        del old["data"][key]
+    assert config_from_dict(old, "old.ckpt").data.min_crop == 256
+    old["data"]["fit"] = "pad"  # where nothing is cropped
+    assert config_from_dict(old, "old.ckpt").data.min_crop == Config().data.min_crop
 
 
 def test_published_epochs_batch_and_rates() -> None:
@@ -146,6 +155,13 @@ REFUSED = {
     "drop-out of one": ("training: {condition_dropout: 1.0}", r"training\.condition_dropout"),
     "size that does not divide": ("data: {image_size: 500}", r"data\.image_size: expected a multiple of 64"),
     "context that cuts the lesion": ("data: {context: 0.5}", r"data\.context: expected a number of at least 1"),
+    "negative crop": ("data: {min_crop: -1}", r"data\.min_crop: expected a number of at least 0"),
+    "choice: crop unit": ("data: {min_crop_unit: cm}", r"data\.min_crop_unit: expected one of pixels, mm"),
+    "negative scale": ("data: {mm_per_pixel: -0.5}", r"data\.mm_per_pixel: expected a number of at least 0"),
+    "scale without a crop": (
+        "data: {mm_per_pixel: 0.5, fit: pad}",
+        r"data\.mm_per_pixel: expected 0 with data\.fit=pad, found 0\.5",
+    ),
     "size of zero": ("data: {image_size: 0}", r"data\.image_size: .* found 0"),
     "4-channel U-Net": ("unet: {in_channels: 4}", r"unet\.in_channels: expected 9"),
     "text width": ("unet: {context_dim: 1024}", r"unet\.context_dim: expected text_encoder\.width"),

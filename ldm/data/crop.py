@@ -1,36 +1,61 @@
 """How an image and its mask are brought to the model's square and back. NumPy and OpenCV; no torch."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 
-from ldm.config import FitMode
+from ldm.config import CropUnit, DataConfig, FitMode
 from ldm.core.errors import MedSoftError
+from ldm.core.files import named_seed
 from ldm.data.images import dimensions, match_channels
-from ldm.data.masks import extents
+from ldm.data.masks import extents, spacing_of
+
+MAX_SHIFT = 0.125  # of a training crop, as a share of its side, in either direction
+
+Span = tuple[int, int]  # (first, last + 1) along one axis, pixels
 
 
 @dataclass(frozen=True)
 class Fit:
     """How an image and its mask are brought to the model's ``size`` x ``size`` square.
 
-    ``crop``: a square around the lesion of at least ``context`` times its longest side, at native pixels where
-    ``size`` native pixels suffice; ``pad``: the whole image in a square, its border repeated; ``resize``: the whole
-    image stretched.
+    ``crop``: a square around the lesion, ``context`` times its longest side and at least ``min_crop`` pixels or mm of
+    the native image, enlarged or reduced to ``size``; with ``mm_per_pixel`` above 0 a window of ``size`` *
+    ``mm_per_pixel`` mm along each side instead, whatever the lesion's size. ``pad``: the whole image in a square, its
+    border repeated; ``resize``: the whole image stretched.
     """
 
     mode: FitMode = "crop"
     size: int = 512
     context: float = 2.0
+    min_crop: float = 64.0
+    min_crop_unit: CropUnit = "pixels"
+    mm_per_pixel: float = 0.0
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Fit":
+        """The fit that a configuration asks for."""
+        return cls(data.fit, data.image_size, data.context, data.min_crop, data.min_crop_unit, data.mm_per_pixel)
 
     def crop_window(
-        self, shape: tuple[int, ...], mask: np.ndarray | None = None, offset: tuple[float, float] = (0, 0)
+        self,
+        shape: tuple[int, ...],
+        mask: np.ndarray | None = None,
+        spacing: Any = None,
+        variant: int = 0,
+        name: tuple[object, ...] = (),
     ) -> "CropWindow":
         """The part of an image of ``shape`` (H, W, ...) that the model sees, for a lesion ``mask`` (HxW in [0, 1]).
 
-        Without a mask, or with an empty one, ``crop`` takes the whole image as ``pad`` does. ``offset`` (down, right)
-        moves a crop by that share of its side, as far as the lesion and the image allow.
+        Without a mask, or with an empty one, ``crop`` takes the whole image as ``pad`` does. ``spacing``: the sample's
+        ``spacing_mm``, which lengths in mm need. ``variant`` 0 is centred on the lesion as far as the image allows;
+        each other one begins elsewhere, up to MAX_SHIFT of the side away, where its number and ``name`` say, until all
+        places are used up. Every window holds all of the mask. MedSoftError where the spacing is missing, or where a
+        window in mm is smaller than the lesion.
         """
         height, width = int(shape[0]), int(shape[1])
         if mask is not None and mask.shape != (height, width):
@@ -42,20 +67,90 @@ class Fit:
             return CropWindow(-((longest - height) // 2), -((longest - width) // 2), longest, longest, self.size)
         support = extents(mask > 0)
         core = extents(mask >= 0.5) if (mask >= 0.5).any() else support
-        wanted = max(
-            int(np.ceil(self.context * max(last - first for first, last in core))),
-            min(self.size, longest),
-            *(last - first for first, last in support),
+        sides = self._sides((height, width), max(map(_length, core)), spacing)
+        if not self.mm_per_pixel:
+            sides = (max(*sides, *map(_length, support)),) * 2
+        self._check_holds(sides, support, spacing)
+        axes = list(zip(sides, (height, width), core, support, strict=True))
+        top, left = _place(axes, variant, name)
+        return CropWindow(top, left, *sides, self.size)
+
+    def most_places(self, shape: tuple[int, int], lesion: tuple[float, float], spacing: Any = None) -> int:
+        """How many different windows an image of ``shape`` (H, W) with a ``lesion`` of (rows, columns) has at most.
+
+        An upper bound from these numbers alone: the mask is not read. 1 where no window can move.
+        """
+        if self.mode != "crop":
+            return 1
+        sides = self._sides(shape, math.floor(max(lesion) + 0.01), spacing)
+        free = (max(length - side, 0) for length, side in zip(shape, sides, strict=True))
+        return math.prod(min(room, 2 * math.ceil(MAX_SHIFT * max(shape))) + 1 for room in free)
+
+    def _sides(self, shape: tuple[int, int], lesion: int, spacing: Any) -> tuple[int, int]:
+        """The window's height and width in native pixels, for a lesion whose longest side has ``lesion`` pixels."""
+        if self.mm_per_pixel:
+            extent = self.size * self.mm_per_pixel
+            height, width = (max(1, round(extent / mm)) for mm in self._spacing(spacing))
+            return height, width
+        least = self.min_crop
+        if self.min_crop_unit == "mm":
+            least /= min(self._spacing(spacing))  # as long in both directions
+        side = min(max(math.ceil(self.context * lesion), math.ceil(least), 1), max(shape))
+        return side, side
+
+    def check_spacing(self, spacing: Any) -> None:
+        """MedSoftError if this fit has a length in mm and ``spacing`` is None."""
+        in_mm = "data.min_crop_unit=mm" if self.min_crop_unit == "mm" else None
+        key = f"data.mm_per_pixel={self.mm_per_pixel:g}" if self.mm_per_pixel else in_mm
+        if self.mode == "crop" and key and spacing is None:
+            raise MedSoftError(
+                f"{key}: the sample's meta.json has no spacing_mm; add it (mm between rows, mm between columns), or "
+                "give lengths in pixels: data.mm_per_pixel=0 data.min_crop_unit=pixels"
+            )
+
+    def _spacing(self, spacing: Any) -> tuple[float, float]:
+        self.check_spacing(spacing)
+        return spacing_of(spacing)
+
+    def _check_holds(self, sides: tuple[int, int], support: tuple[Span, Span], spacing: Any) -> None:
+        """MedSoftError if a window of ``sides`` is smaller than the lesion with its soft border."""
+        if all(_length(span) <= side for span, side in zip(support, sides, strict=True)):
+            return
+        found = [_length(span) * mm for span, mm in zip(support, spacing_of(spacing), strict=True)]
+        needed = math.ceil(1000 * max(found) / self.size) / 1000
+        raise MedSoftError(
+            f"the lesion with its soft border has {found[1]:.1f} x {found[0]:.1f} mm, the window of "
+            f"data.mm_per_pixel={self.mm_per_pixel:g} has {self.size * self.mm_per_pixel:.1f} mm; "
+            f"data.mm_per_pixel={needed:g} is wide enough"
         )
-        side = min(wanted, longest)
-        top, left = (
-            _start(side, length, c, s, round(share * side))
-            for length, c, s, share in zip((height, width), core, support, offset, strict=True)
-        )
-        return CropWindow(top, left, side, side, self.size)
 
 
-def _start(side: int, length: int, core: tuple[int, int], support: tuple[int, int], move: int) -> int:
+def _length(span: Span) -> int:
+    return span[1] - span[0]
+
+
+def _place(axes: Sequence[tuple[int, int, Span, Span]], variant: int, name: tuple[object, ...]) -> tuple[int, int]:
+    """Top and left of window number ``variant``; ``axes``: of rows and of columns, the first arguments of ``_start``.
+
+    Every number up to ``variant`` draws a place that no number before it has, while there is one.
+    """
+
+    def place(moves: Sequence[float]) -> tuple[int, int]:
+        top, left = (_start(*axis, round(move)) for axis, move in zip(axes, moves, strict=True))
+        return top, left
+
+    reach = [math.ceil(MAX_SHIFT * axis[0] + 0.5) - 1 for axis in axes]  # the furthest that a move can be rounded to
+    (top, left), (bottom, right) = place([-move for move in reach]), place(reach)
+    places, taken = (bottom - top + 1) * (right - left + 1), {place((0, 0)): None}
+    for number in range(1, variant % places + 1):
+        rng = np.random.default_rng(named_seed("crop", *name, number))
+        while len(taken) <= number:
+            moves = rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2)
+            taken[place([move * axis[0] for move, axis in zip(moves, axes, strict=True)])] = None
+    return list(taken)[-1]
+
+
+def _start(side: int, length: int, core: Span, support: Span, move: int = 0) -> int:
     """Where a window of ``side`` begins along one axis: centred on core, moved, holding support, inside if it fits."""
     if side >= length:
         return -((side - length) // 2)

@@ -46,6 +46,15 @@ def read_image(path: str | Path) -> np.ndarray:
     return _decode(Path(path), indices=False)
 
 
+def header_shape(path: str | Path) -> tuple[int, int] | None:
+    """Height and width that an image file's header says, before any EXIF orientation; None where Pillow reads none."""
+    try:
+        with Image.open(path, formats=sorted(set(_IMAGE_MAGIC.values()))) as opened:
+            return opened.height, opened.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
 def is_lossy(path: str | Path) -> bool:
     """Whether an image file that can be read is compressed with loss (JPEG, also inside TIFF), which changes levels."""
     data, kind = _read_bytes(Path(path))

@@ -325,6 +325,11 @@ class Feather:
         if not (math.isfinite(self.amount) and self.amount >= 0):
             raise UsageError(f"feather.amount: expected a number of at least 0, found {self.amount}")
 
+    def check_spacing(self, spacing: Any) -> None:
+        """MedSoftError if this feather is in mm and ``spacing`` is None."""
+        if self.unit == "mm" and spacing is None:
+            raise MedSoftError("feather in mm: the sample's meta.json has no spacing_mm; give the feather in pixels")
+
     def pixels(self, hard: np.ndarray, spacing: Any = None) -> tuple[float, float]:
         """The width for this lesion (bool HxW), in rows and in columns.
 
@@ -333,8 +338,7 @@ class Feather:
         if self.unit != "mm":
             width = self.amount if self.unit == "pixels" else self.amount * equivalent_diameter(hard)
             return float(width), float(width)
-        if spacing is None:
-            raise MedSoftError("feather in mm: the sample's meta.json has no spacing_mm; give the feather in pixels")
+        self.check_spacing(spacing)
         rows, columns = spacing_of(spacing)
         return self.amount / rows, self.amount / columns
 

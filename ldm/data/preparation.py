@@ -13,7 +13,7 @@ from ldm.core.errors import MedSoftError
 from ldm.core.files import content_id, named_seed
 from ldm.core.threads import thread_pool
 from ldm.data.crop import CropWindow, Fit
-from ldm.data.images import intensity_range_of, read_image, read_labels, to_unit
+from ldm.data.images import header_shape, intensity_range_of, read_image, read_labels, to_unit
 from ldm.data.masks import (
     DIAMETERS,
     TARGET_LABEL,
@@ -29,15 +29,13 @@ from ldm.data.masks import (
 )
 from ldm.data.samples import META_TEXTS, Sample
 
-MAX_SHIFT = 0.125  # of a training crop, as a share of its side, in either direction
-
 
 @dataclass(frozen=True, eq=False)
 class PreparedSample:
     """A sample at native size and as the networks see it.
 
     original: HxW or HxWx3 pixels as in the file; intensity_range: its (low, high) values that become 0 and 1; hard:
-    bool HxW lesion region; soft: float32 HxW soft mask; crop_window: the square the model sees. image: (3, S, S) in
+    bool HxW lesion region; soft: float32 HxW soft mask; crop_window: the part the model sees. image: (3, S, S) in
     [-1, 1]; mask: soft, (1, S, S) in [0, 1]. Where mask < 0.5, image does not depend on pixels where soft >= 0.5, and
     neither does intensity_range.
     """
@@ -97,15 +95,46 @@ def inpainting_obstacle(sample: Sample) -> str | None:
     return f"healthy, and its vertebra is not known: {reason}"
 
 
+def scale_obstacle(sample: Sample, data: DataConfig) -> str | None:
+    """Why lengths in mm that ``data`` asks for cannot be had in this sample, or None if they can."""
+    try:
+        if sample.meta.get("spacing_mm") is None:
+            Fit.of(data).check_spacing(None)
+            Feather(data.feather, data.feather_unit).check_spacing(None)
+    except MedSoftError as error:
+        return str(error)
+    return None
+
+
+def distinct_crops(sample: Sample, data: DataConfig) -> int:
+    """How many of the ``data.diseased_crops`` of a diseased sample differ, from its box and its image's header.
+
+    Never too few. Too many only where the lesion's soft border, which the box does not show, keeps the window in place.
+    """
+    shape = header_shape(sample.image)
+    if shape is None:
+        return data.diseased_crops
+    box = (0.0, 0.0) if sample.soft_mask else (sample.box[3], sample.box[2])  # that file may mark less than the mask
+    fit, spacing, found = Fit.of(data), sample.meta.get("spacing_mm"), 1
+    try:
+        for height, width in {shape, shape[::-1]}:  # a header does not say how the image is turned
+            lesion = (box[0] * height, box[1] * width)
+            found = max(found, fit.most_places((height, width), lesion, spacing))
+    except MedSoftError:
+        return data.diseased_crops  # preparing it will say what is wrong
+    return min(found, data.diseased_crops)
+
+
 def prepare(
     sample: Sample, data: DataConfig, seed: int, variant: int, training: bool = False, diameter: float | None = None
 ) -> PreparedSample:
     """Read one sample and bring it to the model's square.
 
     A diseased sample uses its own mask; in ``training``, its variants from 1 on are crops shifted by up to an eighth
-    of their side. A healthy one gets a lesion-shaped mask inside its vertebra. Masks and shifts are functions of
-    (seed, sample_id, variant) alone; ``diameter`` is the size of a healthy one's mask, within a tenth (see
-    ``lesion_diameter``). Raises MedSoftError naming the sample's file when something is wrong with it.
+    of their side, each to another place while there are more. A healthy one gets a lesion-shaped mask inside its
+    vertebra. Masks and shifts are functions of (seed, sample_id, variant) alone; ``diameter`` is the size of a healthy
+    one's mask, within a tenth (see ``lesion_diameter``). Raises MedSoftError naming the sample's file when something is
+    wrong with it.
     """
     reason = inpainting_obstacle(sample)
     if reason:
@@ -122,11 +151,7 @@ def prepare(
     own = read_mask(sample.mask, original.shape)
     if own.empty:
         raise MedSoftError(f"{sample.mask}: diseased, but the mask is empty")
-    offset = (0.0, 0.0)
-    if training and variant > 0:
-        rng = np.random.default_rng(named_seed("crop", seed, sample.sample_id, variant))
-        offset = tuple(rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2))
-    return fit_sample(sample, original, own, data, offset)
+    return fit_sample(sample, original, own, data, variant if training else 0, seed)
 
 
 def lesion_diameter(sample: Sample) -> float | None:
@@ -145,17 +170,18 @@ def lesion_diameter(sample: Sample) -> float | None:
 
 
 def fit_sample(
-    sample: Sample, original: np.ndarray, mask: Mask, data: DataConfig, offset: tuple[float, float] = (0.0, 0.0)
+    sample: Sample, original: np.ndarray, mask: Mask, data: DataConfig, crop: int = 0, seed: int = 0
 ) -> PreparedSample:
     """Put an image and the mask to inpaint together; a diseased sample's ``soft_mask.png`` is used as it is.
 
-    ``offset`` moves the crop (see ``Fit.crop_window``).
+    ``crop``: 0 is the centred one, others are shifted, to where ``seed`` and the sample's name say.
     """
+    spacing = sample.meta.get("spacing_mm")
     if sample.soft_mask is not None and not sample.healthy:
         soft = read_mask(sample.soft_mask, original.shape, soft=True).values
     else:
-        soft = soft_mask_for(mask, Feather(data.feather, data.feather_unit), sample.meta.get("spacing_mm"))
-    crop_window = Fit(data.fit, data.image_size, data.context).crop_window(original.shape, soft, offset)
+        soft = soft_mask_for(mask, Feather(data.feather, data.feather_unit), spacing)
+    crop_window = Fit.of(data).crop_window(original.shape, soft, spacing, crop, (seed, sample.sample_id))
     hidden = soft >= 0.5
     intensity_range = intensity_range_of(original, sample.meta.get("window"), hidden)
     unit = crop_window.forward(to_unit(original, intensity_range), hidden)

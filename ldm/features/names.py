@@ -9,7 +9,7 @@ from ldm.config import DataConfig
 from ldm.core.files import fingerprint
 from ldm.core.schema import identity
 from ldm.core.threads import thread_pool
-from ldm.data.preparation import inpainting_obstacle
+from ldm.data.preparation import distinct_crops, inpainting_obstacle
 from ldm.data.samples import Reject, Sample
 from ldm.networks.msc import ControllerInputs
 
@@ -31,17 +31,29 @@ class Item:
 
 
 def training_items(samples: Sequence[Sample], data: DataConfig) -> tuple[list[Item], list[Reject]]:
-    """Every mask or crop of every sample that can be drawn on, and the samples that cannot, with the reason."""
-    items, rejects = [], []
+    """Every mask or distinct crop of every sample that can be drawn on, and the samples that cannot, with the reason.
+
+    No image is decoded: see ``distinct_crops``.
+    """
+
+    def variants(sample: Sample) -> int | str:
+        reason = inpainting_obstacle(sample)
+        return reason or (data.healthy_masks if sample.healthy else distinct_crops(sample, data))
+
     with thread_pool() as pool:
-        reasons = list(pool.map(inpainting_obstacle, samples))
-    for sample, reason in zip(samples, reasons, strict=True):
-        if reason:
-            rejects.append(Reject(sample.sample_id, sample.image, reason))
-        else:
-            variants = data.healthy_masks if sample.healthy else data.diseased_crops
-            items += [Item(sample, variant) for variant in range(variants)]
-    return items, rejects
+        found = list(zip(samples, pool.map(variants, samples), strict=True))
+    items = [Item(sample, variant) for sample, count in found if isinstance(count, int) for variant in range(count)]
+    return items, [Reject(sample.sample_id, sample.image, why) for sample, why in found if isinstance(why, str)]
+
+
+def item_counts(items: Sequence[Item]) -> str:
+    """How many crops and masks there are to learn from, in words."""
+    kinds: dict[bool, set[str]] = {False: set(), True: set()}
+    for item in items:
+        kinds[item.sample.healthy].add(item.sample.sample_id)
+    masks = sum(item.sample.healthy for item in items)
+    crops = f"{len(items) - masks} distinct crops of {len(kinds[False])} diseased images"
+    return f"{crops}, {masks} masks in {len(kinds[True])} healthy ones"
 
 
 class FeatureNames:

@@ -57,7 +57,7 @@ def clip_pairs(config: DataConfig, count: int) -> tuple[Tensor, list[str]]:
 def _crop(config: DataConfig, image: np.ndarray, hard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The crop that the model would see around this hard mask (HxW), and the soft mask in it."""
     soft = _soft(config, hard)
-    window = Fit(config.fit, config.image_size, config.context).crop_window(image.shape, soft)
+    window = Fit.of(config).crop_window(image.shape, soft)
     return window.forward(to_unit(image)), window.forward_mask(soft)
 
 

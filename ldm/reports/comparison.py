@@ -50,7 +50,7 @@ class ResultImage:
         """
         original, result, soft = *self.shown(), self.soft
         if side is not None:
-            crop = Fit("crop", side, 2.0).crop_window(soft.shape, soft)
+            crop = Fit("crop", side, context=2.0, min_crop=side).crop_window(soft.shape, soft)
             original, result, soft = crop.forward(original), crop.forward(result), crop.forward_mask(soft)
         return {
             "original": colour(original),

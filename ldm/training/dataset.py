@@ -24,10 +24,10 @@ from ldm.data.checks import (
     damaged_files,
     warn_of_similar_prompts,
 )
-from ldm.data.preparation import digests_of, sample_identity
+from ldm.data.preparation import digests_of, sample_identity, scale_obstacle
 from ldm.data.samples import Reject, Sample
 from ldm.diffusion.noise import named_generator, normal
-from ldm.features.names import Item, training_items
+from ldm.features.names import Item, item_counts, training_items
 from ldm.features.store import FeatureStore
 
 log = logging.getLogger("ver_train")
@@ -108,14 +108,20 @@ def _read_set(inputs: TrainingInputs, name: str, path: Path, data: DataConfig) -
     inputs.total += len(samples) + len(missing)
     names = {reject.sample_id for reject in damaged}
     samples = [sample for sample in samples if sample.sample_id not in names]
-    items, undrawable = training_items(samples, data)
+    unscaled = [Reject(each.sample_id, each.image, why) for each in samples if (why := scale_obstacle(each, data))]
+    damaged += unscaled
+    names = {reject.sample_id for reject in unscaled}
+    items, undrawable = training_items([sample for sample in samples if sample.sample_id not in names], data)
     if not items:
-        raise MedSoftError(f"{path}: no sample can be used for training ({len(samples)} read, all without a mask)")
+        rejects = [*undrawable, *damaged, *missing]
+        first = f"; the first, {rejects[0].sample_id}: {rejects[0].reason}" if rejects else ""
+        raise MedSoftError(f"{path}: no sample can be used for training ({len(rejects)} read{first})")
     inputs.items[name] = items
     used = inputs.samples(name)
     diseased = sum(not sample.healthy for sample in used)
     counts = (name, diseased, len(used) - diseased, len({sample.patient_id for sample in used}), path)
     log.info("%s: %d diseased and %d healthy samples of %d patients (%s)", *counts)
+    log.info("%s: %s", name, item_counts(items))
     if name == "val" and (made := sum(sample.synthetic for sample in used)):
         log.warning(
             "warning: val: %d of %d samples are synthetic; the best epoch is chosen on them too", made, len(used)

@@ -44,7 +44,7 @@ from ldm.data.folders import ORIENTATION_NOTE, read_regions
 from ldm.data.images import orientations_differ, pixel_digest, read_image
 from ldm.data.preparation import inpainting_obstacle
 from ldm.data.samples import Sample, prompt_of, shown
-from ldm.features.names import training_items
+from ldm.features.names import item_counts, training_items
 from ldm.inference.prompts import contradiction, image_facts
 from ldm.networks.model import MedSoftModel
 from ldm.networks.opening import open_encoder, open_model
@@ -357,6 +357,7 @@ def check_disk_and_memory(config: Config, sets: dict[str, Path], save_path: Path
     for path in sets.values():
         with suppress(MedSoftError):  # which is said where the data is looked at
             items += training_items(load_samples(path)[0], config.data)[0]
+    log.info("to learn from and to validate on: %s", item_counts(items))
     try:
         if lack := check_disk(save_path, config.architecture, training, items):
             yield Finding("warning", str(save_path), lack)

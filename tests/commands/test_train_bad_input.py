@@ -76,6 +76,36 @@ def test_checkpoint_of_another_preparation(trained: dict, world: Path, tmp_path:
     assert train("stage2_2", other, tmp_path / "s", world, "--dry_run", "data.context=3.0") == 0
 
 
+def test_checkpoint_from_before_min_crop(trained: dict, world: Path, tmp_path: Path) -> None:
+    """Its crops had at least the model's own size, which is the phantoms' default, and another one in other YAMLs."""
+    other = tmp_path / "other.ckpt"
+    content = torch.load(trained["stage2_1"].last, weights_only=True)
+    for key in ("min_crop", "min_crop_unit", "mm_per_pixel"):
+        del content["medsoft"]["config"]["data"][key]
+    torch.save(content, other)
+    assert train("stage2_2", other, tmp_path / "s", world, "--dry_run") == 0
+    with pytest.raises(UsageError, match=r"with data\.min_crop=64\.0, .* has 32\.0; add data\.min_crop=64\.0"):
+        train("stage2_2", other, tmp_path / "s", world, "--dry_run", "data.min_crop=32")
+
+
+def test_samples_without_spacing_where_lengths_are_in_mm(
+    world: Path, converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They count as samples that cannot be read, before anything is built; the others are trained on."""
+    shutil.copytree(world / "train", tmp_path / "data")
+    changed = next((tmp_path / "data").glob("*/meta.json"))
+    meta = json.loads(changed.read_text())
+    del meta["spacing_mm"]
+    changed.write_text(json.dumps(meta))
+    given = ("--train_json", tmp_path / "data", "--dry_run", "data.mm_per_pixel=0.4")
+    reason = r"data\.mm_per_pixel=0\.4: the sample's meta\.json has no spacing_mm; add it"
+    with pytest.raises(MedSoftError, match=rf"1 of 12 samples cannot be read, .*max_rejected=0\.01 .*{reason}"):
+        train("stage1", converted, tmp_path / "s", world, *given)
+    with caplog.at_level("INFO"):
+        train("stage1", converted, tmp_path / "s", world, *given, "training.max_rejected=0.1")
+    assert f"skipped {changed.with_name('image.png')}: data.mm_per_pixel=0.4" in caplog.text
+
+
 def test_checkpoint_for_another_configuration(converted: Path, world: Path, tmp_path: Path) -> None:
     with pytest.raises(MedSoftError, match=r"another size.*Use the YAML it was made with, or convert it"):
         train("stage1", converted, tmp_path / "s", world, "msc.width=64")

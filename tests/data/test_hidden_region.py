@@ -15,15 +15,19 @@ from ldm.data.samples import Sample
 from ldm.networks.model import hidden_region, hide
 
 
-def prepared(image: np.ndarray, hard: np.ndarray, data: DataConfig) -> PreparedSample:
-    sample = Sample("a", Path("image.png"), None, "lesion", (0.0,) * 4, "a")
+def prepared(
+    image: np.ndarray, hard: np.ndarray, data: DataConfig, spacing: list[float] | None = None
+) -> PreparedSample:
+    sample = Sample("a", Path("image.png"), None, "lesion", (0.0,) * 4, "a", meta={"spacing_mm": spacing})
     return fit_sample(sample, image, Mask(hard.astype(np.float32)), data)
 
 
 @settings(max_examples=80, deadline=None)
 @given(
     size=st.tuples(st.integers(2, 50), st.integers(2, 50)),
-    side=st.sampled_from([16, 32, 64]),
+    side=st.sampled_from([16, 32, 64, 256]),
+    least=st.sampled_from([0.0, 16.0, 64.0]),
+    spacing=st.sampled_from([None, [1.0, 1.0], [0.5, 1.3]]),
     fit=st.sampled_from(["crop", "pad", "resize"]),
     feather=st.floats(0, 6),
     colour=st.booleans(),
@@ -31,7 +35,15 @@ def prepared(image: np.ndarray, hard: np.ndarray, data: DataConfig) -> PreparedS
     seed=st.integers(0, 2**32 - 1),
 )
 def test_no_visible_model_pixel_depends_on_a_hidden_one(
-    size: tuple[int, int], side: int, fit: str, feather: float, colour: bool, depth: type, seed: int
+    size: tuple[int, int],
+    side: int,
+    least: float,
+    spacing: list[float] | None,
+    fit: str,
+    feather: float,
+    colour: bool,
+    depth: type,
+    seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     top_level = np.iinfo(depth).max
@@ -39,11 +51,14 @@ def test_no_visible_model_pixel_depends_on_a_hidden_one(
     hard = np.zeros(size, bool)
     top, left = (int(rng.integers(0, length)) for length in size)
     hard[top : top + int(rng.integers(1, 12)), left : left + int(rng.integers(1, 12))] = True
-    data = DataConfig(image_size=side, fit=fit, feather=feather, feather_unit="pixels")
-    first = prepared(image, hard, data)
+    scale = 60 / side if spacing and fit == "crop" else 0.0  # 60 mm hold the largest lesion with its feather
+    data = DataConfig(
+        image_size=side, fit=fit, feather=feather, feather_unit="pixels", min_crop=least, mm_per_pixel=scale
+    )
+    first = prepared(image, hard, data, spacing)
     other = image.copy()
     other[first.soft >= 0.5] = rng.integers(0, top_level + 1, other[first.soft >= 0.5].shape)
-    second = prepared(other, hard, data)
+    second = prepared(other, hard, data, spacing)
     if (first.soft < 0.5).any():
         assert first.intensity_range == second.intensity_range
     assert torch.equal(first.mask, second.mask)

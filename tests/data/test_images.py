@@ -1,4 +1,4 @@
-"""Reading any image, depth, the fit to the model's square and back, and writing."""
+"""Reading any image, its depth, and writing."""
 
 import io
 import struct
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from ldm.core.errors import FileError, MedSoftError
-from ldm.data.crop import CropWindow, Fit
 from ldm.data.images import composite, intensity_range_of, is_grey, read_image, read_labels, to_unit
 from ldm.data.png import encode_png, write_png
 
@@ -351,117 +350,3 @@ def test_composite_ignores_nan_outside_and_refuses_it_inside() -> None:
 def test_composite_of_different_sizes_names_them() -> None:
     with pytest.raises(MedSoftError, match="image 5 x 4, generated 5 x 4 and mask 4 x 5"):
         composite(pixels((4, 5)), np.zeros((4, 5)), np.zeros((5, 4)))
-
-
-# ------------------------------------------------------------------------------------------------ fit
-
-
-@st.composite
-def scenes(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, Fit]:
-    """An image, a mask with one soft rectangle, and a fit."""
-    height, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
-    top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
-    bottom, right = draw(st.integers(top + 1, height)), draw(st.integers(left + 1, width))
-    mask = np.zeros((height, width), np.float32)
-    mask[top:bottom, left:right] = draw(st.sampled_from([0.3, 1.0]))
-    mask[(top + bottom) // 2, (left + right) // 2] = 1
-    fit = Fit(
-        draw(st.sampled_from(["crop", "pad", "resize"])), draw(st.integers(4, 24)), draw(st.sampled_from([1.0, 2.0]))
-    )
-    return np.random.default_rng(height * 41 + width).random((height, width)).astype(np.float32), mask, fit
-
-
-@FEW
-@given(scenes())
-def test_window_holds_the_whole_support_and_returns_to_its_place(scene: tuple[np.ndarray, np.ndarray, Fit]) -> None:
-    image, mask, fit = scene
-    window = fit.crop_window(image.shape, mask)
-    rows, columns = np.nonzero(mask)
-    assert window.top <= rows.min()
-    assert rows.max() < window.top + window.height
-    assert window.left <= columns.min()
-    assert columns.max() < window.left + window.width
-    small = window.forward(image)
-    assert small.shape == (fit.size, fit.size)
-    assert small.dtype == np.float32
-    assert image.min() <= small.min()
-    assert small.max() <= image.max()
-    back = window.backward(np.full((fit.size, fit.size), 9.0), image)
-    assert (back[mask > 0] == 9).all()
-    assert ((back == 9) | (back == image)).all()
-
-
-@FEW
-@given(scenes())
-def test_no_lesion_is_lost_at_any_size(scene: tuple[np.ndarray, np.ndarray, Fit]) -> None:
-    image, mask, fit = scene
-    window = fit.crop_window(image.shape, mask)
-    small = window.forward_mask(mask)
-    assert small.shape == (fit.size, fit.size)
-    assert small.max() == mask.max() == 1
-    np.testing.assert_array_equal(small >= 0.5, window.forward_mask(mask >= 0.5) > 0)
-    dot = np.zeros_like(mask)
-    dot[np.unravel_index(mask.argmax(), mask.shape)] = 1
-    assert window.forward_mask(dot).max() == 1
-
-
-@FEW
-@given(st.integers(8, 40), st.integers(8, 40), st.integers(0, 99), st.booleans())
-def test_native_crop_is_pixel_exact_both_ways(height: int, width: int, seed: int, colour: bool) -> None:
-    image = np.random.default_rng(seed).random((height, width, 3) if colour else (height, width)).astype(np.float32)
-    mask = np.zeros((height, width), np.float32)
-    mask[seed % height, seed % width] = 1
-    window = Fit("crop", 8).crop_window(image.shape, mask)
-    assert window.height == window.width == window.size == 8
-    assert min(window.top, window.left) >= 0
-    small = window.forward(image)
-    rows, columns = slice(window.top, window.top + 8), slice(window.left, window.left + 8)
-    np.testing.assert_array_equal(small, image[rows, columns])
-    small[...] = 2
-    assert image.max() < 2  # a copy
-    np.testing.assert_array_equal(window.backward(window.forward(image), image), image)
-    np.testing.assert_array_equal(window.forward_mask(mask), mask[rows, columns])
-
-
-def test_crop_is_centred_on_the_lesion_with_context_and_stays_inside() -> None:
-    mask = np.zeros((200, 300), np.float32)
-    mask[90:110, 100:130] = 1
-    assert Fit("crop", 32, 2.0).crop_window(mask.shape, mask) == CropWindow(70, 85, 60, 60, 32)
-    mask = np.zeros((200, 300), np.float32)
-    mask[0:20, 290:300] = 1
-    assert Fit("crop", 32, 2.0).crop_window(mask.shape, mask) == CropWindow(0, 260, 40, 40, 32)
-
-
-def test_crop_moves_off_the_lesion_to_hold_a_one_sided_support() -> None:
-    mask = np.zeros((200, 300), np.float32)
-    mask[100:110, 100:110] = 1
-    mask[100:110, 110:130] = 0.2
-    assert Fit("crop", 32, 1.0).crop_window(mask.shape, mask) == CropWindow(89, 98, 32, 32, 32)
-
-
-def test_pad_repeats_the_border_and_resize_stretches() -> None:
-    image = np.arange(8, dtype=np.float32).reshape(2, 4)
-    padded = Fit("pad", 4).crop_window(image.shape).forward(image)
-    np.testing.assert_array_equal(padded, image[[0, 0, 1, 1]])
-    assert Fit("resize", 4).crop_window(image.shape) == CropWindow(0, 0, 2, 4, 4)
-    assert Fit("crop", 4).crop_window(image.shape, np.zeros((2, 4))) == Fit("pad", 4).crop_window(image.shape)
-
-
-def test_channels_follow_the_canvas() -> None:
-    window = Fit("pad", 4).crop_window((4, 4))
-    colour = np.stack([np.zeros((4, 4)), np.ones((4, 4)), np.full((4, 4), 0.5)], axis=-1)
-    np.testing.assert_allclose(window.backward(colour, np.zeros((4, 4))), 0.5)
-    assert window.backward(np.ones((4, 4)), np.zeros((4, 4, 3))).shape == (4, 4, 3)
-
-
-def test_smooth_image_survives_the_way_there_and_back() -> None:
-    y, x = np.mgrid[:60, :90] / 90
-    image = (0.5 + 0.4 * np.sin(3 * x) * np.cos(2 * y)).astype(np.float32)
-    for mode in ("pad", "resize"):
-        window = Fit(mode, 48).crop_window(image.shape)
-        assert np.abs(window.backward(window.forward(image), image) - image).max() < 0.02
-
-
-def test_sizes_that_do_not_match_are_refused() -> None:
-    with pytest.raises(MedSoftError, match="the image has 5 x 4 pixels, the mask 4 x 5"):
-        Fit().crop_window((4, 5), np.zeros((5, 4)))

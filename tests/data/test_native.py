@@ -61,6 +61,7 @@ def seen_by_others(path: Path | io.BytesIO, mode: str) -> np.ndarray:
     orientation=st.integers(1, 8),
     feather=st.floats(0, 9),
     fit=st.sampled_from(["crop", "pad", "resize"]),
+    least=st.sampled_from([0.0, 16.0, 64.0]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_outside_the_support_every_reader_sees_the_same_pixels(
@@ -71,6 +72,7 @@ def test_outside_the_support_every_reader_sees_the_same_pixels(
     orientation: int,
     feather: float,
     fit: str,
+    least: float,
     seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -81,7 +83,7 @@ def test_outside_the_support_every_reader_sees_the_same_pixels(
     top, left = (int(rng.integers(0, side)) for side in hard.shape)
     hard[top : top + int(rng.integers(1, 12)), left : left + int(rng.integers(1, 12))] = True
     sample = Sample("a", path, None, "lesion", (0,) * 4, "a")
-    data = DataConfig(image_size=32, fit=fit, feather=feather, feather_unit="pixels")
+    data = DataConfig(image_size=32, fit=fit, feather=feather, feather_unit="pixels", min_crop=least)
     picture = fit_sample(sample, original, Mask(hard.astype(np.float32)), data)
     assert picture.mask.max() == 1  # the lesion reaches the model, however small
 
