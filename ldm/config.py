@@ -170,6 +170,8 @@ class TrainingConfig:
     compile: bool = setting(False, ROUNDING)  # torch.compile of the U-Net
     # data-loader processes per device; -1: two beside a GPU, none beside a CPU
     workers: Annotated[int, within(-1)] = setting(-1, NOTHING)
+    # items whose features are computed at once; halved where memory does not suffice
+    feature_batch: Count = setting(2, NOTHING)
     save_every_minutes: Amount = setting(10.0, NOTHING)
     keep_best: Whole = setting(1, NOTHING)  # how many of the best epochs' weights are kept beside last.ckpt
     val_draws: Count = setting(1, NOTHING)  # times a validation sample is seen, each with other noise, mask or crop

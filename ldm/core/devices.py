@@ -17,11 +17,6 @@ def is_first_process() -> bool:
     return all(int(os.environ.get(name, 0)) == 0 for name in RANKS)
 
 
-def is_first_on_node() -> bool:
-    """True in one process of each machine."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device; for the CPU, what the kernel could give without swapping.
 

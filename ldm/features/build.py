@@ -1,31 +1,39 @@
 """Frozen features computed once and kept on disk: latents and BiomedCLIP tokens of every training item, text of every
 prompt.
 
-Files are named by content (see FeatureNames), so stages, runs and processes share them, and nothing stale is ever read.
+They are found by content (see FeatureNames), so stages, runs and processes share them, and nothing stale is ever read.
 One process computes at a time; others wait for it and find the work done.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config import Architecture, DataConfig
-from ldm.core.errors import MedSoftError
-from ldm.core.files import remove_partials
+from ldm.config import DataConfig
+from ldm.core.devices import free_memory, out_of_memory
+from ldm.core.errors import MedSoftError, first_line
 from ldm.core.locks import exclusive
-from ldm.data.preparation import prepare
+from ldm.core.threads import thread_pool
+from ldm.data.preparation import PreparedSample, prepare
 from ldm.data.samples import Reject
 from ldm.features.names import Item
-from ldm.features.store import FeatureStore, sound_files, write_features
+from ldm.features.shards import narrow
+from ldm.features.sizes import image_memory
+from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, hidden_region, hide
 
+log = logging.getLogger(__name__)
+
 MASK_SEED = 0  # the fixed lesion-shaped masks of healthy training items are the same in every stage and run
-BATCH = 16
+SHARD_BYTES = 64 * 2**20  # features that are written together; so much is computed again if one of them is damaged
+SHARD_SECONDS = 300.0  # they are written earlier: no more work is lost when the process is killed
 
 
 class FeatureBuilder:
@@ -39,103 +47,162 @@ class FeatureBuilder:
         model: MedSoftModel,
         clip: ImageTextEncoder,
         digests: Mapping[Path | None, str],
+        batch: int = 2,
     ) -> None:
-        """``digests``: SHA-256 of every file of the items (see ``ldm.data.preparation.digests_of``)."""
-        self.data, self.model, self.clip = data, model, clip
+        """``digests``: SHA-256 of every file of the items (see ``ldm.data.preparation.digests_of``); ``batch``: items
+        that are computed at once, at most."""
+        self.data, self.model, self.clip, self.batch = data, model, clip, batch
         encoders = {"clip": clip.fingerprint, "clip_text": clip.fingerprint}
         if "autoencoder" in model.parts:
             encoders["latents"] = _weights_fingerprint(model.first_stage_model)
         if "text" in model.parts:
             encoders["text"] = _weights_fingerprint(model.cond_stage_model)
         self.store = FeatureStore(folder, data, encoders, digests)
+        self._computed: dict[str, dict[bytes, dict[str, Tensor]]] = {}  # by kind and key, not yet written
+        self._bytes, self._since = 0, 0.0
 
-    def build(self, items: Sequence[Item], thorough: bool = True) -> list[Reject]:
+    def build(self, items: Sequence[Item]) -> list[Reject]:
         """Compute what is missing or damaged, with a progress bar; items that cannot be prepared are returned.
 
-        ``thorough`` verifies the checksums of what is there; without it only the files' structure is looked at.
+        Raises MedSoftError if the disk is full, or if the memory does not even suffice for one item.
         """
-        if not any(self._missing(items, thorough)):
+        self.store.refresh()
+        if not any(self._missing(items)):
             return []
-        rejects = []
         folder = self.store.folder
-        folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / ".lock", f"another run is computing features in {folder}; waiting for it", wait=True):
-            for part in folder.iterdir():
-                if part.is_dir():
-                    remove_partials(part)
-            missing, prompts = self._missing(items, thorough)  # no more what the run before us has computed
-            batches = [missing[first : first + BATCH] for first in range(0, len(missing), BATCH)]
-            for batch in tqdm(batches, "features", unit="batch", disable=not batches, mininterval=1):
-                rejects += self.compute(batch)
-            for prompt in tqdm(prompts, "prompts", unit="prompt", disable=not prompts, mininterval=1):
-                self.compute_prompt(prompt)
+            self.store.clear_up()
+            self.store.verify(self.store.refresh())
+            missing, prompts = self._missing(items)  # no more what the run before us has computed
+            self._since = time.monotonic()
+            try:
+                rejects = self._compute_all(missing)
+                for prompt in tqdm(prompts, "prompts", unit="prompt", disable=not prompts, mininterval=1):
+                    self.compute_prompt(prompt)
+            finally:
+                self._write()
         return rejects
 
-    def _missing(self, items: Sequence[Item], thorough: bool) -> tuple[list[Item], list[str]]:
-        """The items and the prompts without whole files of all their features."""
+    def _missing(self, items: Sequence[Item]) -> tuple[list[Item], list[str]]:
+        """The items and the prompts that lack one of their features."""
         prompts = sorted({item.sample.prompt for item in items} | {""})  # the empty one: guidance without a condition
-        of_items = [(item, self.store.of_item(item).values()) for item in items]
-        of_prompts = [(prompt, self.store.of_prompt(prompt).values()) for prompt in prompts]
-        sound = sound_files({file for _, files in [*of_items, *of_prompts] for file in files}, thorough)
-        missing = [item for item, files in of_items if not sound.issuperset(files)]
-        return missing, [prompt for prompt, files in of_prompts if not sound.issuperset(files)]
+        lacking = [item for item in items if self._lacking(self.store.of_item(item))]
+        return lacking, [prompt for prompt in prompts if self._lacking(self.store.of_prompt(prompt))]
+
+    def _lacking(self, keys: Mapping[str, bytes]) -> dict[str, bytes]:
+        return {kind: key for kind, key in keys.items() if key not in self.store}
+
+    def _compute_all(self, items: Sequence[Item]) -> list[Reject]:
+        """``compute`` batch by batch; a batch that does not fit into memory is halved, as are those after it."""
+        rejects: list[Reject] = []
+        batch, done = self._fitting_batch(), 0
+        with tqdm(total=len(items), desc="features", unit="item", disable=not items, mininterval=1) as progress:
+            while done < len(items):
+                members = items[done : done + batch]
+                try:
+                    rejects += self.compute(members)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    batch, reason = len(members) // 2, first_line(error)
+                else:
+                    done += len(members)
+                    progress.update(len(members))
+                    continue
+                if not batch:
+                    raise MedSoftError(
+                        f"{members[0].sample.image}: out of memory while its features were computed ({reason}); free "
+                        "some memory or take a device with more of it, then run the same command again: what is "
+                        f"computed is kept in {self.store.folder}"
+                    )
+                log.warning(
+                    "out of memory with %d items (%s): computing features %d at a time", *(2 * batch, reason, batch)
+                )
+                if self.clip.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return rejects
+
+    def _fitting_batch(self) -> int:
+        """Items to compute at once. A full memory of the CPU raises no error: the system would end the process."""
+        batch, free = self.batch, free_memory(self.clip.device)
+        while batch > 1 and image_memory(self.model.architecture, self.model.parts) * batch > free:
+            batch //= 2
+        if batch < self.batch:
+            log.warning("little memory is free: computing features %d at a time instead of %d", batch, self.batch)
+        return batch
 
     def compute(self, items: Sequence[Item]) -> list[Reject]:
-        """Write the features of ``items``; those that cannot be prepared are returned."""
-        ready, rejects = [], []
-        for item in items:
-            try:
-                ready.append((item, prepare(item.sample, self.data, MASK_SEED, item.variant, training=True)))
-            except MedSoftError as error:
-                rejects.append(Reject(item.sample.sample_id, item.sample.image, error.cause(item.sample.image)))
-        if not ready:
-            return rejects
-        device = self.clip.device
-        image = torch.stack([prepared.image for _, prepared in ready]).to(device)
-        mask = torch.stack([prepared.mask for _, prepared in ready]).to(device)
-        made = compute_features(self.model, self.clip, image, mask)
-        for number, (item, _) in enumerate(ready):
-            for kind, file in self.store.of_item(item).items():
-                write_features(file, {name: value[number] for name, value in made[kind].items()})
-        return rejects
+        """Compute the features that ``items`` lack; those that cannot be prepared are returned."""
+        with thread_pool() as pool:
+            found = list(zip(items, pool.map(self._prepared, items), strict=True))
+        ready = [(item, prepared) for item, prepared in found if isinstance(prepared, PreparedSample)]
+        if ready:
+            lacking = [self._lacking(self.store.of_item(item)) for item, _ in ready]
+            image = torch.stack([prepared.image for _, prepared in ready]).to(self.clip.device)
+            mask = torch.stack([prepared.mask for _, prepared in ready]).to(self.clip.device)
+            made = compute_features(self.model, self.clip, image, mask, {kind for keys in lacking for kind in keys})
+            for number, keys in enumerate(lacking):
+                for kind, key in keys.items():
+                    self._keep(kind, key, {name: value[number] for name, value in made[kind].items()})
+        return [prepared for _, prepared in found if isinstance(prepared, Reject)]
+
+    def _prepared(self, item: Item) -> PreparedSample | Reject:
+        try:
+            return prepare(item.sample, self.data, MASK_SEED, item.variant, training=True)
+        except MedSoftError as error:
+            return Reject(item.sample.sample_id, item.sample.image, error.cause(item.sample.image))
 
     @torch.no_grad()
     def compute_prompt(self, prompt: str) -> None:
-        """Write the features of ``prompt``, by itself: how it is padded must not depend on others."""
-        files = self.store.of_prompt(prompt)
-        write_features(files["clip_text"], {"prompt_embedding": self.clip.encode_text([prompt])[0]})
-        if "text" in files:
-            write_features(files["text"], {"text": self.model.cond_stage_model([prompt])[0]})
+        """Compute the features that ``prompt`` lacks, by itself: how it is padded must not depend on others."""
+        keys = self._lacking(self.store.of_prompt(prompt))
+        if "clip_text" in keys:
+            self._keep("clip_text", keys["clip_text"], {"prompt_embedding": self.clip.encode_text([prompt])[0]})
+        if "text" in keys:
+            self._keep("text", keys["text"], {"text": self.model.cond_stage_model([prompt])[0]})
+
+    def _keep(self, kind: str, key: bytes, features: Mapping[str, Tensor]) -> None:
+        """Have features written with others of their kind."""
+        kept = {name: value.cpu() if name == "mask" else narrow(value) for name, value in features.items()}
+        self._computed.setdefault(kind, {})[key] = kept
+        self._bytes += sum(value.nbytes for value in kept.values())
+        if self._bytes >= SHARD_BYTES or time.monotonic() - self._since > SHARD_SECONDS:
+            self._write()
+
+    def _write(self) -> None:
+        computed, self._computed, self._bytes = self._computed, {}, 0
+        for kind, rows in computed.items():
+            self.store.write(kind, rows)
+        self._since = time.monotonic()
 
 
 @torch.no_grad()
 def compute_features(
-    model: MedSoftModel, clip: ImageTextEncoder, image: Tensor, mask: Tensor
+    model: MedSoftModel,
+    clip: ImageTextEncoder,
+    image: Tensor,
+    mask: Tensor,
+    kinds: Collection[str] = ("clip", "latents"),
 ) -> dict[str, dict[str, Tensor]]:
-    """By kind, what the frozen encoders say about images (B, 3, S, S) with soft masks (B, 1, S, S)."""
-    context, context_global = clip.encode_image(image, hidden_region(mask))
-    target, target_global = clip.encode_image(image)
-    contexts = {"context_tokens": context, "context_global": context_global, "mask": mask}
-    found = {"clip": {**contexts, "target_tokens": target, "target_global": target_global}}
-    if "autoencoder" in model.parts:
+    """By kind, what the frozen encoders say about images (B, 3, S, S) with soft masks (B, 1, S, S).
+
+    Latents only if the model has an autoencoder.
+    """
+    found = {}
+    if "clip" in kinds:
+        context, context_global = clip.encode_image(image, hidden_region(mask))
+        target, target_global = clip.encode_image(image)
+        contexts = {"context_tokens": context, "context_global": context_global, "mask": mask}
+        found["clip"] = {**contexts, "target_tokens": target, "target_global": target_global}
+    if "latents" in kinds and "autoencoder" in model.parts:
         posterior = model.encode(image)
         masked = model.scaled(model.encode(hide(image, mask)).mean)
-        moments = {"latent_mean": posterior.mean, "latent_logvar": posterior.logvar}
-        found["latents"] = {**moments, "masked_latent": masked, "mask": mask}
+        found["latents"] = {
+            "latent_mean": posterior.mean,
+            "latent_logvar": posterior.logvar,
+            "masked_latent": masked,
+        }
     return found
-
-
-def cache_size(sizes: Architecture, parts: Sequence[str], items: Iterable[Item]) -> int:
-    """Bytes that the items' features, as a stage with these ``parts`` needs them, take on the disk; an estimate."""
-    clip, text = sizes.biomedclip, sizes.text_encoder
-    an_item = 8 * (clip.grid**2 + 1) * clip.token_dim + sizes.image_size**2
-    a_prompt = 4 * clip.text_dim
-    if "autoencoder" in parts:
-        an_item += 12 * sizes.autoencoder.latent_channels * sizes.latent_size**2 + sizes.image_size**2
-    if "text" in parts:
-        a_prompt += 4 * text.max_length * text.width
-    items = list(items)
-    return an_item * len(items) + a_prompt * len({item.sample.prompt for item in items})
 
 
 def _weights_fingerprint(module: torch.nn.Module) -> str:

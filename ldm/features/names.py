@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ldm.data.preparation import distinct_crops, inpainting_obstacle
 from ldm.data.samples import Reject, Sample
 from ldm.networks.msc import ControllerInputs
 
-FORMAT = [4, *ControllerInputs._fields]  # raise the number when what is stored changes its meaning
+FORMAT = 5  # of what is stored; raise the number when it changes its meaning
 ITEM_KINDS, PROMPT_KINDS = ("clip", "latents"), ("clip_text", "text")
 
 
@@ -57,37 +58,34 @@ def item_counts(items: Sequence[Item]) -> str:
 
 
 class FeatureNames:
-    """A file for each item (or prompt) and kind of feature, named by all that decides what it holds: the content of
-    the sample's files, the preparation, and the encoder's weights."""
+    """A key for each item (or prompt) and kind of feature, made of all that decides what it is: the content of the
+    sample's files, the preparation, and the encoder's weights."""
 
     def __init__(
         self, folder: str | Path, data: DataConfig, encoders: Mapping[str, str], digests: Mapping[Path | None, str]
     ) -> None:
         """``encoders``: kind of feature -> encoder's fingerprint. ``digests``: SHA-256 of every file of the items."""
         self.folder, self.encoders, self.digests = Path(folder), encoders, digests
-        self.preparation = identity(data, "features")
-        self._known: dict[tuple | str, dict[str, Path]] = {}
+        self._made_by = fingerprint([ControllerInputs._fields, identity(data, "features")])
 
-    def of_item(self, item: Item) -> dict[str, Path]:
-        """Kind of feature -> its file, of an item."""
+    def group(self, kind: str) -> str:
+        """What a kind of feature has in common with all others of its encoder and preparation, in hexadecimal."""
+        return sha256(f"{self._made_by if kind in ITEM_KINDS else ''} {self.encoders[kind]}".encode()).hexdigest()
+
+    def of_item(self, item: Item) -> dict[str, bytes]:
+        """Kind of feature -> its key, of an item."""
         sample = item.sample
-        this = (sample.image, sample.healthy, item.name)  # two folders may both have a sample of this name
-        if this not in self._known:
-            content = [self.digests[path] if path else None for path in sample.files]
-            # The sample's name decides masks and shifted crops, its prompt only which of the two it gets.
-            name = (sample.sample_id, sample.healthy) if sample.healthy or item.variant else None
-            extra = {key: sample.meta.get(key) for key in ("window", "spacing_mm")}
-            named_by = [content, name, item.variant, list(sample.box), extra, self.preparation]
-            self._known[this] = self._files(ITEM_KINDS, *named_by)
-        return self._known[this]
+        content = [self.digests[path] if path else None for path in sample.files]
+        # The sample's name decides masks and shifted crops, its prompt only which of the two it gets.
+        name = (sample.sample_id, sample.healthy) if sample.healthy or item.variant else None
+        extra = [sample.meta.get(key) for key in ("window", "spacing_mm")]
+        return self._keys(ITEM_KINDS, [content, name, item.variant, sample.box, extra, self._made_by])
 
-    def of_prompt(self, prompt: str) -> dict[str, Path]:
-        """Kind of feature -> its file, of a prompt."""
-        if prompt not in self._known:
-            self._known[prompt] = self._files(PROMPT_KINDS, "prompt", prompt)
-        return self._known[prompt]
+    def of_prompt(self, prompt: str) -> dict[str, bytes]:
+        """Kind of feature -> its key, of a prompt."""
+        return self._keys(PROMPT_KINDS, ["prompt", prompt])
 
-    def _files(self, kinds: Sequence[str], *named_by: Any) -> dict[str, Path]:
+    def _keys(self, kinds: Sequence[str], named_by: Sequence[Any]) -> dict[str, bytes]:
+        name = fingerprint(named_by)
         used = [kind for kind in kinds if kind in self.encoders]
-        keys = {kind: fingerprint([FORMAT, *named_by, kind, self.encoders[kind]]) for kind in used}
-        return {kind: self.folder / key[:2] / f"{key}.{kind}.safetensors" for kind, key in keys.items()}
+        return {kind: sha256(f"{name} {kind} {self.encoders[kind]}".encode()).digest() for kind in used}

@@ -1,98 +1,164 @@
-"""Files of features: written whole, with a checksum of their tensors, and memory-mapped when they are read."""
+"""Where features lie: shards, each with the features of some hundred items (or prompts) of one kind.
+
+What is trusted: ``verified.json`` holds size and modification time of every shard whose checksum was right when it was
+read last. While these two stay as they are it is not read again, so a start takes seconds; without the file every
+byte of every shard is.
+"""
 
 import logging
-import zlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ldm.core.errors import MedSoftError
-from ldm.core.files import atomic_file
+from ldm.config import DataConfig
+from ldm.core.devices import is_first_process
+from ldm.core.errors import FileError, MedSoftError
+from ldm.core.files import read_json, remove_partials, write_json
 from ldm.core.threads import thread_pool
-from ldm.features.names import FeatureNames, Item
+from ldm.features.names import FORMAT, FeatureNames, Item
+from ldm.features.shards import fault_of, keys_of, read_row, write_shard
 
 log = logging.getLogger(__name__)
 
-# Feature -> its name in the files, where that is another one.
-STORED = {
-    "context_tokens": "seen",
-    "context_global": "seen_global",
-    "target_tokens": "true",
-    "target_global": "true_global",
-    "prompt_embedding": "clip_text",
-}
-FEATURES = {stored: name for name, stored in STORED.items()}
+VERIFIED = "verified.json"
+SUFFIX = ".safetensors"
+OLD_FOLDER = re.compile("[0-9a-f]{2}")  # where format 4 and older kept one file an item
 
 
 class FeatureStore(FeatureNames):
     """Features of Items: of each the entries of ``ldm.training.dataset.Batch`` down to ``masked_latent``, as far as
     there are encoders for them; float32 on the CPU."""
 
+    def __init__(
+        self, folder: str | Path, data: DataConfig, encoders: Mapping[str, str], digests: Mapping[Path | None, str]
+    ) -> None:
+        super().__init__(folder, data, encoders, digests)
+        self._places: dict[bytes, tuple[str, int]] = {}  # key -> shard, row
+        self._indexed: set[str] = set()  # shards
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
     def load(self, item: Item) -> dict[str, Tensor]:
-        """The item's features and its prompt's, memory-mapped."""
+        """The item's features and its prompt's, copied from mapped pages. MedSoftError if they are gone or damaged."""
+        keys = (*self.of_item(item).values(), *self.of_prompt(item.sample.prompt).values())
         found: dict[str, Tensor] = {}
-        for file in (*self.of_item(item).values(), *self.of_prompt(item.sample.prompt).values()):
-            try:
-                found.update(read_features(file))
-            except (SafetensorError, OSError) as error:
-                raise MedSoftError(
-                    f"{file}: the cached features of {item.sample.sample_id} are gone or damaged ({error}); run the "
-                    "same command again: it computes them anew and goes on"
-                ) from error
-        if found["mask"].dtype == torch.uint8:
-            found["mask"] = found["mask"].float() / 255
+        for key in keys:
+            found.update(self._read(key, item.sample.sample_id))
         return found
 
     def empty_text(self) -> Tensor | None:
         """Text states of the empty prompt, (1, 77, D_text), without a text encoder None."""
-        file = self.of_prompt("").get("text")
-        return read_features(file)["text"][None].clone() if file else None
+        key = self.of_prompt("").get("text")
+        return self._read(key, "the empty prompt")["text"][None] if key else None
+
+    def _read(self, key: bytes, whose: str) -> dict[str, Tensor]:
+        if key not in self:
+            self.refresh()  # another process may have written it
+        name, row = self._places.get(key, ("", 0))
+        try:
+            return read_row(self.folder / name, row)
+        except (SafetensorError, OSError) as error:
+            raise MedSoftError(
+                f"{self.folder / name}: the cached features of {whose} are gone or damaged ({error}); run the "
+                "same command again: it computes them anew and goes on"
+            ) from error
+
+    def refresh(self) -> list[Path]:
+        """Use the shards that have not changed since they were verified; the others are returned."""
+        names, verified = self._shards(), self._verified()
+        same = [name for name in names if verified.get(name) == state_of(self.folder / name)]
+        if not self._indexed.issubset(same):
+            self._places, self._indexed = {}, set()
+        self._index(name for name in same if name not in self._indexed)
+        return [self.folder / name for name in names if name not in self._indexed]
+
+    def verify(self, shards: Iterable[Path]) -> None:
+        """Read every byte of ``shards``, use those whose checksum is right, delete the others. Hold the lock."""
+        shards = list(shards)
+        with thread_pool() as pool:
+            faults = dict(zip(shards, pool.map(fault_of, shards), strict=True))
+        damaged = {file: fault for file, fault in faults.items() if fault}
+        for file in damaged:
+            try:
+                file.unlink()
+            except OSError as error:
+                raise FileError(file, f"{damaged[file]}; could not be deleted ({error.strerror})") from error
+        if damaged:
+            file, fault = next(iter(damaged.items()))
+            text = "%s: %s; %d damaged files of features are deleted, what they held is computed again"
+            log.warning(text, file, fault, len(damaged))
+        self._use([file.name for file in shards if file not in damaged])
+
+    def write(self, kind: str, rows: Mapping[bytes, Mapping[str, Tensor]]) -> None:
+        """Add a shard of features of one kind by key. Hold the folder's lock. MedSoftError if the disk is full."""
+        # Two shards of one name hold the same rows in the same order: who has read the one may go on with the other.
+        keys = sorted(rows)
+        name = f"{self._prefix(kind)}{sha256(b''.join(keys)).hexdigest()[:16]}{SUFFIX}"
+        write_shard(self.folder / name, {key: rows[key] for key in keys})
+        self._use([name])
+
+    def clear_up(self) -> None:
+        """Delete what a killed run left half-written, and name what only other versions read. Hold the lock."""
+        remove_partials(self.folder)
+        old = [path.name for path in self.folder.iterdir() if _of_other_version(path)]
+        if old and is_first_process():
+            log.warning(
+                "%s: %d files or folders in it (%s, ...) hold features of another version, which this one does not "
+                "read; delete them to have their space back",
+                *(self.folder, len(old), min(old)),
+            )
+
+    def _use(self, names: list[str]) -> None:
+        """Index shards that are known to be sound, and remember them in the file."""
+        if not names:
+            return
+        there = set(os.listdir(self.folder))
+        verified = {name: state for name, state in self._verified().items() if name in there}
+        write_json(self.folder / VERIFIED, verified | {name: state_of(self.folder / name) for name in names})
+        self._index(names)
+
+    def _index(self, names: Iterable[str]) -> None:
+        names = list(names)
+        with thread_pool() as pool:
+            for name, keys in zip(names, pool.map(lambda name: keys_of(self.folder / name), names), strict=True):
+                if keys is not None:
+                    self._places.update({key: (name, row) for row, key in enumerate(keys)})
+                    self._indexed.add(name)
+
+    def _shards(self) -> list[str]:
+        """Names of the shards of this store's kinds, encoders and preparation."""
+        prefixes = tuple(self._prefix(kind) for kind in self.encoders)
+        try:
+            return sorted(name for name in os.listdir(self.folder) if name.startswith(prefixes))
+        except FileNotFoundError:
+            return []
+
+    def _prefix(self, kind: str) -> str:
+        return f"v{FORMAT}-{kind}-{self.group(kind)[:8]}-"
+
+    def _verified(self) -> dict[str, list[int]]:
+        try:
+            found = read_json(self.folder / VERIFIED)
+        except MedSoftError:  # none yet, or damaged: all shards are read again
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
-def read_features(file: Path) -> dict[str, Tensor]:
-    """The features in a file; SafetensorError or OSError for one that is damaged or gone."""
-    with safe_open(file, framework="pt") as handle:
-        return {FEATURES.get(name, name): handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-
-
-def write_features(path: Path, features: dict[str, Tensor]) -> None:
-    """Write features of one item or prompt atomically, on whatever device they lie."""
-    plain = {STORED.get(name, name): value.float().cpu().contiguous() for name, value in features.items()}
-    if "mask" in plain:
-        levels = (plain["mask"] * 255).round()
-        if torch.equal(levels / 255, plain["mask"]):  # masks are quantised: a quarter of the bytes hold them
-            plain["mask"] = levels.to(torch.uint8)
-    with atomic_file(path) as handle:
-        handle.write(save(plain, metadata={"crc32": str(_checksum(plain))}))
-
-
-def sound_files(files: set[Path], thorough: bool) -> set[Path]:
-    """Those of ``files`` that are whole, looked at by several threads; ``thorough`` verifies their checksums."""
-    with thread_pool() as pool:
-        whole = pool.map(lambda file: _whole(file, thorough), files)
-        return {file for file, sound in zip(files, whole, strict=True) if sound}
-
-
-def _whole(file: Path, thorough: bool) -> bool:
-    if not file.is_file():
-        return False
+def state_of(file: Path) -> list[int]:
+    """Size in bytes and modification time in ns, by which a change is noticed; [] for a file that is gone."""
     try:
-        with safe_open(file, framework="pt") as handle:  # refuses a file whose length does not fit its header
-            stored = (handle.metadata() or {}).get("crc32")
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()} if thorough else {}  # noqa: SIM118
-    except (SafetensorError, OSError):
-        return False
-    if thorough and stored != str(_checksum(tensors)):
-        log.warning("%s: damaged features; they are computed again", file)
-        return False
-    return True
+        found = file.stat()
+    except FileNotFoundError:
+        return []
+    return [found.st_size, found.st_mtime_ns]
 
 
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    total = 0
-    for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].numpy(), zlib.crc32(name.encode(), total))
-    return total
+def _of_other_version(path: Path) -> bool:
+    shard = path.name.endswith(SUFFIX) and not path.name.startswith(f"v{FORMAT}-")
+    return shard or (OLD_FOLDER.fullmatch(path.name) is not None and path.is_dir())

@@ -3,12 +3,12 @@
 from collections.abc import Collection
 
 from ldm.checkpoints.checkpoint import PREFIXES, Checkpoint
-from ldm.checkpoints.fitting import check_preparation, load_parts
+from ldm.checkpoints.fitting import check_preparation, load_parts, parts_of
 from ldm.config import BiomedClipConfig, Config
 from ldm.core.errors import MedSoftError
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.encoder import ImageTextEncoder
-from ldm.networks.model import MedSoftModel
+from ldm.networks.model import MedSoftModel, skeleton
 
 
 def open_encoder(cfg: BiomedClipConfig, checkpoint: Checkpoint | None = None) -> ImageTextEncoder:
@@ -35,14 +35,18 @@ def open_encoder(cfg: BiomedClipConfig, checkpoint: Checkpoint | None = None) ->
 
 
 def open_model(
-    config: Config, checkpoint: Checkpoint, parts: Collection[str] = PREFIXES
+    config: Config, checkpoint: Checkpoint, parts: Collection[str] = PREFIXES, later: Collection[str] = ()
 ) -> tuple[MedSoftModel, ImageTextEncoder]:
     """The networks ``parts`` with the checkpoint's weights, on the CPU, and the encoder whose tokens they read.
 
+    Those that are wanted ``later`` must fit too, but are not built: ``load_parts`` does that when there is room.
     Raises MedSoftError or UsageError if checkpoint, configuration and encoder do not belong together.
     """
     check_preparation(checkpoint, config)
     encoder = open_encoder(config.biomedclip, checkpoint)
+    if later:
+        whole = [part for part in PREFIXES if part in parts or part in later]
+        parts_of(checkpoint, whole, config.architecture, skeleton(config.architecture, whole))
     net = MedSoftModel(config.architecture, parts)
     load_parts(net, checkpoint, net.parts, net.architecture)
     return net, encoder

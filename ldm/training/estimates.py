@@ -16,8 +16,8 @@ from ldm.config import Architecture, TrainingConfig
 from ldm.core.devices import free_memory
 from ldm.core.errors import MedSoftError
 from ldm.core.files import free_bytes
-from ldm.features.build import cache_size
 from ldm.features.names import Item
+from ldm.features.sizes import cache_size, encoder_memory, image_memory
 from ldm.networks.model import MedSoftModel, skeleton
 from ldm.networks.msc import input_shapes
 from ldm.training.dataset import Batch
@@ -113,8 +113,26 @@ def check_memory(
     memory, free = stage_memory(architecture, training, batch, half, device.type), free_memory(device)
     parts = ", ".join(f"{name} {size(count)}" for name, count in vars(memory).items() if count)
     log.info("memory on %s: about %s (%s); %s free", device.type, size(memory.total), parts, size(free))
-    lack = f"a step needs about {size(memory.total)}, {size(free)} are free: {memory_cures(training, half, begun)}"
-    return lack if memory.total > free else ""
+    lacks = []
+    if memory.total > free:
+        cures = memory_cures(training, half, begun)
+        lacks.append(f"a step needs about {size(memory.total)}, {size(free)} are free: {cures}")
+    encoders, images = feature_memory(architecture, training)
+    shown = size(encoders + images), size(encoders), training.feature_batch, size(images)
+    log.info("memory for features, before: about %s (encoders %s, %d items at a time %s)", *shown)
+    if encoders + images > free:
+        lacks.append(
+            f"computing features needs about {shown[0]}, {size(free)} are free: training.feature_batch=1 helps"
+            if training.feature_batch > 1
+            else f"computing features needs about {shown[0]}, {size(free)} are free: a device with more memory helps"
+        )
+    return "; ".join(lacks)
+
+
+def feature_memory(architecture: Architecture, training: TrainingConfig) -> tuple[int, int]:
+    """Bytes that features take on a device while they are computed: networks, and what the items hold at once."""
+    images = training.feature_batch * image_memory(architecture, training.builds)
+    return encoder_memory(architecture, training.builds), images
 
 
 def memory_cures(training: TrainingConfig, half: bool, begun: bool) -> str:

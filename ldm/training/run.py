@@ -12,9 +12,10 @@ import torch
 from lightning_fabric import Fabric
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from ldm.checkpoints.fitting import load_parts
 from ldm.config import Config, SamplingConfig, TrainingConfig, as_yaml, config_from_dict
 from ldm.core import cli
-from ldm.core.devices import is_first_on_node, is_first_process, out_of_memory, resolve_precision
+from ldm.core.devices import is_first_process, out_of_memory, resolve_precision
 from ldm.core.distributed import check_tasks
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import fingerprint, remove_partials, sha256_file, write_text
@@ -24,6 +25,7 @@ from ldm.data.annotations import write_rejects
 from ldm.data.checks import TRAINED_ON, check_unseen, groups_of, groups_of_samples, trained_on
 from ldm.diffusion.noise import NOISE
 from ldm.features.build import FeatureBuilder
+from ldm.features.sizes import ENCODERS
 from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, skeleton
@@ -72,7 +74,7 @@ def run_stage(options: TrainingOptions, config: Config) -> int:
     inputs.trained_on = trained_on(config.training.stage, patients, seen, behind)
     if options.dry_run:
         fabric, precision = make_fabric(options, config.training)
-        open_networks(options, config, inputs, source, fabric, half=precision == "bf16-mixed")
+        open_encoders(options, config, inputs, source, fabric, half=precision == "bf16-mixed")
         return cli.DONE
     folder = TrainingFolder(options.save_path)
     with folder.lock(first=is_first_process()):
@@ -156,16 +158,17 @@ def log_groups(net: MedSoftModel, training: TrainingConfig, source: Checkpoint) 
         )
 
 
-def open_networks(
+def open_encoders(
     options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint, fabric: Fabric, **step: bool
 ) -> tuple[MedSoftModel, ImageTextEncoder]:
-    """The stage's networks and the encoder, as the checkpoint ``source`` has them, and what training them will take.
+    """The networks that make features, after a look at all that the stage builds, and what training will take.
 
     ``step``: whether matrices are multiplied in ``half`` precision, and the run has ``begun`` earlier.
     """
     training, architecture = config.training, config.architecture
-    net, encoder = open_model(config, source, training.builds)
-    log_groups(net, training, source)
+    net, encoder = open_model(config, source, [part for part in training.builds if part in ENCODERS], training.builds)
+    with torch.device("meta"):
+        log_groups(MedSoftModel(architecture, training.builds), training, source)
     batch = training.batch_size // fabric.world_size
     for lack in (
         check_disk(options.save_path, architecture, training, inputs.all_items),
@@ -222,7 +225,7 @@ def _run(
 
     torch.manual_seed(training.seed)
     begun = previous is not None
-    net, clip = open_networks(options, config, inputs, source, fabric, half=half, begun=begun)
+    encoders, clip = open_encoders(options, config, inputs, source, fabric, half=half, begun=begun)
     theirs = source.metadata
     metadata = {
         "config": dataclasses.asdict(config),
@@ -233,13 +236,16 @@ def _run(
         "noise": NOISE,
         "origin": {"file": options.ckpt.name, "stage": theirs.get("stage"), "from": theirs.get("origin")},
     }
-    net.to(fabric.device)
+    networks = encoders.to(fabric.device), clip.to(fabric.device)
     cache = options.cache_dir or save_path.parent / "feature_cache"
-    builder = FeatureBuilder(cache, config.data, net, clip.to(fabric.device), inputs.digests)
-    inputs.leave_out(builder.build(inputs.all_items, thorough=is_first_on_node()), training.max_rejected)
+    builder = FeatureBuilder(cache, config.data, *networks, inputs.digests, training.feature_batch)
+    inputs.leave_out(builder.build(inputs.all_items), training.max_rejected)
     features = builder.store
-    del builder, clip  # the encoders' memory is free: what the store needs is on the disk
-    net.drop([part for part in net.parts if part not in STEP_PARTS and not (part == "autoencoder" and previews)])
+    del builder, networks, encoders, clip  # their memory is free before the networks of a step take theirs
+    kept = [*STEP_PARTS, *(["autoencoder"] if previews else [])]
+    net = MedSoftModel(config.architecture, [part for part in training.builds if part in kept])
+    load_parts(net, source, net.parts, net.architecture)
+    net.to(fabric.device)
     wanted = skeleton(net.architecture, training.builds)
     frozen = {key: value for key, value in source.state.items() if key in wanted}
     stage = Stage(training, net, frozen, features.empty_text(), half)

@@ -289,6 +289,8 @@ def test_too_little_disk_and_memory(world: Path, tmp_path: Path, monkeypatch: py
     assert code == 1
     assert "0.0 MiB are free, but saving takes" in texts(found, "error")
     assert re.search(r"a step needs about \d+\.\d MiB, 0\.0 MiB are free: .* helps", texts(found, "warning"))
+    expected = r"features needs about \d+\.\d MiB, 0\.0 MiB are free: training\.feature_batch=1 helps"
+    assert re.search(expected, texts(found, "warning"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from tiny import ROOT, changed, on_cpu, tensors, train
 from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples, write_annotations
-from ldm.features.names import FeatureNames
 from ldm.features.store import FeatureStore
 from ldm.training.dataset import Batch
 from ldm.training.loop import Training
@@ -205,7 +204,8 @@ def test_features_lost_under_a_worker_are_one_line(
 
     def gone(self: FeatureStore, item: Any) -> dict[str, torch.Tensor]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(FeatureNames, "of_item", lambda *_: {"clip": self.folder / "gone.safetensors"})
+            gone = {key: ("gone.safetensors", row) for key, (_, row) in self._places.items()}
+            patch.setattr(self, "_places", gone)
             return plain(self, item)
 
     monkeypatch.setattr(FeatureStore, "load", gone)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ def test_dry_run_says_it_all(world: Path, converted: Path, tmp_path: Path, caplo
     assert "trains msc: 68 tensors, 0.90 M parameters, learning rate 0.001" in said
     assert f"memory on {'cuda' if torch.cuda.is_available() else 'cpu'}: about" in said
     assert "average 3.4 MiB" in said
+    assert re.search(
+        r"memory for features, before: about [\d.]+ MiB \(encoders [\d.]+ MiB, 2 items at a time [\d.]+ MiB\)", said
+    )
     assert "disk: at most" in said
     assert not (tmp_path / "s").exists()
     assert not list(tmp_path.iterdir())

@@ -1,27 +1,28 @@
-"""What the frozen encoders say about the training items: BiomedCLIP's folder, the cached features."""
+"""What the frozen encoders say about the training items: BiomedCLIP's folder, which features are computed when."""
 
 import shutil
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import children
 import numpy as np
 import pytest
 import torch
+from feature_cache import FeatureCache, cut, equal_when_stored, flip_a_bit, items_of, shards
 from tiny import CLIP, MODELS, train
 
-from ldm.config import Config, load_config
+from ldm.config import load_config
 from ldm.core.errors import MedSoftError
-from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
 from ldm.data.png import write_png
-from ldm.data.preparation import digests_of, prepare
+from ldm.data.preparation import prepare
 from ldm.features.build import FeatureBuilder
-from ldm.features.names import Item, training_items
+from ldm.features.shards import keys_of, write_shard
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel, hidden_region, hide
 
@@ -64,47 +65,6 @@ def test_stage_2_refuses_another_biomedclip(trained: dict, world: Path, tmp_path
 # ------------------------------------------------------------------------------------------------ cached features
 
 
-@pytest.fixture(scope="module")
-def networks(converted: Path) -> tuple[Any, MedSoftModel, BiomedClip]:
-    from ldm.checkpoints.checkpoint import read_checkpoint
-    from ldm.checkpoints.fitting import load_parts
-
-    config = load_config(MODELS / "phantom.yaml")
-    model = MedSoftModel(config.architecture, ["autoencoder"]).eval()
-    load_parts(model, read_checkpoint(converted), ["autoencoder"], config.architecture)
-    return config, model, BiomedClip(CLIP)
-
-
-@dataclass
-class FeatureCache:
-    """A builder and its store, each time for the files as they are at that moment."""
-
-    folder: Path
-    config: Config
-    model: MedSoftModel
-    clip: Any
-
-    def builder(self, *items: Item) -> FeatureBuilder:
-        return FeatureBuilder(
-            self.folder, self.config.data, self.model, self.clip, digests_of(item.sample for item in items)
-        )
-
-    def build(self, items: list[Item]) -> list:
-        return self.builder(*items).build(items)
-
-    def load(self, item: Item) -> dict[str, torch.Tensor]:
-        return self.builder(item).store.load(item)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, networks: tuple) -> FeatureCache:
-    return FeatureCache(tmp_path / "features", *networks)
-
-
-def items_of(folder: Path, networks: tuple) -> list:
-    return training_items(load_samples(folder)[0], networks[0].data)[0]
-
-
 def test_features_equal_direct_computation(world: Path, cache: FeatureCache, networks: tuple) -> None:
     items = items_of(world / "val", networks)
     assert len(items) == 4 + 8  # masks of the healthy samples, crops of the diseased ones
@@ -127,7 +87,7 @@ def test_features_equal_direct_computation(world: Path, cache: FeatureCache, net
             "target_tokens": true,
         }
         for name, value in {**expected, "latent_logvar": posterior.logvar, "target_global": true_global}.items():
-            assert torch.allclose(found[name], value[0], atol=2e-5), name
+            assert equal_when_stored(found[name], value[0]), name
     assert (found["context_tokens"] != found["target_tokens"]).any()
 
 
@@ -168,9 +128,9 @@ def test_sample_that_turns_healthy_is_computed_again(cache: FeatureCache, world:
     for before, after in zip(diseased, healthy, strict=True):
         assert not torch.equal(cache.load(before)["mask"], later.load(after)["mask"])
     other = [replace(item, sample=replace(item.sample, prompt="another lesion")) for item in diseased]
-    before = set(cache.folder.rglob("*.clip.safetensors"))
+    before = shards(cache, "clip")
     cache.build(other)
-    assert set(cache.folder.rglob("*.clip.safetensors")) == before
+    assert shards(cache, "clip") == before
 
 
 def test_cached_sentences_equal_direct_computation(world: Path, tmp_path: Path, networks: tuple, trained: dict) -> None:
@@ -186,15 +146,15 @@ def test_cached_sentences_equal_direct_computation(world: Path, tmp_path: Path, 
     with torch.no_grad():
         for item in items:
             found, prompts = cache.load(item), [item.sample.prompt]
-            assert torch.allclose(found["text"], model.cond_stage_model(prompts)[0], atol=1e-5)
-            assert torch.allclose(found["prompt_embedding"], clip.encode_text(prompts)[0], atol=1e-5)
-        assert torch.allclose(cache.builder(*items).store.empty_text(), model.cond_stage_model([""]), atol=1e-5)
-        before = set(cache.folder.rglob("*.safetensors"))
+            assert equal_when_stored(found["text"], model.cond_stage_model(prompts)[0])
+            assert equal_when_stored(found["prompt_embedding"], clip.encode_text(prompts)[0])
+        assert equal_when_stored(cache.builder(*items).store.empty_text(), model.cond_stage_model([""]))
+        before = shards(cache)
         next(model.cond_stage_model.parameters()).add_(1)
     FeatureCache(cache.folder, config, model, clip).build(items)
-    new = set(cache.folder.rglob("*.safetensors")) - before
-    prompts = {item.sample.prompt for item in items} | {""}
-    assert Counter(file.suffixes[0] for file in new) == {".text": len(prompts)}
+    assert (shards(cache).keys() - before).pop() in shards(cache, "text")
+    (new,) = shards(cache).keys() - before
+    assert len(keys_of(new)) == len({item.sample.prompt for item in items} | {""})
 
 
 def test_damaged_mask_is_named_beside_its_image(
@@ -211,22 +171,14 @@ def test_damaged_mask_is_named_beside_its_image(
 def test_features_damaged_while_training_are_named(world: Path, cache: FeatureCache, networks: tuple) -> None:
     item = items_of(world / "val", networks)[0]
     cache.build([item])
-    file = next(cache.folder.rglob("*.clip.safetensors"))
+    store = cache.builder(item).store
+    store.load(item)
+    (file,) = shards(cache, "clip")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(
         MedSoftError, match=rf"{file.name}: the cached features of .* are gone or damaged .*same command"
     ):
-        cache.load(item)
-
-
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
+        store.load(item)
 
 
 @pytest.mark.parametrize("kind", ["clip", "latents", "clip_text"])
@@ -237,29 +189,38 @@ def test_damaged_features_are_computed_again(
     item = items_of(world / "val", networks)[0]
     cache.build([item])
     good = {name: value.clone() for name, value in cache.load(item).items()}
-    file = next(cache.folder.rglob(f"*.{kind}.safetensors"))
+    before = shards(cache)
+    (file,) = shards(cache, kind)
     damage(file)
-    again = cache
-    assert again.build([item]) == []
-    found = again.load(item)
+    assert cache.build([item]) == []
+    assert {other for other in before if shards(cache)[other] != before[other]} == {file}
+    found = cache.load(item)
     assert found.keys() == good.keys()
     assert all(torch.equal(found[name], good[name]) for name in good)
 
 
 def test_features_are_memory_mapped(world: Path, cache: FeatureCache, networks: tuple) -> None:
+    """Reading an item takes little memory, however large the shard."""
     item = items_of(world / "val", networks)[0]
     cache.build([item])
-    found = cache.load(item)
-    maps = Path("/proc/self/maps").read_text()
-    assert str(cache.folder) in maps
-    assert found["latent_mean"].dtype == torch.float32
+    (file,) = shards(cache, "latents")
+    rows = {bytes([n]) * 32: {"latent_mean": torch.full((4, 256, 256), n / 8)} for n in range(100)}
+    write_shard(file, rows)
+    code = "from pathlib import Path; from ldm.features.shards import read_row\n"
+    code += "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
+    code += (
+        f"file = Path({str(file)!r}); read_row(file, 8); before = peak(); found = read_row(file, 9)['latent_mean']\n"
+    )
+    code += "assert (found == 9 / 8).all() and str(found.dtype) == 'torch.float32'; print(peak() - before)"
+    grown = int(children.run("-c", code).stdout)
+    assert grown < 8_000 < file.stat().st_size / 1000
 
 
 def test_other_encoder_weights_are_other_features(world: Path, cache: FeatureCache, networks: tuple) -> None:
     config, model, clip = networks
     item = items_of(world / "val", networks)[0]
     cache.build([item])
-    before = set(cache.folder.rglob("*.safetensors"))
+    before = shards(cache)
     with torch.no_grad():
         bias = model.first_stage_model.encoder.conv_in.bias
         kept = bias.clone()
@@ -268,8 +229,8 @@ def test_other_encoder_weights_are_other_features(world: Path, cache: FeatureCac
         FeatureCache(cache.folder, config, model, clip).build([item])
     finally:
         bias.data.copy_(kept)
-    (new,) = set(cache.folder.rglob("*.safetensors")) - before
-    assert new.name.endswith(".latents.safetensors")
+    (new,) = shards(cache).keys() - before
+    assert new in shards(cache, "latents")
 
 
 @pytest.mark.parametrize(
@@ -279,11 +240,12 @@ def test_another_preparation_is_other_features(world: Path, cache: FeatureCache,
     _, model, clip = networks
     items = items_of(world / "val", networks)
     assert not cache.build(items)
-    before = set(cache.folder.rglob("*.safetensors"))
+    before = shards(cache)
     other = FeatureCache(cache.folder, load_config(MODELS / "phantom.yaml", [setting]), model, clip)
     assert not other.build(items)
-    new = set(cache.folder.rglob("*.safetensors")) - before
-    assert Counter(file.suffixes[0] for file in new) == {".clip": len(items), ".latents": len(items)}
+    new = shards(cache).keys() - before
+    assert Counter(file.name.split("-")[1] for file in new) == {"clip": 1, "latents": 1}
+    assert {len(keys_of(file)) for file in new} == {len(items)}
     assert any(not torch.equal(cache.load(item)["mask"], other.load(item)["mask"]) for item in items)
 
 
@@ -296,7 +258,7 @@ def test_settings_that_decide_no_feature_compute_nothing(
     _, model, clip = networks
     items = items_of(world / "val", networks)
     cache.build(items)
-    monkeypatch.setattr("ldm.features.build.write_features", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("ldm.features.store.write_shard", lambda *_: pytest.fail("computed again"))
     other = FeatureCache(cache.folder, load_config(MODELS / "phantom.yaml", [setting]), model, clip)
     assert other.build(items) == []
     assert torch.equal(other.load(items[0])["context_tokens"], cache.load(items[0])["context_tokens"])
@@ -314,7 +276,8 @@ def test_a_learning_rate_computes_nothing_and_a_feather_does(world: Path, conver
     assert files("b", "training.rates.msc=0.0001") == first
     third = files("c", "data.feather=0.5")
     assert {file: third[file] for file in first} == first
-    assert len(third) == 2 * len(first) - sum(file.name.endswith(".clip_text.safetensors") for file in first)
+    assert [file.name.split("-")[1] for file in sorted(first)] == ["clip", "clip_text"]
+    assert [file.name.split("-")[1] for file in third.keys() - first] == ["clip"]
 
 
 def test_two_runs_at_once_compute_each_feature_once(
@@ -342,8 +305,8 @@ def test_two_runs_at_once_compute_each_feature_once(
 
 def test_orphans_of_a_killed_builder_are_removed(world: Path, cache: FeatureCache, networks: tuple) -> None:
     item = items_of(world / "val", networks)[0]
-    (cache.folder / "ab").mkdir(parents=True)
-    (cache.folder / "ab" / ".partial-x").write_bytes(b"half")
+    cache.folder.mkdir(parents=True)
+    (cache.folder / ".partial-x").write_bytes(b"half")
     (cache.folder / ".lock").touch()  # its holder was killed: nobody holds it
     cache.build([item])
     assert not list(cache.folder.rglob(".partial-*"))
