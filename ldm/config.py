@@ -156,13 +156,13 @@ class TrainingConfig:
     accumulate: Count = setting(1, WEIGHTS)  # batches per optimizer step
     precision: Precision = setting("auto", ROUNDING)  # auto: bf16-mixed where the device multiplies it fast
     weight_decay: Amount = setting(0.01, WEIGHTS)
-    warmup_steps: Whole = setting(0, WEIGHTS)
-    schedule: Literal["constant", "cosine"] = setting("constant", WEIGHTS)  # or cosine (to zero at the last step)
+    warmup_steps: Whole = setting(50, WEIGHTS)
+    schedule: Literal["constant", "cosine"] = setting("cosine", WEIGHTS)  # or cosine (to zero at the last step)
     clip_norm: Amount = setting(1.0, WEIGHTS)  # 0 = no clipping
-    mask_weight: Amount = setting(0.0, WEIGHTS)  # w of the diffusion loss; 0 = Stable Diffusion's own
+    mask_weight: Amount = setting(2.0, WEIGHTS)  # w of the diffusion loss; 0 = Stable Diffusion's own
     # share of samples that lose text and MSC tokens together
     condition_dropout: Annotated[float, within(0, 0.99)] = setting(0.1, WEIGHTS)
-    balance: bool = setting(False, WEIGHTS)  # sample the groups of balance_by equally often
+    balance: bool = setting(True, WEIGHTS)  # sample the groups of balance_by equally often
     balance_by: Literal["class", "prompt"] = setting("class", WEIGHTS)  # healthy and diseased, or every prompt
     # above 0: validation and the finished checkpoint use the weights' moving average
     ema_decay: Annotated[float, within(0, 0.999999)] = setting(0.0, WEIGHTS)
@@ -174,7 +174,7 @@ class TrainingConfig:
     feature_batch: Count = setting(2, NOTHING)
     save_every_minutes: Amount = setting(10.0, NOTHING)
     keep_best: Whole = setting(1, NOTHING)  # how many of the best epochs' weights are kept beside last.ckpt
-    val_draws: Count = setting(1, NOTHING)  # times a validation sample is seen, each with other noise, mask or crop
+    val_draws: Count = setting(2, NOTHING)  # times a validation sample is seen, each with other noise, mask or crop
     pictures: Whole = setting(2, NOTHING)  # fixed validation items that are inpainted now and then; 0 = none
     max_rejected: Share = setting(0.01, NOTHING)  # training stops when a larger share of the samples cannot be read
     seed: Seed = setting(0, WEIGHTS)
@@ -191,7 +191,7 @@ class SamplingConfig:
     # From which to which share of the steps guidance acts (0 = the first, noisiest step). Outside, the prompt alone
     # steers, at half the cost.
     guidance_interval: Interval = setting([0.0, 1.0], IMAGES)
-    guidance_rescale: Share = setting(0.0, IMAGES)  # share of its gain in contrast inside the mask that is taken back
+    guidance_rescale: Share = setting(0.7, IMAGES)  # share of its gain in contrast inside the mask that is taken back
     eta: Share = setting(0.0, IMAGES)  # 0 = deterministic DDIM, 1 = as noisy as ancestral sampling
     differential: bool = setting(True, IMAGES)  # soft mask released over the steps (differential schedule)
     precision: SamplingPrecision = setting("32-true", IMAGES)  # bf16-true: networks in bfloat16, the latent in float32
@@ -251,13 +251,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def stage_configs(path: Path, overrides: Sequence[str] = ()) -> dict[str, Config]:
     """The stage that a YAML names, or all stages that stand beside a YAML without one, ``<its name>_*.yaml``.
 
-    In an order in which they can be trained: those that build less come first. UsageError if there is none.
+    Those of another YAML without a stage, whose name goes on from this one's, are not among them. In an order in which
+    they can be trained: those that build less come first. UsageError if there is none.
     """
     config = load_config(path, overrides)
     if config.training.stage:
         return {config.training.stage: config}
-    beside = [load_config(file, overrides) for file in sorted(path.parent.glob(f"{path.stem}_*.yaml"))]
-    stages = [found for found in beside if found.training.stage]
+    beside = {file.stem: load_config(file, overrides) for file in sorted(path.parent.glob(f"{path.stem}_*.yaml"))}
+    families = [f"{name}_" for name, found in beside.items() if not found.training.stage]  # phantom_large of phantom
+    stages = [found for name, found in beside.items() if found.training.stage and not name.startswith(tuple(families))]
     if not stages:
         raise UsageError(f"{path}: names no stage, and no {path.stem}_*.yaml beside it does")
     return {found.training.stage: found for found in sorted(stages, key=lambda each: len(each.training.builds))}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ldm.classifier.config import ClassifierConfig
-from ldm.config import Config, as_yaml, config_from_dict, load_config
+from ldm.config import Config, as_yaml, config_from_dict, load_config, stage_configs
 from ldm.core.errors import UsageError
 from ldm.core.files import fingerprint
 from ldm.core.schema import identity
@@ -36,12 +36,70 @@ def test_true_size_is_the_default_and_the_stages_share_it() -> None:
         assert identity(load_config(MODELS / f"mldm_v15_{stage}.yaml"), "architecture") == shapes
 
 
+FAMILIES = [path.stem for path in SHIPPED if not load_config(path).training.stage]
+SMALL = [family for family in FAMILIES if family != "mldm_v15"]
+# All in which a smaller family may differ from the true size: sizes, learning rates, batches, epochs and steps. What
+# training and sampling need otherwise is the same, so that what is shown on phantoms is what a user runs.
+MAY_DIFFER = {
+    *("data.image_size", "unet.model_channels", "unet.channel_mult", "unet.num_res_blocks", "unet.attention_levels"),
+    *("unet.num_heads", "unet.context_dim", "unet.semantic_dim"),
+    *("autoencoder.channels", "autoencoder.channel_mult", "autoencoder.num_res_blocks"),
+    *("text_encoder.width", "text_encoder.layers", "text_encoder.heads"),
+    *("biomedclip.path", "biomedclip.grid", "biomedclip.token_dim", "biomedclip.text_dim"),
+    *("msc.width", "msc.layers", "msc.heads"),
+    *("training.rates", "training.batch_size", "training.max_epochs", "training.warmup_steps"),
+    *("sampling.steps", "sampling.batch_size"),
+}
+TOO_LARGE = {("stage2_2", "training.ema_decay")}  # a reason stands in mldm_v15_stage2_2.yaml
+
+
+def values(config: Any, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        nested = dataclasses.is_dataclass(value)
+        found |= values(value, f"{prefix}{item.name}.") if nested else {prefix + item.name: value}
+    return found
+
+
+@pytest.mark.parametrize("stage", ["", *STAGES])
+@pytest.mark.parametrize("family", SMALL)
+def test_families_differ_in_sizes_rates_batches_and_steps_only(family: str, stage: str) -> None:
+    end = f"_{stage}.yaml" if stage else ".yaml"
+    real, small = (values(load_config(MODELS / f"{name}{end}")) for name in ("mldm_v15", family))
+    different = {key for key in real if real[key] != small[key]}
+    assert different <= MAY_DIFFER | {key for where, key in TOO_LARGE if where == stage}
+    assert real["training.rates"].keys() == small["training.rates"].keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_of_a_family(family: str) -> None:
+    """Not those of a family whose name begins with this one's."""
+    found = stage_configs(MODELS / f"{family}.yaml")
+    assert set(found) == set(STAGES)
+    for stage, config in found.items():
+        assert config == load_config(MODELS / f"{family}_{stage}.yaml")
+
+
+def test_stages_are_not_those_of_a_longer_name(tmp_path: Path) -> None:
+    for name, text in (("a", "{}"), ("a_stage1", "base: a.yaml\ntraining: {stage: stage1, builds: [msc]}")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "a_b.yaml").write_text("base: a.yaml\ntraining: {batch_size: 3}")
+    for stage in STAGES[:2]:
+        text = f"base: a_b.yaml\ntraining: {{stage: {stage}, builds: [msc]}}"
+        (tmp_path / f"a_b_{stage}.yaml").write_text(text)
+    assert {name: found.training.batch_size for name, found in stage_configs(tmp_path / "a.yaml").items()} == {
+        "stage1": Config().training.batch_size
+    }
+    assert set(stage_configs(tmp_path / "a_b.yaml")) == set(STAGES[:2])
+
+
 SCOPES = {"architecture", "features", "images", "weights", "rounding"}
 # Fingerprints of folders, caches and results that exist. A key that is added changes those it decides, and the ones who
 # change one here say to whom that work is lost.
 KNOWN = {
-    ("mldm_v15_unet_only", "weights rounding"): "e03919bee7dbcbe2e37354e79f847311b76fd922804190efe0268a1ec04f3295",
-    ("mldm_v15_unet_only", "images"): "07401eafbfdf665ae4d635b02f314fe70177d3f4a3a7415cea0baab7b9abe849",
+    ("mldm_v15_unet_only", "weights rounding"): "98b218a6122bee868c5bafa7a06c98cccddec6378de8e6100f90762791f9afc7",
+    ("mldm_v15_unet_only", "images"): "c727ecfa53fd3b0967fc4880b589e8b11be897f30ea437d8bc17e105d3d7f16c",
     ("mldm_v15_unet_only", "architecture"): "6c38d0421d4cc6850217a51380f6ae4e6e6831a62e0c1b11a6580aa4541a40b6",
     ("phantom_stage2_2", "weights rounding"): "9e222d00ca3f7c165aeb88791a4c134de339f0de9d5a52203edef7c6ff750846",
     ("phantom_stage2_2", "images"): "e30e62fd365b27c6c2567f361eb24ce3332292817e4eb4d4c6615c9dfa386438",

@@ -167,19 +167,13 @@ def check_unseen(held_out: str, samples: Iterable[Sample], groups: Sequence[Mapp
         )
 
 
-def check_classes(source: str, samples: Sequence[Sample], balance: bool) -> None:
-    """A training set needs diseased samples (MedSoftError); one without healthy ones is warned about, or refused if
-    the classes are to be balanced."""
+def check_classes(source: str, samples: Sequence[Sample]) -> None:
+    """A training set needs diseased samples (MedSoftError); one without healthy ones is warned about."""
     healthy = sum(sample.healthy for sample in samples)
     if healthy == len(samples):
         raise MedSoftError(
             f"{source}: all {healthy} samples that can be used are healthy; there is no lesion to learn from. Diseased "
             "samples need a mask and a prompt that is not `healthy`"
-        )
-    if healthy == 0 and balance:
-        raise MedSoftError(
-            f"{source}: none of its {len(samples)} samples that can be used is healthy, so the classes cannot be "
-            "balanced; add healthy samples, or set training.balance=false"
         )
     if healthy == 0:
         log.warning("warning: %s has no healthy sample: the prompt `healthy` will not be learned", source)

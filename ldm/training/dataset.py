@@ -85,7 +85,7 @@ def read_training_inputs(paths: Mapping[str, Path], config: Config) -> TrainingI
     for name, path in paths.items():
         _read_set(inputs, name, path, config.data)
     check_rejected(inputs.unreadable, inputs.total, allowed)
-    check_classes(str(paths["train"]), inputs.samples("train"), config.training.balance)
+    check_classes(str(paths["train"]), inputs.samples("train"))
     warn_of_similar_prompts(inputs.samples("train"))
     used = [sample for name in paths for sample in inputs.samples(name)]
     inputs.digests = digests_of(used)

@@ -205,7 +205,7 @@ def _about(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> 
     """What can only be judged over a whole set: classes, depths, sizes, polarity, where lesions may be inpainted."""
     if name == "train":
         try:
-            check_classes(name, samples, balance=False)
+            check_classes(name, samples)
         except MedSoftError as error:
             yield Finding("error", name, str(error))
     obstacles = [(sample, reason) for sample in samples if sample.healthy and (reason := inpainting_obstacle(sample))]

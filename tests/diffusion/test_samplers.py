@@ -278,7 +278,9 @@ def test_another_sampler_is_one_function_and_one_entry(monkeypatch: pytest.Monke
             return condition.text.mean() * condition.text[:, :1, :1, None].expand(-1, 4, 2, 2)
 
     monkeypatch.setitem(samplers.SAMPLERS, "one_step", one_step)
-    sampling = dataclasses.replace(config.SamplingConfig(), guidance_scale=3.0, differential=False)
+    sampling = dataclasses.replace(
+        config.SamplingConfig(), guidance_scale=3.0, guidance_rescale=0.0, differential=False
+    )
     object.__setattr__(sampling, "sampler", "one_step")
     both = Conditioning(torch.tensor([2.0, 0.0])[:, None, None])  # with the prompt, and without it
     conditions = GuidanceConditions(Conditioning(torch.ones(1, 1, 1)), both)
