@@ -12,9 +12,10 @@ import torch
 from tiny import MODELS, train
 
 import ldm.core.files
-from ldm.config import Config, load_config
+from ldm.config import Config, DataConfig, load_config
 from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples
+from ldm.data.crop import CropWindow
 from ldm.data.preparation import prepare
 from ldm.features.names import training_items
 from ldm.training.dataset import EpochOrder, StageData, read_training_inputs
@@ -168,6 +169,22 @@ def test_training_crops_of_a_lesion_are_shifted_and_hold_it(world: Path, config:
             window = crop.crop_window
             inside[window.top : window.top + window.height, window.left : window.left + window.width] = True
             assert not (crop.soft > 0)[~inside].any()
+
+
+def test_no_crop_is_an_item_twice(world: Path, config: Config) -> None:
+    """Known from headers and boxes; as many as there are, and one where the window is as wide as the image."""
+    samples = [sample for sample in load_samples(world / "train")[0] if not sample.healthy]
+
+    def crops(data: DataConfig) -> list[list[CropWindow]]:
+        found: dict[str, list[CropWindow]] = {sample.sample_id: [] for sample in samples}
+        for item in training_items(samples, data)[0]:
+            made = prepare(item.sample, data, 0, item.variant, training=True)
+            found[item.sample.sample_id].append(made.crop_window)
+        return list(found.values())
+
+    assert [len(set(each)) for each in crops(config.data)] == [config.data.diseased_crops] * len(samples)
+    for change in ({"min_crop": 512.0}, {"context": 40.0}, {"fit": "pad"}, {"mm_per_pixel": 5.0}):
+        assert [len(each) for each in crops(replace(config.data, **change))] == [1] * len(samples)
 
 
 def test_every_file_is_hashed_once_at_a_start(
