@@ -75,16 +75,26 @@ class Fit:
         top, left = _place(axes, variant, name)
         return CropWindow(top, left, *sides, self.size)
 
-    def most_places(self, shape: tuple[int, int], lesion: tuple[float, float], spacing: Any = None) -> int:
-        """How many different windows an image of ``shape`` (H, W) with a ``lesion`` of (rows, columns) has at most.
+    def most_places(self, shape: tuple[int, int], box: Sequence[float] | None, spacing: Any = None) -> int:
+        """How many different windows an image of ``shape`` (H, W) has at most for a lesion in ``box``.
 
-        An upper bound from these numbers alone: the mask is not read. 1 where no window can move.
+        ``box``: [x, y, w, h] as fractions of the image, None where it is not known. An upper bound from these numbers
+        alone, as the mask is not read: 1 where no window can move.
         """
         if self.mode != "crop":
             return 1
-        sides = self._sides(shape, math.floor(max(lesion) + 0.01), spacing)
-        free = (max(length - side, 0) for length, side in zip(shape, sides, strict=True))
-        return math.prod(min(room, 2 * math.ceil(MAX_SHIFT * max(shape))) + 1 for room in free)
+        x, y, w, h = box if box is not None and any(box) else (0.5, 0.5, 0.0, 0.0)
+        lesion = [
+            (first * length, last * length) for first, last, length in zip((y, x), (y + h, x + w), shape, strict=True)
+        ]
+        sides = self._sides(shape, math.floor(max(last - first for first, last in lesion) + 0.01), spacing)
+        places = 1
+        for side, length, (first, last) in zip(sides, shape, lesion, strict=True):
+            room = [length - side, 2 * math.ceil(MAX_SHIFT * max(shape))]
+            if box is not None:  # all windows hold it
+                room += [math.floor(first + 0.01), math.floor(length - last + 0.01)]
+            places *= max(min(room), 0) + 1
+        return places
 
     def _sides(self, shape: tuple[int, int], lesion: int, spacing: Any) -> tuple[int, int]:
         """The window's height and width in native pixels, for a lesion whose longest side has ``lesion`` pixels."""

@@ -114,12 +114,10 @@ def distinct_crops(sample: Sample, data: DataConfig) -> int:
     shape = header_shape(sample.image)
     if shape is None:
         return data.diseased_crops
-    box = (0.0, 0.0) if sample.soft_mask else (sample.box[3], sample.box[2])  # that file may mark less than the mask
-    fit, spacing, found = Fit.of(data), sample.meta.get("spacing_mm"), 1
-    try:
-        for height, width in {shape, shape[::-1]}:  # a header does not say how the image is turned
-            lesion = (box[0] * height, box[1] * width)
-            found = max(found, fit.most_places((height, width), lesion, spacing))
+    box = None if sample.soft_mask or not any(sample.box) else sample.box  # that file may mark less than the mask
+    fit, spacing = Fit.of(data), sample.meta.get("spacing_mm")
+    try:  # a header does not say how the image is turned
+        found = max(fit.most_places(each, box, spacing) for each in {shape, shape[::-1]})
     except MedSoftError:
         return data.diseased_crops  # preparing it will say what is wrong
     return min(found, data.diseased_crops)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from ldm.core.errors import MedSoftError
 from ldm.data.crop import CropWindow, Fit
+from ldm.data.folders import mask_box
 from ldm.data.masks import Feather, Mask, extents, soft_mask_for
 
 FEW = settings(max_examples=30, deadline=None)
@@ -212,8 +213,7 @@ def test_crops_of_a_lesion_differ_while_there_are_places(
         assert crop.left <= left <= right <= crop.left + crop.width
     distinct = len(set(crops))
     assert len(set(crops[:distinct])) == distinct  # the first ones, so that fewer crops are the first ones too
-    hard = extents(soft == 1)
-    bound = fit.most_places(shape, (hard[0][1] - hard[0][0], hard[1][1] - hard[1][0]))
+    bound = fit.most_places(shape, mask_box(Mask((soft == 1).astype(np.float32))))
     assert distinct <= bound
     first, longest = crops[0], max(bottom - top, right - left)
     ends = (shape[0] - first.top - first.height, shape[1] - first.left - first.width)
@@ -223,12 +223,21 @@ def test_crops_of_a_lesion_differ_while_there_are_places(
 
 def test_a_window_that_is_as_large_as_the_image_has_one_place() -> None:
     soft = disc((512, 512), 200, 300, 12)
-    wide, native = Fit(context=45), Fit(min_crop=512)
-    assert wide.most_places((512, 512), (12, 12)) == native.most_places((512, 512), (12, 12)) == 1
+    box = mask_box(Mask((soft == 1).astype(np.float32)))
+    wide, native = Fit(context=50), Fit(min_crop=512)
+    assert wide.most_places((512, 512), box) == native.most_places((512, 512), box) == 1
     for fit in (wide, native):
         assert len({fit.crop_window(soft.shape, soft, variant=variant) for variant in range(4)}) == 1
     assert len({Fit().crop_window(soft.shape, soft, variant=variant) for variant in range(4)}) == 4
-    assert Fit().most_places((512, 512), (12, 12)) > 4
+    assert Fit().most_places((512, 512), box) > 4
+    assert Fit().most_places((512, 512), None) > 4  # nobody knows where it is
+
+
+def test_a_lesion_in_a_corner_keeps_the_window_there() -> None:
+    soft = disc((512, 512), 3, 508, 12)
+    box = mask_box(Mask((soft == 1).astype(np.float32)))
+    assert Fit().most_places((512, 512), box) == 1
+    assert len({Fit().crop_window(soft.shape, soft, variant=variant) for variant in range(4)}) == 1
 
 
 # ------------------------------------------------------------------------------------------------ enlarged
