@@ -81,7 +81,7 @@ def fits(checkpoint: Checkpoint) -> dict[str, list[str]]:
         whole = {part for part, kind in state.items() if kind == "whole"}
         for name, config in configs.items():
             needed = {part for part in config.training.builds if part != "biomedclip"}
-            if needed and needed <= whole and shapes[name] == shapes[family]:
+            if needed and needed <= whole and shapes[name] == shapes[family] and name not in found["can_start"]:
                 found["can_start"].append(name)
     return found
 

@@ -1,6 +1,7 @@
 """The demo's numbers and images in one place: summary.json, report.html and sheet.png. No torch.
 
-Only what the steps of configs/demo.yaml have left in the folder is read; no network computes anything here.
+Only what the steps of configs/demo.yaml, or of a plan with steps of the same names, have left in the folder is read;
+no network computes anything here.
 """
 
 import logging
@@ -24,6 +25,7 @@ from ldm.data.samples import Sample
 from ldm.reports.comparison import facts, interleave, read_all_results, read_result, write_cards, write_sheet
 from ldm.reports.figures import loss_figure, validation_figure
 from ldm.reports.html import number, write_image, write_page
+from ldm.workflow.plans import load_plan
 from ldm.workflow.study_results import interval
 
 if TYPE_CHECKING:
@@ -32,22 +34,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COARSE = ("moderate", "severe")
-MINUTES = 15
+MINUTES = {"demo": 15}  # what the steps of a plan may take together
 SHOWN, CONTROLS = 24, 6
 RESULTS = {"results": "draw", "results_healthy": "redraw_healthy", "results_base": "draw_base"}  # folder -> its step
 PARENTS = "openimages_format_train"
-# Arms of the classifier, each trained with several seeds by a step classifier_<name>.
+# Arms of the classifier, each trained with several seeds by a step classifier_<name>, if the plan has it.
 ARMS = {"real": "real images only", "duplicated": "with real ones repeated", "augmented": "with synthetic ones"}
 CLASSIFIER_ROWS = ("auc", "average_precision", "balanced_accuracy", "recall", "specificity", "precision", "f1")
 COUNTS = ("n_train_healthy", "n_train_diseased", "n_duplicated", "n_synthetic_used", "n_test", "n_test_diseased")
 
 
-def report_demo(folder: Path) -> None:
-    """Read what the demo's steps left in ``folder``, write report.html and sheet.png there, then summary.json.
+def report_demo(folder: Path, plan: Path) -> None:
+    """Read what the steps of ``plan`` left in ``folder``, write report.html and sheet.png there, then summary.json.
 
     MedSoftError names the step to run for whatever is missing or does not fit.
     """
-    inputs = read_inputs(folder)
+    inputs = read_inputs(Source(folder, plan))
     summary = summarise(inputs)
     with RunFolder(folder, "summary.json").lock(wait=True):
         write_report(inputs, summary)
@@ -55,8 +57,8 @@ def report_demo(folder: Path) -> None:
     for key, (limit, _) in bars(summary).items():
         verdict = "MISSED" if key in summary["missed"] else "met"
         log.info("%-32s %-8s expected %s: %s", key, _shown(summary, key), limit, verdict)
-    for arm, title in ARMS.items():
-        log.info("test AUC %s: %s", title, _shown_interval(summary["classifiers"][arm]["auc"]))
+    for arm, values in summary["classifiers"].items():
+        log.info("test AUC %s: %s", ARMS[arm], _shown_interval(values["auc"]))
     for pair, change in summary["auc_differences"].items():
         log.info("test AUC, %s: %s", pair, _shown_interval(change, "+"))
     log.info("report in %s", folder / "report.html")
@@ -97,10 +99,30 @@ class Inpainted:
 
 
 @dataclass(frozen=True)
+class Source:
+    """The folder in which the steps of a plan, a YAML, leave their files."""
+
+    folder: Path
+    plan: Path
+
+    def again(self, step: str) -> str:
+        """What to do to have a step's files."""
+        return f"run the step {step}: python tool/run_stages.py {self.plan} --only {step}"
+
+    def need(self, name: str | Path, step: str) -> Path:
+        """The path of a file that a step makes; MedSoftError if it is not there."""
+        path = self.folder / name
+        if not path.exists():
+            raise MedSoftError(f"{path}: does not exist; {self.again(step)}")
+        return path
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Everything that is read."""
 
-    folder: Path
+    source: Source
+    plan: str  # its name
     images: list[Inpainted]
     judge: dict[str, Any]
     heldout: list[dict[str, str]]  # the judge's predictions of real phantoms
@@ -109,47 +131,42 @@ class Inputs:
     seconds: dict[str, float]
 
 
-def _again(step: str) -> str:
-    return f"run the step {step}: python tool/run_stages.py configs/demo.yaml --only {step}"
-
-
-def _need(path: Path, step: str) -> Path:
-    if not path.exists():
-        raise MedSoftError(f"{path}: does not exist; {_again(step)}")
-    return path
-
-
-def read_inputs(folder: Path) -> Inputs:
-    """Read what the report needs from the demo's folder; MedSoftError naming the step to run for what is missing."""
-    record = folder / "stages.json"
+def read_inputs(source: Source) -> Inputs:
+    """Read what the report needs from the plan's folder; MedSoftError naming the step to run for what is missing."""
+    record, plan = source.folder / "stages.json", load_plan(source.plan)
     if not record.exists():
-        raise MedSoftError(f"{record}: does not exist; run the demo: python tool/run_stages.py configs/demo.yaml")
+        raise MedSoftError(f"{record}: does not exist; run the {plan.name}: python tool/run_stages.py {source.plan}")
     seconds = {step["name"]: step["seconds"] for step in read_json(record)["steps"]}
-    judge = _metrics(folder / "classifier_judge", "judge")
-    seeds = sorted(path.name for path in (folder / "classifier_real").glob("seed_*")) or ["seed_0"]
+    judge = _metrics(source, "classifier_judge", "judge")
+    seeds = sorted(path.name for path in (source.folder / "classifier_real").glob("seed_*")) or ["seed_0"]
+    steps = [f"classifier_{arm}" for arm in ARMS]
     classifiers = {
-        arm: [_metrics(folder / f"classifier_{arm}" / seed, f"classifier_{arm}") for seed in seeds] for arm in ARMS
+        step.removeprefix("classifier_"): [_metrics(source, f"{step}/{seed}", step) for seed in seeds]
+        for step in steps
+        if step in {each.name for each in plan.steps}
     }
     columns = ("epoch", "train_loss", "val_loss")
     logs = {
-        stage: read_table(_need(folder / stage / "metrics.csv", stage), columns, "training log")
+        stage: read_table(source.need(f"{stage}/metrics.csv", stage), columns, "training log")
         for stage in stage_configs(SHIPPED / "models" / "phantom.yaml")
     }
-    return Inputs(folder, _read_images(folder), judge, _predictions(folder, "heldout"), classifiers, logs, seconds)
+    heldout = _predictions(source, "heldout")
+    return Inputs(source, plan.name, _read_images(source), judge, heldout, classifiers, logs, seconds)
 
 
-def _metrics(folder: Path, step: str) -> dict[str, Any]:
+def _metrics(source: Source, name: str, step: str) -> dict[str, Any]:
     """A classifier's metrics.json with its test numbers by name and the AUC's interval as ``auc_ci95``."""
-    metrics = read_json(_need(folder / "metrics.json", step))
+    path = source.need(f"{name}/metrics.json", step)
+    metrics = read_json(path)
     auc = metrics.get("test", {}).get("auc")
     if auc is None or auc["value"] is None:
-        raise MedSoftError(f"{folder / 'metrics.json'}: holds no test AUC; {_again(step)}")
+        raise MedSoftError(f"{path}: holds no test AUC; {source.again(step)}")
     bounds = None if auc["low"] is None else [auc["low"], auc["high"]]
     return {**metrics, **{name: entry["value"] for name, entry in metrics["test"].items()}, "auc_ci95": bounds}
 
 
-def _predictions(folder: Path, name: str) -> list[dict[str, str]]:
-    path = _need(folder / "classifier_judge" / f"predictions_{name}.csv", "judge")
+def _predictions(source: Source, name: str) -> list[dict[str, str]]:
+    path = source.need(f"classifier_judge/predictions_{name}.csv", "judge")
     return read_table(path, ("sample_id", "predicted", "disease_probability", "p_healthy"), "predictions")
 
 
@@ -159,27 +176,29 @@ def _verdict(row: dict[str, str]) -> Verdict:
     return Verdict(row["predicted"] != "healthy", likeliest, float(row["disease_probability"]))
 
 
-def _read_images(folder: Path) -> list[Inpainted]:
+def _read_images(source: Source) -> list[Inpainted]:
     """MedSoftError unless both controls hold the same images, inpainted with the prompts they are controls for."""
-    judged = {name: {row["sample_id"]: row for row in _predictions(folder, name)} for name in (*RESULTS, PARENTS)}
-    found = {name: read_all_results(_need(folder / name, step)) for name, step in RESULTS.items()}
+    judged = {name: {row["sample_id"]: row for row in _predictions(source, name)} for name in (*RESULTS, PARENTS)}
+    found = {name: read_all_results(source.need(name, step)) for name, step in RESULTS.items()}
     by_key = {name: {(each.parent_id, each.meta.get("variant")): each for each in found[name]} for name in RESULTS}
     images = []
     for key, sample in by_key["results"].items():
-        samples = {name: _look_up(by_key[name], key, name, step) for name, step in RESULTS.items()}
+        samples = {name: _look_up(source, by_key[name], key, name, step) for name, step in RESULTS.items()}
         for name, expected in (("results_healthy", "healthy"), ("results_base", sample.prompt)):
             if samples[name].prompt != expected:
                 wrong = f"inpainted with {samples[name].prompt!r}, expected {expected!r}"
-                raise MedSoftError(f"{samples[name].image}: {wrong}; {_again(RESULTS[name])}")
+                raise MedSoftError(f"{samples[name].image}: {wrong}; {source.again(RESULTS[name])}")
         ids = {**{name: each.sample_id for name, each in samples.items()}, PARENTS: sample.parent_id}
-        rows = {name: _look_up(judged[name], own, f"predictions_{name}.csv", "judge") for name, own in ids.items()}
+        rows = {
+            name: _look_up(source, judged[name], own, f"predictions_{name}.csv", "judge") for name, own in ids.items()
+        }
         images.append(Inpainted(samples, {name: _verdict(row) for name, row in rows.items()}))
     return images
 
 
-def _look_up(known: Mapping[Any, Any], key: Any, where: str, step: str) -> Any:
+def _look_up(source: Source, known: Mapping[Any, Any], key: Any, where: str, step: str) -> Any:
     if key not in known:
-        raise MedSoftError(f"{where}: holds nothing about {key}; {_again(step)}")
+        raise MedSoftError(f"{where}: holds nothing about {key}; {source.again(step)}")
     return known[key]
 
 
@@ -205,7 +224,8 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
     """The numbers of summary.json. Rates are over prompts of moderate and severe lesions; subtle ones stand beside."""
     coarse = [each for each in inputs.images if each.sample.severity in COARSE]
     if not coarse:
-        raise MedSoftError(f"{inputs.folder / 'results'}: holds no moderate or severe lesion; {_again('draw')}")
+        folder, again = inputs.source.folder / "results", inputs.source.again("draw")
+        raise MedSoftError(f"{folder}: holds no moderate or severe lesion; {again}")
     subtle = rates([each for each in inputs.images if each.sample.severity == "subtle"])
     of_all = rates(coarse)
     kinds = [each.sample.lesion_type or "unknown" for each in coarse]
@@ -217,6 +237,7 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
     }
     classifiers = {arm: _over_seeds(every) for arm, every in inputs.classifiers.items()}
     summary = {
+        "plan": inputs.plan,
         "n_pictures": len(inputs.images),
         "n_moderate_severe": of_all.pop("n"),
         "n_subtle": subtle["n"],
@@ -232,13 +253,14 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
             read_result(s).changed_outside for s in tqdm(every, "comparing pixels", disable=None)
         ),
         **{f"auc_{arm}": values["auc"]["mean"] for arm, values in classifiers.items()},
-        "n_synthetic": classifiers["augmented"]["n_synthetic_used"],
         "auc_differences": _auc_differences(inputs.classifiers),
         "minutes": round(sum(inputs.seconds.values()) / 60, 2),
         "judge": _judge_numbers(inputs),
         "by_type": dict(sorted(by_type.items())),
         "classifiers": classifiers,
     }
+    if "augmented" in classifiers:
+        summary["n_synthetic"] = classifiers["augmented"]["n_synthetic_used"]
     summary["missed"] = [key for key, (_, met) in bars(summary).items() if not met(summary[key])]
     return summary
 
@@ -246,15 +268,17 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
 def bars(summary: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[Any], bool]]]:
     """What each number must reach, as text and as a test. The AUCs have no bar: any value of theirs is a result."""
     limit = summary["base_agreement_limit"]
-    return {
+    made = {
         "lesion_detection_rate": ("at least 0.90", lambda value: value >= 0.90),
         "parent_detection_rate": ("at most 0.10", lambda value: value <= 0.10),
         "healthy_redraw_detection_rate": ("at most 0.20", lambda value: value <= 0.20),
         "prompt_agreement": ("at least 0.75", lambda value: value >= 0.75),
         "base_prompt_agreement": (f"chance, at most {limit:.3f}", lambda value: value <= limit),
         "changed_outside_pixels": ("0", lambda value: value == 0),
-        "minutes": (f"at most {MINUTES}", lambda value: value <= MINUTES),
     }
+    if minutes := MINUTES.get(summary["plan"]):
+        made["minutes"] = (f"at most {minutes}", lambda value: value <= minutes)
+    return made
 
 
 def chance_agreement(prompted: Sequence[str], named: Sequence[str]) -> float:
@@ -277,7 +301,7 @@ def _auc_differences(classifiers: Mapping[str, list[dict[str, Any]]]) -> dict[st
     aucs = {arm: [each["auc"] for each in metrics] for arm, metrics in classifiers.items()}
     return {
         f"{more} - {less}": _mean([one - two for one, two in zip(aucs[more], aucs[less], strict=True)])
-        for less, more in combinations(ARMS, 2)
+        for less, more in combinations(aucs, 2)
     }
 
 
@@ -307,13 +331,13 @@ def _judge_numbers(inputs: Inputs) -> dict[str, Any]:
 
 def write_report(inputs: Inputs, summary: Mapping[str, Any]) -> None:
     """Write report.html with its images, and sheet.png."""
-    path = inputs.folder / "report.html"
+    path = inputs.source.folder / "report.html"
     coarse = [each for each in inputs.images if each.sample.severity in COARSE]
     columns = ["lesion type", *(name.replace("_", " ") for name in rates([]))]
     type_rows = [[lesion, *row.values()] for lesion, row in summary["by_type"].items()]
     total = sum(inputs.seconds.values())
     rows = [(each.sample.prompt, read_result(each.sample)) for each in _first(coarse, CONTROLS)]
-    write_sheet(inputs.folder / "sheet.png", rows)
+    write_sheet(inputs.source.folder / "sheet.png", rows)
     write_page(
         path,
         "demo",
@@ -364,13 +388,15 @@ def _training_plots(inputs: Inputs, path: Path) -> dict[str, Any]:
 
 def _classifiers(summary: Mapping[str, Any], path: Path) -> dict[str, Any]:
     arms = summary["classifiers"]
+    if not arms:
+        return {}
     rows = [[n, *(_shown_interval(each[n]) if n in each else None for each in arms.values())] for n in CLASSIFIER_ROWS]
     rows += [[name, *(each[name] for each in arms.values())] for name in COUNTS]
     return {
-        "classifier_head": ["", *ARMS.values()],
+        "classifier_head": ["", *(ARMS[arm] for arm in arms)],
         "classifier_rows": rows,
         "difference_rows": [[p, _shown_interval(each, "+")] for p, each in summary["auc_differences"].items()],
-        "auc_plot": write_image(path, "auc", auc_figure({title: arms[arm]["auc"] for arm, title in ARMS.items()})),
+        "auc_plot": write_image(path, "auc", auc_figure({ARMS[arm]: values["auc"] for arm, values in arms.items()})),
     }
 
 

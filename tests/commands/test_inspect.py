@@ -15,6 +15,7 @@ from ldm.core.errors import MedSoftError
 from ldm.core.files import sha256_file
 
 STAGES = ("stage1", "stage2_1", "stage2_2", "unet_only")
+FITS = ["models/phantom.yaml", "models/phantom_large.yaml"]  # the same networks
 
 
 def inspected(path: Path, capsys: pytest.CaptureFixture) -> dict[str, Any]:
@@ -35,14 +36,14 @@ def test_converted_file(converted: Path, capsys: pytest.CaptureFixture) -> None:
     assert list(found["parts"]) == ["U-Net", "third attention", "autoencoder", "text encoder", "MSC"]
     assert (found["missing"], found["stage"], found["step"]) == ([], "converted", 0)
     assert found["origin"] == {"file": SD.name, "sha256": sha256_file(SD)}
-    assert found["fits"] == ["models/phantom.yaml"]
-    assert found["can_start"] == [f"models/phantom_{stage}.yaml" for stage in STAGES]
+    assert found["fits"] == FITS
+    assert found["can_start"] == [f"models/phantom{size}_{stage}.yaml" for size in ("_large", "") for stage in STAGES]
 
 
 def test_base_before_conversion(capsys: pytest.CaptureFixture) -> None:
     found = inspected(SD, capsys)
     assert found["missing"] == ["msc"]
-    assert (found["fits"], found["unconverted"], found["can_start"]) == ([], ["models/phantom.yaml"], [])
+    assert (found["fits"], found["unconverted"], found["can_start"]) == ([], FITS, [])
     assert found["parts"]["U-Net"]["dtypes"] == ["float16"]
 
 
@@ -54,8 +55,9 @@ def test_part_of_a_model(converted: Path, tmp_path: Path, part: str, capsys: pyt
     )
     found = inspected(path, capsys)
     assert found["missing"] == (["unet", "autoencoder", "text"] if part == "msc" else ["msc"])
-    assert found["fits"] == ["models/phantom.yaml"]
-    assert found["can_start"] == ["models/phantom_stage1.yaml" if part == "msc" else "models/phantom_unet_only.yaml"]
+    assert found["fits"] == FITS
+    stage = "stage1" if part == "msc" else "unet_only"
+    assert found["can_start"] == [f"models/phantom_large_{stage}.yaml", f"models/phantom_{stage}.yaml"]
 
 
 def test_text_says_it_all(converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -72,7 +74,7 @@ def test_text_says_it_all(converted: Path, tmp_path: Path, caplog: pytest.LogCap
         "stage: merged, step 9",
         f"origin: stage1_path stage1_path.ckpt (SHA-256 {'ab' * 32})",
         "besides tensors: optimizer_states",
-        "fits: models/phantom.yaml",
+        f"fits: {', '.join(FITS)}",
     ):
         assert line in said
 
@@ -116,4 +118,4 @@ def test_values_that_are_not_numbers(converted: Path, tmp_path: Path, caplog: py
     bad = edit(converted, tmp_path / "nan.ckpt", keep=lambda k, v: v * float("nan") if k == "msc.position" else v)
     with pytest.raises(MedSoftError, match=r"nan\.ckpt: 1 tensors hold NaN or infinite values, first msc\.position"):
         inspect(bad)
-    assert "fits: models/phantom.yaml" in caplog.text
+    assert f"fits: {FITS[0]}" in caplog.text

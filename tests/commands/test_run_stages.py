@@ -16,6 +16,7 @@ import yaml
 
 import classifier
 from ldm.classifier.config import load_classifier_config
+from ldm.config import load_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.locks import exclusive
 from ldm.phantom.demo_report import ARMS
@@ -330,22 +331,30 @@ def test_command_line_shows_one_line_and_the_exit_code(write_plan, tmp_path: Pat
     assert done.stderr == f"error: {path}: unknown key steps.1.typo; known here: name, run, makes\n"
 
 
-# ----------------------------------------------------------------------------------------------------- the demo
+# -------------------------------------------------------------------------------------------- the demo and its twin
+
+
+def steps_of(name: str) -> list[Any]:
+    return list(plans.load_plan(ROOT / "configs" / f"{name}.yaml").steps)
 
 
 def demo_steps() -> list[Any]:
-    return list(plans.load_plan(ROOT / "configs" / "demo.yaml").steps)
+    return steps_of("demo")
 
 
-@pytest.mark.parametrize("step", demo_steps(), ids=lambda step: step.name)
-def test_every_demo_command_is_one_its_script_accepts(step: Any) -> None:
+SHIPPED = [pytest.param(name, step, id=f"{name}-{step.name}") for name in ("demo", "large") for step in steps_of(name)]
+
+
+@pytest.mark.parametrize(("plan", "step"), SHIPPED)
+def test_every_command_of_a_shipped_plan_is_one_its_script_accepts(plan: str, step: Any) -> None:
     python, script, *words = shlex.split(step.run)
     assert python == "python"
     module = script.removesuffix(".py").replace("/", ".").lstrip(".")
     args = importlib.import_module(module).build_parser().parse_args(words)
-    for name in ("config", "input_path"):  # what the demo reads from the repository exists
-        given = str(getattr(args, name, "demo_output"))
-        assert given.startswith("demo_output") or given.endswith(".ckpt") or (ROOT / given).is_file()
+    for name in ("config", "input_path", "plan"):  # what it reads from the repository exists
+        given = str(getattr(args, name, f"{plan}_output"))
+        assert given.startswith(f"{plan}_output") or given.endswith(".ckpt") or (ROOT / given).is_file()
+    assert all(path.startswith(f"{plan}_output/") for path in step.makes)
 
 
 def classifier_config(step: Any) -> Any:
@@ -353,10 +362,10 @@ def classifier_config(step: Any) -> Any:
     return load_classifier_config(classifier.find_config(args.args), args.set)
 
 
-@pytest.mark.parametrize("step", [s for s in demo_steps() if "classifier.py" in s.run], ids=lambda step: step.name)
-def test_demo_classifiers_read_what_earlier_steps_make(step: Any) -> None:
-    config = classifier_config(step)
-    earlier = demo_steps()[: [s.name for s in demo_steps()].index(step.name)]
+@pytest.mark.parametrize(("plan", "step"), [each for each in SHIPPED if "classifier.py" in each.values[1].run])
+def test_the_classifiers_of_a_plan_read_what_earlier_steps_make(plan: str, step: Any) -> None:
+    config, steps = classifier_config(step), steps_of(plan)
+    earlier = steps[: [s.name for s in steps].index(step.name)]
     made = {path for s in earlier for path in s.makes} | {str(Path(path).parent) for s in earlier for path in s.makes}
     used = [config.train_json, config.val_json, config.test_json, *config.synthetic, *config.predict]
     assert set(used) <= made
@@ -366,9 +375,18 @@ def test_demo_classifiers_read_what_earlier_steps_make(step: Any) -> None:
 
 
 def test_the_judge_and_the_test_set_share_no_world_with_anything_else() -> None:
-    words = [shlex.split(step.run) for step in demo_steps() if "make_phantoms" in step.run]
+    words = [shlex.split(step.run) for name in ("demo", "large") for step in steps_of(name) if "_phantoms" in step.run]
     seeds = {line[line.index("--output_dir") + 1]: line[line.index("--seed") + 1] for line in words}
-    assert len(set(seeds.values())) == len(seeds) == 5
+    assert len(set(seeds.values())) == len(seeds) == 10
+
+
+def test_the_large_plan_has_the_demos_steps_without_the_classifiers_and_draws_at_true_scale() -> None:
+    demo, large = ({step.name: step.run for step in steps_of(name)} for name in ("demo", "large"))
+    assert [name for name in demo if not name.startswith("classifier_")] == list(large)
+    assert all("--size 512" in run for run in large.values() if "make_phantoms" in run)
+    configs = {word for run in large.values() for word in shlex.split(run) if word.startswith("./models/")}
+    assert {load_config(ROOT / path).data.image_size for path in configs} == {128}
+    assert len(configs) == 5
 
 
 def test_the_arms_of_the_demo_differ_in_what_they_add_alone_and_add_equally_many() -> None:

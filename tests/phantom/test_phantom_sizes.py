@@ -1,16 +1,20 @@
 """Phantoms of a given size: what scales, what does not, and that images without one are still those of VERSION 3."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from ldm.config import stage_configs
 from ldm.core.errors import UsageError
 from ldm.data.images import read_image
 from ldm.phantom.spines import LESION_TYPES, SEVERITIES, VERSION, Phantom, render_phantom
 from tool import make_phantoms
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Arguments of render_phantom; the image's shape, the mask's pixels, those of each label, every 24th pixel.
 DEFAULT_WORLD = [
@@ -145,3 +149,13 @@ def test_a_size_is_refused_where_the_default_world_is_meant(tmp_path: Path, othe
     with pytest.raises(UsageError, match=r"--size: not with --seen_by_biomedclip or --calibrate"):
         _run("--output_dir", tmp_path / "d", other, "--size", "512")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_stages_for_large_phantoms_have_the_networks_and_rates_of_those_for_small_ones() -> None:
+    small, large = (stage_configs(ROOT / "models" / f"{name}.yaml") for name in ("phantom", "phantom_large"))
+    for stage, config in large.items():
+        same = replace(config.architecture, image_size=64)  # the same networks, so that one base fits both
+        assert same == small[stage].architecture
+        assert (small[stage].data.image_size, config.data.image_size) == (64, 128)
+        assert replace(config.data, image_size=64) == small[stage].data
+        assert config.training.rates == small[stage].training.rates

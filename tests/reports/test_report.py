@@ -111,8 +111,8 @@ def demo(tmp_path: Path) -> Path:
     return out
 
 
-def run(folder: Path) -> int:
-    return demo_report.main(demo_report.build_parser().parse_args(["--output_dir", str(folder)]))
+def run(folder: Path, *arguments: str) -> int:
+    return demo_report.main(demo_report.build_parser().parse_args(["--output_dir", str(folder), *arguments]))
 
 
 class Page(HTMLParser):
@@ -197,6 +197,32 @@ def test_one_seed_has_no_interval(demo: Path, caplog: pytest.LogCaptureFixture) 
     summary = json.loads((demo / "summary.json").read_text())
     assert summary["classifiers"]["real"]["auc"] == {"mean": 0.8, "low": None, "high": None, "values": [0.8]}
     assert "test AUC real images only: 0.800" in caplog.messages
+
+
+def test_a_plan_without_classifiers_is_reported_without_them_and_without_the_demos_time(demo: Path) -> None:
+    assert run(demo) == 0
+    whole = json.loads((demo / "summary.json").read_text())
+    for arm in ("real", "duplicated", "augmented"):
+        shutil.rmtree(demo / f"classifier_{arm}")
+    plan = ("--plan", "configs/large.yaml")
+    assert run(demo, *plan) == 0
+    summary = json.loads((demo / "summary.json").read_text())
+    assert summary["plan"] == "large"
+    assert summary["classifiers"] == {}
+    assert {key for key in whole if key not in summary} == {
+        "auc_real",
+        "auc_duplicated",
+        "auc_augmented",
+        "n_synthetic",
+    }
+    same = {key for key in summary if summary[key] == whole[key]}
+    assert set(summary) - same == {"plan", "classifiers", "auc_differences"}
+    page = Page(demo / "report.html")
+    assert "No step of the plan trains classifiers" in page.text
+    assert "at most 15" not in page.text
+    (demo / "results_base").rename(demo / "elsewhere")
+    with pytest.raises(MedSoftError, match=r"run_stages.py configs/large.yaml --only draw_base"):
+        run(demo, *plan)
 
 
 def test_a_seed_that_an_arm_lacks_or_has_not_tested_is_named_with_its_step(demo: Path) -> None:
