@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import PHANTOM, call, dataset_infer, infer, metas, record, whole
 
 from ldm.core.errors import MedSoftError
@@ -252,3 +254,23 @@ def test_results_that_were_copied_alone_say_what_is_missing(
         MedSoftError, match=r"2 rejected; first: .*has changed since, or is another image than the one that"
     ):
         infer(final, tmp_path / "like", "--like", copied)
+
+
+def test_lengths_in_mm_reject_what_has_no_spacing_and_what_is_too_wide(
+    final: Path, write_sample: Callable, tmp_path: Path
+) -> None:
+    """Both are named with a cure; the others are inpainted."""
+    in_mm = tmp_path / "in_mm.ckpt"
+    content = torch.load(final, weights_only=True)
+    content["medsoft"]["config"]["data"]["mm_per_pixel"] = 0.5  # 32 mm
+    torch.save(content, in_mm)
+    for name, spacing in (("good", {"spacing_mm": 1.0}), ("none", {}), ("wide", {"spacing_mm": [1.0, 9.0]})):
+        write_sample(tmp_path / "data" / name, LESION, meta=spacing)
+    assert infer(in_mm, tmp_path / "out", "--data", tmp_path / "data", "data.mm_per_pixel=0.5") == 3
+    assert [folder.name for folder in sorted((tmp_path / "out").glob("*__v0"))] == ["good__v0"]
+    found = {reject["sample_id"]: reject["reason"] for reject in rejects(tmp_path / "out")}
+    assert found.keys() == {"none", "wide"}
+    assert "data.mm_per_pixel=0.5: the sample's meta.json has no spacing_mm; add it" in found["none"]
+    assert re.search(
+        r"mm, the window of data\.mm_per_pixel=0\.5 has 32\.0 mm; data\.mm_per_pixel=\S+ is wide", found["wide"]
+    )
