@@ -196,6 +196,7 @@ class SamplingConfig:
     differential: bool = setting(True, IMAGES)  # soft mask released over the steps (differential schedule)
     precision: SamplingPrecision = setting("32-true", IMAGES)  # bf16-true: networks in bfloat16, the latent in float32
     batch_size: Count = setting(8, NOTHING)
+    compile: bool = setting(False, NOTHING)  # torch.compile of U-Net and autoencoder; changes rounding only
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,11 @@ def steps_behind(device: torch.device) -> int:
     return 1 if device.type == "cuda" else 0
 
 
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` of the CPU on ``device``; the host does not wait until a GPU has done what was queued before."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def on_host(values: Tensor) -> Callable[[], Tensor]:
     """Start copying ``values`` to the CPU; what comes back waits for the copy, and for nothing that is queued later."""
     copy = values.detach().to("cpu", non_blocking=True)

@@ -1,7 +1,8 @@
 """Condition, sample, decode, composite: lesions inpainted in one batch of images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import Config, SamplingConfig
-from ldm.core.devices import kernel_layout
+from ldm.core.devices import kernel_layout, on_device, on_host
 from ldm.data.images import composite, to_unit
 from ldm.data.preparation import PreparedSample
 from ldm.diffusion.noise import image_noise, step_noise
+from ldm.inference.compiling import compile_networks
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, hidden_region, hide
 from ldm.networks.msc import ControllerInputs
@@ -55,30 +57,49 @@ class Inpainter:
         self.net, self.encoder, self.sampling = net.to(device).eval(), encoder.to(device), sampling
         self.device = torch.device(device)
         for_inference(self.net, DTYPES[sampling.precision])
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as convolutions: docs/inference.md has what that changes
+        if sampling.compile:
+            compile_networks(self.net)
+        self._rows = 0  # of the largest batch so far
 
-    @torch.inference_mode()
     def inpaint(self, samples: Sequence[PreparedSample], jobs: Sequence[Job]) -> list[InpaintedImage]:
         """Native-size results. Outside the soft mask's support every pixel equals the original's."""
-        image = torch.stack([sample.image for sample in samples]).to(self.device)
-        soft_mask = torch.stack([sample.mask for sample in samples]).to(self.device)
-        generated, errors = self.generate(image, soft_mask, jobs)  # (B, 3, S, S) in [-1, 1]
-        results = []
-        for sample, inside, error in zip(samples, generated.cpu(), errors, strict=True):
-            if error is not None:
-                results.append(InpaintedImage(error=error))
-                continue
-            square = ((inside + 1) / 2).permute(1, 2, 0).numpy()
-            intensity_range = sample.intensity_range
-            native = sample.crop_window.backward(square, to_unit(sample.original, intensity_range))
-            pixels = composite(sample.original, native, sample.soft, intensity_range)
-            results.append(InpaintedImage(pixels, native))
-        return results
+        return [finish() for finish in self.begin(samples, jobs)]
 
+    @torch.inference_mode()
+    def begin(self, samples: Sequence[PreparedSample], jobs: Sequence[Job]) -> list[Callable[[], InpaintedImage]]:
+        """``inpaint`` in two halves: this one hands a batch to the device, and does not wait for a GPU to be done.
+
+        What comes back waits for that and composites, one call for each image, in any thread.
+        """
+        self._rows = max(self._rows, len(samples))
+        # Compiled networks know the largest batch: a smaller one is filled up, which changes no other image's noise.
+        rows = self._rows if self.sampling.compile else len(samples)
+        filled, names = ([*given, *[given[-1]] * (rows - len(given))] for given in (samples, jobs))
+        image = on_device(torch.stack([sample.image for sample in filled]), self.device)
+        soft_mask = on_device(torch.stack([sample.mask for sample in filled]), self.device)
+        generated, broken = self._generate(image, soft_mask, names)  # (B, 3, S, S) in [-1, 1]
+        generated_there, broken_there = on_host(generated), on_host(broken)
+
+        def finish(row: int, sample: PreparedSample) -> InpaintedImage:
+            error = self._error(int(broken_there()[row]))
+            return InpaintedImage(error=error) if error else composited(sample, generated_there()[row])
+
+        return [partial(finish, row, sample) for row, sample in enumerate(samples)]
+
+    @torch.inference_mode()
     def generate(self, image: Tensor, soft_mask: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, list[str | None]]:
         """The model's square before compositing: image (B, 3, S, S), soft_mask (B, 1, S, S) -> (B, 3, S, S).
 
         With it, for each image, None or where its first value that is no number appeared.
         """
+        generated, broken = self._generate(image, soft_mask, jobs)
+        return generated, [self._error(number) for number in broken.tolist()]
+
+    def _generate(self, image: Tensor, soft_mask: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
+        """As ``generate``, with a number for each image: of the step at which the first value that is no number
+        appeared, -1 where none did, the number of steps where it was the decoder's."""
         sampling, net = self.sampling, self.net
         dtype = DTYPES[sampling.precision]
         mask = net.latent_mask(soft_mask)
@@ -86,7 +107,8 @@ class Inpainter:
         original = latent_of(net, image, dtype) if sampling.differential else None
         conditions = self._conditions(image, soft_mask, mask, [job.prompt for job in jobs])
         names = [(job.seed, job.sample_id, job.variant) for job in jobs]
-        noise = torch.stack([image_noise(*name, tuple(masked.shape[1:])) for name in names]).to(self.device)
+        noise = torch.stack([image_noise(*name, tuple(masked.shape[1:])) for name in names])
+        noise = on_device(noise, self.device)
         first_broken = torch.full((len(jobs),), -1, device=self.device)
 
         def watch(index: int, x: Tensor) -> None:
@@ -98,18 +120,35 @@ class Inpainter:
             step_noise=lambda index: step_noise(index, names, noise),
             on_step=watch,
         )
-        # The latent is looked at before decoding: that clamps, and would hide infinity as white.
-        errors = [f"at sampling step {n + 1} of {sampling.steps}" if n >= 0 else None for n in first_broken.tolist()]
+        # The latent was looked at before decoding: that clamps, and would hide infinity as white.
         decoded = net.decode(latent.to(dtype)).float()
-        sound = torch.isfinite(decoded).flatten(1).all(dim=1).tolist()
-        return decoded, [e or (None if ok else "while decoding") for e, ok in zip(errors, sound, strict=True)]
+        watch(sampling.steps, decoded)
+        return decoded, first_broken
+
+    def _error(self, broken: int) -> str | None:
+        if broken < 0:
+            return None
+        steps = self.sampling.steps
+        return f"at sampling step {broken + 1} of {steps}" if broken < steps else "while decoding"
+
+    @cached_property
+    def _empty_text(self) -> Tensor:
+        """The states of the empty prompt (1, T, D), the same for every batch."""
+        return self.net.cond_stage_model([""])
 
     def _conditions(self, image: Tensor, soft_mask: Tensor, mask: Tensor, prompts: list[str]) -> GuidanceConditions:
         net, dtype = self.net, DTYPES[self.sampling.precision]
         context, context_global = self.encoder.encode_image(image, hidden_region(soft_mask))
         lesion, _ = net.msc(ControllerInputs(context, context_global, self.encoder.encode_text(prompts), soft_mask))
-        text, empty = net.cond_stage_model(prompts).to(dtype), net.cond_stage_model([""])
-        return guidance_conditions(net, mask, text, empty, net.semantic(context, lesion, soft_mask))
+        text, semantic = net.cond_stage_model(prompts).to(dtype), net.semantic(context, lesion, soft_mask)
+        return guidance_conditions(net, mask, text, self._empty_text, semantic, fixed_shapes=self.sampling.compile)
+
+
+def composited(sample: PreparedSample, inside: Tensor) -> InpaintedImage:
+    """The sample's original with the model's square, (3, S, S) in [-1, 1] on the CPU, in its soft mask."""
+    square = ((inside + 1) / 2).permute(1, 2, 0).numpy()
+    native = sample.crop_window.backward(square, to_unit(sample.original, sample.intensity_range))
+    return InpaintedImage(composite(sample.original, native, sample.soft, sample.intensity_range), native)
 
 
 def load_inpainter(ckpt: str | Path, config: Config, device: str) -> Inpainter:

@@ -71,6 +71,7 @@ class InferenceOptions:
         type=SHARE,
     )
     precision: str | None = flag(f"{' or '.join(SAMPLING_PRECISIONS)} (default: sampling.precision)")
+    compile: bool = flag("compile the networks at the first batch: for many images on a GPU", False)
     exact: bool = flag("one image at a time and one thread: equal files on every run", False)
     biomedclip: Path | None = flag("BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
     device: str = flag("auto, cpu, cuda, cuda:1, ...", "auto")
@@ -96,6 +97,10 @@ class InferenceOptions:
             raise UsageError("--like makes the same images again; --variants and --choose do not go with it")
         if self.exact and self.batch_size not in (None, 1):
             raise UsageError("--exact takes one image at a time; --batch_size does not go with it")
+        if self.exact and self.compile:
+            raise UsageError(
+                "--exact gives equal files on every run; --compile rounds otherwise and does not go with it"
+            )
 
     def _check_image(self) -> None:
         if self.image and not (self.mask and self.prompt):
@@ -135,5 +140,7 @@ class InferenceOptions:
             flags["sampling.guidance_interval"] = list(self.guidance_interval)  # as YAML spells it
         hub = str(self.biomedclip).startswith("hf-hub:")  # else a folder, which a replay from elsewhere has to find
         flags["biomedclip.path"] = self.biomedclip.resolve() if self.biomedclip and not hub else self.biomedclip
-        exact = ["sampling.batch_size=1"] if self.exact else []
+        if self.compile:
+            flags["sampling.compile"] = "true"
+        exact = ["sampling.batch_size=1", "sampling.compile=false"] if self.exact else []
         return [*(f"{key}={value}" for key, value in flags.items() if value is not None), *self.overrides, *exact]

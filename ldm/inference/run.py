@@ -32,7 +32,7 @@ from ldm.data.preparation import PreparedSample, described_identity, lesion_diam
 from ldm.data.samples import Reject
 from ldm.diffusion.noise import NOISE
 from ldm.inference.gallery import write_gallery
-from ldm.inference.inpainter import Inpainter, Job, load_inpainter
+from ldm.inference.inpainter import InpaintedImage, Inpainter, Job, load_inpainter
 from ldm.inference.options import InferenceOptions
 from ldm.inference.results import FILES, write_result
 from ldm.inference.tasks import Task, plan_tasks, prepare_task, read_record
@@ -115,7 +115,8 @@ def resolve(options: InferenceOptions, record: dict[str, Any] | None) -> tuple[I
             config=options.config or folder / record["config"],
             exact=record["exact"],
         )
-        overrides = [*_stored_settings(folder), *record["overrides"], "sampling.batch_size=1", *overrides]
+        same_image = ["sampling.batch_size=1", "sampling.compile=false"]
+        overrides = [*_stored_settings(folder), *record["overrides"], *same_image, *overrides]
     assert options.config  # the options were checked
     return options, load_config(options.config, overrides), overrides
 
@@ -208,26 +209,27 @@ class InferenceRun:
             ThreadPoolExecutor(4) as pool,
             tqdm(total=len(tasks), desc=label, mininterval=1, bar_format=BAR, disable=self.processes.rank > 0) as bar,
         ):
-            written: list[Future] = []
+            before: tuple[list[Reject], list[Future]] = ([], [])  # of the last batch: its rejects, and what is written
             for batch, prepared in _ahead(pool, lambda task: prepare_task(task, self.config.data, diameter), batches):
                 pairs = list(zip(batch, prepared, strict=True))
                 sound = [(task, sample) for task, sample in pairs if isinstance(sample, PreparedSample)]
-                rejects += [sample for _, sample in pairs if isinstance(sample, Reject)]
                 jobs = [Job(task.seed, task.sample.sample_id, task.variant, task.prompt) for task, _ in sound]
-                inpainted = inpainter.inpaint([sample for _, sample in sound], jobs) if sound else []
-                for future in written:
-                    future.result()
-                written = []
-                for (task, sample), result in zip(sound, inpainted, strict=True):
-                    if result.pixels is None:
-                        rejects.append(_not_finite(task, result.error))
-                        continue
-                    about = self.provenance, self.content(task.sample.image)
-                    written.append(pool.submit(write_result, self.results.path, task, sample, result.pixels, *about))
+                begun = inpainter.begin([sample for _, sample in sound], jobs) if sound else []
+                rejects += _collected(*before)
+                writing = [pool.submit(self._write, *one, finish) for one, finish in zip(sound, begun, strict=True)]
+                before = [sample for _, sample in pairs if isinstance(sample, Reject)], writing
                 bar.update(len(batch))
-            for future in written:
-                future.result()
+            rejects += _collected(*before)
         return rejects
+
+    def _write(self, task: Task, sample: PreparedSample, finish: Callable[[], InpaintedImage]) -> Reject | None:
+        """Write the result that ``finish`` makes, or say why there is none. Runs in another thread."""
+        result = finish()
+        if result.pixels is None:
+            return _not_finite(task, result.error)
+        about = self.provenance, self.content(task.sample.image)
+        write_result(self.results.path, task, sample, result.pixels, *about)
+        return None
 
     def _finish(self, outcomes: Sequence[tuple[list[Reject], MedSoftError | None]], start: float) -> int:
         """Write the list of rejects, the record and the report; returns the exit code, or raises a process's error."""
@@ -285,6 +287,11 @@ def advice_on_memory(sampling: SamplingConfig) -> Iterator[None]:
             f"out of memory with batches of {sampling.batch_size} in {sampling.precision} ({first_line(error)}); "
             f"{' or '.join(cures) or 'a smaller model'} needs less; finished images are kept"
         ) from error
+
+
+def _collected(rejects: list[Reject], written: Sequence[Future]) -> list[Reject]:
+    """``rejects`` and those of the results being ``written``, once all of these are on the disk."""
+    return [*rejects, *(reject for future in written if (reject := future.result()))]
 
 
 def _ahead(
