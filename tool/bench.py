@@ -2,6 +2,7 @@
 
     python tool/bench.py inference                                   # phantom size, seconds
     python tool/bench.py inference --config models/mldm_v15.yaml     # true size, random weights, minutes, about 8 GB
+    python tool/bench.py inference --sizes 1,8 --precision bf16-true --compile   # whole images
     python tool/bench.py training --config models/phantom.yaml       # the four stages: cache, freezing, precision
     python tool/bench.py batches --config models/mldm_v15.yaml       # a GPU: steps of 1, 2, 4 ... items until full
     python tool/bench.py memory --config models/mldm_v15.yaml --batch_size 1   # docs/memory.md; about 20 GB
@@ -32,8 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
     inference = parser.add_argument_group("inference")
     inference.add_argument("--precision", default="32-true", choices=["32-true", "bf16-true"], help="of both sides")
     inference.add_argument("--steps", type=cli.WHOLE, default=10, help="of whole images; 0 measures single calls only")
-    batches = parser.add_argument_group("batches")
-    batches.add_argument("--sizes", help="batch sizes, such as 1,8,32 (default: 1, 2, 4 ... until memory is full)")
+    inference.add_argument("--compile", action="store_true", help="with --sizes: measure compiled networks too")
+    batches = parser.add_argument_group("inference and batches")
+    what = "batch sizes, such as 1,8,32: whole images in each (default for batches: 1, 2, 4 ... until memory is full)"
+    batches.add_argument("--sizes", help=what)
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser

@@ -54,6 +54,7 @@ class BenchOptions:
     precision: str
     steps: int
     sizes: str | None
+    compile: bool
     overrides: list[str]
 
 

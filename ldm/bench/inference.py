@@ -1,17 +1,24 @@
 """Speed of inpainting, ours beside diffusers' StableDiffusionInpaintPipeline, on the same weights in the same run."""
 
+import copy
 import dataclasses
+import functools
 import logging
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.bench.batches import batch_sizes
 from ldm.bench.common import BenchOptions, diffusers_pipeline, measure_alternately, this_machine
-from ldm.config import Config, SamplingConfig, load_config
+from ldm.config import Architecture, Config, SamplingConfig, load_config
+from ldm.core.devices import peak_memory
 from ldm.core.errors import require
 from ldm.diffusion.guidance import guided_steps
+from ldm.inference.compiling import compile_networks
 from ldm.inference.inpainter import DTYPES, for_inference
 from ldm.networks.attention import Conditioning
 from ldm.networks.model import MedSoftModel, hide
@@ -19,14 +26,16 @@ from ldm.networks.sampling import GuidanceConditions, guidance_conditions, laten
 
 log = logging.getLogger(__name__)
 
-REFERENCE = {"sampler": "ddim", "steps": 50, "guidance_interval": (0.0, 1.0)}  # diffusers' default, with guidance
-FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": (0.15, 1.0)}  # docs/inference.md says why
+# Diffusers' default, with guidance; docs/inference.md says why the fast setting is what it is.
+REFERENCE = {"sampler": "ddim", "spacing": "leading", "steps": 50, "guidance_interval": (0.0, 1.0), "eta": 0.0}
+SHORT = {"ddim": "DDIM", "dpmpp_2m": "2M"}
+FAST = {"sampler": "dpmpp_2m", "steps": 20, "guidance_interval": (0.15, 1.0)}
 
 
 def main(options: BenchOptions) -> dict[str, Any]:
     """Measure and log one line per part: seconds of ours and of diffusers', and their ratio; returns the numbers."""
     require("diffusers", "test")
-    config = load_config(options.config, [*options.overrides, f"sampling.precision={options.precision}"])
+    config = configuration(options)
     device, where = this_machine()
     about = {
         "config": str(options.config),
@@ -39,19 +48,28 @@ def main(options: BenchOptions) -> dict[str, Any]:
     }
     log.info("%s", ", ".join(f"{key} {value}" for key, value in about.items()))
     with torch.inference_mode():
-        return {**about, "measured": measure(config, device, options)}
+        measured = measure(config.architecture, config.sampling, device, options)
+    return {**about, "measured": measured, "drawing": measure_drawing(device, options)}
 
 
-def measure(config: Config, device: torch.device, options: BenchOptions) -> list[dict[str, Any]]:
+def configuration(options: BenchOptions) -> Config:
+    """The YAML with the overrides of the command line, in the precision that is measured."""
+    return load_config(options.config, [*options.overrides, f"sampling.precision={options.precision}"])
+
+
+def measure(
+    architecture: Architecture, sampling: SamplingConfig, device: torch.device, options: BenchOptions
+) -> list[dict[str, Any]]:
     """Seconds of ours, of theirs and their ratio (above 1: ours is faster), one row per comparison."""
     torch.manual_seed(0)
-    model = MedSoftModel(config.architecture, ["unet", "autoencoder"]).to(device).eval()
+    model = MedSoftModel(architecture, ["unet", "autoencoder"]).to(device).eval()
     pipeline = diffusers_pipeline(model)
-    dtype = DTYPES[config.sampling.precision]
+    dtype = DTYPES[sampling.precision]
     for part in (pipeline.unet, pipeline.vae):
         part.to(dtype)
     for_inference(model, dtype)
-    calls = Calls(model, pipeline, config.sampling, options.batch_size)
+    calls = Calls(model, options.batch_size, pipeline)
+    conditions = calls.conditions(sampling)
     rows: list[dict[str, Any]] = []
 
     def add(name: str, mine: float, other: float) -> tuple[float, float]:
@@ -66,45 +84,127 @@ def measure(config: Config, device: torch.device, options: BenchOptions) -> list
 
     vae, image, noise = pipeline.vae, calls.image.to(dtype), calls.noise.to(dtype)
     guided = compare(
-        "U-Net call with guidance", lambda: calls.ours(calls.both), lambda: calls.theirs(calls.empty, calls.text)
+        "U-Net call with guidance", lambda: calls.ours(conditions.both), lambda: calls.theirs(calls.empty, calls.text)
     )
     prompted = compare(
-        "U-Net call with the prompt alone", lambda: calls.ours(calls.prompt_alone), lambda: calls.theirs(calls.text)
+        "U-Net call with the prompt alone", lambda: calls.ours(conditions.prompted), lambda: calls.theirs(calls.text)
     )
     encoding = compare(
         "encoded image", lambda: latent_of(model, calls.image, dtype), lambda: vae.encode(image).latent_dist.mode()
     )
-    scale = config.architecture.diffusion.latent_scale
+    scale = architecture.diffusion.latent_scale
     decoding = compare("decoded image", lambda: model.decode(noise), lambda: vae.decode(noise / scale).sample)
+    ours, scale = dataclasses.replace(sampling, **FAST), sampling.guidance_scale
+    steps, reference = ours.steps, REFERENCE["steps"]
+    both, name = len(guided_steps(steps, ours.guidance_interval)), SHORT[ours.sampler]
     if options.steps:
-        plain = dataclasses.replace(config.sampling, **{**REFERENCE, "steps": options.steps})
-        name, repeats = f"image, {options.steps} steps of DDIM with guidance", max(1, options.repeats // 4)
-        compare(name, lambda: calls.our_image(plain), lambda: calls.their_image(options.steps), repeats, 1)
-    steps, reference = FAST["steps"], REFERENCE["steps"]
-    both = len(guided_steps(steps, FAST["guidance_interval"]))
+        given, repeats = options.steps, max(1, options.repeats // 4)
+        plain = dataclasses.replace(sampling, **REFERENCE | {"steps": given})
+        pairs = {f"image, {given} steps of DDIM with guidance": plain}
+        if given == reference:
+            pairs[f"image, {steps} steps of {name}, {both} guided / {given} of DDIM"] = ours
+        for what, own in pairs.items():
+            mine = functools.partial(calls.our_image, own)
+            compare(what, mine, functools.partial(calls.their_image, given, scale), repeats, 1)
     # Ours encodes the image and the masked image, diffusers the masked one alone.
     ends, other_ends = 2 * encoding[0] + decoding[0], encoding[1] + decoding[1]
     theirs = reference * guided[1] + other_ends
     add(f"{reference} steps of DDIM with guidance (sum of the calls)", reference * guided[0] + ends, theirs)
     fast = both * guided[0] + (steps - both) * prompted[0] + ends
-    add(f"{steps} steps of 2M, {both} guided / {reference} of DDIM (sum of the calls)", fast, theirs)
+    add(f"{steps} steps of {name}, {both} guided / {reference} of DDIM (sum of the calls)", fast, theirs)
     return rows
 
 
-class Calls:
-    """What is compared, ours and theirs, on random inputs of the model's sizes. Ours includes the third attention.
+def measure_drawing(device: torch.device, options: BenchOptions) -> list[dict[str, Any]]:
+    """A row of ``drawing`` for each of the batch sizes asked for: fast and with 50 steps of DDIM, plain and, if asked
+    for, compiled."""
+    rows = []
+    for batch in batch_sizes(options.sizes) if options.sizes else []:
+        for settings in (FAST, REFERENCE):
+            for compiled in (False, True)[: 1 + options.compile]:
+                config = configuration(options)
+                config.sampling = dataclasses.replace(config.sampling, **settings, compile=compiled)
+                row = drawing(config, device, batch, max(1, options.repeats // 4))
+                rows.append(row)
+                median = statistics.median(row["seconds"])
+                message = "batch %d, %d steps of %s%s: first %.2f s, then %.3f s, %.2f images/s, within %d grey levels"
+                about = batch, row["steps"], row["sampler"], ", compiled" if compiled else ""
+                log.info(message, *about, row["first"], median, row["images_per_s"], row["difference"])
+    return rows
 
-    The inputs are a batch of images with a round soft mask, latent noise, text and MSC tokens.
+
+def drawing(
+    config: Config, device: torch.device, batch: int, repeats: int, compare: bool = True, warm_up: int = 1
+) -> dict[str, Any]:
+    """Seconds that ``config.sampling`` needs for a batch, from images and masks to images; random weights.
+
+    Encoding, sampling and decoding are measured; text and MSC tokens are given. Returns ``first``, the seconds of the
+    first batch, which compiles; ``seconds`` of each of the ``repeats`` that follow ``warm_up`` more; ``images_per_s``
+    by their median; ``memory``, the peak in bytes; ``difference``, the largest difference in grey levels to the same
+    two images in float32, uncompiled (None without ``compare``).
+    """
+    torch.manual_seed(0)
+    sampling = config.sampling
+    with device:
+        model = MedSoftModel(config.architecture, ["unet", "autoencoder"]).eval()
+    wake(model)
+    calls = Calls(model, batch)
+    with torch.inference_mode():
+        reference = None
+        if compare:
+            for_inference(model, torch.float32)
+            plain = dataclasses.replace(sampling, precision="32-true", compile=False)
+            reference = levels(calls.first(2).our_image(plain))
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # as the inpainter does
+        for_inference(model, DTYPES[sampling.precision])
+        if sampling.compile:
+            compile_networks(model)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        times: list[float] = []
+        for _ in range(1 + warm_up + repeats):
+            start = time.perf_counter()
+            made = levels(calls.our_image(sampling))  # on the host, which waits for a GPU
+            times.append(time.perf_counter() - start)
+    seconds = times[1 + warm_up :]
+    return {
+        **{name: getattr(sampling, name) for name in ("sampler", "spacing", "steps", "precision", "compile")},
+        "batch": batch,
+        "first": times[0],
+        "seconds": seconds,
+        "images_per_s": batch / statistics.median(seconds),
+        "memory": peak_memory(device),
+        "difference": int((made[:2] - reference).abs().max()) if reference is not None else None,
+    }
+
+
+def levels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as grey levels from 0 to 255 on the CPU, int16."""
+    return ((images.float() + 1) * 127.5).round().to(torch.int16).cpu()
+
+
+def wake(model: MedSoftModel) -> None:
+    """Give weights that start at zero small random values: else whole layers would be silent, and differ in nothing."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+
+
+class Calls:
+    """What is measured, on random inputs of the model's sizes. Ours includes the third attention.
+
+    The inputs are a batch of images with a round soft mask, latent noise, text and MSC tokens. ``pipeline`` is
+    diffusers', if ours is compared with it.
     """
 
-    def __init__(self, model: MedSoftModel, pipeline: Any, sampling: SamplingConfig, batch: int) -> None:
-        device = pipeline.unet.device
+    def __init__(self, model: MedSoftModel, batch: int, pipeline: Any = None) -> None:
+        device = next(model.parameters()).device
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(batch, *shape, device=device)
 
-        self.model, self.pipeline, self.sampling = model, pipeline, sampling
-        self.dtype, sizes = DTYPES[sampling.precision], model.architecture
+        self.model, self.pipeline, sizes = model, pipeline, model.architecture
         size, latent = sizes.image_size, sizes.latent_size
         self.image = normal(3, size, size).clamp(-1, 1)
         axis = torch.linspace(-1, 1, size, device=device)
@@ -113,43 +213,52 @@ class Calls:
         self.latent_mask, self.noise = model.latent_mask(self.mask), normal(4, latent, latent)
         self.text, self.empty = (normal(sizes.text_encoder.max_length, sizes.unet.context_dim) for _ in range(2))
         self.tokens = normal((sizes.biomedclip.grid // 2) ** 2, sizes.unet.semantic_dim)
-        # A trained model is not silent; its third attention costs the same whatever its weights.
-        self.prompt_alone, self.both = self.conditions()
 
-    def conditions(self) -> GuidanceConditions:
+    def first(self, count: int) -> "Calls":
+        """The same for the first ``count`` images."""
+        fewer = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(fewer, name, value[:count])
+        return fewer
+
+    def conditions(self, sampling: SamplingConfig) -> GuidanceConditions:
         """What the U-Net is given with the prompt alone, and with guidance."""
-        text = self.text.to(self.dtype)
-        return guidance_conditions(self.model, self.latent_mask, text, self.empty[:1], self.tokens)
+        given = self.latent_mask, self.text.to(DTYPES[sampling.precision]), self.empty[:1], self.tokens
+        return guidance_conditions(self.model, *given, fixed_shapes=sampling.compile)
 
     def ours(self, conditioning: Conditioning) -> Tensor:
         """Our U-Net's noise, once."""
         t = torch.tensor([501], device=self.noise.device)
-        noisy = self.noise.to(self.dtype)
-        return self.model.denoise(noisy, t, self.latent_mask.to(self.dtype), noisy, conditioning)
+        noisy, mask = (each.to(conditioning.text.dtype) for each in (self.noise, self.latent_mask))
+        return self.model.denoise(noisy, t, mask, noisy, conditioning)
 
     def theirs(self, *texts: Tensor) -> Tensor:
         """Diffusers' U-Net on all ``texts`` in one call."""
-        x = torch.cat([self.noise, self.latent_mask, self.noise], dim=1).to(self.dtype)
-        return self.pipeline.unet(torch.cat([x] * len(texts)), 501, torch.cat(texts).to(self.dtype)).sample
+        dtype = self.pipeline.unet.dtype
+        x = torch.cat([self.noise, self.latent_mask, self.noise], dim=1).to(dtype)
+        return self.pipeline.unet(torch.cat([x] * len(texts)), 501, torch.cat(texts).to(dtype)).sample
 
     def our_image(self, sampling: SamplingConfig) -> Tensor:
         """Image and mask to image, with the differential mask; text and MSC tokens are given, as theirs are."""
-        original = latent_of(self.model, self.image, self.dtype)
-        masked = latent_of(self.model, hide(self.image, self.mask), self.dtype)
-        given = sampling, self.noise, self.latent_mask, masked, original, self.conditions()
-        return self.model.decode(sample_latent(self.model, *given).to(self.dtype))
+        dtype = DTYPES[sampling.precision]
+        original = latent_of(self.model, self.image, dtype)
+        masked = latent_of(self.model, hide(self.image, self.mask), dtype)
+        given = sampling, self.noise, self.latent_mask, masked, original, self.conditions(sampling)
+        return self.model.decode(sample_latent(self.model, *given).to(dtype))
 
-    def their_image(self, steps: int) -> Tensor:
+    def their_image(self, steps: int, guidance_scale: float) -> Tensor:
         """The same with diffusers' pipeline."""
+        dtype = self.pipeline.unet.dtype
         return self.pipeline(
             image=(self.image + 1) / 2,
             mask_image=self.mask,
-            prompt_embeds=self.text.to(self.dtype),
-            negative_prompt_embeds=self.empty.to(self.dtype),
-            latents=self.noise.to(self.dtype),
+            prompt_embeds=self.text.to(dtype),
+            negative_prompt_embeds=self.empty.to(dtype),
+            latents=self.noise.to(dtype),
             height=self.image.shape[-2],
             width=self.image.shape[-1],
             num_inference_steps=steps,
-            guidance_scale=self.sampling.guidance_scale,
+            guidance_scale=guidance_scale,
             output_type="pt",
         ).images

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.bench import importing
+from ldm.bench import importing, inference
 from ldm.core.errors import MedSoftError, UsageError
 from tool import bench
 
@@ -45,6 +45,26 @@ def test_inference_measures_both_sides(tmp_path: Path, caplog: pytest.LogCapture
         assert row["ratio"] == pytest.approx(row["theirs_s"] / row["ours_s"])
         assert row["ours_s"] > 0
         assert any(line.startswith(row["what"]) for line in caplog.messages)
+
+
+def test_whole_images_in_each_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled rows are measured with networks that a stand-in for the compiler leaves as they are."""
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: compiled.append(forward) or forward)
+    for name in ("FAST", "REFERENCE"):
+        monkeypatch.setattr(inference, name, getattr(inference, name) | {"steps": 2})
+    flags = ["inference", "--config", str(ROOT / "models" / "phantom.yaml"), "--repeats", "1", "--steps", "0"]
+    flags += ["--sizes", "1,3", "--compile", "--output", str(tmp_path / "bench.json")]
+    assert bench.main(bench.build_parser().parse_args(flags)) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["drawing"]
+    ways = [(row["batch"], row["sampler"], row["compile"]) for row in rows]
+    assert ways == [(b, s, c) for b in (1, 3) for s in ("dpmpp_2m", "ddim") for c in (False, True)]
+    assert len(compiled) == 3 * 4
+    for row in rows:
+        assert row["images_per_s"] == pytest.approx(row["batch"] / statistics.median(row["seconds"]))
+        assert row["first"] > 0
+        assert row["difference"] <= 1
+        assert row["memory"] > 0 or sys.platform == "win32"
 
 
 def test_the_missing_package_of_an_extra_is_named_with_the_line_that_installs_it(monkeypatch) -> None:
