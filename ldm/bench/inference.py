@@ -94,7 +94,7 @@ def measure(
     )
     scale = architecture.diffusion.latent_scale
     decoding = compare("decoded image", lambda: model.decode(noise), lambda: vae.decode(noise / scale).sample)
-    ours, scale = dataclasses.replace(sampling, **FAST), sampling.guidance_scale
+    ours, guidance = dataclasses.replace(sampling, **FAST), sampling.guidance_scale
     steps, reference = ours.steps, REFERENCE["steps"]
     both, name = len(guided_steps(steps, ours.guidance_interval)), SHORT[ours.sampler]
     if options.steps:
@@ -105,7 +105,7 @@ def measure(
             pairs[f"image, {steps} steps of {name}, {both} guided / {given} of DDIM"] = ours
         for what, own in pairs.items():
             mine = functools.partial(calls.our_image, own)
-            compare(what, mine, functools.partial(calls.their_image, given, scale), repeats, 1)
+            compare(what, mine, functools.partial(calls.their_image, given, guidance), repeats, 1)
     # Ours encodes the image and the masked image, diffusers the masked one alone.
     ends, other_ends = 2 * encoding[0] + decoding[0], encoding[1] + decoding[1]
     theirs = reference * guided[1] + other_ends
@@ -154,9 +154,9 @@ def drawing(
         if compare:
             for_inference(model, torch.float32)
             plain = dataclasses.replace(sampling, precision="32-true", compile=False)
+            torch.set_float32_matmul_precision("highest")
             reference = levels(calls.first(2).our_image(plain))
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # as the inpainter does
+        torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # as the inpainter does
         for_inference(model, DTYPES[sampling.precision])
         if sampling.compile:
             compile_networks(model)
