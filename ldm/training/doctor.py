@@ -42,7 +42,7 @@ from ldm.data.checks import (
 )
 from ldm.data.folders import ORIENTATION_NOTE, read_regions
 from ldm.data.images import orientations_differ, pixel_digest, read_image
-from ldm.data.preparation import inpainting_obstacle
+from ldm.data.preparation import inpainting_obstacle, scale_obstacle
 from ldm.data.samples import Sample, prompt_of, shown
 from ldm.features.names import item_counts, training_items
 from ldm.inference.prompts import contradiction, image_facts
@@ -352,11 +352,15 @@ def _seen(sets: Mapping[str, list[Sample]], groups: Sequence[dict[str, Any]], so
 
 
 def check_disk_and_memory(config: Config, sets: dict[str, Path], save_path: Path, devices: int) -> Iterator[Finding]:
-    """Free disk and memory against what the stage will take."""
+    """Items that the stage has, samples that lack a scale, free disk and memory against what the stage will take."""
     items, training = [], config.training
     for path in sets.values():
         with suppress(MedSoftError):  # which is said where the data is looked at
-            items += training_items(load_samples(path)[0], config.data)[0]
+            samples = load_samples(path)[0]
+            obstacles = [scale_obstacle(sample, config.data) for sample in samples]
+            yield from (Finding("sample", str(s.image), why) for s, why in zip(samples, obstacles, strict=True) if why)
+            scaled = [sample for sample, why in zip(samples, obstacles, strict=True) if not why]
+            items += training_items(scaled, config.data)[0]
     log.info("to learn from and to validate on: %s", item_counts(items))
     try:
         if lack := check_disk(save_path, config.architecture, training, items):
