@@ -6,7 +6,9 @@ outside of which it is zero, as the levels of 255 that it has.
 
 import zlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,20 +46,29 @@ def write_shard(file: Path, rows: Mapping[bytes, Mapping[str, Tensor]]) -> None:
 
 def read_row(file: Path, row: int) -> dict[str, Tensor]:
     """The features in a row of a shard, in float32. SafetensorError or OSError for one that is damaged or gone."""
-    with safe_open(file, framework="pt") as handle:
-        names = set(handle.keys())
-        found = {name: handle.get_slice(name)[row].float() for name in names - {KEYS, BOXES, LEVELS}}
-        if BOXES in names:
-            begin, end, size, top, left, height, width = handle.get_slice(BOXES)[row].tolist()
-            values = handle.get_slice(LEVELS)[begin:end]
-            if end - begin == height * width:
-                values = values.float() / 255
-            else:
-                values = values.clone().view(torch.float32)
-            mask = torch.zeros(1, size, size)
-            mask[0, top : top + height, left : left + width] = values.view(height, width)
-            found["mask"] = mask
+    state = file.stat()
+    handle, names = _opened(file, state.st_size, state.st_mtime_ns)
+    found = {name: handle.get_slice(name)[row].float() for name in names - {KEYS, BOXES, LEVELS}}
+    if BOXES in names:
+        begin, end, size, top, left, height, width = handle.get_slice(BOXES)[row].tolist()
+        values = handle.get_slice(LEVELS)[begin:end]
+        if end - begin == height * width:
+            values = values.float() / 255
+        else:
+            values = values.clone().view(torch.float32)
+        mask = torch.zeros(1, size, size)
+        mask[0, top : top + height, left : left + width] = values.view(height, width)
+        found["mask"] = mask
     return found
+
+
+@lru_cache(
+    maxsize=16
+)  # prompts lie in few shards, and so do the items of small data sets: a third of the time is opening
+def _opened(file: Path, size: int, modified: int) -> tuple[Any, set[str]]:
+    """A mapped shard and the names of its tensors. ``size`` and ``modified``: one that has changed is opened anew."""
+    handle = safe_open(file, framework="pt")
+    return handle, set(handle.keys())
 
 
 def keys_of(file: Path) -> list[bytes] | None:
