@@ -62,6 +62,8 @@ class FeatureStore(FeatureNames):
             self.refresh()  # another process may have written it
         name, row = self._places.get(key, ("", 0))
         try:
+            if not name:
+                raise FileNotFoundError("no file there holds them")
             return read_row(self.folder / name, row)
         except (SafetensorError, OSError) as error:
             raise MedSoftError(

@@ -181,6 +181,16 @@ def test_features_damaged_while_training_are_named(world: Path, cache: FeatureCa
         store.load(item)
 
 
+def test_features_whose_folder_was_deleted_are_named(world: Path, cache: FeatureCache, networks: tuple) -> None:
+    item = items_of(world / "val", networks)[0]
+    cache.build([item])
+    shutil.rmtree(cache.folder)
+    with pytest.raises(
+        MedSoftError, match=r"the cached features of .* are gone or damaged \(no file there holds them\)"
+    ):
+        cache.load(item)
+
+
 @pytest.mark.parametrize("kind", ["clip", "latents", "clip_text"])
 @pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
 def test_damaged_features_are_computed_again(
