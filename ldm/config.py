@@ -167,7 +167,9 @@ class TrainingConfig:
     # above 0: validation and the finished checkpoint use the weights' moving average
     ema_decay: Annotated[float, within(0, 0.999999)] = setting(0.0, WEIGHTS)
     activation_checkpointing: bool = setting(False, ROUNDING)
-    compile: bool = setting(False, ROUNDING)  # torch.compile of the U-Net
+    compile: bool = setting(False, ROUNDING)  # torch.compile of the networks that a step runs
+    # fsdp: weights, gradients and moments are shared out among the devices; auto: each holds all of them
+    strategy: Literal["auto", "fsdp"] = setting("auto", ROUNDING)
     # data-loader processes per device; -1: two beside a GPU, none beside a CPU
     workers: Annotated[int, within(-1)] = setting(-1, NOTHING)
     # items whose features are computed at once; halved where memory does not suffice
@@ -304,6 +306,9 @@ def _checked(values: Values) -> Config:
     channels = 2 * config.autoencoder.latent_channels + 1
     what = f"{channels} (noisy latent + mask + masked-image latent)"
     agree(unet.in_channels == channels, "unet.in_channels", unet.in_channels, what)
+    training = config.training
+    fits = not (training.compile and training.strategy == "fsdp")
+    agree(fits, "training.compile", training.compile, "false with training.strategy=fsdp")
     for key, value, other, wanted in (
         ("unet.context_dim", unet.context_dim, "text_encoder.width", config.text_encoder.width),
         ("unet.semantic_dim", unet.semantic_dim, "biomedclip.token_dim", config.biomedclip.token_dim),

@@ -35,6 +35,11 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
+def all_memory(device: torch.device) -> int:
+    """Bytes of a GPU, whoever uses them; a CPU's are without limit, since a system may swap."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else sys.maxsize
+
+
 def peak_memory(device: torch.device) -> int:
     """The most bytes that torch has held on a GPU, or this process on the CPU; 0 where the system does not tell."""
     if device.type == "cuda":

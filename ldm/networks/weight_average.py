@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class WeightAverage:
@@ -35,10 +36,12 @@ class WeightAverage:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        for key, value in self.values.items():
-            parameter = self.weights[key]
-            parameter.data, self.values[key] = value, parameter.data
+        for key, value in self.values.items():  # the contents: others hold on to the memory in which weights lie
+            kept = self.weights[key].detach().clone()
+            self.weights[key].copy_(value)
+            value.copy_(kept)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Take over stored ``values``, on the device and in the memory layout of the weights."""
@@ -46,5 +49,9 @@ class WeightAverage:
 
 
 def laid_as(parameter: Tensor, value: Tensor) -> Tensor:
-    """A copy of ``value`` on the device and in the memory layout of ``parameter``."""
+    """A copy of ``value`` on the device and in the memory layout of ``parameter``; of one that is shared out among
+    processes, this process's part."""
+    if isinstance(parameter, DTensor):
+        shares = parameter.device_mesh, parameter.placements
+        value = distribute_tensor(value.to(parameter.device), *shares, src_data_rank=None)
     return torch.empty_like(parameter, requires_grad=False).copy_(value)

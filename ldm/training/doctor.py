@@ -369,5 +369,8 @@ def check_disk_and_memory(config: Config, sets: dict[str, Path], save_path: Path
         yield Finding("error", str(save_path), str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = resolve_precision(training.precision) == "bf16-mixed"
-    if lack := check_memory(config.architecture, training, max(1, training.batch_size // devices), device, half):
-        yield Finding("warning", device.type, lack)
+    try:
+        if lack := check_memory(config.architecture, training, devices, device, half):
+            yield Finding("warning", device.type, lack)
+    except MedSoftError as error:
+        yield Finding("error", device.type, str(error))

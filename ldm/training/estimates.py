@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.config import Architecture, TrainingConfig
-from ldm.core.devices import free_memory
+from ldm.core.devices import all_memory, free_memory
 from ldm.core.errors import MedSoftError
 from ldm.core.files import free_bytes
 from ldm.features.names import Item
@@ -22,11 +22,13 @@ from ldm.networks.model import MedSoftModel, skeleton
 from ldm.networks.msc import input_shapes
 from ldm.training.dataset import Batch
 from ldm.training.saving import LAST
+from ldm.training.sharding import roots
 from ldm.training.stage import STEP_PARTS, Stage, group_of
 
 log = logging.getLogger("ver_train")
 
 GIB = 2**30
+ERROR = 0.1  # of the estimate of a step's memory on a GPU, as a share
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,23 @@ class Memory:
     optimizer: int
     average: int
     activations: int
+    gathered: int = 0  # fsdp: whole blocks, the one that is computed and the next, and the first one's gradients
 
     @property
     def total(self) -> int:
         """The sum; the allocator, temporary results and the libraries come on top."""
-        return self.parameters + self.gradients + self.optimizer + self.average + self.activations
+        return sum(vars(self).values())
 
 
 def stage_memory(
-    architecture: Architecture, training: TrainingConfig, batch: int, half: bool, device: str = "cpu"
+    architecture: Architecture,
+    training: TrainingConfig,
+    batch: int,
+    half: bool,
+    device: str = "cpu",
+    devices: int = 1,
 ) -> Memory:
-    """Memory of a stage for ``batch`` items per device, with ``half`` in bf16-mixed. Nothing is allocated.
+    """Memory of a stage for ``batch`` items on each of ``devices``, with ``half`` in bf16-mixed. Nothing is allocated.
 
     ``device`` is cpu or cuda, whose autocast runs the norms in float32 and so keeps a third more of the U-Net's.
     """
@@ -60,8 +68,19 @@ def stage_memory(
         parameters = sum(value.numel() * value.element_size() for value in stage.net.parameters())
         with NormsInFloat32() if half and device == "cuda" else nullcontext():
             activations = saved_bytes(stage, fake_batch(architecture, batch), half)
-    average = 4 * trained if training.ema_decay else 0
-    return Memory(parameters, 4 * trained, 8 * trained, average, activations)
+        blocks = [largest_block(network, members) for network, members in roots(stage.net)]
+    average = 4 if training.ema_decay else 0
+    if training.strategy == "fsdp" and devices > 1:
+        parameters -= 4 * (trained - trained // devices)
+        shares = [each * trained // devices for each in (4, 8, average)]
+        return Memory(parameters, *shares, activations, 12 * max(blocks))
+    return Memory(parameters, 4 * trained, 8 * trained, average * trained, activations)
+
+
+def largest_block(root: nn.Module, blocks: Sequence[nn.Module]) -> int:
+    """Trained values of the largest of the blocks that are gathered one at a time, and of what ``root`` has besides."""
+    counts = [sum(each.numel() for each in block.parameters() if each.requires_grad) for block in (root, *blocks)]
+    return max(counts[0] - sum(counts[1:]), *counts[1:])
 
 
 class NormsInFloat32(TorchFunctionMode):
@@ -104,28 +123,31 @@ def check_disk(folder: Path, architecture: Architecture, training: TrainingConfi
 def check_memory(
     architecture: Architecture,
     training: TrainingConfig,
-    batch: int,
+    devices: int,
     device: torch.device,
     half: bool,
     begun: bool = False,
 ) -> str:
-    """Log what a step with ``batch`` items needs on ``device``; what to warn of where it will not fit, else ""."""
-    memory, free = stage_memory(architecture, training, batch, half, device.type), free_memory(device)
+    """Log what a step needs on each of ``devices`` like ``device``; what to warn of where it will not fit, else "".
+
+    Raises MedSoftError for a GPU that would be too small if nothing else were on it.
+    """
+    batch = max(1, training.batch_size // devices)
+    memory, free = stage_memory(architecture, training, batch, half, device.type, devices), free_memory(device)
     parts = ", ".join(f"{name} {size(count)}" for name, count in vars(memory).items() if count)
     log.info("memory on %s: about %s (%s); %s free", device.type, size(memory.total), parts, size(free))
-    lacks = []
-    if memory.total > free:
-        cures = memory_cures(training, half, begun)
-        lacks.append(f"a step needs about {size(memory.total)}, {size(free)} are free: {cures}")
     encoders, images = feature_memory(architecture, training)
     shown = size(encoders + images), size(encoders), training.feature_batch, size(images)
     log.info("memory for features, before: about %s (encoders %s, %d items at a time %s)", *shown)
+    cures, there = memory_cures(training, half, begun), all_memory(device)
+    if memory.total * (1 - ERROR) > there:
+        raise MedSoftError(f"a step needs about {size(memory.total)}, the whole device has {size(there)}: {cures}")
+    lacks = []
+    if memory.total > free:
+        lacks.append(f"a step needs about {size(memory.total)}, {size(free)} are free: {cures}")
     if encoders + images > free:
-        lacks.append(
-            f"computing features needs about {shown[0]}, {size(free)} are free: training.feature_batch=1 helps"
-            if training.feature_batch > 1
-            else f"computing features needs about {shown[0]}, {size(free)} are free: a device with more memory helps"
-        )
+        cure = "training.feature_batch=1" if training.feature_batch > 1 else "a device with more memory"
+        lacks.append(f"computing features needs about {shown[0]}, {size(free)} are free: {cure} helps")
     return "; ".join(lacks)
 
 
@@ -142,7 +164,8 @@ def memory_cures(training: TrainingConfig, half: bool, begun: bool) -> str:
         "training.activation_checkpointing=true": not training.activation_checkpointing,
         "--precision bf16-mixed": not half,
     }
-    return f"{' or '.join(cure for cure, helps in cures.items() if helps) or 'a device with more memory'} helps"
+    last = "a device with more memory" + " or more --devices with training.strategy=fsdp" * (not training.compile)
+    return f"{' or '.join(cure for cure, helps in cures.items() if helps) or last} helps"
 
 
 def size(count: int) -> str:

@@ -18,14 +18,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ldm.core import cli
-from ldm.core.devices import steps_behind
+from ldm.core.devices import out_of_memory, steps_behind
 from ldm.core.errors import MedSoftError
+from ldm.core.tables import shortened
 from ldm.training.dataset import Batch
 from ldm.training.previews import Previews
 from ldm.training.records import Records
 from ldm.training.saving import Checkpoints
 from ldm.training.stage import Stage
-from ldm.training.steps import MovementWatch, StepQueue
+from ldm.training.steps import MovementWatch, StepQueue, of_everyone
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +52,13 @@ class Training:
         self.train_loader, self.val_loader = loaders
         self.checkpoints, self.records, self.previews = checkpoints, records, previews
         self.progress = checkpoints.progress
-        self.model = fabric.setup_module(stage, _reapply_compile=False)
+        # What is shared out exchanges gradients by itself.
+        self.model = stage if stage.sharded else fabric.setup_module(stage, _reapply_compile=False)
         self.optimizer, self.scaler = checkpoints.optimizer, checkpoints.scaler
         self.queue = StepQueue(stage.groups, fabric.world_size, precision == "16-mixed")
         self.movement = MovementWatch(stage.groups, self.progress.step)
         self.requests = Requests()
+        self.tried = False  # to compile
         self.steps_in_all = self.config.max_epochs * -(-len(self.train_loader) // self.config.accumulate)
 
     def run(self) -> None:
@@ -90,7 +93,7 @@ class Training:
             self.requests.save = self.fabric.is_global_zero and self.checkpoints.due()
             last = self.progress.batches + 1 == len(self.train_loader)
             closes_step = last or (self.progress.batches + 1) % self.config.accumulate == 0
-            with self.fabric.no_backward_sync(self.model, enabled=not closes_step):
+            with self.without_exchange() if not closes_step else nullcontext():
                 self.forward_backward(self.fabric.to_device(batch))
             self.progress.batches += 1
             if closes_step:
@@ -102,10 +105,16 @@ class Training:
                 if not last and (self.queue.save_requested or self.queue.stop_requested):
                     self.save_and_stop_if_requested()
 
+    def without_exchange(self) -> AbstractContextManager:
+        """In the block every process adds up gradients of its own, unless none of them has room for whole gradients."""
+        return nullcontext() if self.stage.sharded else self.fabric.no_backward_sync(self.model)
+
     def forward_backward(self, batch: Batch) -> None:
         """Gradients of this process's share of a global batch."""
         whole = len(batch["mask"]) == self.config.batch_size // self.fabric.world_size
-        with self.autocast(), nullcontext() if whole else self.stage.uncompiled():
+        if whole and self.stage.compiled and not self.tried:
+            self.compile_networks(batch)
+        with self.autocast(), nullcontext() if whole and self.stage.compiled else self.stage.uncompiled():
             losses, _ = self.model(batch, self.config.condition_dropout)
         weight = batch["weight"].to(losses)
         loss = (weight * losses).mean()
@@ -115,6 +124,23 @@ class Training:
         row = self.summed(torch.stack([mean, (weight > 0).double().sum(), *requests]))
         self.queue.add_batch(batch["sample_id"], losses, row)
         self.fabric.backward(self.scaler.scale(loss / self.config.accumulate))
+
+    def compile_networks(self, batch: Batch) -> None:
+        """Compile on a first full batch, whose gradients are thrown away; where that fails, go on uncompiled."""
+        self.tried, fault = True, ""
+        try:
+            with self.without_exchange():
+                with self.autocast():
+                    losses, _ = self.model(batch, self.config.condition_dropout)
+                self.fabric.backward(losses.mean())
+        except Exception as error:  # whatever the compiler and its tools raise; other faults come again uncompiled
+            if out_of_memory(error):
+                raise
+            fault = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", 200)
+        self.optimizer.zero_grad()
+        if fault := next(filter(None, of_everyone(fault)), ""):
+            self.stage.compiled = False
+            log.warning("warning: the networks of a step cannot be compiled (%s); the run goes on uncompiled", fault)
 
     def optimizer_step(self) -> None:
         """Clip, step, average. Raises MedSoftError for a loss or gradient that is not finite (see StepQueue)."""
@@ -169,9 +195,11 @@ class Training:
         self.preview()
 
     def preview(self) -> None:
-        """Previews of the epoch that has ended, in the process that makes them."""
+        """Previews of the epoch that has ended, in the process that makes them: in all where weights are shared out."""
         if self.previews:
-            self.previews.make(self.config.max_epochs, self.progress, self.autocast())
+            due = self.previews.due(self.config.max_epochs, self.progress)
+            if of_everyone(due)[0] if self.stage.sharded else due:
+                self.previews.make(self.progress, self.autocast())
 
     def save_and_stop_if_requested(self, epoch_ended: bool = False) -> None:
         """Write ``last.ckpt``; Terminated if one of the processes was asked to stop."""

@@ -18,6 +18,7 @@ from ldm.training.dataset import StageData
 from ldm.training.objectives import semantic_tokens_of
 from ldm.training.records import Records
 from ldm.training.saving import Progress
+from ldm.training.sharding import all_gathered
 from ldm.training.stage import Stage
 
 TIMES = 3  # in a run, besides the last epoch
@@ -38,17 +39,23 @@ class Previews:
         self.numbers = [shown[place * len(shown) // count] for place in range(count)]
         remove_partials(self.folder)
 
-    def make(self, epochs: int, progress: Progress, autocast: AbstractContextManager) -> None:
-        """Between two epochs: now and then, and after the last one, write the previews that are not there yet."""
-        file = self.folder / f"epoch_{progress.epoch - 1:04d}.png"
-        due = progress.epoch % max(1, epochs // TIMES) == 0 or progress.epoch == epochs
-        if not progress.epoch or not due or file.exists():
-            return
-        with autocast, self.stage.average.swapped(), self.stage.uncompiled():
+    def file(self, progress: Progress) -> Path:
+        """Where the previews of the epoch that has ended belong."""
+        return self.folder / f"epoch_{progress.epoch - 1:04d}.png"
+
+    def due(self, epochs: int, progress: Progress) -> bool:
+        """Between two epochs: whether previews are wanted (now and then, and after the last one), and not there yet."""
+        wanted = progress.epoch % max(1, epochs // TIMES) == 0 or progress.epoch == epochs
+        return bool(progress.epoch) and wanted and not self.file(progress).exists()
+
+    def make(self, progress: Progress, autocast: AbstractContextManager) -> None:
+        """Inpaint the items; the process that keeps records writes them."""
+        with autocast, self.stage.average.swapped(), all_gathered(self.stage.net), self.stage.uncompiled():
             rows = self.rows()
-        image = (rows.clamp(-1, 1).add(1).mul(127.5).round()).to(torch.uint8).cpu().numpy()
-        write_png(file, np.ascontiguousarray(image))
-        self.records.add_preview(image, progress.step)
+        if self.records.writes:
+            image = (rows.clamp(-1, 1).add(1).mul(127.5).round()).to(torch.uint8).cpu().numpy()
+            write_png(self.file(progress), np.ascontiguousarray(image))
+            self.records.add_preview(image, progress.step)
 
     @torch.no_grad()
     def rows(self) -> Tensor:

@@ -161,21 +161,20 @@ def log_groups(net: MedSoftModel, training: TrainingConfig, source: Checkpoint) 
 def open_encoders(
     options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint, fabric: Fabric, **step: bool
 ) -> tuple[MedSoftModel, ImageTextEncoder]:
-    """The networks that make features, after a look at all that the stage builds, and what training will take.
+    """The networks that make features, after a look at what training will take and at all that the stage builds.
 
     ``step``: whether matrices are multiplied in ``half`` precision, and the run has ``begun`` earlier.
     """
     training, architecture = config.training, config.architecture
-    net, encoder = open_model(config, source, [part for part in training.builds if part in ENCODERS], training.builds)
-    with torch.device("meta"):
-        log_groups(MedSoftModel(architecture, training.builds), training, source)
-    batch = training.batch_size // fabric.world_size
     for lack in (
         check_disk(options.save_path, architecture, training, inputs.all_items),
-        check_memory(architecture, training, batch, fabric.device, **step),
+        check_memory(architecture, training, fabric.world_size, fabric.device, **step),
     ):
         if lack:
             log.warning("warning: %s", lack)
+    net, encoder = open_model(config, source, [part for part in training.builds if part in ENCODERS], training.builds)
+    with torch.device("meta"):
+        log_groups(MedSoftModel(architecture, training.builds), training, source)
     return net, encoder
 
 
@@ -201,6 +200,8 @@ def make_fabric(options: TrainingOptions, training: TrainingConfig) -> tuple[Fab
     if precision == "16-mixed" and fabric.device.type == "cpu":
         log.warning("warning: 16-mixed is for GPUs; the CPU trains in bf16-mixed")
         precision = "bf16-mixed"
+    if training.strategy == "fsdp" and precision == "16-mixed":
+        raise UsageError("training.strategy=fsdp: trains in bf16-mixed or 32-true, found training.precision=16-mixed")
     return fabric, precision
 
 
@@ -256,6 +257,8 @@ def _run(
         if previous:
             log.info("resuming after step %d", previous.metadata["step"])
     fabric.launch()
+    if training.strategy == "fsdp":
+        stage.share_out(fabric.world_size)
     checkpoints = Checkpoints(save_path, stage, metadata, fabric, precision, previous)
     loop = _training(checkpoints, precision, inputs, features, previews)
     if code := _guarded(loop):
@@ -279,7 +282,8 @@ def _training(
     train_loader = loader(sets["train"], training, True, rank, world, start)
     loaders = (train_loader, loader(sets["val"], training, False, rank, world))
     records = Records(folder, training.stage, fabric.is_global_zero)
-    shown = Previews(folder, stage, previews, sets["val"], records) if previews and fabric.is_global_zero else None
+    draws = previews and (stage.sharded or fabric.is_global_zero)  # parts of the weights draw nothing
+    shown = Previews(folder, stage, previews, sets["val"], records) if draws else None
     return Training(stage, fabric, precision, loaders, checkpoints, records, shown)
 
 

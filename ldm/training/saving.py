@@ -16,10 +16,12 @@ from ldm.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from ldm.checkpoints.fitting import not_finite
 from ldm.core.errors import MedSoftError
 from ldm.networks.weight_average import laid_as
+from ldm.training.sharding import gathered, own_part
 from ldm.training.stage import Stage
-from ldm.training.steps import TrainingStep
+from ldm.training.steps import TrainingStep, of_everyone
 
 LAST = "last.ckpt"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of the shape of their parameter
 BEST = re.compile(r"best_epoch(\d+)_loss([-+.e\d]+)\.ckpt")
 
 
@@ -73,14 +75,14 @@ class Checkpoints:
         self.progress = Progress(**previous.rest["progress"])
         with torch.no_grad():  # what is frozen is that of the first checkpoint already
             for key, parameter in self.stage.trained.items():
-                parameter.copy_(previous.state[key])
+                parameter.copy_(laid_as(parameter, previous.state[key]))
         self.stage.average.load(previous.rest.get("average") or {})
-        self.optimizer.load_state_dict(previous.rest["optimizer_states"][0])
-        # The moments come in the memory layout of the device that saved them; copy them into this device's.
-        for parameter, kept in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in kept and kept[name].stride() != parameter.stride():
-                    kept[name] = laid_as(parameter, kept[name])
+        kept = previous.rest["optimizer_states"][0]
+        # The moments come in the memory layout of the device that saved them, and whole; copy them into this one's.
+        for number, parameter in enumerate(self.stage.trained.values()):
+            moments = kept["state"].get(number, {})
+            moments |= {name: laid_as(parameter, moments[name]) for name in MOMENTS if name in moments}
+        self.optimizer.load_state_dict(kept)
         if scaler := previous.rest.get("MixedPrecision"):
             self.scaler.load_state_dict(scaler)
 
@@ -91,13 +93,15 @@ class Checkpoints:
     def save(self, epoch_ended: bool) -> None:
         """Write ``last.ckpt``, unless the step just taken has broken the weights: then stop, and keep the old file."""
         self._refuse_broken()
-        if self.fabric.is_global_zero:
-            state = {"progress": asdict(self.progress), "optimizer_states": [self.optimizer.state_dict()]}
-            if self.stage.average.values:
-                state["average"] = self.stage.average.values
-            if self.scaler.is_enabled():
-                state["MixedPrecision"] = self.scaler.state_dict()
-            self._write(self.path, self.progress.epoch - epoch_ended, state)
+        optimizer = self.optimizer.state_dict()
+        first = self.fabric.is_global_zero
+        optimizer["state"] = {number: gathered(kept, first) for number, kept in optimizer["state"].items()}
+        state = {"progress": asdict(self.progress), "optimizer_states": [optimizer]}
+        if self.stage.average.values:
+            state["average"] = gathered(self.stage.average.values, first)
+        if self.scaler.is_enabled():
+            state["MixedPrecision"] = self.scaler.state_dict()
+        self._write(self.path, self.progress.epoch - epoch_ended, state)
         self.fabric.barrier()
         self.saved = time.monotonic()
         if epoch_ended:
@@ -105,23 +109,24 @@ class Checkpoints:
 
     def keep_if_best(self, loss: float) -> None:
         """Write this epoch's weights if their validation ``loss`` is among the best so far."""
-        if not self.fabric.is_global_zero or not self.training.keep_best or not math.isfinite(loss):
+        if not self.training.keep_best or not math.isfinite(loss):
             return
         self._refuse_broken()
         mine = self.folder / f"best_epoch{self.progress.epoch:04d}_loss{loss:.6g}.ckpt"
-        if mine in best_files(self.folder, mine)[: self.training.keep_best] and not mine.exists():
+        wanted = mine in best_files(self.folder, mine)[: self.training.keep_best] and not mine.exists()
+        if of_everyone(wanted)[0]:  # the first process knows what it has written and deleted
             self._write(mine, self.progress.epoch)
 
     def finish(self) -> None:
         """The finished ``last.ckpt``: weights only (their moving average, if there is one), marked complete."""
         self.metadata["complete"] = True
-        if self.fabric.is_global_zero:
-            self._write(self.path, self.progress.epoch)
+        self._write(self.path, self.progress.epoch)
         self._drop_worse()
         self.fabric.barrier()
 
     def _refuse_broken(self) -> None:
-        bad = not_finite(self.stage.trained)
+        mine = not_finite({key: own_part(value) for key, value in self.stage.trained.items()})
+        bad = [key for found in of_everyone(mine) for key in found]
         if bad:
             raise MedSoftError(
                 f"{bad[0]} holds NaN or infinite values after step {self.progress.step}; the last good checkpoint is "
@@ -133,9 +138,11 @@ class Checkpoints:
         about = {**self.metadata, "step": self.progress.step, "epoch": epoch}
         if not state:
             about["averaged"] = bool(self.stage.average.values)
+        first = self.fabric.is_global_zero
         with nullcontext() if state else self.stage.average.swapped():
-            weights = {key: value.cpu().contiguous() for key, value in self.stage.weights().items()}
-            write_checkpoint(path, weights, about, **(state or {}))
+            weights = self.stage.weights(first)
+            if first:
+                write_checkpoint(path, weights, about, **(state or {}))
 
     def _drop_worse(self) -> None:
         """Delete the weights of epochs that are no longer among the best."""

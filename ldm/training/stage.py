@@ -13,6 +13,7 @@ from ldm.networks.model import MedSoftModel
 from ldm.networks.weight_average import WeightAverage
 from ldm.training.dataset import Batch
 from ldm.training.objectives import OBJECTIVES, Losses
+from ldm.training.sharding import gathered, own_part, roots, shard
 
 STEP_PARTS = ("unet", "msc")  # what a training step runs; the other parts only make features
 
@@ -65,18 +66,38 @@ class Stage(nn.Module):
         super().__init__()
         self.training_config, self.net, self.frozen = training, net, frozen
         self.register_buffer("empty_text", empty_text, persistent=False)
-        self.groups = training_groups(net, training)
         net.requires_grad_(False).eval()
-        for members in self.groups.values():
+        for members in training_groups(net, training).values():
             for parameter in members.values():
                 parameter.requires_grad_(True)
         for_steps(net, half_frozen)
         if "unet" in net.parts:
             net.unet.activation_checkpointing = training.activation_checkpointing
-            if training.compile:
-                net.unet.compile(dynamic=False)
-        self.trained = {key: value for members in self.groups.values() for key, value in members.items()}
-        self.average = WeightAverage(self.trained, training.ema_decay)
+        self.compiled = training.compile
+        if training.compile:
+            from torch._dynamo import config as compiler
+
+            # With activation checkpointing each block is a graph of its own, and has a shape of its own.
+            compiler.recompile_limit = 64
+            for network, _ in roots(net):
+                network.compile(dynamic=False)
+        self.sharded = False
+        self.groups, self.trained = self._find_trained()
+        if training.strategy != "fsdp":
+            self.average = WeightAverage(self.trained, training.ema_decay)
+
+    def _find_trained(self) -> tuple[dict[str, dict[str, nn.Parameter]], dict[str, nn.Parameter]]:
+        groups = training_groups(self.net, self.training_config)
+        return groups, {key: value for members in groups.values() for key, value in members.items()}
+
+    def share_out(self, processes: int) -> None:
+        """For fsdp: leave this one of so many processes its part of what is trained; the optimizer comes later."""
+        if processes > 1:
+            shard(self.net)
+            self.sharded = True
+            self.groups, self.trained = self._find_trained()
+        # Not before: a copy of whole weights might not fit.
+        self.average = WeightAverage(self.trained, self.training_config.ema_decay)
 
     @property
     def device(self) -> torch.device:
@@ -89,9 +110,13 @@ class Stage(nn.Module):
         self.net.eval()
         return self
 
-    def weights(self) -> dict[str, Tensor]:
-        """Every tensor of the stage in float32, trained or not, whatever its type and layout in memory."""
-        return {key: value.detach().float() for key, value in {**self.frozen, **self.trained}.items()}
+    def weights(self, keep: bool = True) -> dict[str, Tensor]:
+        """Every tensor of the stage in float32 on the CPU, trained or not, whatever its type and layout in memory.
+
+        Where weights are shared out, every process must call this; without ``keep`` nothing is returned.
+        """
+        found = gathered({**self.frozen, **self.trained}, keep)
+        return {key: value.detach().float().cpu().contiguous() for key, value in found.items()}
 
     def forward(self, batch: Batch, dropout: float) -> Losses:
         """(loss of each sample (B,), cosine on masked patches (B,) or None)."""
@@ -99,7 +124,7 @@ class Stage(nn.Module):
         return OBJECTIVES[training.objective](self.net, batch, training, dropout, self.empty_text)
 
     def uncompiled(self) -> AbstractContextManager:
-        """The block runs the U-Net as it is. Compiling takes minutes: once is enough, for full training batches."""
+        """The block runs the networks as they are. Compiling takes minutes: once is enough, for full batches."""
         return torch.compiler.set_stance("force_eager") if self.training_config.compile else nullcontext()
 
     def adamw(self, fused: bool = True) -> torch.optim.AdamW:
@@ -112,8 +137,12 @@ class Stage(nn.Module):
         """The norm of each group's gradients, and of all."""
         norms = {}
         for name, members in self.groups.items():
-            found = [parameter.grad for parameter in members.values() if parameter.grad is not None]
+            found = [own_part(parameter.grad) for parameter in members.values() if parameter.grad is not None]
             norms[name] = get_total_norm(found) if found else torch.zeros((), device=self.device)
+        if self.sharded:
+            squares = torch.stack([*norms.values()]).square()
+            torch.distributed.all_reduce(squares)
+            norms = dict(zip(norms, squares.sqrt().unbind(), strict=True))
         return norms, get_total_norm(list(norms.values()))
 
     def clip(self, total: Tensor) -> None:

@@ -9,15 +9,18 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm.core.devices import on_host
 from ldm.core.errors import MedSoftError
+from ldm.training.sharding import own_part
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MOVED_BY = 10  # optimizer steps after which every trained tensor should have moved
 MOVED_AT_LEAST = 3  # steps to judge by in a shorter run: behind a layer of zeros gradients begin with the second
@@ -110,19 +113,20 @@ class StepQueue:
             what, ids = f"a gradient became {norm}", [name for ids, _ in step.own for name in ids]
         else:
             return
+        shown = [name for share in of_everyone(ids) for name in share][:4]
         raise MedSoftError(
-            f"{what} in step {step.step} (samples {', '.join(of_everyone(ids)[:4])}); the last good checkpoint is "
-            "kept. Lower training.rates, or look at these samples"
+            f"{what} in step {step.step} (samples {', '.join(shown)}); the last good checkpoint is kept. "
+            "Lower training.rates, or look at these samples"
         )
 
 
-def of_everyone(sample_ids: list[str]) -> list[str]:
-    """The sample ids of all processes."""
+def of_everyone(value: T) -> list[T]:
+    """The ``value`` that each process calls this with."""
     if not torch.distributed.is_initialized():
-        return sample_ids
+        return [value]
     shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, sample_ids)
-    return [name for share in shares for name in share]
+    torch.distributed.all_gather_object(shares, value)
+    return shares
 
 
 class MovementWatch:
@@ -138,7 +142,7 @@ class MovementWatch:
         """Before an optimizer step."""
         if self.before is not None:
             grads = {key: self.trained[key].grad for key in self.silent}
-            self.silent = {key for key, grad in grads.items() if grad is None or not grad.any()}
+            self.silent = {key for key, grad in grads.items() if grad is None or not own_part(grad).any()}
 
     def look_at_weights(self, step: int, last: bool = False) -> None:
         """After optimizer step ``step``, the ``last`` one of the run or not."""
@@ -146,8 +150,10 @@ class MovementWatch:
             return
         still = {key for key, old in self.before.items() if torch.equal(old, _sampled(self.trained[key]))}
         self.before = None
+        # A process may hold an empty part of a tensor that is shared out: what counts is what all of them say.
+        silent, still = (set.intersection(*of_everyone(keys)) for keys in (self.silent, still))
         for name, members in self.groups.items():
-            for what, keys in (("had no gradient", self.silent), ("have not moved", still)):
+            for what, keys in (("had no gradient", silent), ("have not moved", still)):
                 found = [key for key in members if key in keys]
                 if found:
                     log.warning(
@@ -157,5 +163,5 @@ class MovementWatch:
 
 
 def _sampled(value: Tensor) -> Tensor:
-    flat = value.detach().flatten()
+    flat = own_part(value.detach()).flatten()
     return flat[:: max(1, len(flat) // SAMPLED)].clone()

@@ -122,3 +122,24 @@ def test_checkpoint_with_a_value_that_is_not_a_number(converted: Path, world: Pa
 def test_yaml_without_a_stage(world: Path, converted: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"phantom\.yaml: names no stage"):
         call(ver_train, "--ckpt", converted, "--config", MODELS / "phantom.yaml", "--save_path", tmp_path / "s")
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_device_that_is_too_small_is_refused_before_anything_is_built(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    monkeypatch.setattr("ldm.training.estimates.all_memory", lambda device: 2**20)
+    monkeypatch.setattr("ldm.training.run.open_model", None)  # whoever calls it fails
+    expected = r"a step needs about \d+\.\d MiB, the whole device has 1\.0 MiB: a smaller --batch_size with .* helps"
+    with pytest.raises(MedSoftError, match=expected):
+        train("stage1", converted, tmp_path / "s", world, *more)
+    assert not (tmp_path / "s").exists()
+
+
+def test_scaled_gradients_cannot_be_shared_out(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_fabric.Fabric.device", torch.device("cuda"))
+    given = ("--dry_run", "training.strategy=fsdp")
+    with pytest.raises(UsageError, match=r"training\.strategy=fsdp: trains in bf16-mixed or 32-true, found .*16-mixed"):
+        train("stage1", converted, tmp_path / "s", world, *given, precision="16-mixed")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import children
 import pytest
+import torch
 from test_never_lose_work import command
 from tiny import PHANTOM, ROOT, on_cpu, tensors, train
 
@@ -70,6 +71,53 @@ def test_two_processes_train_the_unet_as_one_does(trained: dict, world: Path, tm
     assert not any(one.returncode for one in found), found
     assert (tmp_path / "two" / "pictures" / "epoch_0000.png").is_file()
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+
+
+def stopping(step: int) -> str:
+    """ver_train.py in a process that is asked to stop while it takes the step after so many."""
+    return (
+        "import os, signal\n"
+        "from ldm.training.loop import Training\n"
+        "import ver_train\n"
+        "from ldm.core import cli\n"
+        "plain = Training.forward_backward\n"
+        "def forward_backward(self, batch):\n"
+        f"    if self.progress.step == {step}:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    plain(self, batch)\n"
+        "Training.forward_backward = forward_backward\n"
+        "cli.run(ver_train.build_parser(), ver_train.main)\n"
+    )
+
+
+def test_weights_that_are_shared_out_train_as_whole_ones_do(trained: dict, world: Path, tmp_path: Path) -> None:
+    """Two processes that share them out begin, one that holds all goes on, two that share finish; against one alone."""
+    source, steps = trained["stage2_1"].last, ["sampling.steps=2"]
+    given = {"batch_size": 18, "max_epochs": 3, "rates.unet": 0.0001, "ema_decay": 0.9, "pictures": 1}
+    assert train("stage2_2", source, tmp_path / "one", world, *steps, **given) == 0
+    words = [*command(source, world, tmp_path / "shared", "stage2_2", **given), *steps]
+    shared = [*words, "training.strategy=fsdp", "--devices", 2]
+    begun = children.run_two("-c", stopping(0), *shared)
+    assert begun[0].returncode == 143, begun
+    file = tmp_path / "shared" / "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    weights, kept = content["state_dict"], content["optimizer_states"][0]["state"].values()
+    assert [tuple(one["exp_avg"].shape) for one in kept] == [tuple(weights[key].shape) for key in content["average"]]
+    assert all(value.shape == weights[key].shape for key, value in content["average"].items())
+    assert (content["medsoft"]["step"], len(kept)) == (1, len(content["average"]))
+    alone = children.run("-c", stopping(1), *words)
+    assert alone.returncode == 143, alone
+    assert read_checkpoint(file).metadata["step"] == 2
+    found = children.run_two(VER_TRAIN, *shared)
+    assert not any(one.returncode for one in found), found
+    assert not any("have not moved" in one.stderr or "had no gradient" in one.stderr for one in found)
+    assert sorted(path.name for path in (tmp_path / "shared" / "pictures").iterdir()) == [
+        path.name for path in sorted((tmp_path / "one" / "pictures").iterdir())
+    ]
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "shared"), abs=1e-5)
+    first, second = tensors(tmp_path / "one" / "last.ckpt"), tensors(file)
+    assert first.keys() == second.keys()
+    assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-4
 
 
 def test_torchrun_and_a_termination(world: Path, converted: Path, tmp_path: Path) -> None:

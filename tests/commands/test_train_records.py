@@ -86,6 +86,18 @@ def test_memory_estimate_for_a_gpu() -> None:
     ).total / 2**30 == pytest.approx(69.5, rel=0.05)
 
 
+def test_memory_estimate_of_weights_that_are_shared_out() -> None:
+    """The full model on four devices: a quarter of what is trained, all that is frozen, and three times a block."""
+    config = load_config(MODELS / "mldm_v15_stage2_2.yaml", ["training.strategy=fsdp"])
+    alone, shared = (stage_memory(config.architecture, config.training, 1, False, devices=n) for n in (1, 4))
+    frozen = alone.parameters - alone.gradients
+    assert shared.parameters == pytest.approx(frozen + alone.gradients / 4, rel=1e-6)
+    assert (shared.gradients, shared.optimizer) == (alone.gradients // 4, alone.optimizer // 4)
+    assert (alone.gathered, shared.activations) == (0, alone.activations)
+    assert 0.1 * alone.gradients < shared.gathered < 0.4 * alone.gradients
+    assert shared.total < alone.total / 2
+
+
 @pytest.mark.parametrize("stage", ["stage1", "unet_only"])
 def test_disk_estimate_covers_what_is_written(trained: dict, stage: str) -> None:
     run = trained[stage]
@@ -244,38 +256,6 @@ def test_out_of_memory_is_one_line(world: Path, converted: Path, tmp_path: Path)
 def test_what_counts_as_out_of_memory(said: str, full: bool) -> None:
     """Triton and cuBLAS ask the driver themselves, and fail with errors of their own."""
     assert out_of_memory(RuntimeError(said)) == full
-
-
-def test_compiled_unet_trains_like_the_plain_one(
-    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nine samples in batches of four, traced but run without a C++ compiler, which would take minutes."""
-    plain, graphs, runs = torch.nn.Module.compile, [], []
-
-    def counted(graph: torch.fx.GraphModule, inputs: list) -> Any:
-        graphs.append(len(graphs))
-
-        def run(*values: Any) -> Any:
-            runs.append(torch.is_grad_enabled())
-            return graph.forward(*values)
-
-        return run
-
-    def traced(self: torch.nn.Module, dynamic: bool) -> None:
-        plain(self, dynamic=dynamic, backend=counted)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    given = {"batch_size": 4, "max_epochs": 2, "rates.attn3": 0.01}
-    for name, chosen in (("plain", "false"), ("compiled", "true")):
-        more = [f"training.compile={chosen}", "sampling.steps=2"]
-        assert train("unet_only", converted, tmp_path / name, world, *more, **given) == 0
-    assert len(graphs) == 1  # not again for the last, smaller batch, validation or pictures
-    assert runs == [True] * 4
-    without, with_it = (tensors(tmp_path / name / "last.ckpt") for name in ("plain", "compiled"))
-    assert without.keys() == with_it.keys()
-    assert changed(tensors(converted), with_it)
-    exact = 1e-2 if torch.cuda.is_available() else 1e-4  # convolutions in TF32 there
-    assert max(float((without[key] - with_it[key]).abs().max()) for key in without) < exact
 
 
 def test_only_healthy_samples_are_refused(world: Path, converted: Path, tmp_path: Path) -> None:

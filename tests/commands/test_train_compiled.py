@@ -1,0 +1,88 @@
+"""Training whose networks are compiled: the same weights, once a run, and without a compiler too."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import STAGES, changed, tensors, train
+
+from ldm.core.errors import UsageError
+
+GIVEN = {"batch_size": 4, "max_epochs": 2, "rates.attn3": 0.01}  # nine samples: the last batch of an epoch is one
+
+
+def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: plain(self, dynamic=dynamic, backend=backend))
+
+
+@pytest.mark.parametrize("more", [{}, {"activation_checkpointing": "true"}, {"precision": "bf16-mixed"}])
+def test_compiled_networks_train_like_plain_ones(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict
+) -> None:
+    """Traced but run without a C++ compiler, which would take minutes."""
+    graphs, runs = [], []
+
+    def counted(graph: torch.fx.GraphModule, inputs: list) -> Any:
+        graphs.append(len(graphs))
+
+        def run(*values: Any) -> Any:
+            runs.append(torch.is_grad_enabled())
+            return graph.forward(*values)
+
+        return run
+
+    compile_with(monkeypatch, counted)
+    for name, chosen in (("plain", "false"), ("compiled", "true")):
+        words = [f"training.compile={chosen}", "sampling.steps=2"]
+        assert train("unet_only", converted, tmp_path / name, world, *words, **GIVEN, **more) == 0
+    # Not again for the last, smaller batch, validation or pictures. Blocks that are computed again are graphs too.
+    assert len(graphs) == 1 or ("activation_checkpointing" in more and len(graphs) < 16)
+    # Four full batches, of which the first is also what is compiled on.
+    assert len(runs) == 5 or ("activation_checkpointing" in more and len(runs) % 5 == 0)
+    assert all(runs)
+    without, with_it = (tensors(tmp_path / name / "last.ckpt") for name in ("plain", "compiled"))
+    assert without.keys() == with_it.keys()
+    assert changed(tensors(converted), with_it)
+    exact = 1e-2 if torch.cuda.is_available() or more.get("precision") else 1e-4  # convolutions in TF32 there
+    assert max(float((without[key] - with_it[key]).abs().max()) for key in without) < exact
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_is_compiled_whole(
+    trained: dict, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """One graph for each network that a step runs; forward and backward pass through AOT autograd."""
+    graphs = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: list) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compile_with(monkeypatch, counted)
+    source = trained[stage].source
+    assert train(stage, source, tmp_path / "s", world, "training.compile=true", **GIVEN, pictures=0) == 0
+    assert len(graphs) == (2 if stage.startswith("stage2") else 1)
+    assert changed(tensors(source), tensors(tmp_path / "s" / "last.ckpt"))
+
+
+def test_without_a_compiler_training_goes_on_uncompiled(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(graph: torch.fx.GraphModule, inputs: list) -> Any:
+        raise RuntimeError("No working C++ compiler found\nsearched: g++")
+
+    compile_with(monkeypatch, broken)
+    for name, chosen in (("plain", "false"), ("compiled", "true")):
+        assert train("stage1", converted, tmp_path / name, world, f"training.compile={chosen}", **GIVEN) == 0
+    (said,) = [text for text in caplog.messages if "uncompiled" in text]
+    assert said.startswith("warning: the networks of a step cannot be compiled (")
+    assert "No working C++ compiler found" in said
+    assert "\n" not in said
+    assert not changed(tensors(tmp_path / "plain" / "last.ckpt"), tensors(tmp_path / "compiled" / "last.ckpt"))
+
+
+def test_compiled_and_shared_out(world: Path, converted: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"training\.compile.* false with training\.strategy=fsdp"):
+        train("stage1", converted, tmp_path / "s", world, "training.compile=true", "training.strategy=fsdp")
