@@ -54,7 +54,7 @@ INSTALLED :=
 PYTHON := "$(READY)/bin/python"
 endif
 
-.PHONY: help demo test test-full lint bench lock
+.PHONY: help demo test test-full lint bench gpu lock
 
 help: ## Show this list
 	@echo "Tasks:"
@@ -79,6 +79,9 @@ lint: $(INSTALLED) ## Check style, layers and types only
 
 bench: $(INSTALLED) ## Measure the speed of this machine
 	$(PYTHON) tool/bench.py inference
+
+gpu: $(INSTALLED) ## Measure training and drawing on a GPU in 9 minutes, repeated: the rest (docs/gpu.md)
+	$(PYTHON) tool/gpu.py
 
 lock: ## Write requirements.lock again from pyproject.toml (UPGRADE=1: newer releases too)
 	$(PYTHON3) -m venv .venv-lock

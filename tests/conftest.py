@@ -21,6 +21,15 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 from ldm.data.png import write_png
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what is marked ``gpu`` where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU; CUDA_VISIBLE_DEVICES=0 in front of pytest shows it the first one")
+
+
 @pytest.fixture
 def write_sample() -> Callable[..., Path]:
     """``write_sample(folder, prompt="...", image=..., mask=..., meta={...})`` writes one valid sample folder.

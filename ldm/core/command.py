@@ -27,6 +27,7 @@ SCRIPTS = {
     "seam": "tool/measure_seam.py",
     "compare-samplers": "tool/compare_samplers.py",
     "bench": "tool/bench.py",
+    "gpu": "tool/gpu.py",
     "sizes": "tool/model_sizes.py",
     "phantoms": "tool/make_phantoms.py",
     "phantom-base": "tool/train_phantom_base.py",

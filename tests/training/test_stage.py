@@ -127,7 +127,7 @@ def test_processes_that_read_features(monkeypatch: pytest.MonkeyPatch, asked: in
 
 @pytest.mark.parametrize(
     "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+    ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
 )
 def test_numbers_on_their_way_to_the_host(device: str) -> None:
     values = torch.arange(4.0, device=device, requires_grad=True)
