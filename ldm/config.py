@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 
 from ldm.core.errors import UsageError
+from ldm.core.paths import shipped
 from ldm.core.schema import (
     Amount,
     Count,
@@ -257,6 +258,7 @@ def stage_configs(path: Path, overrides: Sequence[str] = ()) -> dict[str, Config
     Those of another YAML without a stage, whose name goes on from this one's, are not among them. In an order in which
     they can be trained: those that build less come first. UsageError if there is none.
     """
+    path = shipped(path)
     config = load_config(path, overrides)
     if config.training.stage:
         return {config.training.stage: config}
