@@ -257,8 +257,7 @@ def _run(
         if previous:
             log.info("resuming after step %d", previous.metadata["step"])
     fabric.launch()
-    if training.strategy == "fsdp":
-        stage.share_out(fabric.world_size)
+    stage.share_out(fabric.world_size)
     checkpoints = Checkpoints(save_path, stage, metadata, fabric, precision, previous)
     loop = _training(checkpoints, precision, inputs, features, previews)
     if code := _guarded(loop):

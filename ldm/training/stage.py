@@ -91,7 +91,9 @@ class Stage(nn.Module):
         return groups, {key: value for members in groups.values() for key, value in members.items()}
 
     def share_out(self, processes: int) -> None:
-        """For fsdp: leave this one of so many processes its part of what is trained; the optimizer comes later."""
+        """With fsdp, leave this one of so many processes its part of what is trained; the optimizer comes later."""
+        if self.training_config.strategy != "fsdp":
+            return
         if processes > 1:
             shard(self.net)
             self.sharded = True
