@@ -1,9 +1,11 @@
-"""Whether a faster way of sampling is as good: the same images with 50 steps of DDIM and with the fast setting."""
+"""Whether a faster way of sampling is as good: the same images with several settings, and with very many steps."""
 
 import logging
+import re
+import shlex
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +13,75 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.bench.inference import FAST, REFERENCE
 from ldm.classifier.run import predict
-from ldm.config import DataConfig, load_config
+from ldm.config import DataConfig, SamplingConfig, load_config
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_json
+from ldm.core.tables import write_csv
 from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.checks import real_ones
+from ldm.data.masks import read_mask
 from ldm.data.preparation import prepare
 from ldm.data.samples import Sample
+from ldm.diffusion.guidance import guided_steps
 from ldm.evaluation.metrics import crop_features, frechet_distance
 from ldm.inference.options import InferenceOptions
 from ldm.inference.run import run
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.opening import open_encoder
+from ldm.reports.comparison import read_result
 from ldm.workflow.study_results import interval
 
 log = logging.getLogger("compare_samplers")
 
-MEASURES = {"frechet_distance": -1, "lesion_detection_rate": 1, "prompt_agreement": 1}  # with the sign of better
+# With the sign of better. The distance has a value for each image, the others for each seed.
+MEASURES = {"distance": -1, "frechet_distance": -1, "lesion_detection_rate": 1, "prompt_agreement": 1}
+DDIM = "sampler=ddim eta=0 spacing=leading guidance_interval=[0,1]"
+SETTINGS = (f"ddim50 {DDIM} steps=50", "default")  # the paper's, and the configuration's own
+MANY = "many_steps"  # the run to which distances are measured
 
 
-def compare_samplers(options: InferenceOptions, judge: Path, seeds: int) -> bool:
-    """Inpaint with both settings, measure and write comparison.json; whether every image could be inpainted.
+@dataclass(frozen=True)
+class Setting:
+    """One way of sampling: a name, which its folders get, and overrides of the section ``sampling``."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+def parsed(text: str) -> Setting:
+    """``NAME KEY=VALUE ...``, the keys those of the section ``sampling``; UsageError where it is something else."""
+    try:
+        name, *keys = shlex.split(text)
+    except ValueError:  # nothing, or a quote that is not closed
+        name, keys = "", []
+    if not re.fullmatch(r"\w[\w.-]*", name) or not all("=" in key for key in keys):
+        raise UsageError(f'--setting {text!r}: expected a name and keys, such as "fast steps=10 spacing=trailing"')
+    return Setting(name, tuple(f"sampling.{key}" for key in keys))
+
+
+def half_calls(sampling: SamplingConfig) -> int:
+    """How often the U-Net sees one image: a step with guidance counts two, with the prompt and without it."""
+    guided = guided_steps(sampling.steps, sampling.guidance_interval) if sampling.guidance_scale != 1 else ()
+    return sampling.steps + len(guided)
+
+
+def compare_samplers(
+    options: InferenceOptions, judge: Path, seeds: int, settings: Sequence[str] = (), many: int = 200
+) -> bool:
+    """Inpaint with all settings, measure and write comparison.json; whether every image could be inpainted.
 
     ``options``: what all runs have in common; their folders lie in its ``output_dir``, which keeps what it holds of the
-    same comparison. ``judge``: classifier.safetensors. Raises UsageError or MedSoftError for what cannot be compared.
+    same comparison. ``judge``: classifier.safetensors; ``settings``: texts that ``parsed`` reads, the first is what the
+    others are compared with; ``many``: steps of DDIM of the run to which distances are measured. Raises UsageError or
+    MedSoftError for what cannot be compared.
     """
     for file in (options.ckpt, judge):
         if not file.is_file():
             raise UsageError(f"{file}: does not exist")
+    chosen = chosen_settings(settings, many)
+    configs = [load_config(options.config, [*options.overrides, *each.overrides]) for each in chosen]
     config = load_config(options.config, options.overrides)
     samples = real_ones(options.data, load_samples(options.data)[0])
     real = [sample for sample in samples if not sample.healthy and sample.severity != "subtle"]
@@ -49,36 +89,60 @@ def compare_samplers(options: InferenceOptions, judge: Path, seeds: int) -> bool
         raise MedSoftError(f"{options.data}: {len(real)} diseased samples that are not subtle; expected at least 2")
     prompts = options.output_dir / "prompts.json"
     write_annotations(prompts, real)
-    encoder = open_encoder(config.biomedclip)
-    of_real = features(real, encoder, config.data, config.sampling.batch_size)
-    runs: dict[str, list[dict[str, float]]] = {"reference": [], "fast": []}
-    codes, images = set(), 0
+    encoder, size = open_encoder(config.biomedclip), config.sampling.batch_size
+    of_real = features(real, encoder, config.data, size)
+    compared = [each.name for each in chosen[:-1]]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
+    images: list[dict[str, Any]] = []
+    complete = True
     for seed in range(seeds):
-        folders = [options.output_dir / f"{name}_seed{seed}" for name in runs]
-        for folder, setting in zip(folders, (REFERENCE, FAST), strict=True):
-            codes.add(run(replace(options, output_dir=folder, train_json=prompts, seed=seed, **setting)))
-        for name, folder, samples in zip(runs, folders, common_samples(folders), strict=True):
-            found = features(samples, encoder, config.data, config.sampling.batch_size)
-            distance = frechet_distance(of_real, found)
+        folders = [options.output_dir / f"{each.name}_seed{seed}" for each in chosen]
+        for folder, setting in zip(folders, chosen, strict=True):
+            given = {"train_json": prompts, "seed": seed, "overrides": (*options.overrides, *setting.overrides)}
+            complete &= run(replace(options, output_dir=folder, **given)) != cli.SOME_REJECTED
+        *found, truth = common_samples(folders)
+        apart = {name: distances(each, truth) for name, each in zip(compared, found, strict=True)}
+        for sample in truth:
+            of_sample = {name: apart[name][sample.sample_id] for name in compared}
+            images.append({"seed": seed, "sample_id": sample.sample_id, **of_sample})
+        for name, folder, samples in zip(compared, folders, found, strict=False):
+            distance = frechet_distance(of_real, features(samples, encoder, config.data, size))
             runs[name].append({"frechet_distance": distance, **judged(judge, folder, samples)})
-            images += len(samples)
             log.info("%s, seed %d: %s", name, seed, {key: round(value, 4) for key, value in runs[name][-1].items()})
-    compared = differences(**runs)
-    counts = {"pictures": images, "real": len(real)}
     measured = {
-        "settings": {"reference": REFERENCE, "fast": FAST, "overrides": list(options.overrides), **counts},
-        "real": judged(judge, prompts, real),
+        "settings": {each.name: list(each.overrides) for each in chosen} | {"overrides": list(options.overrides)},
+        "half_calls": {name: half_calls(each.sampling) for name, each in zip(compared, configs, strict=False)},
+        "pictures": len(images),
+        "real": {"pictures": len(real), **judged(judge, prompts, real)},
         "seeds": runs,
-        "measures": compared,
+        "measures": differences(runs, images),
     }
+    write_csv(options.output_dir / "distances.csv", images)
     write_json(options.output_dir / "comparison.json", measured)
-    for name, row in compared.items():
-        shown = f"{row['difference']:+.4f} (95 % {row['low']:+.4f} to {row['high']:+.4f} over {seeds} seeds)"
-        means = row["reference"], row["fast"]
-        log.info("%-22s DDIM %.4f, fast %.4f, difference %s: %s", name, *means, shown, row["verdict"])
-    if cli.SOME_REJECTED in codes:
+    report(measured)
+    if not complete:
         log.warning("not every image could be inpainted; rejects.json in the folders says why")
-    return cli.SOME_REJECTED not in codes
+    return complete
+
+
+def chosen_settings(texts: Sequence[str], many: int) -> list[Setting]:
+    """The settings to compare and, as the last one, the run to which distances are measured."""
+    chosen = [parsed(text) for text in (*(texts or SETTINGS), f"{MANY} {DDIM} steps={many}")]
+    names = [each.name for each in chosen]
+    if len(names) < 3 or len(set(names)) < len(names) or "overrides" in names:
+        what = f"at least two, of different names that are neither {MANY} nor overrides"
+        raise UsageError(f"--setting: expected {what}, found {', '.join(names[:-1])}")
+    return chosen
+
+
+def report(measured: dict[str, Any]) -> None:
+    """Log one line for each setting and measure of a comparison.json."""
+    for name, rows in measured["measures"].items():
+        for measure, row in rows.items():
+            shown = f"{row['value']:.4f}"
+            if "difference" in row:
+                shown += f", {row['difference']:+.4f} (95 % {row['low']:+.4f} to {row['high']:+.4f}): {row['verdict']}"
+            log.info("%-12s %3d half-calls, %-22s %s", name, measured["half_calls"][name], measure, shown)
 
 
 def common_samples(folders: Sequence[Path]) -> list[list[Sample]]:
@@ -86,9 +150,23 @@ def common_samples(folders: Sequence[Path]) -> list[list[Sample]]:
     found = [load_samples(folder)[0] for folder in folders]
     names = set.intersection(*({sample.sample_id for sample in samples} for samples in found))
     if len(names) < 2:
-        what = f"{len(names)} images in common; expected at least 2; inpaint more"
-        raise MedSoftError(f"{folders[0]}, {folders[1]}: {what}")
+        fewest = min(zip(map(len, found), folders, strict=True))[1]
+        raise MedSoftError(
+            f"{fewest}: {len(names)} images in common with the others; expected at least 2; inpaint more"
+        )
     return [[sample for sample in samples if sample.sample_id in names] for samples in found]
+
+
+def distances(samples: Sequence[Sample], truth: Sequence[Sample]) -> dict[str, float]:
+    """By sample_id: root mean square difference to the same image of ``truth``, inside the mask, in grey levels."""
+    others, found = {sample.sample_id: sample for sample in truth}, {}
+    for sample in samples:
+        one, other = (read_result(each) for each in (sample, others[sample.sample_id]))
+        assert sample.mask is not None  # a result has one
+        inside = read_mask(sample.mask, one.soft.shape).hard
+        change = 255 * (one.shown()[1] - other.shown()[1])[inside]
+        found[sample.sample_id] = float(np.sqrt(np.mean(np.square(change))))
+    return found
 
 
 def features(samples: Sequence[Sample], encoder: ImageTextEncoder, data: DataConfig, batch_size: int) -> Tensor:
@@ -112,19 +190,28 @@ def judged(judge: Path, source: Path, samples: Sequence[Sample]) -> dict[str, fl
     }
 
 
-def differences(reference: list[dict[str, float]], fast: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """For each measure: means over the seeds, and fast minus reference with its 95 % interval, paired by seed.
+def differences(
+    runs: dict[str, list[dict[str, float]]], images: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """By setting and measure its mean; of all but the first also what it has more than that, with its 95 % interval.
 
-    The interval is Student's t over seeds: other seeds on the same images. ``verdict``: better or worse where it does
-    not hold 0, else that no difference is shown, which is not that there is none.
+    ``runs``: values of each seed; ``images``: rows of distances.csv. The interval is Student's t of paired differences,
+    over images for the distance, else over seeds (other seeds on the same images). ``verdict``: better or worse where
+    it does not hold 0, else that no difference is shown, which is not that there is none.
     """
-    found = {}
-    for name, better in MEASURES.items():
-        before, after = ([run[name] for run in runs] for runs in (reference, fast))
-        paired = interval([new - old for old, new in zip(before, after, strict=True)])
-        direction = better * {"higher": 1, "lower": -1}.get(paired.verdict, 0)
-        verdict = {1: "better", -1: "worse", 0: "no difference shown"}[direction]
-        means = {"reference": statistics.mean(before), "fast": statistics.mean(after)}
-        bounds = {"difference": paired.mean, "low": paired.low, "high": paired.high}
-        found[name] = {**means, **bounds, "verdict": verdict}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    values = {
+        setting: {"distance": [row[setting] for row in images]}
+        | {measure: [row[measure] for row in rows] for measure in MEASURES if measure != "distance"}
+        for setting, rows in runs.items()
+    }
+    first = next(iter(runs))
+    for setting, of_measures in values.items():
+        found[setting] = {measure: {"value": statistics.mean(each)} for measure, each in of_measures.items()}
+        for measure, each in of_measures.items() if setting != first else ():
+            paired = interval([new - old for old, new in zip(values[first][measure], each, strict=True)])
+            direction = MEASURES[measure] * {"higher": 1, "lower": -1}.get(paired.verdict, 0)
+            verdict = {1: "better", -1: "worse", 0: "no difference shown"}[direction]
+            bounds = {"difference": paired.mean, "low": paired.low, "high": paired.high}
+            found[setting][measure] |= {**bounds, "verdict": verdict}
     return found

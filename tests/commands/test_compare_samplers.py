@@ -1,7 +1,9 @@
 """tool/compare_samplers.py on phantoms: what it measures, what it says, and what it refuses."""
 
+import csv
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from tiny import CLIP, PHANTOM, call, metas
 
 from ldm.bench import samplers
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.data.images import read_image
 from ldm.inference.options import InferenceOptions
 from tool import compare_samplers
 
@@ -28,35 +31,53 @@ def judge(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "classifier.safetensors"
 
 
-def compare(final: Path, data: Path, judge: Path, output: Path, *more: object) -> int:
+SETTINGS = ["ddim sampler=ddim steps=3", "fast sampler=dpmpp_2m steps=2 spacing=trailing guidance_interval=[0.5,1]"]
+
+
+def compare(
+    final: Path, data: Path, judge: Path, output: Path, *more: object, settings: Sequence[str] = SETTINGS
+) -> int:
     given = ["--ckpt", final, "--config", PHANTOM, "--data", data, "--judge", judge, "--output_dir", output]
-    return call(compare_samplers, *given, "--device", "cpu", *more, f"biomedclip.path={CLIP}", "sampling.steps=2")
+    flags = [word for text in settings for word in ("--setting", text)]
+    return call(
+        compare_samplers, *given, *flags, "--many_steps", 4, "--device", "cpu", *more, f"biomedclip.path={CLIP}"
+    )
 
 
-def test_same_images_with_both_settings(final: Path, world: Path, judge: Path, tmp_path: Path) -> None:
-    assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 2) == 0
-    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    folders = {f"{name}_seed{seed}" for name in ("reference", "fast") for seed in (0, 1)}
-    written = {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".lock"}
-    assert written == {*folders, "prompts.json", "comparison.json"}
+def test_same_images_with_all_settings(final: Path, world: Path, judge: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert compare(final, world / "train", judge, out, "--seeds", 2, "--limit", 2) == 0
+    found = json.loads((out / "comparison.json").read_text())
+    folders = {f"{name}_seed{seed}" for name in ("ddim", "fast", "many_steps") for seed in (0, 1)}
+    written = {path.name for path in out.iterdir() if path.suffix != ".lock"}
+    assert written == {*folders, "prompts.json", "comparison.json", "distances.csv"}
+    assert found["half_calls"] == {"ddim": 6, "fast": 3}
+    with (out / "distances.csv").open() as file:
+        apart = {(int(row["seed"]), row["sample_id"]): row for row in csv.DictReader(file)}
+    assert len(apart) == found["pictures"] == 4
     for seed in (0, 1):
-        reference, fast = (metas(tmp_path / "out" / f"{name}_seed{seed}") for name in ("reference", "fast"))
-        assert len(reference) == 2
+        reference, fast = (metas(out / f"{name}_seed{seed}") for name in ("ddim", "fast"))
         for name, meta in reference.items():  # the same prompt, mask and noise
             assert all(meta[key] == fast[name][key] for key in ("seed", "variant", "parent_id", "prompt_from"))
             assert meta["severity"] != "subtle"
-            masks = [tmp_path / "out" / f"{kind}_seed{seed}" / name / "mask.png" for kind in ("reference", "fast")]
-            assert masks[0].read_bytes() == masks[1].read_bytes()
+            masks = [out / f"{kind}_seed{seed}" / name / "mask.png" for kind in ("ddim", "fast", "many_steps")]
+            assert len({mask.read_bytes() for mask in masks}) == 1
+            inside = read_image(masks[0]) > 127
+            truth = read_image(masks[2].with_name("image.png")).astype(float)
+            for kind, mask in zip(("ddim", "fast"), masks, strict=False):
+                change = (read_image(mask.with_name("image.png")) - truth)[inside]
+                assert float(apart[seed, name][kind]) == pytest.approx(np.sqrt(np.mean(change**2)), rel=1e-4)
         for runs in found["seeds"].values():
             assert 0 <= runs[seed]["prompt_agreement"] <= 1
-    for row in found["measures"].values():
+    assert set(found["measures"]["ddim"]["distance"]) == {"value"}
+    for row in found["measures"]["fast"].values():
         assert row["low"] <= row["difference"] <= row["high"]
-    before = (tmp_path / "out" / "comparison.json").read_text()
-    assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 2) == 0
-    assert (tmp_path / "out" / "comparison.json").read_text() == before  # nothing was inpainted again
+    before = (out / "comparison.json").read_text()
+    assert compare(final, world / "train", judge, out, "--seeds", 2, "--limit", 2) == 0
+    assert (out / "comparison.json").read_text() == before  # nothing was inpainted again
 
 
-def test_images_that_one_setting_could_not_make_are_left_out_of_both(
+def test_images_that_one_setting_could_not_make_are_left_out_of_all(
     final: Path, world: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inpaint = samplers.run
@@ -71,26 +92,32 @@ def test_images_that_one_setting_could_not_make_are_left_out_of_both(
     monkeypatch.setattr(samplers, "run", half_done)
     assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 3) == 3
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert found["settings"]["pictures"] == 2 * (3 + 2)
-    assert "sampling.steps=2" in found["settings"]["overrides"]
-    with pytest.raises(MedSoftError, match=r"fast_seed1: 1 images in common; expected at least 2; inpaint more"):
+    assert found["pictures"] == 3 + 2
+    assert found["settings"]["fast"][0] == "sampling.sampler=dpmpp_2m"
+    with pytest.raises(MedSoftError, match=r"fast_seed1: 1 images in common with the others; expected at least 2"):
         compare(final, world / "train", judge, tmp_path / "few", "--seeds", 2, "--limit", 2)
 
 
-def test_the_difference_is_paired_by_seed_and_has_an_interval() -> None:
-    def runs(*rows: tuple[float, float, float]) -> list[dict[str, float]]:
-        return [dict(zip(samplers.MEASURES, row, strict=True)) for row in rows]
+def test_the_difference_is_paired_and_has_an_interval() -> None:
+    """By seed, and for the distance by image."""
+    measures = [name for name in samplers.MEASURES if name != "distance"]
 
-    reference = runs((10.0, 0.90, 0.80), (12.0, 0.94, 0.70), (17.0, 0.93, 0.60))
-    found = samplers.differences(reference, runs((11.0, 0.88, 0.9), (13.1, 0.95, 0.8), (17.9, 0.90, 0.7)))
-    for name, row in found.items():
-        before, after = reference, runs((11.0, 0.88, 0.9), (13.1, 0.95, 0.8), (17.9, 0.90, 0.7))
-        paired = [new[name] - old[name] for old, new in zip(before, after, strict=True)]
-        expected = stats.t.interval(0.95, 2, np.mean(paired), stats.sem(paired))
-        assert row["difference"] == pytest.approx(row["fast"] - row["reference"])
+    def runs(*rows: tuple[float, float, float]) -> list[dict[str, float]]:
+        return [dict(zip(measures, row, strict=True)) for row in rows]
+
+    before = runs((10.0, 0.90, 0.80), (12.0, 0.94, 0.70), (17.0, 0.93, 0.60))
+    after = runs((11.0, 0.88, 0.9), (13.1, 0.95, 0.8), (17.9, 0.90, 0.7))
+    images = [{"seed": 0, "sample_id": f"{k}", "old": 3.0 * k, "new": 3.0 * k + 1 + 0.1 * (k % 2)} for k in range(5)]
+    found = samplers.differences({"old": before, "new": after}, images)
+    paired = {name: [new[name] - old[name] for old, new in zip(before, after, strict=True)] for name in measures}
+    paired["distance"] = [row["new"] - row["old"] for row in images]
+    for name, row in found["new"].items():
+        expected = stats.t.interval(0.95, len(paired[name]) - 1, np.mean(paired[name]), stats.sem(paired[name]))
+        assert row["difference"] == pytest.approx(row["value"] - found["old"][name]["value"])
         assert (row["low"], row["high"]) == pytest.approx(expected)
-    assert {name: row["verdict"] for name, row in found.items()} == {
-        "frechet_distance": "worse",  # by 1 at each seed, though the seeds are 7 apart; a distance is to be small
+    assert {name: row["verdict"] for name, row in found["new"].items()} == {
+        "distance": "worse",  # by 1 at each image, though the images are 3 apart; a distance is to be small
+        "frechet_distance": "worse",
         "lesion_detection_rate": "no difference shown",
         "prompt_agreement": "better",
     }
@@ -103,4 +130,15 @@ def test_what_cannot_be_compared_is_refused(final: Path, world: Path, one: Path,
         compare(final, world / "train", tmp_path / "nowhere.safetensors", tmp_path / "out")
     with pytest.raises(MedSoftError, match="diseased samples that are not subtle; expected at least 2"):
         compare(final, one, judge, tmp_path / "out")
+    for settings, message in (
+        (["fast steps=2"], "--setting: expected at least two, of different names .*, found fast"),
+        (["fast steps=2", "fast steps=3"], "at least two, of different names .*, found fast, fast"),
+        (["ddim", "many_steps steps=3"], "neither many_steps nor overrides"),
+        (["ddim", "../fast steps=2"], r"--setting '\.\./fast steps=2': expected a name and keys, such as"),
+        (["ddim", 'fast "steps=2'], "expected a name and keys, such as"),
+        (["ddim", "fast steps 2"], "expected a name and keys, such as"),
+        (["ddim", "fast stepps=2"], r"unknown key sampling\.stepps; did you mean sampling\.steps"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            compare(final, world / "train", judge, tmp_path / "out", settings=settings)
     assert not (tmp_path / "out").exists()
