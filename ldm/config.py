@@ -59,7 +59,8 @@ class DataConfig:
     image_size: Count = setting(512, PREPARATION)  # side of the model's square, pixels
     fit: FitMode = setting("crop", PREPARATION)  # crop (with context around the lesion), pad or resize
     context: Annotated[float, within(1)] = setting(2.0, PREPARATION)  # crop side / longest lesion side
-    min_crop: Amount = setting(64.0, PREPARATION)  # smallest side of a crop, in the native image
+    # smallest side of a crop, in the native image
+    min_crop: Amount = setting(64.0, PREPARATION, before=lambda data: float(data.image_size))
     min_crop_unit: CropUnit = setting("pixels", PREPARATION, before="pixels")
     # above 0: crops of image_size times that on each side, instead of the above
     mm_per_pixel: Amount = setting(0.0, PREPARATION, before=0.0)

@@ -31,10 +31,11 @@ UNIONS = (Union, types.UnionType)
 def setting(default: Any, decides: frozenset[str], before: Any = None) -> Any:
     """A configuration field: its default, and the scopes that change when its value does.
 
-    ``before``: of a key that was added later, the value that all runs had before it existed. With this value the key
-    is no part of the identity, so that those runs are still recognised.
+    ``before``: of a key that was added later, the value that all runs had before it existed, or a function that gives
+    it for the section's other values. With this value the key is no part of the identity, so that those runs are still
+    recognised.
     """
-    metadata: dict[str, Any] = {"decides": decides} | ({} if before is None else {"before": (before,)})
+    metadata = {"decides": decides} | ({} if before is None else {"before": before})
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -52,7 +53,7 @@ def identity(config: Any, *scopes: str) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             if section := identity(value, *scopes):
                 found[item.name] = section
-        elif item.metadata["decides"].intersection(scopes) and value not in item.metadata.get("before", ()):
+        elif item.metadata["decides"].intersection(scopes) and value not in _before(item, config):
             found[item.name] = value
     return found
 
@@ -65,9 +66,17 @@ def stored_overrides(kind: Any, stored: Mapping[str, Any]) -> list[str]:
         if not isinstance(values, dict) or not _is_section(about):
             continue
         for item in dataclasses.fields(cast(Any, about)):
-            before = [values[item.name]] if item.name in values else item.metadata.get("before", ())
-            found += [f"{section.name}.{item.name}={json.dumps(value)}" for value in before]
+            given = [values[item.name]] if item.name in values else _before(item, types.SimpleNamespace(**values))
+            found += [f"{section.name}.{item.name}={json.dumps(value)}" for value in given]
     return found
+
+
+def _before(item: dataclasses.Field, section: Any) -> list[Any]:
+    """The value that all runs had before there was this key, in a list that is empty for the keys of old."""
+    if "before" not in item.metadata:
+        return []
+    value = item.metadata["before"]
+    return [value(section) if callable(value) else value]
 
 
 @dataclass(frozen=True)
