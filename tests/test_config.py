@@ -11,7 +11,7 @@ from ldm.classifier.config import ClassifierConfig
 from ldm.config import Config, as_yaml, config_from_dict, load_config, stage_configs
 from ldm.core.errors import UsageError
 from ldm.core.files import fingerprint
-from ldm.core.schema import identity
+from ldm.core.schema import identity, stored_overrides
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 SHIPPED = sorted(MODELS.glob("*.yaml"))
@@ -30,7 +30,8 @@ def test_shipped_yaml_loads(path: Path) -> None:
 
 def test_true_size_is_the_default_and_the_stages_share_it() -> None:
     base = load_config(MODELS / "mldm_v15.yaml")
-    assert base == Config()
+    fast = dataclasses.replace(Config().sampling, sampler="dpmpp_2m", steps=8, spacing="trailing")
+    assert base == dataclasses.replace(Config(), sampling=fast)
     shapes = identity(base, "architecture")
     for stage in STAGES:
         assert identity(load_config(MODELS / f"mldm_v15_{stage}.yaml"), "architecture") == shapes
@@ -99,10 +100,10 @@ SCOPES = {"architecture", "features", "images", "weights", "rounding"}
 # change one here say to whom that work is lost.
 KNOWN = {
     ("mldm_v15_unet_only", "weights rounding"): "98b218a6122bee868c5bafa7a06c98cccddec6378de8e6100f90762791f9afc7",
-    ("mldm_v15_unet_only", "images"): "c727ecfa53fd3b0967fc4880b589e8b11be897f30ea437d8bc17e105d3d7f16c",
+    ("mldm_v15_unet_only", "images"): "280acf7cf0c28ca6c4cc09b11470c465886b6326467333f65d7dff969ff458db",
     ("mldm_v15_unet_only", "architecture"): "6c38d0421d4cc6850217a51380f6ae4e6e6831a62e0c1b11a6580aa4541a40b6",
-    ("phantom_stage2_2", "weights rounding"): "9e222d00ca3f7c165aeb88791a4c134de339f0de9d5a52203edef7c6ff750846",
-    ("phantom_stage2_2", "images"): "e30e62fd365b27c6c2567f361eb24ce3332292817e4eb4d4c6615c9dfa386438",
+    ("phantom_stage2_2", "weights rounding"): "32064437f5fac58f614effc8fe6144502ae87e197d72aeefce8ec099b1d142d6",
+    ("phantom_stage2_2", "images"): "bd24e13c9caed16f55d66ad9d0c96e72a7d05d86938bb17f5a65f93a2a384b69",
     ("phantom_stage2_2", "architecture"): "f0a4f47aed522e130d712c403dc7ea3b48c14b2858063bacf8c05ad4ef1a3610",
 }
 
@@ -123,6 +124,21 @@ def test_every_field_says_what_it_decides(config: Any) -> None:
 @pytest.mark.parametrize(("name", "scopes"), KNOWN)
 def test_work_of_earlier_versions_is_recognised(name: str, scopes: str) -> None:
     assert fingerprint(identity(load_config(MODELS / f"{name}.yaml"), *scopes.split())) == KNOWN[name, scopes]
+
+
+def test_a_key_at_the_value_of_old_is_no_part_of_the_identity_and_comes_back_as_an_override() -> None:
+    """The runs from before data.min_crop and sampling.spacing: crops as large as the model, leading steps."""
+    new = ("min_crop", "min_crop_unit", "mm_per_pixel")
+    old = load_config(MODELS / "phantom.yaml", ["sampling.spacing=leading"])
+    stored = identity(old, "images")
+    assert not {*new} & {*stored["data"]}
+    assert "spacing" not in stored["sampling"]
+    now = load_config(MODELS / "phantom.yaml", ["data.min_crop=32"])
+    assert identity(now, "images")["data"]["min_crop"] == 32
+    assert identity(now, "images")["sampling"]["spacing"] == "trailing"
+    assert load_config(MODELS / "mldm_v15.yaml", stored_overrides(Config, stored)).data == old.data
+    again = load_config(MODELS / "phantom.yaml", ["sampling.spacing=trailing", *stored_overrides(Config, stored)])
+    assert again == old
 
 
 def test_cached_features_of_earlier_versions_are_recognised_and_stretched_classifiers_are_not() -> None:

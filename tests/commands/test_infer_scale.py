@@ -310,14 +310,14 @@ def test_bf16_draws_nearly_the_same_and_leaves_the_outside_alone(
 def test_samplers_steps_scale_and_interval_all_matter(final: Path, one: Path, tmp_path: Path) -> None:
     kinds = {
         "plain": [],
-        "dpm": ["--sampler", "dpmpp_2m"],
+        "ddim": ["--sampler", "ddim"],
         "steps": ["--steps", 3],
-        "spacing": ["--step_spacing", "trailing"],
+        "spacing": ["--step_spacing", "leading"],
         "scale": ["--guidance_scale", 2],
         "early": ["--guidance_interval", 0, 0.5],
         "never": ["--guidance_interval", 1, 1],
         "rescale": ["sampling.guidance_rescale=0"],
-        "eta": ["sampling.eta=1"],
+        "eta": ["--sampler", "ddim", "sampling.eta=1"],
     }
     found = {}
     for name, flags in kinds.items():

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_networks import noise
+from tiny import MODELS
 from torch import Tensor
 
 from ldm import config
+from ldm.bench.inference import FAST, REFERENCE
 from ldm.config import DiffusionConfig
 from ldm.diffusion import samplers
 from ldm.diffusion.guidance import guided_steps, rescaled
@@ -59,6 +61,12 @@ def cellwise(x: Tensor, t: int, index: int) -> Tensor:
 def test_every_sampler_of_the_configuration_exists() -> None:
     assert set(samplers.SAMPLERS) == set(config.SAMPLERS)
     assert set(samplers.SPACINGS) == set(config.SPACINGS)
+
+
+def test_benches_measure_the_shipped_default() -> None:
+    sampling = config.load_config(MODELS / "mldm_v15.yaml").sampling
+    assert dataclasses.replace(sampling, **FAST) == sampling
+    assert dataclasses.replace(sampling, **REFERENCE) != sampling
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])

@@ -29,7 +29,14 @@ def config() -> Config:
     off = ["data.fit=resize", "data.feather=0", "sampling.differential=false"]
     return load_config(
         MODELS / "phantom.yaml",
-        [*off, "sampling.steps=10", "sampling.guidance_scale=7.5", "sampling.guidance_rescale=0"],
+        [
+            *off,
+            "sampling.sampler=ddim",
+            "sampling.spacing=leading",
+            "sampling.steps=10",
+            "sampling.guidance_scale=7.5",
+            "sampling.guidance_rescale=0",
+        ],
     )
 
 

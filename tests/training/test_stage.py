@@ -162,10 +162,17 @@ def test_a_control_c_is_noted_and_a_second_one_ends_the_process() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("more", ["sampling.sampler=ddim", "sampling.sampler=dpmpp_2m", "sampling.eta=1"])
+@pytest.mark.parametrize(
+    "more", ["sampling.sampler=ddim", "sampling.sampler=dpmpp_2m", "sampling.sampler=ddim sampling.eta=1"]
+)
 def test_previews_are_what_inference_generates(trained: dict, world: Path, more: str) -> None:
     """The same items, noise, sampler, guidance and differential mask, from images and prompts instead of features."""
-    overrides = [more, "sampling.steps=3", "sampling.guidance_interval=[0.3,1]", "sampling.guidance_rescale=0.5"]
+    overrides = [
+        *more.split(),
+        "sampling.steps=3",
+        "sampling.guidance_interval=[0.3,1]",
+        "sampling.guidance_rescale=0.5",
+    ]
     config = load_config(MODELS / "phantom_stage2_2.yaml", [*overrides, f"biomedclip.path={CLIP}"])
     net, clip = open_model(config, read_checkpoint(trained["stage2_2"].last))
     items, _ = training_items(load_samples(world / "val")[0], config.data)
