@@ -1,10 +1,14 @@
 """report.html beside synthetic images: each with its original, soft mask, result and difference. No torch.
 
-One small image per result, loaded when it comes into view, and a few lines of script to filter by prompt: a page of
-2,000 results opens at once. It opens from disk and loads nothing from anywhere else.
+One small image per result, loaded when it comes into view, and a few lines of script to filter by prompt. A page shows
+500 results, so that it opens at once and is made in little memory; the pages after the first one lie in
+``report_files``. They open from disk and load nothing from anywhere else.
 """
 
+import math
+import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,23 +22,54 @@ from ldm.data.png import write_png
 from ldm.reports.comparison import ResultImage, read_result
 from ldm.reports.html import files_folder, write_page
 
+PAGE = 500  # results that a page shows
+NEIGHBOURS = 3  # pages before and after it that a page links to
 TILE = 160  # pixels of a panel
 LONGEST_NAME = 120  # characters of a thumbnail's name; file systems take 255 bytes
 PANELS = ("original", "soft mask", "result", "difference")
 
 
 def write_gallery(folder: Path) -> Path:
-    """Write ``report.html`` beside the results in ``folder``, with the thumbnails that are not there yet."""
-    page = folder / "report.html"
+    """Write ``report.html`` and its further pages beside the results in ``folder``, with the thumbnails not there yet.
+
+    Returns the first page.
+    """
     names = sorted(meta.parent.relative_to(folder).as_posix() for meta in folder.rglob("*__v*/meta.json"))
+    count = math.ceil(len(names) / PAGE) or 1
+    pages = [_page(folder, number) for number in range(1, count + 1)]
     with ThreadPoolExecutor(4) as pool:
-        cards = list(pool.map(lambda name: _card(folder, name), names))
-    shown = {_thumbnail(folder, name).stem for name in names}
-    for file in files_folder(page).iterdir():
-        if file.stem not in shown:  # a thumbnail of a result that is no longer there
+        for number in range(1, count + 1):
+            some = names[(number - 1) * PAGE : number * PAGE]
+            _write_page(folder, pages, number, len(names), list(pool.map(lambda name: _card(folder, name), some)))
+    kept = {_thumbnail(folder, name).stem for name in names} | {page.stem for page in pages}
+    for file in files_folder(pages[0]).iterdir():
+        if file.stem not in kept:  # a thumbnail of a result that is no longer there, or a page too many
             file.unlink()
-    write_page(page, "gallery", name=folder.name, cards=cards, panels=PANELS, tile=TILE)
-    return page
+    return pages[0]
+
+
+def _page(folder: Path, number: int) -> Path:
+    """The file of the page ``number``, counted from 1."""
+    first = folder / "report.html"
+    return first if number == 1 else files_folder(first) / f"page_{number}.html"
+
+
+def _write_page(folder: Path, pages: Sequence[Path], number: int, total: int, cards: Sequence[dict[str, Any]]) -> None:
+    """Write page ``number`` with its ``cards`` out of ``total``, and links to others of the ``pages``.
+
+    The first page links to all, the others to the first, the last and their neighbours.
+    """
+    page, start = pages[number - 1], (number - 1) * PAGE
+    near = {1, len(pages), *range(number - NEIGHBOURS, number + NEIGHBOURS + 1)}
+    linked = [each for each in range(1, len(pages) + 1) if number == 1 or each in near]
+    links = {each: _relative(pages[each - 1], page) for each in linked} if len(pages) > 1 else {}
+    shown = [card | {"source": _relative(folder / card["source"], page)} for card in cards]
+    values = {"name": folder.name, "total": total, "first": start + 1, "number": number, "links": links}
+    write_page(page, "gallery", **values, cards=shown, panels=PANELS, tile=TILE)
+
+
+def _relative(path: Path, page: Path) -> str:
+    return Path(os.path.relpath(path, page.parent)).as_posix()
 
 
 def write_thumbnail(folder: Path, name: str, image: ResultImage) -> None:

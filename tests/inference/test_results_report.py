@@ -123,8 +123,8 @@ def test_the_numbers_are_those_of_the_pixels(tmp_path: Path) -> None:
     assert "&lt;b&gt;lesion" in page.text
 
 
-def test_two_thousand_pictures_make_a_light_page(tmp_path: Path) -> None:
-    """The page itself stays small, its pictures are loaded one by one; nothing but thumbnails lies beside it."""
+def test_two_thousand_pictures_make_four_light_pages(tmp_path: Path) -> None:
+    """A page stays small, its pictures are loaded one by one; nothing but thumbnails and pages lies beside it."""
     write_png(tmp_path / "p.png", np.random.default_rng(0).integers(0, 200, (32, 32), dtype=np.uint8))
     first = tmp_path / "out" / "s0000__v0"
     drawn(first, 0, tmp_path / "p.png", "severe lytic lesion")
@@ -138,17 +138,29 @@ def test_two_thousand_pictures_make_a_light_page(tmp_path: Path) -> None:
         for suffix in (".png", ".json"):
             (thumbnails / f"{copy.name}{suffix}").hardlink_to(thumbnails / f"{first.name}{suffix}")
     before = {file.name for file in thumbnails.iterdir()}
-    page = write_gallery(tmp_path / "out")
-    cards = Cards(page).cards
-    assert len(cards) == 2000
-    assert page.stat().st_size < 1_500_000  # 750 bytes a picture: no image is embedded
-    # A browser opens the page with the first pictures alone: one file each, of known size, when it comes into view.
-    assert len({card["source"] for card in cards}) == 2000
-    assert all(card["loading"] == "lazy" and (page.parent / card["source"]).is_file() for card in cards)
-    assert page.read_text().count(f'<img loading="lazy" width="{4 * TILE}" height="{TILE}"') == 2000
-    assert "content-visibility: auto" in page.read_text()
-    assert {file.name for file in thumbnails.iterdir()} == before  # nothing was drawn again
-    assert all(file.stat().st_size < 200_000 for file in thumbnails.iterdir())
+    pages = [write_gallery(tmp_path / "out"), *(thumbnails / f"page_{number}.html" for number in (2, 3, 4))]
+    found = [Cards(page) for page in pages]
+    shown = [card["alt"].split(" of ")[1] for page in found for card in page.cards]
+    assert shown == [f"s{number:04d}__v0" for number in range(2000)]
+    for page, parsed in zip(pages, found, strict=True):
+        assert len(parsed.cards) == 500
+        assert page.stat().st_size < 375_000  # 750 bytes a picture: no image is embedded
+        # A browser opens it with the first pictures alone: one file each, of known size, when it comes into view.
+        assert len({card["source"] for card in parsed.cards}) == 500
+        assert all(card["loading"] == "lazy" and (page.parent / card["source"]).is_file() for card in parsed.cards)
+        assert page.read_text().count(f'<img loading="lazy" width="{4 * TILE}" height="{TILE}"') == 500
+        assert "content-visibility: auto" in page.read_text()
+        assert {(page.parent / link).resolve() for link in parsed.links} == {*pages} - {page}
+        assert "2000 synthetic images, page " in page.read_text()
+    new = {"page_2.html", "page_3.html", "page_4.html"}
+    assert {file.name for file in thumbnails.iterdir()} == before | new  # nothing was drawn again
+    assert all(file.stat().st_size < 200_000 for file in thumbnails.iterdir() if file.suffix != ".html")
+    for number in range(700, 2000):
+        shutil.rmtree(tmp_path / "out" / f"s{number:04d}__v0")
+    assert len(Cards(write_gallery(tmp_path / "out")).cards) == 500
+    assert len(Cards(pages[1]).cards) == 200
+    assert sorted(file.name for file in thumbnails.glob("*.html")) == ["page_2.html"]
+    assert len(list(thumbnails.glob("*.png"))) == 700
 
 
 # ------------------------------------------------------------------------------------------------- in a browser
