@@ -6,7 +6,7 @@
 
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from ldm.data.samples import Sample
@@ -38,6 +38,7 @@ _LEVEL = re.compile(
 # T1 and T2 are also MR sequences: what follows them tells.
 _SEQUENCE = re.compile(r"[\s-]?(?:wi?\b|weight|image|signal|sequence|hyper|hypo|iso|bright|dark|relax)", re.IGNORECASE)
 _BONE = re.compile(r"\s*(?:vertebra|body|level|椎)", re.IGNORECASE)
+REMEMBERED = 1 << 17  # prompts whose names of vertebrae, regions and modalities are kept: each meets many images
 
 
 class ImageFacts(NamedTuple):
@@ -167,8 +168,13 @@ def _compatible(one: str | None, other: str | None) -> bool:
     return one is None or other is None or one == other
 
 
-def _mentions(prompt: str, level: str | None) -> list[tuple[re.Match, list[str]]]:
+def _mentions(prompt: str, level: str | None) -> Sequence[tuple[re.Match, list[str]]]:
     """Each place where vertebrae are named, with their names."""
+    return _places(prompt, level if level in ("T1", "T2") else None)
+
+
+@lru_cache(REMEMBERED)
+def _places(prompt: str, level: str | None) -> Sequence[tuple[re.Match, list[str]]]:
     found = []
     for match in _LEVEL.finditer(prompt):
         names = _names(match)
@@ -177,7 +183,7 @@ def _mentions(prompt: str, level: str | None) -> list[tuple[re.Match, list[str]]
             names = names if bone else []
         if names:
             found.append((match, names))
-    return found
+    return tuple(found)
 
 
 def _names(match: re.Match) -> list[str]:
@@ -196,15 +202,17 @@ def _regions(text: str) -> set[str]:
     return {word.lower() for word in re.findall(rf"\b(?:{_SPINE})\b", text, re.IGNORECASE)}
 
 
-def _spinal(prompt: str) -> set[str]:
+@lru_cache(REMEMBERED)
+def _spinal(prompt: str) -> frozenset[str]:
     """The regions of the spine that a prompt names, as in "lumbar vertebra"."""
-    return {word.lower() for word in re.findall(_REGION, prompt, re.IGNORECASE)}
+    return frozenset(word.lower() for word in re.findall(_REGION, prompt, re.IGNORECASE))
 
 
 def _region(facts: ImageFacts) -> str | None:
     return REGIONS.get(facts.level[0], facts.region) if facts.level else facts.region
 
 
-def _modalities(text: str) -> list[str]:
+@lru_cache(REMEMBERED)
+def _modalities(text: str) -> Sequence[str]:
     whole = {name: rf"(?<![A-Za-z0-9])(?:{words})(?![A-Za-z0-9])" for name, words in MODALITIES.items()}
-    return [name for name, words in whole.items() if re.search(words, text, re.IGNORECASE)]
+    return tuple(name for name, words in whole.items() if re.search(words, text, re.IGNORECASE))
