@@ -9,13 +9,14 @@ import secrets
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
+from ldm.core.threads import thread_pool
 
 PARTIAL_PREFIX = ".partial-"
 NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)  # what mounts answer that cannot do it
@@ -244,9 +245,38 @@ def content_id(path: str | Path | None) -> str | None:
         return None
 
 
+class Contents:
+    """``content_id`` of files, each of which is read once, however often it is asked for."""
+
+    def __init__(self) -> None:
+        self.known: dict[Path | None, str | None] = {None: None}
+
+    def __call__(self, path: Path | None) -> str | None:
+        """SHA-256 of the file's bytes; None for no file or an unreadable one."""
+        if path not in self.known:
+            self.known[path] = content_id(path)
+        return self.known[path]
+
+    def read(self, paths: Iterable[Path | None]) -> None:
+        """Read those of ``paths`` that are not known yet, several at a time."""
+        new = [path for path in dict.fromkeys(paths) if path not in self.known]
+        with thread_pool() as pool:
+            self.known.update(zip(new, pool.map(content_id, new), strict=True))
+
+
 def fingerprint(value: Any) -> str:
     """SHA-256 of a JSON-able value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def fingerprint_all(values: Iterable[Any]) -> str:
+    """``fingerprint`` of a list of ``values``, of which one at a time is in memory."""
+    digest, separator = hashlib.sha256(), b"["
+    for value in values:
+        digest.update(separator + json.dumps(value, sort_keys=True, default=str).encode())
+        separator = b", "
+    digest.update(b"[]" if separator == b"[" else b"]")
+    return digest.hexdigest()
 
 
 def named_seed(*names: object) -> int:

@@ -74,12 +74,11 @@ class RunFolder:
         self.same_run = False  # whether what the folder holds is this run's; set by open() and claim()
 
     @contextmanager
-    def lock(self, wait: bool = False, first: bool = True) -> Iterator[None]:
+    def lock(self, wait: bool = False, first: bool = True, part: str = "") -> Iterator[None]:
         """Keep other processes that ask for the same folder out for the block; UsageError, or ``wait`` for them.
 
         UsageError also unless the path is, or can become, a folder in which files may be written. Of the processes of
-        one run, only the ``first`` holds the lock. The lock file ``.NAME.lock`` lies beside the folder, so that a
-        refused run leaves no trace in it (inside it, where the folder above may not be written to).
+        one run, only the ``first`` holds the lock. With ``part`` it is that of this part of the work alone.
         """
         above = nearest_existing(self.path.absolute())
         if not above.is_dir():
@@ -89,12 +88,22 @@ class RunFolder:
         if not first:
             yield
             return
-        folder = self.path.resolve()
-        beside = folder.with_name(f".{folder.name}.lock")
-        own = beside if os.access(nearest_existing(folder.parent), os.W_OK) else folder / ".run.lock"
-        cure = "waiting for it to end" if wait else f"give another {self.flag}"
-        with exclusive(self.lock_file or own, f"{self.path}: another run is writing here at this moment; {cure}", wait):
+        cure = "waiting for it to end" if wait else "wait for it to end" if part else f"give another {self.flag}"
+        what = f"another command works at {part}" if part else "another run is writing here"
+        with exclusive(self.lock_path(part), f"{self.path}: {what} at this moment; {cure}", wait):
             yield
+
+    def lock_path(self, part: str = "") -> Path:
+        """The lock file: ``.NAME.lock`` beside the folder, or in ``.NAME.locks`` that of a ``part`` of its work.
+
+        So a refused run leaves no trace in the folder. Where the folder above may not be written to, it lies inside.
+        """
+        if self.lock_file:
+            return self.lock_file
+        folder = self.path.resolve()
+        beside = os.access(nearest_existing(folder.parent), os.W_OK)
+        stem = folder.with_name(f".{folder.name}") if beside else folder / ".run"
+        return Path(f"{stem}.locks", f"{part}.lock") if part else Path(f"{stem}.lock")
 
     def open(
         self, settings: Mapping[str, Any], overwrite: bool = False, legacy: str | None = None, anew: bool = False
@@ -182,12 +191,16 @@ class RunFolder:
             found += sorted(mark.parent for mark in self.path.rglob(self.samples))
         return found
 
+    def holds_work(self) -> bool:
+        """Whether runs have written anything here beside the record."""
+        return bool(self._work())
+
     def has(self, item: str, *files: str) -> bool:
         """Whether the sub-folder ``item`` is there with all these files."""
         return all((self.path / item / name).is_file() for name in files)
 
-    def claim(self, **values: Any) -> None:
-        """Make the folder this run's: what another run has written goes, and all partials of runs that were killed.
+    def claim(self, sweep: bool = True, **values: Any) -> None:
+        """Make the folder this run's: what another run has written goes, and, with ``sweep``, what killed runs left.
 
         The record then calls itself incomplete (with ``values``), until ``finish``. Stopped while it deletes, this
         leaves a record that is no run's, so that nobody takes the remaining files for their own.
@@ -197,11 +210,16 @@ class RunFolder:
                 write_json(self.record, {"complete": False})
             for path in self._work():
                 _remove(path)
+        if sweep:
+            self.sweep()
+        self.write_record(**values)
+        self.same_run = True
+
+    def sweep(self) -> None:
+        """Delete the partials that killed runs have left; nobody may be writing here."""
         search = self.path.rglob if self.samples else self.path.glob  # sample folders have partials of their own
         for orphan in list(search(PARTIAL_PREFIX + "*")):
             _remove(orphan)  # it may have lain in one that was just removed
-        self.write_record(**values)
-        self.same_run = True
 
     def finish(self, **values: Any) -> None:
         """Write the record of a complete run, as the last file."""

@@ -21,6 +21,7 @@ from ldm.data.samples import (
     Reject,
     Sample,
     is_box,
+    packed_samples,
     prompt_fault,
     prompt_of,
     text_of,
@@ -43,6 +44,8 @@ def read_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
     path = Path(path)
     if not path.exists():
         raise MedSoftError(f"{path}: does not exist; expected a dataset folder or an annotation JSON file")
+    if path.suffix == ".tar":
+        raise MedSoftError(str(packed_samples(path)))
     source = next(source for source in SOURCES if source.recognises(path))
     samples, rejects = source.read(path)
     if not samples:

@@ -39,6 +39,7 @@ from ldm.data.samples import (
     META_TEXTS,
     Reject,
     Sample,
+    packed_samples,
     prompt_fault,
     prompt_of,
     shown,
@@ -107,9 +108,8 @@ def scan_folder(root: str | Path) -> tuple[list[Sample], list[Reject]]:
         raise MedSoftError(f"{root}: {reason}")
     folders, rejects = _sample_folders(root)
     if not folders and not rejects:
-        raise MedSoftError(
-            f"{root}: holds no sample; expected folders with an image ({', '.join(SUFFIXES)}), a mask and a prompt.txt"
-        )
+        expected = f"folders with an image ({', '.join(SUFFIXES)}), a mask and a prompt.txt"
+        raise MedSoftError(packed_samples(root) or f"{root}: holds no sample; expected {expected}")
     pool = thread_pool()
     try:
         checked = pool.map(lambda item: _checked(*item), folders)

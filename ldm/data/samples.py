@@ -63,6 +63,18 @@ def shown(text: object) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def packed_samples(path: Path) -> str | None:
+    """Why a WebDataset tar, or a folder of them, is not read, with the line that unpacks them; None for others."""
+    folder = path.parent if path.suffix == ".tar" else path
+    if folder == path and not any(path.glob("*.tar")):
+        return None
+    unpacked = f"{folder}_unpacked"
+    return (
+        f"{path}: samples in WebDataset tars are not read; unpack them: mkdir {unpacked}; for tar in {folder}/*.tar; "
+        f"do tar -xf $tar -C {unpacked} --transform 's|\\.\\([a-z_]*\\.[A-Za-z]*\\)$|/\\1|'; done"
+    )
+
+
 def wrong_value(
     values: Mapping[str, Any], rules: Mapping[str, Rule], required: Sequence[str] = ()
 ) -> tuple[str, str] | None:

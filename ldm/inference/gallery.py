@@ -8,7 +8,7 @@ One small image per result, loaded when it comes into view, and a few lines of s
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,31 @@ PANELS = ("original", "soft mask", "result", "difference")
 
 
 def write_gallery(folder: Path) -> Path:
-    """Write ``report.html`` and its further pages beside the results in ``folder``, with the thumbnails not there yet.
+    """Write the report of the sample folders in ``folder``, with the thumbnails that are not there yet.
 
-    Returns the first page.
+    Returns its first page.
     """
     names = sorted(meta.parent.relative_to(folder).as_posix() for meta in folder.rglob("*__v*/meta.json"))
-    count = math.ceil(len(names) / PAGE) or 1
-    pages = [_page(folder, number) for number in range(1, count + 1)]
+    starts = range(0, len(names), PAGE)
     with ThreadPoolExecutor(4) as pool:
-        for number in range(1, count + 1):
-            some = names[(number - 1) * PAGE : number * PAGE]
-            _write_page(folder, pages, number, len(names), list(pool.map(lambda name: _card(folder, name), some)))
-    kept = {_thumbnail(folder, name).stem for name in names} | {page.stem for page in pages}
-    for file in files_folder(pages[0]).iterdir():
-        if file.stem not in kept:  # a thumbnail of a result that is no longer there, or a page too many
+        pages = (list(pool.map(lambda name: _fresh_card(folder, name), names[k : k + PAGE])) for k in starts)
+        return write_pages(folder, len(names), pages, {_thumbnail(folder, name).stem for name in names})
+
+
+def write_pages(folder: Path, total: int, pages: Iterable[Sequence[dict[str, Any]]], kept: Set[str]) -> Path:
+    """Write ``report.html`` and its further pages in ``folder``, one page of cards after the other; returns the first.
+
+    ``total``: how many cards ``pages`` give, PAGE at a time; a card is what ``card_of`` makes. ``kept``: stems of
+    the image files that the cards show. What else lies beside the images, of results that are gone, is deleted.
+    """
+    files = [_page(folder, number) for number in range(1, max(1, math.ceil(total / PAGE)) + 1)]
+    for number, cards in enumerate(pages if total else [[]], 1):
+        _write_page(folder, files, number, total, cards)
+    kept = kept | {file.stem for file in files}
+    for file in files_folder(files[0]).glob("*"):
+        if file.stem not in kept:
             file.unlink()
-    return pages[0]
+    return files[0]
 
 
 def _page(folder: Path, number: int) -> Path:
@@ -54,15 +63,15 @@ def _page(folder: Path, number: int) -> Path:
     return first if number == 1 else files_folder(first) / f"page_{number}.html"
 
 
-def _write_page(folder: Path, pages: Sequence[Path], number: int, total: int, cards: Sequence[dict[str, Any]]) -> None:
-    """Write page ``number`` with its ``cards`` out of ``total``, and links to others of the ``pages``.
+def _write_page(folder: Path, files: Sequence[Path], number: int, total: int, cards: Sequence[dict[str, Any]]) -> None:
+    """Write page ``number`` of ``files`` with its ``cards`` out of ``total``, and links to others.
 
     The first page links to all, the others to the first, the last and their neighbours.
     """
-    page, start = pages[number - 1], (number - 1) * PAGE
-    near = {1, len(pages), *range(number - NEIGHBOURS, number + NEIGHBOURS + 1)}
-    linked = [each for each in range(1, len(pages) + 1) if number == 1 or each in near]
-    links = {each: _relative(pages[each - 1], page) for each in linked} if len(pages) > 1 else {}
+    page, start = files[number - 1], (number - 1) * PAGE
+    near = {1, len(files), *range(number - NEIGHBOURS, number + NEIGHBOURS + 1)}
+    linked = [each for each in range(1, len(files) + 1) if number == 1 or each in near]
+    links = {each: _relative(files[each - 1], page) for each in linked} if len(files) > 1 else {}
     shown = [card | {"source": _relative(folder / card["source"], page)} for card in cards]
     values = {"name": folder.name, "total": total, "first": start + 1, "number": number, "links": links}
     write_page(page, "gallery", **values, cards=shown, panels=PANELS, tile=TILE)
@@ -103,13 +112,23 @@ def _thumbnail(folder: Path, name: str) -> Path:
     return files_folder(folder / "report.html") / f"{plain}.png"
 
 
-def _card(folder: Path, name: str) -> dict[str, Any]:
-    """What the page shows of one result; its images are read only if its thumbnail is missing or older."""
+def _fresh_card(folder: Path, name: str) -> dict[str, Any]:
+    """``card_of``, for which the result's images are read if its thumbnail is missing or older."""
     thumbnail, meta = _thumbnail(folder, name), folder / name / "meta.json"
     stored = thumbnail.with_suffix(".json")
     if not (thumbnail.exists() and stored.exists() and stored.stat().st_mtime_ns >= meta.stat().st_mtime_ns):
         write_thumbnail(folder, name, read_result(read_sample(name, folder / name)))
-    numbers, record = read_json(stored), read_json(meta)
+    return card_of(folder, name)
+
+
+def card_of(folder: Path, name: str) -> dict[str, Any]:
+    """What a page shows of one result that has a thumbnail.
+
+    ``source``: the image file with its thumbnail, seen from ``folder``; ``top``: where in a file of several thumbnails
+    it begins, None in one of its own.
+    """
+    thumbnail = _thumbnail(folder, name)
+    numbers, record = read_json(thumbnail.with_suffix(".json")), read_json(folder / name / "meta.json")
     facts = {
         "seed": record.get("seed"),
         "variant": record.get("variant"),
@@ -120,4 +139,4 @@ def _card(folder: Path, name: str) -> dict[str, Any]:
     known = {name: value for name, value in facts.items() if value is not None}
     prompt = read_text(folder / name / "prompt.txt").strip()
     source = f"{thumbnail.parent.name}/{thumbnail.name}"
-    return {"sample_id": name, "prompt": prompt, "source": source, "facts": known}
+    return {"sample_id": name, "prompt": prompt, "source": source, "top": None, "facts": known}

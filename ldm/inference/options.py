@@ -9,7 +9,9 @@ from ldm.config import SAMPLERS, SAMPLING_PRECISIONS, SPACINGS
 from ldm.core.cli import AMOUNT, COUNT, PROCESSES, SEED, SHARE, WHOLE, Number, flag
 from ldm.core.errors import UsageError
 from ldm.inference.prompts import MATCHES
+from ldm.inference.shares import Share, read_share
 
+FORMATS = ("folder", "tar")
 MM = Number(float, 0.001, 1000)
 # What may stand beside --replay, which takes the rest from the meta.json of the image that it makes again.
 FREE_IN_REPLAY = ("output_dir", "ckpt", "config", "replay", "train_json", "biomedclip", "device", "overwrite")
@@ -77,6 +79,14 @@ class InferenceOptions:
     device: str = flag("auto, cpu, cuda, cuda:1, ...", "auto")
     devices: int = flag("processes on this node", 1, type=PROCESSES)
     num_nodes: int = flag("nodes, each with --devices", 1, type=PROCESSES)
+    share: Share | None = flag(
+        "one of N equal parts of the work, K from 1 to N, each a command of its own, into the same folder",
+        type=read_share,
+        metavar="K/N",
+    )
+    format: str = flag(
+        "folder: a sample folder for each result; tar: WebDataset tars of 1000 samples", "folder", choices=FORMATS
+    )
     overwrite: bool = flag("replace the results of another run", False)
     overrides: Sequence[str] = ()  # KEY=VALUE of the YAML
 

@@ -1,19 +1,23 @@
-"""One result on the disk: a sample folder whose meta.json says how it was made."""
+"""Results on the disk: sample folders whose meta.json says how each was made."""
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm.core.errors import MedSoftError
+from ldm.core.files import read_json
 from ldm.data.checks import TRAINED_ON, trained_on
 from ldm.data.folders import write_sample
 from ldm.data.images import with_alpha
 from ldm.data.preparation import PreparedSample
-from ldm.data.samples import HEALTHY
-from ldm.inference.gallery import write_thumbnail
+from ldm.data.samples import HEALTHY, Reject
+from ldm.inference.gallery import write_gallery, write_thumbnail
+from ldm.inference.shares import Summary
 from ldm.inference.tasks import RESULT_KEYS, Task
 from ldm.reports.comparison import ResultImage
 
@@ -21,18 +25,42 @@ TAG = "synthetic picture drawn by MedSoft-Diffusion; not a patient's image; not 
 FILES = ("image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json")
 
 
-def write_result(
-    folder: Path,
+@dataclass(frozen=True)
+class Result:
+    """One result before it is written: its task, its ``pixels`` beside the original's, its files and its meta.json.
+
+    ``files``: as ``write_sample`` takes them, ``prompt.txt`` and ``meta.json`` aside.
+    """
+
+    task: Task
+    image: ResultImage
+    files: Mapping[str, np.ndarray | Path | bytes]
+    metadata: Mapping[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write its sample folder into ``folder``, whole or not at all."""
+        tags = {"Comment": TAG, "Description": self.task.prompt}
+        write_sample(folder / self.task.name, self.files, self.task.prompt, self.metadata, tags)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the sample folder of a result is there with all its files."""
+    return all((folder / name).is_file() for name in FILES)
+
+
+def result_of(
+    home: Path,
     task: Task,
     prepared: PreparedSample,
     pixels: np.ndarray,
     provenance: dict[str, Any],
     parent_sha256: str | None,
-) -> None:
-    """Write the sample folder of one result into ``folder``, whole or not at all, and its thumbnail.
+) -> Result:
+    """What is written of one result.
 
-    pixels: the composited image, like ``prepared.original``; provenance: what its meta.json says about how it was made,
-    enough for --replay to make it again; parent_sha256: the digest of the sample's image file.
+    home: the folder of all results, from which its paths are seen; pixels: the composited image, like
+    ``prepared.original``; provenance: what its meta.json says about how it was made, enough for --replay to make it
+    again; parent_sha256: the digest of the sample's image file.
     """
     image = ResultImage(prepared.original, pixels, prepared.soft, prepared.intensity_range)
     files: dict[str, np.ndarray | Path | bytes] = {
@@ -45,10 +73,46 @@ def write_result(
         files[f"anatomy{anatomy.suffix}"] = anatomy
     metadata = result_metadata(task, prepared, image.changed_outside, provenance, parent_sha256)
     paths = ("parent_image", "checkpoint", "config")
-    metadata |= {key: _portable(Path(metadata[key]), folder / task.name, folder) for key in paths}
-    write_sample(folder / task.name, files, task.prompt, metadata, {"Comment": TAG, "Description": task.prompt})
-    with suppress(MedSoftError):  # then the report makes it, or says why it cannot
-        write_thumbnail(folder, task.name, image)
+    metadata |= {key: _portable(Path(metadata[key]), home / task.name, home) for key in paths}
+    return Result(task, image, files, metadata)
+
+
+class FolderResults:
+    """Results as sample folders in ``path``. Those of a run are one part: each is finished by itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def parts(self, tasks: Sequence[Task]) -> list[Sequence[Task]]:
+        """The tasks whose results are finished together."""
+        return [tasks]
+
+    def missing(self, number: int, part: Sequence[Task]) -> list[int]:
+        """The numbers of the tasks of part ``number`` whose results are not there."""
+        return [k for k, task in enumerate(part) if not is_whole(self.path / task.name)]
+
+    def write(self, result: Result) -> None:
+        """Write one result and its thumbnail."""
+        result.write(self.path)
+        with suppress(MedSoftError):  # then the report makes it, or says why it cannot
+            write_thumbnail(self.path, result.task.name, result.image)
+
+    def close(self, number: int, part: Sequence[Task], rejects: Sequence[Reject]) -> None:
+        """Finish part ``number``, all of whose results but the rejects' are written."""
+
+    def count(self, tasks: Sequence[Task]) -> int:
+        """How many of ``tasks`` have their result."""
+        return sum(is_whole(self.path / task.name) for task in tasks)
+
+    def summary(self, tasks: Sequence[Task], rejects: Sequence[Reject]) -> Summary:
+        """What is there of ``tasks``; ``rejects``: what this command has found."""
+        there = [task for task in tasks if is_whole(self.path / task.name)]
+        changed = sum(read_json(self.path / task.name / "meta.json")["changed_outside_pixels"] for task in there)
+        return Summary(len(there), changed, rejects=list(dict.fromkeys(rejects)))
+
+    def write_report(self) -> Path:
+        """Write the report of all results in the folder; returns its first page."""
+        return write_gallery(self.path)
 
 
 def result_metadata(

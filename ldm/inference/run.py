@@ -1,5 +1,5 @@
-"""Lesions inpainted over a dataset: each result a whole sample folder or nothing; shared by processes, continued after
-a stop."""
+"""Lesions inpainted over a dataset: each result whole or not there; shared by processes and by commands, continued
+after a stop."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory
 from ldm.core.distributed import Processes, check_tasks, start_processes
 from ldm.core.errors import MedSoftError, UsageError, first_line
-from ldm.core.files import content_id, fingerprint, read_json, sha256_file
+from ldm.core.files import Contents, fingerprint, fingerprint_all, sha256_file
 from ldm.core.paths import shipped
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity, stored_overrides
@@ -31,17 +31,18 @@ from ldm.data.checks import TRAINED_ON, groups_of
 from ldm.data.preparation import PreparedSample, described_identity, lesion_diameter, sample_identity
 from ldm.data.samples import Reject
 from ldm.diffusion.noise import NOISE
-from ldm.inference.gallery import write_gallery
 from ldm.inference.inpainter import InpaintedImage, Inpainter, Job, load_inpainter
 from ldm.inference.options import InferenceOptions
-from ldm.inference.results import FILES, write_result
-from ldm.inference.tasks import Task, plan_tasks, prepare_task, read_record
+from ldm.inference.results import FolderResults, result_of
+from ldm.inference.shares import RECORDS, Share, SharedRun, Summary
+from ldm.inference.tars import INDEXES, TARS, UNPACKED, TarResults
+from ldm.inference.tasks import Plan, Task, plan_tasks, prepare_task, read_record
 
 log = logging.getLogger(__name__)
 
 RECORD = "inference.json"
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} images [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
-Content = Callable[[Path | None], str | None]  # a file's SHA-256
+OWN = ("rejects.json", "report.html", "report_files", RECORDS, UNPACKED, *INDEXES, *TARS)  # what runs may write
 
 
 def run(options: InferenceOptions) -> int:
@@ -73,30 +74,33 @@ def run(options: InferenceOptions) -> int:
     }
     if record:
         _check_replay(options, record, provenance)
-    content: Content = functools.cache(content_id)  # each file is read once, however many results share it
-    tasks, rejects = plan_tasks(options, content, record)
-    for image in {task.sample.image for task in tasks}:
+    content = Contents()  # each file is read once, however many results share it
+    plan = plan_tasks(options, content, record)
+    for image in {task.sample.image for task in plan.tasks}:
         if image.resolve().is_relative_to(options.output_dir.resolve()):
             raise UsageError(
                 f"--output_dir {options.output_dir}: holds {image}, which is to be inpainted; give another"
             )
-    own = ("rejects.json", "report.html", "report_files")
-    results = RunFolder(options.output_dir, RECORD, own=own, samples="*__v*/meta.json")
-    with results.lock(first=is_first_process()):
-        plan = [_identity(task, content) for task in tasks]
-        flags = {name: getattr(options, name) for name in ("exact", "seed", "prompt", "match", "variants")}
-        known = {"ckpt": digest, **flags, "images": fingerprint(plan)}  # what differs is named in this order
-        before = results.open({**known, **settings, "noise": NOISE}, options.overwrite)
-        there = sum(results.has(task.name, *FILES) for task in tasks)
-        known_rejects = len(set(rejects)) <= (before or {}).get("rejected", 0)  # else the record is written anew
-        if before and before.get("complete") and there == before["pictures"] and known_rejects:
-            log.info("%s: already complete (%d images)", results.path, before["pictures"])
-            return cli.SOME_REJECTED if before["rejected"] else cli.DONE
+    share = options.share or Share()
+    path = options.output_dir
+    folder = SharedRun(RunFolder(path, RECORD, own=OWN, samples="*__v*/meta.json"), share)
+    results = TarResults(path, share) if options.format == "tar" else FolderResults(path)
+    with folder.lock(first=is_first_process()):
+        content.read(file for task in plan.tasks for each in task.inputs for file in each.files)
+        images = fingerprint_all(_identity(task, content) for task in plan.tasks)
+        known = {"ckpt": digest}  # what differs is named in this order
+        known |= {name: getattr(options, name) for name in ("exact", "seed", "prompt", "match", "variants")}
+        known |= {"images": images} if share.alone else {"shares": share.count, "plan": plan.whole}
+        known |= {"format": options.format} if options.format != "folder" else {}
+        before = folder.open({**known, **settings, "noise": NOISE}, images, options.overwrite)
+        started = InferenceRun(folder, results, plan, config, provenance, content)
+        if before and started.is_complete(before):
+            return started.again(before)
         processes = start_processes(options.device, options.devices, options.num_nodes)
         processes.barrier()
         if options.exact:
             torch.set_num_threads(1)
-        return InferenceRun(results, tasks, rejects, config, provenance, content, processes).inpaint(options.ckpt)
+        return started.inpaint(options.ckpt, processes)
 
 
 def resolve(options: InferenceOptions, record: dict[str, Any] | None) -> tuple[InferenceOptions, Config, list[str]]:
@@ -142,7 +146,7 @@ def _check_replay(options: InferenceOptions, record: dict[str, Any], provenance:
             raise MedSoftError(f"{path}: is not, or no longer, what {options.replay} was made with; see --{flag}")
 
 
-def _identity(task: Task, content: Content) -> tuple:
+def _identity(task: Task, content: Contents) -> tuple:
     own = (described_identity(task.sample, content), task.variant, task.prompt, task.seed, task.fixed_mask)
     if task.source is None:
         return own
@@ -152,63 +156,109 @@ def _identity(task: Task, content: Content) -> tuple:
 
 @dataclasses.dataclass(frozen=True)
 class InferenceRun:
-    """The processes of one run at work on its tasks; results that are there already stay as they are."""
+    """One command's share of a run; results that are there already stay as they are."""
 
-    results: RunFolder
-    tasks: Sequence[Task]
-    rejects: Sequence[Reject]  # samples that gave no task
+    folder: SharedRun
+    results: FolderResults | TarResults
+    plan: Plan
     config: Config
-    provenance: dict[str, Any]  # see ``write_result``
-    content: Content
-    processes: Processes
+    provenance: dict[str, Any]  # see ``result_of``
+    content: Contents
 
-    def inpaint(self, ckpt: Path) -> int:
+    def is_complete(self, before: dict[str, Any]) -> bool:
+        """Whether all is there that the record ``before`` says is done, with no reject that it does not know."""
+        if not before.get("complete") or len(set(self.plan.rejects)) > before["rejected"]:
+            return False
+        return before["pictures"] == self.results.count(self.plan.tasks)
+
+    def again(self, before: dict[str, Any]) -> int:
+        """What is left to do where all images are there: perhaps the last share was killed before its last step."""
+        log.info("%s: already complete (%d images)", self.folder, before["pictures"])
+        if self.folder.is_shared:
+            return self._finish(Summary.from_json(before))
+        return cli.SOME_REJECTED if before["rejected"] else cli.DONE
+
+    def inpaint(self, ckpt: Path, processes: Processes) -> int:
         """Inpaint what is missing; returns the exit code. The model is loaded only if something is missing.
 
-        A model that cannot be loaded leaves the folder as it was. Each process does its share, and the first one keeps
+        A model that cannot be loaded leaves the folder as it was. Each process does its part, and the first one keeps
         the record.
         """
         start = time.monotonic()
-        # The numbers of the tasks whose results are not there, as the first process sees the folder.
-        there = {task.name for task in self.tasks if self.results.same_run and self.results.has(task.name, *FILES)}
-        missing = self.processes.share([k for k, task in enumerate(self.tasks) if task.name not in there])
-        if len(missing) < len(self.tasks):
-            log.info("%d of %d images are there already", len(self.tasks) - len(missing), len(self.tasks))
+        parts = self.results.parts(self.plan.tasks)
+        # The numbers of the tasks of each part whose results are not there, as the first process sees the folder.
+        there = self.folder.same_run
+        missing = [self.results.missing(k, part) if there else [*range(len(part))] for k, part in enumerate(parts)]
+        missing = processes.share(missing)
+        total, left = len(self.plan.tasks), sum(map(len, missing))
+        if left < total:
+            log.info("%d of %d images are there already", total - left, total)
         with advice_on_memory(self.config.sampling):
-            inpainter = load_inpainter(ckpt, self.config, self.processes.device) if missing else None
-        self.processes.barrier()  # all models are loaded: now the folder may change
-        if self.processes.rank == 0:
-            self.results.claim(command=self.provenance["command"])
-        self.processes.barrier()
-        mine = [self.tasks[k] for k in missing[self.processes.rank :: self.processes.size]]
-        rejects: list[Reject] = []
-        error: MedSoftError | None = None
-        try:
-            with advice_on_memory(self.config.sampling):
-                rejects = self._inpaint_all(mine, inpainter) if inpainter else []
-        except MedSoftError as caught:
-            error = caught
-        outcomes = self.processes.gather((rejects, error))
+            inpainter = load_inpainter(ckpt, self.config, processes.device) if left else None
+        processes.barrier()  # all models are loaded: now the folder may change
+        if processes.rank == 0:
+            self.folder.claim(self.provenance["command"])
+        processes.barrier()
+        rejects, error = self._inpaint_parts(parts, missing, inpainter, processes)
         code = cli.DONE
         try:
-            if self.processes.rank == 0:  # it speaks for all of them
-                code = self._finish(outcomes, start)
+            if processes.rank == 0:  # it speaks for all of them
+                if error:
+                    raise error
+                summary = self.results.summary(self.plan.tasks, [*self.plan.rejects, *rejects])
+                summary.seconds = round(time.monotonic() - start, 1)
+                code = self._finish(summary)
         finally:
-            code = self.processes.share(code)
+            code = processes.share(code)
         return code
 
-    def _inpaint_all(self, tasks: Sequence[Task], inpainter: Inpainter) -> list[Reject]:
+    def _inpaint_parts(
+        self,
+        parts: Sequence[Sequence[Task]],
+        missing: Sequence[Sequence[int]],
+        inpainter: Inpainter | None,
+        processes: Processes,
+    ) -> tuple[list[Reject], MedSoftError | None]:
+        """One part after the other, each by all processes; the first one closes it. The rejects, and the first error.
+
+        An error of one process stops all of them.
+        """
+        rejects: list[Reject] = []
+        label = f"inpainting (process 1 of {processes.size})" if processes.size > 1 else "inpainting"
+        own = [numbers[processes.rank :: processes.size] for numbers in missing]
+        total = sum(map(len, own))
+        with tqdm(total=total, desc=label, mininterval=1, bar_format=BAR, disable=processes.rank > 0) as bar:
+            for number, part in enumerate(parts):
+                found: list[Reject] = []
+                error: MedSoftError | None = None
+                try:
+                    with advice_on_memory(self.config.sampling):
+                        if inpainter and own[number]:
+                            found = self._inpaint_all([part[k] for k in own[number]], inpainter, bar)
+                except MedSoftError as caught:
+                    error = caught
+                outcomes = processes.gather((found, error))
+                error = next((each for _, each in outcomes if each), None)
+                found = [reject for each, _ in outcomes for reject in each]
+                if processes.rank == 0 and not error:
+                    try:
+                        self.results.close(number, part, found)
+                    except MedSoftError as caught:
+                        error = caught
+                error = processes.share(error)
+                rejects += found
+                if error:
+                    return rejects, error
+        return rejects, None
+
+    def _inpaint_all(self, tasks: Sequence[Task], inpainter: Inpainter, bar: tqdm) -> list[Reject]:
         """Inpaint batch by batch; the next one is read and the last one written while the model works."""
         size = self.config.sampling.batch_size
         batches = [tasks[first : first + size] for first in range(0, len(tasks), size)]
         rejects: list[Reject] = []
-        label = f"inpainting (process 1 of {self.processes.size})" if self.processes.size > 1 else "inpainting"
         sources = {task.source.image: task.source for task in tasks if task.source}
         diameter = functools.cache(lambda image: lesion_diameter(sources[image]))  # many results share a source
-        with (
-            ThreadPoolExecutor(4) as pool,
-            tqdm(total=len(tasks), desc=label, mininterval=1, bar_format=BAR, disable=self.processes.rank > 0) as bar,
-        ):
+        with ThreadPoolExecutor(4) as pool:
             before: tuple[list[Reject], list[Future]] = ([], [])  # of the last batch: its rejects, and what is written
             for batch, prepared in _ahead(pool, lambda task: prepare_task(task, self.config.data, diameter), batches):
                 pairs = list(zip(batch, prepared, strict=True))
@@ -228,40 +278,38 @@ class InferenceRun:
         if result.pixels is None:
             return _not_finite(task, result.error)
         about = self.provenance, self.content(task.sample.image)
-        write_result(self.results.path, task, sample, result.pixels, *about)
+        self.results.write(result_of(self.results.path, task, sample, result.pixels, *about))
         return None
 
-    def _finish(self, outcomes: Sequence[tuple[list[Reject], MedSoftError | None]], start: float) -> int:
-        """Write the list of rejects, the record and the report; returns the exit code, or raises a process's error."""
-        for _, error in outcomes:
-            if error is not None:
-                raise error
-        folder = self.results.path
-        rejects = list(dict.fromkeys([*self.rejects, *(reject for own, _ in outcomes for reject in own)]))
-        reject_file = folder / "rejects.json"
-        write_rejects(reject_file, rejects)
-        for reject in rejects[:5]:
+    def _finish(self, summary: Summary) -> int:
+        """Record what was made and, if all of the run is there, publish it; returns the exit code."""
+        for reject in summary.rejects[:5]:
             log.warning("not inpainted: %s", reject)
-        if rejects:
-            log.warning("%d samples were not inpainted; all of them are in %s", len(rejects), reject_file)
-        done = [task for task in self.tasks if self.results.has(task.name, *FILES)]
-        if not done:
-            raise MedSoftError(f"{folder}: no image could be inpainted; first: {rejects[0]}; all are in {reject_file}")
-        changed = sum(read_json(folder / task.name / "meta.json")["changed_outside_pixels"] for task in done)
-        self.results.finish(
-            command=self.provenance["command"],
-            pictures=len(done),
-            rejected=len(rejects),
-            changed_outside_pixels=changed,
-            seconds=round(time.monotonic() - start, 1),
-            checkpoint_sha256=self.provenance["checkpoint_sha256"],
-        )
-        log.info("%s: %d images, %d pixels changed outside the soft masks", folder, len(done), changed)
+        with self.folder.finished(summary) as whole:
+            if whole:
+                self._publish(whole)
+        return cli.SOME_REJECTED if (whole or summary).rejects else cli.DONE
+
+    def _publish(self, whole: Summary) -> None:
+        """Write the list of rejects, the report and, last, the record of the whole run.
+
+        MedSoftError if it has no image at all.
+        """
+        path, count = self.results.path, len(whole.rejects)
+        reject_file = path / "rejects.json"
+        write_rejects(reject_file, whole.rejects)
+        if count:
+            log.warning("%d samples were not inpainted; all of them are in %s", count, reject_file)
+        if not whole.pictures:
+            first = whole.rejects[0]
+            raise MedSoftError(f"{path}: no image could be inpainted; first: {first}; all are in {reject_file}")
+        changed = whole.changed_outside_pixels
+        log.info("%s: %d images, %d pixels changed outside the soft masks", path, whole.pictures, changed)
         try:
-            log.info("%s shows them", write_gallery(folder))
+            log.info("%s shows them", self.results.write_report())
         except MedSoftError as error:  # the results are there all the same
             log.warning("warning: no report: %s", error)
-        return cli.SOME_REJECTED if rejects else cli.DONE
+        self.folder.publish(whole, self.provenance["command"], self.provenance["checkpoint_sha256"])
 
 
 def _not_finite(task: Task, error: str | None) -> Reject:

@@ -5,24 +5,26 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 from ldm.config import DataConfig
 from ldm.core.errors import FileError, MedSoftError, UsageError
-from ldm.core.files import named_seed, read_json, read_text
+from ldm.core.files import Contents, fingerprint, fingerprint_all, named_seed, read_json, read_text
 from ldm.core.paths import confined
 from ldm.core.schema import Rule
+from ldm.core.threads import thread_pool
 from ldm.data.annotations import load_samples
 from ldm.data.checks import TRAINED_ON
 from ldm.data.folders import is_marked, parent_image, read_meta, read_sample
 from ldm.data.images import read_image
 from ldm.data.masks import read_mask
-from ldm.data.preparation import PreparedSample, fit_sample, inpainting_obstacle, prepare
+from ldm.data.preparation import PreparedSample, described_identity, fit_sample, inpainting_obstacle, prepare
 from ldm.data.samples import META_TEXTS, Reject, Sample, probably_healthy, wrong_value
 from ldm.diffusion.noise import NOISE
 from ldm.inference.options import InferenceOptions
 from ldm.inference.prompts import MatchedPrompt, PromptPool, contradiction, image_facts, levels_named, matched
+from ldm.inference.shares import Share
 from ldm.inference.single import single_sample
 
 log = logging.getLogger(__name__)
@@ -68,33 +70,79 @@ class Task:
         """The result's folder."""
         return f"{self.sample.sample_id}__v{self.variant}"
 
+    @property
+    def inputs(self) -> list[Sample]:
+        """The samples whose files decide the result."""
+        return [self.sample] if self.source is None or self.fixed_mask else [self.sample, self.source]
 
-def plan_tasks(
-    options: InferenceOptions, content: Callable[[Path | None], str | None], record: dict[str, Any] | None = None
-) -> tuple[list[Task], list[Reject]]:
+
+class Plan(NamedTuple):
+    """The tasks of one share of a run, or of all of it, and the samples that cannot be inpainted.
+
+    ``whole``: a digest of all that decides what the tasks of every share are, file contents aside: that is what the
+    shares of a run have in common. Only taken where there are several.
+    """
+
+    tasks: list[Task]
+    rejects: list[Reject]
+    whole: str = ""
+
+
+def plan_tasks(options: InferenceOptions, content: Contents, record: dict[str, Any] | None = None) -> Plan:
     """What to inpaint, and the samples that cannot be inpainted. Says in one line what it chose.
 
     ``content`` gives a file's SHA-256, or None for a file that cannot be read; ``record``: what ``--replay`` names.
     """
-    rejects: list[Reject] = []
+    share = options.share or Share()
     if options.image:
         sample = single_sample(options)
-        tasks = [Task(sample, k, sample.prompt, options.seed, fixed_mask=True) for k in range(options.variants)]
+        variants = share.of(range(options.variants))
+        tasks = [Task(sample, k, sample.prompt, options.seed, fixed_mask=True) for k in variants]
+        plan = Plan(tasks, [], fingerprint(described_identity(sample, content)))
     elif options.replay and record:
-        tasks = [task_from_metadata(options.replay, record, content)]
+        plan = Plan([task_from_metadata(options.replay, record, content)], [])
     elif options.like:
-        tasks, rejects = tasks_from_results(options, options.like, content)
+        plan = tasks_from_results(options, options.like, content)
     else:
-        tasks, rejects = _dataset(options)
-    tasks, unnamed = _nameable(tasks, options.output_dir)
-    rejects += unnamed
-    if not tasks:
+        plan = _dataset(options)
+    tasks, unnamed = _nameable(plan.tasks, options.output_dir)
+    rejects = [*plan.rejects, *unnamed]
+    if not tasks and share.alone:
         raise MedSoftError(f"no sample can be inpainted ({len(rejects)} rejected; first: {rejects[0]})")
     _warn_of_contradictions(tasks)
     if options.prompt and probably_healthy(options.prompt):
         text = "warning: --prompt reads as healthy, but counts as a lesion's; write `healthy` for no lesion: %r"
         log.warning(text, options.prompt)
-    return tasks, rejects
+    return Plan(tasks, rejects, plan.whole)
+
+
+def _shared(
+    share: Share,
+    samples: Sequence[Sample],
+    variants: int,
+    sources: Sequence[Sample],
+    name_of: Callable[[Sample, int], str],
+) -> tuple[Sequence[tuple[Sample, int]], str]:
+    """The (sample, variant) pairs of one share, in the order of their names, and the digest of ``Plan.whole``.
+
+    ``name_of`` gives a result's name. MedSoftError for two results, perhaps of two shares, one of which would be
+    written over the other or into its folder.
+    """
+    pairs = sorted(((s, k) for s in samples for k in range(variants)), key=lambda pair: (pair[0].sample_id, pair[1]))
+    seen: dict[str, Sample] = {}
+    for sample, variant in pairs:
+        name = name_of(sample, variant)
+        if name in seen:
+            one, two = seen[name].image.parent, sample.image.parent
+            raise MedSoftError(f"{one} and {two}: both results would be written as {name}; keep one of them")
+        seen[name] = sample
+    for name, sample in seen.items():
+        above = next((str(path) for path in PurePosixPath(name).parents if str(path) in seen), None)
+        if above:
+            raise MedSoftError(f"{sample.image}: its result {name} would lie in {above}; rename it")
+    ordered = [*sorted(samples, key=lambda each: each.sample_id), None, *sources]
+    texts = (sample and described_identity(sample, lambda path: path and path.name) for sample in ordered)
+    return share.of(pairs), fingerprint_all(texts)
 
 
 def _nameable(tasks: Sequence[Task], output_dir: Path) -> tuple[list[Task], list[Reject]]:
@@ -155,8 +203,8 @@ def too_long(folder: Path) -> str | None:
     return None
 
 
-def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
-    data = options.data or options.train_json
+def _dataset(options: InferenceOptions) -> Plan:
+    data, share = options.data or options.train_json, options.share or Share()
     samples, rejects = load_samples(data)
     chosen, adjective = choose(samples, options.choose)
     if not chosen:
@@ -169,37 +217,65 @@ def _dataset(options: InferenceOptions) -> tuple[list[Task], list[Reject]]:
             raise MedSoftError(
                 f"{options.train_json}: has no diseased sample to take prompts from; give --prompt, or --train_json"
             )
-    pool = PromptPool(sources, options.match)
-    tasks = []
-    for sample in chosen[: options.limit]:
-        marked = sample.healthy and sample.soft_mask is not None  # someone says where the lesion goes
-        reason = None if marked else inpainting_obstacle(sample)
-        if reason:
-            rejects.append(Reject(sample.sample_id, sample.image, reason))
-            continue
-        if marked:
-            sample = dataclasses.replace(sample, mask=sample.soft_mask)
-        for k in range(options.variants):
-            if sample.healthy and sources:
-                given = pool.choose(sample, named_seed("prompt", options.seed, sample.sample_id, k))
-            elif options.prompt and options.match == "replace":
-                given = matched(options.prompt, sample)
-            else:
-                given = MatchedPrompt(options.prompt or sample.prompt, None if options.prompt else sample, None)
-            if given is None:
-                reason = _disagreement(sample, options.prompt)
-                rejects.append(Reject(sample.sample_id, sample.image.with_name("meta.json"), reason))
-                break
-            tasks.append(Task(sample, k, given.prompt, options.seed, given.source, given.how, marked))
+    chosen, whole = chosen[: options.limit], ""
+    pairs: Sequence[tuple[Sample, int]] = [(sample, k) for sample in chosen for k in range(options.variants)]
+    if not share.alone:
+        pairs, whole = _shared(share, chosen, options.variants, sources, lambda sample, k: f"{sample.sample_id}__v{k}")
+        rejects = rejects if share.number == 1 else []  # what no share can inpaint is the first one's to report
+    variants: dict[str, list[int]] = {}
+    for sample, k in pairs:
+        variants.setdefault(sample.sample_id, []).append(k)
+    own = list({sample.sample_id: sample for sample, _ in pairs}.values())
+    with thread_pool() as threads:
+        obstacles = list(threads.map(_obstacle, own))
+    tasks: list[Task] = []
+    prompts = PromptPool(sources, options.match)
+    for sample, obstacle in zip(own, obstacles, strict=True):
+        made = Reject(sample.sample_id, sample.image, obstacle) if obstacle else None
+        made = made or _tasks_of(sample, variants[sample.sample_id], options, prompts if sources else None)
+        if isinstance(made, Reject):
+            rejects.append(made)
+        else:
+            tasks += made
     if options.prompt is not None:
-        prompts = f"the prompt {options.prompt!r}"
+        said = f"the prompt {options.prompt!r}"
     elif sources:
-        prompts = f"prompts of {len(sources)} diseased samples of {options.train_json}"
+        said = f"prompts of {len(sources)} diseased samples of {options.train_json}"
     else:
-        prompts = "their own prompts"
+        said = "their own prompts"
     count = len({task.sample.sample_id for task in tasks})
-    log.info("inpainting %d %s samples of %s, with %s", count, adjective, data, prompts)
-    return tasks, rejects
+    log.info("inpainting %d %s samples of %s, with %s", count, adjective, data, said)
+    return Plan(tasks, rejects, whole)
+
+
+def _is_marked_healthy(sample: Sample) -> bool:
+    """Whether someone says where the lesion of a healthy sample goes."""
+    return sample.healthy and sample.soft_mask is not None
+
+
+def _obstacle(sample: Sample) -> str | None:
+    return None if _is_marked_healthy(sample) else inpainting_obstacle(sample)
+
+
+def _tasks_of(
+    sample: Sample, variants: Sequence[int], options: InferenceOptions, pool: PromptPool | None
+) -> list[Task] | Reject:
+    """The tasks of one sample, or why there are none; ``pool``: the prompts for healthy ones, if they have any."""
+    marked, tasks = _is_marked_healthy(sample), []
+    if marked:
+        sample = dataclasses.replace(sample, mask=sample.soft_mask)
+    for k in variants:
+        if sample.healthy and pool:
+            given = pool.choose(sample, named_seed("prompt", options.seed, sample.sample_id, k))
+        elif options.prompt and options.match == "replace":
+            given = matched(options.prompt, sample)
+        else:
+            given = MatchedPrompt(options.prompt or sample.prompt, None if options.prompt else sample, None)
+        if given is None:
+            reason = _disagreement(sample, options.prompt)
+            return Reject(sample.sample_id, sample.image.with_name("meta.json"), reason)
+        tasks.append(Task(sample, k, given.prompt, options.seed, given.source, given.how, marked))
+    return tasks
 
 
 def _disagreement(sample: Sample, prompt: str | None) -> str:
@@ -257,27 +333,30 @@ def _listed(samples: list[Sample], path: Path) -> list[Sample]:
     return [known[name] for name in found]
 
 
-def tasks_from_results(
-    options: InferenceOptions, folder: Path, content: Callable[[Path | None], str | None]
-) -> tuple[list[Task], list[Reject]]:
+def tasks_from_results(options: InferenceOptions, folder: Path, content: Contents) -> Plan:
     """The parents and masks of earlier results, with their prompts or another one, under the same names and noise."""
     results, rejects = load_samples(folder)
+    results, whole, share = results[: options.limit], "", options.share or Share()
+    if not share.alone:
+        pairs, whole = _shared(share, results, 1, [], lambda s, _: f"{s.parent_id}__v{s.meta.get('variant')}")
+        results = [result for result, _ in pairs]
+        rejects = rejects if share.number == 1 else []
     tasks: list[Task] = []
-    for result in results[: options.limit]:
+    for result in results:
         try:
             tasks.append(_task_of(result, content))
         except FileError as error:
             rejects.append(Reject(result.sample_id, error.path, error.reason))
     if options.prompt:
         tasks = [dataclasses.replace(task, prompt=options.prompt, source=None, match=None) for task in tasks]
-    if other := sum(result.meta.get("noise", 1) != NOISE for result in results[: options.limit]):
+    if other := sum(result.meta.get("noise", 1) != NOISE for result in results):
         log.warning("warning: %s: %d results have the noise of another version, not that of now", folder, other)
     prompts = f"the prompt {options.prompt!r}" if options.prompt else "their own prompts"
     log.info("inpainting %d images again in the masks of %s, with %s", len(tasks), folder, prompts)
-    return tasks, rejects
+    return Plan(tasks, rejects, whole)
 
 
-def _task_of(result: Sample, content: Callable[[Path | None], str | None]) -> Task:
+def _task_of(result: Sample, content: Contents) -> Task:
     """The task that makes an earlier result again.
 
     FileError if its meta.json does not say how it was made, or its parent's image is not there or another one.
@@ -308,7 +387,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def task_from_metadata(path: Path, record: dict[str, Any], content: Callable[[Path | None], str | None]) -> Task:
+def task_from_metadata(path: Path, record: dict[str, Any], content: Contents) -> Task:
     """The task that makes the result of this meta.json again; MedSoftError unless its parent's image is unchanged."""
     task = _task_of(read_sample(path.parent.name, path.parent), content)
     log.info("inpainting %s again", path.parent)

@@ -129,8 +129,8 @@ def test_like_redraws_the_same_masks_with_another_prompt(
     results: Path, final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = []
-    plain = Inpainter.inpaint
-    monkeypatch.setattr(Inpainter, "inpaint", lambda self, p, j: jobs.extend(j) or plain(self, p, j))
+    plain = Inpainter.begin
+    monkeypatch.setattr(Inpainter, "begin", lambda self, p, j: jobs.extend(j) or plain(self, p, j))
     assert infer(final, tmp_path / "out", "--like", results, "--prompt", "healthy", "--limit", 2) == 0
     before, after = metas(results), metas(tmp_path / "out")
     assert set(after) == set(list(before)[:2])

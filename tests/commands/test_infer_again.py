@@ -53,7 +53,7 @@ def test_interrupted_run_is_finished(
     final: Path, world: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ["--train_json", world / TRAIN, "--batch_size", 2]
-    plain, calls = Inpainter.inpaint, []
+    plain, calls = Inpainter.begin, []
 
     def draw(self: Inpainter, pictures: Any, jobs: Any) -> Any:
         calls.append(len(jobs))
@@ -62,7 +62,7 @@ def test_interrupted_run_is_finished(
         return plain(self, pictures, jobs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Inpainter, "inpaint", draw)
+        patch.setattr(Inpainter, "begin", draw)
         with pytest.raises(KeyboardInterrupt):
             infer(final, tmp_path / "out", *given)
     whole(tmp_path / "out")
@@ -225,7 +225,7 @@ def test_two_commands_at_a_time_in_one_folder(
     """While one draws, the second is refused, under whatever name it knows the folder; the first is not disturbed."""
     given = ["--train_json", world / TRAIN, "--batch_size", 2]
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    plain, refused = Inpainter.inpaint, []
+    plain, refused = Inpainter.begin, []
 
     def draw(self: Inpainter, pictures: Any, jobs: Any) -> Any:
         for second in ([tmp_path / "out", *given], [tmp_path / "link", *given, "--seed", 1, "--overwrite"]):
@@ -234,7 +234,7 @@ def test_two_commands_at_a_time_in_one_folder(
             refused.append(second)
         return plain(self, pictures, jobs)
 
-    monkeypatch.setattr(Inpainter, "inpaint", draw)
+    monkeypatch.setattr(Inpainter, "begin", draw)
     assert infer(final, tmp_path / "out", *given) == 0
     assert len(refused) == 2 * 3
     assert set(metas(tmp_path / "out")) == set(metas(results))

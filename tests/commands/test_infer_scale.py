@@ -463,7 +463,7 @@ def test_pictures_are_read_and_written_while_the_model_works(
 ) -> None:
     """While a batch is drawn, the next one is already being read."""
     read, drawn, arrived = [], [], threading.Condition()
-    plain_prepare, plain_draw = ldm.data.preparation.prepare, Inpainter.inpaint
+    plain_prepare, plain_draw = ldm.data.preparation.prepare, Inpainter.begin
 
     def prepare(sample: Sample, *rest: Any, **more: Any) -> Any:
         with arrived:
@@ -480,7 +480,7 @@ def test_pictures_are_read_and_written_while_the_model_works(
         drawn.append(len(read))
         return plain_draw(self, pictures, jobs)
 
-    monkeypatch.setattr(Inpainter, "inpaint", draw)
+    monkeypatch.setattr(Inpainter, "begin", draw)
     assert infer(final, tmp_path / "out", "--train_json", world / TRAIN, "--limit", 3, "--batch_size", 1) == 0
     assert drawn == [2, 3, 3]
 

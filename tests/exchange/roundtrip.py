@@ -20,7 +20,7 @@ from ldm.data.folders import read_sample, write_sample
 from ldm.data.images import composite, read_image
 from ldm.data.preparation import PreparedSample, prepare
 from ldm.exchange.privacy import Pseudonyms, read_key
-from ldm.inference.results import write_result
+from ldm.inference.results import FolderResults, result_of
 from ldm.inference.tasks import Task
 from ldm.volumes.dicom import find_series, read_series
 from ldm.volumes.intensity import levels_of
@@ -104,7 +104,8 @@ class World:
         assert (pixels != prepared.original).any()
         provenance = {"checkpoint": "last.ckpt", "config": "phantom.yaml", TRAINED_ON: []}
         task = Task(sample, variant, sample.prompt, 0, sample, fixed_mask=True)
-        write_result(self.root / "results", task, prepared, pixels, provenance, sha256_file(sample.image))
+        results = FolderResults(self.root / "results")
+        results.write(result_of(results.path, task, prepared, pixels, provenance, sha256_file(sample.image)))
         return prepared
 
     def round_trip(self, path: Path, plane: str, index: int, *more: Any) -> tuple[Path, Path, np.ndarray]:

@@ -113,7 +113,7 @@ def plan(tmp_path: Path, write_sample: Any) -> Callable[..., tuple[list[Task], l
             samples.append(Sample(name, image, image.with_name("mask.png"), prompt, box, name, level=level, meta=meta))
         write_annotations(tmp_path / "all.json", samples)
         options = InferenceOptions(tmp_path, train_json=tmp_path / "all.json", choose="healthy", match=match, **more)
-        return plan_tasks(options, content_id)
+        return plan_tasks(options, content_id)[:2]
 
     return planned
 
