@@ -171,7 +171,7 @@ class TrainingConfig:
     activation_checkpointing: bool = setting(False, ROUNDING)
     compile: bool = setting(False, ROUNDING)  # torch.compile of the networks that a step runs
     # fsdp: weights, gradients and moments are shared out among the devices; auto: each holds all of them
-    strategy: Literal["auto", "fsdp"] = setting("auto", ROUNDING)
+    strategy: Literal["auto", "fsdp"] = setting("auto", ROUNDING, before="auto")
     # data-loader processes per device; -1: two beside a GPU, none beside a CPU
     workers: Annotated[int, within(-1)] = setting(-1, NOTHING)
     # items whose features are computed at once; halved where memory does not suffice
