@@ -76,10 +76,10 @@ def test_steps_that_fail_are_named_and_stop_nothing(page: Path, monkeypatch: pyt
     )
     assert measure(page) == 3
     assert {name: row["failed"] for name, row in results(page).items()} == {
-        "unet_only": "stopped after 0 s",
+        "unet_only": "stopped after 1 s",
         "stage1": "the device is on fire",
     }
-    assert "`unet_only` failed: stopped after 0 s" in page.read_text()
+    assert "`unet_only` failed: stopped after 1 s" in page.read_text()
     assert "`stage1` failed: the device is on fire" in page.read_text()
     (page.parent / "tool" / "gpu.py").write_text("import sys; sys.exit('error: again')\n")
     assert measure(page) == 3
