@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm.classifier.config import DUPLICATE_REAL, PRETRAIN, ClassifierConfig
 from ldm.core.errors import MedSoftError
-from ldm.core.files import content_id, fingerprint, named_seed
+from ldm.core.files import JSON_LINES, content_id, fingerprint, named_seed
 from ldm.data.annotations import load_samples
 from ldm.data.checks import (
     Row,
@@ -132,7 +132,7 @@ def prepare_annotations(config: ClassifierConfig) -> list[Reject]:
     That is ``ver_openImagesDatasets.py`` with its defaults, so the split is the one that command gives.
     """
     train = config.train_json or ""
-    family = Path(train.removesuffix("_train.json") + ".json")
+    family = Path(re.sub(r"_train(?=\.jsonl?$)", "", train))
     paths = output_paths(family)
     named = {"train": train, "val": config.val_json, "test": config.test_json}
     if any(path is None or Path(path) != paths[name] or paths[name].exists() for name, path in named.items()):
@@ -149,14 +149,14 @@ def require_source(name: str, source: str) -> None:
     if path.exists():
         return
     key = f"{name}_json" if name in ("train", "val", "test") else name
-    if path.suffix.lower() != ".json":
+    if path.suffix.lower() not in (".json", JSON_LINES):
         raise MedSoftError(f"{path}: the folder that `{key}` names does not exist; point it elsewhere: --set {key}=...")
-    family = path.with_name(re.sub("_(train|val|test)$", "", path.stem) + ".json")
+    family = path.with_name(re.sub("_(train|val|test)$", "", path.stem) + path.suffix)
     command = f"python ver_openImagesDatasets.py --root_dir {path.parent} --output_file {family}"
     raise MedSoftError(
         f"{path}: the annotation file that `{key}` names does not exist; put the data into {path.parent} (one "
         f"folder per image with image.png, mask.png, prompt.txt and, for the patient, meta.json) and make it with "
-        f"`{command}`, or point it elsewhere: --set {key}=PATH (an annotation JSON or a dataset folder)"
+        f"`{command}`, or point it elsewhere: --set {key}=PATH (an annotation file or a dataset folder)"
     )
 
 

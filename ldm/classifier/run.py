@@ -5,6 +5,7 @@ import glob
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,7 +243,7 @@ def _prediction_names(sources: Sequence[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     for source in sources:
         require_source("predict", source)
-        name = Path(source).resolve().name.removesuffix(".json")
+        name = re.sub(r"\.jsonl?$", "", Path(source).resolve().name)
         if name in names.values() or name == "test":
             raise UsageError(f"predict: {source} would be written to predictions_{name}.csv, which is taken; rename it")
         names[source] = name

@@ -1,12 +1,15 @@
 """Files that appear whole or not at all, and fingerprints of what they hold. No torch here."""
 
+import codecs
 import errno
 import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -135,24 +138,23 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_together(texts: Mapping[Path, str]) -> None:
-    """Write UTF-8 files of one folder that belong together: all of them, or, after an error, none.
+def write_together(texts: Mapping[Path, Iterable[str]]) -> None:
+    """Write UTF-8 files of one folder that belong together, given as pieces: all, or, after an error, none.
 
     They lie whole and on the disk in a folder beside before the first of them gets its name. Raises MedSoftError.
     """
     path, state = next(iter(texts)), "nothing was changed there"
-    contents = {name: text.encode("utf-8") for name, text in texts.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=path.parent) as staging:
-            for path, content in contents.items():
+            for path, pieces in texts.items():
                 with (Path(staging) / path.name).open("wb") as handle:
-                    handle.write(content)
+                    handle.writelines(piece.encode("utf-8") for piece in pieces)
                     handle.flush()
                     sync(handle.fileno())
                 if path.is_dir():
                     raise IsADirectoryError(None, "a folder has this name")
-            for path in contents:
+            for path in texts:
                 os.replace(Path(staging) / path.name, path)
         state = UNSURE
         sync_folder(path.parent)
@@ -162,19 +164,31 @@ def write_together(texts: Mapping[Path, str]) -> None:
 
 def read_text(path: str | Path, what: str = "file") -> str:
     """Read UTF-8 text (a byte-order mark is accepted); any error becomes a FileError naming file and cause."""
+    with _reading(path, what):
+        return _text(path, Path(path).read_bytes().removeprefix(codecs.BOM_UTF8))
+
+
+@contextmanager
+def _reading(path: str | Path, what: str) -> Iterator[None]:
+    """A file that cannot be opened or read becomes a FileError."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        yield
     except FileNotFoundError as error:
         raise FileError(path, f"this {what} does not exist") from error
     except IsADirectoryError as error:
         raise FileError(path, f"expected a {what}, found a folder") from error
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise FileError(path, f"not UTF-8 text ({byte}); save it as UTF-8") from error
     except OSError as error:
         raise FileError(path, f"this {what} could not be read ({error.strerror or error})") from error
+
+
+def _text(path: str | Path, data: bytes, where: str = "") -> str:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise FileError(path, f"{where}not UTF-8 text ({byte}); save it as UTF-8") from error
     if "\0" in text:
-        raise FileError(path, "holds zero bytes, so it is no text (or UTF-16 without a mark); save it as UTF-8")
+        raise FileError(path, f"{where}holds zero bytes, so it is no text (or UTF-16 without a mark); save it as UTF-8")
     return text
 
 
@@ -185,29 +199,107 @@ def read_json(path: str | Path, what: str = "JSON file") -> Any:
     a key that stands twice, half of a surrogate pair), and more than 64 levels.
     """
     text = read_text(path, what)
+    value, end = _json_value(path, text, _after_spaces(text, 0))
+    _check_end(path, text, end)
+    return value
+
+
+JSON_LINES = ".jsonl"  # the suffix of files with one JSON value a line
+
+
+def read_records(path: str | Path, what: str) -> Iterator[tuple[str, Any]]:
+    """The values of a JSON list, or of each line of a file whose name ends with .jsonl, and where each stands.
+
+    That is "record 0" or "line 1". One value after the other is read, so only the text of a list, or one line, is in
+    memory. Blank lines are passed over. FileError as from ``read_json``, for a line that is cut short, and for one
+    kind of file under the name of the other.
+    """
+    if Path(path).suffix.lower() == JSON_LINES:
+        yield from _lines(path, what)
+        return
+    text = read_text(path, what)
+    place = _after_spaces(text, 0)
+    if text[place : place + 1] != "[":
+        value, end = _json_value(path, text, place)
+        if isinstance(value, dict) and text[_after_spaces(text, end) :][:1] == "{":
+            raise FileError(path, "holds one record a line (JSON Lines), not a JSON list; name it .jsonl")
+        found = type(read_json(path, what)).__name__
+        raise FileError(path, f"expected a JSON list of records, found {found}")
+    index, place = 0, _after_spaces(text, place + 1)
+    more = text[place : place + 1] != "]"
+    while more:
+        value, place = _json_value(path, text, place, levels=MOST_LEVELS - 1)
+        yield f"record {index}", value
+        index, place = index + 1, _after_spaces(text, place)
+        more = text[place : place + 1] == ","
+        if more:
+            place = _after_spaces(text, place + 1)
+    if text[place : place + 1] != "]":
+        raise _syntax_error(path, json.JSONDecodeError("Expecting ',' delimiter", text, place))
+    _check_end(path, text, place + 1)
+
+
+def _lines(path: str | Path, what: str) -> Iterator[tuple[str, Any]]:
+    empty = True
+    with _reading(path, what), open(path, "rb") as handle:
+        for number, data in enumerate(handle, 1):
+            where = f"line {number}"
+            try:
+                text = _text(path, data.removeprefix(codecs.BOM_UTF8) if number == 1 else data, f"{where}: ").strip()
+                if empty and text.startswith("["):
+                    raise FileError(path, "holds a JSON list, not one record a line (JSON Lines); name it .json")
+                value, end = _json_value(path, text, 0, f"{where}: ") if text else (None, 0)
+                _check_end(path, text, end, f"{where}: ")
+            except FileError as error:
+                if data.endswith(b"\n") or empty:
+                    raise
+                reason = "the last one, is cut short or damaged; copy the file again, or make it again"
+                raise FileError(path, f"{where}, {reason}") from error
+            if text:
+                empty = False
+                yield where, value
+
+
+def _after_spaces(text: str, place: int) -> int:
+    return _SPACES.match(text, place).end()  # type: ignore[union-attr]  # it matches nothing too
+
+
+def _check_end(path: str | Path, text: str, place: int, where: str = "") -> None:
+    """FileError where more than spaces follows."""
+    if (place := _after_spaces(text, place)) < len(text):
+        raise _syntax_error(path, json.JSONDecodeError("Extra data", text, place), where)
+
+
+def _json_value(path: str | Path, text: str, place: int, where: str = "", levels: int = MOST_LEVELS) -> tuple[Any, int]:
+    """The JSON value that begins at ``place``, and where it ends; FileError for one that ``read_json`` refuses.
+
+    ``where`` stands before the reason, for one of several values.
+    """
     try:
-        value = json.loads(
-            text, parse_constant=_number, parse_float=_number, parse_int=_whole, object_pairs_hook=_object
-        )
-        if "\\ud" in text.lower():  # an escape that may be half of a pair
+        value, end = _DECODER.raw_decode(text, place)
+        if _ESCAPED_SURROGATE.search(text, place, end):  # which may be half of a pair
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        raise FileError(path, f"not valid JSON ({where})") from error
+        raise _syntax_error(path, error, where) from error
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        raise FileError(path, f"not valid JSON ({half} is half of a surrogate pair)") from error
+        raise FileError(path, f"{where}not valid JSON ({half} is half of a surrogate pair)") from error
     except ValueError as error:
-        raise FileError(path, f"not valid JSON ({error})") from error
+        raise FileError(path, f"{where}not valid JSON ({error})") from error
     except RecursionError as error:
-        raise FileError(path, f"nested deeper than the {MOST_LEVELS} levels that are read") from error
-    level, levels = [value], 0
-    while level and levels <= MOST_LEVELS:
-        boxes = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
-        level, levels = [each for box in boxes for each in box], levels + 1
-    if level:
-        raise FileError(path, f"nested deeper than the {MOST_LEVELS} levels that are read")
-    return value
+        raise FileError(path, f"{where}{_TOO_DEEP}") from error
+    inner = [value]
+    while inner and levels >= 0:
+        boxes = (each.values() if isinstance(each, dict) else each for each in inner if isinstance(each, dict | list))
+        inner, levels = [each for box in boxes for each in box], levels - 1
+    if inner:
+        raise FileError(path, f"{where}{_TOO_DEEP}")
+    return value, end
+
+
+def _syntax_error(path: str | Path, error: json.JSONDecodeError, where: str = "") -> FileError:
+    place = f"column {error.colno}: {error.msg}"
+    return FileError(path, f"{where}not valid JSON ({place if where else f'line {error.lineno}, {place}'})")
 
 
 def _number(text: str) -> float:
@@ -223,12 +315,18 @@ def _whole(text: str) -> int:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
+    found = {sys.intern(name): value for name, value in pairs}  # a hundred thousand records share their keys
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} stands twice")
     return found
+
+
+_DECODER = json.JSONDecoder(parse_constant=_number, parse_float=_number, parse_int=_whole, object_pairs_hook=_object)
+_SPACES = re.compile(r"[ \t\n\r]*")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD]")
+_TOO_DEEP = f"nested deeper than the {MOST_LEVELS} levels that are read"
 
 
 def sha256_file(path: str | Path) -> str:

@@ -1,16 +1,17 @@
-"""Annotation files, a JSON list with one record per sample; and ``load_samples`` for any data source. No torch.
+"""Annotation files, a JSON list or JSON Lines with one record per sample; ``load_samples`` for any source. No torch.
 
 A data source of another kind is one function here and one entry in SOURCES.
 """
 
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ldm.core.errors import MedSoftError
-from ldm.core.files import json_text, read_json, write_text
+from ldm.core.files import JSON_LINES, json_text, read_records, write_text, write_together
 from ldm.core.schema import Rule
 from ldm.data.checks import warn_of_texts
 from ldm.data.folders import is_marked, scan_folder
@@ -18,6 +19,7 @@ from ldm.data.samples import (
     HEALTHY,
     META_RULES,
     META_TEXTS,
+    NO_META,
     Reject,
     Sample,
     is_box,
@@ -43,7 +45,7 @@ def read_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
     """``load_samples`` for a caller that says itself what is doubtful about them."""
     path = Path(path)
     if not path.exists():
-        raise MedSoftError(f"{path}: does not exist; expected a dataset folder or an annotation JSON file")
+        raise MedSoftError(f"{path}: does not exist; expected a dataset folder or an annotation file (.json, .jsonl)")
     if path.suffix == ".tar":
         raise MedSoftError(str(packed_samples(path)))
     source = next(source for source in SOURCES if source.recognises(path))
@@ -56,22 +58,45 @@ def read_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
 
 def write_annotations(path: str | Path, samples: Sequence[Sample]) -> None:
     """Write one record per sample, atomically: the published keys first, then ours."""
-    write_text(path, annotations_text(samples))
+    write_together({Path(path): annotation_texts(Path(path), samples)})
 
 
-def annotations_text(
-    samples: Sequence[Sample], split: str | None = None, digests: Mapping[str, str] | None = None
-) -> str:
-    """The content of an annotation file.
+def annotation_texts(
+    path: Path, samples: Sequence[Sample], split: str | None = None, digests: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """The content of the annotation file at ``path``, record by record.
 
+    A JSON list with absolute paths; where its name ends with .jsonl, a record a line with paths relative to its folder.
     ``split`` says, in every record, how a split was made; ``digests``: sample_id -> SHA-256 of its image.
     """
-    made, known = {"split": split} if split else {}, digests or {}
-    images = [{"image_sha256": known[s.sample_id]} if s.sample_id in known else {} for s in samples]
-    return json_text([_record(n, sample) | images[n] | made for n, sample in enumerate(samples)])
+    lines = path.suffix.lower() == JSON_LINES
+    folder = os.path.abspath(path.parent) if lines else None
+    known = digests or {}
+    for number, sample in enumerate(samples):
+        record = _record(number, sample, folder)
+        if sample.sample_id in known:
+            record["image_sha256"] = known[sample.sample_id]
+        if split:
+            record["split"] = split
+        if lines:
+            yield f"{_FLAT(record)}\n"
+        else:  # as ``json_text`` of the whole list would be
+            rows = ",\n".join(f'    "{key}": {_indented(value)}' for key, value in record.items())
+            yield f"{',' if number else '['}\n  {{\n{rows}\n  }}"
+    if not lines:
+        yield "\n]\n" if samples else "[]\n"
 
 
-def _record(number: int, sample: Sample) -> dict[str, Any]:
+_FLAT = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+_INDENTED = json.JSONEncoder(ensure_ascii=False, allow_nan=False, indent=2).encode
+
+
+def _indented(value: Any) -> str:
+    return _INDENTED(value).replace("\n", "\n    ") if isinstance(value, dict | list) else _FLAT(value)
+
+
+def _record(number: int, sample: Sample, folder: str | None) -> dict[str, Any]:
+    """The record of a sample, its paths relative to ``folder`` if that is given."""
     record = {
         "mask_image": sample.mask,
         "label": sample.prompt,
@@ -90,7 +115,17 @@ def _record(number: int, sample: Sample) -> dict[str, Any]:
         "meta": sample.meta or None,
     }
     record |= {key: value for key, value in optional.items() if value is not None}
-    return {key: str(value) if isinstance(value, Path) else value for key, value in record.items()}
+    return {key: _shown_path(value, folder) if isinstance(value, Path) else value for key, value in record.items()}
+
+
+def _shown_path(path: Path, folder: str | None) -> str:
+    """``path`` as a record names it."""
+    if folder is None:
+        return str(path)
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # on another drive
+        return path.as_posix()
 
 
 def write_rejects(path: str | Path, rejects: Sequence[Reject]) -> None:
@@ -113,23 +148,44 @@ def rejects_text(rejects: Sequence[Reject]) -> str:
 def read_annotations(path: Path) -> tuple[list[Sample], list[Reject]]:
     """Samples of an annotation file, and the records whose files are no longer there.
 
-    Relative paths resolve against the file's own folder. Raises MedSoftError naming file, record and key for anything
-    malformed.
+    A JSON list, or, where the name ends with .jsonl, one record a line. Relative paths resolve against the file's own
+    folder. Raises MedSoftError naming file, record or line, and key for anything malformed.
     """
-    records = read_json(path, "annotation file")
-    if not isinstance(records, list):
-        raise MedSoftError(f"{path}: expected a JSON list of records, found {type(records).__name__}")
-    if not records:
+    folder, known = os.path.abspath(path.parent), _Once()
+    places: list[str] = []
+    samples: list[Sample] = []
+    for place, record in read_records(path, "annotation file"):
+        places.append(place)
+        samples.append(_parse(path, folder, place, record, known))
+    if not samples:
         raise MedSoftError(f"{path}: holds no record; make it again with ver_openImagesDatasets.py")
+    names = _names_of(samples)
+    first: dict[str, str] = {}
     usable: list[Sample] = []
     rejects: list[Reject] = []
-    for sample in _with_identities(path, [_parse(path, index, record) for index, record in enumerate(records)]):
+    for place, sample in zip(places, samples, strict=True):
+        sample_id = sample.sample_id or names[sample.image]
+        if (other := first.setdefault(sample_id, place)) != place:
+            cure = "" if sample.sample_id else ", as it is made from the image's name; give each a sample_id"
+            raise MedSoftError(f"{path}: {other} and {place} have the same sample_id {sample_id!r}{cure}")
+        if not sample.sample_id or not sample.patient_id:
+            sample = replace(sample, sample_id=sample_id, patient_id=sample.patient_id or sample_id)
         missing = next((file for file in sample.files if file is not None and not os.path.isfile(file)), None)
-        if missing is None:  # an image that was inpainted here says so itself, whoever has listed it
-            usable.append(sample if sample.synthetic else replace(sample, synthetic=is_marked(sample.image)))
-        else:
-            rejects.append(Reject(sample.sample_id, missing, "the annotation names it, but the file is not there"))
+        if missing is not None:
+            rejects.append(Reject(sample_id, missing, "the annotation names it, but the file is not there"))
+        elif sample.synthetic or not is_marked(sample.image):
+            usable.append(sample)
+        else:  # an image that was inpainted here says so itself, whoever has listed it
+            usable.append(replace(sample, synthetic=True))
     return usable, rejects
+
+
+class _Once(dict[Any, Any]):
+    """Each text that many records have, kept once."""
+
+    def __missing__(self, text: Any) -> Any:
+        self[text] = text
+        return text
 
 
 def _is_identity(value: Any) -> bool:
@@ -139,9 +195,10 @@ def _is_identity(value: Any) -> bool:
 
 _PATH = Rule(lambda value: isinstance(value, str) and "\0" not in value, "a path (every lesion has a mask)")
 _REQUIRED = ("image", "label", "box")
+_FILES = ("image", "mask_image", "anatomy", "soft_mask")
 _RULES = {
     **{key: META_RULES[key] for key in (*META_TEXTS, "synthetic")},  # what else stands beside `meta` is not ours
-    **dict.fromkeys(("image", "mask_image", "anatomy", "soft_mask"), _PATH),
+    **dict.fromkeys(_FILES, _PATH),
     "label": Rule(
         lambda value: isinstance(value, str) and not prompt_fault(prompt_of(value)),
         "one sentence on one line, not empty",
@@ -152,61 +209,49 @@ _RULES = {
 }
 
 
-def _parse(path: Path, index: int, record: Any) -> Sample:
-    """The sample of record number ``index`` of the file at ``path``; MedSoftError naming the key that is wrong."""
+def _parse(path: Path, folder: str, place: str, record: Any, known: Mapping[Any, Any]) -> Sample:
+    """The sample of the record at ``place`` of the file at ``path``; MedSoftError naming the key that is wrong.
+
+    ``folder``: the file's own, absolute. ``known`` keeps a text that other records have too.
+    """
     if not isinstance(record, dict):
-        raise MedSoftError(f"{path}: record {index}: expected an object, found {type(record).__name__}")
+        raise MedSoftError(f"{path}: {place}: expected an object, found {type(record).__name__}")
     prompt = prompt_of(str(record.get("label")))
     required = _REQUIRED if prompt.lower() == HEALTHY else (*_REQUIRED, "mask_image")
     wrong = wrong_value(record, _RULES, required) or wrong_value(record.get("meta") or {}, META_RULES)
     if wrong:
-        raise MedSoftError(f"{path}: record {index}, key {wrong[0]!r}: {wrong[1]}")
-
-    def file(key: str) -> Path | None:
-        return Path(os.path.abspath(path.parent / record[key])) if record.get(key) else None
-
-    image = Path(os.path.abspath(path.parent / record["image"]))
-    for key in ("mask_image", "anatomy", "soft_mask"):
-        if file(key) == image:
-            raise MedSoftError(f"{path}: record {index}, key {key!r}: is the image itself")
+        raise MedSoftError(f"{path}: {place}, key {wrong[0]!r}: {wrong[1]}")
+    files: dict[str, Any] = {
+        key: Path(os.path.abspath(os.path.join(folder, record[key]))) if record.get(key) else None for key in _FILES
+    }
+    for key in _FILES[1:]:
+        if files[key] == files["image"]:
+            raise MedSoftError(f"{path}: {place}, key {key!r}: is the image itself")
     x, y, width, height = map(float, record["box"])
-    texts: dict[str, Any] = {key: text_of(record.get(key)) for key in META_TEXTS}
+    texts: dict[str, Any] = {key: known[text_of(record.get(key))] for key in META_TEXTS}
     return Sample(
-        sample_id=PurePosixPath(record["sample_id"]).as_posix() if record.get("sample_id") else "",
-        image=image,
-        mask=file("mask_image"),
-        prompt=prompt,
+        sample_id=known[PurePosixPath(record["sample_id"]).as_posix()] if record.get("sample_id") else "",
+        image=files["image"],
+        mask=files["mask_image"],
+        prompt=known[prompt],
         box=(x, y, width, height),
-        anatomy=file("anatomy"),
-        soft_mask=file("soft_mask"),
+        anatomy=files["anatomy"],
+        soft_mask=files["soft_mask"],
         synthetic=bool(texts["parent_id"] if record.get("synthetic") is None else record["synthetic"]),
-        meta=record.get("meta") or {},
+        meta=record.get("meta") or NO_META,
         **texts | {"patient_id": texts["patient_id"] or ""},
     )
 
 
-def _with_identities(path: Path, samples: list[Sample]) -> list[Sample]:
-    """Fill in missing ids and refuse repeated ones.
-
-    Files of the published tool have no ids: an image's folder is its sample's id or, where several lie in one folder,
-    its file's name without the suffix.
-    """
+def _names_of(samples: Sequence[Sample]) -> dict[Path, str]:
+    """sample_ids for the images of those that have none, as files of the published tool: the image's folder or, where
+    several lie in one folder, its file's name without the suffix."""
     nameless = [sample.image for sample in samples if not sample.sample_id]
     names = {image: image.parent for image in nameless}
     if len({*names.values()}) < len(nameless):
         names = {image: image.with_suffix("") for image in nameless}
     common = Path(os.path.commonpath([name.parent for name in names.values()])) if names else Path()
-    seen: dict[str, int] = {}
-    result = []
-    for index, sample in enumerate(samples):
-        sample_id = sample.sample_id or names[sample.image].relative_to(common).as_posix()
-        if sample_id in seen:
-            cure = "" if sample.sample_id else ", as it is made from the image's name; give each a sample_id"
-            first = seen[sample_id]
-            raise MedSoftError(f"{path}: records {first} and {index} have the same sample_id {sample_id!r}{cure}")
-        seen[sample_id] = index
-        result.append(replace(sample, sample_id=sample_id, patient_id=sample.patient_id or sample_id))
-    return result
+    return {image: name.relative_to(common).as_posix() for image, name in names.items()}
 
 
 class Source(NamedTuple):

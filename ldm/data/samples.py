@@ -14,7 +14,10 @@ HEALTHY = "healthy"
 META_TEXTS = ("patient_id", "parent_id", "lesion_type", "level", "severity")
 
 
-@dataclass(frozen=True)
+NO_META: dict[str, Any] = {}  # of all samples that have none: a hundred thousand of them share it, nobody fills it
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image with its mask and prompt. Paths are absolute; ``box`` is x, y, w, h as fractions of the image."""
 
@@ -31,7 +34,7 @@ class Sample:
     level: str | None = None
     severity: str | None = None
     synthetic: bool = False
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=lambda: NO_META)
     notes: tuple[str, ...] = field(default=(), compare=False)  # what a person should know of its files; not stored
 
     @property

@@ -3,15 +3,24 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import content_id, fingerprint, json_text, named_seed, read_json, write_together
-from ldm.data.annotations import annotations_text, load_samples, rejects_text
+from ldm.core.errors import FileError, MedSoftError, UsageError
+from ldm.core.files import (
+    JSON_LINES,
+    content_id,
+    fingerprint,
+    json_text,
+    named_seed,
+    read_json,
+    read_records,
+    write_together,
+)
+from ldm.data.annotations import annotation_texts, load_samples, rejects_text
 from ldm.data.checks import annotation_rows, leaks, salted_digest, warn_of_similar_prompts
 from ldm.data.samples import Reject, Sample, is_number, shown
 
@@ -127,7 +136,7 @@ def prepare_dataset(
     paths = output_paths(output_file)
     _shares(fractions)  # wrong fractions show before minutes of reading
     settings = f"seed {seed}, fractions {' '.join(format(value, 'g') for value in fractions)}"
-    earlier = _read_split(paths)
+    earlier = _read_split(_earlier_paths(output_file))
     samples, rejects = load_samples(root_dir)
     real = [sample for sample in samples if not sample.synthetic]
     used = samples if synthetic else real
@@ -149,11 +158,13 @@ def prepare_dataset(
     groups["all"] = sorted([*real, *made], key=lambda sample: sample.sample_id)
     absent = _without_present(known, groups["all"]) if goes_on else NOBODY
     _log_moves(groups, known, kept, len(known.sides) - len(earlier.sides))
-    files = {paths[name]: annotations_text(group, settings, digests) for name, group in groups.items()}
+    files: dict[Path, Iterable[str]] = {
+        paths[name]: annotation_texts(paths[name], group, settings, digests) for name, group in groups.items()
+    }
     if rejects:
-        files[paths["rejects"]] = rejects_text(rejects)
+        files[paths["rejects"]] = [rejects_text(rejects)]
     if absent.patients or absent.samples:
-        files[paths["absent"]] = json_text({"split": settings, **absent._asdict()})
+        files[paths["absent"]] = [json_text({"split": settings, **absent._asdict()})]
     write_together(files)
     for path in {paths["rejects"], paths["absent"]} - set(files):
         path.unlink(missing_ok=True)
@@ -203,21 +214,29 @@ def _read_split(paths: Mapping[str, Path]) -> EarlierSplit:
     for name in SPLITS if there else ():
         if name not in there:
             raise MedSoftError(f"{paths[name]}: is missing beside {paths[there[0]].name}; {_CURE}")
-        records = read_json(paths[name], "annotation file")
-        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise MedSoftError(f"{paths[name]}: is no annotation file; {_CURE}")
-        for record in records:
-            patient = str(record.get("patient_id") or record.get("sample_id") or "")
-            if not patient:
-                raise MedSoftError(f"{paths[name]}: a record has neither patient_id nor sample_id; {_CURE}")
-            if found.sides.setdefault(patient, name) != name:
-                raise MedSoftError(f"{paths[name]}: patient {patient} is in {found.sides[patient]} too; {_CURE}")
-            if not record.get("synthetic"):
-                found.places[str(record.get("sample_id"))] = name
-                found.images.setdefault(str(record.get("image_sha256")), []).append(str(record.get("sample_id")))
-            found = found._replace(settings=record.get("split", found.settings))
+        try:
+            found = _with_part(found, name, paths[name])
+        except FileError as error:
+            raise MedSoftError(f"{error}; {_CURE}") from error
     if found.settings and paths["absent"].exists():
         found = found._replace(absent=_read_absent(paths["absent"], found.settings))
+    return found
+
+
+def _with_part(found: EarlierSplit, name: str, path: Path) -> EarlierSplit:
+    """``found`` with what the file at ``path`` says of the part ``name``; FileError where that cannot be."""
+    for place, record in read_records(path, "annotation file"):
+        if not isinstance(record, dict):
+            raise FileError(path, f"{place}: expected an object, found {type(record).__name__}")
+        patient = str(record.get("patient_id") or record.get("sample_id") or "")
+        if not patient:
+            raise FileError(path, f"{place} has neither patient_id nor sample_id")
+        if found.sides.setdefault(patient, name) != name:
+            raise FileError(path, f"patient {patient} is in {found.sides[patient]} too")
+        if not record.get("synthetic"):
+            found.places[str(record.get("sample_id"))] = name
+            found.images.setdefault(str(record.get("image_sha256")), []).append(str(record.get("sample_id")))
+        found = found._replace(settings=record.get("split", found.settings))
     return found
 
 
@@ -384,12 +403,32 @@ def _log_moves(groups: Mapping[str, list[Sample]], known: EarlierSplit, kept: Ma
 
 
 def output_paths(output_file: Path) -> dict[str, Path]:
-    """The files beside ``output_file``: all, each part, rejects and absent; different ones whatever its suffix is."""
+    """The files beside ``output_file``: all, each part, rejects and absent; different ones whatever its suffix is.
+
+    The parts are JSON Lines if ``output_file`` ends with .jsonl, else JSON, as the two others always are.
+    """
     if output_file.is_dir() or not output_file.name:
         raise UsageError(f"--output_file {output_file}: expected the name of a file to write, found a folder")
-    base = output_file.stem if output_file.suffix.lower() == ".json" else output_file.name
-    parts = {name: output_file.with_name(f"{base}_{name}.json") for name in (*SPLITS, "rejects", "absent")}
+    suffix = output_file.suffix.lower()
+    base = output_file.stem if suffix in (".json", JSON_LINES) else output_file.name
+    kinds = dict.fromkeys(SPLITS, JSON_LINES if suffix == JSON_LINES else ".json")
+    parts = {
+        name: output_file.with_name(f"{base}_{name}{kind}")
+        for name, kind in (kinds | dict.fromkeys(("rejects", "absent"), ".json")).items()
+    }
     return {"all": output_file, **parts}
+
+
+def _earlier_paths(output_file: Path) -> dict[str, Path]:
+    """Where the split before is: in the files that will be written, or, without those, in those of the other form."""
+    paths, suffix = output_paths(output_file), output_file.suffix.lower()
+    other = {".json": JSON_LINES, JSON_LINES: ".json"}.get(suffix)
+    if other is None or any(paths[name].exists() for name in SPLITS):
+        return paths
+    twin = output_paths(output_file.with_suffix(other))
+    if any(twin[name].exists() for name in SPLITS):
+        log.info("patients keep the sides that %s and its parts give them", shown(twin["all"]))
+    return twin
 
 
 def _log_counts(groups: Mapping[str, list[Sample]], paths: Mapping[str, Path]) -> None:

@@ -160,6 +160,6 @@ def test_command_line_from_elsewhere_exit_codes_and_no_torch(
     assert failed.returncode == 1
     assert (
         failed.stderr.splitlines()[-1]
-        == "error: gone: does not exist; expected a dataset folder or an annotation JSON file"
+        == "error: gone: does not exist; expected a dataset folder or an annotation file (.json, .jsonl)"
     )
     assert command("--output_file", "x.json").returncode == 2

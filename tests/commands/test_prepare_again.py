@@ -103,7 +103,7 @@ def test_a_split_that_is_not_whole_is_refused_and_stays(data: Path) -> None:
     with pytest.raises(MedSoftError, match=r"o_test\.json: patient \w+ is in train too"):
         run(data)
     (data / "o_test.json").write_text("{}")
-    with pytest.raises(MedSoftError, match=r"o_test\.json: is no annotation file"):
+    with pytest.raises(MedSoftError, match=r"o_test\.json: expected a JSON list .*remove the _train"):
         run(data)
     (data / "o_test.json").unlink()
     assert contents(data) == before
@@ -273,7 +273,7 @@ def test_a_split_that_names_nobody_is_refused(data: Path) -> None:
     records = json.loads((data / "o_val.json").read_text())
     anonymous = [{k: v for k, v in record.items() if k not in ("patient_id", "sample_id")} for record in records]
     (data / "o_val.json").write_text(json.dumps(anonymous))
-    with pytest.raises(MedSoftError, match=r"o_val\.json: a record has neither patient_id nor sample_id; put it right"):
+    with pytest.raises(MedSoftError, match=r"o_val\.json: record 0 has neither patient_id nor sample_id; put it right"):
         run(data)
 
 

@@ -296,7 +296,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
         "record 0, key 'window': expected two numbers.*found .5, 1.",
     ),
     "meta window text": ([GOOD | {"meta": {"window": "12"}}], "key 'window': expected two numbers"),
-    "twice": ([GOOD | {"sample_id": "x"}] * 2, "records 0 and 1 have the same sample_id 'x'"),
+    "twice": ([GOOD | {"sample_id": "x"}] * 2, "record 0 and record 1 have the same sample_id 'x'"),
 }
 
 
