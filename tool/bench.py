@@ -6,6 +6,7 @@
     python tool/bench.py training --config models/phantom.yaml       # the four stages: cache, freezing, precision
     python tool/bench.py batches --config models/mldm_v15.yaml       # a GPU: steps of 1, 2, 4 ... items until full
     python tool/bench.py memory --config models/mldm_v15.yaml --batch_size 1   # docs/memory.md; about 20 GB
+    python tool/bench.py data --samples 20000    # preparation, doctor and reading of tiny samples, docs/scale.md
     python tool/bench.py import      # 1,000 slices of DICOM series into sample folders, about two minutes
 
 Both sides have the same weights, input, precision and threads, and take turns; the ratio is theirs / ours, so above 1
@@ -21,7 +22,8 @@ from ldm.core import cli
 from ldm.core.files import write_json
 
 # Each measurement is the `main(options)` of its module in ldm/bench.
-MEASUREMENTS = {name: name for name in ("inference", "training", "batches", "memory")} | {"import": "importing"}
+MEASUREMENTS = {name: name for name in ("inference", "training", "batches", "memory")}
+MEASUREMENTS |= {"import": "importing", "data": "dataset"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     batches = parser.add_argument_group("inference and batches")
     what = "batch sizes, such as 1,8,32: whole images in each (default for batches: 1, 2, 4 ... until memory is full)"
     batches.add_argument("--sizes", help=what)
+    parser.add_argument_group("data").add_argument("--samples", type=cli.COUNT, default=20000, help="of the data set")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser

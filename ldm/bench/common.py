@@ -55,6 +55,7 @@ class BenchOptions:
     steps: int
     sizes: str | None
     compile: bool
+    samples: int
     overrides: list[str]
 
 

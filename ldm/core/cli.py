@@ -125,6 +125,8 @@ def run(made: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int 
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Each of several threads or processes looks at an image of its own; OpenCV's own threads gain nothing beside them.
+    os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns of the processes that read data
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger().handlers[0].addFilter(_worth_saying)

@@ -164,8 +164,9 @@ def write_together(texts: Mapping[Path, Iterable[str]]) -> None:
 
 def read_text(path: str | Path, what: str = "file") -> str:
     """Read UTF-8 text (a byte-order mark is accepted); any error becomes a FileError naming file and cause."""
-    with _reading(path, what):
-        return _text(path, Path(path).read_bytes().removeprefix(codecs.BOM_UTF8))
+    with _reading(path, what), open(path, "rb") as handle:
+        data = handle.read()
+    return _text(path, data.removeprefix(codecs.BOM_UTF8))
 
 
 @contextmanager

@@ -51,9 +51,14 @@ def read_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
     source = next(source for source in SOURCES if source.recognises(path))
     samples, rejects = source.read(path)
     if not samples:
-        first = f"; the first: {rejects[0]}" if rejects else ""
-        raise MedSoftError(f"{path}: none of its {len(rejects)} samples can be used{first}")
+        raise none_usable(path, rejects)
     return samples, rejects
+
+
+def none_usable(path: Path, rejects: Sequence[Reject]) -> MedSoftError:
+    """What to raise where all samples of a source are ``rejects``."""
+    first = f"; the first: {rejects[0]}" if rejects else ""
+    return MedSoftError(f"{path}: none of its {len(rejects)} samples can be used{first}")
 
 
 def write_annotations(path: str | Path, samples: Sequence[Sample]) -> None:

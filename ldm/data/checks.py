@@ -264,7 +264,7 @@ def doubtful_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, list[str]]]
     no lesion in other words than ``healthy``, or contradict the lesion type.
     """
     named = any(sample.patient_id != sample.sample_id for sample in samples)
-    names = [
+    names: list[tuple[str, Iterable[str], Callable[[str], str]]] = [
         ("patients", (s.patient_id for s in samples if named), same_patient),
         ("samples", (s.sample_id for s in samples), plain),
         ("lesion types", (s.lesion_type for s in samples if s.lesion_type), plain),

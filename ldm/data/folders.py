@@ -4,35 +4,35 @@ A sample folder holds ``image.png``, ``mask.png``, ``prompt.txt`` and perhaps ``
 ``meta.json``; capitals in these names do not matter.
 """
 
-import filecmp
+import functools
+import hashlib
 import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 from ldm.core.errors import FileError, MedSoftError
 from ldm.core.files import atomic_folder, content_id, read_json, read_text, sync, write_json, write_text
-from ldm.core.threads import thread_pool
-from ldm.data.images import SUFFIXES, intensity_range_of, orientations_differ, read_image
+from ldm.core.threads import side_by_side
+from ldm.data.images import (
+    SUFFIXES,
+    open_image,
+    orientations_differ,
+    read_image,
+)
 from ldm.data.masks import (
-    MOSTLY,
     TARGET_LABEL,
     Mask,
-    equivalent_diameter,
     extents,
-    looks_inverted,
-    read_anatomy,
-    read_mask,
-    stray_parts,
 )
 from ldm.data.png import write_png
+from ldm.data.regions import ORIENTATION_NOTE, STEMS, Decoded, intensity_notes, read_regions, region_notes
 from ldm.data.samples import (
     HEALTHY,
     META_RULES,
@@ -49,7 +49,6 @@ from ldm.data.samples import (
 
 log = logging.getLogger(__name__)
 
-STEMS = ("image", "mask", "soft_mask", "anatomy")  # of a sample folder's image files
 # Formats in which people keep images and masks, and which are not read.
 _OTHER = "webp gif jp2 jfif jpe dib heic avif tga pgm ppm exr dcm ima nii nii.gz npy npz mat mha mhd nrrd h5 zip"
 OTHER_SUFFIXES = tuple(f".{name}" for name in _OTHER.split(" "))
@@ -69,38 +68,26 @@ _ALIKE = {
 }
 _NUMBER = r"(?:[\W\d_]|copy|kopie)*"
 _ALIKE_NAMES = {key: re.compile(rf"(?:{word}){_NUMBER}(?:(?:{end}){_NUMBER})*") for key, (word, end) in _ALIKE.items()}
-FAINT = 0.1  # of the intensity range
-FAINT_NOTE = (
-    "nearly all of its image lies within a tenth of its range (0 to 255, or its `window`): the networks see next to "
-    "nothing of it"
-)
 SYNTHETIC_MARK = b"MedSoft-Diffusion"  # in a text tag at the beginning of every image.png that was inpainted here
-
-POLARITY = "1 (white) is the lesion, 0 everything else"
-ORIENTATION_NOTE = (
-    "its image, mask and label map have different EXIF orientations: what was made on the stored pixels of another one "
-    "lies elsewhere; look at the overlays of tool/doctor.py"
-)
-STRAY_NOTE = "its mask has a part that is tiny, or far from the largest one (stray pixels?), which makes the crop wider"
-MOSTLY_NOTE = f"its mask marks most of the image or of its border: inverted? {POLARITY}"
-EVERYWHERE_NOTE = "its soft mask is above 0 in most of the image, all of which will change: is its background 0?"
-OUTLINE_NOTE = "its mask encloses nearly as much as it marks, or more: an outline that is not filled?"
-BEYOND_NOTE = (
-    "its soft mask marks, in full, what lies far outside its mask: what is inpainted is not what its mask says"
-)
-SHORT_NOTE = "its soft mask leaves part of its mask out: that part will not be inpainted"
-NO_TARGET_NOTE = f"its label map does not say which vertebra the image is about (no label {TARGET_LABEL})"
-TARGETS_NOTE = f"label {TARGET_LABEL} of its label map has several large parts: it is one vertebra, the others are 2"
-OUTSIDE_NOTE = f"its mask lies outside label {TARGET_LABEL} of its label map: look at the overlays of tool/doctor.py"
 
 
 def scan_folder(root: str | Path) -> tuple[list[Sample], list[Reject]]:
-    """Find and check every sample folder below ``root``, in the order of their ids.
+    """Find and check every sample folder below ``root``, in the order of their ids; see ``scan_each``."""
+    found = [sample for sample, _ in scan_each(root)]
+    rejects = [each for each in found if isinstance(each, Reject)]
+    return [each for each in found if isinstance(each, Sample)], sorted(rejects, key=_place_of)
+
+
+def scan_each(
+    root: str | Path, judge: Callable[[Sample, Decoded, int, int], Any] | None = None, workers: int | None = None
+) -> Iterator[tuple[Sample | Reject, Any]]:
+    """Every sample folder below ``root``, in the order of their ids, with what ``judge`` says of it.
 
     A sample folder is any that holds an image file or the prompt of one, or a file of nearly such a name
     (``image_1.png``); those that are hidden or a system's own are left out and counted, as are image files of other
-    names. Every file is decoded completely. A sample with an error becomes a Reject and never stops the others. Raises
-    MedSoftError if ``root`` is no folder or holds no sample at all.
+    names. Every file is decoded completely, once. A sample with an error becomes a Reject and never stops the others.
+    ``judge`` must be picklable; its last arguments are the sample's number and how many there are. Raises MedSoftError
+    if ``root`` is no folder or holds no sample at all.
     """
     root = Path(root)
     if not root.is_dir():
@@ -110,15 +97,13 @@ def scan_folder(root: str | Path) -> tuple[list[Sample], list[Reject]]:
     if not folders and not rejects:
         expected = f"folders with an image ({', '.join(SUFFIXES)}), a mask and a prompt.txt"
         raise MedSoftError(packed_samples(root) or f"{root}: holds no sample; expected {expected}")
-    pool = thread_pool()
-    try:
-        checked = pool.map(lambda item: _checked(*item), folders)
-        found = list(tqdm(checked, "checking", len(folders), unit=" samples", disable=None))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupted command does not read the rest
-    rejects += [each for each in found if isinstance(each, Reject)]
-    rejects.sort(key=lambda reject: (reject.sample_id, str(reject.file)))
-    return [each for each in found if isinstance(each, Sample)], rejects
+    yield from ((reject, None) for reject in rejects)
+    checked = side_by_side(functools.partial(_checked, judge, len(folders)), list(enumerate(folders)), workers)
+    yield from tqdm(checked, "checking", len(folders), unit=" samples", disable=None)
+
+
+def _place_of(reject: Reject) -> tuple[str, str]:
+    return reject.sample_id, str(reject.file)
 
 
 def _sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
@@ -127,7 +112,8 @@ def _sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
     left_out: list[Path] = []
     unread: list[Path] = []
     rejects = []
-    above = {str(root): {os.path.realpath(root)}}  # real folders on the way to each one: a link back up is not followed
+    top = os.path.realpath(root)
+    above = {str(root): (top, {top})}  # each one's real path, and those on the way: a link back up is not followed
 
     def unreadable(error: OSError) -> None:
         folder = Path(error.filename)
@@ -135,10 +121,15 @@ def _sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
             rejects.append(Reject(_identity(root, folder), folder, f"could not be listed ({error.strerror})"))
 
     for name, children, files in os.walk(root, onerror=unreadable, followlinks=True):
-        passed = above.pop(name)
-        inner = {child: os.path.realpath(os.path.join(name, child)) for child in sorted(children)}
-        children[:] = [child for child, real in inner.items() if real not in passed]
-        above.update({os.path.join(name, child): passed | {inner[child]} for child in children})
+        own, passed = above.pop(name)
+        children.sort()
+        inner = {child: os.path.join(name, child) for child in children}
+        real = {
+            child: os.path.realpath(path) if os.path.islink(path) else os.path.join(own, child)
+            for child, path in inner.items()
+        }
+        children[:] = [child for child in children if real[child] not in passed]
+        above.update({inner[child]: (real[child], passed | {real[child]}) for child in children})
         folder, named = Path(name), [*files, *(child for child in children if "." in child)]
         hidden, keys = _is_hidden(root, folder), {_key_of(each) for each in named}
         if keys - {None, "meta.json"}:
@@ -154,10 +145,11 @@ def _sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
     if unread:
         message = "%d image files are not read, as they are not named image, mask, soft_mask or anatomy; the first: %s"
         log.warning(message, len(unread), shown(min(unread)))
-    own = (_identity(root, root), root)
-    if own in folders and (own[0], root / own[0]) in folders:
-        folders.remove(own)
-        rejects.append(Reject(own[0], root, f"is a sample, as is {own[0]} in it, and both have this name; rename one"))
+    first = (_identity(root, root), root)
+    if first in folders and (first[0], root / first[0]) in folders:
+        folders.remove(first)
+        reason = f"is a sample, as is {first[0]} in it, and both have this name; rename one"
+        rejects.append(Reject(first[0], root, reason))
     return sorted(folders), rejects
 
 
@@ -172,6 +164,7 @@ def _split_name(name: str) -> tuple[str, str]:
     return (stem.removesuffix(".nii"), ".nii.gz") if name.lower().endswith(".nii.gz") else (stem, suffix)
 
 
+@functools.lru_cache
 def _is_unread(name: str) -> bool:
     """Whether a file is an image, but none of a sample's by its name. Hidden files are not looked at."""
     stem, suffix = _split_name(name)
@@ -179,6 +172,7 @@ def _is_unread(name: str) -> bool:
     return suffix in (*SUFFIXES, *OTHER_SUFFIXES) and not own
 
 
+@functools.lru_cache
 def _key_of(name: str) -> str | None:
     """Which file of a sample a name means, or is probably meant to (``mask (1).png``, ``prompt.txt.txt``); None: none.
 
@@ -192,16 +186,25 @@ def _identity(root: Path, folder: Path) -> str:
     return relative if relative != "." else Path(os.path.abspath(root)).name
 
 
-def _checked(sample_id: str, folder: Path) -> Sample | Reject:
+def _checked(
+    judge: Callable[[Sample, Decoded, int, int], Any] | None, total: int, numbered: tuple[int, tuple[str, Path]]
+) -> tuple[Sample | Reject, Any]:
+    number, (sample_id, folder) = numbered
     try:
-        return read_sample(sample_id, folder)
+        sample, decoded = decode_sample(sample_id, folder)
+        return sample, judge(sample, decoded, number, total) if judge else None
     except FileError as error:
-        return Reject(sample_id, error.path, error.reason)
+        return Reject(sample_id, error.path, error.reason), None
     except OSError as error:
-        return Reject(sample_id, folder, f"could not be read ({error.strerror or error})")
+        return Reject(sample_id, folder, f"could not be read ({error.strerror or error})"), None
 
 
 def read_sample(sample_id: str, folder: Path) -> Sample:
+    """The sample in one folder, which is read and checked completely; FileError for the first error in it."""
+    return decode_sample(sample_id, folder)[0]
+
+
+def decode_sample(sample_id: str, folder: Path) -> tuple[Sample, Decoded]:
     """Read and check one sample folder completely; FileError for the first error in it."""
     try:
         sample_id.encode("utf-8")
@@ -210,151 +213,51 @@ def read_sample(sample_id: str, folder: Path) -> Sample:
     files = _files(folder)
     if "image" not in files:
         raise FileError(folder / "image.png", "does not exist")
-    image = read_image(files["image"])
-    prompt_file = files.get("prompt.txt", folder / "prompt.txt")
+    opened = {"image": open_image(files["image"])}
+    image = read_image(opened["image"])
+    prompt_file = files.get("prompt.txt") or folder / "prompt.txt"
     raw = read_text(prompt_file, "prompt file")
     prompt = prompt_of(raw)
     if fault := prompt_fault(prompt):
         raise FileError(prompt_file, fault)
     diseased = prompt.lower() != HEALTHY
-    meta_file = files.get("meta.json", folder / "meta.json")
+    meta_file = files.get("meta.json") or folder / "meta.json"
     meta = read_meta(meta_file)
     if diseased and "mask" not in files:
         raise FileError(folder / "mask.png", "does not exist; a sample that is not healthy needs its lesion's mask")
-    for stem in ("mask", "soft_mask", "anatomy"):
-        if stem in files and filecmp.cmp(files["image"], files[stem], shallow=False):
+    for stem in [stem for stem in STEMS[1:] if stem in files]:
+        opened[stem] = open_image(files[stem])
+        if opened[stem].data == opened["image"].data:
             raise FileError(files[stem], f"is a copy of {files['image'].name}; put the right file in its place")
-    marked = read_regions(image, files.get("mask"), files.get("soft_mask"), files.get("anatomy"), not diseased)
+    marked = read_regions(image, opened)
+    found = region_notes(image, marked, not diseased)
     regions = {} if marked.anatomy is None else {"vertebra": marked.anatomy == TARGET_LABEL}
     if marked.mask is not None:
         regions["lesion" if diseased else "vertebra"] = marked.mask.hard
     try:
-        notes = [*_intensity_notes(image, meta.get("window"), regions)]
+        notes = [*intensity_notes(image, meta.get("window"), regions)]
     except MedSoftError as error:
         raise FileError(meta_file, str(error)) from error
-    notes += dict.fromkeys(note.text for note in marked.notes)
-    if orientations_differ(files[stem] for stem in STEMS if stem in files):
+    notes += dict.fromkeys(note.text for note in found)
+    if orientations_differ(opened.values()):
         notes.append(ORIENTATION_NOTE)
     if prompt == HEALTHY and raw.strip().lower() != HEALTHY:
         notes.append(f"the prompt {raw.strip()!r} is read as `healthy`")
     texts: dict[str, Any] = {key: text_of(meta.pop(key, None)) for key in META_TEXTS}
     texts["patient_id"] = texts["patient_id"] or sample_id
-    paths: dict[str, Any] = {stem: Path(os.path.abspath(files[stem])) if stem in files else None for stem in STEMS}
+    absolute = os.path.abspath(folder)
+    paths: dict[str, Any] = {stem: files.get(stem) for stem in STEMS}
+    if absolute != str(folder):
+        paths = {stem: path and Path(absolute, path.name) for stem, path in paths.items()}
     meta.pop("sample_id", None)  # the folder's path is the identity
-    synthetic = meta.pop("synthetic", texts["parent_id"] is not None) or is_marked(files["image"])
+    synthetic = meta.pop("synthetic", texts["parent_id"] is not None) or SYNTHETIC_MARK in opened["image"].data[:1024]
     planned = diseased or synthetic or "soft_mask" in files  # made to be inpainted, it may be any part of the vertebra
     if not planned and _is_part(marked.mask, marked.anatomy):
         notes.append(PART_NOTE)
     box = mask_box(marked.mask)
-    return Sample(
-        sample_id, prompt=prompt, box=box, synthetic=synthetic, meta=meta, notes=tuple(notes), **paths, **texts
-    )
-
-
-class Note(NamedTuple):
-    """What a person should know of a file: ``text`` is the same for every sample, ``detail`` has this one's numbers."""
-
-    file: Path
-    text: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.text}{': ' * bool(self.detail)}{self.detail}"
-
-
-class Regions(NamedTuple):
-    """What the files of a sample mark in its image, and what a person should know of them."""
-
-    mask: Mask | None
-    soft_mask: Mask | None
-    anatomy: np.ndarray | None
-    notes: list[Note]
-
-
-def read_regions(
-    image: np.ndarray, mask: Path | None, soft_mask: Path | None, anatomy: Path | None, healthy: bool
-) -> Regions:
-    """Read the files that mark regions of ``image`` (HxW or HxWx3), and compare them; FileError for a certain mistake.
-
-    ``healthy``: the mask is the vertebra's, not a lesion's.
-    """
-    own = read_mask(mask, image.shape) if mask else None
-    soft = read_mask(soft_mask, image.shape, soft=True) if soft_mask else None
-    labels = read_anatomy(anatomy, image.shape) if anatomy else None
-    notes = []
-    for path, each in ((mask, own), (soft_mask, soft)):
-        if path is None or each is None:
-            continue
-        if each.empty and not healthy:
-            name = path.stem.lower().replace("_", " ")
-            raise FileError(path, f"the {name} is empty (all zero), but the prompt names a lesion")
-        if path == mask and looks_inverted(each.hard, whole=not healthy):
-            reason = f"marks the whole border and {each.hard.mean():.0%} of the image: inverted? {POLARITY}"
-            raise FileError(path, reason)
-        # Where a flat lesion was inpainted into flat tissue, the image does rise and fall with its soft mask.
-        of_mask = path == soft_mask and own is not None and own.hard.any() and (each.values[own.hard] == 1).all()
-        if each.soft and not of_mask and _is_picture_of(image, each.values):
-            raise FileError(path, f"looks like the image itself; expected a mask: {POLARITY}")
-        if each.note:
-            notes.append(Note(path, each.note))
-        if each.soft and np.count_nonzero(each.values) > MOSTLY * each.values.size:
-            notes.append(Note(path, EVERYWHERE_NOTE))
-    if mask and own and not healthy:
-        notes += _lesion_notes(mask, own.hard)
-    if soft_mask and soft and own and not own.empty:
-        notes += _soft_mask_notes(soft_mask, soft.values, own.hard, healthy)
-    if anatomy and labels is not None:
-        notes += _anatomy_notes(anatomy, labels == TARGET_LABEL, own)
-    return Regions(own, soft, labels, notes)
-
-
-def _is_picture_of(image: np.ndarray, values: np.ndarray) -> bool:
-    """Whether the values of a mask (HxW) rise and fall with the levels of its image: a copy, or one cut to the lesion.
-
-    A lesion may resemble its own soft mask, but not that well.
-    """
-    levels = image if image.ndim == 2 else image.mean(axis=2)
-    for region, least in ((np.ones(values.shape, bool), 0.9), (values > 0, 0.97)):
-        there, marked = levels[region].astype(float), values[region].astype(float)
-        if len(marked) > 20 and np.ptp(there) and np.ptp(marked) and abs(np.corrcoef(there, marked)[0, 1]) > least:
-            return True
-    return False
-
-
-def _lesion_notes(path: Path, hard: np.ndarray) -> list[Note]:
-    edge = np.concatenate([hard[0], hard[-1], hard[:, 0], hard[:, -1]]).mean()
-    notes = [Note(path, MOSTLY_NOTE, f"{hard.mean():.0%}")] if max(edge, hard.mean()) > MOSTLY else []
-    outlines, _ = cv2.findContours(hard.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    filled = cv2.drawContours(np.zeros(hard.shape, np.uint8), outlines, -1, 1, cv2.FILLED)
-    if np.count_nonzero(filled) > 1.8 * np.count_nonzero(hard):
-        notes.append(Note(path, OUTLINE_NOTE))
-    parts = [f"{pixels} pixels from row {row}, column {column} on" for pixels, row, column in stray_parts(hard)[:3]]
-    return notes + [Note(path, STRAY_NOTE, part) for part in parts]
-
-
-def _soft_mask_notes(path: Path, soft: np.ndarray, hard: np.ndarray, healthy: bool) -> list[Note]:
-    """What does not fit between a soft mask (HxW in [0, 1]) and the mask beside it (bool HxW)."""
-    if not healthy and not (hard & (soft >= 0.5)).any():
-        raise FileError(path, "lies elsewhere than the mask beside it: none of the mask's pixels is 0.5 or more here")
-    notes = []
-    away = cv2.distanceTransform((~hard).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    reach = max(2.0, equivalent_diameter(hard) / 2)
-    if ((soft >= 0.995) & (away > reach)).any():
-        notes.append(Note(path, BEYOND_NOTE))
-    if not healthy and np.count_nonzero(soft[hard] == 0) > 0.1 * np.count_nonzero(hard):
-        notes.append(Note(path, SHORT_NOTE))
-    return notes
-
-
-def _anatomy_notes(path: Path, target: np.ndarray, own: Mask | None) -> list[Note]:
-    """What is strange about the target vertebra (bool HxW), alone and beside the sample's mask."""
-    if not target.any():
-        return [Note(path, NO_TARGET_NOTE)]
-    areas = np.sort(cv2.connectedComponentsWithStats(target.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])
-    notes = [Note(path, TARGETS_NOTE)] if len(areas) > 1 and areas[-2] > areas[-1] / 2 else []
-    if own and own.hard.any() and np.count_nonzero(own.hard & target) < 0.1 * np.count_nonzero(own.hard):
-        notes.append(Note(path, OUTSIDE_NOTE))
-    return notes
+    known: dict[str, Any] = {"notes": tuple(notes), "image_sha256": hashlib.sha256(opened["image"].data).hexdigest()}
+    sample = Sample(sample_id, prompt=prompt, box=box, synthetic=synthetic, meta=meta, **known, **paths, **texts)
+    return sample, Decoded(opened["image"], image, marked)
 
 
 def _is_part(mask: Mask | None, labels: np.ndarray | None) -> bool:
@@ -371,23 +274,6 @@ def is_marked(image: Path) -> bool:
             return SYNTHETIC_MARK in handle.read(1024)
     except OSError:  # which is said where its pixels are read
         return False
-
-
-def _intensity_notes(image: np.ndarray, window: Any, regions: Mapping[str, np.ndarray]) -> Iterator[str]:
-    """What the intensity range does to an image and its ``regions`` (bool HxW); MedSoftError if it misses the image."""
-    low, high = intensity_range_of(image, window, regions.get("lesion"))
-    darkest, brightest = np.percentile(image, (0.5, 99.5))
-    if brightest - darkest < FAINT * (high - low):
-        yield FAINT_NOTE
-    if image.dtype == np.uint8:
-        if window is not None:
-            yield "its image has 8 bits, which are used as they are: `window` in its meta.json is not"
-        return
-    levels = np.atleast_3d(image)
-    inside = np.any((levels > low) & (levels < high), axis=2)
-    for name, region in regions.items():
-        if region.any() and inside[region].mean() < 0.5:
-            yield f"more than half of its {name} lies outside its `window` and is black or white for the model"
 
 
 def mask_box(mask: Mask | None) -> tuple[float, float, float, float]:
@@ -407,19 +293,24 @@ def _files(folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     alike: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        stem, suffix = _split_name(path.name)
-        key = stem if stem in STEMS and suffix in SUFFIXES else path.name.lower()
-        if key in _ALIKE and path.exists() and not (path.is_file() or path.is_dir()):
-            raise FileError(path, "is a pipe, a socket or a device, which would be waited for; put a file in its place")
-        if path.is_dir() and "." not in path.name:
+    with os.scandir(folder) as entries:
+        listed = sorted(entries, key=lambda entry: entry.name)
+    for entry in listed:
+        stem, suffix = _split_name(entry.name)
+        key = stem if stem in STEMS and suffix in SUFFIXES else entry.name.lower()
+        is_folder = entry.is_dir()
+        if key in _ALIKE and not is_folder and not entry.is_file() and os.path.exists(entry.path):
+            reason = "is a pipe, a socket or a device, which would be waited for; put a file in its place"
+            raise FileError(folder / entry.name, reason)
+        if is_folder and "." not in entry.name:
             continue  # `mask/` is not a mask
         if key in _ALIKE:
+            path = folder / entry.name
             other = found.setdefault(key, path)
             if other != path:
                 raise FileError(other, f"ambiguous: {other.name} and {path.name} are both here; keep one")
-        elif meant := _key_of(path.name):
-            alike.setdefault(meant, path)
+        elif meant := _key_of(entry.name):
+            alike.setdefault(meant, folder / entry.name)
     for key, path in alike.items():
         if key not in found:
             name, suffix = f"{key}.png" if key in STEMS else key, _split_name(path.name)[1]

@@ -7,7 +7,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -36,14 +36,25 @@ _OTHER_MAGIC = {
 }
 
 
-def read_image(path: str | Path) -> np.ndarray:
+class ImageFile(NamedTuple):
+    """An image file whose bytes were read once, for several questions to it. ``kind``: PNG, JPEG, BMP or TIFF."""
+
+    path: Path
+    data: bytes
+    kind: str
+
+
+ImageSource = str | Path | ImageFile
+
+
+def read_image(path: ImageSource) -> np.ndarray:
     """Decode one image file completely: HxW or HxWx3, uint8 or uint16.
 
     One rule per kind of file: EXIF orientation is applied; alpha is dropped and what lies under alpha 0 becomes 0, so
     hidden colour never reaches training; a palette becomes RGB, or grey if all its used colours are grey; 1-bit becomes
     0/255; CMYK and other colour spaces become RGB; 16 bits stay 16 bits. Raises FileError naming file, cause and cure.
     """
-    return _decode(Path(path), indices=False)
+    return _decode(open_image(path), indices=False)
 
 
 def header_shape(path: str | Path) -> tuple[int, int] | None:
@@ -55,28 +66,34 @@ def header_shape(path: str | Path) -> tuple[int, int] | None:
         return None
 
 
-def is_lossy(path: str | Path) -> bool:
+def is_lossy(path: ImageSource) -> bool:
     """Whether an image file that can be read is compressed with loss (JPEG, also inside TIFF), which changes levels."""
-    data, kind = _read_bytes(Path(path))
-    return kind == "JPEG" or (kind == "TIFF" and tiff_is_lossy(data))
+    file = open_image(path)
+    return file.kind == "JPEG" or (file.kind == "TIFF" and tiff_is_lossy(file.data))
 
 
-def read_labels(path: str | Path) -> np.ndarray:
+def has_palette(file: ImageFile) -> bool:
+    """Whether the pixels of a file may be indices of a palette; only of a PNG this is known without decoding it."""
+    return file.kind != "PNG" or file.data[25:26] == b"\3"
+
+
+def read_labels(path: ImageSource) -> np.ndarray:
     """Decode a label map: HxW integers. A palette file gives its indices; equal RGB channels count as grey."""
-    labels = _decode(Path(path), indices=True)
-    if is_lossy(path):
-        raise FileError(path, "a label map as JPEG, whose compression changes labels; export it as PNG")
+    file = open_image(path)
+    labels = _decode(file, indices=True)
+    if is_lossy(file):
+        raise FileError(file.path, "a label map as JPEG, whose compression changes labels; export it as PNG")
     if not is_grey(labels):
-        raise FileError(path, "expected a label map (grey or palette), found a colour image")
+        raise FileError(file.path, "expected a label map (grey or palette), found a colour image")
     return labels if labels.ndim == 2 else labels[..., 0]
 
 
-def read_layers(path: str | Path) -> np.ndarray:
+def read_layers(path: ImageSource) -> np.ndarray:
     """Decode one image file as ``read_image`` does, with its alpha channel, if any, and nothing hidden.
 
     HxW, HxWx2 (grey, alpha), HxWx3 or HxWx4.
     """
-    return _decode(Path(path), indices=False, alpha=True)
+    return _decode(open_image(path), indices=False, alpha=True)
 
 
 def with_alpha(result: np.ndarray, path: str | Path, inside: np.ndarray) -> np.ndarray:
@@ -94,14 +111,14 @@ def with_alpha(result: np.ndarray, path: str | Path, inside: np.ndarray) -> np.n
     return whole
 
 
-def orientations_differ(paths: Iterable[Path | None]) -> bool:
+def orientations_differ(paths: Iterable[ImageSource | None]) -> bool:
     """Whether image files that belong together are not all turned in the same way when they are read."""
-    return len({_orientation_of(path) for path in paths if path is not None}) > 1
+    return len({_orientation_of(open_image(path)) for path in paths if path is not None}) > 1
 
 
-def _orientation_of(path: Path) -> int:
+def _orientation_of(file: ImageFile) -> int:
     """The EXIF or TIFF orientation of an image file that can be read: 1 (upright) to 8."""
-    data, kind = _read_bytes(path)
+    path, data, kind = file
     if kind == "TIFF":
         return tiff_orientation(data)
     if kind == "PNG" and b"eXIf" not in data and b"Raw profile type" not in data:
@@ -143,9 +160,9 @@ def is_grey(image: np.ndarray) -> bool:
     return image.ndim == 2 or bool((image == image[..., :1]).all())
 
 
-def _decode(path: Path, indices: bool, alpha: bool = False) -> np.ndarray:
+def _decode(file: ImageFile, indices: bool, alpha: bool = False) -> np.ndarray:
     """The pixels, upright. ``indices``: of a palette. ``alpha``: HxWx2 or HxWx4, nothing hidden, if there is alpha."""
-    data, kind = _read_bytes(path)
+    path, data, kind = file
     try:
         if kind == "PNG":
             check_png(path, data)
@@ -208,7 +225,7 @@ def _layers(opened: Image.Image, indices: bool) -> np.ndarray:
         grey = mode in ("LA", "La") or (mode in ("P", "PA") and is_grey(_visible(rgba)))
         return rgba[..., [0, 3]] if grey else rgba
     if mode in ("1", "L"):
-        return np.asarray(opened.convert("L"))
+        return np.asarray(opened if mode == "L" else opened.convert("L"))
     colours = np.asarray(opened.convert("RGB"))
     return colours[..., 0] if mode == "P" and is_grey(colours) else colours
 
@@ -247,15 +264,20 @@ def _jpeg_frame(data: bytes) -> tuple[int, int] | None:
 
 def _oriented(pixels: np.ndarray, orientation: Any) -> np.ndarray:
     """The pixels upright, for an EXIF ``orientation``: 2, 4, 5 and 7 are mirrored too, the others only rotated."""
+    if orientation == 1:
+        return pixels
     mirrored = pixels[:, ::-1] if orientation in (2, 4, 5, 7) else pixels
     return np.rot90(mirrored, {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0))
 
 
-def _read_bytes(path: Path) -> tuple[bytes, str]:
-    """The bytes of an image file and its kind ("PNG", "JPEG", "BMP", "TIFF"), told from the content, not the name.
+def open_image(path: ImageSource) -> ImageFile:
+    """The bytes of an image file and its kind, told from the content, not the name; one that is open stays as it is.
 
     Raises FileError for a missing, unreadable or empty file, and for one that is no image, saying what it is.
     """
+    if isinstance(path, ImageFile):
+        return path
+    path = path if isinstance(path, Path) else Path(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
@@ -265,7 +287,7 @@ def _read_bytes(path: Path) -> tuple[bytes, str]:
         raise FileError(path, "expected an image file, found a folder") from error
     except OSError as error:
         raise FileError(path, f"could not be read ({error.strerror or error})") from error
-    return data, _image_format(path, data[:512])
+    return ImageFile(path, data, _image_format(path, data[:512]))
 
 
 def check_ends(path: str | Path) -> None:

@@ -14,7 +14,16 @@ import numpy as np
 
 from ldm.config import FeatherUnit
 from ldm.core.errors import FileError, MedSoftError, UsageError
-from ldm.data.images import is_grey, is_lossy, read_image, read_labels, read_layers
+from ldm.data.images import (
+    ImageSource,
+    has_palette,
+    is_grey,
+    is_lossy,
+    open_image,
+    read_image,
+    read_labels,
+    read_layers,
+)
 from ldm.data.samples import Sample
 
 TARGET_LABEL = 1  # in anatomy.png: the vertebral body the image is about
@@ -62,7 +71,7 @@ class Mask:
         return not self.values.any()
 
 
-def read_mask(path: str | Path, shape: tuple[int, ...] | None = None, soft: bool = False) -> Mask:
+def read_mask(source: ImageSource, shape: tuple[int, ...] | None = None, soft: bool = False) -> Mask:
     """Read a mask file for an image of ``shape`` (H, W, ...).
 
     What the levels are decides how they are read (see docs/data.md). Two levels {0, v} are hard. So are more of them
@@ -73,7 +82,8 @@ def read_mask(path: str | Path, shape: tuple[int, ...] | None = None, soft: bool
     that names the levels: labels, pictures, ramps, a maximum below half of the range. ``soft``: the file is a
     ``soft_mask.png``, soft whatever its levels are, unless it is a picture.
     """
-    layers, lossy = read_layers(path), is_lossy(path)
+    file = open_image(source)
+    path, layers, lossy = file.path, read_layers(file), is_lossy(file)
     if shape is not None:
         _check_same_size(path, layers, shape)
     levels = _grey_levels(path, layers, lossy)
@@ -104,6 +114,11 @@ def read_mask(path: str | Path, shape: tuple[int, ...] | None = None, soft: bool
     if humps > MAX_HUMPS:
         raise _unclear(path, present, span, "rises from 0 to few parts: this one goes up and down, as an image does")
     return Mask(np.rint(unit * 255).astype(np.float32) / 255, soft=True)
+
+
+def read_soft_mask(source: ImageSource, shape: tuple[int, ...]) -> Mask:
+    """Read a ``soft_mask.png`` for an image of ``shape`` (H, W, ...)."""
+    return read_mask(source, shape, soft=True)
 
 
 def _unclear(path: str | Path, present: np.ndarray, span: int, soft_one: str, count: int | None = None) -> FileError:
@@ -232,14 +247,15 @@ def _grey_levels(path: str | Path, layers: np.ndarray, lossy: bool) -> np.ndarra
     return strongest
 
 
-def read_anatomy(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
+def read_anatomy(source: ImageSource, shape: tuple[int, ...]) -> np.ndarray:
     """The label map HxW: 0 background, 1 target vertebra, 2 other vertebrae, 3 discs, 4 spinal canal.
 
     FileError naming the levels for any other ones (another numbering, a map saved as 0 and 255, or in 2 or 4 bits,
     which are scaled when they are read), for several without 0 or with label 1 all around an unmarked middle, and
     for one that was resized with interpolation, which puts label 1 between 0 and 2.
     """
-    labels = read_labels(path)
+    file = open_image(source)
+    path, labels = file.path, read_labels(file)
     _check_same_size(path, labels, shape)
     present = np.unique(labels).tolist()
     shown = ", ".join(map(str, present[:8])) + (", ..." if len(present) > 8 else "")
@@ -252,7 +268,7 @@ def read_anatomy(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
         )
     if looks_inverted(labels == TARGET_LABEL, whole=False):
         raise FileError(path, f"label {TARGET_LABEL} lies all around the image; expected a label map of {meaning}")
-    shades = read_image(path)  # of a palette
+    shades = read_image(file) if has_palette(file) else labels
     if is_grey(shades) and _other_order(labels, shades if shades.ndim == 2 else shades[..., 0]):
         raise FileError(path, "its palette has grey levels in another order than its indices; save it as grey levels")
     if _interpolated(labels):

@@ -1,5 +1,6 @@
 """A sample, a sample that cannot be used, and what prompts, ids and the values of ``meta.json`` may be."""
 
+import functools
 import re
 import sys
 import unicodedata
@@ -35,7 +36,9 @@ class Sample:
     severity: str | None = None
     synthetic: bool = False
     meta: dict[str, Any] = field(default_factory=lambda: NO_META)
-    notes: tuple[str, ...] = field(default=(), compare=False)  # what a person should know of its files; not stored
+    # Of the reading, not of the sample: what a person should know of its files, and the SHA-256 of its image's.
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    image_sha256: str | None = field(default=None, compare=False)
 
     @property
     def healthy(self) -> bool:
@@ -102,6 +105,7 @@ def text_of(value: str | int | None) -> str | None:
     return None if text.casefold() in NO_TEXT else text
 
 
+@functools.lru_cache(4096)
 def plain(text: str) -> str:
     """``text`` as it is compared: without case, invisible characters, repeated spaces and the form of accents."""
     visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
@@ -112,6 +116,7 @@ _AROUND = re.compile("^[\\s\u200b-\u200f\u2060\ufeff\u00ad]+|[\\s\u200b-\u200f\u
 _DECORATED = re.compile(r"""[\s"'`‘’‚“”„«»‹›「」(\[]*healthy[\s"'`‘’‚“”„«»‹›「」)\].,;:!。]*""")
 
 
+@functools.lru_cache(4096)
 def prompt_of(text: str) -> str:
     """The prompt that a text means: nothing invisible around it, and ``healthy`` where that word stands alone.
 

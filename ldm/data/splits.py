@@ -140,7 +140,7 @@ def prepare_dataset(
     samples, rejects = load_samples(root_dir)
     real = [sample for sample in samples if not sample.synthetic]
     used = samples if synthetic else real
-    digests = {sample.sample_id: digest for sample in used if (digest := content_id(sample.image))}
+    digests = {s.sample_id: digest for s in used if (digest := s.image_sha256 or content_id(s.image))}
     made, orphans = _with_parents(real, [s for s in used if s.synthetic], digests)
     rejects = [*rejects, *orphans]
     if len(used) < len(samples):

@@ -11,17 +11,11 @@ What lies below the output names nobody. Who is who lies in ``OUTPUT_DIR.private
 
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +27,7 @@ from ldm.core.files import content_id, fingerprint, read_json, read_text
 from ldm.core.paths import confined
 from ldm.core.run_folder import RunFolder
 from ldm.core.tables import write_csv
+from ldm.core.threads import in_processes
 from ldm.data.annotations import write_rejects
 from ldm.data.samples import Reject, Sample, shown
 from ldm.exchange.cases import Case, Problem, Wanted, find_cases
@@ -199,15 +194,7 @@ class _Run:
         if workers == 1 or size < SMALL or all(record for records in given for record in records):
             yield from map(self.patient, patients, given)
             return
-        context = multiprocessing.get_context("spawn")  # a fork would keep this process's lock when it is killed
-        pool = ProcessPoolExecutor(workers, context, _end_with_parent)
-        try:
-            yield from pool.map(self.patient, patients, given)
-        except BrokenProcessPool as error:
-            reason = "a process of the import was killed (is there enough memory?)"
-            raise MedSoftError(f"{reason}; run the same command again to go on") from error
-        finally:
-            pool.shutdown(cancel_futures=True)  # an interrupted command does not import the rest
+        yield from in_processes(self.patient, patients, given, workers=workers, what="import")
 
     def patient(
         self, cases: Sequence[Case], stored: Sequence[dict[str, Any] | None]
@@ -335,19 +322,6 @@ class _Run:
             kinds = Counter(row["rejected"] for row in left_out)
             message = "left out: %d rejected, %d for other reasons; see %s (with paths: %s)"
             log.info(message, kinds[True], kinds[False], path / "left_out.csv", self.private.path / "left_out.csv")
-
-
-def _end_with_parent() -> None:
-    """In a process of the pool: leave Ctrl+C to the parent, and end when that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            wait([parent.sentinel])
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _state(file: Path) -> list[int]:

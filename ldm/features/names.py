@@ -18,7 +18,7 @@ FORMAT = 5  # of what is stored; raise the number when it changes its meaning
 ITEM_KINDS, PROMPT_KINDS = ("clip", "latents"), ("clip_text", "text")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One image to learn from: a sample, and which of its fixed masks (healthy) or crops (diseased)."""
 

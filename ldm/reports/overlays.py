@@ -4,7 +4,6 @@ A mirrored, transposed or shifted mask is a sound file of the right size: only a
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ldm.core.errors import MedSoftError
 from ldm.core.tables import shortened
 from ldm.core.threads import thread_pool
 from ldm.data.images import intensity_range_of, read_image, to_unit
-from ldm.data.masks import LABELS, read_anatomy, read_mask
+from ldm.data.masks import LABELS, Mask, read_anatomy, read_mask
 from ldm.data.samples import Sample, shown
 from ldm.reports.comparison import colour
 from ldm.reports.html import files_folder, write_image, write_page
@@ -28,24 +27,48 @@ MASK_COLOUR, LETTER_COLOUR = (255, 64, 64), (255, 210, 120)
 LABEL_COLOURS = {1: (80, 220, 100), 2: (90, 150, 255), 3: (245, 210, 70), 4: (90, 225, 230)}
 
 
+class OverlayPage:
+    """A page (HTML) and its sheets, a PNG for each 20 samples, which are written as the tiles come."""
+
+    def __init__(self, page: Path) -> None:
+        self.page, self.count = page, 0
+        self._sheets: list[dict[str, Any]] = []
+        self._tiles: list[tuple[Sample, np.ndarray]] = []
+
+    def add(self, sample: Sample, tile: np.ndarray) -> None:
+        """Show a sample by its ``tile`` (see ``overlay``)."""
+        self._tiles.append((sample, tile))
+        self.count += 1
+        if len(self._tiles) == COLUMNS * ROWS:
+            self._write_sheet()
+
+    def _write_sheet(self) -> None:
+        tiles, self._tiles = self._tiles, []
+        source = write_image(self.page, f"sheet_{len(self._sheets) + 1:04d}", _sheet(tiles))
+        names = [shown(sample.sample_id) for sample, _ in tiles]
+        first, last = self.count - len(tiles) + 1, self.count
+        self._sheets.append({"source": source, "names": names, "first": first, "last": last})
+
+    def finish(self) -> None:
+        """Write the page. Sheets of an earlier, longer page are removed."""
+        if self._tiles:
+            self._write_sheet()
+        for file in files_folder(self.page).glob("sheet_*.png"):
+            if file.stem not in {Path(sheet["source"]).stem for sheet in self._sheets}:
+                file.unlink()
+        write_page(self.page, "overlays", sheets=self._sheets, count=self.count, legend=_legend())
+
+
 def write_overlays(page: Path, samples: Sequence[Sample]) -> int:
     """Write ``page`` (HTML) and its sheets, a PNG for each 20 samples; returns how many samples they show.
 
     Samples whose files cannot be read are left out. Sheets of an earlier, longer page are removed.
     """
-    sheets: list[dict[str, Any]] = []
-    tiles = _readable(samples)
-    count = 0
-    while part := list(islice(tiles, COLUMNS * ROWS)):
-        source = write_image(page, f"sheet_{len(sheets) + 1:04d}", _sheet(part))
-        names = [shown(sample.sample_id) for sample, _ in part]
-        sheets.append({"source": source, "names": names, "first": count + 1, "last": count + len(part)})
-        count += len(part)
-    for file in files_folder(page).glob("sheet_*.png"):
-        if file.stem not in {Path(sheet["source"]).stem for sheet in sheets}:
-            file.unlink()
-    write_page(page, "overlays", sheets=sheets, count=count, legend=_legend())
-    return count
+    written = OverlayPage(page)
+    for sample, tile in _readable(samples):
+        written.add(sample, tile)
+    written.finish()
+    return written.count
 
 
 def _readable(samples: Sequence[Sample]) -> Iterator[tuple[Sample, np.ndarray]]:
@@ -69,17 +92,22 @@ def _readable(samples: Sequence[Sample]) -> Iterator[tuple[Sample, np.ndarray]]:
 def overlay(sample: Sample) -> np.ndarray:
     """The sample's image, TILE x TILE x 3 uint8, with the outlines of its mask and of each label of its anatomy."""
     image = read_image(sample.image)
+    labels = None if sample.anatomy is None else read_anatomy(sample.anatomy, image.shape)
+    return outlined(sample, image, None if sample.mask is None else read_mask(sample.mask, image.shape), labels)
+
+
+def outlined(sample: Sample, image: np.ndarray, mask: Mask | None, labels: np.ndarray | None) -> np.ndarray:
+    """``overlay`` of a sample whose files are decoded: its image (HxW or HxWx3), its mask and its label map (HxW)."""
     scale = TILE / max(image.shape[:2])
     width, height = (max(1, round(scale * length)) for length in image.shape[1::-1])
     unit = to_unit(image, intensity_range_of(image, sample.meta.get("window")))
     filter_ = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
     small = colour(cv2.resize(unit, (width, height), interpolation=filter_))
     regions = []
-    if sample.anatomy is not None:
-        labels = read_anatomy(sample.anatomy, image.shape)
+    if labels is not None:
         regions += [(labels == label, LABEL_COLOURS[label]) for label in LABEL_COLOURS]
-    if sample.mask is not None:
-        regions.append((read_mask(sample.mask, image.shape).hard, MASK_COLOUR))
+    if mask is not None:
+        regions.append((mask.hard, MASK_COLOUR))
     for region, rgb in regions:
         reduced = cv2.resize(region.astype(np.float32), (width, height), interpolation=filter_) > 0
         inner = cv2.erode(reduced.astype(np.uint8), np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT)

@@ -2,13 +2,10 @@
 disk and memory. Each check yields Findings; nothing is trained, and only the page of overlays is written."""
 
 import logging
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from ldm.config import Config
 from ldm.core.devices import resolve_precision
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_text
-from ldm.data.annotations import load_samples, read_samples
+from ldm.data.annotations import none_usable, read_samples
 from ldm.data.checks import (
     annotation_rows,
     check_classes,
@@ -36,19 +33,17 @@ from ldm.data.checks import (
     looks_personal,
     near_leaks,
     personal_keys,
-    sample_attributes,
     separations,
     similar_prompts,
 )
-from ldm.data.folders import ORIENTATION_NOTE, read_regions
-from ldm.data.images import orientations_differ, pixel_digest, read_image
 from ldm.data.preparation import inpainting_obstacle, scale_obstacle
-from ldm.data.samples import Sample, prompt_of, shown
+from ldm.data.samples import Reject, Sample, prompt_of, shown
 from ldm.features.names import item_counts, training_items
 from ldm.inference.prompts import contradiction, image_facts
 from ldm.networks.model import MedSoftModel
 from ldm.networks.opening import open_encoder, open_model
-from ldm.reports.overlays import write_overlays
+from ldm.reports.inspection import DatasetInspection, Finding, inspected_folder, inspected_samples
+from ldm.reports.overlays import OverlayPage
 from ldm.training.estimates import check_disk, check_memory
 from ldm.training.stage import training_groups
 
@@ -64,48 +59,17 @@ FLOORS = {
 LEVELS = {"error": "errors", "sample": "samples that cannot be used", "warning": "warnings"}
 HELD_OUT = {"val", "test"}
 SHOWN = 20  # findings of one level
+SHOWN_FAULTY = 1000  # samples with a fault on the page of overlays, beside those that are there anyway
 
 
-@dataclass(frozen=True)
-class Finding:
-    """``level``: error (training would stop or learn something wrong), sample (one sample cannot be used), warning."""
+@dataclass
+class InspectedSet:
+    """A data set that was looked at: its samples, what cannot be used, and what the files of each sample show."""
 
-    level: str
-    where: str
-    text: str
-
-
-@dataclass(frozen=True)
-class DatasetInspection:
-    """What decoding one sample has shown: faults, and numbers for the statistics over the data set."""
-
-    sample_id: str
-    faults: tuple[Finding, ...]
-    digest: str | None = None
-    shape: tuple[int, ...] = ()
-    depth: int = 0  # bits
-    attributes: dict[str, float | str] = field(default_factory=dict)
-
-
-def look(sample: Sample) -> DatasetInspection:
-    """Decode all files of a sample."""
-    try:
-        image = read_image(sample.image)
-    except MedSoftError as error:
-        return DatasetInspection(sample.sample_id, (Finding("sample", str(sample.image), error.cause(sample.image)),))
-    seen: dict[str, Any] = {"digest": pixel_digest(image), "shape": image.shape, "depth": 8 * image.dtype.itemsize}
-    seen["attributes"] = sample_attributes(sample, image)
-    faults: list[Finding] = []
-    if image.min() == image.max():
-        faults.append(Finding("warning", str(sample.image), f"every pixel is {image.min()}: an empty image"))
-    try:
-        marked = read_regions(image, sample.mask, sample.soft_mask, sample.anatomy, sample.healthy)
-        faults += [Finding("warning", str(note.file), str(note)) for note in marked.notes]
-        if orientations_differ(sample.files):
-            faults.append(Finding("warning", str(sample.image), ORIENTATION_NOTE))
-    except MedSoftError as error:
-        faults.append(Finding("sample", str(sample.image.parent), str(error)))
-    return DatasetInspection(sample.sample_id, tuple(faults), **seen)
+    samples: list[Sample] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    looks: list[DatasetInspection] = field(default_factory=list)
+    error: str | None = None  # why there is none
 
 
 def check_everything(
@@ -119,16 +83,18 @@ def check_everything(
 ) -> Iterator[Finding]:
     """All checks of data sets (name -> dataset folder or annotation file), and of what ``config`` shall train on them.
 
-    The quick ones come first. ``overlays``: the page to write of all samples with their outlines.
+    Every file is decoded once. ``overlays``: the page to write of samples with their outlines.
     """
+    found, data = look_at_data(sets, workers, overlays)
     yield from check_installation()
     if config:
-        misfits = list(check_checkpoint(config, ckpt, sets))
+        misfits = list(check_checkpoint(config, ckpt, found))
         yield from misfits
         if config.training.stage and not misfits:
-            trained = {name: path for name, path in sets.items() if name != "test"}
+            trained = [each.samples for name, each in found.items() if name != "test"]
             yield from check_disk_and_memory(config, trained, save_path, devices)
-    yield from check_data(sets, workers, overlays)
+    yield from data
+    yield from check_data(sets, found)
 
 
 def log_findings(found: Sequence[Finding]) -> Counter[str]:
@@ -146,50 +112,100 @@ def log_findings(found: Sequence[Finding]) -> Counter[str]:
 # ------------------------------------------------------------------------------------------------------- data
 
 
-def check_data(sets: dict[str, Path], workers: int | None = None, overlays: Path | None = None) -> Iterator[Finding]:
-    """Every file of the data sets (name -> dataset folder or annotation file), each split, and between them."""
-    loaded: dict[str, list[Sample]] = {}
-    rows, seconds = [], 0.0
-    for name, path in sets.items():
+def look_at_data(
+    sets: Mapping[str, Path], workers: int | None, overlays: Path | None
+) -> tuple[dict[str, InspectedSet], list[Finding]]:
+    """Read the data sets (name -> dataset folder or annotation file) and decode every file of them once."""
+    start = time.perf_counter()
+    page = Pictures(overlays) if overlays else None
+    found = {name: _look_at(name, path, workers, page) for name, path in sets.items()}
+    seconds, count = time.perf_counter() - start, sum(len(each.samples) for each in found.values())
+    faults = page.finish(count) if page else []
+    words = (count, seconds, 60 * count / max(seconds, 1e-9))
+    log.info("every file of %d samples decoded in %.1f s (%.0f samples a minute)", *words)
+    return found, faults
+
+
+def _look_at(name: str, path: Path, workers: int | None, page: "Pictures | None") -> InspectedSet:
+    found = InspectedSet()
+    try:
+        if path.is_dir():
+            pairs: Iterable[tuple[Any, Any]] = inspected_folder(path, workers, page is not None)
+        else:
+            samples, found.rejects = read_samples(path)
+            looks = inspected_samples(samples, workers, page is not None)
+            bar = tqdm(looks, f"looking at {name}", len(samples), unit=" samples", disable=None)
+            pairs = zip(samples, bar, strict=True)
+        for sample, seen in pairs:
+            if isinstance(sample, Reject):
+                found.rejects.append(sample)
+                continue
+            found.samples.append(sample)
+            found.looks.append(replace(seen, tile=None))
+            if page:
+                page.add(sample, seen)
+        found.rejects.sort(key=lambda reject: (reject.sample_id, str(reject.file)))
+        if not found.samples:
+            raise none_usable(path, found.rejects)
+    except MedSoftError as error:
+        return InspectedSet(error=str(error))
+    return found
+
+
+class Pictures:
+    """The page of overlays: samples evenly spread over each data set, and about as many more that have a fault."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.page, self.more = path, OverlayPage(path), SHOWN_FAULTY
+        self.error: MedSoftError | None = None
+
+    def add(self, sample: Sample, seen: DatasetInspection) -> None:
+        """Show a sample that has been looked at, if there is room for it."""
+        if seen.tile is None or self.error or not (seen.spread or self.more):
+            return
+        self.more -= not seen.spread
         try:
-            samples, rejects = read_samples(path)
+            self.page.add(sample, seen.tile)
         except MedSoftError as error:
-            yield Finding("error", name, str(error))
+            self.error = error
+
+    def finish(self, total: int) -> list[Finding]:
+        """Write the page of ``total`` samples; a finding where that cannot be."""
+        try:
+            if self.error:
+                raise self.error
+            if self.page.count:
+                self.page.finish()
+        except MedSoftError as error:
+            return [Finding("warning", str(self.path), str(error))]
+        if self.page.count:
+            which = f"these {self.page.count} samples" + f" (of {total})" * (self.page.count < total)
+            log.info("%s: look whether the outlines of %s lie where they belong", self.path, which)
+        return []
+
+
+def check_data(sets: Mapping[str, Path], found: Mapping[str, InspectedSet]) -> Iterator[Finding]:
+    """What the files of the data sets (by name) have shown, each split, and what is between them."""
+    rows = []
+    for name, each in found.items():
+        if each.error:
+            yield Finding("error", name, each.error)
             continue
-        yield from (Finding("sample", str(reject.file), reject.reason) for reject in rejects)
-        start = time.perf_counter()
-        looks = _look_at(samples, name, workers)
-        seconds += time.perf_counter() - start
+        samples, looks = each.samples, each.looks
+        yield from (Finding("sample", str(reject.file), reject.reason) for reject in each.rejects)
         yield from (fault for seen in looks for fault in seen.faults)
         yield from _doubts(name, samples, looks)
         yield from _about(name, samples, looks)
         yield from _repeated(name, looks)
         rows += annotation_rows(name, samples, {seen.sample_id: seen.digest for seen in looks if seen.digest})
-        loaded[name] = samples
+    loaded = {name: each.samples for name, each in found.items() if not each.error}
     everyone = [sample for samples in loaded.values() for sample in samples]
-    if overlays and everyone:
-        try:
-            count = write_overlays(overlays, everyone)
-            log.info("%s: look whether the outlines of these %d samples lie where they belong", overlays, count)
-        except MedSoftError as error:
-            yield Finding("warning", str(overlays), str(error))
-    words = (len(everyone), seconds, 60 * len(everyone) / max(seconds, 1e-9))
-    log.info("every file of %d samples decoded in %.1f s (%.0f samples a minute)", *words)
     yield from (Finding("error", " and ".join(sets), leak) for leak in leaks(rows))
     yield from (Finding("warning", " and ".join(sets), leak) for leak in near_leaks(rows))
     if "train" in loaded:
         yield from _seen(loaded, groups_of_samples("train", loaded["train"]), sets["train"])
     yield from check_prompts(everyone)
     yield from check_privacy(everyone)
-
-
-def _look_at(samples: list[Sample], name: str, workers: int | None) -> list[DatasetInspection]:
-    count = workers or os.cpu_count() or 1
-    bar = {"desc": f"looking at {name}", "total": len(samples), "unit": " samples", "disable": None}
-    if count == 1 or len(samples) < 50:
-        return list(tqdm(map(look, samples), **bar))
-    with ProcessPoolExecutor(count) as pool:
-        return list(tqdm(pool.map(look, samples, chunksize=16), **bar))
 
 
 def _doubts(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> Iterator[Finding]:
@@ -208,7 +224,8 @@ def _about(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> 
             check_classes(name, samples)
         except MedSoftError as error:
             yield Finding("error", name, str(error))
-    obstacles = [(sample, reason) for sample in samples if sample.healthy and (reason := inpainting_obstacle(sample))]
+    reasons = (inpainting_obstacle(sample, seen.marked) for sample, seen in zip(samples, looks, strict=True))
+    obstacles = [(sample, why) for sample, why in zip(samples, reasons, strict=True) if sample.healthy and why]
     if obstacles:
         healthy, (first, reason) = sum(sample.healthy for sample in samples), obstacles[0]
         text = f"{len(obstacles)} of {healthy} healthy samples cannot be inpainted, so training leaves them out too"
@@ -310,7 +327,7 @@ def check_versions(versions: dict[str, str]) -> Iterator[Finding]:
         yield Finding("error", "torchvision", f"built for {vision}, torch for {ours}; install both together")
 
 
-def check_checkpoint(config: Config, ckpt: Path | None, sets: dict[str, Path]) -> Iterator[Finding]:
+def check_checkpoint(config: Config, ckpt: Path | None, sets: Mapping[str, InspectedSet]) -> Iterator[Finding]:
     """Whether the checkpoint and the BiomedCLIP folder fit the configuration, and held-out ``sets`` the checkpoint."""
     try:
         with torch.device("meta"):
@@ -330,10 +347,7 @@ def check_checkpoint(config: Config, ckpt: Path | None, sets: dict[str, Path]) -
         return
     if not source:
         return
-    held_out = {}
-    for name in HELD_OUT & set(sets):
-        with suppress(MedSoftError):  # which is said where the data is looked at
-            held_out[name] = load_samples(sets[name])[0]
+    held_out = {name: each.samples for name, each in sets.items() if not each.error}
     try:
         groups = groups_of(source.metadata, source.path)
     except MedSoftError as error:
@@ -351,16 +365,16 @@ def _seen(sets: Mapping[str, list[Sample]], groups: Sequence[dict[str, Any]], so
             yield Finding("error", name, str(error))
 
 
-def check_disk_and_memory(config: Config, sets: dict[str, Path], save_path: Path, devices: int) -> Iterator[Finding]:
+def check_disk_and_memory(
+    config: Config, sets: Sequence[list[Sample]], save_path: Path, devices: int
+) -> Iterator[Finding]:
     """Items that the stage has, samples that lack a scale, free disk and memory against what the stage will take."""
     items, training = [], config.training
-    for path in sets.values():
-        with suppress(MedSoftError):  # which is said where the data is looked at
-            samples = load_samples(path)[0]
-            obstacles = [scale_obstacle(sample, config.data) for sample in samples]
-            yield from (Finding("sample", str(s.image), why) for s, why in zip(samples, obstacles, strict=True) if why)
-            scaled = [sample for sample, why in zip(samples, obstacles, strict=True) if not why]
-            items += training_items(scaled, config.data)[0]
+    for samples in sets:
+        obstacles = [scale_obstacle(sample, config.data) for sample in samples]
+        yield from (Finding("sample", str(s.image), why) for s, why in zip(samples, obstacles, strict=True) if why)
+        scaled = [sample for sample, why in zip(samples, obstacles, strict=True) if not why]
+        items += training_items(scaled, config.data)[0]
     log.info("to learn from and to validate on: %s", item_counts(items))
     try:
         if lack := check_disk(save_path, config.architecture, training, items):

@@ -129,3 +129,17 @@ def test_import_measures_slices_a_second(
     if Path("/proc/self/smaps_rollup").exists():
         assert all(1e7 < row["memory"] < 4e9 for row in found)
     assert "| uncompressed | 6 |" in caplog.text
+
+
+def test_data_of_many_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    flags = ["data", "--samples", "40", "--output", str(tmp_path / "bench.json")]
+    assert bench.main(bench.build_parser().parse_args(flags)) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())["measured"]
+    names = ["prepare, JSON", "prepare, JSON Lines", "read, JSON", "read, JSON Lines", "doctor"]
+    assert [row["what"] for row in found] == names
+    for row in found:
+        assert row["samples"] == 40
+        assert row["cpu_seconds"] > 0.05
+        assert row["bytes"] > 20e6
+        assert any(line.startswith(f"| 40 | {row['what']} |") for line in caplog.messages)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ldm.core.errors import FileError
-from ldm.data import folders
+from ldm.data import regions
 from ldm.data.folders import read_sample
 from ldm.data.masks import read_anatomy, soften
 from ldm.data.png import write_png
@@ -69,12 +69,12 @@ def test_a_mask_that_marks_all_around_is_refused_as_inverted(tmp_path: Path, wri
 
 @pytest.mark.parametrize("mask", [~disc(20, 48, 0), disc(44)])
 def test_a_mask_that_marks_most_is_named(tmp_path: Path, write_sample: Write, mask: np.ndarray) -> None:
-    assert folders.MOSTLY_NOTE in sample(tmp_path, write_sample, mask=mask).notes
+    assert regions.MOSTLY_NOTE in sample(tmp_path, write_sample, mask=mask).notes
 
 
 @pytest.mark.parametrize("mask", [disc(20) & ~disc(18), np.indices((SIZE, SIZE)).sum(axis=0) % 2 == 0])
 def test_an_outline_or_a_dithered_picture_is_named(tmp_path: Path, write_sample: Write, mask: np.ndarray) -> None:
-    assert folders.OUTLINE_NOTE in sample(tmp_path, write_sample, mask=mask).notes
+    assert regions.OUTLINE_NOTE in sample(tmp_path, write_sample, mask=mask).notes
 
 
 def test_an_image_that_is_cut_to_the_lesion_is_no_mask(tmp_path: Path, write_sample: Write) -> None:
@@ -105,10 +105,10 @@ def test_a_soft_mask_of_another_place_is_refused(tmp_path: Path, write_sample: W
 @pytest.mark.parametrize(
     ("lesion", "note"),
     [
-        (disc(10) | disc(8, 80, 80), folders.BEYOND_NOTE),
-        (disc(30), folders.BEYOND_NOTE),
-        (disc(4, 48, 42), folders.SHORT_NOTE),
-        (~disc(30, 0, 0), folders.BEYOND_NOTE),
+        (disc(10) | disc(8, 80, 80), regions.BEYOND_NOTE),
+        (disc(30), regions.BEYOND_NOTE),
+        (disc(4, 48, 42), regions.SHORT_NOTE),
+        (~disc(30, 0, 0), regions.BEYOND_NOTE),
     ],
 )
 def test_a_soft_mask_that_does_not_fit_its_mask_is_named(
@@ -123,13 +123,13 @@ def test_any_feather_fits_its_mask(tmp_path: Path, write_sample: Write, feather:
     for number, lesion in enumerate((disc(1), disc(5), disc(10) & disc(10, 40, 40), disc(2) | disc(3, 60, 60))):
         soft = np.rint(255 * soften(lesion, feather)).astype(np.uint8)
         said = set(sample(tmp_path / str(number), write_sample, mask=lesion, soft_mask=soft).notes)
-        assert said <= {folders.EVERYWHERE_NOTE, folders.STRAY_NOTE}
+        assert said <= {regions.EVERYWHERE_NOTE, regions.STRAY_NOTE}
 
 
 def test_a_soft_mask_that_is_nowhere_0_is_named(tmp_path: Path, write_sample: Write) -> None:
     levels = np.maximum(np.rint(255 * soften(disc(14), 16)).astype(np.uint8), np.where(disc(60), 3, 0).astype(np.uint8))
-    assert folders.EVERYWHERE_NOTE in sample(tmp_path / "a", write_sample, mask=levels).notes
-    assert folders.EVERYWHERE_NOTE in sample(tmp_path / "b", write_sample, soft_mask=levels).notes
+    assert regions.EVERYWHERE_NOTE in sample(tmp_path / "a", write_sample, mask=levels).notes
+    assert regions.EVERYWHERE_NOTE in sample(tmp_path / "b", write_sample, soft_mask=levels).notes
 
 
 # ------------------------------------------------------------------------------------------------ anatomy.png
@@ -205,9 +205,9 @@ def test_an_inverted_label_map_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "note"),
     [
-        (np.where(spine() == 1, 2, spine()), folders.NO_TARGET_NOTE),
-        (np.where(spine() == 2, 1, spine()), folders.TARGETS_NOTE),
-        (np.roll(spine(), 32, axis=0), folders.OUTSIDE_NOTE),
+        (np.where(spine() == 1, 2, spine()), regions.NO_TARGET_NOTE),
+        (np.where(spine() == 2, 1, spine()), regions.TARGETS_NOTE),
+        (np.roll(spine(), 32, axis=0), regions.OUTSIDE_NOTE),
     ],
 )
 def test_a_strange_label_map_is_named(tmp_path: Path, write_sample: Write, labels: np.ndarray, note: str) -> None:
@@ -217,7 +217,7 @@ def test_a_strange_label_map_is_named(tmp_path: Path, write_sample: Write, label
 def test_a_mirrored_label_map_whose_target_misses_the_lesion_is_named(tmp_path: Path, write_sample: Write) -> None:
     labels = np.ascontiguousarray(np.where(disc(14, 48, 30), 1, 0).astype(np.uint8)[:, ::-1])
     found = sample(tmp_path, write_sample, mask=disc(8, 48, 28), anatomy=labels)
-    assert found.notes == (folders.OUTSIDE_NOTE,)
+    assert found.notes == (regions.OUTSIDE_NOTE,)
 
 
 def test_masks_in_one_bit_files_keep_their_polarity(tmp_path: Path, write_sample: Write) -> None:

@@ -18,10 +18,11 @@ from ldm.core.errors import FileError, MedSoftError
 from ldm.core.files import read_json
 from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.checks import Row, check_disjoint
-from ldm.data.folders import ORIENTATION_NOTE, STRAY_NOTE, scan_folder
+from ldm.data.folders import scan_folder
 from ldm.data.images import intensity_range_of
 from ldm.data.masks import NOISE_NOTE
 from ldm.data.png import write_png
+from ldm.data.regions import ORIENTATION_NOTE, STRAY_NOTE
 from ldm.data.samples import probably_healthy
 
 Write = Callable[..., Path]
