@@ -25,6 +25,7 @@ SCRIPTS = {
     "export-dicom": "tool/export_dicom.py",
     "soft-masks": "tool/make_soft_masks.py",
     "seam": "tool/measure_seam.py",
+    "crops": "tool/crop_table.py",
     "compare-samplers": "tool/compare_samplers.py",
     "bench": "tool/bench.py",
     "gpu": "tool/gpu.py",

@@ -37,10 +37,11 @@ def test_compiled_networks_train_like_plain_ones(
     for name, chosen in (("plain", "false"), ("compiled", "true")):
         words = [f"training.compile={chosen}", "sampling.steps=2"]
         assert train("unet_only", converted, tmp_path / name, world, *words, **GIVEN, **more) == 0
-    # Not again for the last, smaller batch, validation or pictures. Blocks that are computed again are graphs too.
-    assert len(graphs) == 1 or ("activation_checkpointing" in more and len(graphs) < 16)
-    # Four full batches, of which the first is also what is compiled on.
-    assert len(runs) == 5 or ("activation_checkpointing" in more and len(runs) % 5 == 0)
+    if "activation_checkpointing" in more:  # blocks that are computed again are graphs of their own
+        assert 1 < len(graphs) < 16
+    else:
+        assert len(graphs) == 1  # not again for the last, smaller batch, validation or pictures
+        assert len(runs) == 5  # four full batches, of which the first is also what is compiled on
     assert all(runs)
     without, with_it = (tensors(tmp_path / name / "last.ckpt") for name in ("plain", "compiled"))
     assert without.keys() == with_it.keys()
