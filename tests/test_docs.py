@@ -4,6 +4,7 @@ import importlib
 import inspect
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,21 @@ def test_the_map_in_the_readme_names_every_package() -> None:
     named = re.findall(r"^ +([\w.]+)", table, re.MULTILINE)
     there = [path.name for path in (ROOT / "ldm").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
     assert sorted(named) == sorted(set(there) - {"__init__.py"})
+
+
+@pytest.mark.parametrize("page", ["training", "scale"])
+@pytest.mark.parametrize("code", [0, 1, 3, 143])
+def test_a_job_script_ends_as_its_command_does(page: str, code: int, tmp_path: Path) -> None:
+    """SLURM takes a job's success from its script; srun and scontrol are stand-ins that note what they are given."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    (script,) = re.findall(r"^```(?:sh|bash)\n(#!/bin/bash\n#SBATCH .*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "job.sh").write_text(script.replace("/project/medsoft", str(tmp_path)))
+    for name, ends in (("srun", code), ("scontrol", 0)):
+        (tmp_path / name).write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/{name}.txt\nexit {ends}\n')
+        (tmp_path / name).chmod(0o755)
+    given = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "77"}
+    assert subprocess.run(["bash", tmp_path / "job.sh"], cwd=tmp_path, env=given).returncode == code
+    assert (tmp_path / "scontrol.txt").exists() is (code == 143)
+    python, command, *words = (tmp_path / "srun.txt").read_text().splitlines()
+    assert python == "python"
+    importlib.import_module(command.removesuffix(".py")).build_parser().parse_intermixed_args(words)
