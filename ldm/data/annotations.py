@@ -3,6 +3,7 @@
 A data source of another kind is one function here and one entry in SOURCES.
 """
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,9 +129,15 @@ def _shown_path(path: Path, folder: str | None) -> str:
     if folder is None:
         return str(path)
     try:
-        return Path(os.path.relpath(path, folder)).as_posix()
+        shown = os.path.relpath(path, folder)
+        if shown.startswith(os.pardir):  # one of the two may have been given by a link
+            shown = os.path.relpath(Path(_real(path.parent), path.name), _real(folder))
     except ValueError:  # on another drive
         return path.as_posix()
+    return Path(shown).as_posix()
+
+
+_real = functools.lru_cache(os.path.realpath)  # the files of a sample lie in one folder
 
 
 def write_rejects(path: str | Path, rejects: Sequence[Reject]) -> None:
@@ -156,12 +163,13 @@ def read_annotations(path: Path) -> tuple[list[Sample], list[Reject]]:
     A JSON list, or, where the name ends with .jsonl, one record a line. Relative paths resolve against the file's own
     folder. Raises MedSoftError naming file, record or line, and key for anything malformed.
     """
-    folder, known = os.path.abspath(path.parent), _Once()
+    # The folder's real path, and the one it is reached by, which is another where that leads through a link.
+    folders, known = (os.path.realpath(path.parent), os.path.abspath(path.parent)), _Once()
     places: list[str] = []
     samples: list[Sample] = []
     for place, record in read_records(path, "annotation file"):
         places.append(place)
-        samples.append(_parse(path, folder, place, record, known))
+        samples.append(_parse(path, folders, place, record, known))
     if not samples:
         raise MedSoftError(f"{path}: holds no record; make it again with ver_openImagesDatasets.py")
     names = _names_of(samples)
@@ -214,10 +222,10 @@ _RULES = {
 }
 
 
-def _parse(path: Path, folder: str, place: str, record: Any, known: Mapping[Any, Any]) -> Sample:
+def _parse(path: Path, folders: tuple[str, str], place: str, record: Any, known: Mapping[Any, Any]) -> Sample:
     """The sample of the record at ``place`` of the file at ``path``; MedSoftError naming the key that is wrong.
 
-    ``folder``: the file's own, absolute. ``known`` keeps a text that other records have too.
+    ``folders``: see ``_located``. ``known`` keeps a text that other records have too.
     """
     if not isinstance(record, dict):
         raise MedSoftError(f"{path}: {place}: expected an object, found {type(record).__name__}")
@@ -226,9 +234,7 @@ def _parse(path: Path, folder: str, place: str, record: Any, known: Mapping[Any,
     wrong = wrong_value(record, _RULES, required) or wrong_value(record.get("meta") or {}, META_RULES)
     if wrong:
         raise MedSoftError(f"{path}: {place}, key {wrong[0]!r}: {wrong[1]}")
-    files: dict[str, Any] = {
-        key: Path(os.path.abspath(os.path.join(folder, record[key]))) if record.get(key) else None for key in _FILES
-    }
+    files: dict[str, Any] = {key: _located(folders, record[key]) if record.get(key) else None for key in _FILES}
     for key in _FILES[1:]:
         if files[key] == files["image"]:
             raise MedSoftError(f"{path}: {place}, key {key!r}: is the image itself")
@@ -246,6 +252,19 @@ def _parse(path: Path, folder: str, place: str, record: Any, known: Mapping[Any,
         meta=record.get("meta") or NO_META,
         **texts | {"patient_id": texts["patient_id"] or ""},
     )
+
+
+def _located(folders: tuple[str, str], given: str) -> Path:
+    """The file that a record names as ``given``, which may lead out of the annotation file's folder.
+
+    ``folders``: that folder's real path, from which ``..`` leads where the system says, and the one it is reached by.
+    """
+    real, reached = folders
+    if real != reached and given.startswith(os.pardir):
+        place = os.path.abspath(os.path.join(real, given))
+        if os.path.isfile(place):
+            return Path(place)
+    return Path(os.path.abspath(os.path.join(reached, given)))
 
 
 def _names_of(samples: Sequence[Sample]) -> dict[Path, str]:

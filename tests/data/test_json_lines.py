@@ -67,6 +67,29 @@ def test_data_and_files_may_move_together(dataset: Path, tmp_path: Path) -> None
     assert samples[0].image == tmp_path / "elsewhere" / "data" / "s00" / "image.png"
 
 
+@pytest.mark.parametrize("through", ["data", "out"])
+def test_a_folder_with_two_names_holds_them_under_both(dataset: Path, tmp_path: Path, through: str) -> None:
+    """As where a home folder links to another disk: one path is given by the link, the other by what it leads to."""
+    shutil.move(dataset / "data", tmp_path / "disk" / "deep" / "project" / "data")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep" / "project")
+    folders = {"data": tmp_path / "disk" / "deep" / "project", "out": tmp_path / "disk" / "deep" / "project"}
+    folders[through] = tmp_path / "link"
+    words = ["--root_dir", folders["data"] / "data", "--output_file", folders["out"] / "o.jsonl"]
+    assert prepare.main(prepare.build_parser().parse_args([str(word) for word in words])) == 0
+    for place in (tmp_path / "link", tmp_path / "disk" / "deep" / "project"):
+        assert [len(each) for each in load_samples(place / "o.jsonl")] == [20, 0]
+    shutil.move(tmp_path / "disk", tmp_path / "elsewhere")
+    assert [len(each) for each in load_samples(tmp_path / "elsewhere" / "deep" / "project" / "o.jsonl")] == [20, 0]
+
+
+def test_data_beside_a_folder_that_is_reached_through_a_link(dataset: Path, tmp_path: Path) -> None:
+    run(dataset, "o.jsonl")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "link").symlink_to(dataset / "out")
+    (samples, rejects) = load_samples(tmp_path / "a" / "b" / "link" / "o.jsonl")
+    assert (len(samples), rejects) == (20, [])
+
+
 def test_patients_keep_their_sides_and_those_who_are_away_come_back(dataset: Path, write_sample: Write) -> None:
     run(dataset, "o.jsonl")
     before = sides(dataset / "out")
