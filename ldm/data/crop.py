@@ -15,6 +15,7 @@ from ldm.data.images import dimensions, match_channels
 from ldm.data.masks import extents, spacing_of
 
 MAX_SHIFT = 0.125  # of a training crop, as a share of its side, in either direction
+MAX_WINDOW = 8192  # pixels of a side of a window in mm, unless the image itself is of that order
 
 Span = tuple[int, int]  # (first, last + 1) along one axis, pixels
 
@@ -55,7 +56,7 @@ class Fit:
         ``spacing_mm``, which lengths in mm need. ``variant`` 0 is centred on the lesion as far as the image allows;
         each other one begins elsewhere, up to MAX_SHIFT of the side away, where its number and ``name`` say, until all
         places are used up. Every window holds all of the mask. MedSoftError where the spacing is missing, or where a
-        window in mm is smaller than the lesion.
+        window in mm is smaller than the lesion or far larger than the image.
         """
         height, width = int(shape[0]), int(shape[1])
         if mask is not None and mask.shape != (height, width):
@@ -101,6 +102,12 @@ class Fit:
         if self.mm_per_pixel:
             extent = self.size * self.mm_per_pixel
             height, width = (max(1, round(extent / mm)) for mm in self._spacing(spacing))
+            if max(height, width) > max(MAX_WINDOW, 2 * max(shape)):
+                raise MedSoftError(
+                    f"data.mm_per_pixel={self.mm_per_pixel:g}: with spacing_mm {spacing} the window of {extent:g} mm "
+                    f"would have {width} x {height} pixels of an image of {shape[1]} x {shape[0]}; correct the spacing "
+                    "(mm, not another unit), or take a smaller data.mm_per_pixel"
+                )
             return height, width
         least = self.min_crop
         if self.min_crop_unit == "mm":

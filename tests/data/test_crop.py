@@ -177,6 +177,15 @@ def test_lesion_larger_than_a_window_in_mm_is_refused_with_what_is_wide_enough()
     assert (window.height, window.width) == (177, 354)
 
 
+def test_a_window_far_wider_than_its_image_is_refused_before_it_takes_any_memory() -> None:
+    """A spacing in metres would ask for a window of 262 gigabytes."""
+    soft = disc((512, 512), 200, 300, 12)
+    expected = r"^data\.mm_per_pixel=0\.5: with spacing_mm 0\.001 .*256000 x 256000 pixels of an image of 512 x 512"
+    with pytest.raises(MedSoftError, match=expected):
+        Fit(mm_per_pixel=0.5).crop_window(soft.shape, soft, 0.001)
+    assert Fit(mm_per_pixel=0.5).crop_window(soft.shape, soft, 0.04).height == 6400
+
+
 def test_a_window_in_mm_shows_a_disc_in_mm_as_a_disc() -> None:
     y, x = np.mgrid[:300, :400]
     hard = np.hypot((y - 150) * 0.9, (x - 200) * 0.3) < 20  # 40 mm wide, 44 x 133 pixels
