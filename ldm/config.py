@@ -52,6 +52,11 @@ ROUNDING = frozenset({"rounding"})  # the last digits of the weights, memory and
 NOTHING: frozenset[str] = frozenset()  # where files lie, speed, what is kept, shown or measured beside the training
 
 
+def _min_crop_before(data: Any) -> float:
+    """The lower bound of a crop before it was a key: the model's own size; of no effect where nothing is cropped."""
+    return float(data.image_size) if data.fit == "crop" else DataConfig.min_crop
+
+
 @dataclass
 class DataConfig:
     """How images and masks reach the networks; the same block serves training and inference."""
@@ -60,7 +65,7 @@ class DataConfig:
     fit: FitMode = setting("crop", PREPARATION)  # crop (with context around the lesion), pad or resize
     context: Annotated[float, within(1)] = setting(2.0, PREPARATION)  # crop side / longest lesion side
     # smallest side of a crop, in the native image
-    min_crop: Amount = setting(64.0, PREPARATION, before=lambda data: float(data.image_size))
+    min_crop: Amount = setting(64.0, PREPARATION, before=_min_crop_before)
     min_crop_unit: CropUnit = setting("pixels", PREPARATION, before="pixels")
     # above 0: crops of image_size times that on each side, instead of the above
     mm_per_pixel: Amount = setting(0.0, PREPARATION, before=0.0)

@@ -141,6 +141,14 @@ def test_a_key_at_the_value_of_old_is_no_part_of_the_identity_and_comes_back_as_
     assert again == old
 
 
+@pytest.mark.parametrize("fit", ["pad", "resize"])
+def test_where_nothing_is_cropped_the_lower_bound_of_a_crop_is_no_part_of_the_identity(fit: str) -> None:
+    """Runs with data.fit=pad from before there was data.min_crop are recognised."""
+    config = load_config(MODELS / "mldm_v15.yaml", [f"data.fit={fit}"])
+    assert "min_crop" not in identity(config, "images")["data"]
+    assert stored_overrides(Config, identity(config, "images")).count("data.min_crop=64.0") == 1
+
+
 def test_cached_features_of_earlier_versions_are_recognised_and_stretched_classifiers_are_not() -> None:
     features = fingerprint(identity(Config().data, "features"))
     assert features == "a1fb6428d25568d2a7b5f02ccddc414479c629a0e68c679e11c0f7fd9d244591"
