@@ -13,6 +13,7 @@ GIVEN = {"batch_size": 4, "max_epochs": 2, "rates.attn3": 0.01}  # nine samples:
 
 
 def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    torch.compiler.reset()  # what other tests have compiled
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: plain(self, dynamic=dynamic, backend=backend))
 
