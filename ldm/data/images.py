@@ -57,13 +57,19 @@ def read_image(path: ImageSource) -> np.ndarray:
     return _decode(open_image(path), indices=False)
 
 
-def header_shape(path: str | Path) -> tuple[int, int] | None:
-    """Height and width that an image file's header says, before any EXIF orientation; None where Pillow reads none."""
+def header_shapes(path: str | Path) -> set[tuple[int, int]]:
+    """The (height, width) that an image can have by its file's header; none where Pillow reads none.
+
+    Two where EXIF or TIFF's tag may turn it. An EXIF block behind the pixels of a PNG is not seen.
+    """
     try:
         with Image.open(path, formats=sorted(set(_IMAGE_MAGIC.values()))) as opened:
-            return opened.height, opened.width
+            shape = opened.height, opened.width
+            tags = getattr(opened, "tag_v2", {})
+            turned = tags.get(_ORIENTATION_TAG, 1) != 1 or {"exif", "Raw profile type exif"} & opened.info.keys()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None
+        return set()
+    return {shape, shape[::-1]} if turned else {shape}
 
 
 def is_lossy(path: ImageSource) -> bool:

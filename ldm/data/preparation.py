@@ -13,7 +13,7 @@ from ldm.core.errors import MedSoftError
 from ldm.core.files import content_id, named_seed
 from ldm.core.threads import thread_pool
 from ldm.data.crop import CropWindow, Fit
-from ldm.data.images import header_shape, intensity_range_of, read_image, read_labels, to_unit
+from ldm.data.images import header_shapes, intensity_range_of, read_image, read_labels, to_unit
 from ldm.data.masks import (
     DIAMETERS,
     TARGET_LABEL,
@@ -115,15 +115,16 @@ def scale_obstacle(sample: Sample, data: DataConfig) -> str | None:
 def distinct_crops(sample: Sample, data: DataConfig) -> int:
     """How many of the ``data.diseased_crops`` of a diseased sample differ, from its box and its image's header.
 
-    Never too few. Too many only where the lesion's soft border, which the box does not show, keeps the window in place.
+    Too many only where the lesion's soft border, which the box does not show, keeps the window in place, or where the
+    header leaves open how the image is turned.
     """
-    shape = header_shape(sample.image)
-    if shape is None:
+    shapes = header_shapes(sample.image)
+    if not shapes:
         return data.diseased_crops
     box = None if sample.soft_mask or not any(sample.box) else sample.box  # that file may mark less than the mask
     fit, spacing = Fit.of(data), sample.meta.get("spacing_mm")
-    try:  # a header does not say how the image is turned
-        found = max(fit.most_places(each, box, spacing) for each in {shape, shape[::-1]})
+    try:
+        found = max(fit.most_places(shape, box, spacing) for shape in shapes)
     except MedSoftError:
         return data.diseased_crops  # preparing it will say what is wrong
     return min(found, data.diseased_crops)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import MODELS, train
 
 import ldm.core.files
@@ -16,7 +17,10 @@ from ldm.config import Config, DataConfig, load_config
 from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples
 from ldm.data.crop import CropWindow
+from ldm.data.folders import mask_box
+from ldm.data.masks import Mask
 from ldm.data.preparation import prepare
+from ldm.data.samples import Sample
 from ldm.features.names import training_items
 from ldm.training.dataset import EpochOrder, StageData, read_training_inputs
 
@@ -185,6 +189,22 @@ def test_no_crop_is_an_item_twice(world: Path, config: Config) -> None:
     assert [len(set(each)) for each in crops(config.data)] == [config.data.diseased_crops] * len(samples)
     for change in ({"min_crop": 512.0}, {"context": 40.0}, {"fit": "pad"}, {"mm_per_pixel": 5.0}):
         assert [len(each) for each in crops(replace(config.data, **change))] == [1] * len(samples)
+
+
+@pytest.mark.parametrize(("suffix", "orientation", "items"), [("png", None, 1), ("jpg", None, 1), ("jpg", 6, 4)])
+def test_a_window_as_long_as_an_image_that_is_not_square_has_one_place(
+    tmp_path: Path, suffix: str, orientation: int | None, items: int
+) -> None:
+    """Where EXIF may turn the image, as many items as its other shape would have: never too few."""
+    mask, exif = np.zeros((256, 64), np.uint8), Image.Exif()
+    mask[8:248, 28:36] = 255
+    if orientation:
+        exif[0x0112] = orientation
+    image, marked = tmp_path / f"image.{suffix}", tmp_path / "mask.png"
+    Image.fromarray(np.full_like(mask, 90)).save(image, **({"exif": exif} if orientation else {}))
+    Image.fromarray(mask).save(marked)
+    sample = Sample("s", image, marked, "lytic lesion", mask_box(Mask(mask / np.float32(255))), "s")
+    assert len(training_items([sample], DataConfig())[0]) == items
 
 
 def test_every_file_is_hashed_once_at_a_start(
