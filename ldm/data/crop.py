@@ -1,5 +1,6 @@
 """How an image and its mask are brought to the model's square and back. NumPy and OpenCV; no torch."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ldm.data.images import dimensions, match_channels
 from ldm.data.masks import extents, spacing_of
 
 MAX_SHIFT = 0.125  # of a training crop, as a share of its side, in either direction
+MOST_DRAWS = 1000  # of a place that is not taken yet
 MAX_WINDOW = 8192  # pixels of a side of a window in mm, unless the image itself is of that order
 
 Span = tuple[int, int]  # (first, last + 1) along one axis, pixels
@@ -161,9 +163,14 @@ def _place(axes: Sequence[tuple[int, int, Span, Span]], variant: int, name: tupl
     places, taken = (bottom - top + 1) * (right - left + 1), {place((0, 0)): None}
     for number in range(1, variant % places + 1):
         rng = np.random.default_rng(named_seed("crop", *name, number))
-        while len(taken) <= number:
+        for _ in range(MOST_DRAWS):
             moves = rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2)
             taken[place([move * axis[0] for move, axis in zip(moves, axes, strict=True)])] = None
+            if len(taken) > number:
+                break
+        else:  # only the longest moves lead to what is left
+            every = itertools.product(range(top, bottom + 1), range(left, right + 1))
+            taken[next(each for each in every if each not in taken)] = None
     return list(taken)[-1]
 
 
