@@ -13,7 +13,6 @@ import math
 import shutil
 import tarfile
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -122,8 +121,7 @@ class TarResults:
 
     def write_report(self) -> Path:
         """Write the report of all tars in the folder; returns its first page."""
-        with suppress(OSError):  # shares leave it behind empty
-            (self.path / UNPACKED).rmdir()
+        shutil.rmtree(self.path / UNPACKED, ignore_errors=True)  # all is packed: shares, and killed runs, leave it
         indexes = sorted(index for pattern in INDEXES for index in self.path.glob(pattern))
         total = sum(read_json(index)["pictures"] for index in indexes)
         cards = chain.from_iterable(read_json(index)["samples"] for index in indexes)

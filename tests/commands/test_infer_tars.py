@@ -140,6 +140,16 @@ def test_an_interrupted_run_ends_with_the_same_tars(
     finished(out, 5)
 
 
+def test_killed_between_the_last_index_and_the_end_of_its_folders(final: Path, world: Path, packed: Path) -> None:
+    out = world / "left_over"
+    shutil.copytree(packed, out)
+    (out / ".unpacked" / "some__v0").mkdir(parents=True)
+    (out / ".unpacked" / "some__v0" / "meta.json").write_text("{}")
+    (out / "inference.json").write_text(json.dumps(record(out) | {"complete": False}))
+    assert infer(final, out, *given_to(world)) == 0
+    finished(out, 5)
+
+
 def test_killed_shares_go_on_and_write_tars_of_their_own(final: Path, world: Path, packed: Path) -> None:
     out = world / "shared_tars"
     code = "import runpy, sys; from ldm.inference import tars; tars.SIZE = tars.SHEET = 2; "
