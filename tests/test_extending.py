@@ -139,7 +139,7 @@ def test_another_sampler_is_chosen_by_its_name(
     images = {}
     for sampler, steps in (("half_ddim", 4), ("ddim", 2), ("ddim", 4)):
         output = tmp_path / f"{sampler}{steps}"
-        flags = ("--sampler", sampler, "--steps", steps, "--guidance_scale", 1, "--exact")
+        flags = ("--sampler", sampler, "--steps", steps, "--step_spacing", "leading", "--guidance_scale", 1, "--exact")
         assert infer(final, output, "--data", one, *flags) == 0
         images[sampler, steps] = read_image(next(output.glob("*/image.png")))
     assert np.array_equal(images["half_ddim", 4], images["ddim", 2])

@@ -236,7 +236,7 @@ def _grey_levels(path: str | Path, layers: np.ndarray, lossy: bool) -> np.ndarra
         colour = bright / bright.max()
     other = np.abs(layers - strongest[..., None] * colour).max(axis=2) / typical  # than shades of this colour
     if lossy:  # colours are blurred over two pixels, so nothing is known of a soft border: cut at half
-        several = cv2.erode((other > 0.25).astype(np.uint8), np.ones((3, 3), np.uint8)).any()
+        several = cv2.erode((other > 0.25).astype(np.uint8), np.ones((5, 5), np.uint8)).any()
         strongest = (strongest >= typical / 2).astype(np.uint8) * np.uint8(255)
     else:
         several = (other > 0.02).any()

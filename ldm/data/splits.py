@@ -133,6 +133,7 @@ def prepare_dataset(
     with nothing written, if no sample can be used, or, if ``strict``, if one cannot, or if the split that is there is
     not whole; UsageError for wrong ``fractions`` or an ``output_file`` that is a folder.
     """
+    _check_file(output_file)
     paths = output_paths(output_file)
     _shares(fractions)  # wrong fractions show before minutes of reading
     settings = f"seed {seed}, fractions {' '.join(format(value, 'g') for value in fractions)}"
@@ -402,13 +403,16 @@ def _log_moves(groups: Mapping[str, list[Sample]], known: EarlierSplit, kept: Ma
         log.warning(f"{message} trained on the earlier split must not be judged on this one", moved, len(old))
 
 
+def _check_file(output_file: Path) -> None:
+    if output_file.is_dir() or not output_file.name:
+        raise UsageError(f"--output_file {output_file}: expected the name of a file to write, found a folder")
+
+
 def output_paths(output_file: Path) -> dict[str, Path]:
     """The files beside ``output_file``: all, each part, rejects and absent; different ones whatever its suffix is.
 
     The parts are JSON Lines if ``output_file`` ends with .jsonl, else JSON, as the two others always are.
     """
-    if output_file.is_dir() or not output_file.name:
-        raise UsageError(f"--output_file {output_file}: expected the name of a file to write, found a folder")
     suffix = output_file.suffix.lower()
     base = output_file.stem if suffix in (".json", JSON_LINES) else output_file.name
     kinds = dict.fromkeys(SPLITS, JSON_LINES if suffix == JSON_LINES else ".json")

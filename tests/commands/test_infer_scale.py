@@ -401,7 +401,7 @@ def test_prompt_of_300_words_is_cut_with_a_warning(
 
 def test_names_that_repeat_are_refused(final: Path, one: Path, tmp_path: Path) -> None:
     write_annotations(tmp_path / "data.json", load_samples(one)[0] * 2)
-    with pytest.raises(MedSoftError, match="records 0 and 1 have the same sample_id"):
+    with pytest.raises(MedSoftError, match="record 0 and record 1 have the same sample_id"):
         infer(final, tmp_path / "out", "--data", tmp_path / "data.json")
 
 

@@ -64,7 +64,8 @@ def test_every_stage_is_compiled_whole(
 
     compile_with(monkeypatch, counted)
     source = trained[stage].source
-    assert train(stage, source, tmp_path / "s", world, "training.compile=true", **GIVEN, pictures=0) == 0
+    given = {"batch_size": 4, "max_epochs": 2, "pictures": 0}
+    assert train(stage, source, tmp_path / "s", world, "training.compile=true", **given) == 0
     assert len(graphs) == (2 if stage.startswith("stage2") else 1)
     assert changed(tensors(source), tensors(tmp_path / "s" / "last.ckpt"))
 
@@ -77,7 +78,8 @@ def test_without_a_compiler_training_goes_on_uncompiled(
 
     compile_with(monkeypatch, broken)
     for name, chosen in (("plain", "false"), ("compiled", "true")):
-        assert train("stage1", converted, tmp_path / name, world, f"training.compile={chosen}", **GIVEN) == 0
+        words = [f"training.compile={chosen}"]
+        assert train("stage1", converted, tmp_path / name, world, *words, batch_size=4, max_epochs=2) == 0
     (said,) = [text for text in caplog.messages if "uncompiled" in text]
     assert said.startswith("warning: the networks of a step cannot be compiled (")
     assert "No working C++ compiler found" in said

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -169,6 +169,7 @@ def test_a_resampled_edge_is_hard_whatever_depth_the_file_has(tmp_path: Path, to
 
 
 @settings(max_examples=40, deadline=None)
+@example(lesion=blob(83), colour=(255, 255, 0), quality=83)
 @given(
     lesion=lesions,
     colour=st.sampled_from([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (200, 30, 60), (255, 128, 0)]),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -283,9 +284,9 @@ def test_region_is_the_target_vertebra_else_the_own_mask_else_the_box(
     write_png(folder / "anatomy.png", np.full((20, 24), 2, np.uint8))
     own = read_mask(folder / "mask.png").hard
     np.testing.assert_array_equal(region_for(sample, (20, 24)), own)
-    boxed = sample.__class__(**{**sample.__dict__, "anatomy": None, "mask": None})
+    boxed = replace(sample, anatomy=None, mask=None)
     np.testing.assert_array_equal(region_for(boxed, (20, 24)), own)  # the mask is a rectangle: its box is itself
-    nowhere = sample.__class__(**{**boxed.__dict__, "box": (0.0, 0.0, 0.0, 0.0)})
+    nowhere = replace(boxed, box=(0.0, 0.0, 0.0, 0.0))
     assert region_for(nowhere, (20, 24)) is None
 
 

@@ -158,13 +158,15 @@ def test_ids_are_compared_as_paths(tmp_path: Path) -> None:
     path = annotations(tmp_path, {"image": "1.png", "sample_id": "a//b/"}, {"image": "2.png", "sample_id": "./c"})
     assert ids(path) == ["a/b", "c"]
     path = annotations(tmp_path, {"image": "1.png", "sample_id": "a/b"}, {"image": "2.png", "sample_id": "a//b"})
-    with pytest.raises(MedSoftError, match=re.escape("records 0 and 1 have the same sample_id 'a/b'")):
+    with pytest.raises(MedSoftError, match=re.escape("record 0 and record 1 have the same sample_id 'a/b'")):
         load_samples(path)
 
 
 def test_one_image_twice_needs_ids(tmp_path: Path) -> None:
     path = annotations(tmp_path, {"image": "x/1.png"}, {"image": "x/2.png"}, {"image": "x/1.png"})
-    with pytest.raises(MedSoftError, match=r"records 0 and 2 have the same sample_id '1', .*give each a sample_id"):
+    with pytest.raises(
+        MedSoftError, match=r"record 0 and record 2 have the same sample_id '1', .*give each a sample_id"
+    ):
         load_samples(path)
 
 

@@ -3,15 +3,14 @@
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tiny import TRAIN, infer, metas
 
 import ldm.inference.inpainter
-import ldm.inference.run
 from ldm.inference.inpainter import InpaintedImage, Inpainter
+from ldm.inference.results import FolderResults, Result
 
 SECONDS = 120  # then what is waited for is taken never to come
 
@@ -41,17 +40,17 @@ def test_drawing_does_not_wait_for_the_writing_of_the_batch_before(
     world: Path, final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[threading.Event]
 ) -> None:
     """Each result is written only after the next batch has begun, and before the one after that does."""
-    plain, written = ldm.inference.run.write_result, []
+    plain, written = FolderResults.write, []
 
-    def late(*args: Any) -> None:
+    def late(self: FolderResults, result: Result) -> None:
         number = len(written)
         if number < 3:
             assert begun[number + 1].wait(SECONDS), "the next batch was not begun while this result was being written"
         assert number >= 2 or not begun[number + 2].is_set(), "drawing runs ahead of writing by more than a batch"
-        plain(*args)
-        written.append(args[1].name)
+        plain(self, result)
+        written.append(result.task.name)
 
-    monkeypatch.setattr(ldm.inference.run, "write_result", late)
+    monkeypatch.setattr(FolderResults, "write", late)
     draw(final, tmp_path / "out", world)
     assert len(set(written)) == 4
 
