@@ -5,7 +5,7 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,19 +96,19 @@ def diffusers_pipeline(model: MedSoftModel) -> Any:
 
 
 def measure_alternately(
-    first: Callable, second: Callable, repeats: int, device: torch.device, warm_up: int = 2
-) -> tuple[float, float]:
-    """Median seconds of two calls that alternate, after ``warm_up`` rounds that are not counted."""
-    times: tuple[list[float], list[float]] = ([], [])
+    calls: Sequence[Callable], repeats: int, device: torch.device, warm_up: int = 2
+) -> tuple[float, ...]:
+    """Median seconds of each of the ``calls``, which take turns, after ``warm_up`` rounds that are not counted."""
+    times: list[list[float]] = [[] for _ in calls]
     for index in range(repeats + warm_up):
-        for call, kept in zip((first, second), times, strict=True):
+        for call, kept in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if index >= warm_up:
                 kept.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return tuple(map(statistics.median, times))
 
 
 def random_biomedclip(sizes: BiomedClipConfig, scratch: Path) -> Path:
