@@ -183,6 +183,8 @@ class TrainingConfig:
     feature_batch: Count = setting(2, NOTHING)
     save_every_minutes: Amount = setting(10.0, NOTHING)
     keep_best: Whole = setting(1, NOTHING)  # how many of the best epochs' weights are kept beside last.ckpt
+    # the number in metrics.csv by which the best epochs are chosen: of all items, or inside the mask of diseased ones
+    best_by: Literal["val_loss", "val_lesion_loss"] = setting("val_loss", WEIGHTS, before="val_loss")
     val_draws: Count = setting(2, NOTHING)  # times a validation sample is seen, each with other noise, mask or crop
     pictures: Whole = setting(2, NOTHING)  # fixed validation items that are inpainted now and then; 0 = none
     max_rejected: Share = setting(0.01, NOTHING)  # training stops when a larger share of the samples cannot be read

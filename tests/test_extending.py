@@ -46,7 +46,7 @@ from ldm.data.masks import read_mask
 from ldm.data.samples import Reject, Sample
 from ldm.diffusion.samplers import SAMPLERS, ddim
 from ldm.networks.msc import ControllerInputs, MedicalSemanticController
-from ldm.training.objectives import OBJECTIVES, diffusion_objective, msc_objective
+from ldm.training.objectives import OBJECTIVES, Losses, diffusion_objective, msc_objective
 
 
 def allow(monkeypatch: pytest.MonkeyPatch, section: type, name: str, *choices: str) -> None:
@@ -146,10 +146,10 @@ def test_another_sampler_is_chosen_by_its_name(
     assert not np.array_equal(images["half_ddim", 4], images["ddim", 4])
 
 
-def both_objectives(*given: Any) -> tuple[Tensor, Tensor | None]:
+def both_objectives(*given: Any) -> Losses:
     """The diffusion loss and the MSC's own together."""
-    losses, cosine = msc_objective(*given)
-    return losses + diffusion_objective(*given)[0], cosine
+    found = msc_objective(*given)
+    return found._replace(loss=found.loss + diffusion_objective(*given).loss)
 
 
 def test_another_stage_with_its_own_objective_trains(

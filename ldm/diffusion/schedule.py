@@ -35,3 +35,10 @@ def diffusion_loss(predicted: Tensor, noise: Tensor, soft_mask: Tensor, mask_wei
     weight = 1.0 + mask_weight * soft_mask.float()
     error = (predicted - noise).float().square().mean(dim=1, keepdim=True)  # (B, 1, h, w)
     return (weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))
+
+
+def loss_inside(predicted: Tensor, noise: Tensor, soft_mask: Tensor) -> Tensor:
+    """sum(m err^2) / sum(m) for each sample: the error inside the mask alone. Shapes as in ``diffusion_loss``."""
+    weight = soft_mask.float()
+    error = (predicted - noise).float().square().mean(dim=1, keepdim=True)  # (B, 1, h, w)
+    return (weight * error).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))

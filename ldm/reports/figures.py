@@ -17,22 +17,30 @@ def write_figure(path: Path, figure: "Figure", dpi: int = 150) -> None:
 
 
 def loss_figure(rows: Sequence[Mapping[str, str]], title: str) -> "Figure":
-    """Training and validation loss by epoch from a stage's metrics.csv; its cosine, if any, on a second axis."""
+    """Losses by epoch from a stage's metrics.csv; cosines of predicted and true tokens, if any, on a second axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    for column, style, label in (("train_loss", "tab:blue", "training"), ("val_loss", "tab:orange", "validation")):
-        axes.plot(*_series(rows, column), color=style, label=label, marker="." if len(rows) < 40 else None)
+    columns = {
+        "train_loss": ("tab:blue", "training"),
+        "val_loss": ("tab:orange", "validation"),
+        "val_lesion_loss": ("tab:red", "validation, lesions"),
+    }
+    for column, (style, label) in columns.items():
+        values = _series(rows, column)
+        if values[0]:
+            axes.plot(*values, color=style, label=label, marker="." if len(rows) < 40 else None)
     axes.set(title=title, xlabel="epoch", ylabel="loss")
     axes.grid(alpha=0.25)
-    cosine = _series(rows, "val_cosine")
-    if cosine[0]:
+    cosines = {"tab:green": _series(rows, "val_cosine"), "tab:olive": _series(rows, "val_lesion_cosine")}
+    if any(values[0] for values in cosines.values()):
         second = axes.twinx()
         axes.set_zorder(second.get_zorder() + 1)  # the legend stays readable
         axes.patch.set_visible(False)
-        second.plot(*cosine, color="tab:green", linestyle="--")
-        second.set_ylabel("validation cosine", color="tab:green")
+        for style, values in cosines.items():
+            second.plot(*values, color=style, linestyle="--")
+        second.set_ylabel("validation cosine (olive: lesions)", color="tab:green")
     axes.legend(loc="best", fontsize=8)
     return figure
 

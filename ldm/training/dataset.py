@@ -92,6 +92,11 @@ def read_training_inputs(paths: Mapping[str, Path], config: Config) -> TrainingI
     lost = [(sample, path) for sample in used for path in sample.files if path and path not in inputs.digests]
     reason = "could not be read any more"
     inputs.leave_out([Reject(sample.sample_id, sample.image, f"{path}: {reason}") for sample, path in lost], allowed)
+    if config.training.best_by == "val_lesion_loss" and all(sample.healthy for sample in inputs.samples("val")):
+        raise MedSoftError(
+            f"{paths['val']}: training.best_by=val_lesion_loss needs diseased samples to validate on, found none; add "
+            "some, or choose the best epoch by training.best_by=val_loss"
+        )
     rows = []
     for name in paths:
         members = inputs.samples(name)
@@ -164,6 +169,7 @@ class Batch(TypedDict, total=False):
     noise: Tensor  # (B, 4, s, s)
     t: Tensor  # (B,) time step as a share of the schedule, [0, 1)
     coin: Tensor  # (B,) of the guidance drop-out, [0, 1)
+    diseased: Tensor  # (B,) bool
 
 
 class StageData(Dataset):
@@ -205,7 +211,8 @@ class StageData(Dataset):
             t, coin = torch.from_numpy(generator.random(2, dtype=np.float32))  # t: share of the schedule
             found["t"] = (repeat + t) / self.training.val_draws if self.fixed else t
             found["coin"] = coin
-        return {**found, "sample_id": sample_id, "weight": torch.tensor(weight)}
+        diseased = torch.tensor(not item.sample.healthy)
+        return {**found, "sample_id": sample_id, "weight": torch.tensor(weight), "diseased": diseased}
 
 
 class EpochOrder(Sampler):

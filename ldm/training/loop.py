@@ -70,7 +70,7 @@ class Training:
                     self.preview()  # of an epoch at whose end the run was stopped
                 while self.progress.epoch < self.config.max_epochs:
                     self.train_epoch()
-                    self.end_epoch(*self.validate())
+                    self.end_epoch(self.validate())
                 self.movement.look_at_weights(self.progress.step, last=True)
             except BaseException as error:
                 with suppress(MedSoftError):  # a full disk has been reported
@@ -115,7 +115,7 @@ class Training:
         if whole and self.stage.compiled and not self.tried:
             self.compile_networks(batch)
         with self.autocast(), nullcontext() if whole and self.stage.compiled else self.stage.uncompiled():
-            losses, _ = self.model(batch, self.config.condition_dropout)
+            losses = self.model(batch, self.config.condition_dropout)[0]
         weight = batch["weight"].to(losses)
         loss = (weight * losses).mean()
         # One exchange tells all processes the loss of the global batch, its size, and what one of them requests.
@@ -131,7 +131,7 @@ class Training:
         try:
             with self.without_exchange():
                 with self.autocast():
-                    losses, _ = self.model(batch, self.config.condition_dropout)
+                    losses = self.model(batch, self.config.condition_dropout)[0]
                 self.fabric.backward(losses.mean())
         except Exception as error:  # whatever the compiler and its tools raise; other faults come again uncompiled
             if out_of_memory(error):
@@ -170,26 +170,32 @@ class Training:
         return warm
 
     @torch.no_grad()
-    def validate(self) -> tuple[float, float]:
-        """(loss, cosine on masked patches) of the moving average, over the validation set; nan for no cosine."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.stage.device)
+    def validate(self) -> dict[str, float]:
+        """Loss and cosine on masked patches of the moving average, over the validation set and over its diseased items,
+        by their names in ``metrics.csv``; nan where there is none. A diseased item's loss is that inside its mask."""
+        sums = torch.zeros(2, 3, dtype=torch.float64, device=self.stage.device)  # all items, diseased ones
         with self.stage.average.swapped(), self.stage.uncompiled():
             for batch in self.val_loader:
                 self.requests.raise_if_interrupted()
                 batch = self.fabric.to_device(batch)
                 with self.autocast():
-                    losses, cosine = self.stage(batch, dropout=0.0)
+                    losses, cosine, inside = self.stage(batch, dropout=0.0)
                 real = (batch["weight"] > 0).to(losses)
-                masked = torch.zeros_like(losses) if cosine is None else cosine * real
-                sums += torch.stack([(losses * real).sum(), masked.sum(), real.sum()])
-        loss, masked, count = self.summed(sums).tolist()
-        return loss / count, math.nan if cosine is None else masked / count
+                rows = [(losses, real), (losses if inside is None else inside, real * batch["diseased"])]
+                cosines = torch.full_like(losses, math.nan) if cosine is None else cosine
+                sums += torch.stack(
+                    [torch.stack([(each * of).sum(), (cosines * of).sum(), of.sum()]) for each, of in rows]
+                )
+        (loss, cosine, count), (lesion_loss, lesion_cosine, diseased) = self.summed(sums).tolist()
+        found = {"val_loss": loss / count, "val_cosine": cosine / count}
+        each = diseased or math.nan
+        return found | {"val_lesion_loss": lesion_loss / each, "val_lesion_cosine": lesion_cosine / each}
 
-    def end_epoch(self, val_loss: float, val_cosine: float) -> None:
-        """Records, the best weights, ``last.ckpt``, previews."""
-        self.records.end_epoch(self.progress, val_loss, val_cosine)
+    def end_epoch(self, validated: dict[str, float]) -> None:
+        """Records, the best weights, ``last.ckpt``, previews; ``validated``: what ``validate`` found."""
+        self.records.end_epoch(self.progress, validated)
         # Invariant: the best weights of all epochs in last.ckpt are on disk before last.ckpt is replaced.
-        self.checkpoints.keep_if_best(val_loss)
+        self.checkpoints.keep_if_best(validated[self.config.best_by])
         self.progress.end_epoch()
         self.save_and_stop_if_requested(epoch_ended=True)
         self.preview()

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from ldm.training.steps import TrainingStep
 
 log = logging.getLogger(__name__)
 
-METRICS = ("epoch", "step", "train_loss", "val_loss", "val_cosine", "items_per_second")
+LOSSES = ("train_loss", "val_loss", "val_cosine", "val_lesion_loss", "val_lesion_cosine")
+METRICS = ("epoch", "step", *LOSSES, "items_per_second")
 STEPS = ("epoch", "step", "loss", *(f"lr_{g}" for g in GROUPS), *(f"grad_norm_{g}" for g in GROUPS), "items_per_second")
 
 
@@ -80,24 +81,23 @@ class Records:
                 self.board.add_scalar(f"train/{name}", row[name], step.step)
         self.bar.set_postfix(epoch=step.epoch, loss=f"{loss:.4f}", refresh=False)
 
-    def end_epoch(self, progress: Progress, val_loss: float, val_cosine: float) -> None:
-        """The epoch's row in ``metrics.csv``; a value that there is none of is nan."""
+    def end_epoch(self, progress: Progress, validated: Mapping[str, float]) -> None:
+        """The epoch's row in ``metrics.csv``; ``validated``: what ``Training.validate`` found."""
         if self.bar is None:
             return
         row = {
             "epoch": progress.epoch,
             "step": progress.step,
             "train_loss": progress.loss_sum / progress.items,
-            "val_loss": val_loss,
-            "val_cosine": val_cosine,
+            **validated,
             "items_per_second": self.timed_items / (time.monotonic() - self.epoch_clock),
         }
         append_metrics(self.folder / "metrics.csv", row)
-        for name in METRICS[2:5]:
+        for name in LOSSES:
             if not math.isnan(row[name]):
                 self.board.add_scalar(f"epoch/{name}", row[name], progress.step)
         self.board.flush()
-        text = ", ".join(f"{key} {row[key]:.4f}" for key in METRICS[2:5] if not math.isnan(row[key]))
+        text = ", ".join(f"{key} {row[key]:.4f}" for key in LOSSES if not math.isnan(row[key]))
         tqdm.write(f"epoch {row['epoch']}, step {row['step']}: {text}")
 
     def add_preview(self, image: np.ndarray, step: int) -> None:

@@ -108,7 +108,7 @@ class Checkpoints:
             self._drop_worse()
 
     def keep_if_best(self, loss: float) -> None:
-        """Write this epoch's weights if their validation ``loss`` is among the best so far."""
+        """Write this epoch's weights if their validation ``loss``, that of ``best_by``, is among the best so far."""
         if not self.training.keep_best or not math.isfinite(loss):
             return
         self._refuse_broken()

@@ -121,7 +121,7 @@ class Stage(nn.Module):
         return {key: value.detach().float().cpu().contiguous() for key, value in found.items()}
 
     def forward(self, batch: Batch, dropout: float) -> Losses:
-        """(loss of each sample (B,), cosine on masked patches (B,) or None)."""
+        """What the stage's objective says of each sample; the first entry is the loss that is minimised."""
         training = self.training_config
         return OBJECTIVES[training.objective](self.net, batch, training, dropout, self.empty_text)
 

@@ -92,8 +92,7 @@ def test_diffusion_loss_of_a_batch() -> None:
     batch["coin"] = torch.tensor([0.05, 0.5, 0.1])
     batch["t"] = torch.tensor([0.0, 0.5, 1.0 - 2**-25])  # which is 1 in float32
     with torch.no_grad():
-        found, cosine = stage(batch, dropout=0.1)
-        assert cosine is None
+        found, cosine, inside = stage(batch, dropout=0.1)
         latent = batch["latent_mean"] + (batch["latent_logvar"] / 2).exp() * batch["posterior_noise"]
         alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2, 0)
         alpha = alphas[[0, 500, 999]].float()[:, None, None, None]
@@ -110,8 +109,13 @@ def test_diffusion_loss_of_a_batch() -> None:
         inputs = torch.cat([noisy, mask, batch["masked_latent"]], dim=1)
         predicted = net.unet(inputs, torch.tensor([0, 500, 999]), Conditioning(text, pooled, mask))
         weight = (1 + 2 * mask).expand_as(predicted)
-        expected = (weight * (predicted - batch["noise"]) ** 2).flatten(1).sum(1) / weight.flatten(1).sum(1)
+        squares = (predicted - batch["noise"]) ** 2
+        expected = (weight * squares).flatten(1).sum(1) / weight.flatten(1).sum(1)
+        expected_inside = (mask * squares).flatten(1).sum(1) / mask.expand_as(squares).flatten(1).sum(1)
+        similar = torch.nn.functional.cosine_similarity(tokens, batch["target_tokens"], dim=2)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(inside, expected_inside, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(cosine, (similar * patches).sum(1) / patches.sum(1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
