@@ -29,6 +29,8 @@ FACTS = (
     *("dataset", "model", "task", "epoch", "chosen_by", "use_synthetic", "n_train_healthy", "n_train_diseased"),
     *("n_synthetic_used", "n_duplicated", "n_val", "n_test", "n_test_diseased", "n_test_patients", "threshold"),
 )
+GROUP_FACTS = ("lesion_type", "severity", "n", "n_patients")  # of the table by lesion type and severity
+GROUP_NUMBERS = ("auc", "sensitivity_at_95_specificity", "recall")
 
 
 @dataclass
@@ -91,6 +93,10 @@ def write_test(
             for name, entry in metrics["test"].items()
         ],
         fact_rows=[(key.replace("_", " "), metrics.get(key)) for key in FACTS],
+        group_rows=[
+            [*(row[key] for key in GROUP_FACTS), *(number_text(row[key]) for key in GROUP_NUMBERS)]
+            for row in metrics["groups"]
+        ],
         confound_rows=[list(row.values()) for row in metrics["confounds"]],
         training_plots=_training_plots(folder, path, metrics["epoch"]),
         **_test_plots(path, metrics, test),
@@ -98,6 +104,12 @@ def write_test(
         mistake_count=count,
         mistakes=mistakes,
     )
+
+
+def number_text(entry: Mapping[str, Any]) -> str:
+    """A number of metrics.json with its interval, if it has one."""
+    value = number(entry["value"])
+    return value if entry["low"] is None else f"{value} ({_interval(entry)})"
 
 
 def _interval(entry: Mapping[str, Any]) -> str:

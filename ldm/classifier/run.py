@@ -16,7 +16,7 @@ import torch
 from ldm.checkpoints.files import read_safetensors
 from ldm.classifier.config import ClassifierConfig
 from ldm.classifier.data import ImageSet, class_separations, load_data, load_images, require_source
-from ldm.classifier.metrics import summarise
+from ldm.classifier.metrics import few_patients, summarise
 from ldm.classifier.network import build_network, check_model, compute_outputs, pick_device
 from ldm.classifier.report import Scored, prediction_rows, write_test
 from ldm.classifier.training import fit
@@ -176,6 +176,8 @@ def _test(
         for name, images in sets.items()
         if images.left_out
     ]
+    if "val" in sets and (few := few_patients(sets["val"])):
+        notes.append(f"Validation holds few patients of a class ({few}): which epoch is chosen on it is partly luck.")
     notes += [f"{name}: {each.warning}." for name, found in separated.items() for each in found if each.suspicious]
     if test is None:
         metrics["notes"] = ["No test set was given.", *notes]

@@ -2,12 +2,14 @@
 
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from ldm.classifier.metrics import BINS, RESAMPLES, compute_metrics, point_values
+from ldm.classifier.metrics import BINS, RESAMPLES, compute_groups, compute_metrics, point_values
+from ldm.data.samples import Sample
 
 
 def make_predictions(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -17,6 +19,21 @@ def make_predictions(count: int, classes: int, seed: int = 0) -> tuple[np.ndarra
     logits = rng.normal(0, 1.2, (count, classes)) + 1.5 * np.eye(classes)[labels]
     logits = np.round(logits, 1)
     return labels, np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+
+def sensitivity_at(truth: np.ndarray, score: np.ndarray, specificity: float = 0.95) -> float:
+    false_rate, true_rate, _ = sk.roc_curve(truth, score, drop_intermediate=False)
+    return float(true_rate[1 - false_rate >= specificity - 1e-12].max())
+
+
+def make_samples(kinds: list[str], grades: list[str]) -> list[Sample]:
+    """One sample a patient; its kind is a lesion type or ``healthy``."""
+    made = []
+    for i, (kind, grade) in enumerate(zip(kinds, grades, strict=True)):
+        prompt, box = "healthy" if kind == "healthy" else "a lesion", (0.0, 0.0, 0.0, 0.0)
+        about = {"patient_id": f"p{i}", "lesion_type": kind, "severity": grade}
+        made.append(Sample(f"s{i}", Path("image.png"), None, prompt, box, **about))
+    return made
 
 
 def test_binary_numbers_agree_with_sklearn_and_torchmetrics() -> None:
@@ -35,6 +52,8 @@ def test_binary_numbers_agree_with_sklearn_and_torchmetrics() -> None:
         "recall": sk.recall_score(truth, called),
         "specificity": sk.recall_score(~truth, ~called),
         "f1": sk.f1_score(truth, called),
+        "brier": sk.brier_score_loss(truth, score),
+        "sensitivity_at_95_specificity": sensitivity_at(truth, score),
     }
     tensors = torch.from_numpy(score.copy()), torch.from_numpy(labels)
     expected["calibration_error"] = float(binary_calibration_error(*tensors, n_bins=BINS, norm="l1"))
@@ -74,6 +93,45 @@ def test_class_that_is_never_named_counts_as_in_sklearn() -> None:
         warnings.simplefilter("ignore")
         assert found["macro_precision"] == pytest.approx(sk.precision_score(labels, named, average="macro"))
         assert found["macro_f1"] == pytest.approx(sk.f1_score(labels, named, average="macro"))
+
+
+def test_each_lesion_type_against_healthy_agrees_with_sklearn() -> None:
+    labels, probabilities = make_predictions(120, 2)
+    truth, score = labels == 1, probabilities[:, 1]
+    kinds = np.where(truth, np.resize(["a", "b", "c", "", ""], 120), "healthy")
+    patients = [f"p{number}" for number in range(120)]
+    found = compute_metrics(labels, probabilities, patients, kinds=kinds.tolist())["macro_auc_by_type"]
+    groups = [~truth | (kinds == kind) for kind in sorted(set(kinds) - {"", "healthy"})]
+    assert found["value"] == pytest.approx(np.mean([sk.roc_auc_score(truth[g], score[g]) for g in groups]))
+    assert found["low"] < found["value"] < found["high"]
+    few = np.where(
+        (kinds == kinds[1]) & (np.arange(120) > 30), "", kinds
+    )  # of a type that fewer than ten patients have
+    assert compute_metrics(labels, probabilities, patients, kinds=few.tolist())["macro_auc_by_type"]["low"] is None
+    assert "macro_auc_by_type" not in compute_metrics(labels, probabilities, patients)
+
+
+def test_table_by_lesion_type_and_severity_is_each_group_against_healthy() -> None:
+    labels, probabilities = make_predictions(160, 2)
+    truth, score = labels == 1, probabilities[:, 1]
+    kinds = np.where(truth, np.resize(["lytic", "Lytic", "blastic", "blastic", ""], 160), "healthy").tolist()
+    grades = np.where(truth, np.resize(["mild", "severe", "mild"], 160), "").tolist()
+    rows = compute_groups(truth, score, make_samples(kinds, grades))
+    named = {(row["lesion_type"], row["severity"]): row for row in rows}
+    assert list(named) == [
+        *(("all", "mild"), ("all", "severe"), ("blastic", "all"), ("blastic", "mild"), ("blastic", "severe")),
+        *(("lytic", "all"), ("lytic", "mild"), ("lytic", "severe")),
+    ]
+    lower = np.array([kind.lower() for kind in kinds])
+    for (kind, grade), row in named.items():
+        inside = truth & ((lower == kind) | (kind == "all")) & ((np.array(grades) == grade) | (grade == "all"))
+        kept = ~truth | inside
+        assert (row["n"], row["n_patients"]) == (inside.sum(), inside.sum())
+        assert row["auc"]["value"] == pytest.approx(sk.roc_auc_score(inside[kept], score[kept]))
+        assert row["recall"]["value"] == pytest.approx(np.mean(score[inside] >= 0.5))
+        at = row["sensitivity_at_95_specificity"]["value"]
+        assert at == pytest.approx(sensitivity_at(inside[kept], score[kept]))
+        assert (row["auc"]["low"] is None) == (inside.sum() < 10)
 
 
 def test_intervals_are_those_of_resampled_patients() -> None:
