@@ -169,6 +169,10 @@ class TrainingConfig:
     mask_weight: Amount = setting(2.0, WEIGHTS)  # w of the diffusion loss; 0 = Stable Diffusion's own
     # share of samples that lose text and MSC tokens together
     condition_dropout: Annotated[float, within(0, 0.99)] = setting(0.1, WEIGHTS)
+    # separate: as many samples more lose the text alone, and as many the tokens alone
+    coins: Literal["joint", "separate"] = setting("joint", WEIGHTS, before="joint")
+    msc_weight: Amount = setting(0.0, WEIGHTS, before=0.0)  # of stage 1's loss beside the diffusion loss
+    min_snr: Amount = setting(0.0, WEIGHTS, before=0.0)  # gamma of min-SNR weights (usually 5); 0 = none
     balance: bool = setting(True, WEIGHTS)  # sample the groups of balance_by equally often
     balance_by: Literal["class", "prompt"] = setting("class", WEIGHTS)  # healthy and diseased, or every prompt
     # above 0: validation and the finished checkpoint use the weights' moving average
@@ -319,6 +323,11 @@ def _checked(values: Values) -> Config:
     training = config.training
     fits = not (training.compile and training.strategy == "fsdp")
     agree(fits, "training.compile", training.compile, "false with training.strategy=fsdp")
+    fits = training.coins == "joint" or training.condition_dropout <= 1 / 3
+    agree(fits, "training.condition_dropout", training.condition_dropout, "at most 1/3 with training.coins=separate")
+    beside = training.objective == "diffusion" and training.inside == "msc" and "msc" in training.rates
+    fits = beside or not training.msc_weight or not training.stage
+    agree(fits, "training.msc_weight", training.msc_weight, "0 in a stage that does not train an MSC by its diffusion")
     for key, value, other, wanted in (
         ("unet.context_dim", unet.context_dim, "text_encoder.width", config.text_encoder.width),
         ("unet.semantic_dim", unet.semantic_dim, "biomedclip.token_dim", config.biomedclip.token_dim),

@@ -235,6 +235,18 @@ REFUSED = {
         r"sampling\.guidance_rescale: expected a number from 0 to 1",
     ),
     "drop-out of one": ("training: {condition_dropout: 1.0}", r"training\.condition_dropout"),
+    "three shares that are lost": (
+        "training: {condition_dropout: 0.4, coins: separate}",
+        r"training\.condition_dropout: expected at most 1/3 with training\.coins=separate, found 0\.4",
+    ),
+    "loss of an MSC that is frozen": (
+        "training: {stage: s, rates: {unet: 1.0e-5}, msc_weight: 0.1}",
+        r"training\.msc_weight: expected 0 in a stage that does not train an MSC .*found 0\.1",
+    ),
+    "loss of an MSC that is not read": (
+        "training: {stage: s, rates: {msc: 1.0e-5}, inside: 'true', msc_weight: 0.1}",
+        r"training\.msc_weight: expected 0",
+    ),
     "size that does not divide": ("data: {image_size: 500}", r"data\.image_size: expected a multiple of 64"),
     "context that cuts the lesion": ("data: {context: 0.5}", r"data\.context: expected a number of at least 1"),
     "negative crop": ("data: {min_crop: -1}", r"data\.min_crop: expected a number of at least 0"),

@@ -17,14 +17,24 @@ class NoiseSchedule:
         roots = torch.linspace(*ends, cfg.timesteps, dtype=torch.float32, device="cpu")
         self.alphas_cumprod = torch.cumprod(1.0 - roots.square(), dim=0)
         self.timesteps = cfg.timesteps
-        self._beside_latents = self.alphas_cumprod  # a copy on their device: a training step does not wait for another
+        self._beside_steps = self.alphas_cumprod  # a copy on their device: a training step does not wait for another
 
     def add_noise(self, latent: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(a_t) z + sqrt(1 - a_t) e: latent and noise (B, C, h, w), integer t (B,)."""
-        if self._beside_latents.device != latent.device:
-            self._beside_latents = self.alphas_cumprod.to(latent.device)
-        alpha = self._beside_latents[t].to(latent.dtype)[:, None, None, None]
+        alpha = self._alpha(t).to(latent.dtype)[:, None, None, None]
         return alpha.sqrt() * latent + (1 - alpha).sqrt() * noise
+
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """min(SNR, gamma) / SNR of the time steps (B,), with SNR = a_t / (1 - a_t): the weight of a noise prediction's
+        loss after Hang et al. 2023."""
+        alpha = self._alpha(t)
+        return (gamma * (1 - alpha) / alpha).clamp(max=1)
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        """``alphas_cumprod`` of time steps, beside them."""
+        if self._beside_steps.device != t.device:
+            self._beside_steps = self.alphas_cumprod.to(t.device)
+        return self._beside_steps[t]
 
 
 def diffusion_loss(predicted: Tensor, noise: Tensor, soft_mask: Tensor, mask_weight: float) -> Tensor:

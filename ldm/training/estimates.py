@@ -96,7 +96,7 @@ def stage_disk(architecture: Architecture, training: TrainingConfig) -> tuple[in
     """Bytes of ``last.ckpt`` while a stage trains, and of the weights of its best epochs together, at most."""
     tensors = skeleton(architecture, training.builds)
     weights = 4 * sum(value.numel() for value in tensors.values())
-    trained = [value for key, value in tensors.items() if group_of(key, training.objective) in training.rates]
+    trained = [value for key, value in tensors.items() if group_of(key, training) in training.rates]
     state = (12 if training.ema_decay else 8) * sum(value.numel() for value in trained)
     return weights + state, (training.keep_best + 1) * weights if training.keep_best else 0
 

@@ -179,7 +179,8 @@ class Training:
                 self.requests.raise_if_interrupted()
                 batch = self.fabric.to_device(batch)
                 with self.autocast():
-                    losses, cosine, inside = self.stage(batch, dropout=0.0)
+                    losses, cosine, inside, published = self.stage(batch, dropout=0.0)
+                losses = losses if published is None else published
                 real = (batch["weight"] > 0).to(losses)
                 rows = [(losses, real), (losses if inside is None else inside, real * batch["diseased"])]
                 cosines = torch.full_like(losses, math.nan) if cosine is None else cosine

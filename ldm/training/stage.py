@@ -18,13 +18,15 @@ from ldm.training.sharding import gathered, own_part, roots, shard
 STEP_PARTS = ("unet", "msc")  # what a training step runs; the other parts only make features
 
 
-def group_of(key: str, objective: str) -> str | None:
+def group_of(key: str, training: TrainingConfig) -> str | None:
     """The group of a parameter: ``msc``, ``attn3`` (third attention and its norm), ``unet`` (the rest of the U-Net).
 
-    The MSC's global head has no part in the diffusion loss and belongs to no group under that objective.
+    The MSC's global head has no part in the diffusion loss: it belongs to no group where that is all.
     """
+    if key.startswith("msc.global_head.") and training.objective == "diffusion" and not training.msc_weight:
+        return None
     if key.startswith("msc."):
-        return None if objective == "diffusion" and key.startswith("msc.global_head.") else "msc"
+        return "msc"
     if key.startswith("model.diffusion_model."):
         return "attn3" if ".attn3." in key or ".norm4." in key else "unet"
     return None
@@ -34,7 +36,7 @@ def training_groups(net: nn.Module, training: TrainingConfig) -> dict[str, dict[
     """The parameters of each group in ``training.rates``, by checkpoint key; UsageError for one that has none."""
     groups: dict[str, dict[str, nn.Parameter]] = {name: {} for name in training.rates}
     for key, parameter in net.named_parameters():
-        group = group_of(key, training.objective)
+        group = group_of(key, training)
         if group in groups:
             groups[group][key] = parameter
     for name, members in groups.items():

@@ -92,7 +92,8 @@ def test_diffusion_loss_of_a_batch() -> None:
     batch["coin"] = torch.tensor([0.05, 0.5, 0.1])
     batch["t"] = torch.tensor([0.0, 0.5, 1.0 - 2**-25])  # which is 1 in float32
     with torch.no_grad():
-        found, cosine, inside = stage(batch, dropout=0.1)
+        found, cosine, inside, published = stage(batch, dropout=0.1)
+        assert torch.equal(found, published)
         latent = batch["latent_mean"] + (batch["latent_logvar"] / 2).exp() * batch["posterior_noise"]
         alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2, 0)
         alpha = alphas[[0, 500, 999]].float()[:, None, None, None]
@@ -116,6 +117,39 @@ def test_diffusion_loss_of_a_batch() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(inside, expected_inside, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(cosine, (similar * patches).sum(1) / patches.sum(1), rtol=1e-4, atol=1e-6)
+
+
+def test_options_of_the_diffusion_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coins of its own for text and tokens, min-SNR weights and the MSC's loss; the published loss has none of them."""
+    torch.manual_seed(0)
+    more = ["training.coins=separate", "training.min_snr=5", "training.msc_weight=0.25"]
+    config = load_config(MODELS / "phantom_stage2_1.yaml", more)
+    net = MedSoftModel(config.architecture, ["unet", "msc"])
+    empty = torch.full((1, 77, config.text_encoder.width), 7.0)
+    stage = Stage(config.training, net, {}, empty)
+    batch = fake_batch(config.architecture, 4)
+    batch["coin"], batch["t"] = torch.tensor([0.05, 0.15, 0.25, 0.35]), torch.tensor([0.0, 0.1, 0.5, 0.99])
+    plain, given = MedSoftModel.predict_noise, {}
+
+    def predict_noise(self: MedSoftModel, *inputs: torch.Tensor) -> torch.Tensor:
+        given["text"], given["semantic"] = inputs[4:]
+        return plain(self, *inputs)
+
+    monkeypatch.setattr(MedSoftModel, "predict_noise", predict_noise)
+    found = stage(batch, dropout=0.1)
+    assert (given["text"] == 7).flatten(1).all(1).tolist() == [True, True, False, False]
+    assert (given["semantic"] == 0).flatten(1).all(1).tolist() == [True, False, True, False]
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    snr = (alphas / (1 - alphas))[[0, 100, 500, 990]]
+    weights = torch.minimum(snr, torch.full_like(snr, 5.0)) / snr
+    soft = torch.nn.functional.adaptive_max_pool2d(batch["mask"], config.biomedclip.grid).flatten(1)
+    tokens, global_token = net.msc(ControllerInputs.of(batch))
+    errors = (tokens - batch["target_tokens"]).square().mean(2)
+    own = (errors * soft).sum(1) / soft.sum(1) + (global_token - batch["target_global"]).square().mean(1)
+    expected = weights.float() * found.published + 0.25 * own
+    torch.testing.assert_close(found.loss, expected, rtol=1e-4, atol=1e-6)
+    found.loss.mean().backward()
+    assert net.msc.global_head.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
