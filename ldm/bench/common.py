@@ -1,7 +1,5 @@
 """What the speed measurements share: the same networks in diffusers, and two calls that take turns."""
 
-import platform
-import re
 import shutil
 import statistics
 import time
@@ -17,6 +15,7 @@ from ldm.config import BiomedClipConfig
 from ldm.conversion.diffusers_folder import autoencoder_configuration, scheduler_configuration, unet_configuration
 from ldm.core.files import write_json
 from ldm.core.paths import SHIPPED
+from ldm.core.threads import processor
 from ldm.networks.biomedclip import build_clip
 from ldm.networks.model import MedSoftModel
 
@@ -63,9 +62,7 @@ def this_machine() -> tuple[torch.device, str]:
     """The device that is measured, and its name; of a CPU also the number of threads."""
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.cuda.get_device_name()
-    system = Path("/proc/cpuinfo")  # Linux; elsewhere the kind of processor must do
-    names = re.findall(r"model name\s*: (.+)", system.read_text()) if system.exists() else []
-    return torch.device("cpu"), f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    return torch.device("cpu"), f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def diffusers_twins(model: MedSoftModel) -> tuple[Any, Any]:

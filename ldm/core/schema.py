@@ -265,8 +265,8 @@ def _convert_union(kind: Any, value: Any, key: str, values: Values) -> Any:
 
 
 def _section(kind: Any, given: dict[str, Any], key: str, values: Values) -> Any:
-    """The dataclass ``kind`` from the values of one section."""
-    known = {item.name: item for item in dataclasses.fields(kind)}
+    """The dataclass ``kind`` from the values of one section; its field ``from_`` is the key ``from``, a Python word."""
+    known = {item.name.rstrip("_"): item for item in dataclasses.fields(kind)}
     prefix = f"{key}." if key else ""
     for name in given:
         if name not in known:
@@ -277,7 +277,9 @@ def _section(kind: Any, given: dict[str, Any], key: str, values: Values) -> Any:
     for name, item in known.items():
         if name not in given and item.default is item.default_factory is dataclasses.MISSING:
             raise UsageError(f"{values.where(key)}{prefix}{name}: expected {_described(item.type)}, found nothing")
-    return kind(**{name: _convert(known[name].type, value, prefix + name, values) for name, value in given.items()})
+    return kind(
+        **{known[name].name: _convert(known[name].type, each, prefix + name, values) for name, each in given.items()}
+    )
 
 
 def _is_section(kind: Any) -> bool:

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import platform
+import re
 import signal
 import threading
 import time
@@ -12,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm.core.errors import MedSoftError
@@ -28,6 +31,13 @@ AHEAD = 4  # such parts for each process that are begun before the one whose tur
 def cores() -> int:
     """The processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The kind of processor that computes, as the system names it."""
+    system = Path("/proc/cpuinfo")  # Linux; elsewhere the architecture must do
+    names = re.findall(r"model name\s*: (.+)", system.read_text()) if system.exists() else []
+    return names[0] if names else platform.machine()
 
 
 def thread_pool() -> ThreadPoolExecutor:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import subprocess
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from typing import Any
 from ldm.core import cli
 from ldm.core.errors import MedSoftError
 from ldm.core.files import fingerprint, sha256_file
-from ldm.core.paths import ROOT, SHIPPED
+from ldm.core.paths import INSTALLED, ROOT, SHIPPED
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import Command, Text, Values, build, read_yaml
+from ldm.core.threads import processor
 
 DONE_CODES = (cli.DONE, cli.SOME_REJECTED)
 
@@ -63,6 +65,25 @@ def _named_files(words: list[str]) -> dict[str, str]:
             with suppress(MedSoftError):  # a faulty one is for its reader to refuse
                 waiting += map(os.path.realpath, read_yaml(Path(path), "configuration").files)
     return found
+
+
+def machine() -> str:
+    """The processor and, unless CUDA_VISIBLE_DEVICES hides them, the graphics cards: sums differ between kinds."""
+    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    models = {line.partition(":")[2].strip() for card in cards for line in card.read_text().splitlines()[:1]}
+    return ", ".join([processor(), *(sorted(models) if os.environ.get("CUDA_VISIBLE_DEVICES") != "" else ())])
+
+
+def commit() -> str:
+    """The commit the code is run from, and whether files differ from it; "unknown" without git or a checkout."""
+    if INSTALLED:  # whose repository the working directory may lie in, nobody knows
+        return "unknown"
+    calls = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
+    try:
+        head, changed = (subprocess.run(c, cwd=ROOT, capture_output=True, text=True, check=True).stdout for c in calls)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + (" with local changes" if changed.strip() else "")
 
 
 @dataclass(frozen=True)
@@ -132,6 +153,8 @@ class PlanRecord:
             "seconds": round(self.known(step).get("seconds", 0.0) + seconds, 2),
             "exit_code": exit_code,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "commit": commit(),
         }
         self.folder.write_record(steps=self._known_entries())
 

@@ -2,24 +2,16 @@
 
 import json
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from ldm.core.schema import Command, Rule, Text, Values, Whole, build, read_yaml
+from ldm.core.schema import Values, build, read_yaml
 from ldm.workflow.plans import Plan, PlanStep, checked_steps
+from ldm.workflow.study_keys import Arm, Phantoms, StudyKeys, check_keys
 
 TEST_WORLDS = 10_000  # the test patients of phantom world n are those of phantom seed n + 10000
-
-FolderName = Annotated[
-    str, Rule(lambda name: name.replace("_", "").replace("-", "").isalnum(), "a name of letters, digits, - and _")
-]
-Seeds = Annotated[list[Whole], Rule(lambda seeds: 0 < len(seeds) == len(set(seeds)), "different whole numbers")]
-Shares = Annotated[list[int | float], Rule(lambda shares: len(shares) == 3, "three shares")]
-Ratio = Annotated[float, Rule(lambda ratio: ratio > 0, "a number above 0")]
-Ratios = Annotated[tuple[Ratio, ...], Rule(lambda each: 0 < len(each) == len(set(each)), "ratios, each once")]
-Use = Literal["mix", "pretrain", "duplicate_real"]
 
 
 @dataclass(frozen=True)
@@ -34,87 +26,14 @@ class World:
 
 
 @dataclass(frozen=True)
-class Generator:
-    """One way of training: stages in order (YAML and overrides, or ``merge``), and overrides for all of them."""
+class Made:
+    """A generator with one of the study's generator seeds; None where its words name none."""
 
-    stages: tuple[Command, ...]
-    set: tuple[Text, ...] = ()
+    name: str
+    seed: int | None = None
 
-
-@dataclass(frozen=True)
-class ArmKeys:
-    """What the YAML says of an arm; ``add``: a dataset of real images that joins the training set."""
-
-    use: Use | None = None
-    generator: str | None = None
-    ratios: Ratios | None = None
-    set: tuple[Text, ...] = ()
-    add: Text | None = None
-
-
-@dataclass(frozen=True)
-class Arm(ArmKeys):
-    """One way of training the classifier, on real images alone (ratio None) or with synthetic ones."""
-
-    name: str = ""
-
-    @property
-    def all_ratios(self) -> tuple[float | None, ...]:
-        """Its ratios, or None alone."""
-        return self.ratios or (None,)
-
-
-@dataclass(frozen=True)
-class WorldFiles:
-    """The annotations of a world that is not made of phantoms."""
-
-    train_json: Text
-    val_json: Text
-    test_json: Text
-
-
-@dataclass(frozen=True)
-class Phantoms:
-    """How many patients a phantom world has, and which shares of them train, validate and test."""
-
-    healthy: Whole
-    diseased: Whole
-    test_healthy: Whole
-    test_diseased: Whole
-    fractions: Shares
-
-
-@dataclass(frozen=True)
-class Compared:
-    """``main`` at ``ratio`` minus ``control`` is the claim, ``baseline`` has nothing added.
-
-    Ratio None: the one that does best on validation.
-    """
-
-    baseline: str
-    control: str
-    main: str
-    ratio: float | None
-
-
-@dataclass(frozen=True)
-class StudyKeys:
-    """What the YAML says of a study. Paths start at the repository root."""
-
-    name: Text
-    output_dir: Text
-    worlds: Seeds | dict[FolderName, WorldFiles]
-    seeds: Seeds
-    classifier: Text
-    arms: dict[FolderName, ArmKeys]
-    compare: Compared
-    generators: dict[FolderName, Generator] = field(default_factory=dict)
-    phantoms: Phantoms | None = None
-    checkpoint: Text | None = None
-    model: Text | None = None
-    draw: Command | None = None
-    set: tuple[Text, ...] = ()
-    steps: tuple[PlanStep, ...] = ()
+    def __str__(self) -> str:
+        return self.name if self.seed is None else f"{self.name}_g{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -130,10 +49,40 @@ class Design:
         """A path below the output folder, as it stands in commands."""
         return "/".join([self.keys.output_dir, *parts])
 
+    def home(self, world: World, made: Made) -> str:
+        """The folder of a generator in a world; its images lie in ``pictures`` there."""
+        return self.folder(world.name, "generators", str(made))
+
+    def root(self, name: str) -> str:
+        """The generator whose stages are trained for this one: itself, unless it draws with another's checkpoint."""
+        return self.keys.generators[name].from_ or name
+
+    def draw(self, name: str) -> str:
+        """The words that a generator draws with."""
+        return self.keys.generators[name].draw or self.keys.draw or ""
+
+    def all_made(self, name: str | None) -> tuple[Made | None, ...]:
+        """A generator with each generator seed, or once where none is named; None of an arm without a generator."""
+        if name is None:
+            return (None,)
+        generator, seeds = self.keys.generators[name], self.keys.generator_seeds
+        root = self.keys.generators[self.root(name)]
+        words = [generator.run] if generator.run else [*(root.stages or ()), self.draw(name)]
+        named = any("{seed}" in each for each in words)
+        return tuple(Made(name, seed) for seed in seeds) if seeds and named else (Made(name),)
+
+    def trained(self, made: Made) -> Made:
+        """What a generator's stages are trained as: several may draw with the same checkpoint."""
+        if self.keys.generators[made.name].run is not None:
+            return made
+        root = self.root(made.name)
+        named = any("{seed}" in stage for stage in self.keys.generators[root].stages or ())
+        return Made(root, made.seed if named else None)
+
 
 @dataclass(frozen=True)
 class CellStep:
-    """One cell and the step that runs it."""
+    """One cell, the step that runs it, and what must not be newer than it."""
 
     world: World
     arm: Arm
@@ -141,11 +90,13 @@ class CellStep:
     seed: int
     folder: str
     step: PlanStep
+    made: Made | None = None
+    before: tuple[PlanStep, ...] = ()
 
 
 @dataclass(frozen=True)
 class Group:
-    """The arms of a world that use the same generator (or none), as one plan: data, generator, cells."""
+    """The arms of a world whose generators have the same stages (or none), as one plan: data, generators, cells."""
 
     plan: Plan
     world: World
@@ -154,20 +105,35 @@ class Group:
 
 def plan_groups(design: Design) -> Iterator[Group]:
     """Groups in the order of their first arm, each for all worlds before the next."""
-    used = dict.fromkeys(arm.generator for arm in design.arms)
-    for generator in used:
-        arms = [arm for arm in design.arms if arm.generator == generator]
+    used: dict[Made | None, dict[tuple[Arm, Made | None], None]] = {}
+    for arm in design.arms:
+        for made in design.all_made(arm.generator):
+            used.setdefault(design.trained(made) if made else None, {})[arm, made] = None
+    for root, inside in used.items():
         for world in design.worlds:
-            name, *home = (f"{world.name}/{generator}", "generators", generator) if generator else (world.name,)
-            cells = tuple(
-                plan_cell(design, world, arm, ratio, seed)
-                for seed in design.keys.seeds  # another seed comes last: then nothing before it runs again
-                for arm in arms
-                for ratio in arm.all_ratios
-            )
-            made = generator_steps(design, world, generator) if generator else ()
-            steps = (*world.steps, *made, *(cell.step for cell in cells))
-            yield Group(Plan(name, design.folder(world.name, *home), steps), world, cells)
+            yield plan_group(design, world, root, list(inside))
+
+
+def plan_group(design: Design, world: World, root: Made | None, inside: Sequence[tuple[Arm, Made | None]]) -> Group:
+    """The world's data, the generators that come from ``root`` and the cells of these arms."""
+    steps: dict[str, PlanStep] = {step.name: step for step in world.steps}
+    needs: dict[Made | None, tuple[PlanStep, ...]] = {None: world.steps}
+    for made in dict.fromkeys(made for _, made in inside):
+        if made is not None:
+            assert root is not None  # an arm with a generator lies in that one's group
+            own = generator_steps(design, world, root, made)
+            needs[made] = (*world.steps, *own)
+            steps |= {step.name: step for step in own}
+    cells = tuple(
+        plan_cell(design, world, arm, ratio, seed, made, needs[made])
+        for seed in design.keys.seeds  # another seed comes last: then nothing before it runs again
+        for arm, made in inside
+        for ratio in arm.all_ratios
+    )
+    name, *home = (f"{world.name}/{root}", "generators", str(root)) if root else (world.name,)
+    return Group(
+        Plan(name, design.folder(world.name, *home), (*steps.values(), *(cell.step for cell in cells))), world, cells
+    )
 
 
 def added_path(design: Design, world: World, arm: Arm) -> str:
@@ -175,40 +141,70 @@ def added_path(design: Design, world: World, arm: Arm) -> str:
     return design.folder(world.name, f"train_{arm.name}.json")
 
 
-def generator_steps(design: Design, world: World, name: str) -> tuple[PlanStep, ...]:
-    """Convert, train the stages in order, inpaint. What stands before ``merge`` starts from the converted checkpoint,
-    what stands behind it from the checkpoint before it."""
-    generator, home = design.keys.generators[name], design.folder(world.name, "generators", name)
-    start = f"{home}/converted.ckpt"
+def generator_steps(design: Design, world: World, root: Made, made: Made) -> tuple[PlanStep, ...]:
+    """What trains ``root``, if it has stages, and lets ``made``, which is it or draws with its checkpoint, draw."""
+    generator, pictures = design.keys.generators[made.name], f"{design.home(world, made)}/pictures"
+    name = "draw" if made == root else f"draw_{made}"
+    if generator.run is not None:
+        given = {"train_json": world.train, "val_json": world.val, "pictures": pictures}
+        words = [seeded(word, made.seed) for word in shlex.split(generator.run)]
+        for place, value in given.items():
+            words = [word.replace(f"{{{place}}}", value) for word in words]
+        return (PlanStep(name, shlex.join(words), (pictures,)),)
+    base = design.keys.generators[root.name]
+    steps, start = stage_steps(design, world, root)
+    overrides = base.set if made.name == root.name else (*base.set, *generator.set)
+    words = ["dataset_infer.py", "--ckpt", start, "--config", str(design.keys.model), "--output_dir", pictures]
+    words += ["--train_json", world.train, *shlex.split(seeded(design.draw(made.name), made.seed)), *overrides]
+    return (*steps, command(name, words, f"{pictures}/inference.json"))
+
+
+def stage_steps(design: Design, world: World, made: Made) -> tuple[list[PlanStep], str]:
+    """Convert, then train the stages in order; the steps and the checkpoint they end with.
+
+    What stands before ``merge`` starts from the converted checkpoint, what stands behind it from the one before it.
+    """
+    generator, home = design.keys.generators[made.name], design.home(world, made)
+    start, stages = f"{home}/converted.ckpt", generator.stages or ()
     convert = ["tool/model_convert.py", "--input_path", str(design.keys.checkpoint), "--output_path", start]
     model = ["--config", str(design.keys.model), *generator.set]
     steps = [command("convert", [*convert, *model], start)]
     trained: list[str] = []
-    for position, stage in enumerate(generator.stages):
+    for position, stage in enumerate(stages):
         if stage == "merge":
             start = f"{home}/merged.ckpt"
             merge = ["tool/tool_merge_for_stage2.py", "--stage1_path", trained[0], "--input_path", trained[1]]
             steps.append(command("merge", [*merge, "--output_path", start, *model], start))
             continue
-        config, *overrides = shlex.split(stage)
+        config, *overrides = shlex.split(seeded(stage, made.seed))
         stem = Path(config).stem
         train = ["ver_train.py", "--ckpt", start, "--config", config, "--save_path", f"{home}/{stem}"]
         train += ["--train_json", world.train, "--val_json", world.val]
         train += ["--cache_dir", design.folder(world.name, "feature_cache"), *overrides, *generator.set]
         trained.append(f"{home}/{stem}/last.ckpt")
         steps.append(command(stem, train, trained[-1]))
-        start = start if "merge" in generator.stages[position:] else trained[-1]
-    words = ["dataset_infer.py", "--ckpt", start, "--config", str(design.keys.model)]
-    words += ["--output_dir", f"{home}/pictures"]
-    words += ["--train_json", world.train, *shlex.split(design.keys.draw or ""), *generator.set]
-    return (*steps, command("draw", words, f"{home}/pictures/inference.json"))
+        start = start if "merge" in stages[position:] else trained[-1]
+    return steps, start
 
 
-def plan_cell(design: Design, world: World, arm: Arm, ratio: float | None, seed: int) -> CellStep:
-    """One classifier; its folder names arm, ratio and seed."""
-    name = f"{label(arm, ratio)}_seed{seed}"
+def seeded(words: str, seed: int | None) -> str:
+    """The words with {seed} replaced by the generator's seed; 0 in a study without generator seeds."""
+    return words.replace("{seed}", str(seed or 0))
+
+
+def plan_cell(
+    design: Design,
+    world: World,
+    arm: Arm,
+    ratio: float | None,
+    seed: int,
+    made: Made | None,
+    before: tuple[PlanStep, ...],
+) -> CellStep:
+    """One classifier; its folder names arm, ratio, the generator's seed and its own."""
+    name = label(arm, ratio) + (f"_g{made.seed}" if made and made.seed is not None else "") + f"_seed{seed}"
     folder = design.folder(world.name, "cells", name)
-    synthetic = [design.folder(world.name, "generators", arm.generator, "pictures")] if arm.generator else []
+    synthetic = [f"{design.home(world, made)}/pictures"] if made else []
     values = {
         "train_json": added_path(design, world, arm) if arm.add else world.train,
         "val_json": world.val,
@@ -221,7 +217,8 @@ def plan_cell(design: Design, world: World, arm: Arm, ratio: float | None, seed:
     }
     given = [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *design.keys.set, *arm.set]
     words = ["classifier.py", design.keys.classifier, *(word for each in given for word in ("--set", each))]
-    return CellStep(world, arm, ratio, seed, folder, command(name, words, f"{folder}/metrics.json"))
+    step = command(name, words, f"{folder}/metrics.json")
+    return CellStep(world, arm, ratio, seed, folder, step, made, before)
 
 
 def label(arm: Arm, ratio: float | None) -> str:
@@ -242,15 +239,11 @@ def load_design(path: Path) -> Design:
         values.content = in_folder(values.content, output_dir)
     keys = build(StudyKeys, values)
     arms = tuple(Arm(**vars(each), name=name) for name, each in keys.arms.items())
-    for arm in arms:
-        check_arm(arm, keys, values)
     labels = [label(arm, ratio) for arm in arms for ratio in arm.all_ratios]
     twice = [each for each in labels if labels.count(each) > 1]
     if twice:
         raise values.error("arms", "arms whose cells have different names", twice[0])
-    for name, generator in keys.generators.items():
-        check_generator(name, generator, keys, values)
-    check_compared(keys.compare, arms, values)
+    check_keys(keys, {arm.name: arm for arm in arms}, values)
     steps = checked_steps(keys.steps, values) if keys.steps else ()
     return Design(keys, make_worlds(keys, values), arms, steps)
 
@@ -280,10 +273,12 @@ def make_worlds(keys: StudyKeys, values: Values) -> tuple[World, ...]:
 def phantom_world(seed: int, counts: Phantoms, output_dir: str) -> World:
     """Patients to train and validate on, split by patient, and many others to test on."""
     name, home = f"world_{seed}", f"{output_dir}/world_{seed}"
+    kind = ["--world", counts.world] if counts.world else []
     make = ["tool/make_phantoms.py", "--output_dir"]
     own = [f"{home}/phantoms", "--seed", seed, "--healthy", counts.healthy, "--diseased", counts.diseased]
+    own += [*kind, *shlex.split(counts.flags or "")]
     test = [f"{home}/test", "--seed", seed + TEST_WORLDS, "--healthy", counts.test_healthy]
-    test += ["--diseased", counts.test_diseased]
+    test += ["--diseased", counts.test_diseased, *kind, *shlex.split(counts.test_flags or "")]
     split = ["ver_openImagesDatasets.py", "--root_dir", f"{home}/phantoms", "--output_file", f"{home}/annotations.json"]
     split += ["--fractions", *map(str, counts.fractions)]
     steps = (
@@ -292,46 +287,3 @@ def phantom_world(seed: int, counts: Phantoms, output_dir: str) -> World:
         command("test", [*make, *map(str, test)], f"{home}/test/phantoms.json"),
     )
     return World(name, f"{home}/annotations_train.json", f"{home}/annotations_val.json", f"{home}/test", steps)
-
-
-def check_generator(name: str, generator: Generator, keys: StudyKeys, values: Values) -> None:
-    """UsageError unless the stages can follow each other, and checkpoint and model say what they start from."""
-    for key in ("checkpoint", "model"):
-        if getattr(keys, key) is None:
-            raise values.error(key, f"a path, since the generator {name} needs it", None)
-    stages, here = generator.stages, f"generators.{name}.stages"
-    if "merge" in stages and (stages.index("merge") != 2 or stages.count("merge") > 1):
-        raise values.error(here, "merge once, as the third, since it joins the two stages before it", stages)
-    stems = [Path(shlex.split(stage)[0]).stem for stage in stages]
-    if len(set(stems)) < len(stems):
-        raise values.error(here, "YAMLs of different names", stems)
-
-
-def check_arm(arm: Arm, keys: StudyKeys, values: Values) -> None:
-    """UsageError unless use, generator and ratios of the arm agree with each other."""
-    here = f"arms.{arm.name}"
-    if arm.generator is not None and arm.generator not in keys.generators:
-        raise values.error(f"{here}.generator", f"one of {', '.join(keys.generators)}", arm.generator)
-    if (arm.generator is not None) != (arm.use in ("mix", "pretrain")):
-        raise values.error(here, "use: mix or pretrain together with a generator", vars(arm))
-    if (arm.ratios is None) != (arm.use is None):
-        raise values.error(here, "ratios together with use", vars(arm))
-
-
-def check_compared(compare: Compared, arms: tuple[Arm, ...], values: Values) -> None:
-    """UsageError unless the arms exist, and main and control have the ratios to compare."""
-    by_name = {arm.name: arm for arm in arms}
-    for key in ("baseline", "control", "main"):
-        if getattr(compare, key) not in by_name:
-            raise values.error(f"compare.{key}", f"one of the arms {', '.join(by_name)}", getattr(compare, key))
-    baseline, control, main = by_name[compare.baseline], by_name[compare.control], by_name[compare.main]
-    if baseline.use is not None:
-        raise values.error("compare.baseline", "an arm without ratios", baseline.name)
-    if main.ratios is None:
-        raise values.error("compare.main", "an arm with ratios", main.name)
-    if compare.ratio is not None and compare.ratio not in main.ratios:
-        raise values.error("compare.ratio", f"a ratio of {main.name} or null", compare.ratio)
-    needed = main.ratios if compare.ratio is None else (compare.ratio,)
-    if not set(needed) <= set(control.all_ratios):
-        asked = ", ".join(f"{ratio:g}" for ratio in needed)
-        raise values.error("compare.control", f"an arm with the ratios {asked} of {main.name}", control.name)

@@ -1,20 +1,24 @@
 """Running a study: its worlds and groups in order, what has changed in between refused, a report after every group."""
 
 import shlex
-import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id, fingerprint
-from ldm.core.paths import INSTALLED, ROOT
+from ldm.core.paths import ROOT
 from ldm.core.run_folder import RunFolder
+from ldm.core.schema import Values
 from ldm.workflow.plan_run import hang_up_with_terminal, run_steps, show_steps
-from ldm.workflow.plans import Plan, PlanRecord, growing_folder
-from ldm.workflow.study_design import Arm, Design, Group, World, added_path, load_design, plan_groups
+from ldm.workflow.plans import Plan, PlanRecord, commit, growing_folder
+from ldm.workflow.study_design import Design, Group, World, added_path, load_design, plan_groups
+from ldm.workflow.study_hypotheses import outcomes
+from ldm.workflow.study_keys import Arm, check_hypothesis
+from ldm.workflow.study_results import Study, Treatment, read_cell
 
 
 def run_study(path: Path, worlds: Sequence[str] | None, collect: bool, overwrite: bool, list_only: bool) -> int:
@@ -25,6 +29,7 @@ def run_study(path: Path, worlds: Sequence[str] | None, collect: bool, overwrite
     """
     hang_up_with_terminal()
     design = load_design(path)
+    other_studies(design)  # refused before anything runs
     groups = list(plan_groups(design))
     once = Plan("study", design.keys.output_dir, design.steps)
     if list_only:
@@ -140,43 +145,55 @@ def add_real(design: Design, world: World, arm: Arm) -> None:
 
 def report(design: Design, groups: list[Group]) -> int:
     """Write the report of all finished cells of these settings; MedSoftError if there is none."""
-    from ldm.workflow.study_results import Study, Treatment, read_cell, timing, write_study_report
+    from ldm.workflow.study_report import timing, write_study_report
 
-    cells, seconds, outdated = [], {}, 0
-    for group in groups:
-        record = PlanRecord(group.plan)
-        before = group.plan.steps[: len(group.plan.steps) - len(group.cells)]
-        for each in group.cells:
-            if record.outdated(each.step, before):
-                outdated += 1
-                continue
-            found = read_cell(ROOT / each.folder, each.world.name, Treatment(each.arm.name, each.ratio), each.seed)
-            if found is not None:
-                cells.append(found)
-                seconds[found.key] = record.known(each.step).get("seconds")
-    planned = sum(len(group.cells) for group in groups)
-    state = f"{len(cells)} of {planned} cells are finished"
+    study, outdated = read_study(design, groups)
+    state = f"{len(study.cells)} of {len(study.planned)} cells are finished"
     if outdated:
         state += f"; left out, as other settings or an older generator made them: {outdated}"
-    if not cells:
+    if not study.cells:
         raise MedSoftError(f"{design.keys.output_dir}: {state}; run the study first")
-    study = Study(cells, design.keys.compare)
+    seconds = [cell.seconds for cell in study.cells if cell.seconds is not None]
     notes = [f"{state}. Reported at commit {commit()}.", f"Time: {timing(seconds, generator_seconds(groups))}"]
-    write_study_report(ROOT / design.keys.output_dir, design.keys.name, study, seconds, notes)
+    tested = outcomes(design.keys.hypotheses, study, other_studies(design))
+    write_study_report(ROOT / design.keys.output_dir, design.keys.name, study, notes, tested)
     print(f"{design.folder('study.md')}: {state}", flush=True)
     return cli.DONE
 
 
-def commit() -> str:
-    """The commit the study is run from, and whether files differ from it; "unknown" without git or a checkout."""
-    if INSTALLED:  # whose repository the working directory may lie in, nobody knows
-        return "unknown"
-    calls = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
-    try:
-        head, changed = (subprocess.run(c, cwd=ROOT, capture_output=True, text=True, check=True).stdout for c in calls)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.strip() + (" with local changes" if changed.strip() else "")
+def read_study(design: Design, groups: Sequence[Group]) -> tuple[Study, int]:
+    """The finished cells of these settings, and how many others or older generators made."""
+    cells, planned, outdated = [], [], 0
+    for group in groups:
+        record = PlanRecord(group.plan)
+        for each in group.cells:
+            treatment, generated = Treatment(each.arm.name, each.ratio), each.made and each.made.seed
+            planned.append((each.world.name, treatment, generated, each.seed))
+            if record.outdated(each.step, each.before):
+                outdated += 1
+                continue
+            found = read_cell(ROOT / each.folder, each.world.name, treatment, each.seed)
+            if found is not None:
+                known = record.known(each.step)
+                origin = {"seconds": known.get("seconds"), "machine": known.get("machine", "")}
+                origin |= {"commit": known.get("commit", ""), "generator_seed": generated}
+                cells.append(replace(found, **origin))
+    return Study(cells, design.keys.compare, frozenset(planned)), outdated
+
+
+def other_studies(design: Design) -> dict[str, Study]:
+    """The finished cells of the studies that hypotheses name; UsageError for one that is faulty or lacks an arm."""
+    found = {}
+    for name, hypothesis in design.keys.hypotheses.items():
+        if hypothesis.study is None:
+            continue
+        other = load_design(ROOT / hypothesis.study)
+        arms = {arm.name: arm for arm in other.arms}
+        asked = replace(hypothesis, study=None)
+        check_hypothesis(f"hypotheses.{name}.minus", asked, other.keys.compare.ratio, arms, Values(hypothesis.study))
+        if hypothesis.study not in found:
+            found[hypothesis.study] = read_study(other, list(plan_groups(other)))[0]
+    return found
 
 
 def generator_seconds(groups: list[Group]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from ldm.core.files import write_json
 from ldm.core.locks import exclusive
 from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
-from ldm.workflow import study_design, study_run
+from ldm.workflow import plans, study_design, study_run
 from tool import make_phantoms, study
 
 ROOT = tiny.ROOT
@@ -109,6 +109,48 @@ GENERATOR = {"checkpoint": "a.ckpt", "model": "models/phantom.yaml"}
         ({"arms": {"a": {"use": "duplicate_real", "ratios": [1, 1]}}}, "arms.a.ratios: expected ratios, each once"),
         ({"arms": {"a": {"set": [3]}}}, "arms.a.set: expected text, found 3"),
         ({"arms": {"a": {"generator": "g", "use": "mix", "ratios": [1]}}}, "a.generator: expected one of , found .g"),
+        ({"generators": {"g": {}}}, r"generators.g: expected one of stages, run and from, found \[\]"),
+        (
+            {"generators": {"g": {"run": "python a.py {pictures}", "from": "h"}}},
+            r'generators.g: expected one of stages, run and from, found \["run", "from"\]',
+        ),
+        ({"generators": {"g": {"run": "python a.py"}}}, "generators.g.run: expected {pictures}, the folder to write"),
+        ({"generators": {"g": {"run": "a.py {pictures} {test_json}"}}}, "no other braces than train_json, val_json"),
+        (
+            {"generators": {"g": {"run": "python a.py {pictures}", "set": ["a=1"]}}},
+            "generators.g.set: expected nothing beside run, whose words say all",
+        ),
+        (
+            {"generators": {"g": {"run": "python a.py {pictures}", "draw": "--limit 3"}}},
+            "generators.g.draw: expected nothing beside run, whose words say all",
+        ),
+        (
+            {**GENERATOR, "generators": {"g": {"stages": []}, "h": {"from": "h"}}},
+            r"generators.h.from: expected a generator with stages \(g\), found .h",
+        ),
+        ({"generator_seeds": [1, 1]}, "generator_seeds: expected different whole numbers"),
+        ({"phantoms": SMALL["phantoms"] | {"flags": "--a '"}}, "phantoms.flags: expected words of a command"),
+        (
+            {"compare": SMALL["compare"] | {"oracle": "real"}},
+            "compare.oracle: expected an arm with a ratio of duplicated, found .real",
+        ),
+        (
+            {"hypotheses": {"H": {"minus": ["real", "ours"]}}},
+            "hypotheses.H.minus: expected two of the arms real, duplicated, found",
+        ),
+        ({"hypotheses": {"H": {"minus": ["real"]}}}, "hypotheses.H.minus: expected two different arms, found"),
+        (
+            {"hypotheses": {"H": {"minus": ["real", "duplicated"], "equivalence": 0}}},
+            "hypotheses.H.equivalence: expected a number between 0 and 1, found 0",
+        ),
+        (
+            {
+                "arms": SMALL["arms"] | {"more": {"use": "duplicate_real", "ratios": [2]}},
+                "compare": SMALL["compare"] | {"ratio": 1},
+                "hypotheses": {"H": {"minus": ["more", "duplicated"]}},
+            },
+            "hypotheses.H.minus: expected arms with the ratio 1 of compare, or without ratios, found .more",
+        ),
         ({"generators": {"g": {"stages": []}}}, "checkpoint: expected a path, since the generator g needs it"),
         ({**GENERATOR, "generators": {"g": {"stage": []}}}, "unknown key generators.g.stage; did you mean"),
         ({**GENERATOR, "generators": {"g": {"stages": ["a.yaml", "merge"]}}}, "expected merge once, as the third"),
@@ -241,6 +283,72 @@ def test_generator_stages_start_where_they_must(write_study) -> None:
     assert told == ["convert", *(Path(s.split()[0]).stem for s in given["g"]["stages"]), "draw"]
     assert "training.max_epochs=2" in runs["phantom_stage2_2"]
     assert "--limit" in runs["draw"]
+
+
+def test_generators_may_be_commands_and_share_a_checkpoint(write_study) -> None:
+    """One checkpoint, two ways of drawing with it, for each generator seed; a command is run as it stands."""
+    stages = ["models/phantom_unet_only.yaml --seed {seed}"]
+    generators = {
+        "ours": {"stages": stages, "set": ["data.feather=0"]},
+        "again": {"from": "ours", "draw": "--seed {seed} --limit 2", "set": ["sampling.steps=3"]},
+        "paste": {"run": "python tool/paste.py '{train_json}' --v {val_json} --out {pictures} --seed {seed}"},
+        "plain": {"run": "python tool/plain.py --out {pictures}"},
+    }
+    arms = {name: {"use": "mix", "generator": name, "ratios": [1]} for name in generators}
+    given = {**GENERATOR, "generators": generators, "generator_seeds": [0, 1], "draw": "--seed {seed} --limit 4"}
+    design = study_design.load_design(write_study(**given, arms=SMALL["arms"] | arms))
+    groups = {group.plan.name: group for group in study_design.plan_groups(design)}
+    assert list(groups) == [
+        "world_3",
+        *(f"world_3/{name}" for name in ("ours_g0", "ours_g1", "paste_g0", "paste_g1", "plain")),
+    ]
+    home = design.folder("world_3", "generators")
+    steps = {step.name: step for step in groups["world_3/ours_g1"].plan.steps}
+    assert [name for name in steps if "draw" in name] == ["draw", "draw_again_g1"]
+    drawn = shlex.split(steps["draw_again_g1"].run)
+    assert drawn[drawn.index("--ckpt") + 1] == f"{home}/ours_g1/phantom_unet_only/last.ckpt"
+    assert drawn[-6:] == ["--seed", "1", "--limit", "2", "data.feather=0", "sampling.steps=3"]
+    assert "--seed 1" in steps["phantom_unet_only"].run
+    cells = {cell.step.name: cell for cell in groups["world_3/ours_g1"].cells}
+    assert list(cells) == ["ours_1_g1_seed0", "again_1_g1_seed0"]
+    assert f'synthetic=["{home}/again_g1/pictures"]' in shlex.split(cells["again_1_g1_seed0"].step.run)
+    assert steps["draw_again_g1"] not in cells["ours_1_g1_seed0"].before  # it may be newer
+    assert steps["draw_again_g1"] in cells["again_1_g1_seed0"].before
+    train, val = (design.folder("world_3", f"annotations_{name}.json") for name in ("train", "val"))
+    pictures = f"{home}/paste_g1/pictures"
+    (paste,) = (step for step in groups["world_3/paste_g1"].plan.steps if step.name == "draw")
+    assert paste.run == f"python tool/paste.py {train} --v {val} --out {pictures} --seed 1"
+    assert paste.makes == (pictures,)
+    assert [cell.step.name for cell in groups["world_3/plain"].cells] == ["plain_1_seed0"]
+
+
+def test_what_is_trained_alike_is_trained_once(write_study) -> None:
+    """Where only the drawing names the seed, all seeds draw with one checkpoint."""
+    generators = {"base": {"stages": ["models/phantom_unet_only.yaml"]}}
+    arms = SMALL["arms"] | {"base": {"use": "mix", "generator": "base", "ratios": [1]}}
+    given = {**GENERATOR, "generators": generators, "generator_seeds": [4, 5], "draw": "--seed {seed}"}
+    group = list(study_design.plan_groups(study_design.load_design(write_study(**given, arms=arms))))[-1]
+    assert [step.name for step in group.plan.steps if step not in group.world.steps] == [
+        *("convert", "phantom_unet_only", "draw_base_g4", "draw_base_g5", "base_1_g4_seed0", "base_1_g5_seed0")
+    ]
+
+
+def test_phantom_worlds_of_another_kind(write_study) -> None:
+    phantoms = SMALL["phantoms"] | {"world": "edge", "flags": "--few 2", "test_flags": "--other"}
+    (world,) = study_design.load_design(write_study(phantoms=phantoms)).worlds
+    own, _, test = (shlex.split(step.run) for step in world.steps)
+    assert own[-4:] == ["--world", "edge", "--few", "2"]
+    assert test[-3:] == ["--world", "edge", "--other"]
+
+
+def test_hypotheses_about_another_study_are_checked_before_anything_runs(write_study, tmp_path: Path) -> None:
+    other = write_study(output_dir=str(tmp_path / "other")).rename(tmp_path / "other.yaml")
+    wrong = {"H": {"minus": ["real", "ours"], "study": str(other)}}
+    with pytest.raises(UsageError, match=r"other.yaml: hypotheses.H.minus: expected two of the arms real, duplicated"):
+        tiny.call(study, write_study(hypotheses=wrong))
+    with pytest.raises(UsageError, match=r"no.yaml: this study does not exist"):
+        tiny.call(study, write_study(hypotheses={"H": {"minus": ["real", "ours"], "study": str(tmp_path / "no.yaml")}}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_worlds_of_annotation_files_are_used_as_they_are(write_study, world: Path) -> None:
@@ -377,6 +485,7 @@ def test_a_killed_study_goes_on_and_runs_each_cell_once(write_study, tmp_path: P
     rows = rows_of(out)
     assert [(row["arm"], row["ratio"], row["seed"]) for row in rows] == [("real", "", "0"), ("duplicated", "1.0", "0")]
     for row, file in zip(rows, sorted(made, reverse=True), strict=True):
+        assert (row["machine"], row["commit"]) == (plans.machine(), plans.commit())
         assert float(row["auc"]) == json.loads(file.read_text())["test"]["auc"]["value"]
     assert rows[1]["n_duplicated"] == "4"  # as many as there are diseased ones
 

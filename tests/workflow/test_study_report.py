@@ -1,6 +1,8 @@
-"""ldm/workflow/study_results.py: intervals, pairing, the choice of the ratio, what the numbers are said to support."""
+"""The cells of a study: intervals, pairing, the choice of the ratio, what the numbers are said to support."""
 
+import csv
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +11,9 @@ from scipy import stats
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import write_json
-from ldm.workflow.study_design import Compared
-from ldm.workflow.study_results import (
-    Cell,
-    Study,
-    Treatment,
-    interval,
-    paragraph,
-    read_cell,
-    write_study_report,
-)
+from ldm.workflow.study_keys import Compared
+from ldm.workflow.study_report import paragraph, write_study_report
+from ldm.workflow.study_results import Cell, Study, Treatment, interval, read_cell
 
 SEEDS, WORLDS = (0, 1), ("w1", "w2", "w3")
 
@@ -124,7 +119,7 @@ def test_cells_without_an_auc_are_left_out_and_counted(tmp_path: Path) -> None:
     found = made(0.01)
     found.cells[0] = Cell("w1", Treatment("real"), 0, {"auc": None, "validation_auc": None}, {})
     again = Study(found.cells, found.comparison)
-    write_study_report(tmp_path, "s", again, {}, [])
+    write_study_report(tmp_path, "s", again, [])
     assert "1 cells have no test AUC: their test set holds one class." in (tmp_path / "study.md").read_text()
     assert again.mean(Treatment("real")).mean == pytest.approx(statistics.fmean([0.72, 0.805, 0.89]))
 
@@ -145,6 +140,33 @@ def test_metrics_that_are_none_of_a_tested_classifier_are_refused(tmp_path: Path
         read_cell(tmp_path, "w", Treatment("real"), 0)
 
 
+def test_generator_seeds_are_averaged_within_a_world() -> None:
+    found = [
+        Cell(world, Treatment(arm, 1.0), 0, {"auc": auc + shift, "validation_auc": 0.5}, {}, generator_seed=generated)
+        for world, shift in (("w1", 0.0), ("w2", 0.1))
+        for arm, generated, auc in (("ours", 0, 0.6), ("ours", 1, 0.8), ("duplicated", None, 0.5))
+    ]
+    study_ = Study(found, Compared("real", "duplicated", "ours", 1.0))
+    paired = study_.paired(Treatment("ours", 1.0), Treatment("duplicated", 1.0))
+    assert paired == pytest.approx({"w1": 0.2, "w2": 0.2})  # two generators of a world are no two worlds
+    assert study_.mean(Treatment("ours", 1.0)).worlds == 2
+
+
+def test_a_world_whose_cells_come_from_two_machines_is_named(tmp_path: Path) -> None:
+    found = made(0.01).cells
+    found = [
+        replace(each, machine="Xeon" if each.world == "w2" and each.seed else "EPYC", commit="abc") for each in found
+    ]
+    write_study_report(tmp_path, "s", Study(found, made(0.01).comparison), [])
+    said = (tmp_path / "study.md").read_text()
+    assert "Cells of w2 come from several machines (EPYC; Xeon)" in said
+    assert said.count("several machines") == 1
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert {row["machine"] for row in rows} == {"Xeon", "EPYC"}
+    assert {row["commit"] for row in rows} == {"abc"}
+    assert "Xeon" in (tmp_path / "study.html").read_text()
+
+
 def test_another_number_of_added_images_than_in_the_control_is_said(tmp_path: Path) -> None:
     found = [
         Cell(
@@ -163,7 +185,7 @@ def test_another_number_of_added_images_than_in_the_control_is_said(tmp_path: Pa
     ]
     uneven = Study(found, Compared("real", "duplicated", "ours", None))
     assert uneven.uneven() == ["w1, seed 0: 28 in ours at 3, 30 in duplicated at 3"]
-    write_study_report(tmp_path, "s", uneven, {}, [])
+    write_study_report(tmp_path, "s", uneven, [])
     said = (
         "In 1 cells another number of images was added than in the control, which is unfair (the first: w1, seed 0: 28"
     )

@@ -1,0 +1,219 @@
+"""What a study's page says: tables, a plot, careful sentences, and every cell in a CSV file. No torch."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.core.files import write_text
+from ldm.core.tables import markdown_table, write_csv
+from ldm.reports.figures import write_figure
+from ldm.reports.html import write_page
+from ldm.workflow.study_hypotheses import Outcome, share_of_attainable
+from ldm.workflow.study_results import AUC, CHOICE, Interval, Study, Treatment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = {AUC: "test AUC", "average_precision": "average precision", "balanced_accuracy": "balanced accuracy"}
+SHOWN |= {
+    "recall": "recall",
+    "specificity": "specificity",
+    "sensitivity_at_95_specificity": "recall at 95 % specificity",
+}
+SHOWN |= {"macro_auc": "macro AUC", "calibration_error": "calibration error", "brier": "Brier score", "dice": "Dice"}
+SHOWN |= {CHOICE: "validation AUC"}
+
+
+def paragraph(study: Study, hypotheses: bool = False) -> str:
+    """What the cells support and what they do not, in sentences that follow from the intervals alone."""
+    compared, ratio = study.comparison, study.chosen_ratio()
+    if ratio is None:
+        return f"Nothing can be said yet: no finished cell of {compared.main} has a validation AUC."
+    how = "fixed beforehand" if compared.ratio is not None else "the one with the best validation AUC of these worlds"
+    main, control = Treatment(compared.main, ratio), Treatment(compared.control, ratio)
+    nothing = Treatment(compared.baseline)
+    claim = _sentence(study, main, control, "The main comparison, ") or f"{main} and {control}: no finished pair yet."
+    parts = [f"The ratio is {ratio:g} ({how}).", claim]
+    parts += [_sentence(study, main, nothing), _sentence(study, control, nothing)]
+    for other in study.treatments:
+        if other.arm not in (compared.main, compared.control, compared.baseline) and other.ratio is not None:
+            parts.append(_sentence(study, Treatment(compared.main, other.ratio), other))
+    if compared.ratio is None:
+        parts.append(
+            "The ratio was chosen in these very worlds, and other settings may have been: they suggest, and only "
+            "worlds that nothing was tuned on can confirm."
+        )
+    claims = "The hypotheses below and this comparison are" if hypotheses else "One comparison is"
+    parts.append(
+        f"{claims} the claim; all others are looks at the same worlds, and their intervals are not widened for their "
+        "number."
+    )
+    return " ".join(part for part in parts if part)
+
+
+def _sentence(study: Study, first: Treatment, second: Treatment, lead: str = "") -> str:
+    """What one difference of the test AUC says; empty if there is none."""
+    change = study.difference(first, second)
+    if change is None:
+        return ""
+    worlds = f"{change.worlds} world{'s' if change.worlds > 1 else ''}"
+    shown = {"higher": "a gain is shown", "lower": "a loss is shown"}
+    said = shown.get(change.verdict, f"a difference is {change.verdict}")
+    return f"{lead}{first} minus {second}: {change} of test AUC over {worlds}; {said}."
+
+
+def mean_rows(study: Study, metrics: Sequence[str]) -> list[list[str]]:
+    """One row a treatment: its name, worlds, then mean and interval of each metric."""
+    rows = []
+    for treatment in study.treatments:
+        means = [study.mean(treatment, metric) for metric in metrics]
+        worlds = max((each.worlds for each in means if each), default=0)
+        rows.append([str(treatment), str(worlds), *(_bounds(each, "{:.3f}") for each in means)])
+    return rows
+
+
+def difference_rows(study: Study) -> list[list[str]]:
+    """One row a pair: both names, the difference of the test AUC with its interval, worlds, verdict."""
+    return [
+        [str(first), str(second), _bounds(change, "{:+.3f}"), str(change.worlds), change.verdict]
+        for first, second, change in study.differences()
+    ]
+
+
+def _bounds(found: Interval | None, form: str) -> str:
+    if found is None:
+        return "-"
+    mean = form.format(found.mean)
+    return mean if found.low is None else f"{mean} ({form.format(found.low)} to {form.format(found.high)})"
+
+
+def dose_figure(study: Study) -> "Figure":
+    """What main arm and control change against the baseline, by ratio: the paired difference with its interval.
+
+    Differences, since worlds differ more among each other than arms do within one.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    compared, nothing = study.comparison, Treatment(study.comparison.baseline)
+    axes.axhline(0, color="0.45", linestyle="--", label=compared.baseline)
+    every = sorted({*study.ratios(compared.main), *study.ratios(compared.control)})
+    for arm, colour, shift in ((compared.control, "tab:orange", -0.04), (compared.main, "tab:blue", 0.04)):
+        found = {ratio: study.difference(Treatment(arm, ratio), nothing) for ratio in study.ratios(arm)}
+        shown = {every.index(ratio) + shift: change for ratio, change in found.items() if change is not None}
+        if shown:
+            heights = [each.mean for each in shown.values()]
+            below = [0.0 if each.low is None else each.mean - each.low for each in shown.values()]
+            above = [0.0 if each.high is None else each.high - each.mean for each in shown.values()]
+            axes.errorbar(list(shown), heights, [below, above], color=colour, marker="o", capsize=3, label=arm)
+    axes.set_xticks(range(len(every)), [f"{ratio:g}" for ratio in every])
+    label = f"test AUC minus that of {compared.baseline}\n(mean and 95 % over worlds)"
+    axes.set(xlabel="images added per real diseased image", ylabel=label)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=9)
+    return figure
+
+
+def timing(cells: Sequence[float], generators: Mapping[str, float]) -> str:
+    """What cells and generators took, in seconds."""
+    parts = []
+    if cells:
+        parts.append(f"a cell took {statistics.median(cells):.0f} s (median; at most {max(cells):.0f} s)")
+    if generators:
+        slowest = max(generators, key=lambda name: generators[name])
+        middle = statistics.median(generators.values())
+        parts.append(f"a generator {middle:.0f} s (median; at most {generators[slowest]:.0f} s, {slowest})")
+    total = (sum(cells) + sum(generators.values())) / 3600
+    return f"{', '.join(parts)}; {total:.2f} h together." if parts else "not recorded."
+
+
+def outcome_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """One row a hypothesis."""
+    return [
+        [
+            *(each.name, each.asked, each.hypothesis.endpoint, _bounds(each.change, "{:+.3f}")),
+            *("-" if each.p is None else f"{each.p:.4f}", f"{each.adjusted:.4f}", each.verdict),
+        ]
+        for each in outcomes
+    ]
+
+
+def share_rows(study: Study) -> list[list[str]]:
+    """One row an arm that has the study's ratio: its share of the attainable gain."""
+    compared, ratio, rows = study.comparison, study.chosen_ratio(), []
+    for arm in dict.fromkeys(treatment.arm for treatment in study.treatments if treatment.ratio == ratio):
+        share = share_of_attainable(study, arm) if arm not in (compared.control, compared.oracle) else None
+        if share is not None:
+            bounds = "no bounds" if share.low is None else f"{share.low:.2f} to {share.high:.2f}"
+            rows.append([str(study.at(arm, ratio)), f"{share.value:.2f}", bounds, str(share.worlds)])
+    return rows
+
+
+def cell_rows(study: Study) -> list[dict[str, Any]]:
+    """Every cell as a row of results.csv."""
+    values = list(dict.fromkeys(name for cell in study.cells for name in cell.values))
+    counts = list(dict.fromkeys(name for cell in study.cells for name in cell.counts))
+    return [
+        {"world": cell.world, "arm": cell.treatment.arm, "ratio": cell.treatment.ratio}
+        | {"generator_seed": cell.generator_seed, "seed": cell.seed}
+        | {name: cell.values.get(name) for name in values}
+        | {name: cell.counts.get(name) for name in counts}
+        | {"seconds": cell.seconds, "machine": cell.machine, "commit": cell.commit}
+        for cell in study.cells
+    ]
+
+
+def warnings(study: Study) -> list[str]:
+    """What makes the cells unfair to each other, in sentences."""
+    found = []
+    if undefined := sum(cell.values.get(AUC) is None for cell in study.cells):
+        found.append(f"{undefined} cells have no test AUC: their test set holds one class.")
+    if uneven := study.uneven():
+        found.append(
+            f"In {len(uneven)} cells another number of images was added than in the control, which is unfair (the "
+            f"first: {uneven[0]}); give `draw` a larger --limit, or --variants."
+        )
+    found += [
+        f"Cells of {world} come from several machines ({'; '.join(names)}), whose classifiers differ by more than arms "
+        "do: compute the whole world on one of them."
+        for world, names in study.machines().items()
+    ]
+    return found
+
+
+def write_study_report(
+    folder: Path, name: str, study: Study, notes: Sequence[str], outcomes: Sequence[Outcome] = ()
+) -> None:
+    """results.csv (a row a cell), dose_response.png, study.md and study.html in ``folder``.
+
+    ``notes``: how the cells came about.
+    """
+    rows = cell_rows(study)
+    write_csv(folder / "results.csv", rows)
+    write_figure(folder / "dose_response.png", dose_figure(study), dpi=130)
+    shown = [metric for metric in SHOWN if any(metric in cell.values for cell in study.cells)]
+    notes = [
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
+        *notes,
+        "Means over worlds, the seeds of generators and classifiers averaged first; in brackets 95 % intervals, "
+        "Student's t over worlds. Differences are paired by world and seed.",
+        *warnings(study),
+    ]
+    tables = {
+        "Hypotheses": (["", "", "endpoint", "difference", "p", "p (Holm)", "verdict"], outcome_rows(outcomes)),
+        "Share of the attainable gain": (["arm", "share", "95 % (Fieller)", "worlds"], share_rows(study)),
+        "Means": (["arm", "worlds", *(SHOWN[metric] for metric in shown)], mean_rows(study, shown)),
+        "Differences": (["", "minus", "test AUC", "worlds", "verdict"], difference_rows(study)),
+    }
+    tables = {title: table for title, table in tables.items() if table[1]}
+    conclusion = paragraph(study, bool(outcomes))
+    parts = [f"# Study: {name}", *notes, conclusion]
+    parts += [part for title, table in tables.items() for part in (f"## {title}", markdown_table(*table))]
+    write_text(folder / "study.md", "\n\n".join([*parts, "![AUC by ratio](dose_response.png)"]) + "\n")
+    cells = (list(rows[0]), [list(row.values()) for row in rows])
+    write_page(
+        folder / "study.html", "study", name=name, conclusion=conclusion, notes=notes, tables=tables, cells=cells
+    )

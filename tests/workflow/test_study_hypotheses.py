@@ -1,0 +1,125 @@
+"""ldm/workflow/study_hypotheses.py beside scipy: t tests, equivalence, Holm's correction, Fieller's interval."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ldm.workflow.study_hypotheses import equivalence_test, fieller, holm, outcomes, share_of_attainable, t_test
+from ldm.workflow.study_keys import Compared, Hypothesis
+from ldm.workflow.study_report import write_study_report
+from ldm.workflow.study_results import Cell, Study, Treatment
+
+GAINS = [0.021, 0.004, 0.018, 0.032, 0.011]
+ARMS = ("real", "duplicated", "ours", "paste", "oracle")
+
+
+def test_p_values_are_those_of_scipy() -> None:
+    for expected in (0.0, 0.01):
+        assert t_test(GAINS, expected) == pytest.approx(stats.ttest_1samp(GAINS, expected).pvalue)
+    below = stats.ttest_1samp(GAINS, 0.05, alternative="less").pvalue
+    above = stats.ttest_1samp(GAINS, -0.05, alternative="greater").pvalue
+    assert equivalence_test(GAINS, 0.05) == pytest.approx(max(below, above))
+    assert equivalence_test([-each for each in GAINS], 0.05) == pytest.approx(max(below, above))
+    assert equivalence_test(GAINS, 0.01) > 0.5  # their mean lies outside
+
+
+def test_worlds_that_all_say_the_same_need_no_noise() -> None:
+    assert (t_test([0.2, 0.2]), t_test([0.0, 0.0])) == (0.0, 1.0)
+    assert (equivalence_test([0.0, 0.0], 0.01), equivalence_test([0.2, 0.2], 0.01)) == (0.0, 1.0)
+
+
+def test_holms_correction_steps_down() -> None:
+    # By hand: sorted 0.005 * 4, 0.01 * 3, 0.03 * 2, 0.04 * 1, each at least the one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_fiellers_bounds_are_where_students_test_turns() -> None:
+    rng = np.random.default_rng(0)
+    below = 0.042 + 0.01 * rng.standard_normal(6)
+    above = 0.5 * below + 0.006 * rng.standard_normal(6)
+    share = fieller(above.tolist(), below.tolist())
+    assert share.value == pytest.approx(above.mean() / below.mean())
+    for bound in (share.low, share.high):
+        assert stats.ttest_1samp(above - bound * below, 0).pvalue == pytest.approx(0.05)
+    assert stats.ttest_1samp(above - share.value * below, 0).pvalue == pytest.approx(1)
+    # What can be gained is itself not told from nothing: no bounds.
+    assert fieller([0.01, 0.02, 0.03], [0.05, -0.04, 0.03]).low is None
+    assert fieller([0.01], [0.02]).value == pytest.approx(0.5)
+
+
+def worlds_of(gains: dict[str, list[float]]) -> Study:
+    """Cells of two seeds: real at 0.8, and the other arms so much above it, a number for each world."""
+    cells = [
+        Cell(f"w{n}", Treatment(arm, None if arm == "real" else 3.0), seed, {"auc": 0.8 + gain}, {})
+        for arm, values in {"real": [0.0] * len(GAINS), **gains}.items()
+        for n, gain in enumerate(values)
+        for seed in (0, 1)
+    ]
+    compared = Compared("real", "duplicated", "ours", 3.0, "oracle")
+    return Study(cells, compared, frozenset(cell.key for cell in cells))
+
+
+@pytest.fixture
+def study_() -> Study:
+    same = [0.03, 0.02, 0.035, 0.01, 0.04]
+    ours = [a + b for a, b in zip(same, GAINS, strict=True)]
+    near = [a + 0.001 * (-1) ** n for n, a in enumerate(ours)]
+    return worlds_of({"duplicated": same, "ours": ours, "paste": near, "oracle": [each + 0.04 for each in same]})
+
+
+HYPOTHESES = {
+    "H1": Hypothesis(("ours", "duplicated")),
+    "H2": Hypothesis(("duplicated", "ours")),
+    "H3": Hypothesis(("ours", "paste")),
+    "H4": Hypothesis(("ours", "paste"), equivalence=0.01),
+    "H5": Hypothesis(("ours", "duplicated"), equivalence=0.01),
+    "H6": Hypothesis(("ours", "real"), endpoint="brier"),
+}
+
+
+def test_the_verdicts_follow_from_the_corrected_tests(study_: Study) -> None:
+    found = {each.name: each for each in outcomes(HYPOTHESES, study_, {})}
+    assert found["H1"].p == pytest.approx(stats.ttest_1samp(GAINS, 0).pvalue)
+    assert found["H1"].adjusted == pytest.approx(5 * found["H1"].p)  # H4 is the smallest of six
+    assert {name: each.verdict for name, each in found.items()} == {
+        "H1": "a difference is not shown",  # 0.024 alone, not as one of six
+        "H2": "a difference is not shown",
+        "H3": "a difference is not shown",
+        "H4": "equivalent within ±0.01",
+        "H5": "equivalence within ±0.01 is not shown",
+        "H6": "cannot be tested: two worlds at least",
+    }
+    alone = {name: HYPOTHESES[name] for name in ("H1",)}
+    assert outcomes(alone, study_, {})[0].verdict == "higher"
+    assert outcomes({"H2": HYPOTHESES["H2"]}, study_, {})[0].verdict == "lower"
+
+
+def test_nothing_is_said_before_all_cells_are_finished(study_: Study) -> None:
+    half = replace(study_, cells=[cell for cell in study_.cells if cell.world != "w4" or cell.treatment.arm != "ours"])
+    found = {each.name: each for each in outcomes({name: HYPOTHESES[name] for name in ("H1", "H4")}, half, {})}
+    assert {each.verdict for each in found.values()} == {"open: 2 cells to come"}
+    assert {each.adjusted for each in found.values()} == {1.0}
+
+
+def test_a_hypothesis_may_be_about_the_worlds_of_another_study(study_: Study) -> None:
+    other = worlds_of({"duplicated": [0.0] * 5, "ours": [0.05, 0.06, 0.05, 0.06, 0.05]})
+    hypothesis = Hypothesis(("ours", "duplicated"), study="other.yaml")
+    (found,) = outcomes({"H": hypothesis}, study_, {"other.yaml": other})
+    assert found.change.mean == pytest.approx(0.054)
+    assert found.asked == "ours at 3 minus duplicated at 3 (other.yaml)"
+
+
+def test_the_page_shows_hypotheses_and_shares(study_: Study, tmp_path: Path) -> None:
+    share = share_of_attainable(study_, "ours")
+    assert share.value == pytest.approx(np.mean(GAINS) / 0.04)
+    assert share_of_attainable(replace(study_, comparison=replace(study_.comparison, oracle=None)), "ours") is None
+    write_study_report(tmp_path, "s", study_, [], outcomes(HYPOTHESES, study_, {}))
+    for file in ("study.md", "study.html"):
+        said = (tmp_path / file).read_text()
+        assert "equivalent within ±0.01" in said
+        assert f"{share.low:.2f} to {share.high:.2f}" in said
+    assert "The hypotheses below and this comparison are the claim" in (tmp_path / "study.md").read_text()
