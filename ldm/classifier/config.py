@@ -30,6 +30,9 @@ class ClassifierConfig:
     img_size: ImageSide = setting(224, WEIGHTS)  # side of the square the classifier sees, pixels
     Batch_Size: Count = setting(32, WEIGHTS)
     EPOCHS: Count = setting(50, WEIGHTS)
+    # optimizer steps of the whole training, the same for every arm, with EPOCHS validations at equal distances; null =
+    # EPOCHS passes over the images, so that an arm with more images takes more steps
+    steps: Count | None = setting(None, WEIGHTS, before=lambda _: None)
     GPU: str | list[int] | list[str] = setting("", NOTHING)  # device ids; "" or [] = a GPU if there is one; "cpu"
     dataset: PlainName = setting("dataset", NOTHING)  # in titles, and the output folder's name where output_dir is null
     train: bool = setting(True, NOTHING)  # false: only test and predict, with the saved classifier
@@ -82,10 +85,12 @@ def load_classifier_config(path: str | Path, overrides: Sequence[str] = ()) -> C
     config = build(ClassifierConfig, values)
     if config.train:
         use = config.use_synthetic
+        epochs = config.EPOCHS + (config.pretrain_epochs if use == PRETRAIN else 0)
         chosen = config.test_epoch is None or config.test_epoch <= config.EPOCHS
         rules = [
             ("Batch_Size", config.Batch_Size > 1, "at least 2 for training"),  # batch normalisation needs two images
             ("test_epoch", chosen, f"at most EPOCHS, which is {config.EPOCHS}"),
+            ("steps", config.steps is None or config.steps >= epochs, f"one for each of {epochs} epochs at least"),
             ("train_json", config.train_json is not None, "the path of a dataset"),
             ("val_json", config.val_json is not None, "the path of a dataset"),
             ("ratio", use != DUPLICATE_REAL or config.ratio is not None, f"a number with use_synthetic {use}"),

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ldm.classifier.convergence import read_history
 from ldm.classifier.data import ImageSet
 from ldm.classifier.metrics import BINS, calibration_bins, disease_probability, label_indices, predicted_classes
 from ldm.core.files import named_seed
-from ldm.core.tables import read_table, write_csv
+from ldm.core.tables import write_csv
 from ldm.reports.figures import loss_figure, roc_figure
 from ldm.reports.html import files_folder, number, write_image, write_page
 
@@ -26,8 +27,9 @@ MISTAKES = 24  # shown, the most confident ones first
 PERPLEXITY = 30.0
 LEAST_POINTS, MOST_POINTS = 10, 2000  # of the map of features
 FACTS = (
-    *("dataset", "model", "task", "epoch", "chosen_by", "use_synthetic", "n_train_healthy", "n_train_diseased"),
-    *("n_synthetic_used", "n_duplicated", "n_val", "n_test", "n_test_diseased", "n_test_patients", "threshold"),
+    *("dataset", "model", "task", "epoch", "chosen_by", "converged", "use_synthetic", "n_train_healthy"),
+    *("n_train_diseased", "n_synthetic_used", "n_duplicated", "n_val", "n_test", "n_test_diseased", "n_test_patients"),
+    "threshold",
 )
 GROUP_FACTS = ("lesion_type", "severity", "n", "n_patients")  # of the table by lesion type and severity
 GROUP_NUMBERS = ("auc", "sensitivity_at_95_specificity", "recall")
@@ -120,16 +122,21 @@ def _interval(entry: Mapping[str, Any]) -> str:
 
 def _training_plots(folder: Path, path: Path, chosen: int) -> dict[str, str]:
     """Losses of each phase and the validation AUC, files by description; nothing without history.csv."""
-    history = folder / "history.csv"
-    if not history.exists():
+    rows, plots = read_history(folder), {}
+    if not rows:
         return {}
-    rows = read_table(history, ("phase", "epoch", "train_loss", "val_loss", "val_auc"), "training log")
-    plots = {}
     for phase in dict.fromkeys(row["phase"] for row in rows):
-        figure = loss_figure([row for row in rows if row["phase"] == phase], phase)
-        plots[f"loss of the phase {phase}"] = _plot(path, f"loss_{phase}", figure)
-    figure = auc_figure([row for row in rows if row["phase"] == "train" and row["val_auc"]], chosen)
+        those = [row for row in rows if row["phase"] == phase]
+        plots[f"loss of the phase {phase}"] = _plot(path, f"loss_{phase}", loss_figure(those, _title(those)))
+    those = [row for row in rows if row["phase"] == "train"]
+    figure = auc_figure([row for row in those if row["val_auc"]], chosen, _title(those))
     return plots | {"validation AUC by epoch": _plot(path, "val_auc", figure)}
+
+
+def _title(rows: Sequence[Mapping[str, str]]) -> str:
+    """The name of a phase, from its rows of history.csv, and the steps that it has taken where they were asked for."""
+    steps = rows[-1].get("step")
+    return f"{rows[-1]['phase']}, {steps} steps" if steps else rows[-1]["phase"]
 
 
 def _test_plots(path: Path, metrics: Mapping[str, Any], test: Scored) -> dict[str, dict[str, str]]:
@@ -188,12 +195,12 @@ def _axes(width: float = 4.6, height: float = 4.6) -> Any:
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
-def auc_figure(rows: Sequence[Mapping[str, str]], chosen: int) -> "Figure":
+def auc_figure(rows: Sequence[Mapping[str, str]], chosen: int, title: str) -> "Figure":
     """Validation AUC by epoch, rows of history.csv where it is defined; the chosen epoch is marked."""
     axes = _axes(5, 3.2)
     axes.plot([int(row["epoch"]) for row in rows], [float(row["val_auc"]) for row in rows], color="tab:orange")
     axes.axvline(chosen, color="0.6", linestyle="--", linewidth=1, label=f"chosen: epoch {chosen}")
-    axes.set(title="train", xlabel="epoch", ylabel="validation AUC")
+    axes.set(title=title, xlabel="epoch", ylabel="validation AUC")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.25)
     return axes.figure

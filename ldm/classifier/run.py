@@ -15,6 +15,7 @@ import torch
 
 from ldm.checkpoints.files import read_safetensors
 from ldm.classifier.config import ClassifierConfig
+from ldm.classifier.convergence import convergence, convergence_note, read_history
 from ldm.classifier.data import ImageSet, class_separations, load_data, load_images, require_source
 from ldm.classifier.metrics import few_patients, summarise
 from ldm.classifier.network import build_network, check_model, compute_outputs, pick_device
@@ -178,6 +179,10 @@ def _test(
     ]
     if "val" in sets and (few := few_patients(sets["val"])):
         notes.append(f"Validation holds few patients of a class ({few}): which epoch is chosen on it is partly luck.")
+    if history := read_history(folder):
+        found = convergence(history)
+        metrics |= found
+        notes += [note for note in [convergence_note(found)] if note]
     notes += [f"{name}: {each.warning}." for name, found in separated.items() for each in found if each.suspicious]
     if test is None:
         metrics["notes"] = ["No test set was given.", *notes]
@@ -196,6 +201,8 @@ def _test(
 
 def _log_summary(folder: Path, metrics: dict[str, Any]) -> None:
     log.info("epoch %d, chosen by %s", metrics["epoch"], metrics["chosen_by"])
+    if metrics.get("converged"):
+        log.info("training had converged: validation AUC and loss no longer got better")
     if "test" in metrics:
         auc = metrics["test"]["auc"]
         value = "undefined" if auc["value"] is None else f"{auc['value']:.3f}"

@@ -35,10 +35,11 @@ STATE_EVERY_SECONDS = 30.0  # a state of a whole run is large: a run shorter tha
 
 @dataclass
 class Phase:
-    """Some epochs on the same images: ``pretrain`` or ``train``."""
+    """Some epochs on the same images: ``pretrain`` or ``train``; an epoch ends with a validation."""
 
     name: str
     epochs: int
+    steps: int  # of the optimizer, in all epochs
     images: np.ndarray  # uint8 (N, S, S) or (N, S, S, 3)
     labels: torch.Tensor  # (N,) class indices
     names: list[str]  # no two alike: order and augmentation depend on them
@@ -48,11 +49,18 @@ class Phase:
         """What sets an epoch apart from all others of a run; its randomness depends on it."""
         return epoch if self.name == "train" else f"{self.name} {epoch}"
 
+    def steps_of(self, epoch: int) -> range:
+        """The optimizer's steps in an epoch, those of the phase counted from 0."""
+        return range(self.steps * (epoch - 1) // self.epochs, self.steps * epoch // self.epochs)
+
 
 def make_phases(config: ClassifierConfig, data: ClassifierData) -> list[Phase]:
-    """What is trained on, in order. Repeated and synthetic images are in one of the phases only."""
+    """What is trained on, in order. Repeated and synthetic images are in one of the phases only.
 
-    def phase(name: str, epochs: int, sets: Sequence[ImageSet | None]) -> Phase:
+    With ``steps`` two phases share them as they share the epochs.
+    """
+
+    def phase(name: str, epochs: int, steps: int | None, sets: Sequence[ImageSet | None]) -> Phase:
         used = [images for images in sets if images]
         labels = torch.cat([torch.from_numpy(label_indices(images, data.classes)) for images in used])
         names, seen = [], Counter()
@@ -61,14 +69,19 @@ def make_phases(config: ClassifierConfig, data: ClassifierData) -> list[Phase]:
             again = f" ({seen[sample_name]})" if seen[sample_name] > 1 else ""
             names.append(f"{sample_name}{again}")
         pixels = np.concatenate([images.images for images in used])
-        return Phase(name, epochs, pixels, labels, names, class_weights(labels, len(data.classes)))
+        # of an epoch's batches, of equal sizes, none is of one image: that has no variance
+        count = min(math.ceil(len(names) / config.Batch_Size), len(names) // 2)
+        steps = epochs * count if steps is None else steps
+        return Phase(name, epochs, steps, pixels, labels, names, class_weights(labels, len(data.classes)))
 
+    steps = config.steps
     if config.use_synthetic != PRETRAIN:
-        return [phase("train", config.EPOCHS, [data.train, data.synthetic, data.duplicates])]
+        return [phase("train", config.EPOCHS, steps, [data.train, data.synthetic, data.duplicates])]
+    first = steps and steps * config.pretrain_epochs // (config.pretrain_epochs + config.EPOCHS)
     healthy = data.train.subset([i for i, label in enumerate(data.train.labels) if label == HEALTHY])
     return [
-        phase("pretrain", config.pretrain_epochs, [healthy, data.synthetic]),
-        phase("train", config.EPOCHS, [data.train]),
+        phase("pretrain", config.pretrain_epochs, first, [healthy, data.synthetic]),
+        phase("train", config.EPOCHS, steps and steps - first, [data.train]),
     ]
 
 
@@ -105,10 +118,12 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
             auc = validation.get("macro_auc", validation["auc"])  # with lesion types, the mean over them
             row = {"phase": phase.name, "epoch": epoch, "train_loss": train_loss}
             row |= {"val_loss": validation["loss"], "val_auc": auc}
+            row |= {} if config.steps is None else {"step": phase.steps_of(epoch).stop}
             rows.append(row)
             shown = "undefined" if auc is None else f"{auc:.3f}"
-            progress = phase.name, epoch, phase.epochs, train_loss, row["val_loss"], shown
-            log.info("%s epoch %d/%d: train %.4f, val %.4f, val AUC %s", *progress)
+            progress = phase.name, epoch, phase.epochs, phase.steps_of(epoch).stop, phase.steps
+            losses = train_loss, row["val_loss"], shown
+            log.info("%s epoch %d/%d, step %d/%d: train %.4f, val %.4f, val AUC %s", *progress, *losses)
             chosen = phase is phases[-1] and is_chosen(row, best and best["row"], config.test_epoch)
             kept = phase is phases[-1] and config.save_epoch and epoch % config.save_epoch == 0
             if chosen or kept:
@@ -148,49 +163,68 @@ def is_chosen(row: Mapping[str, Any], best: Mapping[str, Any] | None, test_epoch
 def train_epoch(
     network: torch.nn.Module, optimizer: torch.optim.Optimizer, phase: Phase, epoch: int, config: ClassifierConfig
 ) -> float:
-    """One pass over the images of a phase; returns the mean loss. Raises MedSoftError where it is not finite.
+    """One epoch of a phase; returns the mean loss. Raises MedSoftError where it is not finite.
 
     With ``balance: loss`` the loss of a sample counts as much as its class's share.
     """
-    moment, device = phase.epoch_name(epoch), next(network.parameters()).device
-    rows, names = epoch_order(phase, epoch, config)
+    device, batches = next(network.parameters()).device, epoch_batches(phase, epoch, config)
     weight = phase.shares.to(device) if config.balance == "loss" else None
-    torch.manual_seed(named_seed(config.seed, "dropout", moment))
+    torch.manual_seed(named_seed(config.seed, "dropout", phase.epoch_name(epoch)))
     network.train()
-    n_batches = min(math.ceil(len(rows) / config.Batch_Size), len(rows) // 2)
-    batches = np.array_split(np.arange(len(rows)), n_batches)  # of equal sizes, never of one: that has no variance
-    total = 0.0
-    for number, places in enumerate(tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=None)):
-        rate = config.lr * rate_factor((epoch - 1) * n_batches + number, phase.epochs * n_batches)
+    total, shown = 0.0, tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=None)
+    for step, (rows, names) in zip(phase.steps_of(epoch), shown, strict=True):
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        keys = [named_seed(config.seed, "augment", moment, names[place]) for place in places]
+            group["lr"] = config.lr * rate_factor(step, phase.steps)
+        keys = [named_seed(config.seed, "augment", *name) for name in names]
         draws = np.array([np.random.default_rng(key).uniform(-1, 1, 6) for key in keys])
-        inputs = normalise(augment(to_input(phase.images[rows[places]], device), draws), network)
+        inputs = normalise(augment(to_input(phase.images[rows], device), draws), network)
         with autocast(device):
             logits = network(inputs)
-        loss = F.cross_entropy(logits.float(), phase.labels[rows[places]].to(device), weight=weight)
+        loss = F.cross_entropy(logits.float(), phase.labels[rows].to(device), weight=weight)
         value = loss.item()
         if not math.isfinite(value):
-            shown = ", ".join(names[place] for place in places[:4])
-            raise MedSoftError(f"epoch {epoch}, step {number}: the loss is not finite (samples {shown}...); lower lr")
+            some = ", ".join(name for _, name in names[:4])
+            raise MedSoftError(f"epoch {epoch}, step {step}: the loss is not finite (samples {some}...); lower lr")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        total += value * len(places)
-    return total / len(rows)
+        total += value * len(rows)
+    return total / sum(len(rows) for rows, _ in batches)
 
 
-def epoch_order(phase: Phase, epoch: int, config: ClassifierConfig) -> tuple[np.ndarray, list[str]]:
-    """Rows of an epoch in order, and the names that their augmentation depends on."""
-    seed, count, moment = config.seed, len(phase.names), phase.epoch_name(epoch)
+Names = list[tuple[int | str, str]]  # what the augmentation of a sample depends on: the pass and its name
+
+
+def epoch_batches(phase: Phase, epoch: int, config: ClassifierConfig) -> list[tuple[np.ndarray, Names]]:
+    """The rows of each batch of an epoch, and their names in it.
+
+    An epoch is a pass over the images in batches of equal size. With ``steps`` every batch has exactly ``Batch_Size``
+    images, one pass follows the other, and the epochs divide the steps: then every arm sees equally many images.
+    """
+    steps, count, size = phase.steps_of(epoch), len(phase.names), config.Batch_Size
+    if config.steps is None:
+        rows, names = epoch_order(phase, epoch, config)
+        places = np.array_split(np.arange(count), len(steps))
+    else:
+        first, last = steps.start * size, steps.stop * size
+        passes = range(first // count + 1, math.ceil(last / count) + 1)
+        orders = [epoch_order(phase, number, config) for number in passes]
+        rows, names = np.concatenate([rows for rows, _ in orders]), [name for _, each in orders for name in each]
+        places = (first % count + np.arange(last - first)).reshape(-1, size)
+    return [(rows[each], [names[place] for place in each]) for each in places]
+
+
+def epoch_order(phase: Phase, number: int, config: ClassifierConfig) -> tuple[np.ndarray, Names]:
+    """Rows of pass ``number`` over the images in order, and the names that their augmentation depends on."""
+    seed, count, moment = config.seed, len(phase.names), phase.epoch_name(number)
     if config.balance == "sampler":
         chances = phase.shares[phase.labels].double().numpy()
         rng = np.random.default_rng(named_seed(seed, "sampler", moment))
-        return rng.choice(count, count, p=chances / chances.sum()), [f"position {place}" for place in range(count)]
+        rows = rng.choice(count, count, p=chances / chances.sum())
+        return rows, [(moment, f"position {place}") for place in range(count)]
     keys = [named_seed(seed, "order", moment, name) for name in phase.names]
     rows = np.argsort(keys, kind="stable")
-    return rows, [phase.names[row] for row in rows]
+    return rows, [(moment, phase.names[row]) for row in rows]
 
 
 def rate_factor(step: int, steps: int) -> float:

@@ -49,6 +49,7 @@ def test_learns_and_writes_everything(learned: dict) -> None:
     assert metrics["epoch"] == int(ranked[0]["epoch"])
     assert metrics["validation"]["loss"] == float(ranked[0]["val_loss"])
     assert metrics["validation"]["macro_auc"] == float(ranked[0]["val_auc"])
+    assert metrics["converged"] == (not any("had not converged" in note for note in metrics["notes"]))
     assert not list(folder.glob("last.pt")) + list(folder.glob(".partial-*"))
     table = rows_of(folder / "metrics.csv")
     assert len(table) == 1
@@ -132,6 +133,7 @@ def test_second_run_is_already_complete_and_changes_need_overwrite(world: dict, 
     [
         ({"EPOCHS": 3}, ("train", 3), [("train", 3)]),
         ({"EPOCHS": 2, "balance": "sampler"}, ("train", 2), [("train", 2)]),
+        ({"EPOCHS": 3, "steps": 7}, ("train", 3), [("train", 3)]),  # the second pass over 17 images ends in epoch 3
         (
             {"EPOCHS": 2, "use_synthetic": "pretrain", "pretrain_epochs": 2},
             ("pretrain", 2),

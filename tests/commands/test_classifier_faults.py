@@ -32,6 +32,8 @@ def world(tmp_path: Path) -> dict:
         ({"train": 1}, "train: expected true or false, found 1"),
         ({"synthetic": "results"}, "synthetic: expected a list of text"),
         ({"Batch_Size": 1}, "Batch_Size: expected at least 2 for training"),
+        ({"steps": 0}, "steps: expected a number of at least 1"),
+        ({"EPOCHS": 4, "steps": 3}, "steps: expected one for each of 4 epochs at least, found 3"),
         ({"test_epoch": 7}, "test_epoch: expected at most EPOCHS, which is 1"),
         ({"train_json": None}, "train_json: expected the path of a dataset, found null"),
         ({"task": "types"}, "task: expected one of binary, type"),

@@ -1,0 +1,88 @@
+"""Optimizer steps that are the same in every arm, and the rule that says whether training had converged."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from toy import make_world, rows_of, run, synthetic_set
+
+from ldm.classifier.config import ClassifierConfig
+from ldm.classifier.convergence import convergence, convergence_note
+from ldm.classifier.data import load_data
+from ldm.classifier.training import Phase, epoch_batches, make_phases
+
+
+def phases_of(settings: dict, **change: object) -> tuple[ClassifierConfig, list[Phase]]:
+    config = ClassifierConfig(**settings | change)
+    return config, make_phases(config, load_data(config))
+
+
+def test_every_arm_takes_the_same_steps_of_equal_batches(tmp_path: Path) -> None:
+    """12 real images, 15 with repeated ones, 17 with synthetic ones: 22 steps of 8 images in 3 epochs."""
+    world = make_world(tmp_path) | {"steps": 22, "EPOCHS": 3, "output_dir": str(tmp_path / "out")}
+    synthetic = [synthetic_set(tmp_path / "results", "train-patient0", "train000")]
+    arms = {
+        12: {},
+        15: {"use_synthetic": "duplicate_real", "ratio": 0.5},
+        17: {"synthetic": synthetic},
+    }
+    for count, change in arms.items():
+        config, (phase,) = phases_of(world, **change)
+        assert len(phase.names) == count
+        epochs = [epoch_batches(phase, epoch, config) for epoch in (1, 2, 3)]
+        assert [len(batches) for batches in epochs] == [7, 7, 8]
+        assert {len(rows) for batches in epochs for rows, _ in batches} == {8}
+        taken = [name for batches in epochs for _, names in batches for name in names]
+        assert len(set(taken)) == 22 * 8  # one pass follows the other, in each every image once
+        passes = Counter(number for number, _ in taken)
+        assert list(passes.values())[:-1] == [count] * (22 * 8 // count)
+        rows = np.concatenate([rows for batches in epochs for rows, _ in batches])
+        assert [phase.names[row] for row in rows] == [name for _, name in taken]
+
+
+def test_pretraining_and_training_share_the_steps(tmp_path: Path) -> None:
+    world = make_world(tmp_path) | {"steps": 11, "EPOCHS": 3, "use_synthetic": "pretrain", "pretrain_epochs": 2}
+    world["synthetic"] = [synthetic_set(tmp_path / "results", "train-patient0", "train000")]
+    _, (first, second) = phases_of(world)
+    assert (first.steps, second.steps) == (4, 7)
+
+
+def test_steps_that_are_whole_passes_are_what_epochs_are(tmp_path: Path) -> None:
+    world = make_world(tmp_path) | {"Batch_Size": 4, "EPOCHS": 2, "test_json": None}
+    assert run(world) == 0
+    assert run(world | {"steps": 6, "output_dir": str(tmp_path / "steps")}) == 0
+    weights = [load_file(tmp_path / name / "classifier.safetensors") for name in ("out", "steps")]
+    assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
+    plain, counted = (rows_of(tmp_path / name / "history.csv") for name in ("out", "steps"))
+    assert [row.pop("step") for row in counted] == ["3", "6"]
+    assert plain == counted
+
+
+@pytest.mark.parametrize(
+    ("aucs", "losses", "expected"),
+    [
+        ([0.5, 0.7, 0.8, 0.9, 0.905], [0.7, 0.6, 0.5, 0.40, 0.395], True),
+        ([0.5, 0.6, 0.7, 0.8, 0.82], [0.7, 0.6, 0.5, 0.40, 0.40], False),  # the AUC rises by 0.02
+        ([0.5, 0.7, 0.8, 0.9, 0.90], [0.7, 0.6, 0.5, 0.40, 0.38], False),  # the loss falls by 5 %
+        ([0.5, 0.7, 0.8, 0.9, 0.85], [0.7, 0.6, 0.5, 0.40, 0.60], True),  # it gets worse: more training does not help
+        ([None] * 5, [0.7, 0.6, 0.5, 0.40, 0.395], True),
+        ([0.5, 0.9, 0.9, 0.9], [0.5, 0.4, 0.4, 0.4], None),
+    ],
+)
+def test_convergence_compares_the_last_fifth_with_the_one_before(
+    aucs: list, losses: list, expected: bool | None
+) -> None:
+    """Each epoch stands for two, whose mean counts; what the pretraining did is not looked at."""
+    rows = [{"phase": "pretrain", "val_loss": "9", "val_auc": "0.1"}]
+    for auc, loss in zip(aucs, losses, strict=True):
+        for change in (-0.004, 0.004) if len(aucs) == 5 else (0,):
+            shown = "" if auc is None else str(auc + change)
+            rows.append({"phase": "train", "val_loss": str(loss - change), "val_auc": shown})
+    found = convergence(rows)
+    assert found["converged"] is expected
+    assert (convergence_note(found) is None) == (expected is True)
+    if expected is not None:
+        assert found["convergence"]["epochs"] == 2
+        assert found["convergence"]["loss_fall"] == pytest.approx(1 - losses[-1] / losses[-2])
