@@ -4,8 +4,8 @@
 
 A world is one set of patients (a phantom seed, or annotation files of yours), a generator one way of training and
 drawing, an arm one way of training the classifier, a cell one classifier. Every cell runs once; started again, the
-study goes on. Into the YAML's output_dir: results.csv (a row a cell), study.md and study.html (means, paired
-differences, what they support), dose_response.png. All paths are relative to the repository root.
+study goes on. Into the YAML's output_dir: results.csv (a row a cell), study.md and study.html (hypotheses, means,
+paired differences, what they support), dose_response.png. All paths are relative to the repository root.
 """
 
 import argparse
@@ -23,11 +23,13 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--list", action="store_true", help="run nothing; show the steps and whether they are done")
     text = "run these worlds only, e.g. world_0; other processes may run others at the same time"
     made.add_argument("--worlds", nargs="+", metavar="WORLD", help=text)
+    text = "worlds that run side by side and share the processors; what each says goes to OUTPUT_DIR/WORLD.log"
+    made.add_argument("--jobs", type=cli.PROCESSES, default=1, metavar="N", help=text)
     return made
 
 
 def main(args: argparse.Namespace) -> int:
-    return run_study(args.study, args.worlds, args.collect, args.overwrite, args.list)
+    return run_study(args.study, args.worlds, args.jobs, args.collect, args.overwrite, args.list)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,19 @@ from ldm.workflow.plan_run import hang_up_with_terminal, run_steps, show_steps
 from ldm.workflow.plans import Plan, PlanRecord, commit, growing_folder
 from ldm.workflow.study_design import Design, Group, World, added_path, load_design, plan_groups
 from ldm.workflow.study_hypotheses import outcomes
+from ldm.workflow.study_jobs import run_side_by_side
 from ldm.workflow.study_keys import Arm, check_hypothesis
 from ldm.workflow.study_results import Study, Treatment, read_cell
 
 
-def run_study(path: Path, worlds: Sequence[str] | None, collect: bool, overwrite: bool, list_only: bool) -> int:
+def run_study(
+    path: Path, worlds: Sequence[str] | None, jobs: int, collect: bool, overwrite: bool, list_only: bool
+) -> int:
     """Run what is to do, report after every group; the code of the step that failed, 3 if one rejected inputs.
 
-    Of ``worlds`` only, if given: other processes may run others at the same time. ``collect`` reports what is finished
-    and runs nothing, ``list_only`` shows the steps; ``overwrite`` lets a step replace what other settings have left.
+    Of ``worlds`` only, if given: other processes may run others at the same time, as this one lets ``jobs`` of them do.
+    ``collect`` reports what is finished and runs nothing, ``list_only`` shows the steps; ``overwrite`` lets a step
+    replace what other settings have left.
     """
     hang_up_with_terminal()
     design = load_design(path)
@@ -36,13 +40,15 @@ def run_study(path: Path, worlds: Sequence[str] | None, collect: bool, overwrite
         return show_steps([once, *(group.plan for group in groups)])
     if collect:
         return report(design, groups)
-    again = shlex.join(["python", "tool/study.py", str(path)])
-    run = partial(run_steps, again=again, overwrite=overwrite)
-    known = {group.world.name: None for group in groups}
+    known = dict.fromkeys(group.world.name for group in groups)
     for name in worlds or ():
         if name not in known:
             raise UsageError(f"--worlds {name}: no such world in this study; it has {', '.join(known)}")
-    mine = [group for group in groups if not worlds or group.world.name in worlds]
+    chosen = [name for name in known if not worlds or name in worlds]
+    if jobs > 1 and len(chosen) > 1:
+        return run_side_by_side(path, design.keys.output_dir, chosen, jobs, overwrite)
+    mine = [group for group in groups if group.world.name in chosen]
+    run = partial(run_steps, again=shlex.join(["python", "tool/study.py", str(path)]), overwrite=overwrite)
     with ExitStack() as locks:
         for world in dict.fromkeys(group.world for group in mine):
             locks.enter_context(world_folder(design, world).lock())
@@ -50,13 +56,16 @@ def run_study(path: Path, worlds: Sequence[str] | None, collect: bool, overwrite
             code = run(PlanRecord(once), [step.name for step in design.steps])
         for group in mine:
             code = code or run_group(design, groups, group, run)
-    if code:
-        return code
+    return code or say_rejects(design, once, mine)
+
+
+def say_rejects(design: Design, once: Plan, groups: Sequence[Group]) -> int:
+    """Name the plans of which a step rejected inputs, and the lists of images that arms could not add; 3, or 0."""
     rejecting = []
-    for record in map(PlanRecord, (once, *(group.plan for group in mine))):
+    for record in map(PlanRecord, (once, *(group.plan for group in groups))):
         if any(record.known(step).get("exit_code") == cli.SOME_REJECTED for step in record.plan.steps):
             rejecting.append(record.plan.name)
-    lists = [rejects_of(design, group.world, arm) for group in mine for arm in adding(group)]
+    lists = [rejects_of(design, group.world, arm) for group in groups for arm in adding(group)]
     rejecting += [str(path) for path in lists if path.exists()]
     if rejecting:
         print(f"some inputs were rejected in: {', '.join(rejecting)} (listed beside their outputs)")
