@@ -143,7 +143,11 @@ class RunFolder:
 
     def difference(self, stored: Mapping[str, Any]) -> str:
         """What sets the run of this record apart from the one given to ``open``, for a message."""
-        found = differences(stored.get(self.keys[1]) or {} if self.keys else stored, self.settings)
+        before = stored.get(self.keys[1]) or {} if self.keys else stored
+        found = differences(before, self.settings)
+        if self.keys:  # else the record has keys that are no settings
+            gone = [key for key in before if key not in self.settings]
+            found += [f"{key}: {_shown(before[key])} -> not given" for key in gone]
         if not found:
             return "its data or settings are others; the record does not say which"
         more = len(found) - SHOWN_DIFFERENCES

@@ -118,7 +118,7 @@ def test_a_dataset_of_a_given_size_is_not_mistaken_for_another(tmp_path: Path, c
         assert 0.9 < json.loads((folder / "meta.json").read_text())["spacing_mm"] < 1.2
     assert _run(*arguments, "--size", 256) == 0
     assert "already complete" in capsys.readouterr().out
-    for other, said in ((["--size", "300"], r"\(size: 256 -> 300\)"), ([], "")):
+    for other, said in ((["--size", "300"], r"\(size: 256 -> 300\)"), ([], r"\(size: 256 -> not given\)")):
         with pytest.raises(UsageError, match=rf"another run {said}.*--overwrite"):
             _run(*arguments, *other)
 
