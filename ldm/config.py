@@ -21,6 +21,7 @@ from ldm.core.schema import (
     add_overrides,
     build,
     read_yaml,
+    restore_before,
     setting,
     within,
 )
@@ -285,13 +286,13 @@ def stage_configs(path: Path, overrides: Sequence[str] = ()) -> dict[str, Config
 def config_from_dict(values: dict[str, Any], source: str) -> Config:
     """A Config from the plain dictionary stored in a checkpoint; ``source`` names it in errors.
 
-    Crops had at least the model's own size before there was a ``data.min_crop``; a checkpoint without it says so.
+    A key that the dictionary's section lacks has the value that every run had before there was this key.
     """
-    data = values.get("data")
-    if isinstance(data, dict) and "min_crop" not in data and data.get("fit", "crop") == "crop":
-        size = data.get("image_size", DataConfig().image_size)
-        values = {**values, "data": {**data, "min_crop": size}}
-    return _checked(Values(source, values))
+    config = _checked(Values(source, values))
+    for section in dataclasses.fields(config):
+        if isinstance(given := values.get(section.name), dict):
+            restore_before(getattr(config, section.name), given)
+    return config
 
 
 def as_yaml(config: Config) -> str:

@@ -71,6 +71,17 @@ def stored_overrides(kind: Any, stored: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def restore_before(section: Any, given: Mapping[str, Any]) -> None:
+    """Give those keys of ``section`` that ``given``, stored by an earlier run, lacks the value that all runs had then.
+
+    Keys of old, which have no such value, stay as they are.
+    """
+    for item in dataclasses.fields(section):
+        if item.name not in given:
+            for value in _before(item, section):
+                setattr(section, item.name, value)
+
+
 def _before(item: dataclasses.Field, section: Any) -> list[Any]:
     """The value that all runs had before there was this key, in a list that is empty for the keys of old."""
     if "before" not in item.metadata:
