@@ -122,7 +122,7 @@ def _frame(path: Path, dataset: Dataset, index: int | None) -> Frame:
         or all(rescale.get(name) not in (None, "") for name in ("RescaleSlope", "RescaleIntercept")),
         lut=lut,
         dtype=_dtype(dataset) if lut is None else lut[1].dtype,
-        windows=_windows(_group(dataset, index, "FrameVOILUTSequence")),
+        windows=_windows(path, _group(dataset, index, "FrameVOILUTSequence")),
     )
 
 
@@ -208,14 +208,21 @@ def _looked_up(values: np.ndarray, first: int, table: np.ndarray) -> np.ndarray:
     return table[np.clip(values.astype(np.int64) - first, 0, len(table) - 1)]
 
 
-def _windows(item: Dataset) -> tuple[tuple[float, float], ...]:
-    """The linear windows, in real values; others (SIGMOID, widths below 1) are left out."""
+def _windows(path: Path, item: Dataset) -> tuple[tuple[float, float], ...]:
+    """The linear windows, in real values; others (SIGMOID, widths below 1) are left out.
+
+    FileError where a centre has no width, or a width no centre.
+    """
     centers, widths = (item.get(name) for name in ("WindowCenter", "WindowWidth"))
     if centers in (None, "") or widths in (None, ""):
         return ()
     function = str(item.get("VOILUTFunction") or "LINEAR")
+    centers, widths = np.atleast_1d(centers), np.atleast_1d(widths)
+    if len(centers) != len(widths):
+        counts = f"WindowCenter has {len(centers)} values, WindowWidth {len(widths)}"
+        raise FileError(path, f"{counts}; expected as many of the one as of the other: correct or remove both")
     found = []
-    for center, width in zip(np.atleast_1d(centers), np.atleast_1d(widths), strict=False):
+    for center, width in zip(centers, widths, strict=True):
         try:
             low, high = linear_window(float(center), float(width), function)
         except (MedSoftError, ValueError):

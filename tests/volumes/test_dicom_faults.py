@@ -196,6 +196,14 @@ def test_pixel_spacing_0(tmp_path: Path, spacing: list[str]) -> None:
     assert f"PixelSpacing is {rows:g}\\{columns:g}; expected two lengths above 0 mm" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(("centers", "widths"), [(["40", "300"], "300"), ("40", ["300", "1500"])])
+def test_windows_whose_centers_and_widths_are_not_as_many(tmp_path: Path, centers: Any, widths: Any) -> None:
+    series(tmp_path, change=at(1, WindowCenter=centers, WindowWidth=widths))
+    counts = (len(each) if isinstance(each, list) else 1 for each in (centers, widths))
+    said = "WindowCenter has {} values, WindowWidth {}; expected as many".format(*counts)
+    assert said in refusal(tmp_path)
+
+
 def test_slices_without_pixel_spacing(tmp_path: Path) -> None:
     def change(dataset: Dataset, frame: int) -> None:
         del dataset.PixelSpacing
