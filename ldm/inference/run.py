@@ -76,6 +76,8 @@ def run(options: InferenceOptions) -> int:
         _check_replay(options, record, provenance)
     content = Contents()  # each file is read once, however many results share it
     plan = plan_tasks(options, content, record)
+    if options.like:
+        _warn_of_other_sampling(plan.tasks, config.sampling)
     for image in {task.sample.image for task in plan.tasks}:
         if image.resolve().is_relative_to(options.output_dir.resolve()):
             raise UsageError(
@@ -131,9 +133,30 @@ def _stored_settings(result: Path) -> list[str]:
     A key that the run's record does not know has the value that every run had before there was this key. Nothing for a
     result that was copied without its run's record.
     """
-    folder = next((each for each in result.parents if (each / RECORD).is_file()), None)
+    folder = _run_folder(result)
     stored = (RunFolder(folder, RECORD).read_record() if folder else None) or {}
     return stored_overrides(Config, stored.get("settings") or {})
+
+
+def _run_folder(result: Path) -> Path | None:
+    """The folder with the record of the run that made ``result``, if it is still there."""
+    return next((each for each in result.parents if (each / RECORD).is_file()), None)
+
+
+def _warn_of_other_sampling(tasks: Sequence[Task], sampling: SamplingConfig) -> None:
+    """--like: one warning line for each earlier run that sampled otherwise than ``sampling`` says.
+
+    Nothing is known of results that were copied without their run's record.
+    """
+    now = stored_overrides(Config, {"sampling": dataclasses.asdict(sampling)})
+    places = {task.sample.mask.parent.parent: task.sample.mask.parent for task in tasks if task.sample.mask}
+    for folder in sorted({run for result in places.values() if (run := _run_folder(result))}):
+        stored = (RunFolder(folder, RECORD).read_record() or {}).get("settings") or {}
+        then = stored_overrides(Config, {"sampling": stored.get("sampling")})
+        others = [each.replace('"', "") for each in then if each not in now]
+        if others:
+            text = "warning: %s: was sampled with other settings than now; to sample as then, give %s"
+            log.warning(text, folder, shlex.join(others))
 
 
 def _check_replay(options: InferenceOptions, record: dict[str, Any], provenance: dict[str, Any]) -> None:

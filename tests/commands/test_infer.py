@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,23 @@ def test_like_says_where_the_noise_was_that_of_another_version(
         (tmp_path / "old" / path.name / "meta.json").write_text(json.dumps(older))
     assert infer(final, tmp_path / "out", "--like", tmp_path / "old") == 0
     assert "old: 1 results have the noise of another version" in caplog.text
+
+
+def test_like_says_with_which_sampling_the_results_were_made(
+    final: Path, results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = ["--like", results, "--limit", 1, "--sampler", "ddim", "--steps", 3, "--step_spacing", "leading"]
+    assert infer(final, tmp_path / "other", *other, "--guidance_interval", 0.5, 1) == 0
+    (said,) = [line for line in caplog.messages if "was sampled with other settings" in line]
+    assert f"{results}: " in said
+    before = record(results)["settings"]["sampling"]
+    cure = shlex.split(said.partition("to sample as then, give ")[2])
+    assert {f"sampling.{key}={before[key]}" for key in ("sampler", "steps")} <= set(cure)
+    assert not any("batch_size" in each or "rescale" in each for each in cure)
+    caplog.clear()
+    assert infer(final, tmp_path / "same", *other, *cure, "sampling.steps=2") == 0
+    assert "was sampled with other settings" not in caplog.text
+    assert record(tmp_path / "same")["settings"]["sampling"] == before
 
 
 def test_like_draws_the_same_with_the_seed_of_the_results(final: Path, world: Path, tmp_path: Path) -> None:
