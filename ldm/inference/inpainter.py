@@ -9,19 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.checkpoint import read_checkpoint
-from ldm.config import Config, SamplingConfig
-from ldm.core.devices import kernel_layout, on_device, on_host
+from ldm.checkpoints.checkpoint import PREFIXES, read_checkpoint
+from ldm.config import Architecture, Config, SamplingConfig
+from ldm.core.devices import all_memory, kernel_layout, on_device, on_host
+from ldm.core.errors import MedSoftError
 from ldm.data.images import composite, to_unit
 from ldm.data.preparation import PreparedSample
 from ldm.diffusion.noise import image_noise, step_noise
 from ldm.inference.compiling import compile_networks
 from ldm.networks.encoder import ImageTextEncoder
-from ldm.networks.model import MedSoftModel, hidden_region, hide
+from ldm.networks.model import MedSoftModel, hidden_region, hide, skeleton
 from ldm.networks.msc import ControllerInputs
 from ldm.networks.opening import open_model
 from ldm.networks.sampling import GuidanceConditions, guidance_conditions, latent_of, sample_latent
 
+MIB = 2**20
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
 
@@ -152,9 +154,26 @@ def composited(sample: PreparedSample, inside: Tensor) -> InpaintedImage:
 
 
 def load_inpainter(ckpt: str | Path, config: Config, device: str) -> Inpainter:
-    """The model of a final checkpoint with BiomedCLIP, checked against the configuration, ready to inpaint."""
+    """The model of a final checkpoint with BiomedCLIP, checked against the configuration, ready to inpaint.
+
+    MedSoftError, before anything is built, for a GPU on which not even the networks have room.
+    """
+    check_memory(config.architecture, config.sampling, torch.device(device))
     net, encoder = open_model(config, read_checkpoint(ckpt))
     return Inpainter(net, encoder, config.sampling, device)
+
+
+def check_memory(architecture: Architecture, sampling: SamplingConfig, device: torch.device) -> None:
+    """MedSoftError for a GPU that is too small for the weights alone, BiomedCLIP's and the images not counted."""
+    half = ("unet", "autoencoder") if sampling.precision == "bf16-true" else ()
+    prefixes = tuple(PREFIXES[part] for part in half)
+    weights = skeleton(architecture).items()
+    needed = sum(value.numel() * (2 if prefixes and key.startswith(prefixes) else 4) for key, value in weights)
+    there = all_memory(device)
+    if needed > there:
+        cure = "a device with more memory" if half else "--precision bf16-true or a device with more memory"
+        sizes = f"the networks take {needed / MIB:.1f} MiB, the whole device has {there / MIB:.1f} MiB"
+        raise MedSoftError(f"{device}: {sizes}; {cure} helps")
 
 
 def for_inference(net: MedSoftModel, dtype: torch.dtype) -> None:

@@ -262,6 +262,18 @@ def test_out_of_memory_is_one_line_and_the_rest_is_drawn_later(
     assert record(tmp_path / "out")["pictures"] == 2
 
 
+@pytest.mark.parametrize(("more", "cure"), [([], "--precision bf16-true or a"), (["--precision", "bf16-true"], "a")])
+def test_device_that_is_too_small_for_the_networks_is_refused_before_they_are_built(
+    final: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], cure: str
+) -> None:
+    monkeypatch.setattr("ldm.inference.inpainter.all_memory", lambda device: 2**20)
+    monkeypatch.setattr("ldm.inference.inpainter.open_model", None)  # whoever calls it fails
+    said = r"cpu: the networks take \d+\.\d MiB, the whole device has 1\.0 MiB"
+    with pytest.raises(MedSoftError, match=f"{said}; {cure} device with more memory helps"):
+        infer(final, tmp_path / "out", "--data", one, *more)
+    assert not (tmp_path / "out").exists()
+
+
 def test_full_disk_stops_with_one_message_and_the_rest_is_drawn_later(
     final: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
