@@ -8,7 +8,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +19,8 @@ from ldm.data.folders import read_meta, write_sample
 from ldm.data.images import SUFFIXES, pixel_digest, read_image
 from ldm.data.samples import META_TEXTS, Sample, text_of
 from ldm.inference.options import InferenceOptions
-
-if TYPE_CHECKING:
-    from ldm.volumes.volume import Slice, Volume
+from ldm.volumes.intensity import PRESETS, levels_of, window_asked, window_for
+from ldm.volumes.volume import Slice, Volume, count, cut, only_plane, require_extra, square
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +60,6 @@ def is_volume(path: Path) -> bool:
 
 def window_in_levels(words: Sequence[str], meta: dict[str, Any], image: Path) -> list[float]:
     """``--window`` of an image file in its levels, by the value_offset and value_scale that its meta.json may have."""
-    from ldm.volumes.intensity import PRESETS, window_asked
-
     asked = window_asked(words)
     if read_image(image).dtype == np.uint8:
         raise UsageError(f"--window: {image} has 8 bits, which are used as they are")
@@ -83,12 +80,8 @@ def _sample(name: str, image: Path, mask: Path, prompt: str, meta: dict[str, Any
 
 
 def _slice_sample(options: InferenceOptions, path: Path, mask: Path, prompt: str) -> Sample:
-    from ldm.volumes.volume import require_extra
-
     require_extra()
     from ldm.volumes.formats import read_volume
-    from ldm.volumes.intensity import levels_of, window_asked, window_for
-    from ldm.volumes.volume import cut, square
 
     volume = read_volume(path)
     lesion = _lesion(mask, volume) if is_volume(mask) else None
@@ -121,10 +114,8 @@ def _slice_sample(options: InferenceOptions, path: Path, mask: Path, prompt: str
     return _sample(name, folder / "image.png", own_mask, prompt, known)
 
 
-def _chosen(options: InferenceOptions, volume: "Volume", lesion: "Volume | None") -> tuple[str, int]:
+def _chosen(options: InferenceOptions, volume: Volume, lesion: Volume | None) -> tuple[str, int]:
     """The plane and the slice: as asked, the only one, or the one in which most of the lesion lies."""
-    from ldm.volumes.volume import count, cut, only_plane
-
     if only := only_plane(volume):
         if options.plane not in (None, only):
             raise UsageError(f"--plane {options.plane}: {options.image} is one {only} slice")
@@ -138,7 +129,7 @@ def _chosen(options: InferenceOptions, volume: "Volume", lesion: "Volume | None"
     return plane, int(np.argmax([np.count_nonzero(cut(lesion, plane, index).pixels) for index in range(number)]))
 
 
-def _lesion(path: Path, volume: "Volume") -> "Volume":
+def _lesion(path: Path, volume: Volume) -> Volume:
     """All that a file marks, on the volume's grid: values 0 and 1."""
     from ldm.volumes.segmentations import read_lesions
 
@@ -149,10 +140,8 @@ def _lesion(path: Path, volume: "Volume") -> "Volume":
     return dataclasses.replace(volume, values=values, low_is_white=False)
 
 
-def _mask_of(lesion: "Volume", shown: "Slice", path: Path) -> np.ndarray:
+def _mask_of(lesion: Volume, shown: Slice, path: Path) -> np.ndarray:
     """The lesion in a slice, on the grid of the image that is written."""
-    from ldm.volumes.volume import cut, square
-
     pixels = cut(lesion, shown.plane, shown.index).pixels
     mask = square(dataclasses.replace(shown, pixels=pixels), nearest=True).pixels
     if not mask.any():
