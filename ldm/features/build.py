@@ -7,6 +7,7 @@ One process computes at a time; others wait for it and find the work done.
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from ldm.config import DataConfig
 from ldm.core.devices import free_memory, out_of_memory
 from ldm.core.errors import MedSoftError, first_line
+from ldm.core.files import nearest_existing
 from ldm.core.locks import exclusive
 from ldm.core.threads import thread_pool
 from ldm.data.preparation import PreparedSample, prepare
@@ -70,6 +72,11 @@ class FeatureBuilder:
         if not any(self._missing(items)):
             return []
         folder = self.store.folder
+        if not os.access(nearest_existing(folder.absolute()), os.W_OK):
+            raise MedSoftError(
+                f"{folder}: features have to be computed or verified anew, but the folder may not be written to; give "
+                "another --cache_dir, or a copy of this one"
+            )
         with exclusive(folder / ".lock", f"another run is computing features in {folder}; waiting for it", wait=True):
             self.store.clear_up()
             self.store.verify(self.store.refresh())

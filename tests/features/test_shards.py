@@ -206,6 +206,31 @@ def test_a_shard_that_may_not_be_read_is_named(
         cache.build([item])
 
 
+def test_a_cache_that_has_changed_and_may_not_be_written_to_names_the_cure(
+    world: Path, cache: FeatureCache, networks: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of somebody else, copied without the times of its files, on a file system that is read only."""
+    item = items_of(world / "val", networks)[0]
+    cache.build([item])
+    monkeypatch.setattr("os.access", lambda path, mode: not (path == cache.folder and mode & os.W_OK))
+    assert cache.build([item]) == []  # what is verified is used
+    os.utime(min(shards(cache)))
+    with pytest.raises(MedSoftError, match=r"features: features .* verified anew, .* another --cache_dir"):
+        cache.build([item])
+
+
+def test_a_shard_that_is_cut_while_it_is_in_use_is_named(world: Path, cache: FeatureCache, networks: tuple) -> None:
+    item = items_of(world / "val", networks)[0]
+    cache.build([item])
+    store = cache.builder(item).store
+    store.refresh()
+    store.load(item)
+    (file,) = shards(cache, "latents")
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(MedSoftError, match=rf"{file.name}: .* gone or damaged \(.*run the same command again"):
+        store.load(item)
+
+
 # ------------------------------------------------------------------------- what is kept when a builder cannot go on
 
 BUILD = """
