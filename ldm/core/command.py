@@ -18,6 +18,7 @@ SCRIPTS = {
     "classify": "classifier.py",
     "evaluate": "tool/evaluate.py",
     "study": "tool/study.py",
+    "figures": "tool/study_figures.py",
     "run": "tool/run_stages.py",
     "doctor": "tool/doctor.py",
     "inspect": "tool/inspect_checkpoint.py",

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def write_figure(path: Path, figure: "Figure", dpi: int = 150) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG or SVG, by the name's suffix, whole or not at all."""
     with atomic_file(path) as handle:
-        figure.savefig(handle, format="png", dpi=dpi)
+        figure.savefig(handle, format=path.suffix[1:], dpi=dpi)
 
 
 def loss_figure(rows: Sequence[Mapping[str, str]], title: str) -> "Figure":

@@ -70,19 +70,20 @@ def mean_rows(study: Study, metrics: Sequence[str]) -> list[list[str]]:
     for treatment in study.treatments:
         means = [study.mean(treatment, metric) for metric in metrics]
         worlds = max((each.worlds for each in means if each), default=0)
-        rows.append([str(treatment), str(worlds), *(_bounds(each, "{:.3f}") for each in means)])
+        rows.append([str(treatment), str(worlds), *(mean_with_bounds(each, "{:.3f}") for each in means)])
     return rows
 
 
 def difference_rows(study: Study) -> list[list[str]]:
     """One row a pair: both names, the difference of the test AUC with its interval, worlds, verdict."""
     return [
-        [str(first), str(second), _bounds(change, "{:+.3f}"), str(change.worlds), change.verdict]
+        [str(first), str(second), mean_with_bounds(change, "{:+.3f}"), str(change.worlds), change.verdict]
         for first, second, change in study.differences()
     ]
 
 
-def _bounds(found: Interval | None, form: str) -> str:
+def mean_with_bounds(found: Interval | None, form: str) -> str:
+    """A mean in this format, its interval behind it; a dash if there is none."""
     if found is None:
         return "-"
     mean = form.format(found.mean)
@@ -134,7 +135,7 @@ def outcome_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
     """One row a hypothesis."""
     return [
         [
-            *(each.name, each.asked, each.hypothesis.endpoint, _bounds(each.change, "{:+.3f}")),
+            *(each.name, each.asked, each.hypothesis.endpoint, mean_with_bounds(each.change, "{:+.3f}")),
             *("-" if each.p is None else f"{each.p:.4f}", f"{each.adjusted:.4f}", each.verdict),
         ]
         for each in outcomes
@@ -161,6 +162,7 @@ def cell_rows(study: Study) -> list[dict[str, Any]]:
         | {"generator_seed": cell.generator_seed, "seed": cell.seed}
         | {name: cell.values.get(name) for name in values}
         | {name: cell.counts.get(name) for name in counts}
+        | {"n_train_diseased": cell.n_train_diseased, "converged": cell.converged}
         | {"seconds": cell.seconds, "machine": cell.machine, "commit": cell.commit}
         for cell in study.cells
     ]
@@ -171,6 +173,8 @@ def warnings(study: Study) -> list[str]:
     found = []
     if undefined := sum(cell.values.get(AUC) is None for cell in study.cells):
         found.append(f"{undefined} cells have no test AUC: their test set holds one class.")
+    if short := sum(cell.converged is False for cell in study.cells):
+        found.append(f"{short} classifiers had not converged; give them more `steps`, the same in every arm.")
     if uneven := study.uneven():
         found.append(
             f"In {len(uneven)} cells another number of images was added than in the control, which is unfair (the "

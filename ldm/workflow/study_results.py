@@ -8,7 +8,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ldm.core.errors import MedSoftError
@@ -35,7 +35,10 @@ Key = tuple[str, Treatment, int | None, int]  # world, treatment, generator seed
 
 @dataclass(frozen=True)
 class Cell:
-    """One finished classifier; ``values`` are test metrics by name and validation_auc, None where undefined."""
+    """One finished classifier; ``values`` are test metrics by name and validation_auc, None where undefined.
+
+    ``groups``: the test AUC of lesions of one kind and severity against all healthy images, by "kind, severity".
+    """
 
     world: str
     treatment: Treatment
@@ -46,6 +49,9 @@ class Cell:
     seconds: float | None = None
     machine: str = ""  # empty where the record does not say
     commit: str = ""
+    n_train_diseased: int | None = None
+    converged: bool | None = None
+    groups: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
@@ -90,11 +96,13 @@ def read_cell(folder: Path, world: str, treatment: Treatment, seed: int) -> Cell
         values = {name: each["value"] for name, each in found["test"].items() if isinstance(each, dict)}
         values[CHOICE] = found["validation"][AUC]
         counts = {name: found.get(name) for name in ("n_synthetic_used", "n_duplicated")}
+        groups = {f"{each['lesion_type']}, {each['severity']}": each[AUC]["value"] for each in found.get("groups", [])}
         if AUC not in values:
             raise KeyError("test.auc")
     except (KeyError, TypeError, AttributeError) as error:
         raise MedSoftError(f"{path}: not the metrics of a tested classifier ({error}); delete its folder") from error
-    return Cell(world, treatment, seed, values, counts)
+    more = {name: found.get(name) for name in ("n_train_diseased", "converged")}
+    return Cell(world, treatment, seed, values, counts, groups=groups, **more)
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -161,6 +169,10 @@ class Study:
             if cell.machine:
                 found[cell.world][cell.machine] = None
         return {world: list(names) for world, names in found.items() if len(names) > 1}
+
+    def by_kind(self) -> "Study":
+        """The same cells with the AUCs of their kinds and severities as values."""
+        return replace(self, cells=[replace(cell, values=dict(cell.groups)) for cell in self.cells])
 
     def ratios(self, arm: str) -> list[float]:
         """The ratios at which an arm has finished cells, from the smallest on."""

@@ -1,0 +1,150 @@
+"""The figures and tables of a paper from the cells of one study or several. No torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import write_text
+from ldm.core.tables import markdown_table, write_csv
+from ldm.reports.figures import write_figure
+from ldm.workflow.study_design import load_design, plan_groups
+from ldm.workflow.study_report import mean_with_bounds
+from ldm.workflow.study_results import Interval, Study, Treatment, interval
+from ldm.workflow.study_run import read_study
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = ("png", "svg")
+
+
+def write_figures(paths: Sequence[Path], folder: Path) -> int:
+    """Learning curve, arms and kinds of these studies' finished cells in ``folder``, and a page that shows them.
+
+    ``learning_curve`` and, for each study, ``arms_NAME`` as PNG and SVG; ``kinds_NAME.csv``; ``figures.md``. NAME is
+    that of the study's output folder. UsageError for a faulty study or two of one name, MedSoftError without cells.
+    """
+    studies: dict[str, Study] = {}
+    for path in paths:
+        design = load_design(path)
+        name = Path(design.keys.output_dir).name
+        if name in studies:
+            raise UsageError(f"{path}: {name} is the name of another study's output folder, too")
+        studies[name] = read_study(design, list(plan_groups(design)))[0]
+        if not studies[name].cells:
+            raise MedSoftError(f"{path}: no cell of it is finished; run the study first")
+    parts = ["# Figures", "![test AUC by number of real lesions](learning_curve.png)"]
+    save(folder, "learning_curve", learning_curve(studies))
+    for name, study in studies.items():
+        save(folder, f"arms_{name}", arms_figure(study))
+        finished = f"{len(study.cells)} of {len(study.planned)} classifiers are finished."
+        parts += [f"## {name}", finished, f"![arms of {name}](arms_{name}.png)"]
+        if rows := kind_rows(study):
+            write_csv(folder / f"kinds_{name}.csv", rows)
+            parts.append(kind_table(study))
+    write_text(folder / "figures.md", "\n\n".join(parts) + "\n")
+    print(f"{folder / 'figures.md'}: {len(studies)} studies, {sum(len(each.cells) for each in studies.values())} cells")
+    return cli.DONE
+
+
+def save(folder: Path, name: str, figure: "Figure") -> None:
+    """Write a figure in each of the formats."""
+    for suffix in FORMATS:
+        write_figure(folder / f"{name}.{suffix}", figure, dpi=200)
+
+
+def shown_arms(study: Study) -> list[Treatment]:
+    """Every arm at the study's ratio, or at none, that has finished cells."""
+    ratio = study.chosen_ratio()
+    return [treatment for treatment in study.treatments if treatment.ratio in (None, ratio)]
+
+
+def real_lesions(study: Study, treatment: Treatment) -> float | None:
+    """The mean number of real diseased training images of an arm's cells over its worlds."""
+    counts = {
+        cell.world: cell.n_train_diseased
+        for cell in study.cells
+        if cell.treatment == treatment and cell.n_train_diseased is not None
+    }
+    return interval(list(counts.values())).mean if counts else None
+
+
+def learning_curve(studies: Mapping[str, Study]) -> "Figure":
+    """Test AUC by the number of real lesions: a line an arm, a point a study, mean and interval over its worlds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes, lines = figure.add_subplot(), dict[str, dict[float, Interval]]()
+    for study in studies.values():
+        for treatment in shown_arms(study):
+            at, mean = real_lesions(study, treatment), study.mean(treatment)
+            if at is not None and mean is not None:
+                lines.setdefault(treatment.arm, {})[at] = mean
+    for arm, points in lines.items():
+        places = sorted(points)
+        below, above = zip(*(distances(points[at]) for at in places), strict=True)
+        axes.errorbar(places, [points[at].mean for at in places], [below, above], marker="o", capsize=3, label=arm)
+    axes.set(xlabel="real lesions to train on", ylabel="test AUC\n(mean and 95 % over worlds)")
+    if any(lines.values()):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.legend(fontsize=8)
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def distances(found: Interval) -> tuple[float, float]:
+    """From the mean down to the lower and up to the upper bound; 0 where there are none."""
+    if found.low is None or found.high is None:
+        return 0.0, 0.0
+    return found.mean - found.low, found.high - found.mean
+
+
+def arms_figure(study: Study) -> "Figure":
+    """What each arm changes against the control: the paired difference of the test AUC with its interval, sorted."""
+    from matplotlib.figure import Figure
+
+    control = study.at(study.comparison.control, study.chosen_ratio())
+    changes = {arm: study.difference(arm, control) for arm in shown_arms(study) if arm != control}
+    known = {arm: change for arm, change in changes.items() if change is not None}
+    order = sorted(known, key=lambda arm: known[arm].mean)
+    figure = Figure(figsize=(6.4, 1.2 + 0.34 * len(order)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, arm in enumerate(order):
+        change = known[arm]
+        below, above = distances(change)
+        colour = "tab:blue" if arm.arm == study.comparison.main else "0.25"
+        axes.errorbar([change.mean], [place], xerr=[[below], [above]], fmt="o", capsize=3, color=colour)
+    axes.axvline(0, color="0.45", linestyle="--")
+    axes.set_yticks(range(len(order)), [str(arm) for arm in order])
+    axes.set_xlabel(f"test AUC minus that of {control} (mean and 95 % over worlds)")
+    axes.grid(alpha=0.25, axis="x")
+    return figure
+
+
+def kind_rows(study: Study) -> list[dict[str, object]]:
+    """A row for each kind, severity and arm: the AUC against all healthy test images, mean and interval over worlds."""
+    by_kind, rows = study.by_kind(), []
+    for name in dict.fromkeys(name for cell in study.cells for name in cell.groups):
+        kind, _, severity = name.rpartition(", ")
+        for treatment in shown_arms(study):
+            mean = by_kind.mean(treatment, name)
+            if mean is not None:
+                row = {"lesion_type": kind, "severity": severity, "arm": treatment.arm, "ratio": treatment.ratio}
+                rows.append(row | {"auc": mean.mean, "low": mean.low, "high": mean.high, "worlds": mean.worlds})
+    return rows
+
+
+def kind_table(study: Study) -> str:
+    """The same side by side in Markdown, and what the main arm changes against the control."""
+    by_kind, arms, ratio = study.by_kind(), shown_arms(study), study.chosen_ratio()
+    main, control = study.at(study.comparison.main, ratio), study.at(study.comparison.control, ratio)
+    rows = []
+    for name in dict.fromkeys(name for cell in study.cells for name in cell.groups):
+        kind, _, severity = name.rpartition(", ")
+        means = [by_kind.mean(arm, name) for arm in arms]
+        shown = ["-" if mean is None else f"{mean.mean:.3f}" for mean in means]
+        rows.append([kind, severity, *shown, mean_with_bounds(by_kind.difference(main, control, name), "{:+.3f}")])
+    return markdown_table(["kind", "severity", *map(str, arms), f"{main} minus {control}"], rows)

@@ -1,0 +1,62 @@
+"""tool/study_figures.py on studies whose cells are written by hand."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import studies
+import tiny
+
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import write_json
+from ldm.workflow import study_design
+from tool import study_figures
+
+LIFT = {"real": 0.0, "duplicated": 0.02}
+
+
+def finished(folder: Path, name: str, lesions: int) -> Path:
+    """A study of three worlds whose AUC grows with the lesions; duplicated gains 0.02, on subtle ones 0.05."""
+    folder = folder / name
+    folder.mkdir()
+    path = studies.write(folder, worlds=[3, 4, 5], output_dir=str(folder / name))
+    design = study_design.load_design(path)
+    for group in study_design.plan_groups(design):
+        for cell in group.cells:
+            auc = 0.7 + 0.001 * lesions + LIFT[cell.arm.name] + 0.01 * design.worlds.index(cell.world)
+            subtle = 0.6 + 2.5 * LIFT[cell.arm.name]
+            groups = [{"lesion_type": "osteolytic", "severity": "subtle", "auc": {"value": subtle}}]
+            metrics = {"test": {"auc": {"value": auc}}, "validation": {"auc": auc}, "groups": groups}
+            counts = {"n_synthetic_used": 0, "n_duplicated": 2, "n_train_diseased": lesions, "converged": True}
+            write_json(Path(cell.folder) / "metrics.json", metrics | counts)
+    return path
+
+
+def test_figures_and_tables_of_two_studies(tmp_path: Path) -> None:
+    few, many = finished(tmp_path, "few", 8), finished(tmp_path, "many", 32)
+    out = tmp_path / "figures"
+    assert tiny.call(study_figures, few, many, "--output_dir", out) == 0
+    for name in ("learning_curve", "arms_few", "arms_many"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    curve = (out / "learning_curve.svg").read_text()
+    for text in ("real lesions to train on", "duplicated", "<!-- 8 -->", "<!-- 32 -->"):
+        assert text in curve
+    assert "duplicated at 1" not in (out / "arms_few.svg").read_text().replace("minus that of duplicated at 1", "")
+    rows = list(csv.DictReader((out / "kinds_few.csv").read_text().splitlines()))
+    assert [(row["lesion_type"], row["severity"], row["arm"], float(row["auc"])) for row in rows] == [
+        ("osteolytic", "subtle", "real", pytest.approx(0.6)),
+        ("osteolytic", "subtle", "duplicated", pytest.approx(0.65)),
+    ]
+    page = (out / "figures.md").read_text()
+    assert "| osteolytic | subtle | 0.600 | 0.650 |" in page
+    assert "6 of 6 classifiers are finished." in page
+
+
+def test_studies_without_cells_or_of_one_name_are_refused(tmp_path: Path) -> None:
+    few = finished(tmp_path, "few", 8)
+    with pytest.raises(UsageError, match=r"study.yaml: few is the name of another study's output folder"):
+        tiny.call(study_figures, few, few, "--output_dir", tmp_path / "out")
+    empty = studies.write(tmp_path)
+    with pytest.raises(MedSoftError, match=r"study.yaml: no cell of it is finished; run the study first"):
+        tiny.call(study_figures, few, empty, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
