@@ -54,6 +54,9 @@ class ClassifierConfig:
     weight_decay: Amount = setting(0.05, WEIGHTS)
     # healthy and diseased count the same: loss = by their weights in it, sampler = by being taken as often
     balance: Literal["loss", "sampler"] = setting("loss", WEIGHTS)
+    # light = small shifts, turns, scales, gains; trivial = TrivialAugment, rand = RandAugment, both without what would
+    # change a lesion's type
+    augmentation: Literal["light", "trivial", "rand"] = setting("light", WEIGHTS, before="light")
     model: str = setting("resnet18", WEIGHTS)  # any timm model
     channels: Literal["grey", "rgb"] = setting("grey", WEIGHTS)  # what the network sees: grey or rgb
     # side of the square around the vertebra that the network sees, in multiples of its longer side; null = whole image

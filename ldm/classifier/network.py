@@ -3,13 +3,11 @@
 import difflib
 import json
 import logging
-import math
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from timm.models import adapt_input_conv
 
 from ldm.checkpoints.checkpoint import read_checkpoint
@@ -156,18 +154,3 @@ def compute_outputs(
             f"{images.samples[bad[0]].sample_id}); lower lr, or train again"
         )
     return logits, pooled
-
-
-def augment(images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-    """Shift (up to 6 %), rotate (up to 8 degrees), scale (up to 6 %), change gain (12 %) and offset (5 %); no flips.
-
-    ``images`` (B, C, S, S) in [0, 1]; ``draws`` (B, 6) uniform in [-1, 1]. Edges are repeated, not blackened.
-    """
-    change = torch.from_numpy(draws).float().to(images.device)
-    angle, scale = change[:, 0] * math.radians(8), 1 + 0.06 * change[:, 1]
-    cos, sin, shift = torch.cos(angle) * scale, torch.sin(angle) * scale, 0.12 * change[:, 2:4]  # 2 = the full side
-    rows = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(-1, 2, 3)
-    grid = F.affine_grid(rows, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    gain, offset = 1 + 0.12 * change[:, 4], 0.05 * change[:, 5]
-    return (moved * gain.view(-1, 1, 1, 1) + offset.view(-1, 1, 1, 1)).clamp_(0, 1)

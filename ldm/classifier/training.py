@@ -18,10 +18,11 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from ldm.checkpoints.files import save_pickle
+from ldm.classifier.augmentation import augmented
 from ldm.classifier.config import PRETRAIN, ClassifierConfig
 from ldm.classifier.data import HEALTHY, ClassifierData, ImageSet
 from ldm.classifier.metrics import label_indices, point_values
-from ldm.classifier.network import augment, build_network, compute_outputs, normalise, pick_device, to_input
+from ldm.classifier.network import build_network, compute_outputs, normalise, pick_device
 from ldm.core.devices import autocast
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_file, named_seed
@@ -176,8 +177,7 @@ def train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = config.lr * rate_factor(step, phase.steps)
         keys = [named_seed(config.seed, "augment", *name) for name in names]
-        draws = np.array([np.random.default_rng(key).uniform(-1, 1, 6) for key in keys])
-        inputs = normalise(augment(to_input(phase.images[rows], device), draws), network)
+        inputs = normalise(augmented(phase.images[rows], keys, config.augmentation, device), network)
         with autocast(device):
             logits = network(inputs)
         loss = F.cross_entropy(logits.float(), phase.labels[rows].to(device), weight=weight)

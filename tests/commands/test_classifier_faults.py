@@ -47,6 +47,7 @@ def world(tmp_path: Path) -> dict:
         ({"use_synthetic": "pretrain"}, "synthetic: expected result folders with use_synthetic pretrain"),
         ({"pretrain_epochs": 0}, "pretrain_epochs: expected a number of at least 1"),
         ({"balance": "weights"}, "balance: expected one of loss, sampler"),
+        ({"augmentation": "strong"}, 'augmentation: expected one of light, trivial, rand, found "strong"'),
         ({"channels": 3}, "channels: expected one of grey, rgb, found 3"),
         ({"channels": "rgba"}, "channels: expected one of grey, rgb"),
         ({"model": "test_resnet_nothing", "pretrained": "hub"}, "model test_resnet_nothing is not known to timm"),
