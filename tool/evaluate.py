@@ -22,6 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     default = Path("models/mldm_v15.yaml")
     made.add_argument("--config", type=Path, default=default, help="model YAML: how crops are made, which BiomedCLIP")
     made.add_argument("--train_json", type=Path, help="what the generator learned from, for copies (default: REAL)")
+    text = "predictions_NAME.csv of a classifier (task type) about SYNTH: how much of the asked type was drawn, in bits"
+    made.add_argument("--predictions", type=Path, help=text)
     made.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
     made.add_argument(
         "--quarantine", action="store_true", help="move copies from SYNTH into SYNTH_quarantine beside it"
@@ -37,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     from ldm.evaluation.run import Sources, evaluate
 
     sources = Sources(args.real, args.synthetic, args.train_json)
-    how = {"quarantine": args.quarantine, "overwrite": args.overwrite}
+    how = {"quarantine": args.quarantine, "overwrite": args.overwrite, "predictions": args.predictions}
     clean = evaluate(sources, args.output_dir, config.data, config.biomedclip, **how)
     return cli.DONE if clean else cli.SOME_REJECTED
 

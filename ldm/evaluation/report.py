@@ -51,6 +51,7 @@ def write_files(
         ],
         parent_rows=_parent_rows(measured["parents"]),
         text_rows=[[name, *map(estimate_text, (known or {}).values())] for name, known in measured["text"].items()],
+        information_rows=_information_rows(measured.get("asked_drawn")),
         lesion_rows=list(_lesion_rows(measured["lesions"])),
         copy_rows=[[name.replace("_", " "), value] for name, value in measured["copies"].items()],
     )
@@ -74,6 +75,13 @@ def estimate_text(estimate: Mapping[str, Any] | None) -> str:
         return number(None)
     value = f"{estimate['value']:.4g}"
     return value if estimate["low"] is None else f"{value} ({estimate['low']:.4g} to {estimate['high']:.4g})"
+
+
+def _information_rows(found: Mapping[str, Any] | None) -> list[list[Any]]:
+    if found is None:
+        return []
+    rows = [["information, bits", estimate_text(found)], ["at most", found["maximum"]]]
+    return [*rows, ["by chance", found["by_chance"]], ["agreement", estimate_text(found["agreement"])]]
 
 
 def _parent_rows(parents: Mapping[str, Any]) -> list[list[Any]]:

@@ -19,6 +19,7 @@ from ldm.data.folders import parent_image
 from ldm.data.preparation import described_identity
 from ldm.data.samples import Reject, Sample
 from ldm.evaluation.copies import check_copies, quarantine_copies
+from ldm.evaluation.information import asked_drawn, information_text, judged_types
 from ldm.evaluation.lesions import (
     Lesion,
     distributions,
@@ -72,10 +73,12 @@ def evaluate(
     biomedclip: BiomedClipConfig,
     quarantine: bool = False,
     overwrite: bool = False,
+    predictions: Path | None = None,
 ) -> bool:
     """Measure and write everything; whether there are neither copies nor samples that cannot be read.
 
-    ``quarantine`` moves the copies out of the synthetic folder. The folder is changed only when all is measured.
+    ``predictions``: what a judge says of the synthetic images, see ``judged_types``. ``quarantine`` moves the copies
+    out of the synthetic folder. The folder is changed only when all is measured.
     Raises UsageError for sources and output folders that cannot be meant, MedSoftError for too few lesions.
     """
     sources.check()
@@ -87,16 +90,19 @@ def evaluate(
         if sources.held_out:
             behind = groups_of_samples("SYNTHETIC", samples["synthetic"])
             check_unseen(f"REAL {sources.real}", samples["real"], behind, sources.synthetic)
+        judged = judged_types(predictions, samples["synthetic"]) if predictions else None
         encoder = open_encoder(biomedclip)
         settings = {name: fingerprint([described_identity(s) for s in each]) for name, each in samples.items()}
         settings["parents"] = _parents(samples["synthetic"])
         settings |= {"biomedclip": encoder.fingerprint, "data": identity(data, "features")}
+        settings |= {"predictions": fingerprint(judged)} if judged else {}
         record = folder.open(settings, overwrite, anew=overwrite)
         if record and record["complete"] and not (quarantine and record["copies"]["count"]):
             log.info("%s: already complete", output_dir)
             return not (record["copies"]["count"] or record["rejected"])
         lesions = _read_lesions(sources, samples, data, encoder, rejects)
         measured = _measure(encoder, lesions)
+        measured |= {"asked_drawn": asked_drawn(*judged)} if judged else {}
         copies = check_copies(lesions["synthetic"], lesions["train"], lesions["real"] if sources.held_out else None)
         measured |= {"copies": copy_numbers(copies), "rejected": len(rejects)}
         measured["warnings"] += copies.warnings()
@@ -182,6 +188,8 @@ def _log_summary(folder: Path, measured: Mapping[str, Any], rejects: list[Reject
     """The most important numbers on the screen."""
     for name, each in measured["distances"].items():
         log.info("%s: %s", name, estimate_text(each))
+    if "asked_drawn" in measured:
+        log.info("the asked lesion type in the drawn one: %s", information_text(measured["asked_drawn"]))
     for text in measured["warnings"]:
         log.warning("warning: %s", text)
     count = measured["copies"]["count"]

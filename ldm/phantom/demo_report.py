@@ -22,6 +22,7 @@ from ldm.core.paths import SHIPPED
 from ldm.core.run_folder import RunFolder
 from ldm.core.tables import read_table
 from ldm.data.samples import Sample
+from ldm.evaluation.information import asked_drawn, information_text
 from ldm.reports.comparison import facts, interleave, read_all_results, read_result, write_cards, write_sheet
 from ldm.reports.figures import loss_figure, validation_figure
 from ldm.reports.html import number, write_image, write_page
@@ -244,6 +245,7 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
         "lesion_detection_rate": of_all.pop("detection_rate"),
         "parent_detection_rate": rate(parents.values()),
         **of_all,
+        "asked_drawn": _asked_drawn(coarse, kinds),
         "chance_agreement": chance,
         "base_agreement_limit": chance + 1.96 * math.sqrt(chance * (1 - chance) / len(coarse)),
         "subtle_detection_rate": subtle["detection_rate"],
@@ -263,6 +265,12 @@ def summarise(inputs: Inputs) -> dict[str, Any]:
         summary["n_synthetic"] = classifiers["augmented"]["n_synthetic_used"]
     summary["missed"] = [key for key, (_, met) in bars(summary).items() if not met(summary[key])]
     return summary
+
+
+def _asked_drawn(images: Sequence[Inpainted], kinds: Sequence[str]) -> dict[str, Any]:
+    verdicts = [each.verdicts["results"] for each in images]
+    drawn = [verdict.lesion_type if verdict.diseased else "healthy" for verdict in verdicts]
+    return asked_drawn(kinds, drawn, [each.sample.patient_id for each in images])
 
 
 def bars(summary: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[Any], bool]]]:
@@ -342,6 +350,7 @@ def write_report(inputs: Inputs, summary: Mapping[str, Any]) -> None:
         path,
         "demo",
         summary=summary,
+        information=information_text(summary["asked_drawn"]),
         bars=[(key, _shown(summary, key), limit) for key, (limit, _) in bars(summary).items()],
         samples=write_cards(path, "sample", _sample_cards(inputs.images)),
         controls=write_cards(path, "control", _control_cards(coarse)),

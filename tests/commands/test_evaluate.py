@@ -51,9 +51,14 @@ def diseased(folder: Path) -> list[Path]:
 
 
 def test_honest_samples_are_no_copies_and_like_real_ones(real: Path, honest: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert run(real, honest, out) == 0
+    out, judge = tmp_path / "out", tmp_path / "predictions_pictures.csv"
+    kinds = {path.name: json.loads((path / "meta.json").read_text())["lesion_type"] for path in diseased(honest)}
+    judge.write_text("sample_id,predicted,p_healthy,p_a,p_b\n" + "".join(f"{n},{k},0,1,0\n" for n, k in kinds.items()))
+    assert run(real, honest, out, "--predictions", judge) == 0
     numbers = found(out)
+    told = numbers["asked_drawn"]  # this judge sees what was asked in every picture
+    assert told["value"] == pytest.approx(told["maximum"])
+    assert (told["n"], told["agreement"]["value"]) == (40, 1)
     assert numbers["pictures"] == {"real": 30, "synthetic": 40, "train": 30}
     assert numbers["copies"]["count"] == 0
     assert json.loads((out / "copies.json").read_text()) == []
@@ -71,6 +76,7 @@ def test_honest_samples_are_no_copies_and_like_real_ones(real: Path, honest: Pat
     assert numbers["parents"] == numbers["parents"] | {"compared": 0, "without_parent": 40}
     page = (out / "report.html").read_text()
     assert "Distances" in page
+    assert "asked against drawn" in page
     assert numbers["extractor"]["fingerprint"][:16] in page
     for name in ("closest_pairs.png", "lesions.png"):
         assert cv2.imread(str(out / name)) is not None
