@@ -36,7 +36,7 @@ def asked_drawn(asked: Sequence[str], drawn: Sequence[str], patients: Sequence[s
     same = (kinds[:, None] == names[None, :]).ravel()
     table = by_patient.sum(0)
     value, agreement = float(mutual_bits(table[None])[0]), float(table.ravel()[same].sum() / table.sum())
-    rng = np.random.default_rng(0)
+    resampling, rng = np.random.default_rng(0), np.random.default_rng(1)
     shuffled = np.zeros((DRAWS, *shape))
     for each in shuffled:
         np.add.at(each, (row, rng.permutation(column)), 1)
@@ -45,7 +45,7 @@ def asked_drawn(asked: Sequence[str], drawn: Sequence[str], patients: Sequence[s
     found |= {"by_chance": float(mutual_bits(shuffled).mean()), "n": len(asked), "n_patients": len(owners)}
     found["agreement"] = {"value": agreement, "low": None, "high": None}
     if len(owners) >= FEWEST_PATIENTS:
-        times = rng.multinomial(len(owners), np.full(len(owners), 1 / len(owners)), size=DRAWS)
+        times = resampling.multinomial(len(owners), np.full(len(owners), 1 / len(owners)), size=DRAWS)
         again = (times @ by_patient.reshape(len(owners), -1)).reshape(DRAWS, *shape)
         bits = mutual_bits(again)
         low, high = np.clip(np.percentile(bits, [2.5, 97.5]) - (bits.mean() - value), 0, maximum)
