@@ -89,6 +89,8 @@ class UNetConfig:
     num_heads: int = setting(8, NETWORK)
     context_dim: int = setting(768, NETWORK)  # width of the text encoder
     semantic_dim: int = setting(768, NETWORK)  # width of the MSC's output tokens (BiomedCLIP's patch tokens)
+    # table: a control of the same size, whose third attention reads learned tokens that know no image and no prompt
+    third_attention: Literal["tokens", "table"] = setting("tokens", NETWORK, before="tokens")
     soft_mask_channel: bool = setting(True, METHOD)  # false: a hard mask channel (mask >= 0.5), as in Stable Diffusion
     soft_mask_attention: bool = setting(True, METHOD)  # false: third attention ungated, as in CAT-Diffusion
 
@@ -128,6 +130,8 @@ class BiomedClipConfig:
     grid: Grid = setting(14, NETWORK)  # patches per side
     token_dim: int = setting(768, NETWORK)
     text_dim: int = setting(512, NETWORK)
+    # what the global token is of: the crop, as the patch tokens, or the whole image
+    view: Literal["crop", "image"] = setting("crop", PREPARATION, before="crop")
 
 
 @dataclass
@@ -232,6 +236,11 @@ class Architecture:
         """Side of the latent for the model's square."""
         return self.image_size // self.autoencoder.factor
 
+    @property
+    def pooled_tokens(self) -> int:
+        """How many tokens the third attention reads: BiomedCLIP's patches, pooled 2x2."""
+        return self.biomedclip.grid**2 // 4
+
 
 @dataclass
 class Config:
@@ -318,12 +327,19 @@ def _checked(values: Values) -> Config:
     agree(data.image_size % multiple == 0, "data.image_size", data.image_size, f"a multiple of {multiple}")
     cropped = data.fit == "crop" or not data.mm_per_pixel
     agree(cropped, "data.mm_per_pixel", data.mm_per_pixel, f"0 with data.fit={data.fit}")
+    cropped, view = data.fit == "crop", config.biomedclip.view
+    agree(cropped or view == "crop", "biomedclip.view", view, f"crop with data.fit={data.fit}, which cuts nothing off")
     channels = 2 * config.autoencoder.latent_channels + 1
     what = f"{channels} (noisy latent + mask + masked-image latent)"
     agree(unet.in_channels == channels, "unet.in_channels", unet.in_channels, what)
     training = config.training
     fits = not (training.compile and training.strategy == "fsdp")
     agree(fits, "training.compile", training.compile, "false with training.strategy=fsdp")
+    table = unet.third_attention == "table"
+    fits = not (table and training.strategy == "fsdp")
+    agree(fits, "training.strategy", training.strategy, "auto with unet.third_attention=table")
+    fits = not (table and training.stage and training.objective == "diffusion" and training.inside == "msc")
+    agree(fits, "training.inside", training.inside, "true with unet.third_attention=table, which reads no MSC")
     fits = training.coins == "joint" or training.condition_dropout <= 1 / 3
     agree(fits, "training.condition_dropout", training.condition_dropout, "at most 1/3 with training.coins=separate")
     beside = training.objective == "diffusion" and training.inside == "msc" and "msc" in training.rates

@@ -247,6 +247,18 @@ REFUSED = {
         "training: {stage: s, rates: {msc: 1.0e-5}, inside: 'true', msc_weight: 0.1}",
         r"training\.msc_weight: expected 0",
     ),
+    "whole image where nothing is cut off": (
+        "{biomedclip: {view: image}, data: {fit: pad}}",
+        r"biomedclip\.view: expected crop with data\.fit=pad, which cuts nothing off, found \"image\"",
+    ),
+    "tokens of an MSC where a table is read": (
+        "{unet: {third_attention: table}, training: {stage: s, rates: {unet: 1.0e-5}}}",
+        r"training\.inside: expected true with unet\.third_attention=table, .*found \"msc\"",
+    ),
+    "table that is shared out": (
+        "{unet: {third_attention: table}, training: {strategy: fsdp}}",
+        r"training\.strategy: expected auto with unet\.third_attention=table",
+    ),
     "size that does not divide": ("data: {image_size: 500}", r"data\.image_size: expected a multiple of 64"),
     "context that cuts the lesion": ("data: {context: 0.5}", r"data\.context: expected a number of at least 1"),
     "negative crop": ("data: {min_crop: -1}", r"data\.min_crop: expected a number of at least 0"),

@@ -27,7 +27,7 @@ PREFIXES = {
     "msc": "msc.",
 }
 NAMES = {"unet": "U-Net", "autoencoder": "autoencoder", "text": "text encoder", "msc": "MSC"}
-NEW_IN_UNET = re.compile(r"^model\.diffusion_model\..*\.(attn3|norm4)\.")
+NEW_IN_UNET = re.compile(r"^model\.diffusion_model\.(.*\.(attn3|norm4)\.|attn3_table$)")
 WRAPPERS = {"module", "_orig_mod", "base_layer"}  # levels that DDP, torch.compile and peft put into keys
 NESTED = ("state_dict", "model_state_dict", "model", "module")  # where programs put the tensors
 

@@ -68,11 +68,12 @@ def check_architecture(checkpoint: Checkpoint, parts: Iterable[str], architectur
     made, asked = (identity(each, "architecture") for each in (theirs.architecture, architecture))
     parts = set(parts)
     for section in [item.name for item in fields(Architecture) if item.metadata.get("part") in parts]:
-        for key, value in made[section].items():
-            if asked[section][key] != value:
+        for key in made[section] | asked[section]:
+            value, here = (getattr(getattr(each, section), key) for each in (theirs, architecture))
+            if here != value:
                 raise MedSoftError(
-                    f"{checkpoint.path}: was made with {section}.{key}={value}, this configuration has "
-                    f"{asked[section][key]}; use the YAML it was made with"
+                    f"{checkpoint.path}: was made with {section}.{key}={value}, this configuration has {here}; use the "
+                    "YAML it was made with"
                 )
 
 
@@ -86,16 +87,16 @@ def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
     if theirs is None or checkpoint.metadata.get("stage") == "converted":
         return
     made, here = (identity(each, "images") for each in (theirs, config))
-    for section in ("data", "diffusion"):
-        for key in made[section] | here[section]:
-            value, asked = (getattr(getattr(each, section), key) for each in (theirs, config))
-            if asked != value:
-                raise UsageError(
-                    f"{checkpoint.path}: was trained with {section}.{key}={value}, this configuration has {asked}; add "
-                    f"{section}.{key}={value} to the command, or use the YAML it was trained with"
-                )
-    shapes = identity(config, "architecture")
-    switches = [(section, name) for section in shapes for name in made[section] if name not in shapes[section]]
+    wanted = [(section, key) for section in ("data", "diffusion") for key in made[section] | here[section]]
+    for section, key in [*wanted, ("biomedclip", "view")]:
+        value, asked = (getattr(getattr(each, section), key) for each in (theirs, config))
+        if asked != value:
+            raise UsageError(
+                f"{checkpoint.path}: was trained with {section}.{key}={value}, this configuration has {asked}; add "
+                f"{section}.{key}={value} to the command, or use the YAML it was trained with"
+            )
+    shapes = identity(theirs, "architecture")
+    switches = [(section, key) for section in ("unet", "msc") for key in made[section] if key not in shapes[section]]
     for section, name in switches:
         trained, asked = made[section][name], here[section][name]
         if trained != asked:

@@ -120,7 +120,7 @@ def convert(
 
 
 def new_parameters(architecture: Architecture, seed: int) -> dict[str, Tensor]:
-    """First values of what Stable Diffusion does not have: attn3 and norm4 of every block, and the MSC."""
+    """First values of what Stable Diffusion does not have: attn3 and norm4 of every block, the MSC, a table."""
     # torch takes 32 bits of a seed: other ones are mixed, so that two seeds do not give the same weights.
     torch.manual_seed(seed if 0 <= seed < 2**32 else named_seed("new parameters", seed))
     with torch.device("meta"):
@@ -134,6 +134,9 @@ def new_parameters(architecture: Architecture, seed: int) -> dict[str, Tensor]:
         for part, module in (("attn3", attention), ("norm4", torch.nn.LayerNorm(dim))):
             made |= module.state_dict(prefix=f"{PREFIXES['unet']}{name}.{part}.")
     made |= MedicalSemanticController(architecture.msc, architecture.biomedclip).state_dict(prefix=PREFIXES["msc"])
+    if architecture.unet.third_attention == "table":
+        size = architecture.pooled_tokens, architecture.unet.semantic_dim
+        made[PREFIXES["unet"] + "attn3_table"] = torch.randn(size)
     return made
 
 

@@ -1,6 +1,6 @@
 """From samples to what the networks see."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,8 +189,25 @@ def fit_sample(
     crop_window = Fit.of(data).crop_window(original.shape, soft, spacing, crop, (seed, sample.sample_id))
     hidden = soft >= 0.5
     intensity_range = intensity_range_of(original, sample.meta.get("window"), hidden)
-    unit = crop_window.forward(to_unit(original, intensity_range), hidden)
+    image, model_mask = _as_seen(original, intensity_range, soft, crop_window)
+    return PreparedSample(original, intensity_range, mask.hard, soft, crop_window, image, model_mask)
+
+
+def whole_pictures(samples: Sequence[PreparedSample], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The whole images (B, 3, S, S) in [-1, 1], borders repeated to a square, and the soft masks (B, 1, S, S) there."""
+    seen = []
+    for sample in samples:
+        window = Fit("pad", sample.crop_window.size).crop_window(sample.original.shape)
+        seen.append(_as_seen(sample.original, sample.intensity_range, sample.soft, window))
+    images, masks = zip(*seen, strict=True)
+    return torch.stack(images).to(device), torch.stack(masks).to(device)
+
+
+def _as_seen(
+    original: np.ndarray, intensity_range: tuple[float, float], soft: np.ndarray, window: CropWindow
+) -> tuple[Tensor, Tensor]:
+    """What a window shows: the image (3, S, S) in [-1, 1] and the soft mask (1, S, S)."""
+    unit = window.forward(to_unit(original, intensity_range), soft >= 0.5)
     rgb = np.repeat(unit[..., None], 3, axis=2) if unit.ndim == 2 else unit  # the networks read RGB
     image = torch.from_numpy(np.ascontiguousarray((rgb * 2 - 1).transpose(2, 0, 1)))
-    model_mask = torch.from_numpy(crop_window.forward_mask(soft))[None]
-    return PreparedSample(original, intensity_range, mask.hard, soft, crop_window, image, model_mask)
+    return image, torch.from_numpy(window.forward_mask(soft))[None]

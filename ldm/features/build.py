@@ -22,14 +22,14 @@ from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import nearest_existing
 from ldm.core.locks import exclusive
 from ldm.core.threads import thread_pool
-from ldm.data.preparation import PreparedSample, prepare
+from ldm.data.preparation import PreparedSample, prepare, whole_pictures
 from ldm.data.samples import Reject
 from ldm.features.names import Item
 from ldm.features.shards import narrow
 from ldm.features.sizes import image_memory
 from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
-from ldm.networks.model import MedSoftModel, hidden_region, hide
+from ldm.networks.model import MedSoftModel, context_features, hide
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class FeatureBuilder:
         """``digests``: SHA-256 of every file of the items (see ``ldm.data.preparation.digests_of``); ``batch``: items
         that are computed at once, at most."""
         self.data, self.model, self.clip, self.batch = data, model, clip, batch
-        encoders = {"clip": clip.fingerprint, "clip_text": clip.fingerprint}
+        self.whole = model.architecture.biomedclip.view == "image"
+        encoders = {"clip": clip.fingerprint + " of whole images" * self.whole, "clip_text": clip.fingerprint}
         if "autoencoder" in model.parts:
             encoders["latents"] = _weights_fingerprint(model.first_stage_model)
         if "text" in model.parts:
@@ -147,7 +148,9 @@ class FeatureBuilder:
             lacking = [self._lacking(self.store.of_item(item)) for item, _ in ready]
             image = torch.stack([prepared.image for _, prepared in ready]).to(self.clip.device)
             mask = torch.stack([prepared.mask for _, prepared in ready]).to(self.clip.device)
-            made = compute_features(self.model, self.clip, image, mask, {kind for keys in lacking for kind in keys})
+            kinds = {kind for keys in lacking for kind in keys}
+            whole = whole_pictures([prepared for _, prepared in ready], self.clip.device) if self.whole else None
+            made = compute_features(self.model, self.clip, image, mask, kinds, whole)
             for number, keys in enumerate(lacking):
                 for kind, key in keys.items():
                     self._keep(kind, key, {name: value[number] for name, value in made[kind].items()})
@@ -190,15 +193,18 @@ def compute_features(
     image: Tensor,
     mask: Tensor,
     kinds: Collection[str] = ("clip", "latents"),
+    whole: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """By kind, what the frozen encoders say about images (B, 3, S, S) with soft masks (B, 1, S, S).
 
-    Latents only if the model has an autoencoder.
+    Latents only if the model has an autoencoder. ``whole``: see ``context_features``.
     """
     found = {}
     if "clip" in kinds:
-        context, context_global = clip.encode_image(image, hidden_region(mask))
+        context, context_global = context_features(clip, image, mask, whole)
         target, target_global = clip.encode_image(image)
+        if whole is not None:
+            target_global = clip.encode_image(whole[0])[1]
         contexts = {"context_tokens": context, "context_global": context_global, "mask": mask}
         found["clip"] = {**contexts, "target_tokens": target, "target_global": target_global}
     if "latents" in kinds and "autoencoder" in model.parts:

@@ -14,14 +14,14 @@ from ldm.config import Architecture, Config, SamplingConfig
 from ldm.core.devices import all_memory, kernel_layout, on_device, on_host
 from ldm.core.errors import MedSoftError
 from ldm.data.images import composite, to_unit
-from ldm.data.preparation import PreparedSample
+from ldm.data.preparation import PreparedSample, whole_pictures
 from ldm.diffusion.noise import image_noise, step_noise
 from ldm.inference.compiling import compile_networks
 from ldm.networks.encoder import ImageTextEncoder
-from ldm.networks.model import MedSoftModel, hidden_region, hide, skeleton
+from ldm.networks.model import MedSoftModel, context_features, hide, skeleton
 from ldm.networks.msc import ControllerInputs
 from ldm.networks.opening import open_model
-from ldm.networks.sampling import GuidanceConditions, guidance_conditions, latent_of, sample_latent
+from ldm.networks.sampling import guidance_conditions, latent_of, sample_latent
 
 MIB = 2**20
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
@@ -81,7 +81,9 @@ class Inpainter:
         filled, names = ([*given, *[given[-1]] * (rows - len(given))] for given in (samples, jobs))
         image = on_device(torch.stack([sample.image for sample in filled]), self.device)
         soft_mask = on_device(torch.stack([sample.mask for sample in filled]), self.device)
-        generated, broken = self._generate(image, soft_mask, names)  # (B, 3, S, S) in [-1, 1]
+        image_view = self.net.architecture.biomedclip.view == "image"
+        whole = whole_pictures(filled, self.device) if image_view else None
+        generated, broken = self._generate(image, soft_mask, names, whole)  # (B, 3, S, S) in [-1, 1]
         generated_there, broken_there = on_host(generated), on_host(broken)
 
         def finish(row: int, sample: PreparedSample) -> InpaintedImage:
@@ -99,7 +101,9 @@ class Inpainter:
         generated, broken = self._generate(image, soft_mask, jobs)
         return generated, [self._error(number) for number in broken.tolist()]
 
-    def _generate(self, image: Tensor, soft_mask: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
+    def _generate(
+        self, image: Tensor, soft_mask: Tensor, jobs: Sequence[Job], whole: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As ``generate``, with a number for each image: of the step at which the first value that is no number
         appeared, -1 where none did, the number of steps where it was the decoder's."""
         sampling, net = self.sampling, self.net
@@ -107,7 +111,10 @@ class Inpainter:
         mask = net.latent_mask(soft_mask)
         masked = latent_of(net, hide(image, soft_mask), dtype)
         original = latent_of(net, image, dtype) if sampling.differential else None
-        conditions = self._conditions(image, soft_mask, mask, [job.prompt for job in jobs])
+        text, semantic = self.condition(image, soft_mask, [job.prompt for job in jobs], whole)
+        conditions = guidance_conditions(
+            net, mask, text.to(dtype), self.empty_text, semantic, fixed_shapes=sampling.compile
+        )
         names = [(job.seed, job.sample_id, job.variant) for job in jobs]
         noise = torch.stack([image_noise(*name, tuple(masked.shape[1:])) for name in names])
         noise = on_device(noise, self.device)
@@ -134,16 +141,25 @@ class Inpainter:
         return f"at sampling step {broken + 1} of {steps}" if broken < steps else "while decoding"
 
     @cached_property
-    def _empty_text(self) -> Tensor:
+    def empty_text(self) -> Tensor:
         """The states of the empty prompt (1, T, D), the same for every batch."""
         return self.net.cond_stage_model([""])
 
-    def _conditions(self, image: Tensor, soft_mask: Tensor, mask: Tensor, prompts: list[str]) -> GuidanceConditions:
-        net, dtype = self.net, DTYPES[self.sampling.precision]
-        context, context_global = self.encoder.encode_image(image, hidden_region(soft_mask))
-        lesion, _ = net.msc(ControllerInputs(context, context_global, self.encoder.encode_text(prompts), soft_mask))
-        text, semantic = net.cond_stage_model(prompts).to(dtype), net.semantic(context, lesion, soft_mask)
-        return guidance_conditions(net, mask, text, self._empty_text, semantic, fixed_shapes=self.sampling.compile)
+    def condition(
+        self, image: Tensor, soft_mask: Tensor, prompts: list[str], whole: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Text states (B, T, D_text) and tokens of the third attention (B, M, D).
+
+        ``whole``: see ``context_features``; it must be there if the model was trained with it, and only then.
+        """
+        net = self.net
+        assert (whole is not None) == (net.architecture.biomedclip.view == "image")
+        context, context_global = context_features(self.encoder, image, soft_mask, whole)
+        lesion = context  # a learned table needs none
+        if "msc" in net.parts:
+            inputs = ControllerInputs(context, context_global, self.encoder.encode_text(prompts), soft_mask)
+            lesion, _ = net.msc(inputs)
+        return net.cond_stage_model(prompts), net.semantic(context, lesion, soft_mask)
 
 
 def composited(sample: PreparedSample, inside: Tensor) -> InpaintedImage:

@@ -15,6 +15,7 @@ from ldm.config import Architecture
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.networks.attention import Conditioning
 from ldm.networks.autoencoder import Autoencoder, Posterior
+from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.msc import MedicalSemanticController, patch_mask, semantic_tokens
 from ldm.networks.text_encoder import TextEncoder
 from ldm.networks.unet import UNet
@@ -30,6 +31,20 @@ def hide(image: Tensor, soft_mask: Tensor) -> Tensor:
     return image * (~hidden_region(soft_mask))
 
 
+def context_features(
+    encoder: ImageTextEncoder, image: Tensor, soft_mask: Tensor, whole: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Patch tokens (B, N, D) and global token (B, D) of crops (B, 3, S, S) whose lesion is hidden.
+
+    ``whole``: the whole images and their masks, of which the global token then is (``biomedclip.view: image``). The
+    patch tokens stay the crop's: the mask, the U-Net's third attention and the true tokens lie on that grid.
+    """
+    tokens, global_token = encoder.encode_image(image, hidden_region(soft_mask))
+    if whole is not None:
+        global_token = encoder.encode_image(whole[0], hidden_region(whole[1]))[1]
+    return tokens, global_token
+
+
 class MedSoftModel(nn.Module):
     """The parts a stage builds, under the names they have in a checkpoint.
 
@@ -43,7 +58,7 @@ class MedSoftModel(nn.Module):
         self.parts = [part for part in PREFIXES if part in parts]
         self.schedule = NoiseSchedule(architecture.diffusion)
         if "unet" in self.parts:
-            self.model = nn.ModuleDict({"diffusion_model": UNet(architecture.unet)})
+            self.model = nn.ModuleDict({"diffusion_model": UNet(architecture.unet, architecture.pooled_tokens)})
         if "autoencoder" in self.parts:
             self.first_stage_model = Autoencoder(architecture.autoencoder)
         if "text" in self.parts:
@@ -84,7 +99,12 @@ class MedSoftModel(nn.Module):
         return patch_mask(soft_mask, self.architecture.biomedclip.grid)
 
     def semantic(self, context_tokens: Tensor, lesion_tokens: Tensor, soft_mask: Tensor) -> Tensor:
-        """Tokens for the third attention (B, N / 4, D) from those around and inside the lesion (B, N, D)."""
+        """Tokens for the third attention (B, N / 4, D) from those around and inside the lesion (B, N, D).
+
+        With ``unet.third_attention: table`` they are the U-Net's own, the same for every image.
+        """
+        if self.architecture.unet.third_attention == "table":
+            return self.unet.attn3_table.expand(len(context_tokens), -1, -1)
         return semantic_tokens(context_tokens, lesion_tokens, self.patch_mask(soft_mask))
 
     def predict_noise(

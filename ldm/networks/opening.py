@@ -35,13 +35,16 @@ def open_encoder(cfg: BiomedClipConfig, checkpoint: Checkpoint | None = None) ->
 
 
 def open_model(
-    config: Config, checkpoint: Checkpoint, parts: Collection[str] = PREFIXES, later: Collection[str] = ()
+    config: Config, checkpoint: Checkpoint, parts: Collection[str] | None = None, later: Collection[str] = ()
 ) -> tuple[MedSoftModel, ImageTextEncoder]:
     """The networks ``parts`` with the checkpoint's weights, on the CPU, and the encoder whose tokens they read.
 
+    Without ``parts`` all that drawing needs: with a learned table of tokens (``unet.third_attention``) that is no MSC.
     Those that are wanted ``later`` must fit too, but are not built: ``load_parts`` does that when there is room.
     Raises MedSoftError or UsageError if checkpoint, configuration and encoder do not belong together.
     """
+    if parts is None:
+        parts = [part for part in PREFIXES if part != "msc" or config.unet.third_attention == "tokens"]
     check_preparation(checkpoint, config)
     encoder = open_encoder(config.biomedclip, checkpoint)
     if later:

@@ -67,7 +67,8 @@ class UNet(nn.Module):
     before the first one that reads them are computed once. Returns (k B, 4, h, w).
     """
 
-    def __init__(self, cfg: UNetConfig) -> None:
+    def __init__(self, cfg: UNetConfig, tokens: int = 0) -> None:
+        """``tokens``: how many the learned table has, with ``third_attention: table``."""
         super().__init__()
         self.model_channels, self.levels = cfg.model_channels, len(cfg.channel_mult)
         self.activation_checkpointing = False
@@ -102,6 +103,8 @@ class UNet(nn.Module):
                 if level > 0 and index == cfg.num_res_blocks:
                     made.append(upsample(channels))
                 self.output_blocks.append(UNetBlock(*made))
+        if cfg.third_attention == "table":
+            self.attn3_table = nn.Parameter(torch.randn(tokens, cfg.semantic_dim))  # as large as tokens after a norm
         self.out = nn.Sequential(
             nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, cfg.out_channels, 3, padding=1)
         )

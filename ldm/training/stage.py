@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ldm.checkpoints.checkpoint import NEW_IN_UNET
 from ldm.config import TrainingConfig
 from ldm.core.devices import kernel_layout
 from ldm.core.errors import UsageError
@@ -19,7 +20,7 @@ STEP_PARTS = ("unet", "msc")  # what a training step runs; the other parts only 
 
 
 def group_of(key: str, training: TrainingConfig) -> str | None:
-    """The group of a parameter: ``msc``, ``attn3`` (third attention and its norm), ``unet`` (the rest of the U-Net).
+    """The group of a parameter: ``msc``, ``attn3`` (third attention, norm and table), ``unet`` (the rest of the U-Net).
 
     The MSC's global head has no part in the diffusion loss: it belongs to no group where that is all.
     """
@@ -28,7 +29,7 @@ def group_of(key: str, training: TrainingConfig) -> str | None:
     if key.startswith("msc."):
         return "msc"
     if key.startswith("model.diffusion_model."):
-        return "attn3" if ".attn3." in key or ".norm4." in key else "unet"
+        return "attn3" if NEW_IN_UNET.match(key) else "unet"
     return None
 
 

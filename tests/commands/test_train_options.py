@@ -3,13 +3,26 @@
 import csv
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
-from tiny import MODELS, VAL, changed, tensors, train
+import torch
+from tiny import CLIP, MODELS, SD, TRAIN, VAL, changed, convert, infer, merge, metas, tensors, train
 
+from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import load_config
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples, write_annotations
+from ldm.data.images import to_unit
+from ldm.data.preparation import digests_of, prepare, whole_pictures
+from ldm.features.build import MASK_SEED, FeatureBuilder
+from ldm.features.names import training_items
+from ldm.inference.inpainter import Inpainter
+from ldm.networks.biomedclip import BiomedClip
+from ldm.networks.model import MedSoftModel
+from ldm.networks.opening import open_model
 from ldm.training.estimates import stage_memory
+from ldm.training.objectives import semantic_tokens_of
 
 
 def last_row(folder: Path) -> dict[str, str]:
@@ -76,3 +89,84 @@ def test_a_frozen_msc_stays_and_costs_no_gradients(trained: dict, world: Path, t
     )
     assert frozen.activations < trains.activations
     assert frozen.optimizer < trains.optimizer
+
+
+@pytest.fixture(scope="module")
+def of_whole_images(world: Path, converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stage 1 with the global token of whole images."""
+    folder = tmp_path_factory.mktemp("image") / "stage1"
+    assert train("stage1", converted, folder, world, "biomedclip.view=image") == 0
+    return folder
+
+
+def test_the_global_token_may_be_of_the_whole_image(trained: dict, of_whole_images: Path, world: Path) -> None:
+    """The cache then holds both; patch tokens are the same, and what a prediction is compared with has changed too."""
+    config = load_config(MODELS / "phantom_stage1.yaml", ["biomedclip.view=image"])
+    samples = load_samples(world / VAL)[0]
+    items, _ = training_items(samples, config.data)
+    digests, clip = digests_of(samples), BiomedClip(CLIP)
+    found = {}
+    for view in ("crop", "image"):
+        config.biomedclip.view = view
+        builder = FeatureBuilder(world / "features", config.data, MedSoftModel(config.architecture, []), clip, digests)
+        item = next(item for item in items if not item.sample.healthy)
+        assert not builder.build([item])
+        found[view] = builder.store.load(item)
+    for name in ("context_tokens", "target_tokens", "mask"):
+        assert torch.equal(found["crop"][name], found["image"][name])
+    prepared = prepare(item.sample, config.data, MASK_SEED, item.variant, training=True)
+    height, width = prepared.original.shape[:2]
+    side = max(height, width)
+    unit = to_unit(prepared.original, prepared.intensity_range)
+    padding = [(each // 2, each - each // 2) for each in (side - height, side - width)]
+    square = np.pad(unit, padding, mode="edge")
+    small = torch.from_numpy(cv2.resize(square, (64, 64), interpolation=cv2.INTER_AREA))
+    whole_token = clip.encode_image((2 * small - 1).expand(1, 3, -1, -1))[1][0]
+    torch.testing.assert_close(found["image"]["target_global"], whole_token, atol=0.05, rtol=0.01)
+    assert not torch.allclose(found["crop"]["target_global"], whole_token, atol=0.1)
+    seen, hidden = (found["image"][f"{name}_global"] for name in ("target", "context"))
+    assert not torch.allclose(seen, hidden, atol=0.1)
+    assert last_row(of_whole_images)["val_loss"] != last_row(trained["stage1"].folder)["val_loss"]
+
+
+def test_another_view_than_that_of_training_is_refused(
+    of_whole_images: Path, trained: dict, world: Path, tmp_path: Path
+) -> None:
+    stage1, rest = of_whole_images / "last.ckpt", trained["unet_only"].last
+    with pytest.raises(UsageError, match=r"last\.ckpt: was trained with biomedclip\.view=image, this .* has crop"):
+        merge(stage1, rest, tmp_path / "merged.ckpt")
+    with pytest.raises(UsageError, match=r"last\.ckpt: was trained with biomedclip\.view=crop, this .* has image"):
+        infer(trained["stage2_2"].last, tmp_path / "r", "--train_json", world / TRAIN, "biomedclip.view=image")
+
+
+def test_training_and_drawing_see_the_same_whole_image(converted: Path, of_whole_images: Path, world: Path) -> None:
+    config = load_config(MODELS / "phantom.yaml", ["biomedclip.view=image", f"biomedclip.path={CLIP}"])
+    net, clip = open_model(config, read_checkpoint(converted))
+    items, _ = training_items([each for each in load_samples(world / VAL)[0] if not each.healthy], config.data)
+    digests = digests_of(item.sample for item in items)
+    builder = FeatureBuilder(world / "features", config.data, net, clip, digests)
+    assert not builder.build(items[:1])
+    batch = {name: value[None] for name, value in builder.store.load(items[0]).items()}
+    prepared = prepare(items[0].sample, config.data, MASK_SEED, items[0].variant, training=True)
+    inpainter = Inpainter(net, clip, config.sampling)
+    given = (prepared.image[None], prepared.mask[None], [items[0].sample.prompt])
+    with torch.inference_mode():
+        drawn = inpainter.condition(*given, whole_pictures([prepared], inpainter.device))[1]
+        torch.testing.assert_close(drawn, semantic_tokens_of(net, batch, "msc"), atol=5e-3, rtol=0)  # float16 there
+
+
+def test_a_third_attention_that_reads_a_learned_table(world: Path, tmp_path: Path) -> None:
+    """Converted, trained without an MSC, drawn with; another kind of third attention does not take its weights."""
+    table, base = "unet.third_attention=table", tmp_path / "base.ckpt"
+    assert convert(SD, base, table) == 0
+    assert train("attn3_table", base, tmp_path / "s", world, family="../configs/study/phantom") == 0
+    before, after = tensors(base), tensors(tmp_path / "s" / "last.ckpt")
+    key = "model.diffusion_model.attn3_table"
+    assert before[key].shape == (25, 64)
+    assert changed(before, after) == {name for name in after if name.startswith("model.diffusion_model.")}
+    assert not any(name.startswith("msc.") for name in after)
+    drawn = ("--train_json", world / TRAIN, "--limit", 1)
+    assert infer(tmp_path / "s" / "last.ckpt", tmp_path / "r", *drawn, table) == 0
+    assert len(metas(tmp_path / "r")) == 1
+    with pytest.raises(MedSoftError, match=r"does not fit this configuration: .*left over \(.*attn3_table"):
+        infer(tmp_path / "s" / "last.ckpt", tmp_path / "other", *drawn)
