@@ -2,6 +2,8 @@
 
     python tool/make_phantoms.py --output_dir phantoms --healthy 160 --diseased 40 --seed 7
     python tool/make_phantoms.py --output_dir large --healthy 160 --diseased 40 --seed 7 --size 512
+    python tool/make_phantoms.py --output_dir edges --world edge --lesions_per_type 8 --seed 7
+    python tool/make_phantoms.py --output_dir twins --twins_of phantoms
 
 Each image is a sample folder (image.png, anatomy.png, prompt.txt, meta.json and, when diseased, mask.png).
 ``--calibrate`` measures how hard the images are: the classifier with few and with many diseased patients.
@@ -18,46 +20,69 @@ def build_parser() -> argparse.ArgumentParser:
     made = cli.parser(__doc__)
     made.add_argument("--output_dir", type=Path, help="dataset folder to write")
     made.add_argument("--healthy", type=cli.WHOLE, default=160, help="healthy images")
-    text = "ones with a lesion; types and severities take turns"
-    made.add_argument("--diseased", type=cli.WHOLE, default=40, help=text)
+    made.add_argument("--diseased", type=cli.WHOLE, help="ones with a lesion; types take turns (default: 40)")
+    made.add_argument("--lesions_per_type", type=cli.COUNT, help="instead of --diseased: so many lesions of each type")
     made.add_argument("--seed", type=cli.SEED, default=0, help="the world: two seeds share no patient")
     made.add_argument("--per_patient", type=cli.COUNT, default=1, help="images of each patient")
     text = "pixels a side, 256 to 2048: a wide view with lesions as small as in CT (default: close up, 104 to 144)"
     made.add_argument("--size", type=cli.COUNT, help=text)
+    text = "standard, edge, elsewhere, words, shape, scanner or second_scanner: docs/worlds.md says what each changes"
+    made.add_argument("--world", default="standard", help=text)
+    text = "instead write a diseased twin, a synthetic sample, of each healthy phantom of a folder or annotation file"
+    made.add_argument("--twins_of", type=Path, metavar="PATH", help=text)
+    made.add_argument("--limit", type=cli.COUNT, help="with --twins_of: so many twins at most")
     text = "instead write the images that the BiomedCLIP stand-in was trained on"
     made.add_argument("--seen_by_biomedclip", action="store_true", help=text)
     made.add_argument("--overwrite", action="store_true", help="replace a phantom dataset made with other arguments")
-    made.add_argument("--sheet", type=Path, metavar="PNG", help="also write a contact sheet to look at")
-    made.add_argument(
-        "--calibrate", action="store_true", help="train the classifier on few and many patients, print AUCs"
-    )
+    made.add_argument("--sheet", type=Path, metavar="PNG", help="also write a contact sheet to look at, PNG or JPEG")
+    made.add_argument("--calibrate", action="store_true", help="train classifiers on few and many patients, print AUCs")
     return made
 
 
-def main(args: argparse.Namespace) -> int:
+def check(args: argparse.Namespace) -> None:
+    """UsageError for flags that do not go together."""
     if args.output_dir is None and args.sheet is None and not args.calibrate:
         raise UsageError("nothing to do; give --output_dir DIR, --sheet PNG or --calibrate")
     if args.size is not None and (args.seen_by_biomedclip or args.calibrate):
         raise UsageError("--size: not with --seen_by_biomedclip or --calibrate, which are about the default world")
-    from ldm.phantom.dataset import write_biomedclip_pairs, write_dataset, write_sheet
+    if args.lesions_per_type and args.diseased is not None:
+        raise UsageError("--lesions_per_type: says how many lesions there are, as --diseased does; give one of them")
+    if args.limit and not args.twins_of:
+        raise UsageError("--limit: only with --twins_of")
+    if args.twins_of and (args.world != "standard" or args.size or args.seen_by_biomedclip or not args.output_dir):
+        raise UsageError("--twins_of: needs --output_dir, and takes world and size from the record of the phantoms")
 
-    if args.output_dir is not None:
-        if args.seen_by_biomedclip:
-            made = write_biomedclip_pairs(args.output_dir, args.overwrite)
-            count = "all that the BiomedCLIP stand-in has seen"
-        else:
-            counts = (args.healthy, args.diseased, args.per_patient)
-            made = write_dataset(args.output_dir, args.seed, *counts, args.overwrite, args.size)
-            count = f"{args.healthy} healthy and {args.diseased} diseased images, seed {args.seed}"
-        print(f"{args.output_dir}: {count}" if made else f"{args.output_dir}: already complete ({count})")
-    if args.sheet is not None:
-        write_sheet(args.sheet, args.seed, size=args.size)
+
+def main(args: argparse.Namespace) -> int:
+    check(args)
+    from ldm.phantom.dataset import write_biomedclip_pairs, write_dataset, write_sheet
+    from ldm.phantom.twins import write_twins
+    from ldm.phantom.worlds import world_of
+
+    types, output, rejects = world_of(args.world).lesion_types, args.output_dir, []
+    if args.twins_of:
+        made, count, rejects = write_twins(args.twins_of, output, args.limit, args.overwrite)
+        said = f"twins of {count} healthy phantoms"
+    elif output and args.seen_by_biomedclip:
+        made = write_biomedclip_pairs(output, args.overwrite, args.world)
+        said = "all that the BiomedCLIP stand-in has seen"
+    elif output:
+        diseased = args.lesions_per_type * len(types) if args.lesions_per_type else args.diseased
+        counts = (args.healthy, 40 if diseased is None else diseased, args.per_patient)
+        made = write_dataset(output, args.seed, *counts, args.overwrite, args.size, args.world)
+        said = f"{counts[0]} healthy and {counts[1]} diseased images, seed {args.seed}"
+    for reject in rejects:
+        print(f"no twin of {reject.sample_id}: {reject}")
+    if output:
+        print(f"{output}: {said}" if made else f"{output}: already complete ({said})")
+    if args.sheet:
+        write_sheet(args.sheet, args.seed, args.size, args.world)
         print(f"{args.sheet}: contact sheet")
     if args.calibrate:
         from ldm.phantom.calibration import calibrate
 
-        print(calibrate(args.seed))
-    return cli.DONE
+        print(calibrate(args.seed, args.world))
+    return cli.SOME_REJECTED if rejects else cli.DONE
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from ldm.core.paths import SHIPPED
 from ldm.core.tables import read_table
 from ldm.phantom.dataset import write_dataset
 from ldm.phantom.spines import SEVERITIES
+from ldm.phantom.worlds import STANDARD
 
 # healthy and diseased patients; epochs
 FEW, MANY, VALIDATION, TEST = (160, 35), (700, 700), (80, 80), (160, 160)
@@ -18,14 +19,14 @@ FEW_EPOCHS, MANY_EPOCHS = 20, 12
 FEW_RUNS = 3  # one run on 35 diseased patients says little: the mean of three, each on its own patients
 
 
-def calibrate(seed: int) -> str:
-    """Train on few and on many patients, test on others (worlds derived from ``seed``); the result in a line."""
+def calibrate(seed: int, world: str = STANDARD) -> str:
+    """Train on few and on many patients of a world, test on others (seeds derived from ``seed``); a line of results."""
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
-        write_dataset(home / "val", 1600 + seed, *VALIDATION)
-        write_dataset(home / "test", 1000 + seed, *TEST)
-        runs = [_test_auc(home, 2000 + FEW_RUNS * seed + run, FEW, FEW_EPOCHS) for run in range(FEW_RUNS)]
-        many = _test_auc(home, 1500 + seed, MANY, MANY_EPOCHS)
+        write_dataset(home / "val", 1600 + seed, *VALIDATION, world=world)
+        write_dataset(home / "test", 1000 + seed, *TEST, world=world)
+        runs = [_test_auc(home, 2000 + FEW_RUNS * seed + run, FEW, FEW_EPOCHS, world) for run in range(FEW_RUNS)]
+        many = _test_auc(home, 1500 + seed, MANY, MANY_EPOCHS, world)
         columns = ("severity", "predicted")
         rows = read_table(home / f"classifier_{1500 + seed}" / "predictions_test.csv", columns, "predictions")
     called: dict[str, list[bool]] = {}
@@ -39,10 +40,10 @@ def calibrate(seed: int) -> str:
     )
 
 
-def _test_auc(home: Path, world: int, counts: tuple[int, int], epochs: int) -> float:
-    """The classifier of the demo's settings, trained on ``counts`` healthy and diseased patients of ``world``."""
-    write_dataset(home / f"train_{world}", world, *counts)
+def _test_auc(home: Path, seed: int, counts: tuple[int, int], epochs: int, world: str) -> float:
+    """The classifier of the demo's settings, trained on ``counts`` healthy and diseased patients of ``seed``."""
+    write_dataset(home / f"train_{seed}", seed, *counts, world=world)
     shipped = load_classifier_config(SHIPPED / "configs" / "classifier" / "phantom.json")
     files = {f"{name}_json": str(home / name) for name in ("val", "test")}
-    files |= {"train_json": str(home / f"train_{world}"), "output_dir": str(home / f"classifier_{world}")}
-    return train_classifier(replace(shipped, EPOCHS=epochs, seed=world, **files))["test"]["auc"]["value"]
+    files |= {"train_json": str(home / f"train_{seed}"), "output_dir": str(home / f"classifier_{seed}")}
+    return train_classifier(replace(shipped, EPOCHS=epochs, seed=seed, **files))["test"]["auc"]["value"]

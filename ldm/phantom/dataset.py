@@ -1,6 +1,7 @@
 """Dataset folders of phantoms: every sample folder whole, the record of the arguments last."""
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,7 +13,6 @@ from ldm.core.run_folder import RunFolder
 from ldm.data.folders import write_sample
 from ldm.phantom.spines import (
     BIOMEDCLIP_PAIRS,
-    LESION_TYPES,
     SEVERITIES,
     VERSION,
     Phantom,
@@ -21,6 +21,7 @@ from ldm.phantom.spines import (
     plan,
     render_phantom,
 )
+from ldm.phantom.worlds import STANDARD, named, world_of
 
 INDEX_FILE = "phantoms.json"
 META = ("sample_id", "patient_id", "lesion_type", "level", "severity", "spacing_mm", "seed")  # of meta.json
@@ -35,10 +36,11 @@ def write_dataset(
     per_patient: int = 1,
     overwrite: bool = False,
     size: int | None = None,
+    world: str = STANDARD,
 ) -> bool:
     """Write a dataset folder of phantoms; returns False when it was already complete.
 
-    ``size``: pixels a side, within SIZES; None for the default world, whose images have 104 to 144.
+    ``size``: pixels a side, within SIZES; None for images of 104 to 144. ``world``: one of WORLDS.
 
     An interrupted run is finished by the next one with the same arguments; a process that finds another one at work in
     the folder waits for it. Other arguments, or a folder that is not a phantom dataset, raise UsageError; ``overwrite``
@@ -50,27 +52,34 @@ def write_dataset(
         expected = "expected counts of at least 0 (not both 0), per_patient of at least 1, seed of at least 0"
         raise UsageError(f"{root}: {expected}; found {arguments}")
     if size is not None:
-        arguments["size"] = check_size(size)
-    items = [(seed, *each, size) for each in plan(n_healthy, n_diseased, per_patient)]
-    return _write(Path(root), arguments, items, overwrite)
+        arguments["size"] = check_size(size, world)
+    types = world_of(world).lesion_types
+    items = [(seed, *each, size) for each in plan(n_healthy, n_diseased, per_patient, types)]
+    return _write(Path(root), arguments, items, overwrite, world)
 
 
-def write_biomedclip_pairs(root: str | Path, overwrite: bool = False) -> bool:
+def write_biomedclip_pairs(root: str | Path, overwrite: bool = False, world: str = STANDARD) -> bool:
     """Write every image the BiomedCLIP stand-in was trained on as a dataset folder; else as ``write_dataset``."""
     arguments = {"version": VERSION, "biomedclip_pairs": BIOMEDCLIP_PAIRS}
-    return _write(Path(root), arguments, list(biomedclip_pairs(BIOMEDCLIP_PAIRS)), overwrite)
+    pairs = list(biomedclip_pairs(BIOMEDCLIP_PAIRS, world_of(world).lesion_types))
+    return _write(Path(root), arguments, pairs, overwrite, world)
 
 
-def _write(root: Path, arguments: dict[str, int], items: list[tuple], overwrite: bool) -> bool:
+def phantom_folder(root: Path) -> RunFolder:
+    """The folder of a phantom dataset, or of the twins of one."""
+    return RunFolder(root, INDEX_FILE, what="phantoms", samples="w*p*_*/meta.json", keys=("fingerprint", "arguments"))
+
+
+def _write(root: Path, arguments: dict[str, Any], items: list[tuple], overwrite: bool, world: str) -> bool:
     """Render every item (arguments of ``render_phantom``) into ``root``, unless that is done."""
-    folder = RunFolder(root, INDEX_FILE, what="phantoms", samples="w*p*_*/meta.json", keys=("fingerprint", "arguments"))
+    folder = phantom_folder(root)
     with folder.lock(wait=True):
-        record = folder.open(arguments, overwrite, anew=overwrite)
+        record = folder.open(arguments | named(world), overwrite, anew=overwrite)
         if record and record.get("complete"):
             return False
         folder.claim()
         for item in tqdm(items, desc="phantoms", unit="image", disable=None):
-            phantom = render_phantom(*item)
+            phantom = render_phantom(*item, world=world)
             if not folder.has(phantom.sample_id, "meta.json"):
                 _write_phantom(root, phantom)
         sync_folder(root)
@@ -80,6 +89,8 @@ def _write(root: Path, arguments: dict[str, int], items: list[tuple], overwrite:
 
 def _write_phantom(root: Path, phantom: Phantom) -> None:
     meta = {name: getattr(phantom, name) for name in META} | {"synthetic": False}
+    if phantom.sign:
+        meta["sign"] = phantom.sign
     files = {"image.png": _png(phantom.image), "anatomy.png": _png(phantom.anatomy)}
     if not phantom.healthy:
         files["mask.png"] = _png(phantom.mask.astype(np.uint8) * 255)
@@ -93,16 +104,30 @@ def _png(array: np.ndarray) -> bytes:
     return data.tobytes()
 
 
-def write_sheet(path: Path, seed: int, columns: int = 9, size: int | None = None) -> None:
-    """A PNG: one row of healthy phantoms, one row for each lesion type from subtle (left) to severe (right)."""
-    rows, tile = [], TILE if size is None else check_size(size) + TILE - 144
-    for row, lesion_type in enumerate((None, *LESION_TYPES)):
+def write_sheet(path: Path, seed: int, size: int | None = None, world: str = STANDARD) -> None:
+    """A PNG: one row of healthy phantoms, one row for each lesion type from subtle (left) to severe (right).
+
+    In another world than the standard one each lesion stands there twice, the second time with the outline of its mask.
+    A ``path`` that ends in .jpg becomes a JPEG.
+    """
+    rows, tile = [], TILE if size is None else check_size(size, world) + TILE - 144
+    columns, twice = (9, 1) if world == STANDARD else (6, 2)
+    for row, lesion_type in enumerate((None, *world_of(world).lesion_types)):
         tiles = []
         for column in range(columns):
             severity = SEVERITIES[column * len(SEVERITIES) // columns] if lesion_type else None
-            patient = 2 * (row * columns + column) + (lesion_type is not None)
-            image = render_phantom(seed, patient, lesion_type, severity, size=size).image
+            shown = column // twice * twice if lesion_type else column
+            patient = 2 * (row * columns + shown) + (lesion_type is not None)
+            phantom = render_phantom(seed, patient, lesion_type, severity, size=size, world=world)
+            image = phantom.image if shown == column else _outlined(phantom)
             tiles.append(np.pad(image, [((tile - side) // 2, (tile - side + 1) // 2) for side in image.shape]))
         rows.append(np.hstack(tiles))
+    suffix = path.suffix if path.suffix.lower() in (".jpg", ".jpeg") else ".png"
     with atomic_file(path) as handle:
-        handle.write(cv2.imencode(".png", np.vstack(rows))[1].tobytes())
+        handle.write(cv2.imencode(suffix, np.vstack(rows), [cv2.IMWRITE_JPEG_QUALITY, 75])[1].tobytes())
+
+
+def _outlined(phantom: Phantom) -> np.ndarray:
+    """The image with a white line around what the annotator has marked."""
+    around = cv2.dilate(phantom.mask.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    return np.where(around & ~phantom.mask, np.uint8(255), phantom.image)

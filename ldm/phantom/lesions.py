@@ -10,6 +10,7 @@ of the image one of them has. Grey values are those of the clean canvas: fat 0.1
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -42,6 +43,18 @@ class Body:
         return replace(self, u=self.u[rows], v=self.v[rows], depth=self.depth[rows])
 
 
+class Lesion(NamedTuple):
+    """A lesion before the scanner sees it.
+
+    ``mask`` (bool HxW): what the annotator marks; ``change`` (float32 HxW): what to add to the canvas; ``extent`` (bool
+    HxW): where the lesion is, beyond which ``change`` is exactly zero but for two pixels.
+    """
+
+    mask: np.ndarray
+    change: np.ndarray
+    extent: np.ndarray
+
+
 def rows_of(region: np.ndarray) -> slice:
     """The rows from the first to the last in which ``region`` (bool HxW) holds anything."""
     found = np.flatnonzero(region.any(axis=1))
@@ -62,22 +75,27 @@ def _kernel(sigma: float) -> np.ndarray:
     return kernel / np.sqrt((kernel**2).sum())
 
 
-def draw_lesion(
-    rng: np.random.Generator, lesion_type: str, severity: str, canvas: np.ndarray, body: Body
-) -> tuple[np.ndarray, np.ndarray]:
-    """A lesion inside ``body``: its mask (bool HxW) and what to add to the canvas (float32 HxW).
-
-    The change is exactly zero beyond two pixels outside the mask.
-    """
-    mask = _blob(rng, lesion_type, severity, body)
-    blend = cv2.GaussianBlur(mask.astype(np.float32), (5, 5), 0.9)  # reaches two pixels out and no further
-    strength = rng.uniform(*_STRENGTH[severity])
-    return mask, (blend * strength * (_texture(rng, lesion_type, canvas, body) - canvas)).astype(np.float32)
+def draw_lesion(rng: np.random.Generator, lesion_type: str, severity: str, canvas: np.ndarray, body: Body) -> Lesion:
+    """A lesion of one of LESION_TYPES inside ``body``: a blob of texture, marked exactly."""
+    region = blob(rng, lesion_type, severity, body)
+    strength = strength_of(rng, severity)
+    return filled(region, strength, lesion_texture(rng, lesion_type, canvas, body) - canvas)
 
 
-def _blob(rng: np.random.Generator, lesion_type: str, severity: str, body: Body) -> np.ndarray:
-    """An irregular connected region at least a pixel inside the body."""
-    radius, stretch = rng.uniform(*_DIAMETER[severity]) / 2, rng.uniform(0.85, 1.2)
+def filled(region: np.ndarray, strength: float, change: np.ndarray) -> Lesion:
+    """``strength`` times ``change`` (HxW) in ``region`` (bool HxW), behind a border of two pixels; marked exactly."""
+    blend = cv2.GaussianBlur(region.astype(np.float32), (5, 5), 0.9)  # reaches two pixels out and no further
+    return Lesion(region, (blend * strength * change).astype(np.float32), region)
+
+
+def strength_of(rng: np.random.Generator, severity: str) -> float:
+    """How far a lesion's own grey values replace the bone's, in (0, 1]."""
+    return rng.uniform(*_STRENGTH[severity])
+
+
+def blob(rng: np.random.Generator, lesion_type: str, severity: str, body: Body, larger: float = 1.0) -> np.ndarray:
+    """An irregular connected region at least a pixel inside the body, its diameter ``larger`` times that of others."""
+    radius, stretch = rng.uniform(*_DIAMETER[severity]) / 2 * larger, rng.uniform(0.85, 1.2)
     radius_u = min(radius * stretch, body.half_width - 2)
     radius_v = min(radius / stretch, body.half_height - 2)
     free_u, free_v = body.half_width - 1.5 - radius_u, body.half_height - 1.5 - radius_v
@@ -93,7 +111,7 @@ def _blob(rng: np.random.Generator, lesion_type: str, severity: str, body: Body)
     return (labels == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())) & (body.depth > 1)
 
 
-def _texture(rng: np.random.Generator, lesion_type: str, canvas: np.ndarray, body: Body) -> np.ndarray:
+def lesion_texture(rng: np.random.Generator, lesion_type: str, canvas: np.ndarray, body: Body) -> np.ndarray:
     """The grey values of a fully developed lesion, float32 HxW. Nothing in it is finer than two pixels."""
     if lesion_type == "osteolytic":
         return 0.17 + 0.04 * body.texture(rng, 1.5)

@@ -14,15 +14,17 @@ How hard they are, ``python tool/make_phantoms.py --calibrate`` measures (docs/r
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 
 from ldm.core.errors import UsageError
 from ldm.core.files import named_seed
-from ldm.phantom.lesions import LESION_TYPES, SEVERITIES, Body, draw_benign, draw_lesion, rows_of, smooth_noise
+from ldm.phantom.findings import draw_signs
+from ldm.phantom.lesions import LESION_TYPES, SEVERITIES, Body, Lesion, draw_benign, rows_of, smooth_noise
+from ldm.phantom.worlds import STANDARD, world_of
 
 LEVELS = ("T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5")
 BASE_WORLD = 90_000  # phantom worlds from here on belong to the phantom base alone; no demo or study uses them
@@ -33,12 +35,6 @@ VERSION = 3  # raise it when the images change, so that a stored dataset is not 
 
 # in every eight lesions of one type: two subtle, three moderate, three severe
 _SEVERITY_CYCLE = ("moderate", "severe", "subtle", "moderate", "severe", "moderate", "subtle", "severe")
-_TEMPLATES = (
-    "a {severity} {lesion_type} lesion in the {level} vertebral body",
-    "{severity} {lesion_type} lesion of the {level} vertebra",
-    "sagittal view of {level} with a {severity} {lesion_type} lesion",
-    "the {level} vertebral body shows a {severity} {lesion_type} lesion",
-)
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,7 @@ class Phantom:
     patient_id: str
     sample_id: str
     seed: int
+    sign: str | None = None  # the type that other vertebrae show, in a world of signs
 
     @property
     def healthy(self) -> bool:
@@ -63,16 +60,13 @@ class Phantom:
         return self.lesion_type is None
 
 
-def check_size(size: int) -> int:
+def check_size(size: int, world: str = STANDARD) -> int:
     """``size`` if phantoms can be rendered with so many pixels a side; UsageError otherwise."""
+    if world != STANDARD:
+        raise UsageError(f"size: only the world standard has images of a given size, not {world}; leave one out")
     if not SIZES[0] <= size <= SIZES[1]:
         raise UsageError(f"size: {size} pixels a side; expected {SIZES[0]} to {SIZES[1]}")
     return size
-
-
-def lesion_prompt(lesion_type: str, severity: str, level: str, variant: int = 0) -> str:
-    """The lesion in words; ``variant`` chooses the wording (any integer)."""
-    return _TEMPLATES[variant % len(_TEMPLATES)].format(lesion_type=lesion_type, severity=severity, level=level)
 
 
 def render_phantom(
@@ -82,33 +76,43 @@ def render_phantom(
     severity: str | None = None,
     image: int = 0,
     size: int | None = None,
+    world: str = STANDARD,
 ) -> Phantom:
-    """Render image ``image`` of patient ``index`` in the world ``seed``.
+    """Render image ``image`` of patient ``index`` of the seed ``seed`` in one of WORLDS.
 
-    ``lesion_type`` None renders the healthy image, otherwise one of LESION_TYPES; ``severity`` None lets the patient
+    ``lesion_type`` None renders the healthy image, otherwise one of the world's; ``severity`` None lets the patient
     decide (a quarter subtle). Sides 104-144 px, the body in the middle about 40x30 px; with ``size`` that many pixels
-    a side (see above). ValueError for unknown names.
+    a side (see above). ValueError for unknown names, UsageError for an unknown world or one together with a size.
     """
-    if lesion_type is not None and lesion_type not in LESION_TYPES:
-        raise ValueError(f"lesion type {lesion_type!r} is unknown; expected one of {', '.join(LESION_TYPES)}")
+    kind = world_of(world)
+    if size is not None:
+        check_size(size, world)
+    if lesion_type is not None and lesion_type not in kind.lesion_types:
+        raise ValueError(f"lesion type {lesion_type!r} is unknown; expected one of {', '.join(kind.lesion_types)}")
     if severity is not None and severity not in SEVERITIES:
         raise ValueError(f"severity {severity!r} is unknown; expected one of {', '.join(SEVERITIES)}")
     patient_rng = np.random.default_rng(named_seed("phantom patient", seed, index))
     image_rng = np.random.default_rng(named_seed("phantom picture", seed, index, image))
     spine = _Spine.of(patient_rng, image_rng, size)
-    canvas, anatomy, body = _draw_spine(spine, image_rng)
+    if kind.scanner:
+        spine = replace(spine, **kind.scanner(np.random.default_rng(named_seed("phantom scanner", seed, index))))
+    canvas, anatomy, bodies = _draw_spine(spine, image_rng)
+    if sign := kind.sign_of(seed, index, lesion_type):
+        sign_rng = np.random.default_rng(named_seed("phantom sign", seed, index, image))
+        x, y = spine.pixels()
+        draw_signs(sign_rng, sign, canvas, bodies, (x - spine.centre[0], y - spine.centre[1]), spine.tilt)
     lesion_rng = np.random.default_rng(named_seed("phantom lesion", seed, index, image, lesion_type, severity))
-    mask, change, prompt = np.zeros(canvas.shape, bool), None, "healthy"
+    lesion, prompt = None, "healthy"
     if lesion_type is None:
         severity = None
     else:
         severity = severity or str(lesion_rng.choice(_SEVERITY_CYCLE))
-        mask, change = draw_lesion(lesion_rng, lesion_type, severity, canvas, body)
-        prompt = lesion_prompt(lesion_type, severity, spine.level, int(lesion_rng.integers(len(_TEMPLATES))))
+        lesion = kind.draw(lesion_rng, lesion_type, severity, canvas, bodies[spine.target])
+        prompt = kind.say(lesion_rng, lesion_type, severity, spine.level)
     patient_id = f"w{seed}p{index:06d}"
     return Phantom(
-        image=_acquire(spine, image_rng, canvas, mask, change),
-        mask=mask,
+        image=_acquire(spine, image_rng, canvas, lesion),
+        mask=np.zeros(canvas.shape, bool) if lesion is None else lesion.mask,
         anatomy=anatomy,
         prompt=prompt,
         lesion_type=lesion_type,
@@ -118,6 +122,7 @@ def render_phantom(
         patient_id=patient_id,
         sample_id=f"{patient_id}_{spine.level}" + (f"_{image}" if image else ""),
         seed=seed,
+        sign=sign,
     )
 
 
@@ -145,6 +150,9 @@ class _Spine:
     gain: float
     offset: float
     spacing_mm: float
+    grain: float = 1.0  # of the noise, in that of the standard world
+    sharp: float = 0.0  # how far the scanner enhances edges
+    reach: int = 2  # pixels outside its extent in which a lesion is seen
 
     @classmethod
     def of(cls, patient_rng: np.random.Generator, image_rng: np.random.Generator, size: int | None) -> "_Spine":
@@ -201,8 +209,8 @@ class _Spine:
         return x, y
 
 
-def _draw_spine(spine: _Spine, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Body]:
-    """The clean canvas (float32 HxW), the label map (uint8 HxW) and the target body."""
+def _draw_spine(spine: _Spine, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[Body]]:
+    """The clean canvas (float32 HxW), the label map (uint8 HxW) and all bodies."""
     count = len(spine.widths)
     t, s = _column_frame(spine, rng)
     gaps = np.concatenate([[np.float32(0)], (spine.heights[:-1] + spine.heights[1:]) / 2 + spine.discs])
@@ -229,7 +237,7 @@ def _draw_spine(spine: _Spine, rng: np.random.Generator) -> tuple[np.ndarray, np
     anatomy[canal_mask] = 4
     anatomy[disc_mask] = 3
     anatomy[depth > 0] = np.where(nearest == spine.target, 1, 2)[depth > 0]
-    return canvas, anatomy, bodies[spine.target]
+    return canvas, anatomy, bodies
 
 
 def _column_frame(spine: _Spine, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -358,19 +366,25 @@ def _bone(
     canvas += np.clip(depth + 0.5, 0, 1) * (inner + shell * steep * np.clip(peak - inner, 0, 1) - canvas)
 
 
-def _acquire(
-    spine: _Spine, rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, change: np.ndarray | None
-) -> np.ndarray:
+def _optics(spine: _Spine, layer: np.ndarray) -> np.ndarray:
+    """What the scanner's optics make of a layer of the canvas."""
+    image = cv2.GaussianBlur(layer, (0, 0), spine.blur)
+    return image + spine.sharp * (image - cv2.GaussianBlur(image, (0, 0), 1.2)) if spine.sharp else image
+
+
+def _acquire(spine: _Spine, rng: np.random.Generator, canvas: np.ndarray, lesion: Lesion | None) -> np.ndarray:
     """What the scanner makes of the canvas: blur, noise, streaks and rings, window. uint8 HxW.
 
-    The lesion's ``change`` goes through the same blur but is cut off two pixels outside its mask, so that a healthy
+    The lesion goes through the same optics but is cut off ``reach`` pixels (two) outside its extent, so that a healthy
     and a diseased twin are equal, bit for bit, everywhere else.
     """
-    image = cv2.GaussianBlur(canvas, (0, 0), spine.blur)
-    if change is not None:
-        near = np.minimum(1, 2 * cv2.GaussianBlur(mask.astype(np.float32), (5, 5), 0.9))
-        image = image + cv2.GaussianBlur(change, (0, 0), spine.blur) * near
-    grain = 0.75 * smooth_noise(rng, spine.shape, 0.55) + 0.5 * smooth_noise(rng, spine.shape, 1.1)
+    image = _optics(spine, canvas)
+    if lesion is not None:
+        kernel = (2 * spine.reach + 1,) * 2
+        near = np.minimum(1, 2 * cv2.GaussianBlur(lesion.extent.astype(np.float32), kernel, 0.45 * spine.reach))
+        image = image + _optics(spine, lesion.change) * near
+    grain = 0.75 * smooth_noise(rng, spine.shape, 0.55 * spine.grain)
+    grain = grain + 0.5 * smooth_noise(rng, spine.shape, 1.1 * spine.grain)
     image = image + spine.noise * grain
     y, x = np.mgrid[: spine.shape[0], : spine.shape[1]].astype(np.float32)
     wider = max(1.0, max(spine.shape) / 144)  # than a default image
@@ -389,7 +403,9 @@ def _acquire(
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
-def plan(n_healthy: int, n_diseased: int, per_patient: int = 1) -> Iterator[tuple[int, str | None, str | None, int]]:
+def plan(
+    n_healthy: int, n_diseased: int, per_patient: int = 1, lesion_types: Sequence[str] = LESION_TYPES
+) -> Iterator[tuple[int, str | None, str | None, int]]:
     """The dataset's images as (patient index, lesion type, severity, image of that patient).
 
     Healthy patients have even numbers, diseased ones odd numbers; types and severities take turns. So a larger
@@ -398,13 +414,19 @@ def plan(n_healthy: int, n_diseased: int, per_patient: int = 1) -> Iterator[tupl
     for n in range(n_healthy):
         yield 2 * (n // per_patient), None, None, n % per_patient
     for n in range(n_diseased):
-        lesion_type, severity = LESION_TYPES[n % len(LESION_TYPES)], _SEVERITY_CYCLE[n // len(LESION_TYPES) % 8]
-        yield 2 * (n // per_patient) + 1, lesion_type, severity, n % per_patient
+        yield 2 * (n // per_patient) + 1, *turn(n, lesion_types), n % per_patient
 
 
-def biomedclip_pairs(count: int) -> Iterator[tuple[int, int, str | None, str | None]]:
+def turn(n: int, lesion_types: Sequence[str] = LESION_TYPES) -> tuple[str, str]:
+    """Lesion type and severity of the ``n``-th lesion of a dataset."""
+    return lesion_types[n % len(lesion_types)], _SEVERITY_CYCLE[n // len(lesion_types) % len(_SEVERITY_CYCLE)]
+
+
+def biomedclip_pairs(
+    count: int, lesion_types: Sequence[str] = LESION_TYPES
+) -> Iterator[tuple[int, int, str | None, str | None]]:
     """What the BiomedCLIP stand-in has seen, as the first arguments of ``render_phantom``: one third is healthy."""
     for index in range(count):
         rng = np.random.default_rng(named_seed("pairs", index))
-        lesion_type = None if index % 3 == 0 else LESION_TYPES[rng.integers(len(LESION_TYPES))]
+        lesion_type = None if index % 3 == 0 else lesion_types[rng.integers(len(lesion_types))]
         yield BASE_WORLD + 1, index, lesion_type, None if lesion_type is None else SEVERITIES[rng.integers(3)]

@@ -126,7 +126,7 @@ def test_a_dataset_of_a_given_size_is_not_mistaken_for_another(tmp_path: Path, c
 def test_a_sheet_shows_the_images_of_that_size(tmp_path: Path, monkeypatch) -> None:
     sizes = []
 
-    def small(seed: int, patient: int, *lesion: str | None, size: int | None) -> Phantom:
+    def small(seed: int, patient: int, *lesion: str | None, size: int | None, world: str) -> Phantom:
         sizes.append(size)
         return render_phantom(seed, patient, *lesion, size=256)
 

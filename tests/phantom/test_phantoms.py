@@ -23,10 +23,10 @@ from ldm.phantom.spines import (
     SEVERITIES,
     Phantom,
     biomedclip_pairs,
-    lesion_prompt,
     plan,
     render_phantom,
 )
+from ldm.phantom.worlds import lesion_prompt
 from tool import make_phantoms
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tool" / "make_phantoms.py"
