@@ -8,6 +8,10 @@
                                         PSNR (autoencoder) or share of hits (clip)
 
 It takes about 45 minutes on two cores. After an interruption it goes on with the part that was not finished.
+
+    python tool/train_phantom_base.py --parts clip --world words --output_dir words_base
+
+trains a BiomedCLIP stand-in that knows the lesions and sentences of another world (docs/worlds.md), for --biomedclip.
 """
 
 import argparse
@@ -31,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=["autoencoder", "clip", "unet"],
         help="train only these parts (unet needs autoencoder)",
     )
+    parser.add_argument("--world", default="standard", help="with --parts clip: that of its pairs (docs/worlds.md)")
     parser.add_argument("--overwrite", action="store_true", help="train parts again that are already there")
     return parser
 
@@ -40,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     from ldm.phantom.base_training import train_base
 
     steps = {part: getattr(args, f"{part}_steps") for part in args.parts}
-    train_base(load_config(args.config), args.output_dir, steps, args.seed, args.overwrite)
+    train_base(load_config(args.config), args.output_dir, steps, args.seed, args.overwrite, args.world)
     return cli.DONE
 
 

@@ -12,6 +12,7 @@ from ldm.data.images import to_unit
 from ldm.data.masks import TARGET_LABEL, Feather, Mask, lesion_shaped, soft_mask_for
 from ldm.phantom.shapes import generic_image, texture
 from ldm.phantom.spines import BASE_WORLD, biomedclip_pairs, render_phantom
+from ldm.phantom.worlds import world_of
 
 
 def healthy_crops(config: DataConfig, count: int, masks: int) -> tuple[Tensor, Tensor]:
@@ -41,11 +42,11 @@ def textures(count: int) -> Tensor:
     return _stacked([texture(np.random.default_rng(named_seed("texture", index))) for index in range(count)])
 
 
-def clip_pairs(config: DataConfig, count: int) -> tuple[Tensor, list[str]]:
+def clip_pairs(config: DataConfig, count: int, world: str) -> tuple[Tensor, list[str]]:
     """Crops (count, 1, S, S) in [0, 1] and their prompts: one third healthy, the rest of every type and severity."""
-    crops, prompts = [], []
-    for item in tqdm(list(biomedclip_pairs(count)), desc="image-prompt pairs", leave=False):
-        phantom = render_phantom(*item)
+    crops, prompts, pairs = [], [], list(biomedclip_pairs(count, world_of(world).lesion_types))
+    for item in tqdm(pairs, desc="image-prompt pairs", leave=False):
+        phantom = render_phantom(*item, world=world)
         hard = phantom.mask
         if phantom.healthy:
             hard = lesion_shaped(phantom.anatomy == TARGET_LABEL, named_seed("pairs", item[1]))

@@ -4,6 +4,7 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,16 +18,18 @@ from ldm.checkpoints.checkpoint import NEW_IN_UNET, read_checkpoint, write_check
 from ldm.config import Architecture, Config, DataConfig, DiffusionConfig
 from ldm.core.devices import autocast
 from ldm.core.errors import UsageError
-from ldm.core.files import atomic_file, named_seed, remove_partials
+from ldm.core.files import atomic_file, named_seed, read_json, remove_partials
 from ldm.core.run_folder import RunFolder
 from ldm.core.tables import read_table, write_csv
 from ldm.diffusion.schedule import diffusion_loss
 from ldm.networks.autoencoder import Autoencoder
+from ldm.networks.biomedclip_folder import read_folder
 from ldm.networks.model import MedSoftModel, hide
 from ldm.networks.weight_average import WeightAverage
 from ldm.phantom.base_data import clip_pairs, generic_images, healthy_crops, textures
 from ldm.phantom.clip_folder import write_clip_folder
 from ldm.phantom.spines import BIOMEDCLIP_PAIRS
+from ldm.phantom.worlds import STANDARD, named, world_of
 
 log = logging.getLogger(__name__)
 
@@ -41,18 +44,32 @@ Rows = list[dict[str, str]]  # of one part in the log
 Loss = tuple[Tensor, Tensor | None]  # what is minimised, and another number of the same batch for the log
 
 
-def train_base(config: Config, output: Path, steps: Mapping[str, int], seed: int = 0, overwrite: bool = False) -> None:
+def train_base(
+    config: Config,
+    output: Path,
+    steps: Mapping[str, int],
+    seed: int = 0,
+    overwrite: bool = False,
+    world: str = STANDARD,
+) -> None:
     """Train the parts that ``steps`` names (autoencoder, clip, unet; in this order) and write them into ``output``.
 
     A part that is there already is kept unless ``overwrite``: an interrupted run goes on with the part that it was in.
-    Raises UsageError while another process trains there, and for a U-Net without an autoencoder.
+    ``world``: of the pairs that clip learns from; the other parts know no lesion, and are the same for every world.
+    Raises UsageError while another process trains there, for a U-Net without an autoencoder, and for other parts than
+    clip, or a clip trained on another world, with a ``world``.
     """
+    if world != STANDARD and set(steps) != {"clip"}:
+        raise UsageError(f"--world {world}: only clip is trained on lesions; give --parts clip")
+    clip = partial(train_clip, world=world_of(world).name)
     parts = {
         "autoencoder": (train_autoencoder, CHECKPOINT_NAME, AUTOENCODER_NAME),
-        "clip": (train_clip, CLIP_NAME),
+        "clip": (clip, CLIP_NAME),
         "unet": (train_unet, CHECKPOINT_NAME),
     }
     with RunFolder(output, LOG_NAME, what="models").lock():
+        if "clip" in steps and (output / CLIP_NAME).exists() and not overwrite:
+            _check_world(output, world)
         for folder in (output, output / "biomedclip"):
             remove_partials(folder)
         for part, (train, *files) in parts.items():
@@ -65,6 +82,14 @@ def train_base(config: Config, output: Path, steps: Mapping[str, int], seed: int
                 path = output / LOG_NAME
                 before = read_table(path, COLUMNS, "training log") if path.exists() else []
                 write_csv(path, [*(row for row in before if row["part"] != part), *rows], COLUMNS)
+
+
+def _check_world(output: Path, world: str) -> None:
+    """UsageError if the BiomedCLIP stand-in in ``output`` was trained on another world."""
+    found = read_json((output / CLIP_NAME).with_name("open_clip_config.json")).get("world", STANDARD)
+    if found != world:
+        cure = "give another --output_dir, or --overwrite"
+        raise UsageError(f"{output / CLIP_NAME}: was trained on the world {found}, not {world}; {cure}")
 
 
 def train_autoencoder(
@@ -164,20 +189,45 @@ def latents(
     return (torch.cat(means), torch.cat(logvars)), torch.cat(masked), model.latent_mask(softs), prompts
 
 
-def train_clip(sizes: Architecture, crops: DataConfig, output: Path, steps: int, seed: int, batch: int = 64) -> Rows:
-    """Contrastive training on crops of healthy and diseased phantoms and their prompts, through open_clip."""
+def train_clip(
+    sizes: Architecture,
+    crops: DataConfig,
+    output: Path,
+    steps: int,
+    seed: int,
+    batch: int = 64,
+    world: str = STANDARD,
+) -> Rows:
+    """Contrastive training on crops of healthy and diseased phantoms and their prompts, through open_clip.
+
+    In a ``world`` of the standard one's images and other sentences, the image tower is that of the stand-in which
+    ``sizes`` names, unchanged: only the text tower learns, and the image tokens stay comparable.
+    """
     folder = output / "biomedclip"
-    images, prompts = clip_pairs(crops, min(BIOMEDCLIP_PAIRS, steps * batch))
-    made = write_clip_folder(folder, prompts, sizes.biomedclip)["model_cfg"]
+    images, prompts = clip_pairs(crops, min(BIOMEDCLIP_PAIRS, steps * batch), world)
+    made = write_clip_folder(folder, prompts, sizes.biomedclip, named(world))["model_cfg"]
     torch.manual_seed(named_seed("clip", seed))
     text_cfg = {**made["text_cfg"], "hf_model_name": str(folder), "hf_model_pretrained": False}
     net = CustomTextCLIP(made["embed_dim"], {**made["vision_cfg"], "timm_model_pretrained": False}, text_cfg)
     ids = HFTokenizer(str(folder), context_length=made["text_cfg"]["context_length"], trust_remote_code=False)(prompts)
     size = made["vision_cfg"]["image_size"]
 
+    def pixels(chosen: Tensor) -> Tensor:
+        resized = F.interpolate(images[chosen] * 2 - 1, size=(size, size), mode="bicubic", antialias=True)
+        return resized.expand(-1, 3, -1, -1)
+
+    known = None
+    if world != STANDARD and world_of(world).same_images:
+        keep_image_tower(net, sizes.biomedclip.path)
+        with torch.no_grad():
+            every = torch.arange(len(ids)).split(batch)
+            known = torch.cat([net.encode_image(pixels(chosen), normalize=True) for chosen in every])
+
     def step(number: int, chosen: Tensor) -> Loss:
-        pixels = F.interpolate(images[chosen] * 2 - 1, size=(size, size), mode="bicubic", antialias=True)
-        image, text, scale = net(pixels.expand(-1, 3, -1, -1), ids[chosen])
+        if known is None:
+            image, text, scale = net(pixels(chosen), ids[chosen])
+        else:
+            image, text, scale = known[chosen], net.encode_text(ids[chosen], True), net.logit_scale.exp()
         same = (ids[chosen][:, None] == ids[chosen][None]).all(dim=-1).float()
         target = same / same.sum(dim=1, keepdim=True)  # equal prompts are equally right
         logits = scale * image @ text.T
@@ -189,12 +239,22 @@ def train_clip(sizes: Architecture, crops: DataConfig, output: Path, steps: int,
         net.logit_scale.clamp_(0, 4.6)  # CLIP's own limit
 
     shuffled = batches(len(ids), batch, steps, "clip", seed)
-    rows = fit(net.parameters(), shuffled, step, steps, 1e-3, decay=0.02, warmup=0.1, after=limit)
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    rows = fit(trained, shuffled, step, steps, 1e-3, decay=0.02, warmup=0.1, after=limit)
     buffer = io.BytesIO()  # torch.save itself would not tell a full disk as an OSError
     torch.save(net.state_dict(), buffer)
     with atomic_file(output / CLIP_NAME) as handle:
         handle.write(buffer.getvalue())
     return rows
+
+
+def keep_image_tower(net: CustomTextCLIP, source: str) -> None:
+    """Give ``net`` the image tower of the BiomedCLIP folder ``source``, frozen."""
+    state = torch.load(read_folder(source).weights_file, weights_only=True)
+    tower = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    net.visual.load_state_dict(tower)
+    net.visual.requires_grad_(False)
+    net.visual.eval()
 
 
 def batches(count: int, size: int, steps: int, part: str, seed: int) -> Iterator[tuple[int, Tensor]]:

@@ -1,5 +1,6 @@
 """A folder in BiomedCLIP's format for the stand-in: settings, BERT's configuration, a WordPiece tokenizer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ from ldm.config import BiomedClipConfig
 from ldm.core.files import write_json, write_text
 
 
-def write_clip_folder(folder: Path, prompts: list[str], clip: BiomedClipConfig) -> dict[str, Any]:
-    """The folder's small files in BiomedCLIP's format: settings, BERT's configuration, WordPiece tokenizer."""
+def write_clip_folder(
+    folder: Path, prompts: list[str], clip: BiomedClipConfig, about: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The folder's small files in BiomedCLIP's format: settings, BERT's configuration, WordPiece tokenizer.
+
+    ``about``: what the settings say of the training besides.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     words = sorted({word for prompt in prompts for word in prompt.lower().replace("-", " - ").split()})
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + [str(digit) for digit in range(10)]
@@ -47,6 +53,7 @@ def write_clip_folder(folder: Path, prompts: list[str], clip: BiomedClipConfig) 
     settings = {
         "model_cfg": {"embed_dim": clip.text_dim, "vision_cfg": vision, "text_cfg": text},
         "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+        **(about or {}),
     }
     write_json(folder / "open_clip_config.json", settings)
     return settings

@@ -12,9 +12,11 @@ from ldm.core.errors import UsageError
 from ldm.core.run_folder import RunFolder
 from ldm.phantom.shapes import FILLS, SHAPES, generic_image
 from ldm.phantom.spines import LESION_TYPES
+from ldm.phantom.worlds import SYNONYMS
 from tool import train_phantom_base
 
 SHIPPED = ROOT / "models" / "phantom_base"
+WEIGHTS = "open_clip_pytorch_model.bin"
 
 
 def test_shipped_base_is_small_and_loads_safely() -> None:
@@ -83,3 +85,23 @@ def test_a_second_process_is_refused_and_a_unet_needs_its_autoencoder(made: Path
         run(made)
     with pytest.raises(UsageError, match=r"autoencoder\.safetensors: does not exist; train the autoencoder"):
         run(tmp_path, "--parts", "unet")
+
+
+def test_a_stand_in_that_knows_the_names_of_another_world_keeps_the_image_tower(made: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, "--parts", "clip", "--world", "words") == 0
+    folder = tmp_path / "biomedclip"
+    new, old = (torch.load(each / WEIGHTS, weights_only=True) for each in (folder, SHIPPED / "biomedclip"))
+    towers = {key for key in old if key.startswith("visual.")}
+    assert towers == {key for key in new if key.startswith("visual.")}
+    assert all(torch.equal(new[key], old[key]) for key in towers)
+    known = set((folder / "vocab.txt").read_text().split())
+    assert len(known & {name for names in SYNONYMS.values() for name in names}) > 15
+    from ldm.networks.opening import open_encoder
+
+    open_encoder(load_config(ROOT / "models/phantom.yaml", [f"biomedclip.path={folder}"]).biomedclip)
+    with pytest.raises(UsageError, match="was trained on the world words, not standard; give another --output_dir"):
+        run(tmp_path, "--parts", "clip")
+    with pytest.raises(UsageError, match="was trained on the world standard, not words"):
+        run(made, "--parts", "clip", "--world", "words")
+    with pytest.raises(UsageError, match="--world words: only clip is trained on lesions; give --parts clip"):
+        run(tmp_path, "--world", "words")
