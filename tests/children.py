@@ -26,8 +26,9 @@ def _run(words: list[str], environment: dict[str, str], folder: str, outputs: li
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream)
         os.close(file)
-    sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115, open until the process ends
-    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
+    encoding = environment.get("PYTHONIOENCODING", "utf-8")
+    sys.stdout = open(1, "w", encoding=encoding, buffering=1, closefd=False)  # noqa: SIM115, open until the process ends
+    sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -49,7 +50,7 @@ class Child:
     """A command that runs; ``process`` tells its pid and, once it has ended, its exit code."""
 
     def __init__(self, words: list[str], environment: dict[str, str], folder: Path, session: bool) -> None:
-        self.outputs = tempfile.TemporaryDirectory()
+        self.outputs, self.encoding = tempfile.TemporaryDirectory(), environment.get("PYTHONIOENCODING", "utf-8")
         files = [Path(self.outputs.name, name) for name in ("stdout", "stderr")]
         for file in files:
             file.touch()
@@ -65,7 +66,7 @@ class Child:
             self.process.kill()
             self.process.join()
         with self.outputs as folder:
-            said = [Path(folder, name).read_text("utf-8", errors="replace") for name in ("stdout", "stderr")]
+            said = [Path(folder, name).read_text(self.encoding, errors="replace") for name in ("stdout", "stderr")]
         if late:
             raise subprocess.TimeoutExpired(self.process.name, timeout, *said)
         return subprocess.CompletedProcess(self.process.name, self.process.exitcode, *said)

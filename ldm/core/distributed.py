@@ -1,17 +1,35 @@
 """Several processes that share one list of work, started by Lightning's own launcher (Fabric)."""
 
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ldm.core.devices import RANKS, is_first_process
 from ldm.core.errors import UsageError
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
 T = TypeVar("T")
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning starts the processes itself
+
+
+def fabric_class() -> "type[Fabric]":
+    """Lightning's Fabric. It asks for the version of torchmetrics, whose import takes longer than torch's: here it
+    finds none."""
+    hidden = not sys.modules.keys() & {"torchmetrics", "lightning_fabric"}
+    if hidden:
+        sys.modules["torchmetrics"] = None  # type: ignore[assignment]
+    try:
+        from lightning_fabric import Fabric
+    finally:
+        if hidden:
+            del sys.modules["torchmetrics"]
+    return Fabric
 
 
 @dataclass(frozen=True)
@@ -103,11 +121,11 @@ def start_processes(device: str, devices: int, num_nodes: int) -> Processes:
         return Processes(device=device)
     if ":" in device:
         raise UsageError(f"--device {device}: with several processes give cuda without a number")
-    from lightning_fabric import Fabric
+    launcher = fabric_class()
     from lightning_fabric.strategies import DDPStrategy
 
     # A process that is done waits for the slowest one.
     strategy = DDPStrategy(timeout=timedelta(days=7))
-    fabric = Fabric(accelerator=kind, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    fabric = launcher(accelerator=kind, devices=devices, num_nodes=num_nodes, strategy=strategy)
     fabric.launch()
     return Processes(fabric.global_rank, fabric.world_size, str(fabric.device))

@@ -10,10 +10,9 @@ import signal
 import threading
 import traceback
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,6 +27,9 @@ from ldm.training.saving import Checkpoints
 from ldm.training.stage import Stage
 from ldm.training.steps import MovementWatch, StepQueue, of_everyone
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
 log = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ class Training:
     def __init__(
         self,
         stage: Stage,
-        fabric: Fabric,
+        fabric: "Fabric",
         precision: str,
         loaders: tuple[DataLoader, DataLoader],
         checkpoints: Checkpoints,

@@ -6,17 +6,16 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from ldm.checkpoints.fitting import load_parts
 from ldm.config import Config, SamplingConfig, TrainingConfig, as_yaml, config_from_dict
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory, resolve_precision
-from ldm.core.distributed import check_tasks
+from ldm.core.distributed import check_tasks, fabric_class
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import fingerprint, remove_partials, sha256_file, write_text
 from ldm.core.run_folder import RunFolder
@@ -37,6 +36,9 @@ from ldm.training.previews import Previews
 from ldm.training.records import Records
 from ldm.training.saving import LAST, Checkpoints, best_files
 from ldm.training.stage import STEP_PARTS, Stage, training_groups
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 log = logging.getLogger("ver_train")
 
@@ -159,7 +161,7 @@ def log_groups(net: MedSoftModel, training: TrainingConfig, source: Checkpoint) 
 
 
 def open_encoders(
-    options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint, fabric: Fabric, **step: bool
+    options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint, fabric: "Fabric", **step: bool
 ) -> tuple[MedSoftModel, ImageTextEncoder]:
     """The networks that make features, after a look at what training will take and at all that the stage builds.
 
@@ -181,14 +183,14 @@ def open_encoders(
 # Training.
 
 
-def make_fabric(options: TrainingOptions, training: TrainingConfig) -> tuple[Fabric, str]:
+def make_fabric(options: TrainingOptions, training: TrainingConfig) -> tuple["Fabric", str]:
     """Lightning's Fabric for the flags, and the precision in which a step runs on its device.
 
     Raises UsageError for devices that are not there, or that cannot share the batch.
     """
     flags = f"--devices {options.devices} --num_nodes {options.num_nodes}"
     try:
-        fabric = Fabric(accelerator="auto", devices=options.devices, num_nodes=options.num_nodes)
+        fabric = fabric_class()(accelerator="auto", devices=options.devices, num_nodes=options.num_nodes)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"{flags}: {str(error).strip().splitlines()[0]}") from error
     if training.batch_size % fabric.world_size:

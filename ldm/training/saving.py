@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 
 from ldm.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from ldm.checkpoints.fitting import not_finite
@@ -19,6 +18,9 @@ from ldm.networks.weight_average import laid_as
 from ldm.training.sharding import gathered, own_part
 from ldm.training.stage import Stage
 from ldm.training.steps import TrainingStep, of_everyone
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 LAST = "last.ckpt"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of the shape of their parameter
@@ -56,7 +58,7 @@ class Checkpoints:
         folder: Path,
         stage: Stage,
         metadata: dict[str, Any],
-        fabric: Fabric,
+        fabric: "Fabric",
         precision: str,
         previous: Checkpoint | None,
     ) -> None:

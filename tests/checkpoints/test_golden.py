@@ -189,12 +189,14 @@ def test_lightning_is_not_imported_for_its_objects(tmp_path: Path) -> None:
     source = save_original(tmp_path / "sd.ckpt", {"a": torch.ones(2)}, **lightning_objects())
     look = (
         "import sys; from ldm.checkpoints.checkpoint import read_checkpoint; found = read_checkpoint(sys.argv[1]); "
-        "print(found.external, sum(found.state['a']), [name for name in sys.modules if 'lightning' in name])"
+        "print(found.external, sum(found.state['a']), [name for name in sys.modules if 'lightning' in name]); "
+        "from ldm.core.distributed import fabric_class; fabric_class(); "
+        "print([name for name in sys.modules if 'torchmetrics' in name])"
     )
     done = subprocess.run([sys.executable, "-c", look, source], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint" in done.stdout
-    assert done.stdout.strip().endswith("tensor(2.) []")
+    assert done.stdout.strip().endswith("tensor(2.) []\n[]")  # nor is torchmetrics imported for Lightning
 
 
 def test_text_to_image_file_with_lightning_objects(small: dict, tmp_path: Path) -> None:

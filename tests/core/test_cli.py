@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import children
 import pytest
 from tiny import ROOT
 
@@ -14,7 +15,8 @@ TALK = """
 import logging
 from ldm.core import cli
 def main(args):
-    import lightning_fabric
+    from ldm.core.distributed import fabric_class
+    fabric_class()
     for name in ("lightning_fabric.utilities", "open_clip", "highdicom.base", "ldm.training.run", "lightning"):
         logging.getLogger(name).info("%s informs", name)
         logging.getLogger(name).warning("%s warns", name)
@@ -51,17 +53,14 @@ def test_names_that_the_console_cannot_show_are_spelled(tmp_path: Path, write_sa
     for number in range(12):
         write_sample(data / f"good{number}", prompt="lytic lesion" if number % 2 else "healthy")
     (write_sample(data / name) / "image.png").write_bytes(b"no picture")
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
     output = tmp_path / "a.json"
     for words in (
         ["ver_openImagesDatasets.py", "--root_dir", data, "--output_file", output],
         ["tool/doctor.py", "--data", data, "--workers", 1],
         ["ver_openImagesDatasets.py", "--root_dir", data / name / "none", "--output_file", output],
     ):
-        done = subprocess.run(
-            [sys.executable, *map(str, words)], env=environment, capture_output=True, cwd=ROOT, timeout=120
-        )
-        said = (done.stdout + done.stderr).decode(encoding)
+        done = children.run(*words, folder=ROOT, timeout=120, PYTHONIOENCODING=encoding)
+        said = done.stdout + done.stderr
         assert done.returncode == (1 if "none" in str(words) else 3), said
         spelled = name.encode(encoding, "backslashreplace").decode(encoding)
         assert spelled in said
@@ -74,14 +73,11 @@ def test_a_file_name_that_is_no_text_is_shown_and_rejected(tmp_path: Path, write
     for number in range(12):
         write_sample(data / f"good{number}", prompt="lytic lesion" if number % 2 else "healthy")
     write_sample(Path(os.fsdecode(os.fsencode(data) + b"/bad\xff")))
-    done = subprocess.run(
-        [sys.executable, "ver_openImagesDatasets.py", "--root_dir", data, "--output_file", tmp_path / "a.json"],
-        capture_output=True,
-        cwd=ROOT,
-    )
+    words = ["--root_dir", data, "--output_file", tmp_path / "a.json"]
+    done = children.run("ver_openImagesDatasets.py", *words, folder=ROOT)
     assert done.returncode == 3, done.stderr
-    assert b"bad" in done.stdout
-    assert b"Traceback" not in done.stderr
+    assert "bad" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("given", "waits"), [({}, "PASSIVE 2000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None")])
