@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,22 @@ def _threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _estimates_once() -> None:
+    """What a training says of memory depends on its settings alone: it is computed once for each of them."""
+    from ldm.training import estimates
+
+    computed, plain = {}, estimates.stage_memory
+
+    def stage_memory(*given: Any, **named: Any) -> estimates.Memory:
+        key = repr((given, named))
+        if key not in computed:
+            computed[key] = plain(*given, **named)
+        return computed[key]
+
+    estimates.stage_memory = stage_memory
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +164,8 @@ def trained(world: Path, converted: Path) -> dict[str, Trained]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Training, "run", started)
             patch.setattr(Training, "optimizer_step", stepped)
-            assert tiny.train(stage, source, made.folder, world, **rates) == 0
+            given = {"pictures": 1, **rates}
+            assert tiny.train(stage, source, made.folder, world, "sampling.steps=2", **given) == 0
         return made.last
 
     stage1 = run("stage1", converted)
@@ -163,6 +180,36 @@ def trained(world: Path, converted: Path) -> dict[str, Trained]:
 def final(trained: dict[str, Trained]) -> Path:
     """The checkpoint that draws."""
     return trained["stage2_2"].last
+
+
+@dataclass
+class Small:
+    """A checkpoint whose U-Net and MSC have every kind of layer once or twice, and the words that give its sizes."""
+
+    last: Path
+    sizes: tuple[str, ...] = ("unet.channel_mult=[1,2]", "unet.attention_levels=[]", "msc.layers=1")
+
+
+@pytest.fixture(scope="session")
+def small(final: Path, world: Path) -> Small:
+    """``final`` in small, with random weights where sizes differ: for tests that trace or compile the networks."""
+    import tiny
+    import torch
+
+    from ldm.config import load_config
+    from ldm.networks.model import MedSoftModel
+
+    made = Small(world / "small.ckpt")
+    torch.manual_seed(0)
+    config = load_config(tiny.PHANTOM, made.sizes)
+    fresh = MedSoftModel(config.architecture).state_dict()
+    content = torch.load(final, weights_only=True)
+    theirs = content["state_dict"]
+    same = {key for key, value in fresh.items() if key in theirs and theirs[key].shape == value.shape}
+    content["state_dict"] = {key: theirs[key] if key in same else tiny.awake(key, fresh[key]) for key in fresh}
+    content["medsoft"]["config"] |= {"unet": asdict(config.unet), "msc": asdict(config.msc)}
+    torch.save(content, made.last)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ PLAIN = {
     "training.batch_size": 3,
     "training.val_draws": 1,
     "training.balance": "false",
+    "training.pictures": 0,
     "data.healthy_masks": 2,
     "data.diseased_crops": 2,
 }

@@ -32,13 +32,19 @@ def edit_meta(folder: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("made") / "project"
+
+
 @pytest.fixture
-def made(final: Path, write_sample: Callable, tmp_path: Path) -> Path:
-    """A project folder with data/a, data/b and the results of both."""
-    for name in ("a", "b"):
-        write_sample(tmp_path / "project" / "data" / name, LESION, meta={"patient_id": name})
-    assert infer(final, tmp_path / "project" / "results", "--data", tmp_path / "project" / "data") == 0
-    return tmp_path / "project"
+def made(final: Path, write_sample: Callable, project: Path, tmp_path: Path) -> Path:
+    """A project folder with data/a, data/b and the results of both, which are drawn once and copied."""
+    if not project.exists():
+        for name in ("a", "b"):
+            write_sample(project / "data" / name, LESION, meta={"patient_id": name})
+        assert infer(final, project / "results", "--data", project / "data") == 0
+    return shutil.copytree(project, tmp_path / "project")
 
 
 # ------------------------------------------------------------------------------------------------- synthetic samples

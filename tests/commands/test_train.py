@@ -201,13 +201,16 @@ def test_dry_run_writes_nothing(world: Path, converted: Path, tmp_path: Path, ca
 # ------------------------------------------------------------------------------------------------- interruptions
 
 
+IN_TWO_EPOCHS = {"max_epochs": 2, "rates.attn3": 0.01, "schedule": "cosine", "pictures": 1}
+
+
 @pytest.fixture(scope="module")
 def unbroken(world: Path, converted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Two epochs of unet_only in one go, with one and with two batches a step."""
     folder = tmp_path_factory.mktemp("unbroken")
     for accumulate in (1, 2):
-        given = {"accumulate": accumulate, "max_epochs": 2, "rates.attn3": 0.01, "schedule": "cosine"}
-        assert train("unet_only", converted, folder / str(accumulate), world, **given) == 0
+        given = {**IN_TWO_EPOCHS, "accumulate": accumulate}
+        assert train("unet_only", converted, folder / str(accumulate), world, "sampling.steps=2", **given) == 0
     return {accumulate: folder / str(accumulate) for accumulate in (1, 2)}
 
 
@@ -262,17 +265,17 @@ def test_interrupted_and_resumed_equals_unbroken(
     ends: Any,
     step: int,
 ) -> None:
-    given = {"accumulate": accumulate, "max_epochs": 2, "rates.attn3": 0.01, "schedule": "cosine"}
-    given["save_every_minutes"] = 0
+    given = {**IN_TWO_EPOCHS, "accumulate": accumulate, "save_every_minutes": 0}
+    words = (converted, tmp_path / "s", world, "sampling.steps=2")
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, after, how)
         if isinstance(ends, type):
             with pytest.raises(ends):
-                train("unet_only", converted, tmp_path / "s", world, **given)
+                train("unet_only", *words, **given)
         else:
-            assert train("unet_only", converted, tmp_path / "s", world, **given) == ends
+            assert train("unet_only", *words, **given) == ends
     assert about(tmp_path / "s" / "last.ckpt")["step"] == step
-    assert train("unet_only", converted, tmp_path / "s", world, **given) == 0
+    assert train("unet_only", *words, **given) == 0
     last = tmp_path / "s" / "last.ckpt"
     whole = unbroken[accumulate]
     assert about(last)["step"] == about(whole / "last.ckpt")["step"] == {1: 6, 2: 4}[accumulate]

@@ -217,13 +217,7 @@ def test_tasks_that_do_not_fit_the_devices(
     if script == "dataset_infer.py":
         words = ["--ckpt", str(converted), "--config", str(PHANTOM), "--output_dir", str(tmp_path / "out")]
         words += ["--data", str(world / "test")]
-    found = subprocess.run(
-        [sys.executable, ROOT / script, *words, "--devices", devices],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    found = children.run(ROOT / script, *words, "--devices", devices, timeout=100, **environment)
     assert found.returncode == 2, found.stderr
     assert message in found.stderr
     assert found.stderr.count("\n") == 1

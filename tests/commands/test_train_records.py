@@ -161,9 +161,8 @@ def test_tensorboard_has_the_same_numbers(trained: dict) -> None:
 
 def test_pictures_of_fixed_items(world: Path, converted: Path, trained: dict, tmp_path: Path) -> None:
     """Original, hidden, drawn: only the last depends on the weights."""
-    assert (
-        train("unet_only", converted, tmp_path / "s", world, max_epochs=8, batch_size=9, **{"rates.attn3": 0.05}) == 0
-    )
+    given = {"max_epochs": 8, "batch_size": 9, "rates.attn3": 0.05, "pictures": 2}
+    assert train("unet_only", converted, tmp_path / "s", world, "sampling.steps=2", **given) == 0
     names = sorted(path.name for path in (tmp_path / "s" / "pictures").iterdir())
     assert names == [f"epoch_000{epoch}.png" for epoch in (1, 3, 5, 7)]
     first, last = (read_image(tmp_path / "s" / "pictures" / names[place]) for place in (0, -1))

@@ -24,10 +24,11 @@ def draw(final: Path, output: Path, world: Path, *more: Any) -> int:
 
 
 def test_compiled_networks_draw_the_same_images(
-    world: Path, final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    world: Path, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Traced, but run without a C++ compiler, which would take minutes."""
     caplog.set_level("INFO")
+    words = ("--guidance_interval", 0, 0.5, *small.sizes)
     rows = []
 
     def counted(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -35,9 +36,9 @@ def test_compiled_networks_draw_the_same_images(
         return graph.forward
 
     monkeypatch.setattr(compiling, "BACKEND", counted)
-    assert draw(final, tmp_path / "plain", world, "--guidance_interval", 0, 0.5) == 0
+    assert draw(small.last, tmp_path / "plain", world, *words) == 0
     assert not rows
-    assert draw(final, tmp_path / "compiled", world, "--guidance_interval", 0, 0.5, "--compile") == 0
+    assert draw(small.last, tmp_path / "compiled", world, *words, "--compile") == 0
     assert (
         len(rows) == 4
     )  # encoder, decoder, U-Net with and without guidance; none again for the image that is left over
@@ -47,7 +48,7 @@ def test_compiled_networks_draw_the_same_images(
     assert max(np.abs(image - compiled[name]).max() for name, image in plain.items()) <= 2
     assert "cannot be compiled" not in caplog.text
     # What differs is rounding: the other way of computing is no other run.
-    assert draw(final, tmp_path / "compiled", world, "--guidance_interval", 0, 0.5) == 0
+    assert draw(small.last, tmp_path / "compiled", world, *words) == 0
     assert "already complete" in caplog.text
     assert record(tmp_path / "plain")["pictures"] == 4
 
