@@ -223,6 +223,19 @@ def results(final: Path, world: Path) -> Path:
     return world / "results"
 
 
+@pytest.fixture(scope="session")
+def judge(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of lesion types after one epoch."""
+    from ldm.classifier.data import ClassifierConfig
+    from ldm.classifier.run import train_classifier
+
+    folder = tmp_path_factory.mktemp("judge")
+    given = {"train_json": str(world / "train"), "val_json": str(world / "val"), "test_json": None, "task": "type"}
+    config = ClassifierConfig(img_size=32, Batch_Size=4, EPOCHS=1, GPU="cpu", output_dir=str(folder), **given)
+    train_classifier(config)
+    return folder / "classifier.safetensors"
+
+
 @pytest.fixture
 def one(world: Path, tmp_path: Path) -> Path:
     """A data folder with one diseased phantom."""

@@ -28,6 +28,7 @@ SCRIPTS = {
     "seam": "tool/measure_seam.py",
     "crops": "tool/crop_table.py",
     "compare-samplers": "tool/compare_samplers.py",
+    "paths": "tool/measure_paths.py",
     "bench": "tool/bench.py",
     "gpu": "tool/gpu.py",
     "sizes": "tool/model_sizes.py",

@@ -17,20 +17,6 @@ from ldm.data.images import read_image
 from ldm.inference.options import InferenceOptions
 from tool import compare_samplers
 
-
-@pytest.fixture(scope="module")
-def judge(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier of lesion types after one epoch."""
-    from ldm.classifier.data import ClassifierConfig
-    from ldm.classifier.run import train_classifier
-
-    folder = tmp_path_factory.mktemp("judge")
-    given = {"train_json": str(world / "train"), "val_json": str(world / "val"), "test_json": None, "task": "type"}
-    config = ClassifierConfig(img_size=32, Batch_Size=4, EPOCHS=1, GPU="cpu", output_dir=str(folder), **given)
-    train_classifier(config)
-    return folder / "classifier.safetensors"
-
-
 SETTINGS = ["ddim sampler=ddim steps=3", "fast sampler=dpmpp_2m steps=2 spacing=trailing guidance_interval=[0.5,1]"]
 
 

@@ -1,0 +1,87 @@
+"""tool/measure_paths.py on phantoms: what it measures, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import CLIP, PHANTOM, call
+
+from ldm.checkpoints.checkpoint import read_checkpoint
+from ldm.config import load_config
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.data.annotations import load_samples, write_annotations
+from ldm.data.preparation import prepare
+from ldm.mechanism.paths import PATHS
+from ldm.networks.model import hidden_region
+from ldm.networks.msc import ControllerInputs
+from ldm.networks.opening import open_model
+from tool import measure_paths
+
+LIMIT = 3
+
+
+def measured(ckpt: Path, data: Path, judge: Path, output: Path) -> dict[str, Any]:
+    flags = ["--ckpt", ckpt, "--config", PHANTOM, "--data", data, "--judge", judge, "--output", output]
+    assert call(measure_paths, *flags, "--limit", LIMIT, "sampling.steps=2", f"biomedclip.path={CLIP}") == 0
+    return json.loads(output.read_text())
+
+
+def test_a_trained_model_depends_on_its_tokens(final: Path, world: Path, judge: Path, tmp_path: Path) -> None:
+    found = measured(final, world / "data", judge, tmp_path / "a.json")
+    assert found["samples"] == {"healthy": LIMIT, "diseased": LIMIT}
+    assert tuple(found["drawings"]) == PATHS
+    held_out = found["held_out"]
+    for name in ("zero_tokens", "other_tokens", "true_tokens", "other_text", "empty_text"):
+        assert abs(held_out[f"added_by_{name}"]["mean"]) > 1e-7
+    assert held_out["loss_inside"]["mean"] > 0
+    assert measured(final, world / "data", judge, tmp_path / "b.json") == found  # the same command, the same numbers
+
+
+def test_cosine_of_the_tokens_by_hand(final: Path, world: Path, judge: Path, tmp_path: Path) -> None:
+    """On the lesions of the first of each type, in the order of the types' names."""
+    config = load_config(PHANTOM, [f"biomedclip.path={CLIP}"])
+    samples = [each for each in load_samples(world / "data")[0] if not each.healthy and each.severity != "subtle"]
+    first: dict[Any, Any] = {}
+    for sample in samples:
+        first.setdefault(sample.lesion_type, sample)
+    chosen = [first[name] for name in sorted(first)][:LIMIT]
+    assert len(chosen) == LIMIT
+    write_annotations(
+        tmp_path / "few.json", [*chosen, *(each for each in load_samples(world / "data")[0] if each.healthy)]
+    )
+    net, clip = open_model(config, read_checkpoint(final))
+    values = []
+    for sample in chosen:
+        prepared = prepare(sample, config.data, 0, 0)
+        image, mask = prepared.image[None], prepared.mask[None]
+        with torch.no_grad():
+            context = clip.encode_image(image, hidden_region(mask))
+            predicted, _ = net.msc(ControllerInputs(*context, clip.encode_text([sample.prompt]), mask))
+            true, _ = clip.encode_image(image)
+        soft = torch.nn.functional.adaptive_max_pool2d(mask, 10).flatten()
+        similar = (predicted * true).sum(2) / (predicted.norm(dim=2) * true.norm(dim=2))
+        values.append(float((similar[0] * soft).sum() / soft.sum()))
+    held_out = measured(final, tmp_path / "few.json", judge, tmp_path / "a.json")["held_out"]
+    assert held_out["cosine"]["mean"] == pytest.approx(np.mean(values), abs=1e-4)
+
+
+def test_where_the_third_attention_is_silent_tokens_do_nothing(
+    converted: Path, world: Path, judge: Path, tmp_path: Path
+) -> None:
+    found = measured(converted, world / "data", judge, tmp_path / "a.json")
+    for name in ("zero_tokens", "other_tokens", "true_tokens"):
+        assert found["held_out"][f"added_by_{name}"] == {"mean": 0.0, "error": 0.0}
+    assert found["drawings"]["both"] == found["drawings"]["text"] == found["drawings"]["crossed"]
+
+
+def test_what_cannot_be_measured_is_refused(final: Path, world: Path, judge: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere: does not exist"):
+        measured(final, world / "data", tmp_path / "nowhere", tmp_path / "a.json")
+    healthy = [each for each in load_samples(world / "data")[0] if each.healthy]
+    write_annotations(tmp_path / "healthy.json", healthy)
+    with pytest.raises(MedSoftError, match=r"healthy\.json: expected diseased samples of at least two lesion types"):
+        measured(final, tmp_path / "healthy.json", judge, tmp_path / "a.json")
+    assert not (tmp_path / "a.json").exists()
