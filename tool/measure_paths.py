@@ -38,12 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    from ldm.config import load_config
-    from ldm.mechanism.paths import measure_paths
+    from ldm.mechanism.paths import PathOptions, measure_paths
 
-    config = load_config(args.config, args.overrides)
-    given = (args.ckpt, args.data, args.judge, args.output, args.limit, args.seed)
-    return cli.DONE if measure_paths(config, *given) else cli.SOME_REJECTED
+    options = PathOptions(**{name: value for name, value in vars(args).items() if name != "debug"})
+    return cli.DONE if measure_paths(options) else cli.SOME_REJECTED
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import itertools
 import logging
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.classifier.data import ImageSet, square
 from ldm.classifier.network import pick_device
 from ldm.classifier.run import Classifier, load_classifier
-from ldm.config import Config
+from ldm.config import DataConfig, load_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_json
 from ldm.data.annotations import load_samples
@@ -49,34 +49,50 @@ class Case(NamedTuple):
     other_prompt: str
 
 
-def measure_paths(config: Config, ckpt: Path, data: Path, judge: Path, output: Path, limit: int, seed: int) -> bool:
+@dataclass(frozen=True)
+class PathOptions:
+    """What is measured, on what, by whom; the flags of tool/measure_paths.py."""
+
+    ckpt: Path
+    config: Path
+    overrides: Sequence[str]
+    data: Path
+    judge: Path
+    output: Path
+    limit: int
+    seed: int
+
+
+def measure_paths(options: PathOptions) -> bool:
     """Measure, log and write ``output``; whether every sample could be used. Raises UsageError or MedSoftError for
     what cannot be measured."""
-    for file in (ckpt, judge):
+    for file in (options.ckpt, options.judge):
         if not file.is_file():
             raise UsageError(f"{file}: does not exist")
-    classifier = load_classifier(judge, "")
+    config = load_config(options.config, options.overrides)
+    data, limit, seed = options.data, options.limit, options.seed
+    classifier = load_classifier(options.judge, "")
     samples, rejects = load_samples(data)
     samples = real_ones(data, samples)
     plain = [each for each in samples if not each.healthy and each.severity != "subtle"]
     diseased = taking_turns([each for each in plain if each.lesion_type in _types(classifier)])
     if len({sample.lesion_type for sample in diseased}) < 2:
-        raise MedSoftError(f"{data}: expected diseased samples of at least two lesion types that {judge} knows")
-    net, encoder = open_model(config, read_checkpoint(ckpt))
+        raise MedSoftError(f"{data}: expected diseased samples of at least two lesion types that {options.judge} knows")
+    net, encoder = open_model(config, read_checkpoint(options.ckpt))
     sampling = replace(config.sampling, precision="32-true", compile=False)
     inpainter = PathInpainter(net, encoder, sampling, pick_device(""))
-    lesions, lost = _cases(diseased[:limit], diseased, config, seed)
-    healthy, unused = _cases([each for each in samples if each.healthy][:limit], diseased, config, seed)
+    lesions, lost = _cases(diseased[:limit], diseased, config.data, seed)
+    healthy, unused = _cases([each for each in samples if each.healthy][:limit], diseased, config.data, seed)
     if not healthy or not lesions:
         raise MedSoftError(f"{data}: {len(healthy)} healthy and {len(lesions)} diseased samples can be used")
     found = {
-        "ckpt": str(ckpt),
+        "ckpt": str(options.ckpt),
         "seed": seed,
         "samples": {"healthy": len(healthy), "diseased": len(lesions)},
         "drawings": _drawings(inpainter, classifier, healthy, seed),
         "held_out": _held_out(inpainter, lesions, seed),
     }
-    write_json(output, found)
+    write_json(options.output, found)
     for name, row in found["drawings"].items():
         log.info("%-8s %s", name, {key: round(value, 3) for key, value in row.items()})
     log.info("held out %s", {key: round(row["mean"], 4) for key, row in found["held_out"].items()})
@@ -100,7 +116,7 @@ def taking_turns(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _cases(
-    samples: Sequence[Sample], sources: Sequence[Sample], config: Config, seed: int
+    samples: Sequence[Sample], sources: Sequence[Sample], data: DataConfig, seed: int
 ) -> tuple[list[Case], list[Sample]]:
     """``samples`` with prompts, a healthy one's those of ``sources`` in turn; and those that cannot be prepared."""
     cases, lost = [], []
@@ -113,7 +129,7 @@ def _cases(
             reason = inpainting_obstacle(sample) or (None in prompts and "no prompt can be made to agree with it")
             if reason:
                 raise MedSoftError(f"{sample.sample_id}: {reason}")
-            prepared = prepare(sample, config.data, seed, 0)
+            prepared = prepare(sample, data, seed, 0)
         except MedSoftError as error:
             log.warning("skipped %s", error)
             lost.append(sample)
