@@ -1,5 +1,6 @@
 """What the classifier is told: the keys of its JSON, checked before anything is read. No torch."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from ldm.core.schema import Amount, Count, Rule, Seed, Values, Whole, add_overri
 
 MIX, PRETRAIN, DUPLICATE_REAL = "mix", "pretrain", "duplicate_real"  # what use_synthetic may be
 UseSynthetic = Literal["mix", "pretrain", "duplicate_real"]
+SEGMENT = "segment"  # the task that is none of classes
 PRETRAINED_HUB = "hub"  # what pretrained may be besides a path
 
 # Below 32 a ResNet halves a map of one pixel. The gradient of that convolution is now and then garbage in bfloat16 on
@@ -63,7 +65,8 @@ class ClassifierConfig:
     crop: Context | None = setting(None, WEIGHTS)
     # weight file (safetensors, or a torch file of plain tensors); hub = timm's, fetched
     pretrained: str | None = setting(None, WEIGHTS)
-    task: Literal["binary", "type"] = setting("binary", WEIGHTS)  # type = healthy / each lesion type
+    # binary = healthy / diseased, type = healthy / each lesion type, segment = a U-Net that outlines the lesion
+    task: Literal["binary", "type", "segment"] = setting("binary", WEIGHTS)
     predict: list[str] = setting([], NOTHING)  # dataset folders or JSONs to predict
     overwrite: bool = setting(False, NOTHING)
 
@@ -86,6 +89,10 @@ def load_classifier_config(path: str | Path, overrides: Sequence[str] = ()) -> C
     values.add(content, str(path))
     add_overrides(values, ClassifierConfig, overrides, "--set", "--set EPOCHS=5")
     config = build(ClassifierConfig, values)
+    if config.task == SEGMENT:
+        for key, plain in (("augmentation", "light"), ("pretrained", None), ("predict", [])):
+            if (found := getattr(config, key)) != plain:
+                raise values.error(key, f"{json.dumps(plain)} with task {SEGMENT}", found)
     if config.train:
         use = config.use_synthetic
         epochs = config.EPOCHS + (config.pretrain_epochs if use == PRETRAIN else 0)

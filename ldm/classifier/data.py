@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ldm.classifier.config import DUPLICATE_REAL, PRETRAIN, ClassifierConfig
+from ldm.classifier.config import DUPLICATE_REAL, PRETRAIN, SEGMENT, ClassifierConfig
 from ldm.core.errors import MedSoftError
 from ldm.core.files import JSON_LINES, content_id, fingerprint, named_seed
 from ldm.data.annotations import load_samples
@@ -30,7 +30,7 @@ from ldm.data.checks import (
     trained_on,
 )
 from ldm.data.images import intensity_range_of, pixel_digest, read_image, to_unit
-from ldm.data.masks import TARGET_LABEL, extents, read_anatomy, spacing_of
+from ldm.data.masks import TARGET_LABEL, extents, read_anatomy, read_mask, spacing_of
 from ldm.data.samples import Reject, Sample
 from ldm.data.splits import output_paths, prepare_dataset
 
@@ -43,7 +43,8 @@ LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, a
 @dataclass
 class ImageSet:
     """One set in memory: ``images`` uint8 (N, S, S), or (N, S, S, 3) in colour; ``labels`` class names ("" = unknown);
-    ``hashes`` of pixels; ``attributes``: see ``sample_attributes``; ``left_out``: how many were synthetic."""
+    ``hashes`` of pixels; ``attributes``: see ``sample_attributes``; ``left_out``: how many were synthetic; ``masks`` of
+    the lesions, bool (N, S, S), where the task is to find them."""
 
     name: str
     samples: list[Sample]
@@ -53,6 +54,7 @@ class ImageSet:
     attributes: list[dict[str, Any]]
     rejects: list[Reject]
     left_out: int = 0
+    masks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -60,7 +62,8 @@ class ImageSet:
     def subset(self, kept: Sequence[int]) -> "ImageSet":
         """The samples at these positions, in this order, repeated where a position is."""
         lists = {name: [getattr(self, name)[i] for i in kept] for name in ("samples", "labels", "hashes", "attributes")}
-        return replace(self, images=self.images[list(kept)], **lists)
+        masks = None if self.masks is None else self.masks[list(kept)]
+        return replace(self, images=self.images[list(kept)], masks=masks, **lists)
 
     @property
     def diseased(self) -> list[int]:
@@ -70,7 +73,8 @@ class ImageSet:
     def fingerprint(self) -> str:
         """What this set holds: names, labels, patients, pixels, and what the network sees of them, in which `window`,
         `spacing_mm` and the label map have a part."""
-        rows = zip(self.samples, self.labels, self.hashes, map(pixel_digest, self.images), strict=True)
+        masks = [] if self.masks is None else [map(pixel_digest, self.masks.astype(np.uint8))]
+        rows = zip(self.samples, self.labels, self.hashes, map(pixel_digest, self.images), *masks, strict=True)
         return fingerprint([[s.sample_id, s.patient_id, label, *digests] for s, label, *digests in rows])
 
     def counts(self) -> dict[str, int]:
@@ -112,18 +116,20 @@ def load_images(
         try:
             pixels = read_image(sample.image)
             seen = square(pixels, sample, size, channels, crop)
+            mask = lesion_square(pixels.shape, sample, size, crop) if task == SEGMENT else None
         except MedSoftError as error:
             rejects.append(Reject(sample.sample_id, sample.image, error.cause(sample.image)))
             continue
-        rows.append((sample, seen, label, pixel_digest(pixels), sample_attributes(sample, pixels)))
+        rows.append((sample, seen, mask, label, pixel_digest(pixels), sample_attributes(sample, pixels)))
     for reject in rejects:
         log.warning("%s: %s skipped: %s", name, reject.sample_id, reject.reason)
     if not rows:
         first = f"; the first: {rejects[0].sample_id}: {rejects[0].reason}" if rejects else ""
         counts = f"{len(rejects)} rejected, {left_out} synthetic{first}"
         raise MedSoftError(f"{source}: the {name} set has no usable sample ({counts})")
-    kept, squares, labels, hashes, attributes = map(list, zip(*rows, strict=True))
-    return ImageSet(name, kept, np.stack(squares), labels, hashes, attributes, rejects, left_out)
+    kept, squares, masks, labels, hashes, attributes = map(list, zip(*rows, strict=True))
+    found = np.stack(masks) if task == SEGMENT else None
+    return ImageSet(name, kept, np.stack(squares), labels, hashes, attributes, rejects, left_out, found)
 
 
 def prepare_annotations(config: ClassifierConfig) -> list[Reject]:
@@ -165,7 +171,7 @@ def label_of(sample: Sample, task: str) -> str:
     if sample.healthy:
         return HEALTHY
     kind = (sample.lesion_type or "").strip()
-    return DISEASED if task == "binary" else "" if kind.lower() == HEALTHY else kind
+    return DISEASED if task != "type" else "" if kind.lower() == HEALTHY else kind
 
 
 def square(pixels: np.ndarray, sample: Sample, size: int, channels: str, crop: float | None = None) -> np.ndarray:
@@ -174,12 +180,30 @@ def square(pixels: np.ndarray, sample: Sample, size: int, channels: str, crop: f
     Nothing is stretched: the image, or the part that ``crop`` asks for (see ``vertebra_square``), is scaled until its
     longer side, in mm where the spacing is known, fits, and what remains of the square is black.
     """
-    window, spacing = sample.meta.get("window"), spacing_of(sample.meta.get("spacing_mm") or 1.0)
-    unit = to_unit(pixels, intensity_range_of(pixels, window))
+    unit = to_unit(pixels, intensity_range_of(pixels, sample.meta.get("window")))
     if channels == "grey" and unit.ndim == 3:
         unit = unit @ LUMINANCE
     if channels == "rgb" and unit.ndim == 2:
         unit = np.repeat(unit[..., None], 3, axis=2)
+    return _fitted(unit, sample, size, crop)
+
+
+def lesion_square(shape: tuple[int, ...], sample: Sample, size: int, crop: float | None = None) -> np.ndarray:
+    """The lesion's mask as ``square`` shows the image, which is of that ``shape``: bool (size, size), all False of a
+    healthy sample. MedSoftError where the mask cannot be read, or where nothing of the lesion is in what is seen."""
+    if sample.healthy:
+        return np.zeros((size, size), bool)
+    if sample.mask is None:
+        raise MedSoftError(f"task {SEGMENT}: a diseased sample needs the mask of its lesion")
+    seen = _fitted(read_mask(sample.mask, shape).hard.astype(np.float32), sample, size, crop) >= 128
+    if not seen.any():
+        raise MedSoftError(f"task {SEGMENT}: nothing of the lesion's mask is in what the network sees (crop, img_size)")
+    return seen
+
+
+def _fitted(unit: np.ndarray, sample: Sample, size: int, crop: float | None) -> np.ndarray:
+    """An image or mask in [0, 1] as uint8 (size, size, ...): see ``square``."""
+    spacing = spacing_of(sample.meta.get("spacing_mm") or 1.0)
     if crop is not None:
         unit = vertebra_square(unit, sample, spacing, crop)
     lengths = [count * mm for count, mm in zip(unit.shape, spacing, strict=False)]
@@ -301,6 +325,7 @@ def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence
         [digest for part in parts for digest in part.hashes],
         [attributes for part in parts for attributes in part.attributes],
         [reject for part in parts for reject in part.rejects],
+        masks=np.concatenate([part.masks for part in parts]) if config.task == SEGMENT else None,
     )
     diseased = pool.diseased
     if len(diseased) < len(pool):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.classifier.convergence import read_history
+from ldm.classifier.convergence import SCORES, read_history, score_column
 from ldm.classifier.data import ImageSet
 from ldm.classifier.metrics import BINS, calibration_bins, disease_probability, label_indices, predicted_classes
 from ldm.core.files import named_seed
@@ -91,7 +91,7 @@ def write_test(
         "classifier",
         metrics=metrics,
         number_rows=[
-            (name.replace("_", " "), entry["value"], _interval(entry), metrics["validation"].get(name))
+            (name.replace("_", " "), entry["value"], interval_text(entry), metrics["validation"].get(name))
             for name, entry in metrics["test"].items()
         ],
         fact_rows=[(key.replace("_", " "), metrics.get(key)) for key in FACTS],
@@ -100,7 +100,7 @@ def write_test(
             for row in metrics["groups"]
         ],
         confound_rows=[list(row.values()) for row in metrics["confounds"]],
-        training_plots=_training_plots(folder, path, metrics["epoch"]),
+        training_plots=training_plots(folder, path, metrics["epoch"]),
         **_test_plots(path, metrics, test),
         map=_feature_map(path, test, synthetic),
         mistake_count=count,
@@ -111,17 +111,18 @@ def write_test(
 def number_text(entry: Mapping[str, Any]) -> str:
     """A number of metrics.json with its interval, if it has one."""
     value = number(entry["value"])
-    return value if entry["low"] is None else f"{value} ({_interval(entry)})"
+    return value if entry["low"] is None else f"{value} ({interval_text(entry)})"
 
 
-def _interval(entry: Mapping[str, Any]) -> str:
+def interval_text(entry: Mapping[str, Any]) -> str:
+    """The interval of a number of metrics.json, or why it has none."""
     if entry["low"] is None:
         return number(None) if entry["value"] is None else "meaningless: few patients"
     return f"{entry['low']:.3f} to {entry['high']:.3f}"
 
 
-def _training_plots(folder: Path, path: Path, chosen: int) -> dict[str, str]:
-    """Losses of each phase and the validation AUC, files by description; nothing without history.csv."""
+def training_plots(folder: Path, path: Path, chosen: int) -> dict[str, str]:
+    """Losses of each phase and what the epoch is chosen by, files by description; nothing without history.csv."""
     rows, plots = read_history(folder), {}
     if not rows:
         return {}
@@ -129,8 +130,9 @@ def _training_plots(folder: Path, path: Path, chosen: int) -> dict[str, str]:
         those = [row for row in rows if row["phase"] == phase]
         plots[f"loss of the phase {phase}"] = _plot(path, f"loss_{phase}", loss_figure(those, _title(those)))
     those = [row for row in rows if row["phase"] == "train"]
-    figure = auc_figure([row for row in those if row["val_auc"]], chosen, _title(those))
-    return plots | {"validation AUC by epoch": _plot(path, "val_auc", figure)}
+    column = score_column(rows[0])
+    figure = score_figure([row for row in those if row[column]], column, chosen, _title(those))
+    return plots | {f"validation {SCORES[column]} by epoch": _plot(path, column, figure)}
 
 
 def _title(rows: Sequence[Mapping[str, str]]) -> str:
@@ -195,12 +197,12 @@ def _axes(width: float = 4.6, height: float = 4.6) -> Any:
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
-def auc_figure(rows: Sequence[Mapping[str, str]], chosen: int, title: str) -> "Figure":
-    """Validation AUC by epoch, rows of history.csv where it is defined; the chosen epoch is marked."""
+def score_figure(rows: Sequence[Mapping[str, str]], column: str, chosen: int, title: str) -> "Figure":
+    """A score on validation by epoch, rows of history.csv where it is defined; the chosen epoch is marked."""
     axes = _axes(5, 3.2)
-    axes.plot([int(row["epoch"]) for row in rows], [float(row["val_auc"]) for row in rows], color="tab:orange")
+    axes.plot([int(row["epoch"]) for row in rows], [float(row[column]) for row in rows], color="tab:orange")
     axes.axvline(chosen, color="0.6", linestyle="--", linewidth=1, label=f"chosen: epoch {chosen}")
-    axes.set(title=title, xlabel="epoch", ylabel="validation AUC")
+    axes.set(title=title, xlabel="epoch", ylabel=f"validation {SCORES[column]}")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.25)
     return axes.figure

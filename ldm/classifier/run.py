@@ -1,4 +1,4 @@
-"""The diagnosis classifier: training with the epoch chosen on validation, one test, prediction."""
+"""The diagnosis classifier or segmentation: training with the epoch chosen on validation, one test, prediction."""
 
 import dataclasses
 import glob
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from ldm.checkpoints.files import read_safetensors
-from ldm.classifier.config import ClassifierConfig
+from ldm.classifier.config import SEGMENT, ClassifierConfig
 from ldm.classifier.convergence import convergence, convergence_note, read_history
 from ldm.classifier.data import ImageSet, class_separations, load_data, load_images, require_source
 from ldm.classifier.metrics import few_patients, summarise
-from ldm.classifier.network import build_network, check_model, compute_outputs, pick_device
+from ldm.classifier.network import check_model, compute_outputs, pick_device
 from ldm.classifier.report import Scored, prediction_rows, write_test
+from ldm.classifier.segmentation import build_for_task, called, headline, mask_rows, segment, summarise_masks
+from ldm.classifier.segmentation_report import write_segmentation
 from ldm.classifier.training import fit
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id, fingerprint, read_json, sha256_file, write_json
@@ -118,6 +120,8 @@ def predict(
     """
     classifier = load_classifier(weights, gpu)
     saved = classifier.info["config"]
+    if saved["task"] == SEGMENT:
+        raise UsageError(f"{weights}: was trained with task {SEGMENT}, which names no classes; nothing to predict")
     sizes = (saved["img_size"], saved["task"], saved["channels"], saved["crop"])
     images = load_images(f"predict {source}", str(source), *sizes, need_label=False)
     return prediction_rows(images, classifier.score(images).probabilities, classifier.info["classes"]), images.rejects
@@ -135,7 +139,8 @@ def load_classifier(weights: str | Path, gpu: str | list[int] | list[str] = "") 
         raise MedSoftError(f"{path}: not a classifier saved by classifier.py (it lacks the metadata of one)") from error
     # Keys that classifiers saved before do not have stand for what was done then, which is their default.
     saved = info["config"] = {**dataclasses.asdict(ClassifierConfig()), **info["config"]}
-    network = build_network(saved["model"], len(info["classes"]), saved["img_size"], saved["channels"])
+    sizes = len(info["classes"]), saved["img_size"], saved["channels"]
+    network = build_for_task(saved["task"], saved["model"], *sizes)
     network.load_state_dict(state)
     return Classifier(network.to(pick_device(gpu), memory_format=torch.channels_last).eval(), info)
 
@@ -153,7 +158,6 @@ def _test(
     ``sets``: the real ones by name, of which only ``test``, if there is one, is scored.
     """
     folder, info, test = config.output, classifier.info, sets.get("test")
-    separated = {name: class_separations(images) for name, images in sets.items()}
     suffix = "" if config.train or config.test_epoch is None else f"_epoch_{config.test_epoch}"
     path = folder / f"metrics{suffix}.json"
     question = fingerprint([sha256_file(weights), test.fingerprint() if test else None, config.dataset, config.seed])
@@ -167,25 +171,15 @@ def _test(
     path.unlink(missing_ok=True)  # until everything beside it is new
     metrics = {key: value for key, value in info.items() if key not in ("config", "run", TRAINED_ON)}
     metrics = {"dataset": config.dataset, "model": info["config"]["model"], "task": info["config"]["task"], **metrics}
-    metrics["confounds"] = [
-        {"set": name, "attribute": each.attribute, "auc": each.auc, "p_value": each.p_value, "values": each.values}
-        for name, found in separated.items()
-        for each in found
-    ]
-    notes = [
-        f"{images.left_out} synthetic samples were left out of the {name} set."
-        for name, images in sets.items()
-        if images.left_out
-    ]
-    if "val" in sets and (few := few_patients(sets["val"])):
-        notes.append(f"Validation holds few patients of a class ({few}): which epoch is chosen on it is partly luck.")
-    if history := read_history(folder):
-        found = convergence(history)
-        metrics |= found
-        notes += [note for note in [convergence_note(found)] if note]
-    notes += [f"{name}: {each.warning}." for name, found in separated.items() for each in found if each.suspicious]
+    found, notes = _about_training(folder, sets)
+    metrics |= found
     if test is None:
         metrics["notes"] = ["No test set was given.", *notes]
+    elif test.masks is not None:
+        found = called(segment(classifier.network, test))
+        metrics.update(summarise_masks(test, found, config.seed))
+        metrics["notes"] += notes
+        write_segmentation(folder, metrics, test, found, mask_rows(test, found), suffix)
     else:
         scored = classifier.score(test)
         metrics.update(summarise(test, scored.probabilities, classifier.info["classes"], config.seed))
@@ -199,16 +193,39 @@ def _test(
     return {**metrics, "n_rejected": len(rejects), "already_complete": False}
 
 
+def _about_training(folder: Path, sets: Mapping[str, ImageSet]) -> tuple[dict[str, Any], list[str]]:
+    """What metrics.json says whatever the test is: confounds in the ``sets`` by name, convergence; sentences on both."""
+    separated = {name: class_separations(images) for name, images in sets.items()}
+    found: dict[str, Any] = {}
+    found["confounds"] = [
+        {"set": name, "attribute": each.attribute, "auc": each.auc, "p_value": each.p_value, "values": each.values}
+        for name, found in separated.items()
+        for each in found
+    ]
+    notes = [
+        f"{images.left_out} synthetic samples were left out of the {name} set."
+        for name, images in sets.items()
+        if images.left_out
+    ]
+    if "val" in sets and (few := few_patients(sets["val"])):
+        notes.append(f"Validation holds few patients of a class ({few}): which epoch is chosen on it is partly luck.")
+    if history := read_history(folder):
+        found |= (trained := convergence(history))
+        notes += [note for note in [convergence_note(trained)] if note]
+    notes += [f"{name}: {each.warning}." for name, found in separated.items() for each in found if each.suspicious]
+    return found, notes
+
+
 def _log_summary(folder: Path, metrics: dict[str, Any]) -> None:
     log.info("epoch %d, chosen by %s", metrics["epoch"], metrics["chosen_by"])
     if metrics.get("converged"):
-        log.info("training had converged: validation AUC and loss no longer got better")
+        log.info("training had converged: validation score and loss no longer got better")
     if "test" in metrics:
-        auc = metrics["test"]["auc"]
-        value = "undefined" if auc["value"] is None else f"{auc['value']:.3f}"
-        between = f"95 % {auc['low']:.3f} to {auc['high']:.3f}" if auc["low"] is not None else "no interval"
+        name, found = headline(metrics)
+        value = "undefined" if found["value"] is None else f"{found['value']:.3f}"
+        between = f"95 % {found['low']:.3f} to {found['high']:.3f}" if found["low"] is not None else "no interval"
         counts = metrics["n_test"], metrics["n_test_diseased"]
-        log.info("test AUC %s (%s), %d samples (%d diseased)", value, between, *counts)
+        log.info("test %s %s (%s), %d samples (%d diseased)", name, value, between, *counts)
     for note in metrics["notes"]:
         log.warning("%s", note)
     log.info("results in %s; look at report.html there", folder)

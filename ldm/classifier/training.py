@@ -19,10 +19,12 @@ from tqdm import tqdm
 
 from ldm.checkpoints.files import save_pickle
 from ldm.classifier.augmentation import augmented
-from ldm.classifier.config import PRETRAIN, ClassifierConfig
+from ldm.classifier.config import PRETRAIN, SEGMENT, ClassifierConfig
+from ldm.classifier.convergence import SCORES, score_column
 from ldm.classifier.data import HEALTHY, ClassifierData, ImageSet
 from ldm.classifier.metrics import label_indices, point_values
-from ldm.classifier.network import build_network, compute_outputs, normalise, pick_device
+from ldm.classifier.network import compute_outputs, normalise, pick_device
+from ldm.classifier.segmentation import build_for_task, moved_masks, segmentation_loss, validate_masks
 from ldm.core.devices import autocast
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_file, named_seed
@@ -45,6 +47,7 @@ class Phase:
     labels: torch.Tensor  # (N,) class indices
     names: list[str]  # no two alike: order and augmentation depend on them
     shares: torch.Tensor  # (K,) weight of each class, see class_weights
+    masks: np.ndarray | None = None  # bool (N, S, S), with task segment
 
     def epoch_name(self, epoch: int) -> int | str:
         """What sets an epoch apart from all others of a run; its randomness depends on it."""
@@ -73,7 +76,8 @@ def make_phases(config: ClassifierConfig, data: ClassifierData) -> list[Phase]:
         # of an epoch's batches, of equal sizes, none is of one image: that has no variance
         count = min(math.ceil(len(names) / config.Batch_Size), len(names) // 2)
         steps = epochs * count if steps is None else steps
-        return Phase(name, epochs, steps, pixels, labels, names, class_weights(labels, len(data.classes)))
+        masks = np.concatenate([images.masks for images in used]) if config.task == SEGMENT else None
+        return Phase(name, epochs, steps, pixels, labels, names, class_weights(labels, len(data.classes)), masks)
 
     steps = config.steps
     if config.use_synthetic != PRETRAIN:
@@ -105,7 +109,8 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     folder, device, phases = config.output, pick_device(config.GPU), make_phases(config, data)
     torch.manual_seed(named_seed(config.seed, "weights"))
-    network = build_network(config.model, len(data.classes), config.img_size, config.channels, config.pretrained)
+    sizes = len(data.classes), config.img_size, config.channels
+    network = build_for_task(config.task, config.model, *sizes, config.pretrained)
     network = network.to(device).to(memory_format=torch.channels_last)
     rows, best, moments = resume(folder / "last.pt", network, run)
     saved = time.monotonic()
@@ -116,15 +121,17 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
         for epoch in range(sum(row["phase"] == phase.name for row in rows) + 1, phase.epochs + 1):
             train_loss = train_epoch(network, optimizer, phase, epoch, config)
             validation = validate(network, data, phases[-1].shares)
-            auc = validation.get("macro_auc", validation["auc"])  # with lesion types, the mean over them
+            column = "val_dice" if config.task == SEGMENT else "val_auc"
+            # with lesion types the AUC is the mean over them
+            score = next(validation[name] for name in ("dice", "macro_auc", "auc") if name in validation)
             row = {"phase": phase.name, "epoch": epoch, "train_loss": train_loss}
-            row |= {"val_loss": validation["loss"], "val_auc": auc}
+            row |= {"val_loss": validation["loss"], column: score}
             row |= {} if config.steps is None else {"step": phase.steps_of(epoch).stop}
             rows.append(row)
-            shown = "undefined" if auc is None else f"{auc:.3f}"
+            shown = "undefined" if score is None else f"{score:.3f}"
             progress = phase.name, epoch, phase.epochs, phase.steps_of(epoch).stop, phase.steps
-            losses = train_loss, row["val_loss"], shown
-            log.info("%s epoch %d/%d, step %d/%d: train %.4f, val %.4f, val AUC %s", *progress, *losses)
+            losses = train_loss, row["val_loss"], SCORES[column], shown
+            log.info("%s epoch %d/%d, step %d/%d: train %.4f, val %.4f, val %s %s", *progress, *losses)
             chosen = phase is phases[-1] and is_chosen(row, best and best["row"], config.test_epoch)
             kept = phase is phases[-1] and config.save_epoch and epoch % config.save_epoch == 0
             if chosen or kept:
@@ -141,7 +148,8 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
                     save_pickle(state, handle)
                 saved = time.monotonic()
     assert best is not None  # the last phase has an epoch, and its first one is chosen or test_epoch is in it
-    chosen_by = "validation loss" if rows[0]["val_auc"] is None else "validation AUC"
+    column = score_column(rows[0])
+    chosen_by = "validation loss" if rows[0][column] is None else f"validation {SCORES[column]}"
     chosen_by = chosen_by if config.test_epoch is None else "test_epoch"
     write_csv(folder / "history.csv", rows)
     save_classifier(folder / "classifier.safetensors", config, data, run, best, chosen_by)
@@ -151,13 +159,16 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
 def is_chosen(row: Mapping[str, Any], best: Mapping[str, Any] | None, test_epoch: int | None) -> bool:
     """Whether the epoch of ``row`` is ``test_epoch`` or, where that is None, better than the ``best`` before it.
 
-    Better: the higher validation AUC, then the lower validation loss, which decides alone where the AUC is undefined.
+    Better: the higher validation AUC (or Dice), then the lower validation loss, which decides alone where the AUC is
+    undefined.
     """
     if test_epoch is not None:
         return row["epoch"] == test_epoch
-    if row["val_auc"] is None and row["epoch"] == 1:
-        log.warning("validation holds one class: its AUC is undefined, the epoch is chosen by the validation loss")
-    ranks = [(round(each["val_auc"] or 0.0, 6), -each["val_loss"]) for each in (row, best) if each]
+    column = score_column(row)
+    if row[column] is None and row["epoch"] == 1:
+        what = f"validation holds one class: its {SCORES[column]} is undefined"
+        log.warning("%s, the epoch is chosen by the validation loss", what)
+    ranks = [(round(each[column] or 0.0, 6), -each["val_loss"]) for each in (row, best) if each]
     return best is None or ranks[0] > ranks[1]
 
 
@@ -180,7 +191,12 @@ def train_epoch(
         inputs = normalise(augmented(phase.images[rows], keys, config.augmentation, device), network)
         with autocast(device):
             logits = network(inputs)
-        loss = F.cross_entropy(logits.float(), phase.labels[rows].to(device), weight=weight)
+        labels = phase.labels[rows].to(device)
+        if phase.masks is None:
+            loss = F.cross_entropy(logits.float(), labels, weight=weight)
+        else:
+            counts = torch.ones(len(rows), device=device) if weight is None else weight[labels]
+            loss = segmentation_loss(logits.float(), moved_masks(phase.masks[rows], keys, device), counts)
         value = loss.item()
         if not math.isfinite(value):
             some = ", ".join(name for _, name in names[:4])
@@ -234,8 +250,11 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def validate(network: torch.nn.Module, data: ClassifierData, shares: torch.Tensor) -> dict[str, float | None]:
-    """The loss, weighted as in training, and every number of ``metrics.point_values``; None where undefined."""
+    """The loss, weighted as in training, and every number of ``metrics.point_values`` or, with task segment, of
+    ``compare_masks``; None where undefined."""
     labels = label_indices(data.val, data.classes)
+    if data.val.masks is not None:
+        return validate_masks(network, data.val, shares[torch.from_numpy(labels)])
     logits, _ = compute_outputs(network, data.val, 128)
     loss = float(F.cross_entropy(logits, torch.from_numpy(labels), weight=shares))
     if math.isnan(loss):

@@ -138,6 +138,7 @@ def test_second_run_is_already_complete_and_changes_need_overwrite(world: dict, 
             ("train", 3),
             [("train", 3)],
         ),
+        ({"EPOCHS": 2, "task": "segment"}, ("train", 2), [("train", 2)]),
         (
             {"EPOCHS": 2, "use_synthetic": "pretrain", "pretrain_epochs": 2},
             ("pretrain", 2),
