@@ -194,10 +194,10 @@ def _test(
 
 
 def _about_training(folder: Path, sets: Mapping[str, ImageSet]) -> tuple[dict[str, Any], list[str]]:
-    """What metrics.json says whatever the test is: confounds in the ``sets`` by name, convergence; sentences on both."""
+    """What metrics.json says whatever is tested: confounds in the ``sets`` by name, convergence; sentences on both."""
     separated = {name: class_separations(images) for name, images in sets.items()}
-    found: dict[str, Any] = {}
-    found["confounds"] = [
+    about: dict[str, Any] = {}
+    about["confounds"] = [
         {"set": name, "attribute": each.attribute, "auc": each.auc, "p_value": each.p_value, "values": each.values}
         for name, found in separated.items()
         for each in found
@@ -210,10 +210,10 @@ def _about_training(folder: Path, sets: Mapping[str, ImageSet]) -> tuple[dict[st
     if "val" in sets and (few := few_patients(sets["val"])):
         notes.append(f"Validation holds few patients of a class ({few}): which epoch is chosen on it is partly luck.")
     if history := read_history(folder):
-        found |= (trained := convergence(history))
+        about |= (trained := convergence(history))
         notes += [note for note in [convergence_note(trained)] if note]
     notes += [f"{name}: {each.warning}." for name, found in separated.items() for each in found if each.suspicious]
-    return found, notes
+    return about, notes
 
 
 def _log_summary(folder: Path, metrics: dict[str, Any]) -> None:
