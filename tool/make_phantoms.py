@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--healthy", type=cli.WHOLE, default=160, help="healthy images")
     made.add_argument("--diseased", type=cli.WHOLE, help="ones with a lesion; types take turns (default: 40)")
     made.add_argument("--lesions_per_type", type=cli.COUNT, help="instead of --diseased: so many lesions of each type")
-    made.add_argument("--seed", type=cli.SEED, default=0, help="the world: two seeds share no patient")
+    made.add_argument("--seed", type=cli.SEED, default=0, help="whose patients: two seeds share none")
     made.add_argument("--per_patient", type=cli.COUNT, default=1, help="images of each patient")
     text = "pixels a side, 256 to 2048: a wide view with lesions as small as in CT (default: close up, 104 to 144)"
     made.add_argument("--size", type=cli.COUNT, help=text)
