@@ -73,8 +73,8 @@ def check_size(path: str | Path, width: int, height: int) -> None:
         raise FileError(path, f"declares {width} x {height} pixels, more than the limit of {limit} megapixels")
 
 
-def check_png(path: str | Path, data: bytes) -> None:
-    """FileError for a PNG that is truncated, damaged or too large, or whose pixel data are short.
+def check_png(path: str | Path, data: bytes) -> set[bytes]:
+    """The names of a PNG's chunks; FileError for one that is truncated, damaged or too large, or short of pixel data.
 
     Pillow accepts a damaged end and short pixel data silently, on which other decoders crash: both are looked for here,
     as are checksums.
@@ -84,15 +84,21 @@ def check_png(path: str | Path, data: bytes) -> None:
     if len(data) < len(PNG_SIGNATURE) + 25 or PNG_END not in data:
         raise FileError(path, f"truncated PNG ({len(data)} bytes, its end is missing); copy it again")
     check_size(path, *struct.unpack_from(">II", data, 16))  # Pillow itself would only warn, or say less
-    found = _inflated_length(path, _pixel_chunks(path, data), expected := _raw_length(data))
+    pixels, names = _pixel_chunks(path, data)
+    found = _inflated_length(path, pixels, expected := _raw_length(data))
     if found < expected:
         raise FileError(path, f"damaged PNG: pixel data for {found} of {expected} bytes; copy or export it again")
+    return names
 
 
-def _pixel_chunks(path: str | Path, data: bytes) -> list[memoryview]:
-    """The compressed pixel data; FileError for a chunk that is cut, misnamed or has a wrong checksum, or if none is."""
+def _pixel_chunks(path: str | Path, data: bytes) -> tuple[list[memoryview], set[bytes]]:
+    """The compressed pixel data, and the names of all chunks.
+
+    FileError for a chunk that is cut, misnamed or has a wrong checksum, or if none holds pixels.
+    """
     view, place, name = memoryview(data), len(PNG_SIGNATURE), b""
     found: list[memoryview] = []
+    names: set[bytes] = set()
     while name != b"IEND":
         before = name
         length, name = struct.unpack_from(">I4s", data, place) if place + 12 <= len(data) else (len(data), b"")
@@ -103,10 +109,11 @@ def _pixel_chunks(path: str | Path, data: bytes) -> list[memoryview]:
             raise FileError(path, f"damaged PNG: wrong checksum in chunk {name.decode()}; copy it again")
         if name == b"IDAT" and (not found or before == name):  # decoders stop at the first other chunk
             found.append(view[place + 8 : end - 4])
+        names.add(name)
         place = end
     if not found:
         raise FileError(path, "damaged PNG: it holds no pixel data")
-    return found
+    return found, names
 
 
 def _raw_length(data: bytes) -> int:
