@@ -158,6 +158,7 @@ def _is_hidden(root: Path, folder: Path) -> bool:
     return any(part[0] == "." or part.lower() in SYSTEM_FOLDERS for part in parts)
 
 
+@functools.lru_cache
 def _split_name(name: str) -> tuple[str, str]:
     """Stem and suffix in small letters; ``.nii.gz`` is one suffix."""
     stem, suffix = os.path.splitext(name.lower())

@@ -6,6 +6,7 @@ A mask is float32 in [0, 1]; 1 is the lesion region, the part to be inpainted. E
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Mask:
     soft: bool = False
     note: str | None = None
 
-    @property
+    @cached_property
     def hard(self) -> np.ndarray:
         """bool HxW: the lesion region, values >= 0.5."""
         return self.values >= 0.5
