@@ -94,11 +94,17 @@ def annotation_texts(
 
 
 _FLAT = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-_INDENTED = json.JSONEncoder(ensure_ascii=False, allow_nan=False, indent=2).encode
 
 
-def _indented(value: Any) -> str:
-    return _INDENTED(value).replace("\n", "\n    ") if isinstance(value, dict | list) else _FLAT(value)
+def _indented(value: Any, margin: str = "    ") -> str:
+    """A value of a record as Python's encoder writes it with an indent of 2, which it does several times slower."""
+    inner = f"{margin}  "
+    if isinstance(value, dict) and value:
+        rows = (f"{inner}{_FLAT(key)}: {_indented(each, inner)}" for key, each in value.items())
+        return "{\n" + ",\n".join(rows) + f"\n{margin}}}"
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(f"{inner}{_indented(each, inner)}" for each in value) + f"\n{margin}]"
+    return _FLAT(value)
 
 
 def _record(number: int, sample: Sample, folder: str | None) -> dict[str, Any]:
