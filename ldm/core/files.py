@@ -133,9 +133,9 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
-def json_text(value: Any) -> str:
-    """``value`` as indented JSON. ValueError for NaN, which is not JSON."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def json_text(value: Any, indent: int | None = 2) -> str:
+    """``value`` as JSON, indented, or with None on one line. ValueError for NaN, which is not JSON."""
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_together(texts: Mapping[Path, Iterable[str]]) -> None:

@@ -154,13 +154,14 @@ def write_rejects(path: str | Path, rejects: Sequence[Reject]) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def rejects_text(rejects: Sequence[Reject]) -> str:
-    """A JSON list of {sample_id, file, reason}, all text.
+def rejects_text(rejects: Sequence[Reject], lines: bool = False) -> str:
+    """A JSON list of {sample_id, file, reason}, all text, or, with ``lines``, one of them a line.
 
     File names that are not valid UTF-8 have their bytes written out, so that JSON can hold them.
     """
     rows = [{"sample_id": r.sample_id, "file": str(r.file), "reason": r.reason} for r in rejects]
-    return json_text([{k: v.encode("utf-8", "backslashreplace").decode() for k, v in row.items()} for row in rows])
+    rows = [{k: v.encode("utf-8", "backslashreplace").decode() for k, v in row.items()} for row in rows]
+    return "".join(json_text(row, None) for row in rows) if lines else json_text(rows)
 
 
 def read_annotations(path: Path) -> tuple[list[Sample], list[Reject]]:

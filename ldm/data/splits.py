@@ -159,13 +159,12 @@ def prepare_dataset(
     groups["all"] = sorted([*real, *made], key=lambda sample: sample.sample_id)
     absent = _without_present(known, groups["all"]) if goes_on else NOBODY
     _log_moves(groups, known, kept, len(known.sides) - len(earlier.sides))
-    files: dict[Path, Iterable[str]] = {
-        paths[name]: annotation_texts(paths[name], group, settings, digests) for name, group in groups.items()
-    }
+    lines, files = output_file.suffix.lower() == JSON_LINES, dict[Path, Iterable[str]]()
+    files |= {paths[name]: annotation_texts(paths[name], group, settings, digests) for name, group in groups.items()}
     if rejects:
-        files[paths["rejects"]] = [rejects_text(rejects)]
+        files[paths["rejects"]] = [rejects_text(rejects, lines)]
     if absent.patients or absent.samples:
-        files[paths["absent"]] = [json_text({"split": settings, **absent._asdict()})]
+        files[paths["absent"]] = [json_text({"split": settings, **absent._asdict()}, None if lines else 2)]
     write_together(files)
     for path in {paths["rejects"], paths["absent"]} - set(files):
         path.unlink(missing_ok=True)
@@ -411,16 +410,13 @@ def _check_file(output_file: Path) -> None:
 def output_paths(output_file: Path) -> dict[str, Path]:
     """The files beside ``output_file``: all, each part, rejects and absent; different ones whatever its suffix is.
 
-    The parts are JSON Lines if ``output_file`` ends with .jsonl, else JSON, as the two others always are.
+    They are JSON Lines if ``output_file`` ends with .jsonl, else JSON.
     """
     suffix = output_file.suffix.lower()
     base = output_file.stem if suffix in (".json", JSON_LINES) else output_file.name
-    kinds = dict.fromkeys(SPLITS, JSON_LINES if suffix == JSON_LINES else ".json")
-    parts = {
-        name: output_file.with_name(f"{base}_{name}{kind}")
-        for name, kind in (kinds | dict.fromkeys(("rejects", "absent"), ".json")).items()
-    }
-    return {"all": output_file, **parts}
+    kind = JSON_LINES if suffix == JSON_LINES else ".json"
+    names = (*SPLITS, "rejects", "absent")
+    return {"all": output_file} | {name: output_file.with_name(f"{base}_{name}{kind}") for name in names}
 
 
 def _earlier_paths(output_file: Path) -> dict[str, Path]:

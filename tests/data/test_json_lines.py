@@ -97,11 +97,11 @@ def test_patients_keep_their_sides_and_those_who_are_away_come_back(dataset: Pat
     for number in range(9):
         write_sample(dataset / "data" / f"n{number}", meta={"patient_id": f"new{number}"})
     assert run(dataset, "o.jsonl") == 0
-    assert (dataset / "out" / "o_absent.json").exists()
+    assert (dataset / "out" / "o_absent.jsonl").exists()
     shutil.move(dataset / "away", dataset / "data" / "s03")
     assert run(dataset, "o.jsonl") == 0
     assert {name: side for name, side in sides(dataset / "out").items() if name in before} == before
-    assert not (dataset / "out" / "o_absent.json").exists()
+    assert not (dataset / "out" / "o_absent.jsonl").exists()
 
 
 def test_who_changes_to_json_lines_keeps_the_split(
@@ -122,10 +122,27 @@ def test_who_changes_to_json_lines_keeps_the_split(
         assert load_samples(dataset / "out" / f"o{part}.jsonl")[0] == kept
 
 
-def test_rejects_are_listed_as_json_and_nothing_is_written_after_an_error(dataset: Path, write_sample: Write) -> None:
+def test_files_beside_json_lines_are_not_those_beside_json(dataset: Path, write_sample: Write) -> None:
+    """Two annotation files of one name, of two data sets: each has the rejects and the absent patients of its own."""
+    write_sample(dataset / "data" / "bad", prompt="")
+    assert run(dataset, "o.json") == 3
+    shutil.move(dataset / "data" / "s03", dataset / "away")
+    assert run(dataset, "o.json") == 3
+    beside = {name: (dataset / "out" / f"o_{name}.json").read_bytes() for name in ("rejects", "absent")}
+    shutil.rmtree(dataset / "data" / "bad")
+    shutil.move(dataset / "away", dataset / "data" / "s03")
+    assert run(dataset, "o.jsonl") == 0
+    assert beside == {name: (dataset / "out" / f"o_{name}.json").read_bytes() for name in beside}
+    assert not any((dataset / "out" / f"o_{name}.jsonl").exists() for name in beside)
+
+
+def test_rejects_are_listed_one_a_line_and_nothing_is_written_after_an_error(
+    dataset: Path, write_sample: Write
+) -> None:
     write_sample(dataset / "data" / "bad", prompt="")
     assert run(dataset, "o.jsonl") == 3
-    assert [each["sample_id"] for each in json.loads((dataset / "out" / "o_rejects.json").read_text())] == ["bad"]
+    (line,) = (dataset / "out" / "o_rejects.jsonl").read_text().splitlines()
+    assert json.loads(line)["sample_id"] == "bad"
     before = contents(dataset / "out")
     with pytest.raises(MedSoftError, match="1 samples cannot be used and --strict"):
         run(dataset, "o.jsonl", "--strict")
