@@ -126,7 +126,8 @@ class SharedRun:
         if record and record["images"] != images:
             raise UsageError(
                 f"{self.folder.path}: {self.share} was begun with other images or prompts "
-                f"(images: {record['images'][:8]} -> {images[:8]}); give another --output_dir, or delete this one"
+                f"(images: {record['images'][:8]} -> {images[:8]}); put these back, give another --output_dir, or "
+                "delete this one and run all shares again: --overwrite replaces whole runs only"
             )
         return record
 

@@ -175,10 +175,10 @@ def test_each_share_rejects_its_own_and_looks_at_its_own_inputs(final: Path, wor
     assert record(tmp_path / "out")["complete"] is False
     write_png(third, 255 - read_image(third))
     write_png(fourth, 255 - read_image(fourth))
-    with pytest.raises(
-        UsageError, match=rf"share {third_share}/6 was begun with other images or prompts \(images: \w+ -> \w+\)"
-    ):
-        infer(final, tmp_path / "out", *given, "--share", f"{third_share}/6")
+    said = rf"share {third_share}/6 was begun with other images or prompts \(images: \w+ -> \w+\)"
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(UsageError, match=rf"{said}; .* run all shares again: --overwrite replaces whole runs only"):
+            infer(final, tmp_path / "out", *given, "--share", f"{third_share}/6", *more)
     assert infer(final, tmp_path / "out", *given, "--share", "1/6") == 3  # reports what no share could read
     assert (record(tmp_path / "out")["pictures"], record(tmp_path / "out")["rejected"]) == (2, 2)
     rejects = json.loads((tmp_path / "out" / "rejects.json").read_text())
