@@ -32,7 +32,7 @@ FitMode = Literal["crop", "pad", "resize"]
 FeatherUnit = Literal["diameter", "pixels", "mm"]
 CropUnit = Literal["pixels", "mm"]
 Sampler = Literal["ddim", "dpmpp_2m"]
-Spacing = Literal["leading", "trailing"]
+Spacing = Literal["leading", "trailing", "polynomial"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights and optimizer stay float32 in all of them
 SamplingPrecision = Literal["32-true", "bf16-true"]
 GROUPS, SAMPLERS, SPACINGS = get_args(Group), get_args(Sampler), get_args(Spacing)
@@ -206,7 +206,8 @@ class SamplingConfig:
 
     sampler: Sampler = setting("ddim", IMAGES)  # ddim or dpmpp_2m (DPM-Solver++ 2M)
     steps: Count = setting(50, IMAGES)
-    spacing: Spacing = setting("leading", IMAGES, before="leading")  # of the time steps; trailing: from the noisiest on
+    # of the time steps; trailing: from the noisiest on; polynomial: also denser towards the clean end
+    spacing: Spacing = setting("leading", IMAGES, before="leading")
     guidance_scale: Amount = setting(7.5, IMAGES)  # 1 = no guidance
     # From which to which share of the steps guidance acts (0 = the first, noisiest step). Outside, the prompt alone
     # steers, at half the cost.

@@ -30,7 +30,7 @@ def test_shipped_yaml_loads(path: Path) -> None:
 
 def test_true_size_is_the_default_and_the_stages_share_it() -> None:
     base = load_config(MODELS / "mldm_v15.yaml")
-    fast = dataclasses.replace(Config().sampling, sampler="dpmpp_2m", steps=8, spacing="trailing")
+    fast = dataclasses.replace(Config().sampling, sampler="dpmpp_2m", steps=6, spacing="polynomial")
     assert base == dataclasses.replace(Config(), sampling=fast)
     shapes = identity(base, "architecture")
     for stage in STAGES:
@@ -135,7 +135,7 @@ def test_a_key_at_the_value_of_old_is_no_part_of_the_identity_and_comes_back_as_
     assert "spacing" not in stored["sampling"]
     now = load_config(MODELS / "phantom.yaml", ["data.min_crop=32"])
     assert identity(now, "images")["data"]["min_crop"] == 32
-    assert identity(now, "images")["sampling"]["spacing"] == "trailing"
+    assert identity(now, "images")["sampling"]["spacing"] == "polynomial"
     assert load_config(MODELS / "mldm_v15.yaml", stored_overrides(Config, stored)).data == old.data
     again = load_config(MODELS / "phantom.yaml", ["sampling.spacing=trailing", *stored_overrides(Config, stored)])
     assert again == old

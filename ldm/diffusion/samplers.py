@@ -38,8 +38,24 @@ def trailing(total: int, steps: int) -> list[int]:
     return [int(end) - 1 for end in ends.round()]
 
 
-# ``steps`` of the ``total`` time steps of a schedule, from noisy to clean, as diffusers' ``timestep_spacing``.
-SPACINGS: dict[str, Callable[[int, int], list[int]]] = {"leading": leading, "trailing": trailing}
+def polynomial(total: int, steps: int) -> list[int]:
+    """The noisiest time step times (k / steps) ** 1.5: denser towards the clean end.
+
+    Between trailing (exponent 1) and the quadratic steps of Song et al. 2021 (2): docs/inference.md has figures.
+    Where rounding would visit a time step twice, the noisier visit moves on to the next one.
+    """
+    times: list[int] = []
+    for k in range(1, steps + 1):
+        times.append(max(round((total - 1) * (k / steps) ** 1.5), times[-1] + 1 if times else 0))
+    return times[::-1]
+
+
+# ``steps`` of the ``total`` time steps of a schedule, from noisy to clean; the first two as diffusers' ones.
+SPACINGS: dict[str, Callable[[int, int], list[int]]] = {
+    "leading": leading,
+    "trailing": trailing,
+    "polynomial": polynomial,
+}
 
 
 def time_passed(timesteps: Sequence[int], index: int) -> float:

@@ -19,7 +19,7 @@ from ldm.config import DiffusionConfig
 from ldm.diffusion import samplers
 from ldm.diffusion.guidance import guided_steps, rescaled
 from ldm.diffusion.noise import image_noise, step_noise
-from ldm.diffusion.samplers import DifferentialMask, ddim, dpmpp_2m, leading, time_passed, trailing
+from ldm.diffusion.samplers import DifferentialMask, ddim, dpmpp_2m, leading, polynomial, time_passed, trailing
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.networks.attention import Conditioning
 from ldm.networks.sampling import GuidanceConditions, sample_latent
@@ -78,6 +78,17 @@ def test_time_steps_are_those_of_diffusers(spacing: str) -> None:
         if expected[-1] == -1:  # of 61 trailing steps, and a few more numbers, diffusers makes one too many by rounding
             expected.pop()
         assert samplers.SPACINGS[spacing](1000, steps) == expected, steps
+
+
+def test_polynomial_time_steps_are_denser_at_the_clean_end_and_none_is_visited_twice() -> None:
+    assert polynomial(1000, 6) == [999, 760, 544, 353, 192, 68]  # 999 times (k / 6) to the power of 1.5
+    assert polynomial(1000, 4) == [999, 649, 353, 125]
+    for steps in range(1, 1000):
+        times = polynomial(1000, steps)
+        assert len(times) == steps
+        assert times[0] == 999
+        assert times[-1] >= 0
+        assert all(after < before for before, after in itertools.pairwise(times)), steps
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 10, 50, 999])
@@ -157,7 +168,7 @@ def test_dpm_solver_agrees_with_diffusers_step_by_step(steps: int, spacing: str)
 
 
 @BOTH
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("spacing", config.SPACINGS)
 def test_takes_every_number_of_steps_the_configuration_allows(sampler: Any, spacing: str) -> None:
     short = DiffusionConfig(timesteps=10)
     for steps in range(1, 10):
