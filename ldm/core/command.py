@@ -17,6 +17,7 @@ SCRIPTS = {
     "draw": "dataset_infer.py",
     "classify": "classifier.py",
     "evaluate": "tool/evaluate.py",
+    "choose": "tool/choose_results.py",
     "study": "tool/study.py",
     "figures": "tool/study_figures.py",
     "run": "tool/run_stages.py",
