@@ -2,15 +2,18 @@
 
 import logging
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.config import TextEncoderConfig
 from ldm.core.tables import shortened
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,15 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {SPECIAL.get(number, token): number for token, number in shipped.encoder.items()}, list(shipped.bpe_ranks)
 
 
+@cache
+def clip_tokenizer() -> "CLIPTokenizer":
+    """The class SD itself uses, on the vocabulary and merges that ship with open_clip_torch."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = clip_vocabulary()
+    return CLIPTokenizer(vocab=vocabulary, merges=merges)  # type: ignore[arg-type]  # its hints know no pairs
+
+
 def clip_settings(cfg: TextEncoderConfig) -> dict[str, Any]:
     """The same sizes under the names of transformers' CLIPTextConfig."""
     return {
@@ -83,14 +95,6 @@ class TextEncoder(nn.Module):
         clip = CLIPTextModel(CLIPTextConfig(**clip_settings(cfg)))
         self.transformer = nn.ModuleDict({"text_model": getattr(clip, "text_model", clip)})
 
-    @cached_property
-    def _tokenizer(self):
-        """The class SD itself uses, on the vocabulary and merges that ship with open_clip_torch."""
-        from transformers import CLIPTokenizer
-
-        vocabulary, merges = clip_vocabulary()
-        return CLIPTokenizer(vocab=vocabulary, merges=merges)
-
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """SD's token ids (B, max_length): start, text, end, then padding with 49407.
 
@@ -100,7 +104,7 @@ class TextEncoder(nn.Module):
         room = self.max_length - 2
         rows = []
         for prompt in prompts:
-            found = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+            found = clip_tokenizer()(prompt, add_special_tokens=False, return_offsets_mapping=True)
             ids = found["input_ids"]
             pieces = _shared_letters(found["offset_mapping"])
             self._warnings.report(prompt, room, found["offset_mapping"], pieces if 4 * pieces > len(ids) else 0)
