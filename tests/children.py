@@ -58,6 +58,10 @@ class Child:
         self.process = SERVER.Process(target=_run, args=given)
         self.process.start()
 
+    def said_until_now(self) -> str:
+        """What it has written to its stdout so far."""
+        return Path(self.outputs.name, "stdout").read_text(self.encoding, errors="replace")
+
     def wait(self, timeout: float) -> "subprocess.CompletedProcess[str]":
         """How it ended and what it wrote; after ``timeout`` seconds it is killed, and an error says so."""
         self.process.join(timeout)

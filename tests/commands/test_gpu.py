@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import children
 import pytest
 import torch
 from tiny import PHANTOM, ROOT, call, on_cpu
@@ -28,6 +31,21 @@ def measure(page: Path, *more: Any, device: str = "cpu") -> int:
     return call(gpu, *given, *more)
 
 
+class Forked:
+    """What ``in_own_process`` uses of a ``subprocess.Popen``, of a process that need not import torch again."""
+
+    returncode = -1
+
+    def __init__(self, words: list[str], **_: Any) -> None:
+        self.child = children.start(*words[1:])
+        self.pid = self.child.process.pid
+
+    def communicate(self, timeout: float) -> tuple[None, str]:
+        done = self.child.wait(timeout)
+        self.returncode = done.returncode
+        return None, done.stderr
+
+
 def results(page: Path) -> dict[str, dict]:
     return {file.stem: json.loads(file.read_text()) for file in (page.parent / "gpu_output").glob("*.json")}
 
@@ -37,6 +55,7 @@ def test_steps_are_measured_once_and_the_page_keeps_its_words(
 ) -> None:
     caplog.set_level("INFO")
     words = page.read_text()
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
     assert measure(page, "--only", "stage1", "drawing_fast_compiled") == 0
     found = results(page)
     assert found.keys() == {"stage1", "drawing_fast_compiled"}

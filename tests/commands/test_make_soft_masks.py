@@ -2,12 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import children
 import numpy as np
 import pytest
 from tiny import ROOT, call
@@ -209,16 +209,17 @@ def test_bad_boxes(data: Path, tmp_path: Path, content: Any, message: str) -> No
 def test_two_equal_commands_at_once_both_end_well(data: Path, tmp_path: Path) -> None:
     """The test holds the folder until both say that they wait: whoever comes second finds the work of the first."""
     out = tmp_path / "out"
-    command = [sys.executable, "tool/make_soft_masks.py", "--source", "lesion"]
-    command += ["--data", str(data), "--output_dir", str(out)]
+    command = ["tool/make_soft_masks.py", "--source", "lesion", "--data", data, "--output_dir", out]
+    waiting = "another run is writing here at this moment; waiting for it to end"
     with RunFolder(out, "soft_masks.json").lock():
-        both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+        both = [children.start(*command, folder=ROOT) for _ in range(2)]
         for each in both:
-            assert each.stdout is not None
-            assert "another run is writing here at this moment; waiting for it to end" in each.stdout.readline()
-    said = [each.communicate(timeout=120)[0] for each in both]
-    assert [each.returncode for each in both] == [0, 0]
-    assert sorted("already complete (2 soft masks)" in text for text in said) == [False, True]
+            while waiting not in each.said_until_now():
+                assert each.process.exitcode is None, each.wait(1)
+                time.sleep(0.02)
+    done = [each.wait(120) for each in both]
+    assert [each.returncode for each in done] == [0, 0]
+    assert sorted("already complete (2 soft masks)" in each.stdout for each in done) == [False, True]
     assert make(data, tmp_path / "alone", "--source", "lesion") == 0
     assert files(out) == files(tmp_path / "alone")
 

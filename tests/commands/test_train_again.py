@@ -94,7 +94,7 @@ def test_cures_for_full_memory_are_accepted_when_the_run_goes_on(
     assert len(steps(folder)) == 6
 
 
-def test_resumed_where_kernels_lie_otherwise_in_memory(trained: dict, world: Path, tmp_path: Path) -> None:
+def test_resumed_where_kernels_lie_otherwise_in_memory(small: Any, world: Path, tmp_path: Path) -> None:
     """Begun on a device that wants kernels channels last, gone on with where they do not lie so."""
     given = {"max_epochs": 2, "save_every_minutes": 0, "rates.unet": 0.001, "ema_decay": 0.9}
     plain = Training.forward_backward
@@ -104,15 +104,15 @@ def test_resumed_where_kernels_lie_otherwise_in_memory(trained: dict, world: Pat
             raise OSError("the power is gone")
         plain(self, batch)
 
-    start, folder = trained["stage2_1"].last, tmp_path / "s"
+    start, folder = small.last, tmp_path / "s"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldm.training.stage.kernel_layout", lambda *_: torch.channels_last)
-        assert train("stage2_2", start, tmp_path / "whole", world, **given) == 0
+        assert train("stage2_2", start, tmp_path / "whole", world, *small.sizes, **given) == 0
         patch.setattr(Training, "forward_backward", stumbles)
         with pytest.raises(OSError, match="power"):
-            train("stage2_2", start, folder, world, **given)
+            train("stage2_2", start, folder, world, *small.sizes, **given)
     assert all(value.is_contiguous() for value in tensors(folder / "last.ckpt").values())
-    assert train("stage2_2", start, folder, world, **given) == 0
+    assert train("stage2_2", start, folder, world, *small.sizes, **given) == 0
     found, whole = tensors(folder / "last.ckpt"), tensors(tmp_path / "whole" / "last.ckpt")
     for key, value in tensors(start).items():
         moved = (whole[key] - value).norm()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import children
 import pytest
@@ -61,13 +62,14 @@ def test_two_processes_accumulate_as_one_does(world: Path, converted: Path, tmp_
     assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-4
 
 
-def test_two_processes_train_the_unet_as_one_does(trained: dict, world: Path, tmp_path: Path) -> None:
+def test_two_processes_train_the_unet_as_one_does(small: Any, world: Path, tmp_path: Path) -> None:
     """With pictures, which the first process draws."""
-    source, given = trained["unet_only"].source, {"batch_size": 9, "pictures": 1, "rates.attn3": 0.001}
-    assert train("unet_only", source, tmp_path / "one", world, "sampling.steps=2", **given) == 0
+    source, given = small.last, {"batch_size": 9, "pictures": 1, "rates.attn3": 0.001}
+    more = ["sampling.steps=2", *small.sizes]
+    assert train("unet_only", source, tmp_path / "one", world, *more, **given) == 0
     given["batch_size"] = 18  # of nine samples: the same batch, which two can share
     words = command(source, world, tmp_path / "two", "unet_only", **given)
-    found = children.run_two(VER_TRAIN, *words, "sampling.steps=2", "--devices", 2)
+    found = children.run_two(VER_TRAIN, *words, *more, "--devices", 2)
     assert not any(one.returncode for one in found), found
     assert (tmp_path / "two" / "pictures" / "epoch_0000.png").is_file()
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
@@ -90,9 +92,9 @@ def stopping(step: int) -> str:
     )
 
 
-def test_weights_that_are_shared_out_train_as_whole_ones_do(trained: dict, world: Path, tmp_path: Path) -> None:
+def test_weights_that_are_shared_out_train_as_whole_ones_do(small: Any, world: Path, tmp_path: Path) -> None:
     """Two processes that share them out begin, one that holds all goes on, two that share finish; against one alone."""
-    source, steps = trained["stage2_1"].last, ["sampling.steps=2"]
+    source, steps = small.last, ["sampling.steps=2", *small.sizes]
     given = {"batch_size": 18, "max_epochs": 3, "rates.unet": 0.0001, "ema_decay": 0.9, "pictures": 1}
     assert train("stage2_2", source, tmp_path / "one", world, *steps, **given) == 0
     words = [*command(source, world, tmp_path / "shared", "stage2_2", **given), *steps]
