@@ -40,7 +40,7 @@ def world(tmp_path: Path) -> dict:
         ({"task": "segment", "augmentation": "rand"}, 'augmentation: expected "light" with task segment, found "rand"'),
         ({"task": "segment", "pretrained": "hub"}, 'pretrained: expected null with task segment, found "hub"'),
         ({"task": "segment", "predict": ["x"]}, "predict: expected .. with task segment"),
-        ({"task": "segment", "model": "test_vit"}, "model test_vit makes no U-Net at img_size 32"),
+        ({"task": "segment", "model": "pit_ti_224"}, "model pit_ti_224 makes no U-Net at img_size 32"),
         ({"model": "resnet81"}, "model resnet81 is not known to timm; near: resnet"),
         ({"model": "resnet18.no_such_tag"}, "model resnet18.no_such_tag is not known to timm; near: resnet18"),
         ({"img_size": 16}, "img_size: expected a number from 32 to 4096, found 16"),
