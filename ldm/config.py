@@ -1,6 +1,7 @@
 """Typed configurations: every key of a stage's YAML with its type, its limits and what it decides."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +34,10 @@ FeatherUnit = Literal["diameter", "pixels", "mm"]
 CropUnit = Literal["pixels", "mm"]
 Sampler = Literal["ddim", "dpmpp_2m"]
 Spacing = Literal["leading", "trailing", "polynomial"]
+Init = Literal["noise", "image", "paste"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights and optimizer stay float32 in all of them
 SamplingPrecision = Literal["32-true", "bf16-true"]
-GROUPS, SAMPLERS, SPACINGS = get_args(Group), get_args(Sampler), get_args(Spacing)
+GROUPS, SAMPLERS, SPACINGS, INITS = get_args(Group), get_args(Sampler), get_args(Spacing), get_args(Init)
 SAMPLING_PRECISIONS = get_args(SamplingPrecision)
 
 Channels = Annotated[int, Rule(lambda count: count % 32 == 0, "a multiple of 32 (group normalisation has 32 groups)")]
@@ -208,6 +210,9 @@ class SamplingConfig:
     steps: Count = setting(50, IMAGES)
     # of the time steps; trailing: from the noisiest on; polynomial: also denser towards the clean end
     spacing: Spacing = setting("leading", IMAGES, before="leading")
+    # what sampling begins with: noise, the image itself, or the image with a pasted lesion
+    init: Init = setting("noise", IMAGES, before="noise")
+    strength: Share = setting(1.0, IMAGES, before=1.0)  # share of the steps that such a start is noised for
     guidance_scale: Amount = setting(7.5, IMAGES)  # 1 = no guidance
     # From which to which share of the steps guidance acts (0 = the first, noisiest step). Outside, the prompt alone
     # steers, at half the cost.
@@ -324,6 +329,11 @@ def _checked(values: Values) -> Config:
     agree(sampling.steps <= last, "sampling.steps", sampling.steps, f"at most {last}")
     fits = not sampling.eta or sampling.sampler == "ddim"
     agree(fits, "sampling.eta", sampling.eta, f"0 with sampling.sampler={sampling.sampler}")
+    strength, least = sampling.strength, math.ceil(1000 / sampling.steps) / 1000
+    fits = sampling.init != "noise" or strength == 1
+    agree(fits, "sampling.strength", strength, "1 with sampling.init=noise, which begins with nothing else")
+    visits = strength == 0 or int(sampling.steps * strength) > 0
+    agree(visits, "sampling.strength", strength, f"0, or at least {least:g} with {sampling.steps} steps: one of them")
     multiple = config.autoencoder.factor * 2 ** (len(unet.channel_mult) - 1)
     agree(data.image_size % multiple == 0, "data.image_size", data.image_size, f"a multiple of {multiple}")
     cropped = data.fit == "crop" or not data.mm_per_pixel

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    from ldm.inference.soft_masks import SoftMaskOptions, make_soft_masks
+    from ldm.transfer.soft_masks import SoftMaskOptions, make_soft_masks
 
     return make_soft_masks(args.data, args.output_dir, cli.options(SoftMaskOptions, args), args.overwrite)
 

@@ -37,7 +37,7 @@ class PreparedSample:
     original: HxW or HxWx3 pixels as in the file; intensity_range: its (low, high) values that become 0 and 1; hard:
     bool HxW lesion region; soft: float32 HxW soft mask; crop_window: the part the model sees. image: (3, S, S) in
     [-1, 1]; mask: soft, (1, S, S) in [0, 1]. Where mask < 0.5, image does not depend on pixels where soft >= 0.5, and
-    neither does intensity_range.
+    neither does intensity_range. pasted: of original's shape and type, with a lesion pasted where soft > 0, if wanted.
     """
 
     original: np.ndarray
@@ -47,6 +47,11 @@ class PreparedSample:
     crop_window: CropWindow
     image: Tensor
     mask: Tensor
+    pasted: np.ndarray | None = None
+
+    def as_seen(self, pixels: np.ndarray) -> Tensor:
+        """Pixels like ``original``'s, all of them, as the networks would see them: (3, S, S) in [-1, 1]."""
+        return _as_seen(pixels, self.intensity_range, np.zeros_like(self.soft), self.crop_window)[0]
 
 
 def sample_identity(sample: Sample, content: Callable[[Path | None], str | None] = content_id) -> list:
@@ -175,14 +180,23 @@ def lesion_diameter(sample: Sample) -> float | None:
 
 
 def fit_sample(
-    sample: Sample, original: np.ndarray, mask: Mask, data: DataConfig, crop: int = 0, seed: int = 0
+    sample: Sample,
+    original: np.ndarray,
+    mask: Mask,
+    data: DataConfig,
+    crop: int = 0,
+    seed: int = 0,
+    soft: np.ndarray | None = None,
 ) -> PreparedSample:
     """Put an image and the mask to inpaint together; a diseased sample's ``soft_mask.png`` is used as it is.
 
-    ``crop``: 0 is the centred one, others are shifted, to where ``seed`` and the sample's name say.
+    ``crop``: 0 is the centred one, others are shifted, to where ``seed`` and the sample's name say. ``soft``: HxW, the
+    soft mask, where ``mask`` is the hard one that goes with it.
     """
     spacing = sample.meta.get("spacing_mm")
-    if sample.soft_mask is not None and not sample.healthy:
+    if soft is not None:
+        pass
+    elif sample.soft_mask is not None and not sample.healthy:
         soft = read_mask(sample.soft_mask, original.shape, soft=True).values
     else:
         soft = soft_mask_for(mask, Feather(data.feather, data.feather_unit), spacing)

@@ -9,7 +9,8 @@ clean         predicted x_0                           x_theta(x_t, t)
 sigma         sigma_t, equation 16, scaled by eta
 lambda_       -                                       half the logarithm of the signal-to-noise ratio
 
-Both visit the time steps they are given, from noisy to clean: those of ``SPACINGS``, or any others.
+Both visit the time steps they are given, from noisy to clean: those of ``SPACINGS``, or any others. From ``first`` on:
+those before it are left out where sampling begins with an image, noised to that time step (SDEdit, Meng et al.).
 """
 
 import math
@@ -56,6 +57,14 @@ SPACINGS: dict[str, Callable[[int, int], list[int]]] = {
     "trailing": trailing,
     "polynomial": polynomial,
 }
+
+
+def steps_left_out(steps: int, strength: float) -> int:
+    """How many of ``steps`` are left out for a start noised to the share ``strength``; as in diffusers' pipelines.
+
+    That share of the steps, rounded down, is visited: the last ones.
+    """
+    return max(steps - min(int(steps * strength), steps), 0)
 
 
 def time_passed(timesteps: Sequence[int], index: int) -> float:
@@ -105,17 +114,21 @@ def ddim(
     differential: DifferentialMask | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
     on_step: OnStep | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Sample latents from ``noise`` (B, C, h, w) with ``predict(x, t, index) -> eps``; returns the same shape.
 
-    ``timesteps``: the time steps to visit, falling. The final alpha is alphas_cumprod[0]. ``eta`` > 0 needs
-    ``step_noise(index)``, the standard normal noise of that step. ``on_step(index, x)`` is called after each step.
+    ``timesteps``: the time steps to visit, falling, of which ``first`` are left out: ``noise`` is then a latent noised
+    to the next one. An index counts all of them, and so does the differential mask's time: what is left out counts as
+    passed. The final alpha is alphas_cumprod[0]. ``eta`` > 0 needs ``step_noise(index)``, the standard normal noise of
+    that step. ``on_step(index, x)`` is called after each step.
     """
     if eta > 0 and step_noise is None:
         raise ValueError("eta > 0 needs step_noise")
     alphas, steps = schedule.alphas_cumprod.tolist(), len(timesteps)
     x = noise
-    for index, t in enumerate(timesteps):
+    for index in range(first, steps):
+        t = timesteps[index]
         alpha, progress = alphas[t], time_passed(timesteps, index)
         alpha_next = alphas[timesteps[index + 1]] if index + 1 < steps else alphas[0]
         if differential is not None:
@@ -140,6 +153,7 @@ def dpmpp_2m(
     differential: DifferentialMask | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
     on_step: OnStep | None = None,
+    first: int = 0,
 ) -> Tensor:
     """DPM-Solver++(2M), midpoint, as ``ddim``: second order from the second step on, first order in the last.
 
@@ -150,7 +164,8 @@ def dpmpp_2m(
         raise ValueError("DPM-Solver++(2M) is deterministic: eta has to be 0")
     alphas, steps = schedule.alphas_cumprod.tolist(), len(timesteps)
     x, before, lambda_before = noise, None, 0.0
-    for index, t in enumerate(timesteps):
+    for index in range(first, steps):
+        t = timesteps[index]
         alpha, progress = alphas[t], time_passed(timesteps, index)
         lambda_ = _half_log_ratio(alpha)
         if differential is not None:

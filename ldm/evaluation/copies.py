@@ -8,16 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
 from ldm.core.errors import MedSoftError
+from ldm.data.samples import Sample
 from ldm.evaluation.lesions import Lesion, lesion_rows
 from ldm.evaluation.metrics import correlation
 
 log = logging.getLogger("evaluate")
 
 CANDIDATES = 10  # nearest training lesions whose pixels are compared
+TURNS, SCALES = (
+    range(-36, 37, 6),
+    (0.8, 0.9, 1.0, 1.1, 1.25),
+)  # degrees and sizes in which a lesion's own source is tried
 REACH = 3  # pixels by which a lesion may have moved
 UNCALIBRATED = 0.95  # threshold without two training patients to compare
 ALIKE = 0.98  # correlation from which the lesions of two training patients can hardly be of two patients
@@ -29,7 +35,8 @@ class Neighbour:
 
     ``correlation``: of their pixels, 1 where all pixels of the images or of the crops are equal; ``cosine``: of the
     features of the lesion alone and of the training lesion nearest in features, which may be another one than
-    ``match``. Not ``comparable``: a flat lesion whose image equals no training image.
+    ``match``. Not ``comparable``: a flat lesion whose image equals no training image. ``source``: the correlation with
+    the training lesion that was pasted, or whose mask it has, turned and scaled as fits best; None without one.
     """
 
     lesion: Lesion
@@ -37,6 +44,7 @@ class Neighbour:
     correlation: float
     cosine: float
     comparable: bool
+    source: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,9 +72,28 @@ class CopyCheck:
         """How many synthetic lesions are flat and equal no training image: nobody can tell whether they are copies."""
         return sum(not each.comparable for each in self.neighbours)
 
+    @property
+    def likeness_of_sources(self) -> dict[str, float]:
+        """The median correlation of lesions with their sources: of those that were pasted, and of those that were not
+        but have the mask of one."""
+        kinds: dict[str, list[float]] = defaultdict(list)
+        for each in self.neighbours:
+            if each.source is not None:
+                kinds["pasted" if _begun_from_a_lesion(each.lesion.sample) else "mask"].append(each.source)
+        return {kind: float(np.median(values)) for kind, values in sorted(kinds.items())}
+
     def warnings(self) -> list[str]:
         """What a reader must know before trusting that there are no (other) copies."""
         found, closest = [], self.closest_real
+        begun = [each for each in self.neighbours if _begun_from_a_lesion(each.lesion.sample)]
+        if begun:
+            likeness = self.likeness_of_sources.get("pasted")
+            median = "none of their sources is in the training set" if likeness is None else f"median {likeness:.3f}"
+            found.append(
+                f"{len(begun)} synthetic lesions are, or began as, a real lesion (copy_paste.py, --init paste or image "
+                f"with a strength below 1): that patient's lesion shines through by construction, whether or not it "
+                f"counts as a copy here (correlation with it: {median}; copies from {self.threshold:.3f} on)."
+            )
         if self.not_comparable:
             found.append(
                 f"{self.not_comparable} synthetic lesions are flat (saturated, for instance): their pixels cannot be "
@@ -95,7 +122,8 @@ def check_copies(
 
     The rest of a synthetic image is its parent's and says nothing, so only the lesion is looked at. A copy correlates
     more than halfway from the most alike lesions of two training patients to perfectly, or has all pixels of a training
-    image, however flat. ``held_out``: real lesions the generator has not seen, which tell how near an honest one is.
+    image, however flat. A lesion that was pasted, or has the mask of a training lesion, is compared with that one too,
+    turned and scaled. ``held_out``: real lesions the generator has not seen, which tell how near an honest one is.
     """
     between = _nearest(train, train, "training lesions")
     found = _nearest(synthetic, train, "copies")
@@ -115,6 +143,7 @@ def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> l
     for column, other in enumerate(train):
         for key in _pixel_keys(other):
             by_pixels[key].append(column)
+    columns = {other.sample.sample_id: column for column, other in enumerate(train)}
     cosines, found = lesion_rows(lesions, "alone") @ lesion_rows(train, "alone").T, []
     for row, lesion in enumerate(tqdm(lesions, desc=name, leave=False, disable=None)):
         patient = lesion.sample.patient_id if same else None
@@ -128,8 +157,43 @@ def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> l
             found.append(Neighbour(lesion, train[min(equal)], 1.0, nearest, comparable=True))
             continue
         scores = [correlation(*lesion.small, *train[column].small, REACH) for column in order]
-        best = int(np.argmax(scores))
-        found.append(Neighbour(lesion, train[order[best]], scores[best], nearest, comparable=not lesion.flat))
+        best, source = int(np.argmax(scores)), columns.get(_source_of(lesion.sample)) if not same else None
+        likeness = None if source is None else _turned_correlation(lesion, train[source])
+        if likeness is not None and likeness > scores[best]:
+            order[best], scores[best] = source, likeness
+        match = train[order[best]]
+        found.append(Neighbour(lesion, match, scores[best], nearest, not lesion.flat, likeness))
+    return found
+
+
+def _begun_from_a_lesion(sample: Sample) -> bool:
+    """Whether a result is a pasted lesion, or sampling began with one or with the image itself."""
+    begun = sample.meta.get("init") in ("paste", "image") and sample.meta.get("strength") != 1
+    return begun or {"method", "pasted_from"} <= sample.meta.keys()
+
+
+def _source_of(sample: Sample) -> str | None:
+    """The sample_id of the lesion that a result was made from, or whose mask it has."""
+    meta = sample.meta
+    begun = sample.parent_id if meta.get("init") == "image" else None
+    return meta.get("pasted_from") or begun or meta.get("mask_source")
+
+
+def _turned_correlation(lesion: Lesion, source: Lesion) -> float:
+    """``correlation`` of a lesion with its source, turned and scaled as fits best."""
+    grey, mask = source.small
+    rows, columns = np.nonzero(mask)
+    if not len(rows) or lesion.flat:
+        return 0.0
+    centre, found = (float(columns.mean()), float(rows.mean())), 0.0
+    for turn in TURNS:
+        for scale in SCALES:
+            matrix = cv2.getRotationMatrix2D(centre, turn, scale)
+            both = grey, mask.astype(float)
+            theirs, other = (
+                cv2.warpAffine(each, matrix, grey.shape[::-1], borderMode=cv2.BORDER_REPLICATE) for each in both
+            )
+            found = max(found, correlation(*lesion.small, theirs, other >= 0.5, REACH))
     return found
 
 

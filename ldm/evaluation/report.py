@@ -66,6 +66,7 @@ def copy_numbers(check: CopyCheck) -> dict[str, Any]:
         "closest_pair_of_training_patients": check.closest_real and check.closest_real.correlation,
         "training_samples_without_patient_id": check.without_patient,
         "nearer_than_95_percent_of_held_out": check.nearer_than_real,
+        "median_correlation_with_the_source": check.likeness_of_sources or None,
     }
 
 
@@ -107,6 +108,7 @@ def _neighbour_row(each: Neighbour, threshold: float) -> dict[str, Any]:
         "cosine": round(each.cosine, 4),
         "copy": each.correlation >= threshold,
         "comparable": each.comparable,
+        "source_correlation": each.source and round(each.source, 4),
     }
 
 

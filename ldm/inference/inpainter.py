@@ -83,7 +83,10 @@ class Inpainter:
         soft_mask = on_device(torch.stack([sample.mask for sample in filled]), self.device)
         image_view = self.net.architecture.biomedclip.view == "image"
         whole = whole_pictures(filled, self.device) if image_view else None
-        generated, broken = self._generate(image, soft_mask, names, whole)  # (B, 3, S, S) in [-1, 1]
+        start = None
+        if self.sampling.init == "paste":
+            start = on_device(torch.stack([_with_pasted_lesion(sample) for sample in filled]), self.device)
+        generated, broken = self._generate(image, soft_mask, names, whole, start)  # (B, 3, S, S) in [-1, 1]
         generated_there, broken_there = on_host(generated), on_host(broken)
 
         def finish(row: int, sample: PreparedSample) -> InpaintedImage:
@@ -102,15 +105,23 @@ class Inpainter:
         return generated, [self._error(number) for number in broken.tolist()]
 
     def _generate(
-        self, image: Tensor, soft_mask: Tensor, jobs: Sequence[Job], whole: tuple[Tensor, Tensor] | None = None
+        self,
+        image: Tensor,
+        soft_mask: Tensor,
+        jobs: Sequence[Job],
+        whole: tuple[Tensor, Tensor] | None = None,
+        start: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As ``generate``, with a number for each image: of the step at which the first value that is no number
-        appeared, -1 where none did, the number of steps where it was the decoder's."""
+        appeared, -1 where none did, the number of steps where it was the decoder's.
+
+        ``start``: like ``image``, what sampling begins with where that is neither noise nor the image itself."""
         sampling, net = self.sampling, self.net
         dtype = DTYPES[sampling.precision]
         mask = net.latent_mask(soft_mask)
         masked = latent_of(net, hide(image, soft_mask), dtype)
-        original = latent_of(net, image, dtype) if sampling.differential else None
+        begins = sampling.init != "noise"
+        original = latent_of(net, image, dtype) if sampling.differential or (begins and start is None) else None
         text, semantic = self.condition(image, soft_mask, [job.prompt for job in jobs], whole)
         conditions = guidance_conditions(
             net, mask, text.to(dtype), self.empty_text, semantic, fixed_shapes=sampling.compile
@@ -128,6 +139,7 @@ class Inpainter:
             *(net, sampling, noise, mask, masked, original, conditions),
             step_noise=lambda index: step_noise(index, names, noise),
             on_step=watch,
+            start=(original if start is None else latent_of(net, start, dtype)) if begins else None,
         )
         # The latent was looked at before decoding: that clamps, and would hide infinity as white.
         decoded = net.decode(latent.to(dtype)).float()
@@ -160,6 +172,13 @@ class Inpainter:
             inputs = ControllerInputs(context, context_global, self.encoder.encode_text(prompts), soft_mask)
             lesion, _ = net.msc(inputs)
         return net.cond_stage_model(prompts), net.semantic(context, lesion, soft_mask)
+
+
+def _with_pasted_lesion(sample: PreparedSample) -> Tensor:
+    """(3, S, S) in [-1, 1]: what sampling begins with where a lesion was pasted."""
+    if sample.pasted is None:
+        raise MedSoftError("sampling.init=paste needs images with a pasted lesion, as dataset_infer.py makes them")
+    return sample.as_seen(sample.pasted)
 
 
 def composited(sample: PreparedSample, inside: Tensor) -> InpaintedImage:

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.config import SAMPLERS, SAMPLING_PRECISIONS, SPACINGS
+from ldm.config import INITS, SAMPLERS, SAMPLING_PRECISIONS, SPACINGS
 from ldm.core.cli import AMOUNT, COUNT, PROCESSES, SEED, SHARE, WHOLE, Number, flag
 from ldm.core.errors import UsageError
 from ldm.inference.prompts import MATCHES
 from ldm.inference.shares import Share, read_share
 
+METHODS = ("paste", "poisson")
 FORMATS = ("folder", "tar")
+MASKS = ("carry", "blob", "own")
 MM = Number(float, 0.001, 1000)
 # What may stand beside --replay, which takes the rest from the meta.json of the image that it makes again.
 FREE_IN_REPLAY = ("output_dir", "ckpt", "config", "replay", "train_json", "biomedclip", "device", "overwrite")
@@ -60,12 +62,28 @@ class InferenceOptions:
         "level",
         metavar="HOW",
     )
+    masks: str = flag(
+        "of healthy samples: carry (the mask of the lesion that the prompt was written about, by the two vertebrae; "
+        "blob where that cannot be done), blob (lesion-shaped), or own (their soft_mask.png, which is taken first "
+        "with each of these)",
+        "carry",
+        choices=MASKS,
+    )
     train_json: Path = flag("gives healthy samples their prompts", Path("openimages_format_train.json"))
     seed: int = flag("seed of masks, prompts and noise", 0, type=SEED)
     batch_size: int | None = flag("images at a time (default: sampling.batch_size)", type=COUNT)
     sampler: str | None = flag(f"{' or '.join(SAMPLERS)} (default: sampling.sampler)")
     steps: int | None = flag("sampling steps (default: sampling.steps)", type=COUNT)
     step_spacing: str | None = flag(f"of the time steps: {' or '.join(SPACINGS)} (default: sampling.spacing)")
+    init: str | None = flag(
+        f"what sampling begins with: {', '.join(INITS)}: the image with the lesion of the prompt's sample pasted "
+        "(default: sampling.init)"
+    )
+    strength: float | None = flag(
+        "share of the steps that --init image or paste is noised for: 0 not at all, 1 wholly (default: "
+        "sampling.strength)",
+        type=SHARE,
+    )
     guidance_scale: float | None = flag("1 = no guidance (default: sampling.guidance_scale)", type=AMOUNT)
     guidance_interval: tuple[float, float] | None = flag(
         "shares of the steps between which guidance acts (default: sampling.guidance_interval)",
@@ -102,9 +120,12 @@ class InferenceOptions:
         if sum(bool(given) for given in (self.data, self.like, self.image, self.replay)) > 1:
             raise UsageError("--data, --like, --image and --replay exclude each other")
         self._check_replay()
-        self._check_paths()
+        self.check_paths()
         if self.like and (self.variants > 1 or self.choose):
             raise UsageError("--like makes the same images again; --variants and --choose do not go with it")
+        if self.init == "paste" and (self.prompt is not None or self.image):
+            given = "--image" if self.image else "--prompt"
+            raise UsageError(f"--init paste pastes the lesion that a prompt was written about; {given} has none")
         if self.exact and self.batch_size not in (None, 1):
             raise UsageError("--exact takes one image at a time; --batch_size does not go with it")
         if self.exact and self.compile:
@@ -131,7 +152,8 @@ class InferenceOptions:
             if getattr(self, name) is None:
                 raise UsageError(f"--{name} is needed (only --replay does without)")
 
-    def _check_paths(self) -> None:
+    def check_paths(self) -> None:
+        """UsageError for an input that is not there, or lies where results are to be written."""
         for name in ("image", "mask", "data", "like", "replay", "ckpt"):
             path = getattr(self, name)
             if path and not path.exists():
@@ -144,6 +166,7 @@ class InferenceOptions:
     def as_overrides(self) -> list[str]:
         """The configuration keys that the flags set, as KEY=VALUE; dotted overrides come after them, so they win."""
         names = ("batch_size", "sampler", "steps", "guidance_scale", "guidance_interval", "precision")
+        names = (*names, "init", "strength")
         flags = {f"sampling.{name}": getattr(self, name) for name in names}
         flags["sampling.spacing"] = self.step_spacing
         if self.guidance_interval is not None:
@@ -154,3 +177,30 @@ class InferenceOptions:
             flags["sampling.compile"] = "true"
         exact = ["sampling.batch_size=1", "sampling.compile=false"] if self.exact else []
         return [*(f"{key}={value}" for key, value in flags.items() if value is not None), *self.overrides, *exact]
+
+
+@dataclass(frozen=True)
+class PasteOptions:
+    """The flags of tool/copy_paste.py, under their names; those of ``InferenceOptions`` mean the same."""
+
+    output_dir: Path = flag("dataset folder to write", dataclasses.MISSING)
+    train_json: Path = flag(
+        "gives the lesions, the prompts and, without --data, the healthy images", Path("openimages_format_train.json")
+    )
+    data: Path | None = flag("dataset folder or annotation JSON with the healthy images")
+    choose: str | None = flag("healthy, or a text file with one sample_id per line", "healthy", metavar="WHICH")
+    limit: int | None = flag("at most so many samples", type=COUNT)
+    variants: int = flag("results per sample", 1, type=COUNT)
+    match: str = flag("how prompts agree with their images: level, replace or none", "level", choices=MATCHES)
+    seed: int = flag("seed of masks and prompts", 0, type=SEED)
+    method: str = flag(
+        "paste, or poisson: the lesion's gradients with the image's levels around", METHODS[0], choices=METHODS
+    )
+    overwrite: bool = flag("replace the results of another run", False)
+
+    def as_inference(self) -> InferenceOptions:
+        """What dataset_infer.py would be asked for. UsageError for paths that are not there."""
+        given = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "method"}
+        made = InferenceOptions(**given, device="cpu")
+        made.check_paths()
+        return made

@@ -2,7 +2,6 @@
 after a stop."""
 
 import dataclasses
-import functools
 import logging
 import shlex
 import sys
@@ -10,14 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
 from ldm.checkpoints.checkpoint import read_checkpoint
-from ldm.config import Config, SamplingConfig, load_config
+from ldm.config import Config, DataConfig, SamplingConfig, load_config
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory
 from ldm.core.distributed import Processes, check_tasks, start_processes
@@ -27,22 +27,25 @@ from ldm.core.paths import shipped
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity, stored_overrides
 from ldm.data.annotations import write_rejects
-from ldm.data.checks import TRAINED_ON, groups_of
-from ldm.data.preparation import PreparedSample, described_identity, lesion_diameter, sample_identity
+from ldm.data.checks import TRAINED_ON, groups_of, trained_on
+from ldm.data.images import to_unit
+from ldm.data.preparation import PreparedSample, described_identity, sample_identity
 from ldm.data.samples import Reject
 from ldm.diffusion.noise import NOISE
 from ldm.inference.inpainter import InpaintedImage, Inpainter, Job, load_inpainter
-from ldm.inference.options import InferenceOptions
+from ldm.inference.options import InferenceOptions, PasteOptions
+from ldm.inference.preparing import Preparation, PreparedTask
 from ldm.inference.results import FolderResults, result_of
 from ldm.inference.shares import RECORDS, Share, SharedRun, Summary
 from ldm.inference.tars import INDEXES, TARS, UNPACKED, TarResults
-from ldm.inference.tasks import Plan, Task, plan_tasks, prepare_task, read_record
+from ldm.inference.tasks import Plan, Task, plan_tasks, read_record
 
 log = logging.getLogger(__name__)
 
 RECORD = "inference.json"
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} images [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
 OWN = ("rejects.json", "report.html", "report_files", RECORDS, UNPACKED, *INDEXES, *TARS)  # what runs may write
+KNOWN = ("command", "checkpoint_sha256", "method")  # of a result's record also the run's
 
 
 def run(options: InferenceOptions) -> int:
@@ -72,37 +75,111 @@ def run(options: InferenceOptions) -> int:
         "command": shlex.join(["python", *sys.argv]),
         TRAINED_ON: groups_of(metadata, options.ckpt),
     }
+    if config.sampling.init != "noise":
+        provenance |= {"init": config.sampling.init, "strength": config.sampling.strength}
     if record:
         _check_replay(options, record, provenance)
     content = Contents()  # each file is read once, however many results share it
-    plan = plan_tasks(options, content, record)
+    plan = plan_tasks(options, content, record, config.sampling.init == "paste")
+    if donors := {task.donor.patient_id for task in plan.tasks if task.donor}:
+        provenance[TRAINED_ON] = trained_on("paste", donors, provenance[TRAINED_ON])
     if options.like:
         _warn_of_other_sampling(plan.tasks, config.sampling)
+    known = {"ckpt": digest}  # what differs is named in this order
+    known |= {name: getattr(options, name) for name in ("exact", "seed", "prompt", "match", "variants")}
+    ckpt = options.ckpt
+
+    def load(device: str) -> Inpainter:
+        return load_inpainter(ckpt, config, device)
+
+    return make_images(options, Method(config, provenance, known | settings, load), plan, content)
+
+
+class Begins(Protocol):
+    """Makes a batch of images in two halves, as ``Inpainter`` does."""
+
+    def begin(self, samples: Sequence[PreparedSample], jobs: Sequence[Job]) -> list[Callable[[], InpaintedImage]]:
+        """See ``Inpainter.begin``."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How the images of a run are made.
+
+    config: of its ``data`` and ``sampling``; provenance: see ``result_of``; settings: what decides the images beside
+    the samples, by name; load: makes, on a device, what makes the images; paste: see ``Preparation``.
+    """
+
+    config: Config
+    provenance: dict[str, Any]
+    settings: dict[str, Any]
+    load: Callable[[str], Begins]
+    paste: str = "paste"
+
+
+def make_images(options: InferenceOptions, method: Method, plan: Plan, content: Contents) -> int:
+    """Make what is missing of ``plan`` in ``options.output_dir``; the exit code.
+
+    Of the options it reads where results go and how the work is divided; what to make is in ``plan``.
+    """
     for image in {task.sample.image for task in plan.tasks}:
         if image.resolve().is_relative_to(options.output_dir.resolve()):
             raise UsageError(
                 f"--output_dir {options.output_dir}: holds {image}, which is to be inpainted; give another"
             )
-    share = options.share or Share()
-    path = options.output_dir
+    share, path = options.share or Share(), options.output_dir
     folder = SharedRun(RunFolder(path, RECORD, own=OWN, samples="*__v*/meta.json"), share)
     results = TarResults(path, share) if options.format == "tar" else FolderResults(path)
     with folder.lock(first=is_first_process()):
         content.read(file for task in plan.tasks for each in task.inputs for file in each.files)
         images = fingerprint_all(_identity(task, content) for task in plan.tasks)
-        known = {"ckpt": digest}  # what differs is named in this order
-        known |= {name: getattr(options, name) for name in ("exact", "seed", "prompt", "match", "variants")}
-        known |= {"images": images} if share.alone else {"shares": share.count, "plan": plan.whole}
+        known = {"images": images} if share.alone else {"shares": share.count, "plan": plan.whole}
         known |= {"format": options.format} if options.format != "folder" else {}
-        before = folder.open({**known, **settings, "noise": NOISE}, images, options.overwrite)
-        started = InferenceRun(folder, results, plan, config, provenance, content)
+        known |= {"masks": plan.masks} if plan.masks != "blob" else {}
+        before = folder.open({**method.settings, **known, "noise": NOISE}, images, options.overwrite)
+        started = InferenceRun(folder, results, plan, method, content)
         if before and started.is_complete(before):
             return started.again(before)
         processes = start_processes(options.device, options.devices, options.num_nodes)
         processes.barrier()
         if options.exact:
             torch.set_num_threads(1)
-        return started.inpaint(options.ckpt, processes)
+        return started.inpaint(processes)
+
+
+class Paster:
+    """In the place of an ``Inpainter``: the image is the one with the pasted lesion."""
+
+    def begin(self, samples: Sequence[PreparedSample], jobs: Sequence[Job]) -> list[Callable[[], InpaintedImage]]:
+        """See ``Inpainter.begin``."""
+        return [partial(_pasted, sample) for sample in samples]
+
+
+def _pasted(sample: PreparedSample) -> InpaintedImage:
+    assert sample.pasted is not None  # every task of the plan has a donor
+    return InpaintedImage(sample.pasted, to_unit(sample.pasted, sample.intensity_range))
+
+
+def copy_paste(options: PasteOptions) -> int:
+    """Paste what is missing in ``options.output_dir``; the exit code.
+
+    Masks have the soft border of the shipped configurations. The results carry digests of the patients whose lesions
+    are pasted, as those of a generator that was trained on them do.
+    """
+    inference, content = options.as_inference(), Contents()
+    plan = plan_tasks(inference, content, paste=True)
+    donors = {task.donor.patient_id for task in plan.tasks if task.donor}
+    provenance = {
+        "method": options.method,
+        "noise": NOISE,
+        "command": shlex.join(["python", *sys.argv]),
+        TRAINED_ON: trained_on("copy_paste", donors),
+    }
+    settings = {name: getattr(options, name) for name in ("method", "seed", "match", "variants")}
+    config = Config(data=DataConfig(image_size=64))  # nobody looks at the model's square
+    method = Method(config, provenance, settings, lambda device: Paster(), options.method)
+    return make_images(inference, method, plan, content)
 
 
 def resolve(options: InferenceOptions, record: dict[str, Any] | None) -> tuple[InferenceOptions, Config, list[str]]:
@@ -171,6 +248,8 @@ def _check_replay(options: InferenceOptions, record: dict[str, Any], provenance:
 
 def _identity(task: Task, content: Contents) -> tuple:
     own = (described_identity(task.sample, content), task.variant, task.prompt, task.seed, task.fixed_mask)
+    if task.fixed_mask and task.donor is not None:
+        own = (*own, sample_identity(task.donor, content), task.pasted_by)
     if task.source is None:
         return own
     source = () if task.fixed_mask else (sample_identity(task.source, content),)
@@ -184,8 +263,7 @@ class InferenceRun:
     folder: SharedRun
     results: FolderResults | TarResults
     plan: Plan
-    config: Config
-    provenance: dict[str, Any]  # see ``result_of``
+    method: Method
     content: Contents
 
     def is_complete(self, before: dict[str, Any]) -> bool:
@@ -201,7 +279,7 @@ class InferenceRun:
             return self._finish(Summary.from_json(before))
         return cli.SOME_REJECTED if before["rejected"] else cli.DONE
 
-    def inpaint(self, ckpt: Path, processes: Processes) -> int:
+    def inpaint(self, processes: Processes) -> int:
         """Inpaint what is missing; returns the exit code. The model is loaded only if something is missing.
 
         A model that cannot be loaded leaves the folder as it was. Each process does its part, and the first one keeps
@@ -216,11 +294,11 @@ class InferenceRun:
         total, left = len(self.plan.tasks), sum(map(len, missing))
         if left < total:
             log.info("%d of %d images are there already", total - left, total)
-        with advice_on_memory(self.config.sampling):
-            inpainter = load_inpainter(ckpt, self.config, processes.device) if left else None
+        with advice_on_memory(self.method.config.sampling):
+            inpainter = self.method.load(processes.device) if left else None
         processes.barrier()  # all models are loaded: now the folder may change
         if processes.rank == 0:
-            self.folder.claim(self.provenance["command"])
+            self.folder.claim(self.method.provenance["command"])
         processes.barrier()
         rejects, error = self._inpaint_parts(parts, missing, inpainter, processes)
         code = cli.DONE
@@ -239,7 +317,7 @@ class InferenceRun:
         self,
         parts: Sequence[Sequence[Task]],
         missing: Sequence[Sequence[int]],
-        inpainter: Inpainter | None,
+        inpainter: Begins | None,
         processes: Processes,
     ) -> tuple[list[Reject], MedSoftError | None]:
         """One part after the other, each by all processes; the first one closes it. The rejects, and the first error.
@@ -255,7 +333,7 @@ class InferenceRun:
                 found: list[Reject] = []
                 error: MedSoftError | None = None
                 try:
-                    with advice_on_memory(self.config.sampling):
+                    with advice_on_memory(self.method.config.sampling):
                         if inpainter and own[number]:
                             found = self._inpaint_all([part[k] for k in own[number]], inpainter, bar)
                 except MedSoftError as caught:
@@ -274,23 +352,21 @@ class InferenceRun:
                     return rejects, error
         return rejects, None
 
-    def _inpaint_all(self, tasks: Sequence[Task], inpainter: Inpainter, bar: tqdm) -> list[Reject]:
+    def _inpaint_all(self, tasks: Sequence[Task], inpainter: Begins, bar: tqdm) -> list[Reject]:
         """Inpaint batch by batch; the next one is read and the last one written while the model works."""
-        size = self.config.sampling.batch_size
+        size = self.method.config.sampling.batch_size
         batches = [tasks[first : first + size] for first in range(0, len(tasks), size)]
         rejects: list[Reject] = []
-        sources = {task.source.image: task.source for task in tasks if task.source}
-        diameter = functools.cache(lambda image: lesion_diameter(sources[image]))  # many results share a source
+        prepare = Preparation(self.method.config.data, self.plan.masks, self.method.paste)
         with ThreadPoolExecutor(4) as pool:
             before: tuple[list[Reject], list[Future]] = ([], [])  # of the last batch: its rejects, and what is written
-            for batch, prepared in _ahead(pool, lambda task: prepare_task(task, self.config.data, diameter), batches):
-                pairs = list(zip(batch, prepared, strict=True))
-                sound = [(task, sample) for task, sample in pairs if isinstance(sample, PreparedSample)]
+            for batch, prepared in _ahead(pool, prepare, batches):
+                sound = [each for each in prepared if not isinstance(each, Reject)]
                 jobs = [Job(task.seed, task.sample.sample_id, task.variant, task.prompt) for task, _ in sound]
                 begun = inpainter.begin([sample for _, sample in sound], jobs) if sound else []
                 rejects += _collected(*before)
                 writing = [pool.submit(self._write, *one, finish) for one, finish in zip(sound, begun, strict=True)]
-                before = [sample for _, sample in pairs if isinstance(sample, Reject)], writing
+                before = [each for each in prepared if isinstance(each, Reject)], writing
                 bar.update(len(batch))
             rejects += _collected(*before)
         return rejects
@@ -300,7 +376,7 @@ class InferenceRun:
         result = finish()
         if result.pixels is None:
             return _not_finite(task, result.error)
-        about = self.provenance, self.content(task.sample.image)
+        about = self.method.provenance, self.content
         self.results.write(result_of(self.results.path, task, sample, result.pixels, *about))
         return None
 
@@ -328,11 +404,14 @@ class InferenceRun:
             raise MedSoftError(f"{path}: no image could be inpainted; first: {first}; all are in {reject_file}")
         changed = whole.changed_outside_pixels
         log.info("%s: %d images, %d pixels changed outside the soft masks", path, whole.pictures, changed)
+        if whole.masks:
+            log.info("their masks: %s", ", ".join(f"{count} {name}" for name, count in sorted(whole.masks.items())))
         try:
             log.info("%s shows them", self.results.write_report())
         except MedSoftError as error:  # the results are there all the same
             log.warning("warning: no report: %s", error)
-        self.folder.publish(whole, self.provenance["command"], self.provenance["checkpoint_sha256"])
+        about = self.method.provenance
+        self.folder.publish(whole, **{key: about[key] for key in KNOWN if key in about})
 
 
 def _not_finite(task: Task, error: str | None) -> Reject:
@@ -366,8 +445,8 @@ def _collected(rejects: list[Reject], written: Sequence[Future]) -> list[Reject]
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, prepare: Callable[[Task], Any], batches: Sequence[Sequence[Task]]
-) -> Iterator[tuple[Sequence[Task], list[Any]]]:
+    pool: ThreadPoolExecutor, prepare: Preparation, batches: Sequence[Sequence[Task]]
+) -> Iterator[tuple[Sequence[Task], list[PreparedTask | Reject]]]:
     """Each batch with what ``prepare`` made of it; the next batch is prepared while the caller works on this one."""
     coming = [pool.submit(prepare, task) for task in batches[0]] if batches else []
     for batch, after in zip(batches, [*batches[1:], []], strict=True):

@@ -6,8 +6,10 @@ begins, and when it ends. The share that ends last merges what all have recorded
 """
 
 import argparse
+import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,14 +19,15 @@ from typing import Any, NamedTuple, TypeVar
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import read_json, write_json
 from ldm.core.locks import exclusive
-from ldm.core.run_folder import RunFolder
+from ldm.core.run_folder import RunFolder, differences
 from ldm.data.samples import Reject
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 RECORDS = "shares"  # the folder of the shares' records
-KINDS = {"shares": 1, "format": "folder"}  # how a folder is filled; records do not name what is usual
+# How a folder is filled, and what with; records do not name what is usual, or what was so in older versions.
+KINDS = {"shares": 1, "format": "folder", "masks": "blob"}
 
 
 class Share(NamedTuple):
@@ -69,12 +72,14 @@ class Summary:
     changed_outside_pixels: int = 0
     seconds: float = 0.0
     rejects: list[Reject] = field(default_factory=list)
+    masks: dict[str, int] = field(default_factory=dict)  # where they come from, and why they were not carried over
 
     def plus(self, other: "Summary") -> "Summary":
         """Both together; a reject that both have counts once."""
         rejects = list(dict.fromkeys([*self.rejects, *other.rejects]))
         changed = self.changed_outside_pixels + other.changed_outside_pixels
-        return Summary(self.pictures + other.pictures, changed, round(self.seconds + other.seconds, 1), rejects)
+        seconds, masks = round(self.seconds + other.seconds, 1), dict(Counter(self.masks) + Counter(other.masks))
+        return Summary(self.pictures + other.pictures, changed, seconds, rejects, masks)
 
     def as_json(self) -> dict[str, Any]:
         """For a share's record."""
@@ -85,7 +90,8 @@ class Summary:
     def from_json(record: Mapping[str, Any]) -> "Summary":
         """What ``as_json`` has written."""
         rejects = [Reject(each["sample_id"], Path(each["file"]), each["reason"]) for each in record["rejects"]]
-        return Summary(record["pictures"], record["changed_outside_pixels"], record["seconds"], rejects)
+        numbers = record["pictures"], record["changed_outside_pixels"], record["seconds"]
+        return Summary(*numbers, rejects, record.get("masks") or {})
 
 
 class SharedRun:
@@ -132,18 +138,22 @@ class SharedRun:
         return record
 
     def _refuse_another_kind(self) -> None:
-        """UsageError, with the flags that go on with it, for results in another number of shares or another format."""
+        """UsageError, with the flags that go on with it, for other shares, another format or other masks."""
         stored = self.folder.read_record(self.overwrite)
         if not stored or self.overwrite or not self.folder.holds_work():
             return
         before = stored.get("settings") or {}
-        shares, form = (before.get(key, usual) for key, usual in KINDS.items())
+        shares, form, masks = (before.get(key, usual) for key, usual in KINDS.items())
         cures = {
             "shares": f"--share K/{shares}" if shares > 1 else "no --share",
             "format": f"--format {form}",
+            "masks": f"--masks {masks}",
         }
         pairs = {key: (before.get(key, usual), self.settings.get(key, usual)) for key, usual in KINDS.items()}
         differ = [key for key, (old, new) in pairs.items() if old != new]
+        others = {key: value for key, value in self.settings.items() if key not in KINDS}
+        if "masks" in differ and differences(before, json.loads(json.dumps(others, default=str))):
+            differ.remove("masks")  # it would not be enough; what else differs is said where the folder is opened
         if differ:
             named = ", ".join(f"{key}: {pairs[key][0]} -> {pairs[key][1]}" for key in differ)
             raise UsageError(
@@ -197,11 +207,14 @@ class SharedRun:
                 self.folder.sweep()  # nobody writes: every share is done
             yield whole
 
-    def publish(self, whole: Summary, command: str, checkpoint_sha256: str) -> None:
-        """Write the record of the whole run, as its last file. Inside ``finished``."""
+    def publish(self, whole: Summary, **about: Any) -> None:
+        """Write the record of the whole run, with what is to be known ``about`` it, as its last file.
+
+        Inside ``finished``.
+        """
         values = whole.as_json()
         del values["rejects"]  # which have a file of their own
-        self.folder.finish(command=command, **values, checkpoint_sha256=checkpoint_sha256)
+        self.folder.finish(**values, **about)
 
     def _shares(self) -> list[Share]:
         return [Share(number, self.share.count) for number in range(1, self.share.count + 1)]

@@ -24,7 +24,7 @@ from ldm.core.files import atomic_file, read_json, write_json
 from ldm.data.png import write_png
 from ldm.data.samples import Reject
 from ldm.inference.gallery import PAGE, TILE, card_of, write_pages, write_thumbnail
-from ldm.inference.results import Result, is_whole
+from ldm.inference.results import Result, count_masks, is_whole
 from ldm.inference.shares import Share, Summary
 from ldm.inference.tasks import Task
 from ldm.reports.html import files_folder
@@ -85,7 +85,8 @@ class TarResults:
         if tasks:
             self._write_tar(tar, tasks)
         changed = sum(card["facts"]["changed outside"] for card in cards)
-        made = Summary(len(cards), changed, rejects=list(dict.fromkeys(rejects)))
+        masks = count_masks(read_json(self.unpacked / task.name / "meta.json") for task in tasks)
+        made = Summary(len(cards), changed, rejects=list(dict.fromkeys(rejects)), masks=masks)
         write_json(index, {"bytes": tar.stat().st_size if tasks else 0, **made.as_json(), "samples": cards})
         shutil.rmtree(self.unpacked, ignore_errors=True)  # which holds nothing else
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ldm.config import DataConfig
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import Contents, fingerprint, fingerprint_all, named_seed, read_json, read_text
 from ldm.core.paths import confined
@@ -17,9 +16,7 @@ from ldm.core.threads import thread_pool
 from ldm.data.annotations import load_samples
 from ldm.data.checks import TRAINED_ON
 from ldm.data.folders import is_marked, parent_image, read_meta, read_sample
-from ldm.data.images import read_image
-from ldm.data.masks import read_mask
-from ldm.data.preparation import PreparedSample, described_identity, fit_sample, inpainting_obstacle, prepare
+from ldm.data.preparation import described_identity, inpainting_obstacle
 from ldm.data.samples import META_TEXTS, Reject, Sample, probably_healthy, wrong_value
 from ldm.diffusion.noise import NOISE
 from ldm.inference.options import InferenceOptions
@@ -43,17 +40,30 @@ REPLAY_RULES = RECORD_RULES | {
 # What meta.json of a result says beside the keys of its parent's, of which those of the same name are replaced.
 RESULT_KEYS = {*META_TEXTS, *REPLAY_RULES, "sample_id", "prompt", "prompt_match", "prompt_from", "synthetic", "window"}
 RESULT_KEYS |= {"spacing_mm", "changed_outside_pixels", "command", "noise", TRAINED_ON}
-MOSTLY = 0.6  # more of the image marked than this is probably a mask of the wrong polarity
+RESULT_KEYS |= {"mask_from", "mask_source", "mask_fallback", "pasted_from", "pasted_sha256", "pasted_by"}
+RESULT_KEYS |= {"init", "strength", "method"}
+
+
+class MaskOrigin(NamedTuple):
+    """Where a mask comes from: carry (the lesion of the sample ``source``), blob (lesion-shaped) or own.
+
+    ``fallback``: why it is not carried over although it was to be.
+    """
+
+    origin: str
+    source: str | None = None
+    fallback: str | None = None
 
 
 @dataclass(frozen=True)
 class Task:
     """One result to make: the sample to inpaint, the variant, the prompt and the sample that the prompt came from.
 
-    ``source`` also decides the size of a healthy sample's lesion-shaped mask. ``match``: how the prompt was made to
-    agree with the image, for the record. ``fixed_mask``: inpaint the sample's own mask and soft mask although it may be
-    healthy (--like, --image, --replay, a healthy sample with a ``soft_mask.png``). ``record``: the meta.json to write
-    again (--replay).
+    ``source`` also decides a healthy sample's mask: its lesion's is carried over, or gives the size. ``match``: how the
+    prompt was made to agree with the image, for the record. ``fixed_mask``: inpaint the sample's own mask and soft mask
+    although it may be healthy (--like, --image, --replay, a healthy sample with a ``soft_mask.png``). ``record``: the
+    meta.json to write again (--replay). ``mask``: where its mask comes from, as far as that is known. ``donor``: the
+    sample whose lesion is pasted, where one is to be; ``pasted_by``: 2x3, the map by which an earlier result did that.
     """
 
     sample: Sample
@@ -64,6 +74,9 @@ class Task:
     match: str | None = None
     fixed_mask: bool = False
     record: dict[str, Any] | None = None
+    mask: MaskOrigin | None = None
+    donor: Sample | None = None
+    pasted_by: Sequence[Sequence[float]] | None = None
 
     @property
     def name(self) -> str:
@@ -73,31 +86,39 @@ class Task:
     @property
     def inputs(self) -> list[Sample]:
         """The samples whose files decide the result."""
-        return [self.sample] if self.source is None or self.fixed_mask else [self.sample, self.source]
+        source = [] if self.source is None or self.fixed_mask else [self.source]
+        donor = [] if self.donor is None or self.donor in source else [self.donor]
+        return [self.sample, *source, *donor]
 
 
 class Plan(NamedTuple):
     """The tasks of one share of a run, or of all of it, and the samples that cannot be inpainted.
 
     ``whole``: a digest of all that decides what the tasks of every share are, file contents aside: that is what the
-    shares of a run have in common. Only taken where there are several.
+    shares of a run have in common. Only taken where there are several. ``masks``: of MASKS, what healthy samples of
+    any share get; "blob" where no lesion could be carried, as in all runs of before.
     """
 
     tasks: list[Task]
     rejects: list[Reject]
     whole: str = ""
+    masks: str = "blob"
 
 
-def plan_tasks(options: InferenceOptions, content: Contents, record: dict[str, Any] | None = None) -> Plan:
+def plan_tasks(
+    options: InferenceOptions, content: Contents, record: dict[str, Any] | None = None, paste: bool = False
+) -> Plan:
     """What to inpaint, and the samples that cannot be inpainted. Says in one line what it chose.
 
-    ``content`` gives a file's SHA-256, or None for a file that cannot be read; ``record``: what ``--replay`` names.
+    ``content`` gives a file's SHA-256, or None for a file that cannot be read; ``record``: what ``--replay`` names;
+    ``paste``: each result gets a lesion that is pasted.
     """
     share = options.share or Share()
     if options.image:
         sample = single_sample(options)
         variants = share.of(range(options.variants))
-        tasks = [Task(sample, k, sample.prompt, options.seed, fixed_mask=True) for k in variants]
+        own = MaskOrigin("own")
+        tasks = [Task(sample, k, sample.prompt, options.seed, fixed_mask=True, mask=own) for k in variants]
         plan = Plan(tasks, [], fingerprint(described_identity(sample, content)))
     elif options.replay and record:
         plan = Plan([task_from_metadata(options.replay, record, content)], [])
@@ -105,6 +126,8 @@ def plan_tasks(options: InferenceOptions, content: Contents, record: dict[str, A
         plan = tasks_from_results(options, options.like, content)
     else:
         plan = _dataset(options)
+    if paste:
+        plan = _with_donors(plan, options, content)
     tasks, unnamed = _nameable(plan.tasks, options.output_dir)
     rejects = [*plan.rejects, *unnamed]
     if not tasks and share.alone:
@@ -113,7 +136,40 @@ def plan_tasks(options: InferenceOptions, content: Contents, record: dict[str, A
     if options.prompt and probably_healthy(options.prompt):
         text = "warning: --prompt reads as healthy, but counts as a lesion's; write `healthy` for no lesion: %r"
         log.warning(text, options.prompt)
-    return Plan(tasks, rejects, plan.whole)
+    return plan._replace(tasks=tasks, rejects=rejects)
+
+
+def _with_donors(plan: Plan, options: InferenceOptions, content: Contents) -> Plan:
+    """The plan with the lesions to paste: those of the prompts' samples.
+
+    Of earlier results it is the one that was pasted, or whose mask or prompt they have, sought in ``--train_json``.
+    """
+    tasks, rejects = [], list(plan.rejects)
+    pool = {s.sample_id: s for s in _prompt_samples(options.train_json)} if options.like or options.replay else {}
+    for task in plan.tasks:
+        source = task.source
+        if source is not None and pool:
+            about = source.meta
+            wanted = next((about[key] for key in ("pasted_from", "mask_source", "prompt_from") if about.get(key)), None)
+            source = pool.get(wanted)
+            stored = about.get("pasted_sha256")
+            if source is None or (stored and stored != donor_digest(source, content)):
+                what = "is not" if source is None else "is another one than"
+                reason = f"the lesion to paste, of {wanted}, {what} in {options.train_json}; give --train_json"
+                rejects.append(Reject(task.sample.sample_id, task.source.image.with_name("meta.json"), reason))
+                continue
+            tasks.append(dataclasses.replace(task, donor=source, pasted_by=about.get("pasted_by")))
+        elif source is None or source is task.sample:
+            reason = "has no lesion to paste: only healthy images with the prompt of a diseased sample get one"
+            rejects.append(Reject(task.sample.sample_id, task.sample.image, reason))
+        else:
+            tasks.append(dataclasses.replace(task, donor=source))
+    return plan._replace(tasks=tasks, rejects=rejects)
+
+
+def donor_digest(donor: Sample, content: Callable[[Path | None], str | None]) -> str:
+    """A digest of the files of a sample whose lesion is pasted; ``content`` gives that of one."""
+    return fingerprint([content(file) for file in donor.files])
 
 
 def _shared(
@@ -245,7 +301,8 @@ def _dataset(options: InferenceOptions) -> Plan:
         said = "their own prompts"
     count = len({task.sample.sample_id for task in tasks})
     log.info("inpainting %d %s samples of %s, with %s", count, adjective, data, said)
-    return Plan(tasks, rejects, whole)
+    carried = options.masks != "blob" and bool(sources) and any(s.healthy and not _is_marked_healthy(s) for s in chosen)
+    return Plan(tasks, rejects, whole, options.masks if carried else "blob")
 
 
 def _is_marked_healthy(sample: Sample) -> bool:
@@ -262,6 +319,8 @@ def _tasks_of(
 ) -> list[Task] | Reject:
     """The tasks of one sample, or why there are none; ``pool``: the prompts for healthy ones, if they have any."""
     marked, tasks = _is_marked_healthy(sample), []
+    if sample.healthy and not marked and options.masks == "own":
+        return Reject(sample.sample_id, sample.image, "healthy, without a soft_mask.png, which --masks own takes")
     if marked:
         sample = dataclasses.replace(sample, mask=sample.soft_mask)
     for k in variants:
@@ -274,7 +333,8 @@ def _tasks_of(
         if given is None:
             reason = _disagreement(sample, options.prompt)
             return Reject(sample.sample_id, sample.image.with_name("meta.json"), reason)
-        tasks.append(Task(sample, k, given.prompt, options.seed, given.source, given.how, marked))
+        own = MaskOrigin("own") if marked or not sample.healthy else None
+        tasks.append(Task(sample, k, given.prompt, options.seed, given.source, given.how, marked, mask=own))
     return tasks
 
 
@@ -372,7 +432,9 @@ def _task_of(result: Sample, content: Contents) -> Task:
         meta[TRAINED_ON] = read_meta(image.with_name("meta.json")).get(TRAINED_ON, [])
     sample = dataclasses.replace(result, sample_id=record["parent_id"], image=image, parent_id=None, meta=meta)
     seed, variant, match = (record.get(key) for key in ("seed", "variant", "prompt_match"))
-    return Task(sample, variant, result.prompt, seed, result, match, fixed_mask=True)
+    about = (record.get(key) for key in ("mask_from", "mask_source", "mask_fallback"))
+    mask = MaskOrigin(*about) if record.get("mask_from") else None  # older results do not say it
+    return Task(sample, variant, result.prompt, seed, result, match, fixed_mask=True, mask=mask)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -392,39 +454,3 @@ def task_from_metadata(path: Path, record: dict[str, Any], content: Contents) ->
     task = _task_of(read_sample(path.parent.name, path.parent), content)
     log.info("inpainting %s again", path.parent)
     return dataclasses.replace(task, record=record)
-
-
-def prepare_task(task: Task, data: DataConfig, diameter_of: Callable[[Path], float | None]) -> PreparedSample | Reject:
-    """What the networks see of a task's sample, or why it cannot be inpainted.
-
-    ``diameter_of`` gives the ``lesion_diameter`` of the source with this image.
-    """
-    diameter = None
-    if task.source is not None and task.sample.healthy and not task.fixed_mask:
-        try:
-            diameter = diameter_of(task.source.image)  # that of the lesion which the prompt was written about
-        except FileError as error:
-            reason = f"{error.reason}; {task.name} is not made, as prompt and lesion size come from this sample"
-            return Reject(task.source.sample_id, error.path, reason)
-    try:
-        prepared = _prepare(task, data, diameter)
-    except MedSoftError as error:
-        return Reject(task.sample.sample_id, task.sample.image, str(error))
-    marked = float(prepared.hard.mean())
-    if marked > MOSTLY:
-        advice = "white (1) is the lesion, the part to inpaint: if the lesion is black in this mask, invert it"
-        file = task.sample.mask or task.sample.sample_id
-        log.warning("warning: %s: %.0f %% of the image is marked; %s", file, 100 * marked, advice)
-    return prepared
-
-
-def _prepare(task: Task, data: DataConfig, diameter: float | None) -> PreparedSample:
-    if not task.fixed_mask:
-        return prepare(task.sample, data, task.seed, task.variant, diameter=diameter)
-    original = read_image(task.sample.image)
-    assert task.sample.mask is not None  # a fixed mask is one
-    mask = read_mask(task.sample.mask, original.shape, soft=task.sample.mask == task.sample.soft_mask)
-    if mask.empty:
-        raise MedSoftError(f"{task.sample.mask}: the mask is empty; mark the region to inpaint in white")
-    sample = dataclasses.replace(task.sample, prompt="lesion")  # its own mask and soft mask are meant
-    return fit_sample(sample, original, mask, data)

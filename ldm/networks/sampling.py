@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.config import SamplingConfig
 from ldm.diffusion.guidance import guided_steps, rescaled
-from ldm.diffusion.samplers import SAMPLERS, SPACINGS, DifferentialMask
+from ldm.diffusion.samplers import SAMPLERS, SPACINGS, DifferentialMask, steps_left_out
 from ldm.networks.attention import Conditioning
 from ldm.networks.model import MedSoftModel
 
@@ -60,13 +60,17 @@ def sample_latent(
     conditions: GuidanceConditions,
     step_noise: Callable[[int], Tensor] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Scaled latents (B, 4, s, s), float32, from ``noise`` with the sampler and the guidance of ``sampling``.
 
     mask: (B, 1, s, s) soft mask at latent size; masked, original: scaled latents of the masked and of the whole image,
     the latter read only with ``sampling.differential``; step_noise(index): the noise of a step, needed for ``eta`` > 0;
-    on_step(index, x) is called after each step. The latent stays float32; the U-Net gets the type of the conditions'
-    text. The host never waits for the device, unless ``step_noise`` or ``on_step`` do.
+    on_step(index, x) is called after each step. ``start``: the scaled latent that sampling begins with, noised for
+    ``sampling.strength`` of the steps, which are the last ones; with 0 it is returned as it is, and with 1 it is not
+    seen, as in diffusers' inpainting. Without it all steps are visited, whatever the strength. The latent stays
+    float32; the U-Net gets the type of the conditions' text. The host never waits for the device, unless
+    ``step_noise`` or ``on_step`` do.
     """
     dtype = conditions.prompted.text.dtype
     inputs = mask.to(dtype), masked.to(dtype)
@@ -89,6 +93,14 @@ def sample_latent(
         if original is None:
             raise ValueError("sampling.differential needs the latent of the whole image")
         differential = DifferentialMask(mask, original, noise)
-    sampler = SAMPLERS[sampling.sampler]
     times = SPACINGS[sampling.spacing](net.schedule.timesteps, sampling.steps)
-    return sampler(predict, noise, net.schedule, times, sampling.eta, differential, step_noise, on_step)
+    first, x = 0, noise
+    if start is not None and sampling.strength < 1:
+        first = steps_left_out(sampling.steps, sampling.strength)
+        if first == sampling.steps:
+            return start
+        alpha = alphas[times[first]]
+        x = alpha**0.5 * start + (1 - alpha) ** 0.5 * noise
+    return SAMPLERS[sampling.sampler](
+        predict, x, net.schedule, times, sampling.eta, differential, step_noise, on_step, first
+    )

@@ -17,7 +17,7 @@ from ldm.core.run_folder import RunFolder
 from ldm.data.images import read_image
 from ldm.data.png import write_png
 from ldm.phantom.dataset import write_dataset
-from tool import evaluate
+from tool import copy_paste, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,22 @@ def test_planted_copies_are_caught_and_nothing_else(real: Path, honest: Path, tm
     assert moved == set(expected)
     assert {path.name for path in planted.iterdir()} == before - moved
     assert run(real, planted, out, "--overwrite") == 0
+
+
+def test_pasted_lesions_are_compared_with_their_source(real: Path, tmp_path: Path) -> None:
+    """They are turned, scaled and of another contrast; whether or not they count as copies, a warning says it."""
+    given = ["--train_json", real, "--output_dir", tmp_path / "pasted", "--variants", 3]
+    assert tiny.call(copy_paste, *given) == 0
+    run(real, tmp_path / "pasted", tmp_path / "out")
+    numbers = found(tmp_path / "out")
+    assert numbers["copies"]["median_correlation_with_the_source"]["pasted"] > 0.85
+    (said,) = [text for text in numbers["warnings"] if "shines through by construction" in text]
+    assert said.startswith("9 synthetic lesions are, or began as, a real lesion")
+    rows = list(csv.DictReader((tmp_path / "out" / "neighbours.csv").read_text().splitlines()))
+    metas = {row["sample_id"]: json.loads((Path(row["image"]).parent / "meta.json").read_text()) for row in rows}
+    nearest = [row["nearest"] == metas[row["sample_id"]]["pasted_from"] for row in rows]
+    assert sum(nearest) >= 7
+    assert all(float(row["correlation"]) >= float(row["source_correlation"]) for row in rows)
 
 
 def test_few_patients_give_no_interval(real: Path, honest: Path, tmp_path: Path) -> None:

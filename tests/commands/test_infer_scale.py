@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny import CLIP, PHANTOM, ROOT, TRAIN, call, dataset_infer, infer, metas, record, whole
 
-import ldm.inference.tasks
+import ldm.inference.preparing
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id
 from ldm.data.annotations import load_samples, write_annotations
@@ -375,7 +375,7 @@ def test_pictures_are_read_and_written_while_the_model_works(
             arrived.notify_all()
         return plain_prepare(sample, *rest, **more)
 
-    monkeypatch.setattr(ldm.inference.tasks, "prepare", prepare)
+    monkeypatch.setattr(ldm.inference.preparing, "prepare", prepare)
 
     def draw(self: Inpainter, pictures: Any, jobs: Any) -> Any:
         expected = min(len(drawn) + 2, 3)
@@ -385,7 +385,8 @@ def test_pictures_are_read_and_written_while_the_model_works(
         return plain_draw(self, pictures, jobs)
 
     monkeypatch.setattr(Inpainter, "begin", draw)
-    assert infer(final, tmp_path / "out", "--train_json", world / TRAIN, "--limit", 3, "--batch_size", 1) == 0
+    given = ["--train_json", world / TRAIN, "--masks", "blob", "--limit", 3, "--batch_size", 1]
+    assert infer(final, tmp_path / "out", *given) == 0
     assert drawn == [2, 3, 3]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,16 @@ from ldm.config import DiffusionConfig
 from ldm.diffusion import samplers
 from ldm.diffusion.guidance import guided_steps, rescaled
 from ldm.diffusion.noise import image_noise, step_noise
-from ldm.diffusion.samplers import DifferentialMask, ddim, dpmpp_2m, leading, polynomial, time_passed, trailing
+from ldm.diffusion.samplers import (
+    DifferentialMask,
+    ddim,
+    dpmpp_2m,
+    leading,
+    polynomial,
+    steps_left_out,
+    time_passed,
+    trailing,
+)
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.networks.attention import Conditioning
 from ldm.networks.sampling import GuidanceConditions, sample_latent
@@ -165,6 +175,63 @@ def test_dpm_solver_agrees_with_diffusers_step_by_step(steps: int, spacing: str)
         x = theirs.step(network(x, int(t)), t, x).prev_sample
         assert torch.allclose(after[index], x, atol=1e-4), f"step {index}"
     assert torch.equal(last, after[-1])
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1, 0.29, 0.3, 0.5, 0.7, 0.99, 1.0])
+def test_the_steps_of_a_strength_are_those_of_diffusers(strength: float) -> None:
+    from diffusers import StableDiffusionInpaintPipeline
+
+    for steps in (1, 7, 8, 10, 50, 100):
+        pipeline = SimpleNamespace(scheduler=diffusers_ddim(steps))
+        times, _ = StableDiffusionInpaintPipeline.get_timesteps(pipeline, steps, strength, "cpu")
+        assert leading(1000, steps)[steps_left_out(steps, strength) :] == times.tolist()
+
+
+@BOTH
+@pytest.mark.parametrize("strength", [0.3, 0.5, 0.9])
+def test_beginning_with_an_image_agrees_with_diffusers_step_by_step(sampler: Any, strength: float) -> None:
+    steps, schedule = 10, NoiseSchedule(DiffusionConfig())
+    times, first = trailing(1000, steps), steps_left_out(steps, strength)
+    theirs = (diffusers_ddim if sampler is ddim else diffusers_dpm)(steps, "trailing")
+    assert theirs.timesteps.tolist() == times
+    if sampler is dpmpp_2m:
+        theirs.set_begin_index(first)
+    image, start = noise(2, 4, 2, 2, seed=5), noise(2, 4, 2, 2)
+    x = theirs.add_noise(image, start, theirs.timesteps[first : first + 1].repeat(2))
+    ours, visited = schedule.add_noise(image, start, torch.tensor([times[first]] * 2)), []
+
+    def predict(x: Tensor, t: int, index: int) -> Tensor:
+        visited.append((index, t))
+        return network(x, t)
+
+    found = sampler(predict, ours, schedule, times, first=first)
+    for t in theirs.timesteps[first:]:
+        x = theirs.step(network(x, int(t)), t, x).prev_sample
+    assert torch.allclose(found, x, atol=1e-4)
+    assert visited == [*enumerate(times)][first:]  # an index counts the steps that are left out, too
+
+
+@BOTH
+def test_of_a_shorter_schedule_the_mask_is_released_by_the_time_of_the_whole_one(sampler: Any) -> None:
+    """With strength 0.5 a cell of 0.5 is free from the first step on, one of 0.25 for the last quarter of the time."""
+    steps, schedule = 8, NoiseSchedule(DiffusionConfig())
+    soft = torch.tensor([0.0, 0.25, 0.5, 1.0]).reshape(1, 1, 1, 4)
+    original, start, image = (noise(1, 4, 1, 4, seed=seed) for seed in (3, 4, 5))
+    times, on_path = trailing(1000, steps), []
+
+    def predict(x: Tensor, t: int, index: int) -> Tensor:
+        alpha = float(schedule.alphas_cumprod[t])
+        path = alpha**0.5 * original + (1 - alpha) ** 0.5 * start
+        on_path.append([torch.allclose(a, b, atol=1e-5) for a, b in zip(x.unbind(3), path.unbind(3), strict=True)])
+        return cellwise(x, t, index)
+
+    x = schedule.add_noise(image, start, torch.tensor([times[4]]))
+    mask = DifferentialMask(soft, original, start)
+    found = sampler(predict, x, schedule, times, differential=mask, first=4)
+    held, free = [True, True, False, False], [True, False, False, False]
+    last = held if sampler is dpmpp_2m else free  # the step before a cell's release still ends on the path
+    assert on_path == [held, held, last, free]
+    assert torch.equal(found[..., 0], original[..., 0])
 
 
 @BOTH

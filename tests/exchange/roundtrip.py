@@ -14,7 +14,7 @@ import pydicom
 from tiny import call
 
 from ldm.config import DataConfig
-from ldm.core.files import sha256_file
+from ldm.core.files import Contents
 from ldm.data.checks import TRAINED_ON
 from ldm.data.folders import read_sample, write_sample
 from ldm.data.images import composite, read_image
@@ -105,7 +105,7 @@ class World:
         provenance = {"checkpoint": "last.ckpt", "config": "phantom.yaml", TRAINED_ON: []}
         task = Task(sample, variant, sample.prompt, 0, sample, fixed_mask=True)
         results = FolderResults(self.root / "results")
-        results.write(result_of(results.path, task, prepared, pixels, provenance, sha256_file(sample.image)))
+        results.write(result_of(results.path, task, prepared, pixels, provenance, Contents()))
         return prepared
 
     def round_trip(self, path: Path, plane: str, index: int, *more: Any) -> tuple[Path, Path, np.ndarray]:

@@ -1,5 +1,6 @@
 """A whole inpainting run against diffusers' StableDiffusionInpaintPipeline with the same weights and noise."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -95,20 +96,33 @@ def picture(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Prepare
     return made
 
 
-def drawn_by_diffusers(pipeline: Any, picture: PreparedSample, jobs: list[Job], config: Config) -> np.ndarray:
-    """(B, S, S, 3) in [0, 1]. The masked-image latent is the mode, which diffusers samples if it is left to encode."""
+def drawn_by_diffusers(
+    pipeline: Any, picture: PreparedSample, jobs: list[Job], config: Config, strength: float = 1.0
+) -> np.ndarray:
+    """(B, S, S, 3) in [0, 1]. The latents of the image and of the masked one are modes, which diffusers would sample.
+
+    ``strength`` below 1: it begins with the image, noised as its own scheduler noises it.
+    """
     side = config.data.image_size
     image = Image.fromarray(picture.original)
     masked = pipeline.image_processor.preprocess(image, height=side, width=side)
     masked = masked * ~torch.from_numpy(picture.hard)
     latent = pipeline.vae.encode(masked).latent_dist.mode() * pipeline.vae.config.scaling_factor
     noise = [image_noise(job.seed, job.sample_id, job.variant, tuple(latent.shape[1:])) for job in jobs]
+    latents = torch.stack(noise)
+    if strength < 1:
+        pipeline.scheduler.set_timesteps(config.sampling.steps)
+        times, _ = pipeline.get_timesteps(config.sampling.steps, strength, "cpu")
+        whole = pipeline.vae.encode(pipeline.image_processor.preprocess(image, height=side, width=side)).latent_dist
+        clean = (whole.mode() * pipeline.vae.config.scaling_factor).expand_as(latents)
+        latents = pipeline.scheduler.add_noise(clean, latents, times[:1].repeat(len(jobs)))
     return pipeline(
         prompt=[job.prompt for job in jobs],
         image=[image] * len(jobs),
         mask_image=[Image.fromarray(picture.hard.astype(np.uint8) * 255)] * len(jobs),
         masked_image_latents=latent.expand(len(jobs), -1, -1, -1),
-        latents=torch.stack(noise),
+        latents=latents,
+        strength=strength,
         height=side,
         width=side,
         num_inference_steps=config.sampling.steps,
@@ -138,6 +152,29 @@ def test_inpainting_agrees_with_diffusers(
         assert grey_values[inside].max() <= 1
         assert np.array_equal(result[~inside], picture.original[~inside])
         assert (result[inside] != picture.original[inside]).mean() > 0.5
+
+
+@torch.no_grad()
+def test_beginning_with_the_image_agrees_with_diffusers(
+    net: MedSoftModel, pipeline: Any, picture: PreparedSample, config: Config
+) -> None:
+    jobs = [Job(seed=3, sample_id="s", variant=0, prompt=PROMPTS[0])]
+    expected = drawn_by_diffusers(pipeline, picture, jobs, config, strength=0.5)
+    image, mask = picture.image[None], picture.mask[None]
+
+    def drawn(strength: float, start: torch.Tensor | None = None) -> np.ndarray:
+        init = "image" if start is None else "paste"
+        sampling = dataclasses.replace(config.sampling, init=init, strength=strength)
+        square, _ = Inpainter(net, BiomedClip(CLIP), sampling)._generate(image, mask, jobs, start=start)
+        return (square / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+
+    assert np.abs(drawn(0.5) - expected).max() < 1e-4
+    assert np.abs(drawn(1.0) - expected).max() > 0.02
+    decoded = net.decode(net.scaled(net.encode(image).mean)) / 2 + 0.5
+    assert np.abs(drawn(0.0) - decoded.permute(0, 2, 3, 1).numpy()).max() < 1e-5  # through the autoencoder alone
+    flipped = image.flip(3)
+    decoded = net.decode(net.scaled(net.encode(flipped).mean)) / 2 + 0.5
+    assert np.abs(drawn(0.0, flipped) - decoded.permute(0, 2, 3, 1).numpy()).max() < 1e-5
 
 
 @torch.no_grad()

@@ -1,0 +1,144 @@
+"""A lesion's mask carried over from one vertebra to another. NumPy and OpenCV; no torch."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import cv2
+import numpy as np
+
+from ldm.core.errors import MedSoftError
+from ldm.data.images import read_image
+from ldm.data.masks import TARGET_LABEL, read_anatomy, read_mask, soften
+from ldm.data.samples import Sample
+from ldm.transfer.frames import Frame, Jitter, frame_of, map_between, warped
+
+DRAWS = 8  # of a jitter, before the mask is carried over without one
+LEAST_SOURCE = 0.25  # share of the source's lesion in its own vertebra; below, the vertebra does not say where it is
+LEAST_INSIDE = 0.6  # of the source's share inside that the target has to have as well
+
+
+class NotCarried(MedSoftError):
+    """Why a mask cannot be carried over, in words that can stand for themselves in a count."""
+
+
+@dataclass(frozen=True, eq=False)
+class Donor:
+    """The lesion that is carried over, all HxW.
+
+    hard: bool, not empty; soft: float32 in [0, 1], where the sample has a soft mask of its own; body: bool, its
+    vertebra, None where there is no label map.
+    """
+
+    sample: Sample
+    hard: np.ndarray
+    soft: np.ndarray | None
+    body: np.ndarray | None
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """Its pixels, HxW or HxWx3, read when they are wanted."""
+        return read_image(self.sample.image)
+
+    @property
+    def pivot(self) -> tuple[float, float]:
+        """The middle of its lesion, (x, y)."""
+        rows, columns = np.nonzero(self.hard)
+        return float(columns.mean()), float(rows.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class CarriedMask:
+    """A mask in the target's image, all HxW.
+
+    hard: bool; soft: float32, or None where the source's was hard and a border is to be made; matrix: 2x3, from the
+    source's pixels (x, y) to the target's.
+    """
+
+    hard: np.ndarray
+    soft: np.ndarray | None
+    matrix: np.ndarray
+
+
+def read_donor(sample: Sample) -> Donor:
+    """The lesion of a diseased sample.
+
+    Raises FileError for a file that cannot be read, NotCarried for a sample that marks no lesion.
+    """
+    if sample.mask is None:
+        raise NotCarried("the prompt's sample has no mask")
+    mask = read_mask(sample.mask)
+    if not mask.hard.any():
+        raise NotCarried("the mask of the prompt's sample is empty")
+    shape = mask.values.shape
+    soft = mask.values if mask.soft else None
+    if sample.soft_mask is not None:
+        soft = read_mask(sample.soft_mask, shape, soft=True).values
+    body = read_anatomy(sample.anatomy, shape) == TARGET_LABEL if sample.anatomy is not None else None
+    return Donor(sample, mask.hard, soft, body)
+
+
+def carry(donor: Donor, target: np.ndarray | None, shape: tuple[int, ...], seed: int) -> CarriedMask:
+    """The donor's mask in the vertebra ``target`` (bool HxW) of an image of ``shape`` (H, W, ...).
+
+    It lies there as it lay in its own vertebra, but for a small jitter by ``seed``; of as many draws as it takes, the
+    first that keeps enough of it inside counts. The share of it that lies outside the vertebra is at most the
+    source's: of what is beyond, that is cut off which is furthest away. NotCarried where one of the two vertebrae is
+    not marked, or too little of the mask would lie inside.
+    """
+    if donor.body is None or not donor.body.any():
+        raise NotCarried("the prompt's sample marks no vertebra")
+    if target is None or not target.any():
+        raise NotCarried("the image marks no vertebra")
+    share = float((donor.hard & donor.body).sum() / donor.hard.sum())
+    if share < LEAST_SOURCE:
+        raise NotCarried("the lesion of the prompt's sample lies outside its vertebra")
+    try:
+        frames = frame_of(donor.body), frame_of(target)
+    except MedSoftError as error:
+        raise NotCarried(str(error)) from error
+    rng = np.random.default_rng(seed)
+    for jitter in [*(Jitter.drawn(rng) for _ in range(DRAWS)), Jitter()]:
+        found = _carried(donor, frames, jitter, shape)
+        area = donor.hard.sum() * abs(np.linalg.det(found.matrix[:, :2]))  # also what the image's border cuts off
+        if (found.hard & target).sum() >= LEAST_INSIDE * share * area and (found.hard & target).any():
+            return _inside(found, target, share)
+    raise NotCarried("too little of the lesion would lie inside the image's vertebra")
+
+
+def map_by_shape(donor: Donor, mask: np.ndarray) -> np.ndarray:
+    """2x3 map of the donor's pixels (x, y) that brings its lesion's bounding box onto that of a mask (bool HxW)."""
+    return map_between(_box(donor.hard), _box(mask), donor.pivot)
+
+
+def _box(mask: np.ndarray) -> Frame:
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    return Frame((x + (width - 1) / 2, y + (height - 1) / 2), 0.0, (width, height))
+
+
+def _carried(donor: Donor, frames: tuple[Frame, Frame], jitter: Jitter, shape: tuple[int, ...]) -> CarriedMask:
+    matrix = map_between(*frames, donor.pivot, jitter)
+    hard = warped(donor.hard.astype(np.float32), matrix, shape, cv2.BORDER_CONSTANT) >= 0.5
+    if donor.soft is None:
+        return CarriedMask(hard, None, matrix)
+    soft = warped(donor.soft, matrix, shape, cv2.BORDER_CONSTANT)
+    soft[hard] = soft[hard].clip(donor.soft[donor.hard].min())  # 1, as a rule, to the lesion's very edge
+    return CarriedMask(hard, np.rint(255 * soft).astype(np.float32) / 255, matrix)  # as a soft_mask.png holds it
+
+
+def _inside(found: CarriedMask, target: np.ndarray, share: float) -> CarriedMask:
+    """``found`` with no larger part outside ``target`` (bool HxW) than 1 - ``share``; its soft mask is cut likewise."""
+    inside = int((found.hard & target).sum())
+    allowed = int(inside * (1 - share) / share + 1e-6)
+    beyond = found.hard & ~target
+    if beyond.sum() <= allowed:
+        return found
+    away = cv2.distanceTransform((~target).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    rows, columns = np.nonzero(beyond)
+    cut = np.argsort(away[rows, columns], kind="stable")[allowed:]
+    hard = found.hard.copy()
+    hard[rows[cut], columns[cut]] = False
+    if found.soft is None:
+        return CarriedMask(hard, None, found.matrix)
+    lesion_away = cv2.distanceTransform((~found.hard).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    border = float(lesion_away[found.soft > 0].max())  # the width of its soft border
+    return CarriedMask(hard, np.minimum(found.soft, soften(hard, border)), found.matrix)
