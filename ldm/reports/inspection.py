@@ -1,7 +1,7 @@
 """One sample of a data set looked at completely: its faults, numbers for the statistics, and its picture. No torch."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +10,18 @@ import numpy as np
 from ldm.core.errors import MedSoftError
 from ldm.core.threads import side_by_side
 from ldm.data.checks import sample_attributes
-from ldm.data.folders import scan_each
+from ldm.data.folders import mask_box, scan_each
 from ldm.data.images import open_image, orientations_differ, pixel_digest, read_image
 from ldm.data.masks import TARGET_LABEL
 from ldm.data.regions import ORIENTATION_NOTE, Decoded, Regions, read_regions, region_notes
 from ldm.data.samples import Reject, Sample
 from ldm.reports.overlays import outlined
 
+Box = tuple[float, float, float, float]  # x, y, w, h as fractions of the image
+BOX_FAULT = (
+    "reaches beyond the box that the annotation gives it, from which the distinct crops to train on are counted: "
+    "some of them will be the same; prepare the data again"
+)
 SHOWN = 1000  # samples of a data set of which there is a picture, evenly spread over it
 
 
@@ -71,7 +76,19 @@ def _look(pictured: bool, total: int, numbered: tuple[int, Sample]) -> DatasetIn
         return DatasetInspection(sample.sample_id, (Finding("sample", str(sample.image), error.cause(sample.image)),))
     sources = {"mask": sample.mask, "soft_mask": sample.soft_mask, "anatomy": sample.anatomy}
     regions = read_regions(image, {stem: path for stem, path in sources.items() if path})
-    return _inspected(pictured, sample, Decoded(file, image, regions), number, total)
+    seen = _inspected(pictured, sample, Decoded(file, image, regions), number, total)
+    if regions.mask is None or sample.healthy or _covers(sample.box, mask_box(regions.mask), image.shape):
+        return seen
+    return replace(seen, faults=(*seen.faults, Finding("warning", str(sample.mask), BOX_FAULT)))
+
+
+def _covers(box: Box, of_mask: Box, shape: tuple[int, ...]) -> bool:
+    """Whether a box that an annotation gives holds that of its mask, up to a pixel; of zeros, either says nothing."""
+    if not any(box) or not any(of_mask):
+        return True
+    pairs = zip(box[:2], box[2:], of_mask[:2], of_mask[2:], shape[1::-1], strict=True)
+    ends = [(length * a, length * (a + b), length * c, length * (c + d)) for a, b, c, d, length in pairs]
+    return all(first <= low + 1.01 and last >= high - 1.01 for first, last, low, high in ends)
 
 
 def _inspected(pictured: bool, sample: Sample, decoded: Decoded, number: int, total: int) -> DatasetInspection:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,18 @@ def test_files_that_changed_after_preparation(tmp_path: Path, write_sample: Any)
     assert "s0/image.png: the annotation names it" in texts(found, "sample")
     assert "s1/mask.png: the mask is empty (all zero)" in texts(found, "sample")
     assert "s2/prompt.txt: is not what the annotation file says" in texts(found, "warning")
+
+
+def test_a_mask_that_reaches_beyond_its_box_in_the_annotation(tmp_path: Path, write_sample: Any) -> None:
+    """Of a sample's distinct crops, training counts as many as the box allows, and some would be computed twice."""
+    for number in range(3):
+        write_sample(tmp_path / "data" / f"s{number}", image=picture(number))
+    samples = load_samples(tmp_path / "data")[0]
+    x, y, width, height = samples[0].box
+    half, nearly = replace(samples[0], box=(x, y, width / 2, height)), (x + 1 / 24, y, width - 1 / 24, height)
+    write_annotations(tmp_path / "a.json", [half, samples[1], replace(samples[2], box=nearly)])
+    (said,) = [each for each in findings(tmp_path, "--data", tmp_path / "a.json")[1] if "the box" in each["text"]]
+    assert (said["level"], said["where"]) == ("warning", str(samples[0].mask))
 
 
 def test_inverted_and_huge_masks(tmp_path: Path, write_sample: Any) -> None:
