@@ -205,12 +205,13 @@ IN_TWO_EPOCHS = {"max_epochs": 2, "rates.attn3": 0.01, "schedule": "cosine", "pi
 
 
 @pytest.fixture(scope="module")
-def unbroken(world: Path, converted: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def unbroken(world: Path, small: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Two epochs of unet_only in one go, with one and with two batches a step."""
     folder = tmp_path_factory.mktemp("unbroken")
     for accumulate in (1, 2):
         given = {**IN_TWO_EPOCHS, "accumulate": accumulate}
-        assert train("unet_only", converted, folder / str(accumulate), world, "sampling.steps=2", **given) == 0
+        words = (small.last, folder / str(accumulate), world, "sampling.steps=2", *small.sizes)
+        assert train("unet_only", *words, **given) == 0
     return {accumulate: folder / str(accumulate) for accumulate in (1, 2)}
 
 
@@ -256,7 +257,7 @@ def terminate() -> None:
 )
 def test_interrupted_and_resumed_equals_unbroken(
     world: Path,
-    converted: Path,
+    small: Any,
     unbroken: dict,
     tmp_path: Path,
     how: Any,
@@ -266,7 +267,7 @@ def test_interrupted_and_resumed_equals_unbroken(
     step: int,
 ) -> None:
     given = {**IN_TWO_EPOCHS, "accumulate": accumulate, "save_every_minutes": 0}
-    words = (converted, tmp_path / "s", world, "sampling.steps=2")
+    words = (small.last, tmp_path / "s", world, "sampling.steps=2", *small.sizes)
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, after, how)
         if isinstance(ends, type):
