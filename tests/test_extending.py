@@ -27,7 +27,6 @@ from tiny import (
     changed,
     convert,
     infer,
-    merge,
     metas,
     tensors,
     train,
@@ -97,12 +96,27 @@ COVERED = {
 }
 
 
+ONE_AFTER_THE_OTHER = """
+import json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
 def test_another_input_of_the_msc_is_cached_trained_and_inpainted(
     world: Path, converted: Path, trained: dict, one: Path, tmp_path: Path
 ) -> None:
     """By the edits that the page names, in a copy of this tree, beside features that were cached without it."""
-    for name in ("ldm", "models", "ver_train.py", "dataset_infer.py"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    for name in ("ldm", "models"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    scripts = ("ver_train.py", "tool/tool_merge_for_stage2.py", "dataset_infer.py")
+    for name in scripts:
+        shutil.copy(ROOT / name, tmp_path / Path(name).name)
     shutil.copytree(world / "features", tmp_path / "features")
     for name, edits in COVERED.items():
         text = (tmp_path / name).read_text()
@@ -111,18 +125,18 @@ def test_another_input_of_the_msc_is_cached_trained_and_inpainted(
             text = text.replace(before, after)
         (tmp_path / name).write_text(text)
 
-    def run(script: str, *given: Any) -> None:
-        flags = ["--biomedclip", CLIP, *given]
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        subprocess.run([sys.executable, tmp_path / script, *map(str, flags)], env=environment, check=True, timeout=300)
-
     flags = ["--ckpt", converted, "--config", MODELS / "phantom_stage1.yaml", "--cache_dir", tmp_path / "features"]
     flags += ["--train_json", world / TRAIN, "--val_json", world / VAL, "--save_path", tmp_path / "stage1"]
-    run("ver_train.py", *flags, *(f"{key}={value}" for key, value in PLAIN.items()))
-    assert changed(tensors(trained["stage1"].last), tensors(tmp_path / "stage1" / "last.ckpt"))
-    assert merge(tmp_path / "stage1" / "last.ckpt", trained["unet_only"].last, tmp_path / "merged.ckpt") == 0
-    flags = ["--ckpt", tmp_path / "merged.ckpt", "--config", PHANTOM, "--data", one, "--steps", 2]
-    run("dataset_infer.py", *flags, "--output_dir", tmp_path / "out")
+    training = [*flags, "--biomedclip", CLIP, *(f"{key}={value}" for key, value in PLAIN.items())]
+    merged, last = tmp_path / "merged.ckpt", tmp_path / "stage1" / "last.ckpt"
+    merging = ["--stage1_path", last, "--input_path", trained["unet_only"].last, "--output_path", merged]
+    drawing = ["--ckpt", merged, "--data", one, "--steps", 2, "--output_dir", tmp_path / "out", "--biomedclip", CLIP]
+    given = [training, [*merging, "--config", PHANTOM], [*drawing, "--config", PHANTOM]]
+    commands = [[Path(name).name, *map(str, words)] for name, words in zip(scripts, given, strict=True)]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(commands)]
+    subprocess.run(code, cwd=tmp_path, env=environment, check=True, timeout=300)
+    assert changed(tensors(trained["stage1"].last), tensors(last))
     assert list(metas(tmp_path / "out"))
 
 
