@@ -150,7 +150,9 @@ def launch(path: Path, *flags: str) -> subprocess.Popen:
     )
 
 
-def test_a_killed_study_goes_on_and_runs_each_cell_once(write_study, tmp_path: Path) -> None:
+def test_a_killed_study_goes_on_and_runs_each_cell_once(
+    write_study, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     path, out = write_study(), tmp_path / "out"
     begun = out / "world_3" / "cells" / "real_seed0" / "run.json"
     first = launch(path)
@@ -165,9 +167,8 @@ def test_a_killed_study_goes_on_and_runs_each_cell_once(write_study, tmp_path: P
     assert begun.exists()
     assert not (out / "study.md").exists()
 
-    second = launch(path)
-    said = second.communicate(timeout=300)[0]
-    assert second.returncode == 0, said
+    assert tiny.call(study, path) == 0
+    said = capsys.readouterr().out
     assert "phantoms ... already done" in said
     assert "study.md: 2 of 2 cells" in said
     made = {file: file.stat().st_mtime_ns for file in out.glob("world_3/cells/*/metrics.json")}
@@ -179,10 +180,8 @@ def test_a_killed_study_goes_on_and_runs_each_cell_once(write_study, tmp_path: P
         assert float(row["auc"]) == json.loads(file.read_text())["test"]["auc"]["value"]
     assert rows[1]["n_duplicated"] == "4"  # as many as there are diseased ones
 
-    third = launch(path)
-    said = third.communicate(timeout=120)[0]
-    assert third.returncode == 0
-    assert said.count("already done") == 5
+    assert tiny.call(study, path) == 0
+    assert capsys.readouterr().out.count("already done") == 5
     assert {file: file.stat().st_mtime_ns for file in made} == made
 
 
