@@ -1,9 +1,16 @@
-"""A small study of phantoms, shared by the tests of tool/study.py."""
+"""A small study of phantoms, and the check of a plan's commands, shared by the tests of plans and studies."""
 
+import importlib
+import shlex
 from pathlib import Path
 from typing import Any
 
+import tiny
 import yaml
+
+from ldm.classifier.config import load_classifier_config
+from ldm.config import load_config
+from tool import make_phantoms
 
 SMALL = {
     "name": "small",
@@ -25,3 +32,17 @@ def write(folder: Path, **changes: Any) -> Path:
     kept = {key: value for key, value in values.items() if value is not None}
     path.write_text(yaml.safe_dump(kept, sort_keys=False))
     return path
+
+
+def check_command(run: str) -> None:
+    """The script of a plan's command accepts its words, and what they say of settings can be read."""
+    python, script, *words = shlex.split(run)
+    assert python == "python"
+    args = importlib.import_module(script.removesuffix(".py").replace("/", ".")).build_parser()
+    args = args.parse_intermixed_args(words)
+    if script == "classifier.py":
+        load_classifier_config(tiny.ROOT / args.args, args.set)
+    if script in ("ver_train.py", "dataset_infer.py"):
+        load_config(tiny.ROOT / args.config, args.overrides)
+    if script == "tool/make_phantoms.py":
+        make_phantoms.check(args)

@@ -9,6 +9,7 @@ from ldm.core import cli
 from ldm.core.paths import SHIPPED
 
 SCRIPTS = {
+    "init": "tool/init.py",
     "import": "tool/import_volumes.py",
     "prepare": "ver_openImagesDatasets.py",
     "convert": "tool/model_convert.py",

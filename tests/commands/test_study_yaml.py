@@ -13,19 +13,12 @@ import studies
 import tiny
 from studies import GENERATOR, SMALL
 
-import classifier
-import dataset_infer
-import ver_openImagesDatasets
-import ver_train
-from ldm.classifier.config import load_classifier_config
-from ldm.config import load_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.workflow import study_design
-from tool import make_phantoms, study
+from tool import study
 
 ROOT = tiny.ROOT
 SCRIPT = ROOT / "tool" / "study.py"
-SHIPPED = ("configs/study_phantom.yaml", "configs/study_phantom_confirmation.yaml")
 
 
 @pytest.fixture
@@ -178,49 +171,54 @@ def test_command_line_ends_with_one_line_and_code_2(write_study) -> None:
 # ----------------------------------------------------------------------------------------------------- the plans
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("study_*.yaml")))
 def test_every_command_of_the_shipped_studies_is_one_its_script_accepts(name: str) -> None:
-    modules = (classifier, dataset_infer, ver_openImagesDatasets, ver_train)
-    modules = (*modules, make_phantoms, tiny.model_convert, tiny.tool_merge_for_stage2)
-    scripts = {module.__name__.replace(".", "/") + ".py": module for module in modules}
-    design = study_design.load_design(ROOT / name)
+    design = study_design.load_design(ROOT / "configs" / name)
     groups = [group for group in study_design.plan_groups(design) if group.world is design.worlds[-1]]
-    seen = set()
-    for step in [*design.steps, *(step for group in groups for step in group.plan.steps)]:
-        python, script, *words = shlex.split(step.run)
-        assert python == "python"
-        args = scripts[script].build_parser().parse_intermixed_args(words)
-        if script == "classifier.py":
-            load_classifier_config(ROOT / args.args, args.set)
-        if script in ("ver_train.py", "dataset_infer.py"):
-            load_config(ROOT / args.config, args.overrides)
-        seen.add(script)
-    assert seen == set(scripts)
+    for step in dict.fromkeys([*design.steps, *(step for group in groups for step in group.plan.steps)]):
+        studies.check_command(step.run)
 
 
 def test_each_cell_of_the_shipped_study_is_planned_once() -> None:
-    design = study_design.load_design(ROOT / SHIPPED[0])
+    design = study_design.load_design(ROOT / "configs/study_phantom.yaml")
     cells = [cell for group in study_design.plan_groups(design) for cell in group.cells]
     assert len({cell.folder for cell in cells}) == len(cells) == 5 * 3 * (1 + 4 + 4 + 1 + 1 + 1 + 1 + 1)
 
 
-def test_development_confirmation_test_and_base_share_no_phantom_world() -> None:
-    designs = [study_design.load_design(ROOT / name) for name in SHIPPED]
+@pytest.mark.parametrize("name", ["phantom", "controls", "edge", "elsewhere"])
+def test_development_confirmation_test_and_base_share_no_phantom_world(name: str) -> None:
+    """The confirmation has the same treatments at a ratio that was chosen before, in worlds that nobody looked at."""
+    designs = [study_design.load_design(ROOT / f"configs/study_{name}{end}.yaml") for end in ("", "_confirmation")]
     seeds: list[str] = []
     for design in designs:
         for step in [step for world in design.worlds for step in world.steps if "make_phantoms" in step.run]:
             line = shlex.split(step.run)
             seeds.append(line[line.index("--seed") + 1])
-    assert len(set(seeds)) == len(seeds) == 20
+    assert len(set(seeds)) == len(seeds) == 2 * sum(len(design.worlds) for design in designs)
     assert max(map(int, seeds)) < 90_000  # the phantom base's worlds begin there
+    assert min(designs[1].keys.worlds) >= (100 if name == "phantom" else 200)
     ours, theirs = ({arm.name: arm for arm in design.arms} for design in designs)
     ratio = designs[1].keys.compare.ratio
     assert ratio is not None
-    for name, arm in theirs.items():  # the same treatments, at the ratio that was chosen before
-        assert arm == dataclasses.replace(ours[name], ratios=arm.ratios)
+    for arm in theirs.values():
+        assert arm == dataclasses.replace(ours[arm.name], ratios=arm.ratios)
         assert arm.all_ratios in ((None,), (ratio,))
-    assert designs[0].keys.generators == designs[1].keys.generators
-    assert designs[0].keys.set == designs[1].keys.set
+    for key in ("generators", "set", "phantoms", "draw", "classifier"):
+        assert getattr(designs[0].keys, key) == getattr(designs[1].keys, key)
+
+
+def test_the_confirmation_asks_what_was_written_down() -> None:
+    keys = study_design.load_design(ROOT / "configs/study_controls_confirmation.yaml").keys
+    asked = {name: (*each.minus, each.equivalence) for name, each in keys.hypotheses.items()}
+    assert asked == {
+        "H1": ("hybrid", "paste", None),
+        "H2": ("ours", "paste", None),
+        "H3a": ("ours", "no_msc", None),
+        "H3b": ("ours", "hard_mask", None),
+        "E1": ("ours", "no_msc", 0.01),
+        "E2": ("ours", "hard_mask", 0.01),
+    }
+    assert (keys.generator_seeds, keys.seeds, len(keys.worlds)) == ([0, 1], [0, 1, 2], 8)
 
 
 def test_generator_stages_start_where_they_must(write_study) -> None:

@@ -1,0 +1,272 @@
+"""A recipe for a dataset folder: plan, classifier configurations and study, with numbers that fit the data. No torch.
+
+What ``tool/init.py`` writes. Everything in it is meant to be read and changed.
+"""
+
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.config import load_config
+from ldm.core import cli
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import atomic_folder, read_json, write_json, write_text
+from ldm.core.paths import shipped
+from ldm.data.annotations import load_samples
+from ldm.data.samples import Sample
+
+TRAIN = 0.7  # share of the patients to train on, as ver_openImagesDatasets.py splits
+RATIO = 3  # images added per real diseased one
+PASSES, BATCH, LOOKS = 30, 32, 20  # of the classifier: passes over its images, images a step, validations
+SPLITS = 3  # of the study
+STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
+FEW = 10  # diseased patients to validate on, below which a number says little
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a recipe is made for: absolute paths, and what the data are like."""
+
+    data: Path
+    folder: Path
+    model: str
+    ckpt: str
+    side: int
+    healthy: int
+    diseased: int
+    patients: int
+    kinds: dict[str, int]
+
+    @property
+    def work(self) -> Path:
+        """The folder of all that the recipe's commands make."""
+        return self.folder / "work"
+
+    def stage(self, name: str) -> str:
+        """The YAML of a stage of the model."""
+        return f"{self.model.removesuffix('.yaml')}_{name}.yaml"
+
+    @property
+    def added(self) -> int:
+        """Images to make: so many that every real diseased training image has RATIO of them."""
+        return math.ceil(RATIO * TRAIN * self.diseased)
+
+    @property
+    def drawing(self) -> list[str]:
+        """The words that make as many: a healthy image is taken several times where there are too few."""
+        variants = math.ceil(self.added / max(1, math.floor(TRAIN * self.healthy)))
+        more = ["--variants", str(variants)] if variants > 1 else []
+        return ["--limit", str(math.ceil(self.added / variants)), *more]
+
+    @property
+    def steps(self) -> int:
+        """Of the classifier, the same in every arm."""
+        return PASSES * math.ceil((TRAIN * (self.healthy + self.diseased) + self.added) / BATCH)
+
+    @property
+    def said(self) -> str:
+        """The data in one line."""
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in self.kinds.items()) or "not named in meta.json"
+        return (
+            f"{self.healthy} healthy and {self.diseased} diseased images of {self.patients} patients; lesions: {kinds}"
+        )
+
+
+def write_recipe(data: Path, folder: Path, model: Path, ckpt: Path) -> int:
+    """Write README.md, plan.yaml, study.yaml and three classifier JSONs into a new ``folder``.
+
+    Returns 0, or 3 if some samples cannot be used. UsageError if the folder is there already or the model has no stage
+    YAMLs, MedSoftError without healthy or without diseased samples.
+    """
+    if folder.exists():
+        raise UsageError(f"{folder}: is there already; give another --output_dir, or delete it")
+    config = load_config(shipped(model), [])
+    missing = [name for name in STAGES if not shipped(f"{str(model).removesuffix('.yaml')}_{name}.yaml").exists()]
+    if missing:
+        raise UsageError(f"--model {model}: expected the YAMLs of its stages beside it, found none for {missing[0]}")
+    samples, rejects = load_samples(data)
+    facts = look_at(samples, data, folder, str(model), ckpt, config.data.image_size)
+    with atomic_folder(folder) as partial:
+        write_text(partial / "plan.yaml", plan_text(facts))
+        write_text(partial / "study.yaml", study_text(facts))
+        for name, values in classifiers(facts).items():
+            write_json(partial / f"classifier_{name}.json", values)
+        write_text(partial / "README.md", readme(facts, len(rejects)))
+    print(f"{folder}: {facts.said}. Read README.md there; then: python tool/run_stages.py {folder / 'plan.yaml'}")
+    return cli.SOME_REJECTED if rejects else cli.DONE
+
+
+def look_at(samples: Sequence[Sample], data: Path, folder: Path, model: str, ckpt: Path, side: int) -> Facts:
+    """What the samples are like; MedSoftError if nothing can be learned or drawn on."""
+    diseased = [sample for sample in samples if not sample.healthy]
+    healthy = len(samples) - len(diseased)
+    for count, what, why in ((len(diseased), "diseased", "learn from"), (healthy, "healthy", "draw on")):
+        if not count:
+            raise MedSoftError(f"{data}: expected healthy and diseased samples, found no {what} one to {why}")
+    kinds = Counter(sample.lesion_type for sample in diseased if sample.lesion_type)
+    patients = len({sample.patient_id for sample in samples})
+    start = str(ckpt.resolve()) if ckpt.exists() else str(ckpt)
+    known = dict(kinds.most_common())
+    return Facts(data.resolve(), folder.resolve(), model, start, side, healthy, len(diseased), patients, known)
+
+
+def command(*words: Any) -> str:
+    """A command as a text of YAML."""
+    return json.dumps(shlex.join(map(str, words)), ensure_ascii=False)
+
+
+def step(name: str, makes: Path, *words: Any) -> str:
+    """A step of a plan."""
+    return f"  - name: {name}\n    run: {command('python', *words)}\n    makes: [{json.dumps(str(makes))}]"
+
+
+def plan_text(facts: Facts) -> str:
+    """Preparation, the four stages, drawing, evaluation and three classifiers."""
+    work, start = facts.work, facts.work / "converted.ckpt"
+    train, val, test = (work / f"annotations_{part}.json" for part in ("train", "val", "test"))
+    made = {"stage1": start, "unet_only": start, "stage2_1": work / "merged.ckpt"}
+    made["stage2_2"] = work / "stage2_1" / "last.ckpt"
+    model = ["--config", facts.model]
+
+    def train_stage(name: str) -> str:
+        words = ["ver_train.py", "--ckpt", made[name], "--config", facts.stage(name), "--save_path", work / name]
+        return step(name, work / name / "last.ckpt", *words, "--train_json", train, "--val_json", val)
+
+    merge = ["tool/tool_merge_for_stage2.py", "--stage1_path", work / "stage1" / "last.ckpt"]
+    merge += ["--input_path", work / "unet_only" / "last.ckpt", "--output_path", work / "merged.ckpt", *model]
+    draw = ["dataset_infer.py", "--ckpt", work / "stage2_2" / "last.ckpt", *model, "--train_json", train]
+    draw += ["--output_dir", work / "results", "--seed", 0, *facts.drawing]
+    judge = ["tool/evaluate.py", test, work / "results", "--train_json", train, *model]
+    annotations = work / "annotations.json"
+    steps = [
+        step("prepare", train, "ver_openImagesDatasets.py", "--root_dir", facts.data, "--output_file", annotations),
+        step("convert", start, "tool/model_convert.py", "--input_path", facts.ckpt, "--output_path", start, *model),
+        *map(train_stage, STAGES[:2]),
+        step("merge", work / "merged.ckpt", *merge),
+        *map(train_stage, STAGES[2:]),
+        step("draw", work / "results" / "inference.json", *draw),
+        step("evaluate", work / "evaluation", *judge, "--output_dir", work / "evaluation"),
+    ]
+    for name in classifiers(facts):
+        output = work / f"classifier_{name}"
+        steps.append(step(f"classifier_{name}", output / "metrics.json", "classifier.py", _json(facts, name)))
+    head = (
+        f"# {facts.said}.\n# Every step runs once; started again, it goes on: python tool/run_stages.py THIS_FILE\n"
+        f"name: {json.dumps(facts.data.name)}\noutput_dir: {json.dumps(str(work))}\nsteps:"
+    )
+    return "\n".join([head, *steps]) + "\n"
+
+
+def _json(facts: Facts, name: str) -> Path:
+    return facts.folder / f"classifier_{name}.json"
+
+
+def classifiers(facts: Facts) -> dict[str, dict[str, Any]]:
+    """The classifier with real images, with repeated ones, and with drawn ones instead, all else equal."""
+    small = facts.side <= 64
+    values = read_json(shipped("configs/classifier/phantom.json"), "classifier configuration")
+    values |= {"img_size": 64 if small else 224, "Batch_Size": BATCH, "EPOCHS": LOOKS, "steps": facts.steps}
+    values |= {"dataset": facts.data.name, "lr": 1e-3 if small else 3e-4}
+    values |= {f"{part}_json": str(facts.work / f"annotations_{part}.json") for part in ("train", "val", "test")}
+    arms: dict[str, dict[str, Any]] = {
+        "real": {},
+        "duplicated": {"use_synthetic": "duplicate_real", "ratio": float(RATIO)},
+        "augmented": {"synthetic": [str(facts.work / "results")], "ratio": float(RATIO)},
+    }
+    return {name: values | arm | {"output_dir": str(facts.work / f"classifier_{name}")} for name, arm in arms.items()}
+
+
+def study_text(facts: Facts) -> str:
+    """Several splits by patient; repeating, pasting, drawing and both together."""
+    work = facts.work / "study"
+    splits = [work / f"split_{seed}" for seed in range(SPLITS)]
+    worlds = {
+        split.name: {f"{part}_json": f"{split}_{part}.json" for part in ("train", "val", "test")} for split in splits
+    }
+    prepare = "\n".join(
+        step(
+            split.name,
+            Path(f"{split}_train.json"),
+            *("ver_openImagesDatasets.py", "--root_dir", facts.data, "--output_file", f"{split}.json", "--seed", seed),
+        )
+        for seed, split in enumerate(splits)
+    )
+    drawing = shlex.join(["--seed", "0", *facts.drawing])
+    hybrid = f"{drawing} --init paste --strength 0.5"
+    paste = f"python tool/copy_paste.py --train_json {{train_json}} --output_dir {{pictures}} {drawing}"
+    chain = "\n".join(
+        f"      - {json.dumps(stage if stage == 'merge' else facts.stage(stage))}"
+        for stage in (*STAGES[:2], "merge", *STAGES[2:])
+    )
+    names = "\n".join(f"  {name}: {json.dumps(files, ensure_ascii=False)}" for name, files in worlds.items())
+    return f"""# Do drawn lesions help here, and more than lesions that are pasted? Every key: docs/evaluation.md.
+#   python tool/study.py THIS_FILE
+# {facts.said}.
+# A world is one split of the same patients: the splits share most of them, so the intervals over worlds are narrower
+# than those over hospitals would be. Patients of another hospital as a world of their own say more.
+name: {json.dumps(facts.data.name)}
+output_dir: {json.dumps(str(work))}
+steps:
+{prepare}
+worlds:
+{names}
+seeds: [0, 1, 2]  # of the classifiers; their mean stands for a world
+
+checkpoint: {json.dumps(facts.ckpt)}
+model: {json.dumps(facts.model)}
+draw: {json.dumps(drawing)}
+generators:
+  ours:
+    stages:
+{chain}
+  hybrid: {{from: ours, draw: {json.dumps(hybrid)}}}  # a pasted lesion, finished by the model
+  paste: {{run: {json.dumps(paste)}}}  # no network
+
+classifier: {json.dumps(str(_json(facts, "real")))}
+set: [steps={facts.steps}]
+arms:  # a ratio is added images per real diseased one; every arm trains for the same number of steps
+  real: {{}}
+  duplicated: {{use: duplicate_real, ratios: [{RATIO}]}}
+  paste: {{use: mix, generator: paste, ratios: [{RATIO}]}}
+  ours: {{use: mix, generator: ours, ratios: [{RATIO}]}}
+  hybrid: {{use: mix, generator: hybrid, ratios: [{RATIO}]}}
+compare: {{baseline: real, control: duplicated, main: ours, ratio: {RATIO}}}
+"""
+
+
+def readme(facts: Facts, rejected: int) -> str:
+    """The commands in their order, and what the numbers of the data mean for them."""
+    parts = [f"# {facts.data.name}", f"Written for {facts.said}. Everything here may be changed."]
+    if rejected:
+        parts.append(f"{rejected} samples could not be used; `prepare` lists them in `work/annotations_rejects.json`.")
+    if 0.1 * facts.diseased < FEW:
+        parts.append(
+            "Few diseased images are left to validate on, so that chance chooses the epoch. Add patients, or give "
+            "`prepare` other `--fractions`."
+        )
+    if not facts.kinds:
+        parts.append("No `meta.json` names a lesion type: tables by kind stay empty, nothing else changes.")
+    commands = [
+        shlex.join(["python", "tool/doctor.py", "--data", str(facts.data)]),
+        shlex.join(["python", "tool/run_stages.py", str(facts.folder / "plan.yaml")]),
+        shlex.join(["python", "tool/study.py", str(facts.folder / "study.yaml")]),
+    ]
+    shell = "\n".join(commands)
+    parts += [
+        f"```sh\n{shell}\n```",
+        "1. The doctor says what is wrong with the samples.\n"
+        "2. `plan.yaml` trains the four stages, draws, compares real with drawn and trains three classifiers: on real "
+        "images, on real ones repeated, on real and drawn ones.\n"
+        f"3. `study.yaml` does so in {SPLITS} splits with three seeds, beside pasted lesions, and says what the "
+        "intervals support.",
+        f"The classifiers take {facts.steps} steps in every arm, {PASSES} passes over the largest set. If "
+        "`metrics.json` says `converged: false`, raise `steps` in the three JSONs (then add `--from classifier_real "
+        "--overwrite` to the plan's command) and in `study.yaml`.",
+        f"{facts.added} images are made: {RATIO} for each real diseased training image.",
+    ]
+    return "\n\n".join(parts) + "\n"
