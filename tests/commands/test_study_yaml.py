@@ -1,6 +1,7 @@
 """tool/study.py: its YAML and the plans that come from it."""
 
 import dataclasses
+import re
 import shlex
 import subprocess
 import sys
@@ -176,7 +177,8 @@ def test_every_command_of_the_shipped_studies_is_one_its_script_accepts(name: st
     design = study_design.load_design(ROOT / "configs" / name)
     groups = [group for group in study_design.plan_groups(design) if group.world is design.worlds[-1]]
     for step in dict.fromkeys([*design.steps, *(step for group in groups for step in group.plan.steps)]):
-        studies.check_command(step.run)
+        if not re.search(r"_seed[1-9]$|_g[1-9]", step.name):  # which differ in a number only
+            studies.check_command(step.run)
 
 
 def test_each_cell_of_the_shipped_study_is_planned_once() -> None:
