@@ -35,7 +35,7 @@ def write_figures(paths: Sequence[Path], folder: Path) -> int:
         studies[name] = read_study(design, list(plan_groups(design)))[0]
         if not studies[name].cells:
             raise MedSoftError(f"{path}: no cell of it is finished; run the study first")
-    parts = ["# Figures", "![test AUC by number of real lesions](learning_curve.png)"]
+    parts = ["# Figures", "![by number of real lesions](learning_curve.png)"]
     save(folder, "learning_curve", learning_curve(studies))
     for name, study in studies.items():
         save(folder, f"arms_{name}", arms_figure(study))
@@ -72,7 +72,7 @@ def real_lesions(study: Study, treatment: Treatment) -> float | None:
 
 
 def learning_curve(studies: Mapping[str, Study]) -> "Figure":
-    """Test AUC by the number of real lesions: a line an arm, a point a study, mean and interval over its worlds."""
+    """The endpoint by the number of real lesions: a line an arm, a point a study, mean and interval over its worlds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -82,11 +82,12 @@ def learning_curve(studies: Mapping[str, Study]) -> "Figure":
             at, mean = real_lesions(study, treatment), study.mean(treatment)
             if at is not None and mean is not None:
                 lines.setdefault(treatment.arm, {})[at] = mean
+    what = " or ".join(dict.fromkeys(study.endpoint for study in studies.values()))
     for arm, points in lines.items():
         places = sorted(points)
         below, above = zip(*(distances(points[at]) for at in places), strict=True)
         axes.errorbar(places, [points[at].mean for at in places], [below, above], marker="o", capsize=3, label=arm)
-    axes.set(xlabel="real lesions to train on", ylabel="test AUC\n(mean and 95 % over worlds)")
+    axes.set(xlabel="real lesions to train on", ylabel=f"{what}\n(mean and 95 % over worlds)")
     if any(lines.values()):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -103,7 +104,7 @@ def distances(found: Interval) -> tuple[float, float]:
 
 
 def arms_figure(study: Study) -> "Figure":
-    """What each arm changes against the control: the paired difference of the test AUC with its interval, sorted."""
+    """What each arm changes against the control: the paired difference of the endpoint with its interval, sorted."""
     from matplotlib.figure import Figure
 
     control = study.at(study.comparison.control, study.chosen_ratio())
@@ -119,13 +120,13 @@ def arms_figure(study: Study) -> "Figure":
         axes.errorbar([change.mean], [place], xerr=[[below], [above]], fmt="o", capsize=3, color=colour)
     axes.axvline(0, color="0.45", linestyle="--")
     axes.set_yticks(range(len(order)), [str(arm) for arm in order])
-    axes.set_xlabel(f"test AUC minus that of {control} (mean and 95 % over worlds)")
+    axes.set_xlabel(f"{study.endpoint} minus that of {control} (mean and 95 % over worlds)")
     axes.grid(alpha=0.25, axis="x")
     return figure
 
 
 def kind_rows(study: Study) -> list[dict[str, object]]:
-    """A row for each kind, severity and arm: the AUC against all healthy test images, mean and interval over worlds."""
+    """A row for each kind, severity and arm: the AUC against all healthy test images, or Dice, over worlds."""
     by_kind, rows = study.by_kind(), []
     for name in dict.fromkeys(name for cell in study.cells for name in cell.groups):
         kind, _, severity = name.rpartition(", ")
@@ -133,7 +134,7 @@ def kind_rows(study: Study) -> list[dict[str, object]]:
             mean = by_kind.mean(treatment, name)
             if mean is not None:
                 row = {"lesion_type": kind, "severity": severity, "arm": treatment.arm, "ratio": treatment.ratio}
-                rows.append(row | {"auc": mean.mean, "low": mean.low, "high": mean.high, "worlds": mean.worlds})
+                rows.append(row | {"value": mean.mean, "low": mean.low, "high": mean.high, "worlds": mean.worlds})
     return rows
 
 

@@ -23,6 +23,7 @@ class Outcome:
 
     name: str
     asked: str
+    endpoint: str
     hypothesis: Hypothesis
     change: Interval | None
     p: float | None
@@ -56,16 +57,17 @@ def outcomes(hypotheses: Mapping[str, Hypothesis], own: Study, others: Mapping[s
     for name, hypothesis in hypotheses.items():
         study = others[hypothesis.study] if hypothesis.study else own
         first, second = (study.at(arm, study.chosen_ratio()) for arm in hypothesis.minus)
-        values = list(study.paired(first, second, hypothesis.endpoint).values())
+        endpoint = hypothesis.endpoint or study.comparison.endpoint
+        values = list(study.paired(first, second, endpoint).values())
         p = None
         if len(values) > 1:
             margin = hypothesis.equivalence
             p = t_test(values) if margin is None else equivalence_test(values, margin)
         place = f" ({hypothesis.study})" if hypothesis.study else ""
         change, missing = interval(values) if values else None, study.unfinished((first, second))
-        found.append((name, f"{first} minus {second}{place}", hypothesis, change, p, missing))
+        found.append((name, f"{first} minus {second}{place}", endpoint, hypothesis, change, p, missing))
     adjusted = holm([1.0 if p is None or missing else p for *_, p, missing in found])
-    return [Outcome(*each[:5], value, each[5]) for each, value in zip(found, adjusted, strict=True)]
+    return [Outcome(*each[:6], value, each[6]) for each, value in zip(found, adjusted, strict=True)]
 
 
 def t_test(values: Sequence[float], expected: float = 0.0) -> float:
@@ -99,7 +101,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def share_of_attainable(study: Study, arm: str) -> Share | None:
-    """(``arm`` - control) / (oracle - control) of the test AUC at the study's ratio; None without common worlds."""
+    """(``arm`` - control) / (oracle - control) of the endpoint at the study's ratio; None without common worlds."""
     compared, ratio = study.comparison, study.chosen_ratio()
     if compared.oracle is None:
         return None

@@ -92,6 +92,7 @@ class Compared:
     """``main`` at ``ratio`` minus ``control`` is the claim, ``baseline`` has nothing added.
 
     Ratio None: the one that does best on validation. ``oracle`` minus ``control`` is the most that can be gained.
+    ``endpoint``: the number of ``test`` in the classifiers' metrics.json that everything is about.
     """
 
     baseline: str
@@ -99,6 +100,7 @@ class Compared:
     main: str
     ratio: float | None
     oracle: str | None = None
+    endpoint: Text = "auc"
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Hypothesis:
     """
 
     minus: Pair
-    endpoint: Text = "auc"
+    endpoint: Text | None = None  # the study's
     equivalence: Margin | None = None
     study: Text | None = None
 

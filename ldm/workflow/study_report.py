@@ -11,27 +11,28 @@ from ldm.core.tables import markdown_table, write_csv
 from ldm.reports.figures import write_figure
 from ldm.reports.html import write_page
 from ldm.workflow.study_hypotheses import Outcome, share_of_attainable
-from ldm.workflow.study_results import AUC, CHOICE, Interval, Study, Treatment
+from ldm.workflow.study_results import Interval, Study, Treatment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHOWN = {AUC: "test AUC", "average_precision": "average precision", "balanced_accuracy": "balanced accuracy"}
+SHOWN = {"auc": "test AUC", "average_precision": "average precision", "balanced_accuracy": "balanced accuracy"}
 SHOWN |= {
     "recall": "recall",
     "specificity": "specificity",
     "sensitivity_at_95_specificity": "recall at 95 % specificity",
 }
-SHOWN |= {"macro_auc": "macro AUC", "calibration_error": "calibration error", "brier": "Brier score", "dice": "Dice"}
-SHOWN |= {CHOICE: "validation AUC"}
+SHOWN |= {"macro_auc": "macro AUC", "macro_auc_by_type": "macro AUC by type"}
+SHOWN |= {"calibration_error": "calibration error", "brier": "Brier score", "dice": "Dice"}
+SHOWN |= {"validation_auc": "validation AUC", "validation_dice": "validation Dice"}
 
 
 def paragraph(study: Study, hypotheses: bool = False) -> str:
     """What the cells support and what they do not, in sentences that follow from the intervals alone."""
     compared, ratio = study.comparison, study.chosen_ratio()
     if ratio is None:
-        return f"Nothing can be said yet: no finished cell of {compared.main} has a validation AUC."
-    how = "fixed beforehand" if compared.ratio is not None else "the one with the best validation AUC of these worlds"
+        return f"Nothing can be said yet: no finished cell of {compared.main} has a number from validation."
+    how = "fixed beforehand" if compared.ratio is not None else "the one that is best on validation in these worlds"
     main, control = Treatment(compared.main, ratio), Treatment(compared.control, ratio)
     nothing = Treatment(compared.baseline)
     claim = _sentence(study, main, control, "The main comparison, ") or f"{main} and {control}: no finished pair yet."
@@ -54,14 +55,14 @@ def paragraph(study: Study, hypotheses: bool = False) -> str:
 
 
 def _sentence(study: Study, first: Treatment, second: Treatment, lead: str = "") -> str:
-    """What one difference of the test AUC says; empty if there is none."""
+    """What one difference of the endpoint says; empty if there is none."""
     change = study.difference(first, second)
     if change is None:
         return ""
     worlds = f"{change.worlds} world{'s' if change.worlds > 1 else ''}"
     shown = {"higher": "a gain is shown", "lower": "a loss is shown"}
     said = shown.get(change.verdict, f"a difference is {change.verdict}")
-    return f"{lead}{first} minus {second}: {change} of test AUC over {worlds}; {said}."
+    return f"{lead}{first} minus {second}: {change} of {study.endpoint} over {worlds}; {said}."
 
 
 def mean_rows(study: Study, metrics: Sequence[str]) -> list[list[str]]:
@@ -75,7 +76,7 @@ def mean_rows(study: Study, metrics: Sequence[str]) -> list[list[str]]:
 
 
 def difference_rows(study: Study) -> list[list[str]]:
-    """One row a pair: both names, the difference of the test AUC with its interval, worlds, verdict."""
+    """One row a pair: both names, the difference of the endpoint with its interval, worlds, verdict."""
     return [
         [str(first), str(second), mean_with_bounds(change, "{:+.3f}"), str(change.worlds), change.verdict]
         for first, second, change in study.differences()
@@ -111,7 +112,7 @@ def dose_figure(study: Study) -> "Figure":
             above = [0.0 if each.high is None else each.high - each.mean for each in shown.values()]
             axes.errorbar(list(shown), heights, [below, above], color=colour, marker="o", capsize=3, label=arm)
     axes.set_xticks(range(len(every)), [f"{ratio:g}" for ratio in every])
-    label = f"test AUC minus that of {compared.baseline}\n(mean and 95 % over worlds)"
+    label = f"{study.endpoint} minus that of {compared.baseline}\n(mean and 95 % over worlds)"
     axes.set(xlabel="images added per real diseased image", ylabel=label)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=9)
@@ -135,7 +136,7 @@ def outcome_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
     """One row a hypothesis."""
     return [
         [
-            *(each.name, each.asked, each.hypothesis.endpoint, mean_with_bounds(each.change, "{:+.3f}")),
+            *(each.name, each.asked, each.endpoint, mean_with_bounds(each.change, "{:+.3f}")),
             *("-" if each.p is None else f"{each.p:.4f}", f"{each.adjusted:.4f}", each.verdict),
         ]
         for each in outcomes
@@ -171,8 +172,8 @@ def cell_rows(study: Study) -> list[dict[str, Any]]:
 def warnings(study: Study) -> list[str]:
     """What makes the cells unfair to each other, in sentences."""
     found = []
-    if undefined := sum(cell.values.get(AUC) is None for cell in study.cells):
-        found.append(f"{undefined} cells have no test AUC: their test set holds one class.")
+    if undefined := sum(cell.values.get(study.comparison.endpoint) is None for cell in study.cells):
+        found.append(f"{undefined} cells have no {study.endpoint}: another task, or a test set of one class.")
     if short := sum(cell.converged is False for cell in study.cells):
         found.append(f"{short} classifiers had not converged; give them more `steps`, the same in every arm.")
     if uneven := study.uneven():
@@ -210,7 +211,7 @@ def write_study_report(
         "Hypotheses": (["", "", "endpoint", "difference", "p", "p (Holm)", "verdict"], outcome_rows(outcomes)),
         "Share of the attainable gain": (["arm", "share", "95 % (Fieller)", "worlds"], share_rows(study)),
         "Means": (["arm", "worlds", *(SHOWN[metric] for metric in shown)], mean_rows(study, shown)),
-        "Differences": (["", "minus", "test AUC", "worlds", "verdict"], difference_rows(study)),
+        "Differences": (["", "minus", study.endpoint, "worlds", "verdict"], difference_rows(study)),
     }
     tables = {title: table for title, table in tables.items() if table[1]}
     conclusion = paragraph(study, bool(outcomes))

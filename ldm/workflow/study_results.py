@@ -16,7 +16,7 @@ from ldm.core.files import read_json
 from ldm.workflow.study_keys import Compared
 
 LEVEL = 0.95  # of every interval
-AUC, CHOICE = "auc", "validation_auc"  # what is reported first; what the ratio is chosen by
+CHOSEN_BY = ("auc", "dice")  # what the epoch is chosen by on validation, and so the ratio: the first that there is
 
 
 @dataclass(frozen=True, order=True)
@@ -35,9 +35,10 @@ Key = tuple[str, Treatment, int | None, int]  # world, treatment, generator seed
 
 @dataclass(frozen=True)
 class Cell:
-    """One finished classifier; ``values`` are test metrics by name and validation_auc, None where undefined.
+    """One finished classifier; ``values`` are test metrics by name and validation_auc (or _dice), None where undefined.
 
-    ``groups``: the test AUC of lesions of one kind and severity against all healthy images, by "kind, severity".
+    ``groups``: of lesions of one kind and severity the test AUC against all healthy images, or the Dice, by "kind,
+    severity".
     """
 
     world: str
@@ -94,12 +95,17 @@ def read_cell(folder: Path, world: str, treatment: Treatment, seed: int) -> Cell
     found = read_json(path, "classifier's metrics")
     try:
         values = {name: each["value"] for name, each in found["test"].items() if isinstance(each, dict)}
-        values[CHOICE] = found["validation"][AUC]
+        values |= {f"validation_{name}": found["validation"][name] for name in CHOSEN_BY if name in found["validation"]}
         counts = {name: found.get(name) for name in ("n_synthetic_used", "n_duplicated")}
-        groups = {f"{each['lesion_type']}, {each['severity']}": each[AUC]["value"] for each in found.get("groups", [])}
-        if AUC not in values:
-            raise KeyError("test.auc")
-    except (KeyError, TypeError, AttributeError) as error:
+        groups = {
+            f"{each['lesion_type']}, {each['severity']}": next(each[name] for name in CHOSEN_BY if name in each)[
+                "value"
+            ]
+            for each in found.get("groups", [])
+        }
+        if not any(name in values and f"validation_{name}" in values for name in CHOSEN_BY):
+            raise KeyError(f"test and validation, {' or '.join(CHOSEN_BY)}")
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise MedSoftError(f"{path}: not the metrics of a tested classifier ({error}); delete its folder") from error
     more = {name: found.get(name) for name in ("n_train_diseased", "converged")}
     return Cell(world, treatment, seed, values, counts, groups=groups, **more)
@@ -138,16 +144,23 @@ class Study:
                 found[cell.world, cell.seed].append(value)
         return {run: statistics.fmean(values) for run, values in found.items()}
 
-    def mean(self, treatment: Treatment, metric: str = AUC) -> Interval | None:
-        """Over worlds, seeds averaged first; None if nothing is defined."""
-        return _over_worlds(self._runs(treatment, metric))
+    @property
+    def endpoint(self) -> str:
+        """The endpoint for a reader."""
+        name = self.comparison.endpoint
+        return "test AUC" if name == "auc" else f"test {name.replace('_', ' ')}"
 
-    def paired(self, first: Treatment, second: Treatment, metric: str = AUC) -> dict[str, float]:
+    def mean(self, treatment: Treatment, metric: str | None = None) -> Interval | None:
+        """Of the metric, or the endpoint, over worlds, seeds averaged first; None if nothing is defined."""
+        return _over_worlds(self._runs(treatment, metric or self.comparison.endpoint))
+
+    def paired(self, first: Treatment, second: Treatment, metric: str | None = None) -> dict[str, float]:
         """``first`` - ``second`` by world, paired by world and seed; without worlds that have no common pair."""
+        metric = metric or self.comparison.endpoint
         ours, theirs = self._runs(first, metric), self._runs(second, metric)
         return _by_world({run: ours[run] - theirs[run] for run in ours if run in theirs})
 
-    def difference(self, first: Treatment, second: Treatment, metric: str = AUC) -> Interval | None:
+    def difference(self, first: Treatment, second: Treatment, metric: str | None = None) -> Interval | None:
         """Mean of ``paired`` over worlds; None without a common pair."""
         found = self.paired(first, second, metric)
         return interval(list(found.values())) if found else None
@@ -171,7 +184,7 @@ class Study:
         return {world: list(names) for world, names in found.items() if len(names) > 1}
 
     def by_kind(self) -> "Study":
-        """The same cells with the AUCs of their kinds and severities as values."""
+        """The same cells with the numbers of their kinds and severities as values."""
         return replace(self, cells=[replace(cell, values=dict(cell.groups)) for cell in self.cells])
 
     def ratios(self, arm: str) -> list[float]:
@@ -179,12 +192,13 @@ class Study:
         return sorted(t.ratio for t in self.treatments if t.arm == arm and t.ratio is not None)
 
     def chosen_ratio(self) -> float | None:
-        """The main arm's ratio: given, or the one with the best mean validation AUC over the runs that all ratios have
+        """The main arm's ratio: given, or the one with the best mean on validation over the runs that all ratios have
         (the smaller one on a tie). The test sets have no part in it. None while there is nothing to choose from."""
         if self.comparison.ratio is not None:
             return self.comparison.ratio
         ratios = self.ratios(self.comparison.main)
-        runs = {ratio: self._runs(Treatment(self.comparison.main, ratio), CHOICE) for ratio in ratios}
+        chosen_by = f"validation_{'dice' if self.comparison.endpoint == 'dice' else 'auc'}"
+        runs = {ratio: self._runs(Treatment(self.comparison.main, ratio), chosen_by) for ratio in ratios}
         common = set.intersection(*(set(each) for each in runs.values())) if runs else set()
         if not common:
             return None

@@ -43,7 +43,7 @@ def test_figures_and_tables_of_two_studies(tmp_path: Path) -> None:
         assert text in curve
     assert "duplicated at 1" not in (out / "arms_few.svg").read_text().replace("minus that of duplicated at 1", "")
     rows = list(csv.DictReader((out / "kinds_few.csv").read_text().splitlines()))
-    assert [(row["lesion_type"], row["severity"], row["arm"], float(row["auc"])) for row in rows] == [
+    assert [(row["lesion_type"], row["severity"], row["arm"], float(row["value"])) for row in rows] == [
         ("osteolytic", "subtle", "real", pytest.approx(0.6)),
         ("osteolytic", "subtle", "duplicated", pytest.approx(0.65)),
     ]

@@ -120,7 +120,7 @@ def test_cells_without_an_auc_are_left_out_and_counted(tmp_path: Path) -> None:
     found.cells[0] = Cell("w1", Treatment("real"), 0, {"auc": None, "validation_auc": None}, {})
     again = Study(found.cells, found.comparison)
     write_study_report(tmp_path, "s", again, [])
-    assert "1 cells have no test AUC: their test set holds one class." in (tmp_path / "study.md").read_text()
+    assert "1 cells have no test AUC: another task, or a test set of one class." in (tmp_path / "study.md").read_text()
     assert again.mean(Treatment("real")).mean == pytest.approx(statistics.fmean([0.72, 0.805, 0.89]))
 
 
@@ -165,6 +165,23 @@ def test_a_world_whose_cells_come_from_two_machines_is_named(tmp_path: Path) -> 
     assert {row["machine"] for row in rows} == {"Xeon", "EPYC"}
     assert {row["commit"] for row in rows} == {"abc"}
     assert "Xeon" in (tmp_path / "study.html").read_text()
+
+
+def test_segmentation_is_compared_by_its_dice(tmp_path: Path) -> None:
+    groups = [{"lesion_type": "osteolytic", "severity": "all", "dice": {"value": 0.4}}]
+    found = []
+    for world, shift in (("w1", 0.0), ("w2", 0.1)):
+        for treatment in (Treatment("real"), Treatment("duplicated", 1.0), Treatment("ours", 1.0)):
+            dice = 0.5 + shift + 0.1 * (treatment.arm == "ours")
+            metrics = {"test": {"dice": {"value": dice}}, "validation": {"dice": dice}, "groups": groups}
+            write_json(tmp_path / "metrics.json", metrics)
+            found.append(read_cell(tmp_path, world, treatment, 0))
+    study_ = Study(found, Compared("real", "duplicated", "ours", None, endpoint="dice"))
+    write_study_report(tmp_path, "s", study_, [])
+    said = (tmp_path / "study.md").read_text()
+    assert "ours at 1 minus duplicated at 1: +0.100 (95 % +0.100 to +0.100) of test dice" in said
+    assert "| Dice | validation Dice |" in said
+    assert study_.by_kind().mean(Treatment("real"), "osteolytic, all").mean == pytest.approx(0.4)
 
 
 def test_another_number_of_added_images_than_in_the_control_is_said(tmp_path: Path) -> None:
