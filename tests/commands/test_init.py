@@ -83,7 +83,7 @@ def test_a_recipe_for_foreign_data_can_be_followed(data: Path, tmp_path: Path, m
     )
     assert tiny.call(run_stages, recipe / "plan.yaml", "--only", "prepare", "classifier_real") == 0
     metrics = json.loads((recipe / "work" / "classifier_real" / "metrics.json").read_text())
-    assert metrics["n_train_diseased"] == 11
+    assert 8 <= metrics["n_train_diseased"] <= 13  # of 16
     assert metrics["test"]["auc"]["value"] is not None
 
 
