@@ -172,7 +172,7 @@ def test_command_line_ends_with_one_line_and_code_2(write_study) -> None:
 # ----------------------------------------------------------------------------------------------------- the plans
 
 
-@pytest.mark.parametrize("name", ["study_phantom.yaml", "study_phantom_confirmation.yaml"])
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("study_*.yaml")))
 def test_every_command_of_the_shipped_studies_is_one_its_script_accepts(name: str) -> None:
     design = study_design.load_design(ROOT / "configs" / name)
     groups = [group for group in study_design.plan_groups(design) if group.world is design.worlds[-1]]
