@@ -35,7 +35,10 @@ def write(folder: Path, **changes: Any) -> Path:
 
 
 def check_command(run: str) -> None:
-    """The script of a plan's command accepts its words, and what they say of settings can be read."""
+    """The script of a plan's command accepts its words, and what they say of settings can be read.
+
+    A start that is noised in part says with which steps: the same share of others begins at another time.
+    """
     python, script, *words = shlex.split(run)
     assert python == "python"
     args = importlib.import_module(script.removesuffix(".py").replace("/", ".")).build_parser()
@@ -44,5 +47,7 @@ def check_command(run: str) -> None:
         load_classifier_config(tiny.ROOT / args.args, args.set)
     if script in ("ver_train.py", "dataset_infer.py"):
         load_config(tiny.ROOT / args.config, args.overrides)
+    if script == "dataset_infer.py" and args.strength not in (None, 0, 1):
+        assert None not in (args.steps, args.step_spacing), run
     if script == "tool/make_phantoms.py":
         make_phantoms.check(args)

@@ -197,7 +197,7 @@ def study_text(facts: Facts) -> str:
         for seed, split in enumerate(splits)
     )
     drawing = shlex.join(["--seed", "0", *facts.drawing])
-    hybrid = f"{drawing} --init paste --strength 0.5"
+    hybrid = f"{drawing} --init paste --strength 0.5 --steps 8 --step_spacing trailing"
     paste = f"python tool/copy_paste.py --train_json {{train_json}} --output_dir {{pictures}} {drawing}"
     chain = "\n".join(
         f"      - {json.dumps(stage if stage == 'merge' else facts.stage(stage))}"
