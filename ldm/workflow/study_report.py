@@ -25,6 +25,7 @@ SHOWN |= {
 SHOWN |= {"macro_auc": "macro AUC", "macro_auc_by_type": "macro AUC by type"}
 SHOWN |= {"calibration_error": "calibration error", "brier": "Brier score", "dice": "Dice"}
 SHOWN |= {"validation_auc": "validation AUC", "validation_dice": "validation Dice"}
+ERRORS = ("brier", "calibration_error", "type_calibration_error", "false_alarms")  # of which less is better
 
 
 def paragraph(study: Study, hypotheses: bool = False) -> str:
@@ -46,11 +47,10 @@ def paragraph(study: Study, hypotheses: bool = False) -> str:
             "The ratio was chosen in these very worlds, and other settings may have been: they suggest, and only "
             "worlds that nothing was tuned on can confirm."
         )
-    claims = "The hypotheses below and this comparison are" if hypotheses else "One comparison is"
-    parts.append(
-        f"{claims} the claim; all others are looks at the same worlds, and their intervals are not widened for their "
-        "number."
-    )
+    claim = "One comparison is the claim; all others"
+    if hypotheses:
+        claim = "The hypotheses below are the claim; all others, the main comparison among them,"
+    parts.append(f"{claim} are looks at the same worlds, and their intervals are not widened for their number.")
     return " ".join(part for part in parts if part)
 
 
@@ -60,7 +60,8 @@ def _sentence(study: Study, first: Treatment, second: Treatment, lead: str = "")
     if change is None:
         return ""
     worlds = f"{change.worlds} world{'s' if change.worlds > 1 else ''}"
-    shown = {"higher": "a gain is shown", "lower": "a loss is shown"}
+    gain, loss = ("lower", "higher") if study.comparison.endpoint in ERRORS else ("higher", "lower")
+    shown = {gain: "a gain is shown", loss: "a loss is shown"}
     said = shown.get(change.verdict, f"a difference is {change.verdict}")
     return f"{lead}{first} minus {second}: {change} of {study.endpoint} over {worlds}; {said}."
 
@@ -217,7 +218,7 @@ def write_study_report(
     conclusion = paragraph(study, bool(outcomes))
     parts = [f"# Study: {name}", *notes, conclusion]
     parts += [part for title, table in tables.items() for part in (f"## {title}", markdown_table(*table))]
-    write_text(folder / "study.md", "\n\n".join([*parts, "![AUC by ratio](dose_response.png)"]) + "\n")
+    write_text(folder / "study.md", "\n\n".join([*parts, f"![{study.endpoint} by ratio](dose_response.png)"]) + "\n")
     cells = (list(rows[0]), [list(row.values()) for row in rows])
     write_page(
         folder / "study.html", "study", name=name, conclusion=conclusion, notes=notes, tables=tables, cells=cells

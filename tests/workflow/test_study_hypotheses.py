@@ -122,4 +122,4 @@ def test_the_page_shows_hypotheses_and_shares(study_: Study, tmp_path: Path) -> 
         said = (tmp_path / file).read_text()
         assert "equivalent within ±0.01" in said
         assert f"{share.low:.2f} to {share.high:.2f}" in said
-    assert "The hypotheses below and this comparison are the claim" in (tmp_path / "study.md").read_text()
+    assert "The hypotheses below are the claim" in (tmp_path / "study.md").read_text()

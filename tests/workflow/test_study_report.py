@@ -1,6 +1,7 @@
 """The cells of a study: intervals, pairing, the choice of the ratio, what the numbers are said to support."""
 
 import csv
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,23 @@ def test_the_paragraph_says_what_the_interval_supports(gain: float, noise: float
     assert claim[: claim.index(". ") + 1].endswith(said)
     assert "they suggest" not in text
     assert "only worlds that nothing was tuned on can confirm" in paragraph(made(gain, noise))
+
+
+def test_less_of_an_error_is_a_gain() -> None:
+    study_ = made(-0.03, ratio=1.0)
+    for cell in study_.cells:
+        cell.values["brier"] = cell.values["auc"]
+    study_ = replace(study_, comparison=replace(study_.comparison, endpoint="brier"))
+    assert re.search(
+        r"ours at 1 minus duplicated at 1: -0\.03\d .* of test brier .*; a gain is shown\.", paragraph(study_)
+    )
+
+
+def test_with_hypotheses_the_main_comparison_is_a_look_among_others() -> None:
+    """It is not one of Holm's family."""
+    assert "One comparison is the claim; all others are looks" in paragraph(made(0.03, ratio=1.0))
+    text = paragraph(made(0.03, ratio=1.0), hypotheses=True)
+    assert "The hypotheses below are the claim; all others, the main comparison among them, are looks" in text
 
 
 def test_one_world_or_none_shows_nothing() -> None:
