@@ -99,8 +99,13 @@ class Inpainter:
     def generate(self, image: Tensor, soft_mask: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, list[str | None]]:
         """The model's square before compositing: image (B, 3, S, S), soft_mask (B, 1, S, S) -> (B, 3, S, S).
 
-        With it, for each image, None or where its first value that is no number appeared.
+        With it, for each image, None or where its first value that is no number appeared. MedSoftError where sampling
+        reads more than these squares.
         """
+        more = {"biomedclip.view=image": self.net.architecture.biomedclip.view == "image"}
+        more["sampling.init=paste"] = self.sampling.init == "paste"
+        for setting in [name for name, given in more.items() if given]:
+            raise MedSoftError(f"{setting} reads what squares alone do not hold; use inpaint")
         generated, broken = self._generate(image, soft_mask, jobs)
         return generated, [self._error(number) for number in broken.tolist()]
 

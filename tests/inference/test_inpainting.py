@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.bench.common import diffusers_pipeline
 from ldm.config import load_config
+from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples
 from ldm.data.preparation import PreparedSample, prepare
 from ldm.diffusion.noise import image_noise
@@ -44,6 +45,12 @@ def hard_inputs() -> tuple[Tensor, Tensor]:
     mask = torch.zeros(2, 1, 64, 64)
     mask[0, :, 16:40, 20:44] = mask[1, :, 8:16, 32:60] = 1
     return image, mask
+
+
+@pytest.mark.parametrize("setting", ["biomedclip.view=image", "sampling.init=paste"])
+def test_squares_alone_are_refused_where_more_has_to_be_seen(converted: Path, setting: str) -> None:
+    with pytest.raises(MedSoftError, match=rf"{setting} .* squares alone do not hold; use inpaint"):
+        inpainter(converted, [setting]).generate(*hard_inputs(), JOBS)
 
 
 def test_all_four_off_with_a_hard_mask_is_plain_inpainting(converted: Path) -> None:
