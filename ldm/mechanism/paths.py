@@ -215,9 +215,9 @@ def _held_out(inpainter: PathInpainter, cases: Sequence[Case], seed: int) -> dic
         true.append(target.cpu())
         softs.append(soft.cpu())
     columns = {name: torch.cat(each).cpu() for name, each in rows.items()}
-    columns["cosine_of_type_mean"] = _type_means(
-        [case.lesion_type for case in cases], torch.cat(true), torch.cat(softs)
-    )
+    means = cosines_of_type_means([case.lesion_type for case in cases], torch.cat(true), torch.cat(softs))
+    if len(means):
+        columns["cosine_of_type_mean"] = means
     own = columns.pop("own")
     added = {f"added_by_{name}": columns.pop(name) - own for name in [*columns] if not name.startswith("cosine")}
     found = {"loss_inside": own, **added, **columns}
@@ -279,12 +279,18 @@ def _loss_of(
     return loss
 
 
-def _type_means(kinds: Sequence[str], true: Tensor, soft: Tensor) -> Tensor:
-    """Cosine (B,) to the true tokens (B, N, D) of the mean true token inside the masks of the type's other samples."""
-    weights = soft.unsqueeze(-1)  # (B, N, 1)
-    sums = (true * weights).sum(dim=1)
-    means = []
+def cosines_of_type_means(kinds: Sequence[str], true: Tensor, soft: Tensor) -> Tensor:
+    """Cosine to the true tokens (B, N, D) of the mean true token inside the masks (B, N) of the type's other samples.
+
+    One for each sample whose type has others.
+    """
+    sums = (true * soft.unsqueeze(-1)).sum(dim=1)
+    means, kept = [], []
     for number, kind in enumerate(kinds):
-        others = [place for place, each in enumerate(kinds) if each == kind and place != number] or [number]
-        means.append(sums[others].sum(dim=0) / soft[others].sum())
-    return masked_cosine(torch.stack(means)[:, None].expand_as(true), true, soft)
+        others = [place for place, each in enumerate(kinds) if each == kind and place != number]
+        if others:
+            kept.append(number)
+            means.append(sums[others].sum(dim=0) / soft[others].sum())
+    if not kept:
+        return torch.empty(0)
+    return masked_cosine(torch.stack(means)[:, None].expand_as(true[kept]), true[kept], soft[kept])

@@ -14,7 +14,7 @@ from ldm.config import load_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.preparation import prepare
-from ldm.mechanism.paths import PATHS
+from ldm.mechanism.paths import PATHS, cosines_of_type_means
 from ldm.networks.model import hidden_region
 from ldm.networks.msc import ControllerInputs
 from ldm.networks.opening import open_model
@@ -66,6 +66,12 @@ def test_cosine_of_the_tokens_by_hand(final: Path, world: Path, judge: Path, tmp
         values.append(float((similar[0] * soft).sum() / soft.sum()))
     held_out = measured(final, tmp_path / "few.json", judge, tmp_path / "a.json")["held_out"]
     assert held_out["cosine"]["mean"] == pytest.approx(np.mean(values), abs=1e-4)
+
+
+def test_a_lesion_has_no_part_in_the_mean_of_its_type_that_it_is_compared_with() -> None:
+    true = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[3.0, 4.0]]])  # a lesion a row, one patch each
+    found = cosines_of_type_means(["a", "a", "b"], true, torch.ones(3, 1))
+    assert found.tolist() == [0.0, 0.0]  # of b there is no other one to compare with
 
 
 def test_where_the_third_attention_is_silent_tokens_do_nothing(
