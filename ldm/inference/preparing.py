@@ -41,9 +41,10 @@ class Preparation:
 
     def __init__(self, data: DataConfig, masks: str, method: str = "paste") -> None:
         self.data, self.masks, self.method = data, masks, method
-        self._donors = functools.lru_cache(DONORS)(lambda image: self._read_donor(image))
-        self._diameters = functools.cache(lambda image: lesion_diameter(self._samples[image]))
-        self._samples: dict[Path, Sample] = {}
+        # By all of a sample's files: several lesions of one image have masks of their own.
+        self._donors = functools.lru_cache(DONORS)(lambda files: read_donor(self._samples[files]))
+        self._diameters = functools.cache(lambda files: lesion_diameter(self._samples[files]))
+        self._samples: dict[tuple[Path | None, ...], Sample] = {}
 
     def __call__(self, task: Task) -> PreparedTask | Reject:
         """The prepared task, or why it cannot be made."""
@@ -79,8 +80,8 @@ class Preparation:
                 origin = MaskOrigin("blob", fallback=str(reason))
         diameter = None
         if task.source is not None:  # that of the lesion which the prompt was written about
-            self._samples[task.source.image] = task.source
-            diameter = self._diameters(task.source.image)
+            self._samples[task.source.files] = task.source
+            diameter = self._diameters(task.source.files)
         sample = prepare(task.sample, self.data, task.seed, task.variant, diameter=diameter)
         return PreparedTask(dataclasses.replace(task, mask=origin), sample)
 
@@ -119,8 +120,5 @@ class Preparation:
         return PreparedTask(task, dataclasses.replace(sample, pasted=pixels))
 
     def _donor(self, sample: Sample) -> Donor:
-        self._samples[sample.image] = sample
-        return self._donors(sample.image)
-
-    def _read_donor(self, image: Path) -> Donor:
-        return read_donor(self._samples[image])
+        self._samples[sample.files] = sample
+        return self._donors(sample.files)

@@ -1,5 +1,6 @@
 """tool/copy_paste.py, and where the masks of healthy images come from: carried over, lesion-shaped, or their own."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -75,6 +76,23 @@ def test_what_cannot_be_carried_falls_back_and_is_counted(data: Path, tmp_path: 
     counts = {"carry": len(found) - len(fallen), "blob (the prompt's sample marks no vertebra)": len(fallen)}
     assert record(tmp_path / "out")["masks"] == counts
     assert f"their masks: {len(fallen)} blob (the prompt's sample marks no vertebra), " in caplog.text
+
+
+def test_two_lesions_of_one_image_keep_their_own_masks(data: Path, tmp_path: Path) -> None:
+    """Rows of an annotation file may share an image; each lesion is the row's."""
+    samples = load_samples(data)[0]
+    wide, *_ = (sample for sample in samples if not sample.healthy)
+    small = read_mask(wide.mask).hard
+    small &= np.cumsum(small).reshape(small.shape) <= small.sum() // 8
+    write_png(tmp_path / "small.png", small.astype(np.uint8) * 255)
+    rows = [dataclasses.replace(wide, sample_id="a")]
+    rows += [dataclasses.replace(wide, sample_id="b", mask=tmp_path / "small.png")]
+    write_annotations(tmp_path / "two.json", [*rows, *(sample for sample in samples if sample.healthy)])
+    assert pasted(tmp_path / "out", tmp_path / "two.json", "--match", "none", "--variants", 3) == 0
+    sizes: dict[str, list[float]] = {"a": [], "b": []}
+    for name, meta in metas(tmp_path / "out").items():
+        sizes[meta["mask_source"]].append(float(read_mask(tmp_path / "out" / name / "mask.png").hard.sum()))
+    assert max(sizes["b"]) < 0.5 * min(sizes["a"])
 
 
 def test_soft_mask_of_its_own_comes_first_and_is_all_that_own_takes(data: Path, tmp_path: Path) -> None:
