@@ -31,8 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "instead write a diseased twin, a synthetic sample, of each healthy phantom of a folder or annotation file"
     made.add_argument("--twins_of", type=Path, metavar="PATH", help=text)
     made.add_argument("--limit", type=cli.COUNT, help="with --twins_of: so many twins at most")
-    text = "instead write the images that the BiomedCLIP stand-in was trained on"
-    made.add_argument("--seen_by_biomedclip", action="store_true", help=text)
+    made.add_argument("--seen_by_biomedclip", action="store_true", help="instead the images of the BiomedCLIP stand-in")
     made.add_argument("--overwrite", action="store_true", help="replace a phantom dataset made with other arguments")
     made.add_argument("--sheet", type=Path, metavar="PNG", help="also write a contact sheet to look at, PNG or JPEG")
     made.add_argument("--calibrate", action="store_true", help="train classifiers on few and many patients, print AUCs")
@@ -49,6 +48,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--lesions_per_type: says how many lesions there are, as --diseased does; give one of them")
     if args.limit and not args.twins_of:
         raise UsageError("--limit: only with --twins_of")
+    if args.twins_of and (args.diseased is not None or args.lesions_per_type):
+        raise UsageError("--twins_of: gives each healthy phantom one lesion; leave out --diseased, --lesions_per_type")
     if args.twins_of and (args.world != "standard" or args.size or args.seen_by_biomedclip or not args.output_dir):
         raise UsageError("--twins_of: needs --output_dir, and takes world and size from the record of the phantoms")
 

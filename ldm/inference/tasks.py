@@ -440,6 +440,9 @@ def _task_of(result: Sample, content: Contents) -> Task:
 def read_record(path: Path) -> dict[str, Any]:
     """The meta.json of a result, with all that --replay needs; MedSoftError naming what is missing."""
     record = read_json(path, "meta.json of a result")
+    if isinstance(record, dict) and "method" in record and "checkpoint" not in record:
+        how = f"was made without a checkpoint, by the method {record['method']}"
+        raise MedSoftError(f"{path}: {how}; to make it again, repeat its command")
     missing = [key for key in REPLAY_RULES if not isinstance(record, dict) or key not in record]
     if missing:
         raise MedSoftError(f"{path}: has no {', '.join(missing)}; expected the meta.json of a result")

@@ -182,6 +182,12 @@ def test_16_bits_and_the_window_stay(data: Path, tmp_path: Path) -> None:
     assert len(np.unique(image[soft == 255])) > 0.5 * (soft == 255).sum()  # not 256 levels
 
 
+def test_replay_of_a_pasted_result_says_that_it_has_no_checkpoint(pastes: Path, tmp_path: Path) -> None:
+    meta = pastes / min(metas(pastes)) / "meta.json"
+    with pytest.raises(MedSoftError, match=r"meta\.json: was made without a checkpoint, by the method paste"):
+        call(dataset_infer, "--replay", meta, "--output_dir", tmp_path / "again")
+
+
 def test_diseased_images_have_no_lesion_to_paste(data: Path, tmp_path: Path) -> None:
     with pytest.raises(MedSoftError, match=r"no sample can be inpainted .*has no lesion to paste: only healthy images"):
         pasted(tmp_path / "out", data, "--choose", "diseased")

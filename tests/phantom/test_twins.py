@@ -147,3 +147,9 @@ def test_what_is_no_phantom_of_this_version_is_refused(phantoms: Path, tmp_path:
 def test_twins_are_not_written_over_their_parents(phantoms: Path) -> None:
     with pytest.raises(UsageError, match=r"holds .*, which is to have a twin; give another"):
         _twins(phantoms, phantoms, "--overwrite")
+
+
+@pytest.mark.parametrize("flag", ["--diseased", "--lesions_per_type"])
+def test_twins_are_as_many_as_their_parents(phantoms: Path, tmp_path: Path, flag: str) -> None:
+    with pytest.raises(UsageError, match=f"--twins_of: gives each healthy phantom one lesion; leave out .*{flag}"):
+        _twins(phantoms, tmp_path / "t", flag, 3)
