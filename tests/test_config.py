@@ -100,10 +100,10 @@ SCOPES = {"architecture", "features", "images", "weights", "rounding"}
 # change one here say to whom that work is lost.
 KNOWN = {
     ("mldm_v15_unet_only", "weights rounding"): "98b218a6122bee868c5bafa7a06c98cccddec6378de8e6100f90762791f9afc7",
-    ("mldm_v15_unet_only", "images"): "280acf7cf0c28ca6c4cc09b11470c465886b6326467333f65d7dff969ff458db",
+    ("mldm_v15_unet_only", "images"): "cbd0e5198fa0b67d078c0ed3f21238940370967808057165497b8a11283e8621",
     ("mldm_v15_unet_only", "architecture"): "6c38d0421d4cc6850217a51380f6ae4e6e6831a62e0c1b11a6580aa4541a40b6",
     ("phantom_stage2_2", "weights rounding"): "32064437f5fac58f614effc8fe6144502ae87e197d72aeefce8ec099b1d142d6",
-    ("phantom_stage2_2", "images"): "bd24e13c9caed16f55d66ad9d0c96e72a7d05d86938bb17f5a65f93a2a384b69",
+    ("phantom_stage2_2", "images"): "cbe806a7bbf646a677c83d1b2a796eacbdb0e04c3ca877ec9530d8dbf1114a1f",
     ("phantom_stage2_2", "architecture"): "f0a4f47aed522e130d712c403dc7ea3b48c14b2858063bacf8c05ad4ef1a3610",
 }
 

@@ -101,7 +101,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def share_of_attainable(study: Study, arm: str) -> Share | None:
-    """(``arm`` - control) / (oracle - control) of the endpoint at the study's ratio; None without common worlds."""
+    """(``arm`` - control) / (oracle - control) of the endpoint at the study's ratio.
+
+    None without common worlds, and where the oracle gains nothing: there is nothing to have a share of.
+    """
     compared, ratio = study.comparison, study.chosen_ratio()
     if compared.oracle is None:
         return None
@@ -109,7 +112,7 @@ def share_of_attainable(study: Study, arm: str) -> Share | None:
     gains = study.paired(study.at(arm, ratio), control)
     attainable = study.paired(study.at(compared.oracle, ratio), control)
     worlds = [world for world in gains if world in attainable]
-    if not worlds or statistics.fmean(attainable[world] for world in worlds) == 0:
+    if not worlds or statistics.fmean(attainable[world] for world in worlds) <= 0:
         return None
     return fieller([gains[world] for world in worlds], [attainable[world] for world in worlds])
 

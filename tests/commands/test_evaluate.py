@@ -432,6 +432,7 @@ def test_one_training_patient_leaves_the_threshold_uncalibrated(real: Path, hone
         "threshold": 0.95,
         "not_comparable": 0,
         "closest_pair_of_training_patients": None,
+        "median_correlation_with_the_source": None,
         "training_samples_without_patient_id": 0,
         "nearer_than_95_percent_of_held_out": pytest.approx(0.05, abs=0.06),
     }

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,20 +54,24 @@ class Opened:
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.files: Counter[str] = Counter()
         self.decoded = 0
-        real, load = io.open, Image.open
+        real, load, decode = io.open, Image.open, cv2.imdecode
 
         def opening(file: Any, *more: Any, **named: Any) -> Any:
             if str(file).startswith(str(folder)):
                 self.files[str(file)] += 1
             return real(file, *more, **named)
 
-        def decoding(*given: Any, **named: Any) -> Any:
-            self.decoded += 1
-            return load(*given, **named)
+        def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+            def decoding(*given: Any, **named: Any) -> Any:
+                self.decoded += 1
+                return function(*given, **named)
+
+            return decoding
 
         patch.setattr(io, "open", opening)
         patch.setattr(builtins, "open", opening)
-        patch.setattr(Image, "open", decoding)
+        patch.setattr(Image, "open", counting(load))
+        patch.setattr(cv2, "imdecode", counting(decode))
 
 
 def test_preparation_opens_and_decodes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

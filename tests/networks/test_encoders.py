@@ -22,7 +22,7 @@ from ldm.config import TextEncoderConfig, load_config
 from ldm.core.errors import MedSoftError
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.opening import open_encoder
-from ldm.networks.text_encoder import TextEncoder
+from ldm.networks.text_encoder import TextEncoder, clip_tokenizer
 
 PROMPTS = [
     "",
@@ -133,7 +133,7 @@ def test_prompt_of_300_words_is_cut_with_a_warning(text_encoder: TextEncoder, ca
     (said,) = [record.getMessage() for record in caplog.records]  # once, not at every use
     assert "reads 75 of the" in said
     count = int(said.split("reads 75 of the ")[1].split()[0])
-    assert count == len(text_encoder._tokenizer(prompt, add_special_tokens=False)["input_ids"]) > 300
+    assert count == len(clip_tokenizer()(prompt, add_special_tokens=False)["input_ids"]) > 300
     assert '"a lytic lesion a lytic' in said
 
 

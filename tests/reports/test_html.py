@@ -7,7 +7,11 @@ from jinja2 import UndefinedError
 
 from ldm.reports.html import TEMPLATES, number, write_page
 
-STUDY = {"conclusion": "a < b", "means": (["<arm>"], [["x & y"]]), "differences": (["value"], [[0.25], [None]])}
+STUDY = {
+    "conclusion": "a < b",
+    "tables": {"Means": (["<arm>"], [["x & y"]])},
+    "cells": (["value"], [[0.25], [None]]),
+}
 
 
 def test_everything_that_a_page_is_given_is_escaped(tmp_path: Path) -> None:
