@@ -89,16 +89,7 @@ def write_test(
     write_page(
         path,
         "classifier",
-        metrics=metrics,
-        number_rows=[
-            (name.replace("_", " "), entry["value"], interval_text(entry), metrics["validation"].get(name))
-            for name, entry in metrics["test"].items()
-        ],
-        fact_rows=[(key.replace("_", " "), metrics.get(key)) for key in FACTS],
-        group_rows=[
-            [*(row[key] for key in GROUP_FACTS), *(number_text(row[key]) for key in GROUP_NUMBERS)]
-            for row in metrics["groups"]
-        ],
+        **number_tables(metrics, GROUP_NUMBERS),
         confound_rows=[list(row.values()) for row in metrics["confounds"]],
         training_plots=training_plots(folder, path, metrics["epoch"]),
         **_test_plots(path, metrics, test),
@@ -112,6 +103,22 @@ def number_text(entry: Mapping[str, Any]) -> str:
     """A number of metrics.json with its interval, if it has one."""
     value = number(entry["value"])
     return value if entry["low"] is None else f"{value} ({interval_text(entry)})"
+
+
+def number_tables(metrics: Mapping[str, Any], group_numbers: Sequence[str]) -> dict[str, Any]:
+    """What every test's page shows of its ``metrics``; ``group_numbers``: the columns of each type and severity."""
+    return {
+        "metrics": metrics,
+        "number_rows": [
+            (name.replace("_", " "), entry["value"], interval_text(entry), metrics["validation"].get(name))
+            for name, entry in metrics["test"].items()
+        ],
+        "fact_rows": [(key.replace("_", " "), metrics.get(key)) for key in FACTS],
+        "group_rows": [
+            [*(row[key] for key in GROUP_FACTS), *(number_text(row[key]) for key in group_numbers)]
+            for row in metrics["groups"]
+        ],
+    }
 
 
 def interval_text(entry: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from ldm.classifier.data import HEALTHY, ImageSet
-from ldm.classifier.report import FACTS, GROUP_FACTS, flat_metrics, interval_text, number_text, training_plots
+from ldm.classifier.report import flat_metrics, number_tables, training_plots
 from ldm.core.tables import write_csv
 from ldm.reports.html import files_folder, write_image, write_page
 
@@ -33,16 +33,7 @@ def write_segmentation(
     write_page(
         path,
         "segmentation",
-        metrics=metrics,
-        number_rows=[
-            (name.replace("_", " "), entry["value"], interval_text(entry), metrics["validation"].get(name))
-            for name, entry in metrics["test"].items()
-        ],
-        group_rows=[
-            [*(row[key] for key in GROUP_FACTS), *(number_text(row[key]) for key in ("dice", "found"))]
-            for row in metrics["groups"]
-        ],
-        fact_rows=[(key.replace("_", " "), metrics.get(key)) for key in FACTS],
+        **number_tables(metrics, ("dice", "found")),
         training_plots=training_plots(folder, path, metrics["epoch"]),
         outlines=_pictures(path, "outline", images, found, rows, [lesions[place] for place in places]),
         alarms=_pictures(path, "alarm", images, found, rows, alarms[:ALARMS]),
