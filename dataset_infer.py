@@ -21,6 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
+    args.overrides = [word for word in args.match if "=" in word] + args.overrides  # which stand behind --match
+    args.match = [word for word in args.match if "=" not in word]
     options = cli.options(InferenceOptions, args)
     options.check()
     from ldm.inference.run import run

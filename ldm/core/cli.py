@@ -30,7 +30,7 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """The lines of a description as they are, and behind each flag its default, if that is a number or a text."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        unsaid = isinstance(action.default, bool | list | None)
+        unsaid = isinstance(action.default, bool | list | tuple | None)
         return action.help if unsaid else super()._get_help_string(action)
 
 

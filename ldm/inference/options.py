@@ -8,7 +8,7 @@ from pathlib import Path
 from ldm.config import INITS, SAMPLERS, SAMPLING_PRECISIONS, SPACINGS
 from ldm.core.cli import AMOUNT, COUNT, PROCESSES, SEED, SHARE, WHOLE, Number, flag
 from ldm.core.errors import UsageError
-from ldm.inference.prompts import MATCHES
+from ldm.inference.prompts import DEFAULT_MATCH, Match
 from ldm.inference.shares import Share, read_share
 
 METHODS = ("paste", "poisson")
@@ -56,11 +56,13 @@ class InferenceOptions:
     limit: int | None = flag("at most so many samples", type=COUNT)
     variants: int = flag("results per sample", 1, type=COUNT)
     prompt: str | None = flag("one prompt for all (default: the sample's own, or one from --train_json)")
-    match: str = flag(
+    match: Sequence[str] = flag(
         "how prompts agree with the level, region and modality in meta.json: level (of a diseased sample of the same "
-        "level; where there is none, as replace), replace (its level and region are replaced by the image's), or none",
-        "level",
-        metavar="HOW",
+        "level; where there is none, as replace; the default), replace (its level and region are replaced by the "
+        "image's), or none; and keys of meta.json: of a diseased sample with the image's value there, if there is one",
+        DEFAULT_MATCH,
+        nargs="+",
+        metavar="HOW|KEY",
     )
     masks: str = flag(
         "of healthy samples: carry (the mask of the lesion that the prompt was written about, by the two vertebrae; "
@@ -114,8 +116,7 @@ class InferenceOptions:
             raise UsageError("--prompt: expected a sentence, found nothing")
         if self.prompt is not None and len(self.prompt.strip().splitlines()) > 1:
             raise UsageError("--prompt: expected one sentence on one line, as a prompt.txt has it")
-        if self.match not in MATCHES:
-            raise UsageError(f"--match: expected one of {', '.join(MATCHES)}, found {self.match!r}")
+        self._check_match()
         self._check_image()
         if sum(bool(given) for given in (self.data, self.like, self.image, self.replay)) > 1:
             raise UsageError("--data, --like, --image and --replay exclude each other")
@@ -141,6 +142,13 @@ class InferenceOptions:
                 raise UsageError(f"--{name} belongs to --image; a dataset says it in its sample folders")
         if self.spacing is not None and len(self.spacing) > 2:
             raise UsageError(f"--spacing: expected one or two numbers, found {' '.join(map(str, self.spacing))}")
+
+    def _check_match(self) -> None:
+        keys = Match.read(self.match).keys
+        given = next((name for name in ("prompt", "image", "like") if getattr(self, name)), None)
+        if keys and given:
+            text = f"--match {keys[0]} chooses among the prompts of diseased samples; --{given} takes none of them"
+            raise UsageError(text)
 
     def _check_replay(self) -> None:
         if self.replay:
@@ -191,7 +199,12 @@ class PasteOptions:
     choose: str | None = flag("healthy, or a text file with one sample_id per line", "healthy", metavar="WHICH")
     limit: int | None = flag("at most so many samples", type=COUNT)
     variants: int = flag("results per sample", 1, type=COUNT)
-    match: str = flag("how prompts agree with their images: level, replace or none", "level", choices=MATCHES)
+    match: Sequence[str] = flag(
+        "how prompts agree with their images: level (the default), replace or none, and keys of meta.json",
+        DEFAULT_MATCH,
+        nargs="+",
+        metavar="HOW|KEY",
+    )
     seed: int = flag("seed of masks and prompts", 0, type=SEED)
     method: str = flag(
         "paste, or poisson: the lesion's gradients with the image's levels around", METHODS[0], choices=METHODS

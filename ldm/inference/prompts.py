@@ -4,14 +4,20 @@
 ``modality``. A prompt agrees with it if it names none of them, or the same.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
-from ldm.data.samples import Sample
+from ldm.core.errors import UsageError
+from ldm.data.samples import META_TEXTS, Sample, plain, text_of
+
+log = logging.getLogger(__name__)
 
 MATCHES = ("level", "replace", "none")  # how the prompts of healthy images are made to agree, see ``PromptPool``
+DEFAULT_MATCH = ("level",)  # the words of --match where nothing is said
 
 REGIONS = {"C": "cervical", "T": "thoracic", "L": "lumbar", "S": "sacral"}
 LAST = {"C": 7, "T": 13, "L": 6, "S": 5}  # the last vertebra of each region, variants included
@@ -58,6 +64,30 @@ class MatchedPrompt(NamedTuple):
     prompt: str
     source: Sample | None
     how: str | None
+
+
+class Match(NamedTuple):
+    """How prompts of healthy images are chosen: ``how`` of MATCHES; ``keys`` of ``meta.json``, see ``PromptPool``."""
+
+    how: str
+    keys: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, words: Sequence[str]) -> "Match":
+        """From the words of --match: at most one of MATCHES (default: level), the others are keys of ``meta.json``."""
+        hows = [word for word in words if word in MATCHES]
+        if len(hows) > 1 or not words:
+            raise UsageError(f"--match: expected one of {', '.join(MATCHES)}, found {' and '.join(hows) or 'nothing'}")
+        return cls(hows[0] if hows else MATCHES[0], tuple(dict.fromkeys(word for word in words if word not in MATCHES)))
+
+    def __str__(self) -> str:
+        return " ".join([self.how, *self.keys])
+
+
+def value_of(sample: Sample, key: str) -> str | None:
+    """What ``meta.json`` says of a sample under ``key``, as it is compared; None for nothing."""
+    text = text_of(getattr(sample, key) if key in META_TEXTS else sample.meta.get(key))
+    return text and plain(text)
 
 
 def image_facts(sample: Sample) -> ImageFacts:
@@ -110,15 +140,17 @@ class PromptPool:
     ``match`` "level": from a sample of the same level; where there is none, and with "replace" always, from any sample
     whose prompt agrees once its level and region are replaced by the image's. Both take samples of another modality, or
     of no matching region as long as there are others, for none of these. With "none" any sample's prompt as it is.
+    Of these samples, ``keys`` come first: for each in turn, only samples that have the image's value there, where there
+    are some.
     """
 
-    def __init__(self, sources: Sequence[Sample], match: str) -> None:
+    def __init__(self, sources: Sequence[Sample], match: Match) -> None:
         self.sources, self.match = [(source, image_facts(source)) for source in sources], match
         self.candidates = cache(self._candidates)
 
-    def _candidates(self, facts: ImageFacts) -> list[tuple[Sample, ImageFacts]]:
-        if self.match == "none":
-            return self.sources
+    def _candidates(self, facts: ImageFacts, values: tuple[str | None, ...]) -> list[tuple[Sample, ImageFacts]]:
+        if self.match.how == "none":
+            return self._of_the_same(self.sources, values)
         usable = [
             (source, own)
             for source, own in self.sources
@@ -126,19 +158,58 @@ class PromptPool:
             and agreeing(source.prompt, facts) is not None
             and not _another_bone(source, own, facts)
         ]
+        usable = self._of_the_same(usable, values)
         usable = [pair for pair in usable if _compatible(pair[1].region, facts.region)] or usable
-        same = [pair for pair in usable if self.match == "level" and facts.level and pair[1].level == facts.level]
+        same = [pair for pair in usable if self.match.how == "level" and facts.level and pair[1].level == facts.level]
         return same or usable
+
+    def _of_the_same(
+        self, pairs: list[tuple[Sample, ImageFacts]], values: tuple[str | None, ...]
+    ) -> list[tuple[Sample, ImageFacts]]:
+        """Those with the image's ``values`` of the keys; of a key that none of them shares, all."""
+        for key, value in zip(self.match.keys, values, strict=True):
+            pairs = [pair for pair in pairs if value is not None and value_of(pair[0], key) == value] or pairs
+        return pairs
 
     def choose(self, sample: Sample, number: int) -> MatchedPrompt | None:
         """The prompt for a healthy image, by a random number; None if no sample's prompt can be made to agree."""
-        candidates = self.candidates(image_facts(sample))
+        values = tuple(value_of(sample, key) for key in self.match.keys)
+        candidates = self.candidates(image_facts(sample), values)
         if not candidates:
             return None
         source, _ = candidates[number % len(candidates)]  # each is as likely: lesion types keep their frequencies
-        if self.match == "none":
-            return MatchedPrompt(source.prompt, source, "not matched")
-        return matched(source.prompt, sample, source)
+        same = [
+            key for key, value in zip(self.match.keys, values, strict=True) if value and value_of(source, key) == value
+        ]
+        found = MatchedPrompt(source.prompt, source, "not matched")
+        if self.match.how != "none":
+            found = matched(source.prompt, sample, source) or found  # a candidate's can be made to agree
+        return found._replace(how=", ".join([str(found.how), *(f"same {key}" for key in same)]))
+
+
+def check_keys(match: Match, healthy: tuple[Path, Sequence[Sample]], diseased: tuple[Path, Sequence[Sample]]) -> None:
+    """UsageError for a key that no healthy sample, or no diseased one that gives prompts, has in its ``meta.json``.
+
+    Both with the path that they come from.
+    """
+    for key in match.keys:
+        if not diseased[1]:
+            raise UsageError(f"--match {key} chooses the prompts of healthy samples; none of these gets one")
+        for adjective, (path, samples) in {"healthy": healthy, "diseased": diseased}.items():
+            if all(value_of(sample, key) is None for sample in samples):
+                known = {each for sample in samples for each in (*META_TEXTS, *sample.meta) if value_of(sample, each)}
+                there = f"the keys there are {', '.join(sorted(known))}" if known else "it has none"
+                raise UsageError(f"--match {key}: no {adjective} sample of {path} has this key in meta.json; {there}")
+
+
+def warn_of_unmatched(match: Match, pairs: Sequence[tuple[Sample, Sample | None]]) -> None:
+    """One warning for each key whose value healthy samples do not share with the samples of their prompts."""
+    for key in match.keys:
+        values = [(sample, value_of(sample, key), source and value_of(source, key)) for sample, source in pairs]
+        others = [sample.sample_id for sample, own, given in values if own is None or own != given]
+        if others:
+            text = "warning: --match %s: for %d of %d images no diseased sample has the same; the first: %s"
+            log.warning(text, key, len(others), len(pairs), others[0])
 
 
 def matched(prompt: str, sample: Sample, source: Sample | None = None) -> MatchedPrompt | None:

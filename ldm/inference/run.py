@@ -35,6 +35,7 @@ from ldm.diffusion.noise import NOISE
 from ldm.inference.inpainter import InpaintedImage, Inpainter, Job, load_inpainter
 from ldm.inference.options import InferenceOptions, PasteOptions
 from ldm.inference.preparing import Preparation, PreparedTask
+from ldm.inference.prompts import Match
 from ldm.inference.results import FolderResults, result_of
 from ldm.inference.shares import RECORDS, Share, SharedRun, Summary
 from ldm.inference.tars import INDEXES, TARS, UNPACKED, TarResults
@@ -86,7 +87,8 @@ def run(options: InferenceOptions) -> int:
     if options.like:
         _warn_of_other_sampling(plan.tasks, config.sampling)
     known = {"ckpt": digest}  # what differs is named in this order
-    known |= {name: getattr(options, name) for name in ("exact", "seed", "prompt", "match", "variants")}
+    known |= {name: getattr(options, name) for name in ("exact", "seed", "prompt")}
+    known |= {"match": str(Match.read(options.match)), "variants": options.variants}
     ckpt = options.ckpt
 
     def load(device: str) -> Inpainter:
@@ -176,7 +178,8 @@ def copy_paste(options: PasteOptions) -> int:
         "command": shlex.join(["python", *sys.argv]),
         TRAINED_ON: trained_on("copy_paste", donors),
     }
-    settings = {name: getattr(options, name) for name in ("method", "seed", "match", "variants")}
+    settings = {name: getattr(options, name) for name in ("method", "seed", "variants")}
+    settings |= {"match": str(Match.read(options.match))}
     config = Config(data=DataConfig(image_size=64))  # nobody looks at the model's square
     method = Method(config, provenance, settings, lambda device: Paster(), options.method)
     return make_images(inference, method, plan, content)

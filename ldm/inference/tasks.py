@@ -20,7 +20,17 @@ from ldm.data.preparation import described_identity, inpainting_obstacle
 from ldm.data.samples import META_TEXTS, Reject, Sample, probably_healthy, wrong_value
 from ldm.diffusion.noise import NOISE
 from ldm.inference.options import InferenceOptions
-from ldm.inference.prompts import MatchedPrompt, PromptPool, contradiction, image_facts, levels_named, matched
+from ldm.inference.prompts import (
+    Match,
+    MatchedPrompt,
+    PromptPool,
+    check_keys,
+    contradiction,
+    image_facts,
+    levels_named,
+    matched,
+    warn_of_unmatched,
+)
 from ldm.inference.shares import Share
 from ldm.inference.single import single_sample
 
@@ -273,6 +283,10 @@ def _dataset(options: InferenceOptions) -> Plan:
             raise MedSoftError(
                 f"{options.train_json}: has no diseased sample to take prompts from; give --prompt, or --train_json"
             )
+    match = Match.read(options.match)
+    if match.keys:
+        healthy = [sample for sample in chosen if sample.healthy]
+        check_keys(match, (options.data or options.train_json, healthy), (options.train_json, sources))
     chosen, whole = chosen[: options.limit], ""
     pairs: Sequence[tuple[Sample, int]] = [(sample, k) for sample in chosen for k in range(options.variants)]
     if not share.alone:
@@ -285,7 +299,7 @@ def _dataset(options: InferenceOptions) -> Plan:
     with thread_pool() as threads:
         obstacles = list(threads.map(_obstacle, own))
     tasks: list[Task] = []
-    prompts = PromptPool(sources, options.match)
+    prompts = PromptPool(sources, match)
     for sample, obstacle in zip(own, obstacles, strict=True):
         made = Reject(sample.sample_id, sample.image, obstacle) if obstacle else None
         made = made or _tasks_of(sample, variants[sample.sample_id], options, prompts if sources else None)
@@ -299,6 +313,7 @@ def _dataset(options: InferenceOptions) -> Plan:
         said = f"prompts of {len(sources)} diseased samples of {options.train_json}"
     else:
         said = "their own prompts"
+    warn_of_unmatched(match, [(task.sample, task.source) for task in tasks if task.sample.healthy])
     count = len({task.sample.sample_id for task in tasks})
     log.info("inpainting %d %s samples of %s, with %s", count, adjective, data, said)
     carried = options.masks != "blob" and bool(sources) and any(s.healthy and not _is_marked_healthy(s) for s in chosen)
@@ -326,7 +341,7 @@ def _tasks_of(
     for k in variants:
         if sample.healthy and pool:
             given = pool.choose(sample, named_seed("prompt", options.seed, sample.sample_id, k))
-        elif options.prompt and options.match == "replace":
+        elif options.prompt and Match.read(options.match).how == "replace":
             given = matched(options.prompt, sample)
         else:
             given = MatchedPrompt(options.prompt or sample.prompt, None if options.prompt else sample, None)

@@ -62,6 +62,21 @@ def test_masks_are_those_of_the_prompts_lesions_carried_over(results: Path, worl
     assert record(results)["settings"]["masks"] == "carry"
 
 
+def test_lesions_can_be_those_of_samples_with_the_same_value_of_a_key(data: Path, tmp_path: Path) -> None:
+    for side in (True, False):
+        for number, folder in enumerate(of(data, healthy=side)):
+            meta = json.loads((folder / "meta.json").read_text())
+            (folder / "meta.json").write_text(json.dumps({**meta, "sign": ["lytic", "blastic"][number % 2]}))
+    assert pasted(tmp_path / "out", data, "--match", "replace", "sign") == 0
+    for meta in metas(tmp_path / "out").values():
+        source = json.loads((data / meta["pasted_from"] / "meta.json").read_text())
+        assert meta["sign"] == source["sign"]
+        assert meta["prompt_match"].endswith("same sign")
+    assert record(tmp_path / "out")["settings"]["match"] == "replace sign"
+    with pytest.raises(UsageError, match=r"--match sing: no healthy sample of .* has this key"):
+        pasted(tmp_path / "more", data, "--match", "sing")
+
+
 def test_what_cannot_be_carried_falls_back_and_is_counted(data: Path, tmp_path: Path, caplog: Any) -> None:
     """Three of four sources mark no vertebra: the images with their prompts get lesion-shaped masks."""
     caplog.set_level("INFO")

@@ -112,7 +112,9 @@ def plan(tmp_path: Path, write_sample: Any) -> Callable[..., tuple[list[Task], l
             name = f"sick{number}"
             samples.append(Sample(name, image, image.with_name("mask.png"), prompt, box, name, level=level, meta=meta))
         write_annotations(tmp_path / "all.json", samples)
-        options = InferenceOptions(tmp_path, train_json=tmp_path / "all.json", choose="healthy", match=match, **more)
+        options = InferenceOptions(
+            tmp_path, train_json=tmp_path / "all.json", choose="healthy", match=match.split(), **more
+        )
         return plan_tasks(options, content_id)[:2]
 
     return planned
@@ -216,8 +218,56 @@ def test_prompt_of_the_user_that_reads_as_healthy_is_warned_of(
 
 def test_unknown_way_to_match(tmp_path: Path) -> None:
     (tmp_path / "some.ckpt").write_bytes(b"")
-    with pytest.raises(UsageError, match="--match: expected one of level, replace, none, found 'exact'"):
-        infer(tmp_path / "some.ckpt", tmp_path / "out", "--match", "exact")
+    with pytest.raises(UsageError, match="--match: expected one of level, replace, none, found level and none"):
+        infer(tmp_path / "some.ckpt", tmp_path / "out", "--match", "level", "sign", "none")
+
+
+def test_overrides_may_stand_behind_the_words_of_match(tmp_path: Path) -> None:
+    (tmp_path / "some.ckpt").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"sampling.stepz"):
+        infer(tmp_path / "some.ckpt", tmp_path / "out", "--match", "level", "sign", "sampling.stepz=4")
+
+
+SIGNS = [("lesion 0", None, {"sign": "lytic"}), ("lesion 1", None, {"sign": "Blastic "}), ("lesion 2", None, {})]
+
+
+def test_match_by_a_key_of_meta_json_takes_samples_of_the_same_value(plan: Callable, caplog: Any) -> None:
+    """Where no source has the value, or the image has none, all are taken, as without the key, and counted."""
+    healthy = [("a", None, {"sign": "blastic"}), ("b", None, {"sign": "mixed"}), ("c", None, {})]
+    tasks, rejects = plan("sign", healthy, SIGNS, variants=30)
+    found = {name: {task.prompt for task in tasks if task.sample.sample_id == name} for name in "abc"}
+    assert not rejects
+    assert found == {"a": {"lesion 1"}, "b": (every := {"lesion 0", "lesion 1", "lesion 2"}), "c": every}
+    assert {task.match for task in tasks if task.sample.sample_id == "a"} == {"level unknown, same sign"}
+    assert "--match sign: for 60 of 90 images no diseased sample has the same; the first: b" in caplog.text
+    assert tasks[30:] == plan("level", healthy, SIGNS, variants=30)[0][30:]
+
+
+def test_keys_come_before_the_level_and_in_their_order(plan: Callable) -> None:
+    diseased = [("one of L3", "L3", {"sign": "x"}), ("two of L4", "L4", {"sign": "y", "side": 1})]
+    diseased += [("three of L5", "L5", {"sign": "y", "side": 2})]
+    healthy = [("a", "L3", {"sign": "y", "side": 2})]
+    for words, prompts in {"sign": {"two", "three"}, "sign side": {"three"}, "none side": {"three"}}.items():
+        tasks, _ = plan(words, healthy, diseased, variants=20)
+        assert {task.prompt.split()[0] for task in tasks} == prompts
+    assert (tasks[0].prompt, tasks[0].match) == ("three of L5", "not matched, same side")
+
+
+def test_key_that_no_sample_has(plan: Callable) -> None:
+    with pytest.raises(
+        UsageError, match=r"--match sing: no healthy sample of .*all.json has this .*keys there are pa.*sign"
+    ):
+        plan("sing", [("a", None, {"sign": "lytic"})], SIGNS)
+    with pytest.raises(
+        UsageError, match=r"--match side: no diseased sample of .*all.json has this .* are patient_id, sign"
+    ):
+        plan("side", [("a", None, {"side": "left"})], SIGNS)
+
+
+def test_key_where_no_prompt_is_chosen(tmp_path: Path) -> None:
+    (tmp_path / "some.ckpt").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"--match sign chooses among the prompts of .* samples; --prompt takes none"):
+        infer(tmp_path / "some.ckpt", tmp_path / "out", "--match", "sign", "--prompt", "lytic lesion")
 
 
 def test_files_and_record_say_the_prompt_that_was_used(final: Path, write_sample: Any, tmp_path: Path) -> None:
