@@ -103,7 +103,7 @@ def read_layers(path: ImageSource) -> np.ndarray:
     return _decode(open_image(path), indices=False, alpha=True)
 
 
-def with_alpha(result: np.ndarray, path: str | Path, inside: np.ndarray) -> np.ndarray:
+def with_alpha(result: np.ndarray, path: ImageSource, inside: np.ndarray) -> np.ndarray:
     """``result`` (HxW or HxWx3, generated from ``read_image(path)``) with the file's own alpha channel: HxWx2 or HxWx4.
 
     Where ``inside`` (bool HxW) is False, the colour that lies under alpha 0 is the file's again. A file without alpha

@@ -4,17 +4,19 @@ import dataclasses
 import functools
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ldm.config import DataConfig
-from ldm.core.errors import FileError, MedSoftError
+from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import named_seed
-from ldm.data.images import composite, read_image
+from ldm.data.folders import read_meta
+from ldm.data.images import ImageFile, ImageSource, composite, read_image
 from ldm.data.masks import TARGET_LABEL, Mask, read_anatomy, read_mask, region_for
 from ldm.data.preparation import PreparedSample, fit_sample, lesion_diameter, prepare
-from ldm.data.samples import Reject, Sample
+from ldm.data.samples import META_RULES, Reject, Sample, prompt_fault, wrong_value
+from ldm.inference.single import one_sample
 from ldm.inference.tasks import MaskOrigin, Task
 from ldm.transfer.carrying import CarriedMask, Donor, NotCarried, carry, map_by_shape, read_donor
 from ldm.transfer.pasting import paste
@@ -23,6 +25,50 @@ log = logging.getLogger(__name__)
 
 MOSTLY = 0.6  # more of the image marked than this is probably a mask of the wrong polarity
 DONORS = 256  # lesions that are kept in memory: many results share one
+
+
+def with_fixed_mask(sample: Sample, image: ImageSource, mask: ImageSource, data: DataConfig) -> PreparedSample:
+    """An image with the mask that is to be inpainted, hard or soft, although the sample may be healthy.
+
+    FileError or MedSoftError for one that cannot be read, masks of another size and those that mark nothing.
+    """
+    original = read_image(image)
+    found = read_mask(mask, original.shape, soft=mask == sample.soft_mask)
+    if found.empty:
+        name = mask.path if isinstance(mask, ImageFile) else mask
+        raise MedSoftError(f"{name}: the mask is empty; mark the region to inpaint in white")
+    sample = dataclasses.replace(sample, prompt="lesion")  # its own mask and soft mask are meant
+    return fit_sample(sample, original, found, data)
+
+
+def prepare_one(
+    image: ImageSource, mask: ImageSource, prompt: str, meta: dict[str, Any], data: DataConfig, name: str | None = None
+) -> tuple[Sample, PreparedSample]:
+    """One image of ``image_source`` with its mask, as a sample, and what the networks see of it.
+
+    ``meta``: keys of meta.json, which go before those of the file beside the image. ``name``: its sample_id, by default
+    the stem of its file's name. Raises UsageError for a prompt or keys that cannot be meant.
+    """
+    if fault := prompt_fault(prompt.strip()):
+        raise UsageError(f"prompt: {fault}")
+    if wrong := wrong_value(meta, META_RULES):
+        raise UsageError(": ".join(wrong))
+    about = read_meta(image.with_name("meta.json")) | meta if isinstance(image, Path) else meta
+    files = [Path(each.path if isinstance(each, ImageFile) else each) for each in (image, mask)]
+    sample = one_sample(name or files[0].stem, *files, prompt, about)
+    prepared = with_fixed_mask(sample, image, mask, data)
+    if "window" in meta and prepared.original.dtype == np.uint8:
+        raise UsageError("window: the image has 8 bits, which are used as they are")
+    warn_if_mostly_marked(files[1], prepared)
+    return sample, prepared
+
+
+def warn_if_mostly_marked(mask: str | Path, prepared: PreparedSample) -> None:
+    """A warning for a mask that is probably of the wrong polarity."""
+    marked = float(prepared.hard.mean())
+    if marked > MOSTLY:
+        advice = "white (1) is the lesion, the part to inpaint: if the lesion is black in this mask, invert it"
+        log.warning("warning: %s: %.0f %% of the image is marked; %s", mask, 100 * marked, advice)
 
 
 class PreparedTask(NamedTuple):
@@ -59,17 +105,15 @@ class Preparation:
                 reason = f"{error.reason}; {task.name} is not made, as prompt and lesion come from this sample"
                 return Reject(lesion.sample_id, error.path, reason)
             return Reject(task.sample.sample_id, task.sample.image, str(error))
-        marked = float(prepared.sample.hard.mean())
-        if marked > MOSTLY:
-            advice = "white (1) is the lesion, the part to inpaint: if the lesion is black in this mask, invert it"
-            file = task.sample.mask or task.sample.sample_id
-            log.warning("warning: %s: %.0f %% of the image is marked; %s", file, 100 * marked, advice)
+        warn_if_mostly_marked(task.sample.mask or task.sample.sample_id, prepared.sample)
         return prepared
 
     def _masked(self, task: Task) -> PreparedTask:
         """With the mask that is fixed, is the sample's own, is carried over, or has the shape of a lesion."""
         if task.fixed_mask:
-            return PreparedTask(task, self._with_fixed_mask(task))
+            assert task.sample.mask is not None  # a fixed mask is one
+            sample = with_fixed_mask(task.sample, task.sample.image, task.sample.mask, self.data)
+            return PreparedTask(task, sample)
         if not task.sample.healthy:
             return PreparedTask(task, prepare(task.sample, self.data, task.seed, task.variant))
         origin = MaskOrigin("blob")
@@ -84,15 +128,6 @@ class Preparation:
             diameter = self._diameters(task.source.files)
         sample = prepare(task.sample, self.data, task.seed, task.variant, diameter=diameter)
         return PreparedTask(dataclasses.replace(task, mask=origin), sample)
-
-    def _with_fixed_mask(self, task: Task) -> PreparedSample:
-        original = read_image(task.sample.image)
-        assert task.sample.mask is not None  # a fixed mask is one
-        mask = read_mask(task.sample.mask, original.shape, soft=task.sample.mask == task.sample.soft_mask)
-        if mask.empty:
-            raise MedSoftError(f"{task.sample.mask}: the mask is empty; mark the region to inpaint in white")
-        sample = dataclasses.replace(task.sample, prompt="lesion")  # its own mask and soft mask are meant
-        return fit_sample(sample, original, mask, self.data)
 
     def _with_carried_mask(self, task: Task, source: Sample) -> PreparedTask:
         donor, original = self._donor(source), read_image(task.sample.image)

@@ -1,22 +1,26 @@
 """The one image of ``dataset_infer.py --image``: an image file, or a slice of a DICOM or NIfTI volume, as a sample.
 
 A slice is written beside the results, into ``OUTPUT_DIR.input``, with what is known of it in a meta.json: results name
-the image they were made from, and --replay needs it.
+the image they were made from, and --replay needs it. Images in memory, of ``medsoft.draw``, are read as the PNG files
+that they would be, so that the same rules and refusals hold for them.
 """
 
 import dataclasses
+import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from ldm.core.errors import FileError, UsageError
+from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import fingerprint
 from ldm.core.locks import exclusive
 from ldm.data.folders import read_meta, write_sample
-from ldm.data.images import SUFFIXES, pixel_digest, read_image
+from ldm.data.images import SUFFIXES, ImageFile, ImageSource, pixel_digest, read_image
+from ldm.data.png import encode_png
 from ldm.data.samples import META_TEXTS, Sample, text_of
 from ldm.inference.options import InferenceOptions
 from ldm.volumes.intensity import PRESETS, levels_of, window_asked, window_for
@@ -25,6 +29,7 @@ from ldm.volumes.volume import Slice, Volume, count, cut, only_plane, require_ex
 log = logging.getLogger(__name__)
 
 VOLUMES = (".dcm", ".ima", ".dicom", ".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16")  # of PIL images that a PNG file holds as they are
 HEADER = ("manufacturer", "kvp", "sequence", "slice_thickness_mm")  # of a volume, for meta.json
 
 
@@ -45,7 +50,7 @@ def single_sample(options: InferenceOptions) -> Sample:
         meta["spacing_mm"] = list(options.spacing)
     if options.window:
         meta["window"] = window_in_levels(options.window, meta, options.image)
-    return _sample(options.image.stem, options.image.resolve(), options.mask.resolve(), options.prompt, meta)
+    return one_sample(options.image.stem, options.image.resolve(), options.mask.resolve(), options.prompt, meta)
 
 
 def is_volume(path: Path) -> bool:
@@ -71,7 +76,36 @@ def window_in_levels(words: Sequence[str], meta: dict[str, Any], image: Path) ->
     return sorted((end - offset) / scale for end in ends)
 
 
-def _sample(name: str, image: Path, mask: Path, prompt: str, meta: dict[str, Any]) -> Sample:
+def image_source(name: str, given: Any) -> ImageSource:
+    """A path as it is; a NumPy array or a PIL image as the PNG file that it would be, called ``name`` in messages.
+
+    Arrays: HxW or HxWx3 (with alpha HxWx2 or HxWx4) of uint8 or uint16; masks also HxW of bool, or of float in [0, 1],
+    which are rounded to k/255. MedSoftError for others.
+    """
+    if isinstance(given, str | Path):
+        return Path(given)
+    if isinstance(given, Image.Image):
+        if given.mode not in MODES:
+            raise MedSoftError(f"{name}: a PIL image of mode {given.mode}; convert it to L, RGB or I;16")
+        with io.BytesIO() as buffer:
+            given.save(buffer, "PNG")
+            return ImageFile(Path(name), buffer.getvalue(), "PNG")
+    if not isinstance(given, np.ndarray):
+        raise MedSoftError(f"{name}: expected a path, a NumPy array or a PIL image, found {type(given).__name__}")
+    pixels = given
+    if name == "mask" and given.ndim == 2 and given.dtype.kind in "bf" and given.size:
+        if not (given.min() >= 0 and given.max() <= 1):
+            raise MedSoftError(f"{name}: expected values from 0 to 1, found {given.min():g} to {given.max():g}")
+        pixels = np.rint(given.astype(np.float64) * 255).astype(np.uint8)
+    sound = pixels.dtype in (np.uint8, np.uint16) and pixels.ndim in (2, 3) and pixels.size
+    if not sound or pixels.shape[2:] not in ((), (2,), (3,), (4,)):
+        found = f"{given.dtype} of shape {given.shape}"
+        raise MedSoftError(f"{name}: expected HxW or HxWx3 pixels of 8 or 16 bits, found {found}")
+    return ImageFile(Path(name), encode_png(pixels), "PNG")
+
+
+def one_sample(name: str, image: Path, mask: Path, prompt: str, meta: dict[str, Any]) -> Sample:
+    """The sample of one image with the keys of its meta.json; its patient is called as the image unless it says."""
     texts: dict[str, Any] = {key: text_of(meta.pop(key, None)) for key in META_TEXTS}
     texts["patient_id"] = texts["patient_id"] or name
     for key in ("sample_id", "synthetic"):
@@ -111,7 +145,7 @@ def _slice_sample(options: InferenceOptions, path: Path, mask: Path, prompt: str
     folder = _written(options.output_dir, name, files, prompt, known)
     log.info("%s: %s slice %d, window %g to %g (%s), is read as %s", path, plane, index, *window, folder / "image.png")
     own_mask = folder / "mask.png" if lesion is not None else mask.resolve()
-    return _sample(name, folder / "image.png", own_mask, prompt, known)
+    return one_sample(name, folder / "image.png", own_mask, prompt, known)
 
 
 def _chosen(options: InferenceOptions, volume: Volume, lesion: Volume | None) -> tuple[str, int]:

@@ -39,7 +39,7 @@ def medsoft(*words: str) -> "subprocess.CompletedProcess[str]":
 
 def test_medsoft_has_every_script() -> None:
     there = [path.name for path in ROOT.glob("*.py")] + [f"tool/{path.name}" for path in ROOT.glob("tool/*.py")]
-    assert sorted(SCRIPTS.values()) == sorted(there)
+    assert sorted([*SCRIPTS.values(), "medsoft.py"]) == sorted(there)  # which is a module, no script
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])

@@ -35,7 +35,8 @@ def medsoft(site: Path, folder: Path, *words: str) -> "subprocess.CompletedProce
 def test_contents(site: Path) -> None:
     (info,) = site.glob("*.dist-info")
     assert "medsoft = ldm.core.command:main" in (info / "entry_points.txt").read_text()
-    assert {path.name for path in site.iterdir()} == {"ldm", info.name}  # nothing else that another package may have
+    ours = {"ldm", "medsoft.py", info.name}  # nothing else that another package may have
+    assert {path.name for path in site.iterdir()} == ours
     shipped = {
         str(path.relative_to(site / "ldm/shipped")) for path in (site / "ldm/shipped").rglob("*") if path.is_file()
     }
