@@ -22,6 +22,7 @@ from ldm.checkpoints.fitting import check_finite, compare
 from ldm.config import Architecture, Config
 from ldm.conversion.agreement import check_agreement
 from ldm.conversion.diffusers_folder import from_folder
+from ldm.conversion.published import NAME, log_meaning, set_aside
 from ldm.conversion.sd_layouts import (
     UNKNOWN,
     SourceCheckpoint,
@@ -56,6 +57,7 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
         source = from_folder(input_path, config.architecture, expected)
     else:
         source = from_checkpoint(read_checkpoint(input_path), expected)
+    set_aside(source)
     check_kind(source, config.unet)
     check_agreement(source, config.architecture)
     architecture = identity(config, "architecture")
@@ -70,6 +72,7 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
         log.info("checked: %s, %s", file, verify(file))
     state, new = convert(source, config.architecture, expected, seed)
     log_origin(source, state, new)
+    log_meaning(source, config.unet.semantic_dim)
     converted = {"config": dataclasses.asdict(config), "stage": "converted", "step": 0}
     metadata = source.own["about"] if source.own else converted
     write_checkpoint(output_path, state, {**metadata, "origin": origin, "asked": asked, "run": run})
@@ -80,7 +83,8 @@ def origin_of(source: SourceCheckpoint) -> dict[str, Any]:
     """Name and SHA-256 of the input; of a folder, those of its weight files and one over them all."""
     path = source.path
     if source.files == [path]:
-        return {"file": path.name, "sha256": sha256_file(path)}
+        published = {"layout": NAME} if source.aside else {}
+        return {"file": path.name, "sha256": sha256_file(path), **published}
     files = {file.relative_to(path).as_posix(): sha256_file(file) for file in source.files}
     return {"file": path.resolve().name, "sha256": fingerprint(files), "files": files}
 

@@ -1,5 +1,6 @@
 """What is in a checkpoint: parts, sizes, stage, origin, what is missing, which YAML fits; and whether it is damaged."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from ldm.checkpoints.checkpoint import (
 from ldm.checkpoints.files import detect_format, verify
 from ldm.checkpoints.fitting import check_architecture, check_finite, compare
 from ldm.config import Architecture, load_config
+from ldm.conversion.published import NAME, is_published, stable_diffusion_part
 from ldm.core.errors import MedSoftError
 from ldm.core.paths import SHIPPED
 from ldm.core.schema import identity
@@ -57,7 +59,7 @@ def describe(checkpoint: Checkpoint, integrity: str) -> dict[str, Any]:
         "stage": metadata.get("stage"),
         "step": checkpoint.step,
         "complete": metadata.get("complete"),
-        "origin": metadata.get("origin"),
+        "origin": metadata.get("origin") or ({"layout": NAME} if is_published(checkpoint.state) else None),
         "biomedclip": metadata.get("biomedclip"),
         "foreign": checkpoint.external,
         "besides": sorted(str(key) for key in checkpoint.rest),
@@ -72,6 +74,8 @@ def fits(checkpoint: Checkpoint) -> dict[str, list[str]]:
     }
     families = {name: config for name, config in configs.items() if not config.training.stage}
     found: dict[str, list[str]] = {"fits": [], "unconverted": [], "can_start": []}
+    if is_published(checkpoint.state):
+        checkpoint = dataclasses.replace(checkpoint, state=stable_diffusion_part(checkpoint.state))
     shapes = {name: identity(config, "architecture") for name, config in configs.items()}
     for family, sizes in families.items():
         state = part_states(checkpoint, sizes.architecture, skeleton(sizes.architecture))

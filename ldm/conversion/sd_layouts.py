@@ -46,6 +46,7 @@ class SourceCheckpoint:
     header: the text metadata of ``.safetensors`` files.
     stage:  which stage left it, if a checkpoint of this method says so.
     own:    ``medsoft/config.json`` of a folder that we exported; None for everybody else's files.
+    aside:  tensors of the published code that cannot be taken, by the reason (``ldm.conversion.published``).
     """
 
     path: Path
@@ -56,6 +57,7 @@ class SourceCheckpoint:
     stage: str | None = None
     notes: list[str] = field(default_factory=list)
     own: dict | None = None
+    aside: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def from_checkpoint(checkpoint: Checkpoint, expected: Iterable[str]) -> SourceCheckpoint:
@@ -130,9 +132,10 @@ def _check_untrained(source: SourceCheckpoint) -> None:
     if trained:
         raise MedSoftError(
             f"{path}: holds {_some(trained)} of a third attention or semantic inpainter, and does not say that a stage "
-            "of this repository left them. The published code's read tokens of another number and order, so they are "
-            "not taken; nor are they thrown away. Give the file that the stage left; of another program's, convert the "
-            "Stable Diffusion checkpoint that its training started from, and train the stages"
+            "of this repository left them; nor is it a whole checkpoint of CAT-Diffusion or the published "
+            "MedSoft_Diffusion. What they read is not known, so they are not taken; nor are they thrown away. Give the "
+            "file that the stage left; of another program's, convert the Stable Diffusion checkpoint that its training "
+            "started from, and train the stages"
         )
 
 

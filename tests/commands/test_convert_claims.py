@@ -240,8 +240,8 @@ def test_what_a_stage_left_is_not_converted(
     refused(bad, rf"is converted already \(it was left by {stage}\); give it to ver_train\.py .*tool_merge_for_stage2")
 
 
-def published(source: State) -> dict[str, State]:
-    """The U-Net of CAT-Diffusion has attn3 and norm4 in each block; its inpainter of tokens is fusion_model."""
+def foreign(source: State) -> dict[str, State]:
+    """A third attention, an inpainter of tokens or both, which are not as the published code saves them."""
     blocks = {key.partition(".attn2.")[0] for key in source if ".attn2.to_k." in key}
     attention = {f"{block}.attn3.to_k.weight": torch.ones(8, 8) for block in blocks}
     inpainter = {"fusion_model.blocks.0.attn.in_proj_weight": torch.ones(8)}
@@ -249,8 +249,8 @@ def published(source: State) -> dict[str, State]:
 
 
 @pytest.mark.parametrize("kind", ["whole", "U-Net", "MSC"])
-def test_checkpoint_of_the_published_code(source: State, tmp_path: Path, kind: str) -> None:
-    torch.save({"state_dict": published(source)[kind], "global_step": 7}, tmp_path / "in.ckpt")
+def test_third_attention_of_another_program(source: State, tmp_path: Path, kind: str) -> None:
+    torch.save({"state_dict": foreign(source)[kind], "global_step": 7}, tmp_path / "in.ckpt")
     message = r"holds \d+ tensors .*of a third attention or semantic inpainter.*convert the Stable Diffusion checkpoint"
     refused(tmp_path / "in.ckpt", message)
 
