@@ -74,7 +74,9 @@ class DataConfig:
     mm_per_pixel: Amount = setting(0.0, PREPARATION, before=0.0)
     feather: Amount = setting(0.25, PREPARATION)  # width of the soft border
     feather_unit: FeatherUnit = setting("diameter", PREPARATION)  # diameter: of the lesion's equivalent circle
-    healthy_masks: Count = setting(4, WEIGHTS)  # training: fixed lesion-shaped masks per healthy image
+    healthy_masks: Count = setting(4, WEIGHTS)  # training: fixed masks per healthy image
+    # training: lesion-shaped ones, or those of the diseased training samples, carried over by the vertebrae
+    healthy_masks_from: Literal["blob", "carry"] = setting("blob", WEIGHTS, before="blob")
     diseased_crops: Count = setting(4, WEIGHTS)  # training: fixed crops per diseased image, the first unshifted
 
 

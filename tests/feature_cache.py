@@ -24,9 +24,8 @@ class FeatureCache:
     clip: Any
 
     def builder(self, *items: Item) -> FeatureBuilder:
-        return FeatureBuilder(
-            self.folder, self.config.data, self.model, self.clip, digests_of(item.sample for item in items)
-        )
+        samples = (sample for item in items for sample in (item.sample, item.donor) if sample)
+        return FeatureBuilder(self.folder, self.config.data, self.model, self.clip, digests_of(samples))
 
     def build(self, items: list[Item]) -> list:
         return self.builder(*items).build(items)

@@ -9,9 +9,11 @@ import hashlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,21 +21,24 @@ from tqdm import tqdm
 from ldm.config import DataConfig
 from ldm.core.devices import free_memory, out_of_memory
 from ldm.core.errors import MedSoftError, first_line
-from ldm.core.files import nearest_existing
+from ldm.core.files import named_seed, nearest_existing
 from ldm.core.locks import exclusive
 from ldm.core.threads import thread_pool
-from ldm.data.preparation import PreparedSample, prepare, whole_pictures
-from ldm.data.samples import Reject
+from ldm.data.images import read_image
+from ldm.data.masks import Mask, region_for
+from ldm.data.preparation import PreparedSample, fit_sample, prepare, whole_pictures
+from ldm.data.samples import Reject, Sample
 from ldm.features.names import Item
 from ldm.features.shards import narrow
 from ldm.features.sizes import image_memory
 from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, context_features, hide
+from ldm.transfer.carrying import Donors, NotCarried, carry
 
 log = logging.getLogger(__name__)
 
-MASK_SEED = 0  # the fixed lesion-shaped masks of healthy training items are the same in every stage and run
+MASK_SEED = 0  # the fixed masks of healthy training items are the same in every stage and run
 SHARD_BYTES = 64 * 2**20  # features that are written together; so much is computed again if one of them is damaged
 SHARD_SECONDS = 300.0  # they are written earlier: no more work is lost when the process is killed
 
@@ -61,6 +66,8 @@ class FeatureBuilder:
         if "text" in model.parts:
             encoders["text"] = _weights_fingerprint(model.cond_stage_model)
         self.store = FeatureStore(folder, data, encoders, digests)
+        self._donor = Donors()
+        self._not_carried: list[str] = []  # why masks were not carried over, one for each
         self._computed: dict[str, dict[bytes, dict[str, Tensor]]] = {}  # by kind and key, not yet written
         self._bytes, self._since = 0, 0.0
 
@@ -85,11 +92,18 @@ class FeatureBuilder:
             self._since = time.monotonic()
             try:
                 rejects = self._compute_all(missing)
+                self._say_what_was_carried(sum(item.donor is not None for item in missing))
                 for prompt in tqdm(prompts, "prompts", unit="prompt", disable=not prompts, mininterval=1):
                     self.compute_prompt(prompt)
             finally:
                 self._write()
         return rejects
+
+    def _say_what_was_carried(self, wanted: int) -> None:
+        if wanted:
+            log.info("masks of healthy images: %d carried over", wanted - len(self._not_carried))
+        for reason, count in sorted(Counter(self._not_carried).items()):
+            log.warning("warning: %d of %d masks are lesion-shaped instead of carried over: %s", count, wanted, reason)
 
     def _missing(self, items: Sequence[Item]) -> tuple[list[Item], list[str]]:
         """The items and the prompts that lack one of their features."""
@@ -158,9 +172,20 @@ class FeatureBuilder:
 
     def _prepared(self, item: Item) -> PreparedSample | Reject:
         try:
+            if item.donor is not None:
+                try:
+                    return self._with_carried_mask(item, item.donor)
+                except NotCarried as reason:
+                    self._not_carried.append(str(reason))
             return prepare(item.sample, self.data, MASK_SEED, item.variant, training=True)
         except MedSoftError as error:
             return Reject(item.sample.sample_id, item.sample.image, error.cause(item.sample.image))
+
+    def _with_carried_mask(self, item: Item, donor: Sample) -> PreparedSample:
+        original = read_image(item.sample.image)
+        seed = named_seed("carried", MASK_SEED, item.sample.sample_id, item.variant)
+        found = carry(self._donor(donor), region_for(item.sample, original.shape), original.shape, seed)
+        return fit_sample(item.sample, original, Mask(found.hard.astype(np.float32)), self.data, soft=found.soft)
 
     @torch.no_grad()
     def compute_prompt(self, prompt: str) -> None:

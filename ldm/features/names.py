@@ -1,13 +1,13 @@
 """The items to learn from, and the names of their cached features."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ldm.config import DataConfig
-from ldm.core.files import fingerprint
+from ldm.core.files import fingerprint, named_seed
 from ldm.core.schema import identity
 from ldm.core.threads import thread_pool
 from ldm.data.preparation import distinct_crops, inpainting_obstacle
@@ -20,10 +20,14 @@ ITEM_KINDS, PROMPT_KINDS = ("clip", "latents"), ("clip_text", "text")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image to learn from: a sample, and which of its fixed masks (healthy) or crops (diseased)."""
+    """One image to learn from: a sample, and which of its fixed masks (healthy) or crops (diseased).
+
+    ``donor``: the diseased sample whose mask is carried over, where a healthy one's is not to be lesion-shaped.
+    """
 
     sample: Sample
     variant: int
+    donor: Sample | None = None
 
     @property
     def name(self) -> str:
@@ -45,6 +49,17 @@ def training_items(samples: Sequence[Sample], data: DataConfig) -> tuple[list[It
         found = list(zip(samples, pool.map(variants, samples), strict=True))
     items = [Item(sample, variant) for sample, count in found if isinstance(count, int) for variant in range(count)]
     return items, [Reject(sample.sample_id, sample.image, why) for sample, why in found if isinstance(why, str)]
+
+
+def with_donors(items: Sequence[Item], diseased: Sequence[Sample]) -> list[Item]:
+    """The items, each of a healthy sample with one of ``diseased`` as its donor, by its name."""
+    donors = sorted(diseased, key=lambda sample: sample.sample_id)
+    return [
+        replace(item, donor=donors[named_seed("donor", item.sample.sample_id, item.variant) % len(donors)])
+        if item.sample.healthy
+        else item
+        for item in items
+    ]
 
 
 def item_counts(items: Sequence[Item]) -> str:
@@ -79,7 +94,8 @@ class FeatureNames:
         # The sample's name decides masks and shifted crops, its prompt only which of the two it gets.
         name = (sample.sample_id, sample.healthy) if sample.healthy or item.variant else None
         extra = [sample.meta.get(key) for key in ("window", "spacing_mm")]
-        return self._keys(ITEM_KINDS, [content, name, item.variant, sample.box, extra, self._made_by])
+        donor = [[self.digests[path] if path else None for path in item.donor.files]] if item.donor else []
+        return self._keys(ITEM_KINDS, [content, name, item.variant, sample.box, extra, self._made_by, *donor])
 
     def of_prompt(self, prompt: str) -> dict[str, bytes]:
         """Kind of feature -> its key, of a prompt."""

@@ -18,13 +18,12 @@ from ldm.data.preparation import PreparedSample, fit_sample, lesion_diameter, pr
 from ldm.data.samples import META_RULES, Reject, Sample, prompt_fault, wrong_value
 from ldm.inference.single import one_sample
 from ldm.inference.tasks import MaskOrigin, Task
-from ldm.transfer.carrying import CarriedMask, Donor, NotCarried, carry, map_by_shape, read_donor
+from ldm.transfer.carrying import CarriedMask, Donor, Donors, NotCarried, carry, map_by_shape
 from ldm.transfer.pasting import paste
 
 log = logging.getLogger(__name__)
 
 MOSTLY = 0.6  # more of the image marked than this is probably a mask of the wrong polarity
-DONORS = 256  # lesions that are kept in memory: many results share one
 
 
 def with_fixed_mask(sample: Sample, image: ImageSource, mask: ImageSource, data: DataConfig) -> PreparedSample:
@@ -87,8 +86,8 @@ class Preparation:
 
     def __init__(self, data: DataConfig, masks: str, method: str = "paste") -> None:
         self.data, self.masks, self.method = data, masks, method
-        # By all of a sample's files: several lesions of one image have masks of their own.
-        self._donors = functools.lru_cache(DONORS)(lambda files: read_donor(self._samples[files]))
+        self._donor = Donors()
+        # By all of a sample's files, as ``Donors`` does.
         self._diameters = functools.cache(lambda files: lesion_diameter(self._samples[files]))
         self._samples: dict[tuple[Path | None, ...], Sample] = {}
 
@@ -153,7 +152,3 @@ class Preparation:
         pixels = composite(sample.original, levels / top, sample.soft, (0, top))
         task = dataclasses.replace(task, pasted_by=matrix.tolist())
         return PreparedTask(task, dataclasses.replace(sample, pasted=pixels))
-
-    def _donor(self, sample: Sample) -> Donor:
-        self._samples[sample.files] = sample
-        return self._donors(sample.files)

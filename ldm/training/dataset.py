@@ -27,8 +27,9 @@ from ldm.data.checks import (
 from ldm.data.preparation import digests_of, sample_identity, scale_obstacle
 from ldm.data.samples import Reject, Sample
 from ldm.diffusion.noise import named_generator, normal
-from ldm.features.names import Item, item_counts, training_items
+from ldm.features.names import Item, item_counts, training_items, with_donors
 from ldm.features.store import FeatureStore
+from ldm.transfer.carrying import read_donor
 
 log = logging.getLogger("ver_train")
 
@@ -97,6 +98,8 @@ def read_training_inputs(paths: Mapping[str, Path], config: Config) -> TrainingI
             f"{paths['val']}: training.best_by=val_lesion_loss needs diseased samples to validate on, found none; add "
             "some, or choose the best epoch by training.best_by=val_loss"
         )
+    if config.data.healthy_masks_from == "carry":
+        _give_donors(inputs, paths["train"])
     rows = []
     for name in paths:
         members = inputs.samples(name)
@@ -105,6 +108,28 @@ def read_training_inputs(paths: Mapping[str, Path], config: Config) -> TrainingI
         rows += annotation_rows(SETS[name], members, digests)
     check_disjoint(rows)
     return inputs
+
+
+def _give_donors(inputs: TrainingInputs, path: Path) -> None:
+    """Healthy items, those to validate on too, get diseased training samples as donors of their masks.
+
+    MedSoftError where no training sample has a mask to carry over.
+    """
+    diseased = [sample for sample in inputs.samples("train") if not sample.healthy]
+    if not any(_can_give(sample) for sample in diseased):
+        raise MedSoftError(
+            f"{path}: data.healthy_masks_from=carry needs diseased samples with an anatomy.png that marks the vertebra "
+            f"of their lesion; none of {len(diseased)} has it; give data.healthy_masks_from=blob"
+        )
+    inputs.items = {name: with_donors(items, diseased) for name, items in inputs.items.items()}
+
+
+def _can_give(sample: Sample) -> bool:
+    try:
+        body = read_donor(sample).body
+    except MedSoftError:
+        return False
+    return body is not None and bool(body.any())
 
 
 def _read_set(inputs: TrainingInputs, name: str, path: Path, data: DataConfig) -> None:

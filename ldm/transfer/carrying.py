@@ -1,7 +1,9 @@
 """A lesion's mask carried over from one vertebra to another. NumPy and OpenCV; no torch."""
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +14,7 @@ from ldm.data.masks import TARGET_LABEL, read_anatomy, read_mask, soften
 from ldm.data.samples import Sample
 from ldm.transfer.frames import Frame, Jitter, frame_of, map_between, warped
 
+DONORS = 256  # lesions that are kept in memory
 DRAWS = 8  # of a jitter, before the mask is carried over without one
 LEAST_SOURCE = 0.25  # share of the source's lesion in its own vertebra; below, the vertebra does not say where it is
 LEAST_INSIDE = 0.6  # of the source's share inside that the target has to have as well
@@ -75,6 +78,20 @@ def read_donor(sample: Sample) -> Donor:
         soft = read_mask(sample.soft_mask, shape, soft=True).values
     body = read_anatomy(sample.anatomy, shape) == TARGET_LABEL if sample.anatomy is not None else None
     return Donor(sample, mask.hard, soft, body)
+
+
+class Donors:
+    """``read_donor``, with those read last kept in memory, since many images share one; for any thread."""
+
+    def __init__(self) -> None:
+        # By all of a sample's files: several lesions of one image have masks of their own.
+        self._read = functools.lru_cache(DONORS)(lambda files: read_donor(self._samples[files]))
+        self._samples: dict[tuple[Path | None, ...], Sample] = {}
+
+    def __call__(self, sample: Sample) -> Donor:
+        """The lesion of a diseased sample; raises what ``read_donor`` does."""
+        self._samples[sample.files] = sample
+        return self._read(sample.files)
 
 
 def carry(donor: Donor, target: np.ndarray | None, shape: tuple[int, ...], seed: int) -> CarriedMask:

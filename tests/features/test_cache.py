@@ -18,13 +18,18 @@ from tiny import CLIP, MODELS, train
 
 from ldm.config import load_config
 from ldm.core.errors import MedSoftError
+from ldm.core.files import named_seed
+from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
+from ldm.data.masks import Mask, read_anatomy
 from ldm.data.png import write_png
-from ldm.data.preparation import prepare
+from ldm.data.preparation import fit_sample, prepare
 from ldm.features.build import FeatureBuilder
+from ldm.features.names import with_donors
 from ldm.features.shards import keys_of, write_shard
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel, hidden_region, hide
+from ldm.transfer.carrying import carry, read_donor
 
 # --------------------------------------------------------------------------------------------------- BiomedCLIP
 
@@ -257,6 +262,34 @@ def test_another_preparation_is_other_features(world: Path, cache: FeatureCache,
     assert Counter(file.name.split("-")[1] for file in new) == {"clip": 1, "latents": 1}
     assert {len(keys_of(file)) for file in new} == {len(items)}
     assert any(not torch.equal(cache.load(item)["mask"], other.load(item)["mask"]) for item in items)
+
+
+def test_masks_of_healthy_items_are_carried_over_from_their_donors(
+    world: Path, cache: FeatureCache, networks: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each mask has the donor's share of its vertebra; without the donor's vertebra it is a blob, which is counted."""
+    caplog.set_level("INFO")
+    diseased = [sample for sample in load_samples(world / "train")[0] if not sample.healthy]
+    homeless = replace(diseased[0], sample_id="homeless", anatomy=None)
+    plain = [item for item in items_of(world / "val", networks) if item.sample.healthy]
+    items = with_donors(plain, [diseased[0]])
+    fallen = with_donors(plain, [homeless])
+    assert not cache.build([*items, *fallen])
+    assert "masks of healthy images: 4 carried over" in caplog.text
+    assert (
+        "4 of 8 masks are lesion-shaped instead of carried over: the prompt's sample marks no vertebra" in caplog.text
+    )
+    donor = read_donor(diseased[0])
+    for item in items:
+        shape = read_image(item.sample.image).shape
+        target = read_anatomy(item.sample.anatomy, shape) == 1
+        mask = carry(donor, target, shape, named_seed("carried", 0, item.sample.sample_id, item.variant)).hard
+        assert mask.sum() / target.sum() == pytest.approx(donor.hard.sum() / donor.body.sum(), rel=0.3)
+        seen = fit_sample(item.sample, read_image(item.sample.image), Mask(mask.astype(np.float32)), networks[0].data)
+        assert torch.equal(cache.load(item)["mask"], seen.mask)
+    for blob, item in zip(fallen, plain, strict=True):
+        prepared = prepare(item.sample, networks[0].data, 0, item.variant, training=True)
+        assert torch.equal(cache.load(blob)["mask"], prepared.mask)
 
 
 @pytest.mark.parametrize(

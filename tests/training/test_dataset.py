@@ -15,7 +15,7 @@ from tiny import MODELS, train
 import ldm.core.files
 from ldm.config import Config, DataConfig, load_config
 from ldm.core.errors import MedSoftError
-from ldm.data.annotations import load_samples
+from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.crop import CropWindow
 from ldm.data.folders import mask_box
 from ldm.data.masks import Mask
@@ -249,3 +249,28 @@ def test_a_file_that_vanishes_while_a_run_starts_is_skipped_by_name(
     config.training.max_rejected = 0.01
     with pytest.raises(MedSoftError, match=r"1 of 12 samples cannot be read, more than training\.max_rejected"):
         read_training_inputs(paths, config)
+
+
+CARRIED = ["training.balance=false", "data.healthy_masks_from=carry"]
+
+
+def test_masks_are_carried_over_from_training_patients_only(world: Path) -> None:
+    config = load_config(MODELS / "phantom_stage1.yaml", CARRIED)
+    inputs = read_training_inputs({"train": world / "train", "val": world / "val"}, config)
+    train_patients = {sample.patient_id for sample in inputs.samples("train")}
+    donors = {item.sample.healthy: {} for item in inputs.all_items}
+    for item in inputs.all_items:
+        donors[item.sample.healthy][item.name] = item.donor
+    assert set(donors[False].values()) == {None}
+    assert all(not donor.healthy and donor.patient_id in train_patients for donor in donors[True].values())
+    assert len({donor.sample_id for donor in donors[True].values()}) > 1
+    again = read_training_inputs({"train": world / "train", "val": world / "val"}, config)
+    assert again.all_items == inputs.all_items
+
+
+def test_masks_of_samples_that_mark_no_vertebra_cannot_be_carried_over(world: Path, tmp_path: Path) -> None:
+    samples = [replace(sample, anatomy=None) for sample in load_samples(world / "train")[0]]
+    write_annotations(tmp_path / "train.json", samples)
+    config = load_config(MODELS / "phantom_stage1.yaml", CARRIED)
+    with pytest.raises(MedSoftError, match=r"train.json: data.healthy_masks_from=carry needs diseased samples with an"):
+        read_training_inputs({"train": tmp_path / "train.json", "val": world / "val"}, config)
