@@ -35,6 +35,7 @@ CropUnit = Literal["pixels", "mm"]
 Sampler = Literal["ddim", "dpmpp_2m"]
 Spacing = Literal["leading", "trailing", "polynomial"]
 Init = Literal["noise", "image", "paste"]
+Logger = Literal["wandb", "mlflow", "trackio"]  # packages that are installed and imported only where they are named
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights and optimizer stay float32 in all of them
 SamplingPrecision = Literal["32-true", "bf16-true"]
 GROUPS, SAMPLERS, SPACINGS, INITS = get_args(Group), get_args(Sampler), get_args(Spacing), get_args(Init)
@@ -199,6 +200,10 @@ class TrainingConfig:
     # the number in metrics.csv by which the best epochs are chosen: of all items, or inside the mask of diseased ones
     best_by: Literal["val_loss", "val_lesion_loss"] = setting("val_loss", WEIGHTS, before="val_loss")
     val_draws: Count = setting(2, NOTHING)  # times a validation sample is seen, each with other noise, mask or crop
+    # experiment trackers that are told the numbers of a run, beside steps.csv, metrics.csv and TensorBoard
+    loggers: Annotated[list[Logger], Rule(lambda names: len({*names}) == len(names), "each name once")] = setting(
+        [], NOTHING
+    )
     pictures: Whole = setting(2, NOTHING)  # fixed validation items that are inpainted now and then; 0 = none
     max_rejected: Share = setting(0.01, NOTHING)  # training stops when a larger share of the samples cannot be read
     seed: Seed = setting(0, WEIGHTS)

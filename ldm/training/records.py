@@ -1,17 +1,23 @@
-"""The records of a training run: steps.csv, metrics.csv, TensorBoard and the progress bar."""
+"""The records of a training run: steps.csv, metrics.csv, TensorBoard, experiment trackers and the progress bar."""
 
+import importlib
+import importlib.util
 import logging
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ldm.config import GROUPS
-from ldm.core.errors import MedSoftError
+from ldm.config import GROUPS, config_from_dict
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import fingerprint
+from ldm.core.schema import identity
 from ldm.core.tables import csv_lines, read_whole_lines, write_csv
 from ldm.training.saving import Progress
 from ldm.training.steps import TrainingStep
@@ -20,7 +26,97 @@ log = logging.getLogger(__name__)
 
 LOSSES = ("train_loss", "val_loss", "val_cosine", "val_lesion_loss", "val_lesion_cosine")
 METRICS = ("epoch", "step", *LOSSES, "items_per_second")
+PROJECT = "medsoft"  # of the experiment trackers, unless their own environment variable names one
 STEPS = ("epoch", "step", "loss", *(f"lr_{g}" for g in GROUPS), *(f"grad_norm_{g}" for g in GROUPS), "items_per_second")
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """UsageError for an experiment tracker that is not installed; nothing is imported."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(
+                f"training.loggers: {name} is not installed; `pip install {name}`, or leave it out of training.loggers"
+            )
+
+
+class Wandb:
+    """A run in Weights & Biases or in trackio, whose functions are the same. A resumed run goes on in its own run."""
+
+    def __init__(self, name: str, folder: Path, key: str, settings: Mapping[str, Any]) -> None:
+        self.module: Any = importlib.import_module(name)
+        place = {"id": key, "dir": str(folder)} if name == "wandb" else {}
+        project = os.environ.get("WANDB_PROJECT", PROJECT) if name == "wandb" else PROJECT
+        title = folder.name if name == "wandb" else f"{folder.name}-{key}"  # by which trackio knows a run again
+        self.module.init(project=project, name=title, config=dict(settings), resume="allow", **place)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.module.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+class MLflow:
+    """A run in MLflow; each start of the command is one of its own, and all starts of a run have its tag."""
+
+    def __init__(self, name: str, folder: Path, key: str, settings: Mapping[str, Any]) -> None:
+        self.module: Any = importlib.import_module(name)
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            self.module.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
+        self.module.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        self.module.start_run(run_name=folder.name, tags={"medsoft.run": key})
+        flat = {f"{part}.{name}": value for part, values in settings.items() for name, value in values.items()}
+        self.module.log_params({name: str(value)[:250] for name, value in flat.items()})
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.module.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        self.module.end_run()
+
+
+class Trackers:
+    """The experiment trackers of ``training.loggers``, told what TensorBoard is told in numbers: no image, no path.
+
+    One that fails is dropped with a warning, for the CSV files have all the numbers.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path, metadata: Mapping[str, Any]) -> None:
+        """``metadata``: what the run's checkpoints say of themselves; its settings are told, and name the run."""
+        self.names, self.folder = names, folder
+        self.settings = identity(config_from_dict(metadata["config"], str(folder)), "weights") if names else {}
+        self.key = fingerprint([self.settings, metadata.get("inputs")])[:16]
+        self.open_ones: dict[str, Wandb | MLflow] = {}
+
+    def open(self) -> None:
+        """Begin the runs, or go on with them."""
+        for name in self.names:
+            with self._dropped(name):
+                self.open_ones[name] = (MLflow if name == "mlflow" else Wandb)(
+                    name, self.folder, self.key, self.settings
+                )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers by name, of optimizer step ``step``."""
+        for name, tracker in list(self.open_ones.items()):
+            with self._dropped(name):
+                tracker.log(values, step)
+
+    def close(self) -> None:
+        """No more numbers."""
+        for name, tracker in list(self.open_ones.items()):
+            with self._dropped(name):
+                tracker.close()
+
+    @contextmanager
+    def _dropped(self, name: str) -> Iterator[None]:
+        """Whatever the block raises, a warning says so, and the tracker ``name`` is told no more."""
+        try:
+            yield
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            log.warning("warning: training.loggers: %s failed (%s); the run goes on without it", name, reason)
+            self.open_ones.pop(name, None)
 
 
 class Records:
@@ -31,8 +127,8 @@ class Records:
     there once.
     """
 
-    def __init__(self, folder: Path, stage: str, writes: bool) -> None:
-        self.folder, self.stage, self.writes = folder, stage, writes
+    def __init__(self, folder: Path, stage: str, writes: bool, trackers: Trackers) -> None:
+        self.folder, self.stage, self.writes, self.trackers = folder, stage, writes, trackers
         self.bar: tqdm | None = None
 
     def open(self, step: int, steps_in_all: int) -> None:
@@ -41,6 +137,7 @@ class Records:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        self.trackers.open()
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
         kept = [row for row in read_whole_lines(self.folder / "steps.csv") if int(row["step"]) <= step]
         write_csv(self.folder / "steps.csv", kept, STEPS)
@@ -76,9 +173,7 @@ class Records:
                 f"{self.folder / 'steps.csv'}: could not be written ({error.strerror or error}); the last checkpoint "
                 "is kept, and the same command goes on from there"
             ) from error
-        for name in STEPS[2:]:
-            if name in row:
-                self.board.add_scalar(f"train/{name}", row[name], step.step)
+        self._tell({f"train/{name}": row[name] for name in STEPS[2:] if name in row}, step.step)
         self.bar.set_postfix(epoch=step.epoch, loss=f"{loss:.4f}", refresh=False)
 
     def end_epoch(self, progress: Progress, validated: Mapping[str, float]) -> None:
@@ -93,12 +188,15 @@ class Records:
             "items_per_second": self.timed_items / (time.monotonic() - self.epoch_clock),
         }
         append_metrics(self.folder / "metrics.csv", row)
-        for name in LOSSES:
-            if not math.isnan(row[name]):
-                self.board.add_scalar(f"epoch/{name}", row[name], progress.step)
+        self._tell({f"epoch/{name}": row[name] for name in LOSSES if not math.isnan(row[name])}, progress.step)
         self.board.flush()
         text = ", ".join(f"{key} {row[key]:.4f}" for key in LOSSES if not math.isnan(row[key]))
         tqdm.write(f"epoch {row['epoch']}, step {row['step']}: {text}")
+
+    def _tell(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.trackers.log(values, step)
 
     def add_preview(self, image: np.ndarray, step: int) -> None:
         """``image``: HxWx3 uint8, shown in TensorBoard."""
@@ -111,6 +209,7 @@ class Records:
             with suppress(OSError):  # a full disk has been reported
                 self.rows.close()
             self.board.close()
+            self.trackers.close()
 
 
 def append_metrics(path: Path, row: dict[str, float]) -> None:

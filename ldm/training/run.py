@@ -33,7 +33,7 @@ from ldm.training.dataset import StageData, TrainingInputs, loader, read_trainin
 from ldm.training.estimates import check_disk, check_memory, memory_cures
 from ldm.training.loop import Training
 from ldm.training.previews import Previews
-from ldm.training.records import Records
+from ldm.training.records import Records, Trackers, check_loggers
 from ldm.training.saving import LAST, Checkpoints, best_files
 from ldm.training.stage import STEP_PARTS, Stage, training_groups
 
@@ -63,6 +63,7 @@ class TrainingOptions:
 def run_stage(options: TrainingOptions, config: Config) -> int:
     """Train the stage that ``config`` describes; the exit code."""
     check_tasks(options.devices, options.num_nodes)
+    check_loggers(config.training.loggers)
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)  # one voice is enough
     log.info("%s", as_yaml(config))
@@ -282,7 +283,8 @@ def _training(
     start = checkpoints.progress.batches * training.batch_size // world
     train_loader = loader(sets["train"], training, True, rank, world, start)
     loaders = (train_loader, loader(sets["val"], training, False, rank, world))
-    records = Records(folder, training.stage, fabric.is_global_zero)
+    trackers = Trackers(training.loggers, folder, checkpoints.metadata)
+    records = Records(folder, training.stage, fabric.is_global_zero, trackers)
     draws = previews and (stage.sharded or fabric.is_global_zero)  # parts of the weights draw nothing
     shown = Previews(folder, stage, previews, sets["val"], records) if draws else None
     return Training(stage, fabric, precision, loaders, checkpoints, records, shown)
