@@ -20,6 +20,7 @@ SCRIPTS = {
     "classify": "classifier.py",
     "evaluate": "tool/evaluate.py",
     "choose": "tool/choose_results.py",
+    "judge": "tool/judge_results.py",
     "study": "tool/study.py",
     "figures": "tool/study_figures.py",
     "run": "tool/run_stages.py",

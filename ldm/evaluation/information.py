@@ -75,6 +75,15 @@ def information_text(found: dict[str, Any]) -> str:
     return f"{found['value']:.2f} bits{bounds} of at most {found['maximum']:.2f}, {chance}"
 
 
+def asked_type(sample: Sample) -> str | None:
+    """The lesion type that should be drawn, in lower case: ``sign`` of meta.json where it is given, else its type.
+
+    In the world ``elsewhere`` (docs/worlds.md) the image says which type belongs into it, whatever its sentence is.
+    """
+    asked = sample.meta.get("sign") or sample.lesion_type
+    return str(asked).strip().lower() if asked else None
+
+
 def judged_types(path: Path, samples: Sequence[Sample]) -> tuple[list[str], list[str], list[str]]:
     """Asked types, drawn types and patients of the diseased ``samples`` that say which type was asked for.
 
@@ -85,10 +94,10 @@ def judged_types(path: Path, samples: Sequence[Sample]) -> tuple[list[str], list
     types = {name[2:] for name in next(iter(rows.values())) if name.startswith("p_")} - {HEALTHY}
     if types in (set(), {"diseased"}):
         raise MedSoftError(f"{path}: names no lesion types; expected the predictions of a classifier with task: type")
-    asked = [sample for sample in samples if not sample.healthy and sample.lesion_type]
+    asked = [sample for sample in samples if not sample.healthy and asked_type(sample)]
     if missing := [sample.sample_id for sample in asked if sample.sample_id not in rows]:
         cure = "predict the folder with classifier.py again"
         raise MedSoftError(f"{path}: holds nothing about {len(missing)} samples (the first: {missing[0]}); {cure}")
-    kinds = [str(sample.lesion_type).strip().lower() for sample in asked]
+    kinds = [str(asked_type(sample)) for sample in asked]
     drawn = [rows[sample.sample_id]["predicted"].strip().lower() for sample in asked]
     return kinds, drawn, [sample.patient_id for sample in asked]

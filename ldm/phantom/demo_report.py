@@ -22,6 +22,7 @@ from ldm.core.paths import SHIPPED
 from ldm.core.run_folder import RunFolder
 from ldm.core.tables import read_table
 from ldm.data.samples import Sample
+from ldm.evaluation.drawings import Verdict, verdict_of
 from ldm.evaluation.information import asked_drawn, information_text
 from ldm.reports.comparison import facts, interleave, read_all_results, read_result, write_cards, write_sheet
 from ldm.reports.figures import loss_figure, validation_figure
@@ -67,19 +68,6 @@ def report_demo(folder: Path, plan: Path) -> None:
 
 def _shown(summary: Mapping[str, Any], key: str) -> str:
     return f"{summary[key]:.1f}" if key == "minutes" else number(summary[key])
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the judge says about one image.
-
-    ``diseased``: of all its classes the most probable one is a lesion; ``lesion_type``: the most probable lesion,
-    ``healthy`` left aside; ``probability``: of all lesions together.
-    """
-
-    diseased: bool
-    lesion_type: str
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -171,12 +159,6 @@ def _predictions(source: Source, name: str) -> list[dict[str, str]]:
     return read_table(path, ("sample_id", "predicted", "disease_probability", "p_healthy"), "predictions")
 
 
-def _verdict(row: dict[str, str]) -> Verdict:
-    lesions = {key[2:]: float(value) for key, value in row.items() if key.startswith("p_") and key != "p_healthy"}
-    likeliest = max(lesions, key=lambda name: lesions[name])
-    return Verdict(row["predicted"] != "healthy", likeliest, float(row["disease_probability"]))
-
-
 def _read_images(source: Source) -> list[Inpainted]:
     """MedSoftError unless both controls hold the same images, inpainted with the prompts they are controls for."""
     judged = {name: {row["sample_id"]: row for row in _predictions(source, name)} for name in (*RESULTS, PARENTS)}
@@ -193,7 +175,7 @@ def _read_images(source: Source) -> list[Inpainted]:
         rows = {
             name: _look_up(source, judged[name], own, f"predictions_{name}.csv", "judge") for name, own in ids.items()
         }
-        images.append(Inpainted(samples, {name: _verdict(row) for name, row in rows.items()}))
+        images.append(Inpainted(samples, {name: verdict_of(row) for name, row in rows.items()}))
     return images
 
 
@@ -326,7 +308,7 @@ def _shown_interval(found: Mapping[str, Any], sign: str = "") -> str:
 
 def _judge_numbers(inputs: Inputs) -> dict[str, Any]:
     """How good the judge is on real phantoms: its own test set, and the moderate and severe held-out ones."""
-    judged = [(row, _verdict(row)) for row in inputs.heldout]
+    judged = [(row, verdict_of(row)) for row in inputs.heldout]
     diseased = [(row, verdict) for row, verdict in judged if row.get("severity") in COARSE]
     return {
         **{f"test_{key}": inputs.judge.get(key) for key in ("auc", "auc_ci95", "type_accuracy", "macro_auc")},

@@ -2,8 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,45 +95,87 @@ class CellStep:
 
 
 @dataclass(frozen=True)
+class JudgeStep:
+    """The step in which the judge reads what a generator has drawn, the file it leaves, and what must not be newer."""
+
+    world: World
+    made: Made
+    file: str
+    step: PlanStep
+    before: tuple[PlanStep, ...] = ()
+
+
+@dataclass
+class Inside:
+    """What comes from the same stages: arms with their generators, and the generators whose drawings are judged."""
+
+    arms: dict[tuple[Arm, Made | None], None] = field(default_factory=dict)
+    judged: dict[Made, None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Group:
-    """The arms of a world whose generators have the same stages (or none), as one plan: data, generators, cells."""
+    """The generators of a world that have the same stages (or none), as one plan: data, generators, cells, judge."""
 
     plan: Plan
     world: World
     cells: tuple[CellStep, ...]
+    judged: tuple[JudgeStep, ...] = ()
+
+    @property
+    def drawing(self) -> tuple[PlanStep, ...]:
+        """The steps that make the generators."""
+        return self.plan.steps[len(self.world.steps) : len(self.plan.steps) - len(self.cells) - len(self.judged)]
 
 
 def plan_groups(design: Design) -> Iterator[Group]:
     """Groups in the order of their first arm, each for all worlds before the next."""
-    used: dict[Made | None, dict[tuple[Arm, Made | None], None]] = {}
+    used: dict[Made | None, Inside] = {}
     for arm in design.arms:
         for made in design.all_made(arm.generator):
-            used.setdefault(design.trained(made) if made else None, {})[arm, made] = None
+            used.setdefault(design.trained(made) if made else None, Inside()).arms[arm, made] = None
+    for name in design.keys.read_by_judge:
+        for made in design.all_made(name):
+            if made is not None:
+                used.setdefault(design.trained(made), Inside()).judged[made] = None
     for root, inside in used.items():
         for world in design.worlds:
-            yield plan_group(design, world, root, list(inside))
+            yield plan_group(design, world, root, inside)
 
 
-def plan_group(design: Design, world: World, root: Made | None, inside: Sequence[tuple[Arm, Made | None]]) -> Group:
-    """The world's data, the generators that come from ``root`` and the cells of these arms."""
+def plan_group(design: Design, world: World, root: Made | None, inside: Inside) -> Group:
+    """The world's data, the generators that come from ``root``, the cells of these arms and what the judge reads.
+
+    The judge comes last: it takes seconds, and what it is not needed for need not wait or run again.
+    """
     steps: dict[str, PlanStep] = {step.name: step for step in world.steps}
     needs: dict[Made | None, tuple[PlanStep, ...]] = {None: world.steps}
-    for made in dict.fromkeys(made for _, made in inside):
+    for made in dict.fromkeys([*(made for _, made in inside.arms), *inside.judged]):
         if made is not None:
-            assert root is not None  # an arm with a generator lies in that one's group
+            assert root is not None  # a generator lies in its own group
             own = generator_steps(design, world, root, made)
             needs[made] = (*world.steps, *own)
             steps |= {step.name: step for step in own}
     cells = tuple(
         plan_cell(design, world, arm, ratio, seed, made, needs[made])
         for seed in design.keys.seeds  # another seed comes last: then nothing before it runs again
-        for arm, made in inside
+        for arm, made in inside.arms
         for ratio in arm.all_ratios
     )
+    judged = tuple(plan_judge(design, world, root, made, needs[made]) for made in inside.judged)
     name, *home = (f"{world.name}/{root}", "generators", str(root)) if root else (world.name,)
-    return Group(
-        Plan(name, design.folder(world.name, *home), (*steps.values(), *(cell.step for cell in cells))), world, cells
-    )
+    all_steps = (*steps.values(), *(cell.step for cell in cells), *(each.step for each in judged))
+    return Group(Plan(name, design.folder(world.name, *home), all_steps), world, cells, judged)
+
+
+def plan_judge(design: Design, world: World, root: Made | None, made: Made, before: tuple[PlanStep, ...]) -> JudgeStep:
+    """The judge reads what ``made`` has drawn, beside the real lesions that it has learned from."""
+    assert design.keys.judge is not None  # nothing is judged without
+    home = design.home(world, made)
+    words = ["tool/judge_results.py", f"{home}/pictures", "--judge", design.keys.judge.weights, "--real", world.train]
+    file = f"{home}/judged.json"
+    name = "judge" if made == root else f"judge_{made}"
+    return JudgeStep(world, made, file, command(name, [*words, "--output", file], file), before)
 
 
 def added_path(design: Design, world: World, arm: Arm) -> str:
@@ -144,18 +186,17 @@ def added_path(design: Design, world: World, arm: Arm) -> str:
 def generator_steps(design: Design, world: World, root: Made, made: Made) -> tuple[PlanStep, ...]:
     """What trains ``root``, if it has stages, and lets ``made``, which is it or draws with its checkpoint, draw."""
     generator, pictures = design.keys.generators[made.name], f"{design.home(world, made)}/pictures"
+    given = {"train_json": world.train, "val_json": world.val, "pictures": pictures}
     name = "draw" if made == root else f"draw_{made}"
     if generator.run is not None:
-        given = {"train_json": world.train, "val_json": world.val, "pictures": pictures}
-        words = [seeded(word, made.seed) for word in shlex.split(generator.run)]
-        for place, value in given.items():
-            words = [word.replace(f"{{{place}}}", value) for word in words]
+        words = filled(generator.run, made.seed, given)
         return (PlanStep(name, shlex.join(words), (pictures,)),)
     base = design.keys.generators[root.name]
     steps, start = stage_steps(design, world, root)
     overrides = base.set if made.name == root.name else (*base.set, *generator.set)
     words = ["dataset_infer.py", "--ckpt", start, "--config", str(design.keys.model), "--output_dir", pictures]
-    words += ["--train_json", world.train, *shlex.split(seeded(design.draw(made.name), made.seed)), *overrides]
+    draw = filled(design.draw(made.name), made.seed, given)
+    words += [*([] if "--train_json" in draw else ["--train_json", world.train]), *draw, *overrides]
     return (*steps, command(name, words, f"{pictures}/inference.json"))
 
 
@@ -190,6 +231,14 @@ def stage_steps(design: Design, world: World, made: Made) -> tuple[list[PlanStep
 def seeded(words: str, seed: int | None) -> str:
     """The words with {seed} replaced by the generator's seed; 0 in a study without generator seeds."""
     return words.replace("{seed}", str(seed or 0))
+
+
+def filled(text: str, seed: int | None, given: Mapping[str, str]) -> list[str]:
+    """The words of a text, with {seed} and the names of ``given`` in braces replaced."""
+    words = [seeded(word, seed) for word in shlex.split(text)]
+    for place, value in given.items():
+        words = [word.replace(f"{{{place}}}", value) for word in words]
+    return words
 
 
 def plan_cell(
@@ -244,7 +293,8 @@ def load_design(path: Path) -> Design:
     if twice:
         raise values.error("arms", "arms whose cells have different names", twice[0])
     check_keys(keys, {arm.name: arm for arm in arms}, values)
-    steps = checked_steps(keys.steps, values) if keys.steps else ()
+    steps = (*keys.steps, *(keys.judge.steps if keys.judge and keys.read_by_judge else ()))
+    steps = checked_steps(steps, values) if steps else ()
     return Design(keys, make_worlds(keys, values), arms, steps)
 
 

@@ -18,7 +18,8 @@ from ldm.workflow.study_results import LEVEL, Interval, Study, interval
 class Outcome:
     """A hypothesis and what the cells say of it; ``change`` and ``p`` are None without worlds to tell.
 
-    ``adjusted`` is Holm's p value, ``missing`` how many cells of its two arms are still to come.
+    ``adjusted`` is Holm's p value, ``missing`` how many cells of its two arms, or drawings of its two generators, are
+    still to come.
     """
 
     name: str
@@ -32,9 +33,11 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """What the corrected test supports; nothing before all of its cells are finished."""
-        if self.missing or self.change is None or self.p is None:
-            return f"open: {self.missing} cells to come" if self.missing else "cannot be tested: two worlds at least"
+        """What the corrected test supports; nothing before all that it is about is finished."""
+        if self.missing:
+            return f"open: {self.missing} {self.hypothesis.of} to come"
+        if self.change is None or self.p is None:
+            return "cannot be tested: two worlds at least"
         shown, margin = self.adjusted < 1 - LEVEL, self.hypothesis.equivalence
         if margin is not None:
             return f"equivalent within ±{margin:g}" if shown else f"equivalence within ±{margin:g} is not shown"
@@ -52,19 +55,26 @@ class Share:
 
 
 def outcomes(hypotheses: Mapping[str, Hypothesis], own: Study, others: Mapping[str, Study]) -> list[Outcome]:
-    """Every hypothesis tested on the cells of the study, or on those of the one of ``others`` that it names."""
+    """Every hypothesis tested on cells or drawings of the study, or on those of the one of ``others`` that it names."""
     found = []
     for name, hypothesis in hypotheses.items():
         study = others[hypothesis.study] if hypothesis.study else own
-        first, second = (study.at(arm, study.chosen_ratio()) for arm in hypothesis.minus)
-        endpoint = hypothesis.endpoint or study.comparison.endpoint
-        values = list(study.paired(first, second, endpoint).values())
+        if hypothesis.of == "drawings":
+            first, second = hypothesis.minus
+            endpoint = hypothesis.endpoint or ""
+            values = list(study.drawings.paired(first, second, endpoint).values())
+            missing = study.drawings.unfinished((first, second))
+        else:
+            first, second = (study.at(arm, study.chosen_ratio()) for arm in hypothesis.minus)
+            endpoint = hypothesis.endpoint or study.comparison.endpoint
+            values = list(study.paired(first, second, endpoint).values())
+            missing = study.unfinished((first, second))
         p = None
         if len(values) > 1:
             margin = hypothesis.equivalence
             p = t_test(values) if margin is None else equivalence_test(values, margin)
         place = f" ({hypothesis.study})" if hypothesis.study else ""
-        change, missing = interval(values) if values else None, study.unfinished((first, second))
+        change = interval(values) if values else None
         found.append((name, f"{first} minus {second}{place}", endpoint, hypothesis, change, p, missing))
     adjusted = holm([1.0 if p is None or missing else p for *_, p, missing in found])
     return [Outcome(*each[:6], value, each[6]) for each, value in zip(found, adjusted, strict=True)]

@@ -1,11 +1,12 @@
 """Worlds of a study side by side: a process for each, its words in a log file of its own. No torch."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ldm.workflow.plans import DONE_CODES
 
 LOOKS = 0.2  # seconds between two looks at the processes
 SHOWN_LINES = 3  # of a failed world's log
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class WorldProcess:
@@ -29,9 +31,8 @@ class WorldProcess:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
                 # A process group of its own: Ctrl-C reaches it once, from here.
-                self.process = subprocess.Popen(
-                    [sys.executable, *words], env=environment, stdout=file, stderr=file, process_group=0
-                )
+                given = {"env": environment, "stdout": file, "stderr": file, "process_group": 0}
+                self.process = subprocess.Popen([sys.executable, *words], **given, preexec_fn=_ends_with(os.getpid()))
         except OSError as error:
             raise MedSoftError(f"{log}: could not be written ({error.strerror or error})") from error
 
@@ -46,11 +47,25 @@ class WorldProcess:
         print("\n".join(f"  {line}" for line in said), file=sys.stderr, flush=True)
 
 
+def _ends_with(parent: int) -> Callable[[], None] | None:
+    """What a new process calls to get SIGTERM when ``parent`` is no more, even if that was killed; Linux only."""
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)  # opened here: little may be done between fork and exec
+
+    def ask() -> None:
+        library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was killed before this process could ask
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask
+
+
 def run_side_by_side(path: Path, output_dir: str, worlds: Iterable[str], jobs: int, overwrite: bool) -> int:
     """Run so many worlds of a study at a time; 0, 3 if inputs were rejected, or the code of the first that failed.
 
     Each gets its share of the processors as threads, unless OMP_NUM_THREADS is set. After a failure the worlds that
-    run end, and no other begins. A signal that ends this process ends them first.
+    run end, and no other begins. A signal that ends this process ends them first; on Linux SIGKILL ends them, too.
     """
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
     waiting, running, codes = list(worlds), [], []

@@ -18,10 +18,16 @@ Shares = Annotated[list[int | float], Rule(lambda shares: len(shares) == 3, "thr
 Ratio = Annotated[float, Rule(lambda ratio: ratio > 0, "a number above 0")]
 Ratios = Annotated[tuple[Ratio, ...], Rule(lambda each: 0 < len(each) == len(set(each)), "ratios, each once")]
 Use = Literal["mix", "pretrain", "duplicate_real"]
-Pair = Annotated[tuple[Text, ...], Rule(lambda arms: len(set(arms)) == len(arms) == 2, "two different arms")]
+Pair = Annotated[
+    tuple[Text, ...], Rule(lambda names: len(set(names)) == len(names) == 2, "two different arms or generators")
+]
+Names = Annotated[list[Text], Rule(lambda names: 0 < len(names) == len(set(names)), "different names")]
 Margin = Annotated[float, Rule(lambda margin: 0 < margin < 1, "a number between 0 and 1")]
 
+# What ldm.evaluation.drawings measures of a generator's drawings.
+DRAWING_ENDPOINTS = ("detection", "agreement", "asked_drawn", "seam", "seam_error", "changed_outside")
 PLACES = ("train_json", "val_json", "pictures", "seed")  # what stands in braces in the words of a `run:`
+DRAW_PLACES = ("train_json", "val_json", "seed")  # and in those of a `draw:`
 PLACE = re.compile(r"\{(\w+)\}")
 
 
@@ -33,7 +39,7 @@ class Generator:
     stages: tuple[Command, ...] | None = None  # each a YAML and overrides, or `merge`
     run: Command | None = None
     from_: Text | None = None
-    draw: Command | None = None  # words of dataset_infer.py, in place of the study's
+    draw: Command | None = None  # words of dataset_infer.py, in place of the study's; its --train_json is the world's
     set: tuple[Text, ...] = ()  # overrides for all stages and the drawing
 
 
@@ -104,13 +110,24 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """A classifier of lesion types that reads what generators draw: its saved ``weights``, and the steps that make
+    them, which run once, before everything."""
+
+    weights: Text
+    steps: tuple[PlanStep, ...] = ()
+
+
+@dataclass(frozen=True)
 class Hypothesis:
     """A difference of two arms that is tested: two-sided against 0, or for lying within +-``equivalence``.
 
-    ``study``: the YAML of another study, whose cells it is about.
+    ``of`` drawings: of two generators, by what the judge says of their drawings, without a classifier that learns from
+    them. ``study``: the YAML of another study, whose cells or drawings it is about.
     """
 
     minus: Pair
+    of: Literal["cells", "drawings"] = "cells"
     endpoint: Text | None = None  # the study's
     equivalence: Margin | None = None
     study: Text | None = None
@@ -125,8 +142,8 @@ class StudyKeys:
     worlds: Seeds | dict[FolderName, WorldFiles]
     seeds: Seeds
     classifier: Text
-    arms: dict[FolderName, ArmKeys]
-    compare: Compared
+    arms: dict[FolderName, ArmKeys]  # {} for a study of the drawings alone
+    compare: Compared | None = None
     generators: dict[FolderName, Generator] = field(default_factory=dict)
     generator_seeds: Seeds | None = None
     phantoms: Phantoms | None = None
@@ -135,7 +152,17 @@ class StudyKeys:
     draw: Command | None = None
     set: tuple[Text, ...] = ()
     steps: tuple[PlanStep, ...] = ()
+    judge: Judge | None = None
+    judged: Names | None = None  # generators whose drawings the judge reads; by default those of the arms
     hypotheses: dict[FolderName, Hypothesis] = field(default_factory=dict)
+    tested_by: Text | None = None  # the YAML of the study whose hypotheses are about these worlds
+
+    @property
+    def read_by_judge(self) -> tuple[str, ...]:
+        """The generators whose drawings are judged."""
+        if self.judge is None:
+            return ()
+        return tuple(self.judged or dict.fromkeys(arm.generator for arm in self.arms.values() if arm.generator))
 
 
 def check_keys(keys: StudyKeys, arms: Mapping[str, Arm], values: Values) -> None:
@@ -144,9 +171,24 @@ def check_keys(keys: StudyKeys, arms: Mapping[str, Arm], values: Values) -> None
         check_arm(arm, keys, values)
     for name, generator in keys.generators.items():
         check_generator(name, generator, keys, values)
-    check_compared(keys.compare, arms, values)
+    check_judge(keys, values)
+    if keys.compare is not None:
+        check_compared(keys.compare, arms, values)
+    elif arms:
+        raise values.error("compare", "which arms are compared", None)
     for name, hypothesis in keys.hypotheses.items():
-        check_hypothesis(f"hypotheses.{name}.minus", hypothesis, keys.compare.ratio, arms, values)
+        check_hypothesis(f"hypotheses.{name}", hypothesis, keys, values)
+
+
+def check_judge(keys: StudyKeys, values: Values) -> None:
+    """UsageError unless ``judged`` names generators and there is a judge, and a study without arms judges something."""
+    for name in keys.judged or ():
+        if name not in keys.generators:
+            raise values.error("judged", f"some of the generators {', '.join(keys.generators)}", name)
+    if keys.judged and keys.judge is None:
+        raise values.error("judge", "a classifier for the drawings that `judged` names", None)
+    if not keys.arms and not keys.read_by_judge:
+        raise values.error("arms", "arms, or a judge and the generators that it reads (judged)", {})
 
 
 def check_generator(name: str, generator: Generator, keys: StudyKeys, values: Values) -> None:
@@ -164,6 +206,10 @@ def check_generator(name: str, generator: Generator, keys: StudyKeys, values: Va
             expected = f"{{pictures}}, the folder to write, and no other braces than {', '.join(PLACES)}"
             raise values.error(f"{here}.run", expected, generator.run)
         return
+    draw = generator.draw or keys.draw or ""
+    if not set(PLACE.findall(draw)) <= set(DRAW_PLACES):
+        key = f"{here}.draw" if generator.draw else "draw"
+        raise values.error(key, f"no other braces than {', '.join(DRAW_PLACES)}", draw)
     if generator.from_ is not None:
         source = keys.generators.get(generator.from_)
         if source is None or source.stages is None:
@@ -214,13 +260,18 @@ def check_compared(compare: Compared, arms: Mapping[str, Arm], values: Values) -
         raise values.error("compare.oracle", f"an arm with a ratio of {main.name}", compare.oracle)
 
 
-def check_hypothesis(
-    key: str, hypothesis: Hypothesis, ratio: float | None, arms: Mapping[str, Arm], values: Values
-) -> None:
-    """UsageError unless the arms exist and have the ratio at which they are compared; those of another study are
-    checked when it is read."""
-    for name in hypothesis.minus if hypothesis.study is None else ():
-        if name not in arms:
-            raise values.error(key, f"two of the arms {', '.join(arms)}", list(hypothesis.minus))
-        if arms[name].ratios is not None and ratio is not None and ratio not in arms[name].all_ratios:
+def check_hypothesis(here: str, hypothesis: Hypothesis, keys: StudyKeys, values: Values) -> None:
+    """UsageError unless its arms, or generators, exist and have what is compared; those of another study are checked
+    when it is read."""
+    drawn, endpoint, key = hypothesis.of == "drawings", hypothesis.endpoint, f"{here}.minus"
+    if drawn and endpoint not in DRAWING_ENDPOINTS:
+        raise values.error(f"{here}.endpoint", f"one of {', '.join(DRAWING_ENDPOINTS)}, of drawings", endpoint)
+    if hypothesis.study is not None:
+        return
+    known, what = (keys.read_by_judge, "judged generators") if drawn else (tuple(keys.arms), "arms")
+    for name in hypothesis.minus:
+        if name not in known:
+            raise values.error(key, f"two of the {what} {', '.join(known)}", list(hypothesis.minus))
+        ratio = keys.compare.ratio if keys.compare and not drawn else None
+        if ratio is not None and keys.arms[name].ratios is not None and ratio not in (keys.arms[name].ratios or ()):
             raise values.error(key, f"arms with the ratio {ratio:g} of compare, or without ratios", name)

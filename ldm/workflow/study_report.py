@@ -11,7 +11,7 @@ from ldm.core.tables import markdown_table, write_csv
 from ldm.reports.figures import write_figure
 from ldm.reports.html import write_page
 from ldm.workflow.study_hypotheses import Outcome, share_of_attainable
-from ldm.workflow.study_results import Interval, Study, Treatment
+from ldm.workflow.study_results import Drawings, Interval, Study, Treatment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,11 +25,19 @@ SHOWN |= {
 SHOWN |= {"macro_auc": "macro AUC", "macro_auc_by_type": "macro AUC by type"}
 SHOWN |= {"calibration_error": "calibration error", "brier": "Brier score", "dice": "Dice"}
 SHOWN |= {"validation_auc": "validation AUC", "validation_dice": "validation Dice"}
-ERRORS = ("brier", "calibration_error", "type_calibration_error", "false_alarms")  # of which less is better
+# Numbers of which less is better.
+ERRORS = ("brier", "calibration_error", "type_calibration_error", "false_alarms", "seam_error", "changed_outside")
+DRAWN = {"detection": "called diseased", "agreement": "type agrees", "asked_drawn": "asked in drawn, bits"}
+DRAWN |= {"seam": "seam", "seam_error": "seam's distance from 1", "changed_outside": "pixels changed outside"}
 
 
-def paragraph(study: Study, hypotheses: bool = False) -> str:
-    """What the cells support and what they do not, in sentences that follow from the intervals alone."""
+def paragraph(study: Study, hypotheses: bool = False, tested_by: str | None = None) -> str:
+    """What the cells support and what they do not, in sentences that follow from the intervals alone.
+
+    ``hypotheses``: whether the study has some; ``tested_by``: the study that tests hypotheses about this one.
+    """
+    if study.comparison is None:
+        return f"No classifier learns from these drawings; a judge reads them. {_claim(study, hypotheses, tested_by)}"
     compared, ratio = study.comparison, study.chosen_ratio()
     if ratio is None:
         return f"Nothing can be said yet: no finished cell of {compared.main} has a number from validation."
@@ -47,11 +55,20 @@ def paragraph(study: Study, hypotheses: bool = False) -> str:
             "The ratio was chosen in these very worlds, and other settings may have been: they suggest, and only "
             "worlds that nothing was tuned on can confirm."
         )
-    claim = "One comparison is the claim; all others"
-    if hypotheses:
-        claim = "The hypotheses below are the claim; all others, the main comparison among them,"
-    parts.append(f"{claim} are looks at the same worlds, and their intervals are not widened for their number.")
+    parts.append(_claim(study, hypotheses, tested_by))
     return " ".join(part for part in parts if part)
+
+
+def _claim(study: Study, hypotheses: bool, tested_by: str | None) -> str:
+    """Which comparisons claim something."""
+    main = ", the main comparison among them," if study.comparison else ""
+    if hypotheses:
+        claim = f"The hypotheses below are the claim; all others{main}"
+    elif tested_by:
+        claim = f"What is claimed of these worlds are the hypotheses of {tested_by}; all comparisons here{main}"
+    else:
+        claim = "One comparison is the claim; all others" if study.comparison else "All comparisons"
+    return f"{claim} are looks at the same worlds, and their intervals are not widened for their number."
 
 
 def _sentence(study: Study, first: Treatment, second: Treatment, lead: str = "") -> str:
@@ -137,11 +154,47 @@ def outcome_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
     """One row a hypothesis."""
     return [
         [
-            *(each.name, each.asked, each.endpoint, mean_with_bounds(each.change, "{:+.3f}")),
+            *(each.name, each.asked, endpoint_text(each), mean_with_bounds(each.change, "{:+.3f}")),
             *("-" if each.p is None else f"{each.p:.4f}", f"{each.adjusted:.4f}", each.verdict),
         ]
         for each in outcomes
     ]
+
+
+def endpoint_text(outcome: Outcome) -> str:
+    """What a hypothesis is about, and of what less is better."""
+    of = " of the drawings" if outcome.hypothesis.of == "drawings" else ""
+    return f"{outcome.endpoint}{of}{' (less is better)' if outcome.endpoint in ERRORS else ''}"
+
+
+def drawing_rows(drawings: Drawings) -> list[dict[str, Any]]:
+    """Every number of every judged generator as a row of drawings.csv."""
+    return [
+        {"world": each.world, "generator": each.generator, "generator_seed": each.generator_seed}
+        | {"endpoint": name, "value": value, "n": each.counts[name], "machine": each.machine, "commit": each.commit}
+        for each in drawings.judged
+        for name, value in each.values.items()
+    ]
+
+
+def drawing_tables(drawings: Drawings) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Means of each generator, and what the first one changes against each of the others."""
+    names = [name for name in DRAWN if any(name in each.values for each in drawings.judged)]
+    means, changes = [], []
+    for generator in drawings.generators:
+        found = [drawings.mean(generator, name) for name in names]
+        worlds = max((each.worlds for each in found if each), default=0)
+        means.append([generator, str(worlds), *(mean_with_bounds(each, "{:.3f}") for each in found)])
+    for other in drawings.generators[1:]:
+        found = [drawings.difference(drawings.generators[0], other, name) for name in names]
+        worlds = max((each.worlds for each in found if each), default=0)
+        shown = [mean_with_bounds(each, "{:+.3f}") for each in found]
+        changes.append([drawings.generators[0], other, str(worlds), *shown])
+    titles = [DRAWN[name] for name in names]
+    return {
+        "Drawings, as the judge reads them": (["generator", "worlds", *titles], means),
+        "Differences of the drawings": (["", "minus", "worlds", *titles], changes),
+    }
 
 
 def share_rows(study: Study) -> list[list[str]]:
@@ -191,35 +244,63 @@ def warnings(study: Study) -> list[str]:
 
 
 def write_study_report(
-    folder: Path, name: str, study: Study, notes: Sequence[str], outcomes: Sequence[Outcome] = ()
+    folder: Path,
+    name: str,
+    study: Study,
+    notes: Sequence[str],
+    outcomes: Sequence[Outcome] = (),
+    tested_by: str | None = None,
 ) -> None:
-    """results.csv (a row a cell), dose_response.png, study.md and study.html in ``folder``.
+    """study.md and study.html in ``folder``; of cells results.csv (a row a cell) and dose_response.png, of drawings
+    drawings.csv (a row a number).
 
-    ``notes``: how the cells came about.
+    ``notes``: how all of it came about; ``tested_by``: the study that tests hypotheses about this one.
     """
-    rows = cell_rows(study)
-    write_csv(folder / "results.csv", rows)
-    write_figure(folder / "dose_response.png", dose_figure(study), dpi=130)
-    shown = [metric for metric in SHOWN if any(metric in cell.values for cell in study.cells)]
+    notes = [f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC.", *notes, *reading_notes(study), *warnings(study)]
+    tables = {"Hypotheses": (["", "", "endpoint", "difference", "p", "p (Holm)", "verdict"], outcome_rows(outcomes))}
+    rows: list[dict[str, Any]] = []
+    if study.cells:
+        rows = cell_rows(study)
+        write_csv(folder / "results.csv", rows)
+        write_figure(folder / "dose_response.png", dose_figure(study), dpi=130)
+        tables |= cell_tables(study)
+    if study.drawings.judged:
+        write_csv(folder / "drawings.csv", drawing_rows(study.drawings))
+        tables |= drawing_tables(study.drawings)
+    tables = {title: table for title, table in tables.items() if table[1]}
+    conclusion = paragraph(study, bool(outcomes), tested_by)
+    parts = [f"# Study: {name}", *notes, conclusion]
+    parts += [part for title, table in tables.items() for part in (f"## {title}", markdown_table(*table))]
+    parts += [f"![{study.endpoint} by ratio](dose_response.png)"] if rows else []
+    write_text(folder / "study.md", "\n\n".join(parts) + "\n")
+    cells = (list(rows[0]), [list(row.values()) for row in rows]) if rows else None
+    write_page(
+        folder / "study.html", "study", name=name, conclusion=conclusion, notes=notes, tables=tables, cells=cells
+    )
+
+
+def reading_notes(study: Study) -> list[str]:
+    """How the tables are to be read."""
     notes = [
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",
-        *notes,
         "Means over worlds, the seeds of generators and classifiers averaged first; in brackets 95 % intervals, "
-        "Student's t over worlds. Differences are paired by world and seed.",
-        *warnings(study),
+        "Student's t over worlds. Differences are paired by world and seed."
     ]
-    tables = {
-        "Hypotheses": (["", "", "endpoint", "difference", "p", "p (Holm)", "verdict"], outcome_rows(outcomes)),
+    if study.drawings.judged:
+        notes.append(
+            "The judge is a classifier of lesion types that no generator and no other classifier has to do with. "
+            "Detection, agreement and bits are about lesions that are not subtle. The seam is the gradient at the "
+            "masks' contours over that of the real training lesions: 1 is a real border, more is an edge that they do "
+            "not have, less is blurred; its distance from 1 is an error. A generator of true lesions (oracle) says how "
+            "well the judge reads."
+        )
+    return notes
+
+
+def cell_tables(study: Study) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """What the cells say, by title."""
+    shown = [metric for metric in SHOWN if any(metric in cell.values for cell in study.cells)]
+    return {
         "Share of the attainable gain": (["arm", "share", "95 % (Fieller)", "worlds"], share_rows(study)),
         "Means": (["arm", "worlds", *(SHOWN[metric] for metric in shown)], mean_rows(study, shown)),
         "Differences": (["", "minus", study.endpoint, "worlds", "verdict"], difference_rows(study)),
     }
-    tables = {title: table for title, table in tables.items() if table[1]}
-    conclusion = paragraph(study, bool(outcomes))
-    parts = [f"# Study: {name}", *notes, conclusion]
-    parts += [part for title, table in tables.items() for part in (f"## {title}", markdown_table(*table))]
-    write_text(folder / "study.md", "\n\n".join([*parts, f"![{study.endpoint} by ratio](dose_response.png)"]) + "\n")
-    cells = (list(rows[0]), [list(row.values()) for row in rows])
-    write_page(
-        folder / "study.html", "study", name=name, conclusion=conclusion, notes=notes, tables=tables, cells=cells
-    )

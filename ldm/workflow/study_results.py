@@ -111,6 +111,81 @@ def read_cell(folder: Path, world: str, treatment: Treatment, seed: int) -> Cell
     return Cell(world, treatment, seed, values, counts, groups=groups, **more)
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What the judge says of a generator's drawings in a world; ``counts``: of how many images each number is."""
+
+    world: str
+    generator: str
+    generator_seed: int | None
+    values: dict[str, float | None]
+    counts: dict[str, int]
+    machine: str = ""
+    commit: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, int | None]:
+        """What no two of a study share."""
+        return self.world, self.generator, self.generator_seed
+
+
+def read_drawing(path: Path, world: str, generator: str, seed: int | None, judge: str | None) -> Drawing | None:
+    """What tool/judge_results.py has written; None where it has not, or with another ``judge`` (SHA-256)."""
+    if not path.exists():
+        return None
+    found = read_json(path, "judge's numbers")
+    try:
+        if found["judge_sha256"] != judge:
+            return None
+        values = {name: each["value"] for name, each in found["endpoints"].items()}
+        counts = {name: each["n"] for name, each in found["endpoints"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise MedSoftError(f"{path}: not the numbers of a judge ({error}); delete it to judge again") from error
+    return Drawing(world, generator, seed, values, counts)
+
+
+@dataclass
+class Drawings:
+    """All drawings that are judged, looked at together; ``planned``: the keys of all that are to be."""
+
+    judged: list[Drawing] = field(default_factory=list)
+    planned: frozenset[tuple[str, str, int | None]] = frozenset()
+
+    @property
+    def generators(self) -> list[str]:
+        """Those with at least one judged drawing, in the order in which they were given."""
+        return list(dict.fromkeys(each.generator for each in self.judged))
+
+    def by_world(self, generator: str, endpoint: str) -> dict[str, float]:
+        """The number by world, generator seeds averaged, without undefined ones."""
+        worlds: dict[str, list[float]] = defaultdict(list)
+        for each in self.judged:
+            value = each.values.get(endpoint)
+            if each.generator == generator and value is not None:
+                worlds[each.world].append(value)
+        return {world: statistics.fmean(values) for world, values in worlds.items()}
+
+    def mean(self, generator: str, endpoint: str) -> Interval | None:
+        """Over worlds; None if nothing is defined."""
+        found = self.by_world(generator, endpoint)
+        return interval(list(found.values())) if found else None
+
+    def paired(self, first: str, second: str, endpoint: str) -> dict[str, float]:
+        """``first`` - ``second`` by world, of worlds that have both."""
+        ours, theirs = self.by_world(first, endpoint), self.by_world(second, endpoint)
+        return {world: ours[world] - theirs[world] for world in ours if world in theirs}
+
+    def difference(self, first: str, second: str, endpoint: str) -> Interval | None:
+        """Mean of ``paired`` over worlds; None without a common world."""
+        found = self.paired(first, second, endpoint)
+        return interval(list(found.values())) if found else None
+
+    def unfinished(self, generators: Iterable[str]) -> int:
+        """How many planned drawings of these generators are not judged."""
+        done = {each.key for each in self.judged}
+        return sum(key[1] in generators and key not in done for key in self.planned)
+
+
 def interval(values: Sequence[float]) -> Interval:
     """Mean and Student's t interval of independent values, one for each world."""
     mean = statistics.fmean(values)
@@ -124,11 +199,15 @@ def interval(values: Sequence[float]) -> Interval:
 
 @dataclass
 class Study:
-    """All finished cells, looked at together; ``planned``: the keys of all that are to be."""
+    """All finished cells, looked at together; ``planned``: the keys of all that are to be.
+
+    ``drawings``: what the judge says. A study of nothing else has no cells, and no comparison of arms.
+    """
 
     cells: list[Cell]
-    comparison: Compared
+    comparison: Compared | None
     planned: frozenset[Key] = frozenset()
+    drawings: Drawings = field(default_factory=Drawings)
 
     @property
     def treatments(self) -> list[Treatment]:

@@ -19,7 +19,7 @@ from ldm.workflow.study_design import Design, Group, World, added_path, load_des
 from ldm.workflow.study_hypotheses import outcomes
 from ldm.workflow.study_jobs import run_side_by_side
 from ldm.workflow.study_keys import Arm, check_hypothesis
-from ldm.workflow.study_results import Study, Treatment, read_cell
+from ldm.workflow.study_results import Drawings, Study, Treatment, read_cell, read_drawing
 
 
 def run_study(
@@ -54,9 +54,18 @@ def run_study(
             locks.enter_context(world_folder(design, world).lock())
         with whole_study(design):
             code = run(PlanRecord(once), [step.name for step in design.steps])
+            if not code:
+                check_judge_exists(design)
         for group in mine:
             code = code or run_group(design, groups, group, run)
     return code or say_rejects(design, once, mine)
+
+
+def check_judge_exists(design: Design) -> None:
+    """UsageError unless the judge, which the study's steps should have made, is there."""
+    if design.keys.read_by_judge and not (ROOT / design.keys.judge.weights).exists():
+        weights = design.keys.judge.weights
+        raise UsageError(f"judge.weights: {weights} does not exist; name a saved classifier, or a step that makes it")
 
 
 def say_rejects(design: Design, once: Plan, groups: Sequence[Group]) -> int:
@@ -153,25 +162,31 @@ def add_real(design: Design, world: World, arm: Arm) -> None:
 
 
 def report(design: Design, groups: list[Group]) -> int:
-    """Write the report of all finished cells of these settings; MedSoftError if there is none."""
+    """Write the report of all that is finished with these settings; MedSoftError if nothing is."""
     from ldm.workflow.study_report import timing, write_study_report
 
     study, outdated = read_study(design, groups)
-    state = f"{len(study.cells)} of {len(study.planned)} cells are finished"
+    judged, parts = study.drawings, []
+    if study.planned:
+        parts.append(f"{len(study.cells)} of {len(study.planned)} cells are finished")
+    if judged.planned:
+        parts.append(f"{len(judged.judged)} of {len(judged.planned)} generators' drawings are judged")
     if outdated:
-        state += f"; left out, as other settings or an older generator made them: {outdated}"
-    if not study.cells:
+        parts.append(f"left out, as other settings or an older generator made them: {outdated}")
+    state = "; ".join(parts)
+    if not study.cells and not judged.judged:
         raise MedSoftError(f"{design.keys.output_dir}: {state}; run the study first")
     seconds = [cell.seconds for cell in study.cells if cell.seconds is not None]
     notes = [f"{state}. Reported at commit {commit()}.", f"Time: {timing(seconds, generator_seconds(groups))}"]
     tested = outcomes(design.keys.hypotheses, study, other_studies(design))
-    write_study_report(ROOT / design.keys.output_dir, design.keys.name, study, notes, tested)
+    folder, tested_by = ROOT / design.keys.output_dir, design.keys.tested_by
+    write_study_report(folder, design.keys.name, study, notes, tested, tested_by)
     print(f"{design.folder('study.md')}: {state}", flush=True)
     return cli.DONE
 
 
 def read_study(design: Design, groups: Sequence[Group]) -> tuple[Study, int]:
-    """The finished cells of these settings, and how many others or older generators made."""
+    """The finished cells and judged drawings of these settings, and how many others or older generators made."""
     cells, planned, outdated = [], [], 0
     for group in groups:
         record = PlanRecord(group.plan)
@@ -187,22 +202,55 @@ def read_study(design: Design, groups: Sequence[Group]) -> tuple[Study, int]:
                 origin = {"seconds": known.get("seconds"), "machine": known.get("machine", "")}
                 origin |= {"commit": known.get("commit", ""), "generator_seed": generated}
                 cells.append(replace(found, **origin))
-    return Study(cells, design.keys.compare, frozenset(planned)), outdated
+    drawings, older = read_drawings(design, groups)
+    return Study(cells, design.keys.compare, frozenset(planned), drawings), outdated + older
+
+
+def read_drawings(design: Design, groups: Sequence[Group]) -> tuple[Drawings, int]:
+    """What this judge says of drawings, and how many of its sayings other settings or older generators made."""
+    drawings, planned, outdated = [], [], 0
+    judge = content_id(ROOT / design.keys.judge.weights) if design.keys.read_by_judge else None
+    for group in groups:
+        record = PlanRecord(group.plan)
+        for each in group.judged:
+            made = each.world.name, each.made.name, each.made.seed
+            planned.append(made)
+            if record.outdated(each.step, each.before):
+                outdated += 1
+                continue
+            found = read_drawing(ROOT / each.file, *made, judge)
+            outdated += found is None and (ROOT / each.file).exists()  # by another judge
+            if found is not None:
+                known = record.known(each.step)
+                drawings.append(replace(found, machine=known.get("machine", ""), commit=known.get("commit", "")))
+    return Drawings(drawings, frozenset(planned)), outdated
 
 
 def other_studies(design: Design) -> dict[str, Study]:
-    """The finished cells of the studies that hypotheses name; UsageError for one that is faulty or lacks an arm."""
+    """What is finished of the studies that hypotheses name; UsageError for one that is faulty or lacks an arm.
+
+    So for the study that should test this one's worlds, and does not.
+    """
+    check_tested_by(design)
     found = {}
     for name, hypothesis in design.keys.hypotheses.items():
         if hypothesis.study is None:
             continue
         other = load_design(ROOT / hypothesis.study)
-        arms = {arm.name: arm for arm in other.arms}
-        asked = replace(hypothesis, study=None)
-        check_hypothesis(f"hypotheses.{name}.minus", asked, other.keys.compare.ratio, arms, Values(hypothesis.study))
+        check_hypothesis(f"hypotheses.{name}", replace(hypothesis, study=None), other.keys, Values(hypothesis.study))
         if hypothesis.study not in found:
             found[hypothesis.study] = read_study(other, list(plan_groups(other)))[0]
     return found
+
+
+def check_tested_by(design: Design) -> None:
+    """UsageError unless the study that ``tested_by`` names has a hypothesis about this one."""
+    path = design.keys.tested_by
+    if path is None:
+        return
+    named = [each.study for each in load_design(ROOT / path).keys.hypotheses.values() if each.study]
+    if design.keys.output_dir not in [load_design(ROOT / study).keys.output_dir for study in named]:
+        raise UsageError(f"tested_by: expected a study with a hypothesis about this one (study: ...), found {path}")
 
 
 def generator_seconds(groups: list[Group]) -> dict[str, float]:
@@ -210,7 +258,7 @@ def generator_seconds(groups: list[Group]) -> dict[str, float]:
     found = {}
     for group in groups:
         record = PlanRecord(group.plan)
-        made = group.plan.steps[len(group.world.steps) : len(group.plan.steps) - len(group.cells)]
+        made = group.drawing
         if made and all(record.done(step) for step in made):
             found[group.plan.name] = sum(record.known(step)["seconds"] for step in made)
     return found

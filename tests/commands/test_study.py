@@ -217,6 +217,52 @@ def test_collecting_before_anything_ran_says_so(write_study) -> None:
         tiny.call(study, write_study(), "--collect")
 
 
+def test_the_judge_reads_every_generator_once(
+    write_study, world: Path, results: Path, judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A study of drawings alone, in one world: what the judge says of a generator that copies a folder of results."""
+    copy = f"python -c 'import shutil, sys; shutil.copytree(\"{results}\", sys.argv[1])' {{pictures}}"
+    files = {f"{part}_json": str(world / f"openimages_format_{part}.json") for part in PARTS}
+    shutil.copy(judge, tmp_path / "judge.safetensors")
+    given = {
+        "worlds": {"hospital": files},
+        "phantoms": None,
+        "arms": {},
+        "compare": None,
+        "generators": {"a": {"run": copy}, "b": {"run": copy}},
+        "judge": {"weights": str(tmp_path / "judge.safetensors")},
+        "judged": ["a", "b"],
+        "hypotheses": {"H": {"minus": ["a", "b"], "of": "drawings", "endpoint": "agreement"}},
+    }
+    path, out = write_study(**given), tmp_path / "out"
+    assert tiny.call(study, path) == 0
+    rows = list(csv.DictReader((out / "drawings.csv").read_text().splitlines()))
+    found = json.loads((out / "hospital" / "generators" / "a" / "judged.json").read_text())
+    assert [(row["generator"], row["endpoint"]) for row in rows] == [
+        (g, name) for g in "ab" for name in found["endpoints"]
+    ]
+    seam = found["endpoints"]["seam"]["value"]
+    assert [float(row["value"]) for row in rows if row["endpoint"] == "seam"] == [seam, seam]
+    assert (rows[0]["machine"], rows[0]["commit"]) == (plans.machine(), plans.commit())
+    assert "2 of 2 generators' drawings are judged" in (out / "study.md").read_text()
+    assert "cannot be tested: two worlds at least" in (out / "study.md").read_text()
+    assert not (out / "results.csv").exists()
+    capsys.readouterr()
+    assert tiny.call(study, path) == 0
+    assert capsys.readouterr().out.count("already done") == 4
+    # What another judge has said does not count.
+    (tmp_path / "judge.safetensors").write_bytes(b"another")
+    with pytest.raises(MedSoftError, match=r"out: 0 of 2 generators' drawings are judged; left out, .*: 2; run the"):
+        tiny.call(study, path, "--collect")
+
+
+def test_a_judge_that_is_not_there_is_named(write_study, tmp_path: Path) -> None:
+    given = {"generators": {"a": {"run": "python a.py {pictures}"}}, "judge": {"weights": str(tmp_path / "no.pt")}}
+    with pytest.raises(UsageError, match=r"judge.weights: .*no.pt does not exist; name a saved classifier, or a step"):
+        tiny.call(study, write_study(**given, judged=["a"]))
+    assert not (tmp_path / "out" / "world_3" / "phantoms").exists()
+
+
 def test_list_shows_the_steps_and_runs_nothing(write_study, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert tiny.call(study, write_study(), "--list") == 0
     assert capsys.readouterr().out.count("(to do)") == 5
@@ -343,4 +389,18 @@ def test_a_signal_ends_all_worlds_that_run(write_study, tmp_path: Path) -> None:
     for world in ("world_3", "world_4"):
         with exclusive(tmp_path / "out" / f"{world}.lock", "still running"):
             pass
+    assert {each["exit_code"] for each in json.loads((tmp_path / "out" / "stages.json").read_text())["steps"]} == {143}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
+def test_worlds_end_with_a_study_that_is_killed(write_study, tmp_path: Path) -> None:
+    waits = f"python -c 'import pathlib, time; pathlib.Path(\"{tmp_path}/begun\").touch(); time.sleep(60)'"
+    first = launch(write_study(worlds=[3, 4], steps=[{"name": "wait", "run": waits}]), "--jobs", "2")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.kill()
+    first.communicate(timeout=30)
+    with exclusive(tmp_path / "out" / "world_3.lock", "still running", wait=True):
+        pass
     assert {each["exit_code"] for each in json.loads((tmp_path / "out" / "stages.json").read_text())["steps"]} == {143}

@@ -19,6 +19,8 @@ from ldm.workflow import study_design
 from tool import study
 
 ROOT = tiny.ROOT
+RUNS = {name: {"run": f"python tool/{name}.py {{pictures}}"} for name in ("paste", "poisson")}
+JUDGED = {"generators": RUNS, "judge": {"weights": "judge.safetensors"}, "judged": ["paste", "poisson"]}
 SCRIPT = ROOT / "tool" / "study.py"
 
 
@@ -93,7 +95,10 @@ def write_study(tmp_path: Path):
             {"hypotheses": {"H": {"minus": ["real", "ours"]}}},
             "hypotheses.H.minus: expected two of the arms real, duplicated, found",
         ),
-        ({"hypotheses": {"H": {"minus": ["real"]}}}, "hypotheses.H.minus: expected two different arms, found"),
+        (
+            {"hypotheses": {"H": {"minus": ["real"]}}},
+            "hypotheses.H.minus: expected two different arms or generators, found",
+        ),
         (
             {"hypotheses": {"H": {"minus": ["real", "duplicated"], "equivalence": 0}}},
             "hypotheses.H.equivalence: expected a number between 0 and 1, found 0",
@@ -106,6 +111,34 @@ def write_study(tmp_path: Path):
             },
             "hypotheses.H.minus: expected arms with the ratio 1 of compare, or without ratios, found .more",
         ),
+        ({"compare": None}, "compare: expected which arms are compared, found null"),
+        ({"arms": {}, "compare": None}, "arms: expected arms, or a judge and the generators that it reads"),
+        ({"judge": {"weight": "a"}}, "unknown key judge.weight; did you mean judge.weights"),
+        ({"judge": {"weights": "a", "steps": [{"name": "b"}]}}, "judge.steps.1.run: expected words of a command"),
+        ({**JUDGED, "judged": ["paint"]}, "judged: expected some of the generators paste, poisson, found .paint"),
+        ({**JUDGED, "judged": []}, "judged: expected different names"),
+        ({**JUDGED, "judge": None}, "judge: expected a classifier for the drawings that `judged` names, found null"),
+        (
+            {**JUDGED, "hypotheses": {"H": {"minus": ["paste", "poisson"], "of": "drawings"}}},
+            "hypotheses.H.endpoint: expected one of detection, agreement, .*, of drawings, found null",
+        ),
+        (
+            {**JUDGED, "hypotheses": {"H": {"minus": ["real", "paste"], "of": "drawings", "endpoint": "seam"}}},
+            "hypotheses.H.minus: expected two of the judged generators paste, poisson, found",
+        ),
+        (
+            {"hypotheses": {"H": {"minus": ["a", "b"], "of": "lines"}}},
+            "H.of: expected one of cells, drawings, found .li",
+        ),
+        (
+            {**GENERATOR, "generators": {"g": {"stages": [], "draw": "--data {test_json}"}}},
+            "generators.g.draw: expected no other braces than train_json, val_json, seed, found",
+        ),
+        (
+            {**GENERATOR, "generators": {"g": {"stages": []}}, "draw": "{x}"},
+            "yaml: draw: expected no other braces",
+        ),
+        ({"tested_by": " "}, "tested_by: expected text that is not blank"),
         ({"generators": {"g": {"stages": []}}}, "checkpoint: expected a path, since the generator g needs it"),
         ({**GENERATOR, "generators": {"g": {"stage": []}}}, "unknown key generators.g.stage; did you mean"),
         ({**GENERATOR, "generators": {"g": {"stages": ["a.yaml", "merge"]}}}, "expected merge once, as the third"),
@@ -187,7 +220,7 @@ def test_each_cell_of_the_shipped_study_is_planned_once() -> None:
     assert len({cell.folder for cell in cells}) == len(cells) == 5 * 3 * (1 + 4 + 4 + 1 + 1 + 1 + 1 + 1)
 
 
-@pytest.mark.parametrize("name", ["phantom", "controls", "edge", "elsewhere"])
+@pytest.mark.parametrize("name", ["phantom", "controls", "edge", "words_drawings"])
 def test_development_confirmation_test_and_base_share_no_phantom_world(name: str) -> None:
     """The confirmation has the same treatments at a ratio that was chosen before, in worlds that nobody looked at."""
     designs = [study_design.load_design(ROOT / f"configs/study_{name}{end}.yaml") for end in ("", "_confirmation")]
@@ -200,27 +233,35 @@ def test_development_confirmation_test_and_base_share_no_phantom_world(name: str
     assert max(map(int, seeds)) < 90_000  # the phantom base's worlds begin there
     assert min(designs[1].keys.worlds) >= (100 if name == "phantom" else 200)
     ours, theirs = ({arm.name: arm for arm in design.arms} for design in designs)
-    ratio = designs[1].keys.compare.ratio
-    assert ratio is not None
+    ratio = designs[1].keys.compare.ratio if theirs else None
+    assert ratio is not None or designs[1].keys.read_by_judge
     for arm in theirs.values():
         assert arm == dataclasses.replace(ours[arm.name], ratios=arm.ratios)
         assert arm.all_ratios in ((None,), (ratio,))
+    if name != "phantom":  # the first study had no judge; one of another world would read worse
+        judges = [[step.run.replace(each.keys.output_dir, "") for step in each.keys.judge.steps] for each in designs]
+        assert judges[0] == judges[1]
     for key in ("generators", "set", "phantoms", "draw", "classifier"):
-        assert getattr(designs[0].keys, key) == getattr(designs[1].keys, key)
+        values = [repr(getattr(each.keys, key)).replace(each.keys.output_dir, "") for each in designs]
+        assert values[0] == values[1]
 
 
 def test_the_confirmation_asks_what_was_written_down() -> None:
     keys = study_design.load_design(ROOT / "configs/study_controls_confirmation.yaml").keys
-    asked = {name: (*each.minus, each.equivalence) for name, each in keys.hypotheses.items()}
+    asked = {name: (*each.minus, each.equivalence or each.endpoint) for name, each in keys.hypotheses.items()}
     assert asked == {
         "H1": ("hybrid", "paste", None),
         "H2": ("ours", "paste", None),
-        "H3a": ("ours", "no_msc", None),
+        "H3a": ("ours", "no_msc", "agreement"),
         "H3b": ("ours", "hard_mask", None),
+        "H3c": ("ours", "hard_mask", "seam_error"),
+        "H3d": ("ours_heldout", "no_msc_heldout", "agreement"),
         "E1": ("ours", "no_msc", 0.01),
         "E2": ("ours", "hard_mask", 0.01),
     }
     assert (keys.generator_seeds, keys.seeds, len(keys.worlds)) == ([0, 1], [0, 1, 2], 8)
+    for study_ in dict.fromkeys(each.study for each in keys.hypotheses.values() if each.study):
+        assert study_design.load_design(ROOT / study_).keys.tested_by == "configs/study_controls_confirmation.yaml"
 
 
 def test_generator_stages_start_where_they_must(write_study) -> None:
@@ -252,6 +293,7 @@ def test_generators_may_be_commands_and_share_a_checkpoint(write_study) -> None:
     generators = {
         "ours": {"stages": stages, "set": ["data.feather=0"]},
         "again": {"from": "ours", "draw": "--seed {seed} --limit 2", "set": ["sampling.steps=3"]},
+        "strange": {"from": "ours", "draw": "--seed {seed} --data {train_json} --train_json {val_json}"},
         "paste": {"run": "python tool/paste.py '{train_json}' --v {val_json} --out {pictures} --seed {seed}"},
         "plain": {"run": "python tool/plain.py --out {pictures}"},
     }
@@ -265,17 +307,20 @@ def test_generators_may_be_commands_and_share_a_checkpoint(write_study) -> None:
     ]
     home = design.folder("world_3", "generators")
     steps = {step.name: step for step in groups["world_3/ours_g1"].plan.steps}
-    assert [name for name in steps if "draw" in name] == ["draw", "draw_again_g1"]
+    assert [name for name in steps if "draw" in name] == ["draw", "draw_again_g1", "draw_strange_g1"]
     drawn = shlex.split(steps["draw_again_g1"].run)
     assert drawn[drawn.index("--ckpt") + 1] == f"{home}/ours_g1/phantom_unet_only/last.ckpt"
     assert drawn[-6:] == ["--seed", "1", "--limit", "2", "data.feather=0", "sampling.steps=3"]
     assert "--seed 1" in steps["phantom_unet_only"].run
+    strange = shlex.split(steps["draw_strange_g1"].run)
+    train, val = (design.folder("world_3", f"annotations_{name}.json") for name in ("train", "val"))
+    assert [strange[strange.index(flag) + 1] for flag in ("--data", "--train_json")] == [train, val]
+    assert strange.count("--train_json") == 1
     cells = {cell.step.name: cell for cell in groups["world_3/ours_g1"].cells}
-    assert list(cells) == ["ours_1_g1_seed0", "again_1_g1_seed0"]
+    assert list(cells) == ["ours_1_g1_seed0", "again_1_g1_seed0", "strange_1_g1_seed0"]
     assert f'synthetic=["{home}/again_g1/pictures"]' in shlex.split(cells["again_1_g1_seed0"].step.run)
     assert steps["draw_again_g1"] not in cells["ours_1_g1_seed0"].before  # it may be newer
     assert steps["draw_again_g1"] in cells["again_1_g1_seed0"].before
-    train, val = (design.folder("world_3", f"annotations_{name}.json") for name in ("train", "val"))
     pictures = f"{home}/paste_g1/pictures"
     (paste,) = (step for step in groups["world_3/paste_g1"].plan.steps if step.name == "draw")
     assert paste.run == f"python tool/paste.py {train} --v {val} --out {pictures} --seed 1"
@@ -294,6 +339,31 @@ def test_what_is_trained_alike_is_trained_once(write_study) -> None:
     ]
 
 
+def test_the_judge_reads_what_is_drawn_last(write_study) -> None:
+    """Generators of the arms, or those that are named; its own steps run once for the study."""
+    arms = SMALL["arms"] | {"paste": {"use": "mix", "generator": "paste", "ratios": [1]}}
+    judge = {"weights": "{output_dir}/judge", "steps": [{"name": "train", "run": "python a.py {output_dir}/judge"}]}
+    runs = {"paste": {"run": "python tool/paste.py {pictures} --seed {seed}"}, "poisson": RUNS["poisson"]}
+    given = {"arms": arms, "generators": runs, "judge": judge, "generator_seeds": [4, 5]}
+    design = study_design.load_design(write_study(**given))
+    assert [step.run for step in design.steps] == [f"python a.py {design.folder('judge')}"]
+    groups = {group.plan.name: group for group in study_design.plan_groups(design)}
+    assert [name for name, group in groups.items() if group.judged] == ["world_3/paste_g4", "world_3/paste_g5"]
+    group = groups["world_3/paste_g5"]
+    assert [step.name for step in group.plan.steps[3:]] == ["draw", "paste_1_g5_seed0", "judge"]
+    assert [step.name for step in group.drawing] == ["draw"]
+    (judged,) = group.judged
+    assert judged.before == (*group.world.steps, *group.drawing)
+    home, train = design.folder("world_3", "generators", "paste_g5"), design.folder("world_3", "annotations_train.json")
+    assert judged.step.run == (
+        f"python tool/judge_results.py {home}/pictures --judge {design.folder('judge')} --real {train} "
+        f"--output {home}/judged.json"
+    )
+    alone = study_design.load_design(write_study(**given | {"arms": {}, "compare": None, "judged": ["poisson"]}))
+    (group,) = study_design.plan_groups(alone)
+    assert [step.name for step in group.plan.steps[3:]] == ["draw", "judge"]
+
+
 def test_phantom_worlds_of_another_kind(write_study) -> None:
     phantoms = SMALL["phantoms"] | {"world": "edge", "flags": "--few 2", "test_flags": "--other"}
     (world,) = study_design.load_design(write_study(phantoms=phantoms)).worlds
@@ -309,6 +379,14 @@ def test_hypotheses_about_another_study_are_checked_before_anything_runs(write_s
         tiny.call(study, write_study(hypotheses=wrong))
     with pytest.raises(UsageError, match=r"no.yaml: this study does not exist"):
         tiny.call(study, write_study(hypotheses={"H": {"minus": ["real", "ours"], "study": str(tmp_path / "no.yaml")}}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_study_that_tests_another_must_name_it(write_study, tmp_path: Path) -> None:
+    for wrong in ({}, {"hypotheses": {"H": {"minus": ["real", "duplicated"]}}}):
+        ruling = write_study(**wrong, output_dir=str(tmp_path / "ruling")).rename(tmp_path / "ruling.yaml")
+        with pytest.raises(UsageError, match=r"tested_by: expected a study with a hypothesis about this one"):
+            tiny.call(study, write_study(tested_by=str(ruling)))
     assert not (tmp_path / "out").exists()
 
 

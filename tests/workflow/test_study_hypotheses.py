@@ -10,7 +10,7 @@ from scipy import stats
 from ldm.workflow.study_hypotheses import equivalence_test, fieller, holm, outcomes, share_of_attainable, t_test
 from ldm.workflow.study_keys import Compared, Hypothesis
 from ldm.workflow.study_report import write_study_report
-from ldm.workflow.study_results import Cell, Study, Treatment
+from ldm.workflow.study_results import Cell, Drawing, Drawings, Study, Treatment
 
 GAINS = [0.021, 0.004, 0.018, 0.032, 0.011]
 ARMS = ("real", "duplicated", "ours", "paste", "oracle")
@@ -126,3 +126,53 @@ def test_the_page_shows_hypotheses_and_shares(study_: Study, tmp_path: Path) -> 
         assert "equivalent within ±0.01" in said
         assert f"{share.low:.2f} to {share.high:.2f}" in said
     assert "The hypotheses below are the claim" in (tmp_path / "study.md").read_text()
+
+
+def drawn(generators: dict[str, list[float]]) -> Drawings:
+    """Agreement of two seeds of each generator, 0.02 apart, in worlds of these means; of one seed for ``oracle``."""
+    found = [
+        Drawing(
+            f"w{n}", name, seed, {"agreement": value + (0.01, -0.01, 0)[-1 if seed is None else seed]}, {"agreement": 9}
+        )
+        for name, values in generators.items()
+        for n, value in enumerate(values)
+        for seed in ((None,) if name == "oracle" else (0, 1))
+    ]
+    return Drawings(found, frozenset(each.key for each in found))
+
+
+def test_hypotheses_may_be_about_the_drawings(tmp_path: Path) -> None:
+    base = [0.5, 0.6, 0.4, 0.55, 0.52]
+    drawings = drawn({"ours": [a + b for a, b in zip(base, GAINS, strict=True)], "no_msc": base, "oracle": [0.9] * 5})
+    alone = Study([], None, drawings=drawings)
+    asked = {"of": "drawings", "endpoint": "agreement"}
+    hypotheses = {"H": Hypothesis(("ours", "no_msc"), **asked), "E": Hypothesis(("ours", "oracle"), **asked)}
+    found = {each.name: each for each in outcomes(hypotheses, alone, {})}
+    assert found["H"].p == pytest.approx(stats.ttest_1samp(GAINS, 0).pvalue)
+    assert (found["H"].asked, found["H"].verdict, found["E"].verdict) == ("ours minus no_msc", "higher", "lower")
+    (elsewhere,) = outcomes({"H": replace(hypotheses["H"], study="o.yaml")}, Study([], None), {"o.yaml": alone})
+    assert elsewhere.p == pytest.approx(found["H"].p)
+    open_ = replace(drawings, judged=[each for each in drawings.judged if each.key != ("w1", "ours", 1)])
+    assert outcomes(hypotheses, Study([], None, drawings=open_), {})[0].verdict == "open: 1 drawings to come"
+
+    write_study_report(tmp_path, "s", alone, [], list(found.values()))
+    said = (tmp_path / "study.md").read_text()
+    assert "No classifier learns from these drawings; a judge reads them. The hypotheses below are the claim" in said
+    assert "| H | ours minus no_msc | agreement of the drawings | +0.017 (" in said
+    assert "| oracle | 5 | 0.900 (0.900 to 0.900) |" in said
+    assert "| ours | oracle | 5 | -0.369 (" in said
+    assert "dose_response" not in said + (tmp_path / "study.html").read_text()
+    rows = (tmp_path / "drawings.csv").read_text().splitlines()
+    assert rows[0] == "world,generator,generator_seed,endpoint,value,n,machine,commit"
+    assert len(rows) == 1 + 5 * (2 + 2 + 1)
+
+
+def test_less_of_an_error_of_the_drawings_is_better(tmp_path: Path) -> None:
+    drawings = drawn({"ours": [0.1, 0.2], "no_msc": [0.3, 0.3]})
+    for each in drawings.judged:
+        each.values["seam_error"] = each.values.pop("agreement")
+        each.counts["seam_error"] = 9
+    hypotheses = {"H": Hypothesis(("ours", "no_msc"), of="drawings", endpoint="seam_error")}
+    alone = Study([], None, drawings=drawings)
+    write_study_report(tmp_path, "s", alone, [], outcomes(hypotheses, alone, {}))
+    assert "| seam_error of the drawings (less is better) |" in (tmp_path / "study.md").read_text()

@@ -126,6 +126,14 @@ def test_with_hypotheses_the_main_comparison_is_a_look_among_others() -> None:
     assert "The hypotheses below are the claim; all others, the main comparison among them, are looks" in text
 
 
+def test_worlds_that_another_study_tests_claim_nothing_themselves() -> None:
+    text = paragraph(made(0.03, ratio=1.0), tested_by="configs/ruling.yaml")
+    assert (
+        "What is claimed of these worlds are the hypotheses of configs/ruling.yaml; all comparisons here, the " in text
+    )
+    assert "is the claim" not in text
+
+
 def test_one_world_or_none_shows_nothing() -> None:
     single = Study([c for c in made(0.3).cells if c.world == "w1"], Compared("real", "duplicated", "ours", None))
     assert "a difference is not shown (one world)" in paragraph(single)
