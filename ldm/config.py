@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -276,14 +276,16 @@ class Config:
         return Architecture(*sections, image_size=self.data.image_size)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), spelled: Mapping[str, str] | None = None) -> Config:
     """Read a YAML file, its ``base:`` files first, then ``overrides`` such as ``training.batch_size=4``.
+
+    ``spelled``: for messages, what was typed for those overrides that stand for a flag, as in "--strength 0.5".
 
     Raises UsageError for a missing file, a syntax error, an unknown key (naming the nearest known one), a value of
     the wrong type or out of range, an interpolation (``${...}``), or a loop of bases.
     """
     values = read_yaml(Path(path), "configuration", "; the shipped ones are in models/")
-    add_overrides(values, Config, overrides, "override", "training.batch_size=4")
+    add_overrides(values, Config, overrides, "override", "training.batch_size=4", spelled)
     return _checked(values)
 
 

@@ -19,11 +19,11 @@ from ldm.core.errors import UsageError
 def build_parser() -> argparse.ArgumentParser:
     made = cli.parser(__doc__)
     made.add_argument("--output_dir", type=Path, help="dataset folder to write")
-    made.add_argument("--healthy", type=cli.WHOLE, default=160, help="healthy images")
+    made.add_argument("--healthy", type=cli.WHOLE, help="healthy images (default: 160)")
     made.add_argument("--diseased", type=cli.WHOLE, help="ones with a lesion; types take turns (default: 40)")
     made.add_argument("--lesions_per_type", type=cli.COUNT, help="instead of --diseased: so many lesions of each type")
-    made.add_argument("--seed", type=cli.SEED, default=0, help="whose patients: two seeds share none")
-    made.add_argument("--per_patient", type=cli.COUNT, default=1, help="images of each patient")
+    made.add_argument("--seed", type=cli.SEED, help="whose patients: two seeds share none (default: 0)")
+    made.add_argument("--per_patient", type=cli.COUNT, help="images of each patient (default: 1)")
     text = "pixels a side, 256 to 2048: a wide view with lesions as small as in CT (default: close up, 104 to 144)"
     made.add_argument("--size", type=cli.COUNT, help=text)
     text = "standard, edge, elsewhere, words, shape, scanner or second_scanner: docs/worlds.md says what each changes"
@@ -48,8 +48,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--lesions_per_type: says how many lesions there are, as --diseased does; give one of them")
     if args.limit and not args.twins_of:
         raise UsageError("--limit: only with --twins_of")
-    if args.twins_of and (args.diseased is not None or args.lesions_per_type):
-        raise UsageError("--twins_of: gives each healthy phantom one lesion; leave out --diseased, --lesions_per_type")
+    if args.twins_of and {args.healthy, args.diseased, args.lesions_per_type, args.per_patient, args.seed} != {None}:
+        raise UsageError("--twins_of: leave out --healthy, --diseased, --lesions_per_type, --per_patient and --seed")
     if args.twins_of and (args.world != "standard" or args.size or args.seen_by_biomedclip or not args.output_dir):
         raise UsageError("--twins_of: needs --output_dir, and takes world and size from the record of the phantoms")
 
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
     from ldm.phantom.twins import write_twins
     from ldm.phantom.worlds import world_of
 
-    types, output, rejects = world_of(args.world).lesion_types, args.output_dir, []
+    types, output, rejects, seed = world_of(args.world).lesion_types, args.output_dir, [], args.seed or 0
     if args.twins_of:
         made, count, rejects = write_twins(args.twins_of, output, args.limit, args.overwrite)
         said = f"twins of {count} healthy phantoms"
@@ -69,20 +69,20 @@ def main(args: argparse.Namespace) -> int:
         said = "all that the BiomedCLIP stand-in has seen"
     elif output:
         diseased = args.lesions_per_type * len(types) if args.lesions_per_type else args.diseased
-        counts = (args.healthy, 40 if diseased is None else diseased, args.per_patient)
-        made = write_dataset(output, args.seed, *counts, args.overwrite, args.size, args.world)
-        said = f"{counts[0]} healthy and {counts[1]} diseased images, seed {args.seed}"
+        counts = [default if n is None else n for n, default in ((args.healthy, 160), (diseased, 40))]
+        made = write_dataset(output, seed, *counts, args.per_patient or 1, args.overwrite, args.size, args.world)
+        said = f"{counts[0]} healthy and {counts[1]} diseased images, seed {seed}"
     for reject in rejects:
         print(f"no twin of {reject.sample_id}: {reject}")
     if output:
         print(f"{output}: {said}" if made else f"{output}: already complete ({said})")
     if args.sheet:
-        write_sheet(args.sheet, args.seed, args.size, args.world)
+        write_sheet(args.sheet, seed, args.size, args.world)
         print(f"{args.sheet}: contact sheet")
     if args.calibrate:
         from ldm.phantom.calibration import calibrate
 
-        print(calibrate(args.seed, args.world))
+        print(calibrate(seed, args.world))
     return cli.SOME_REJECTED if rejects else cli.DONE
 
 

@@ -196,10 +196,18 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def add_overrides(values: Values, kind: type, texts: Sequence[str], flag: str, example: str) -> None:
+def add_overrides(
+    values: Values,
+    kind: type,
+    texts: Sequence[str],
+    flag: str,
+    example: str,
+    spelled: Mapping[str, str] | None = None,
+) -> None:
     """Lay texts such as ``training.batch_size=4`` over ``values``, from which a ``kind`` will be built.
 
     What follows the ``=`` is read as YAML; where text is wanted, a number or such is taken as it was written.
+    ``spelled``: what to call some of them in messages, else ``flag`` and the text.
     """
     for text in texts:
         name, equals, given = text.partition("=")
@@ -218,7 +226,7 @@ def add_overrides(values: Values, kind: type, texts: Sequence[str], flag: str, e
             value = given
         for part in reversed(name.split(".")):
             value = {part: value}
-        values.add(value, f"{flag} {text}")
+        values.add(value, (spelled or {}).get(text) or f"{flag} {text}")
 
 
 def build(kind: type[T], values: Values) -> T:

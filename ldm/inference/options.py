@@ -173,18 +173,22 @@ class InferenceOptions:
 
     def as_overrides(self) -> list[str]:
         """The configuration keys that the flags set, as KEY=VALUE; dotted overrides come after them, so they win."""
-        names = ("batch_size", "sampler", "steps", "guidance_scale", "guidance_interval", "precision")
-        names = (*names, "init", "strength")
-        flags = {f"sampling.{name}": getattr(self, name) for name in names}
-        flags["sampling.spacing"] = self.step_spacing
-        if self.guidance_interval is not None:
-            flags["sampling.guidance_interval"] = list(self.guidance_interval)  # as YAML spells it
-        hub = str(self.biomedclip).startswith("hf-hub:")  # else a folder, which a replay from elsewhere has to find
-        flags["biomedclip.path"] = self.biomedclip.resolve() if self.biomedclip and not hub else self.biomedclip
-        if self.compile:
-            flags["sampling.compile"] = "true"
         exact = ["sampling.batch_size=1", "sampling.compile=false"] if self.exact else []
-        return [*(f"{key}={value}" for key, value in flags.items() if value is not None), *self.overrides, *exact]
+        return [*self.spelled(), *self.overrides, *exact]
+
+    def spelled(self) -> dict[str, str]:
+        """The configuration keys that the flags set, as KEY=VALUE, each with its flag as in "--strength 0.5"."""
+        names = ("batch_size", "sampler", "steps", "guidance_scale", "guidance_interval", "precision")
+        keys = {f"sampling.{name}": name for name in (*names, "init", "strength")}
+        keys |= {"sampling.spacing": "step_spacing", "biomedclip.path": "biomedclip"}
+        flags = {key: (name, getattr(self, name)) for key, name in keys.items() if getattr(self, name) is not None}
+        if self.guidance_interval is not None:
+            flags["sampling.guidance_interval"] = "guidance_interval", list(self.guidance_interval)  # as YAML spells it
+        if self.biomedclip and not str(self.biomedclip).startswith("hf-hub:"):
+            flags["biomedclip.path"] = "biomedclip", self.biomedclip.resolve()  # a replay from elsewhere has to find it
+        if self.compile:
+            flags["sampling.compile"] = "compile", "true"
+        return {f"{key}={value}": f"--{name} {value}" for key, (name, value) in flags.items()}
 
 
 @dataclass(frozen=True)

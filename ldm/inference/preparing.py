@@ -149,6 +149,8 @@ class Preparation:
         matrix = np.array(task.pasted_by) if task.pasted_by else map_by_shape(donor, sample.hard)
         levels = paste(donor, sample.original, body, sample.soft, matrix, self.method)
         top = np.iinfo(sample.original.dtype).max
+        beyond = (levels < -0.5) | (levels > top + 0.5)  # which only the lesion's are
+        clipped = int(np.count_nonzero(beyond.any(axis=2) if beyond.ndim == 3 else beyond))
         pixels = composite(sample.original, levels / top, sample.soft, (0, top))
-        task = dataclasses.replace(task, pasted_by=matrix.tolist())
+        task = dataclasses.replace(task, pasted_by=matrix.tolist(), clipped_pixels=clipped)
         return PreparedTask(task, dataclasses.replace(sample, pasted=pixels))

@@ -110,7 +110,9 @@ class FolderResults:
         there = [task for task in tasks if is_whole(self.path / task.name)]
         records = [read_json(self.path / task.name / "meta.json") for task in there]
         changed = sum(record["changed_outside_pixels"] for record in records)
-        return Summary(len(there), changed, rejects=list(dict.fromkeys(rejects)), masks=count_masks(records))
+        clipped = sum(record.get("clipped_pixels", 0) for record in records)
+        known = list(dict.fromkeys(rejects))
+        return Summary(len(there), changed, rejects=known, masks=count_masks(records), clipped_pixels=clipped)
 
     def write_report(self) -> Path:
         """Write the report of all results in the folder; returns its first page."""
@@ -154,6 +156,7 @@ def result_metadata(
         "pasted_from": task.donor and task.donor.sample_id,
         "pasted_sha256": task.donor and donor_digest(task.donor, content),
         "pasted_by": task.donor and task.pasted_by,
+        "clipped_pixels": task.clipped_pixels or None,
         "spacing_mm": parent.meta.get("spacing_mm"),
         "window": list(prepared.intensity_range) if prepared.original.dtype == np.uint16 else None,
         "parent_image": str(parent.image),

@@ -82,8 +82,8 @@ def run(options: InferenceOptions) -> int:
         _check_replay(options, record, provenance)
     content = Contents()  # each file is read once, however many results share it
     plan = plan_tasks(options, content, record, config.sampling.init == "paste")
-    if donors := {task.donor.patient_id for task in plan.tasks if task.donor}:
-        provenance[TRAINED_ON] = trained_on("paste", donors, provenance[TRAINED_ON])
+    if config.sampling.init == "paste":
+        provenance[TRAINED_ON] = trained_on("paste", plan.givers, provenance[TRAINED_ON])
     if options.like:
         _warn_of_other_sampling(plan.tasks, config.sampling)
     known = {"ckpt": digest}  # what differs is named in this order
@@ -167,16 +167,15 @@ def copy_paste(options: PasteOptions) -> int:
     """Paste what is missing in ``options.output_dir``; the exit code.
 
     Masks have the soft border of the shipped configurations. The results carry digests of the patients whose lesions
-    are pasted, as those of a generator that was trained on them do.
+    may be pasted, as those of a generator that was trained on them do.
     """
     inference, content = options.as_inference(), Contents()
     plan = plan_tasks(inference, content, paste=True)
-    donors = {task.donor.patient_id for task in plan.tasks if task.donor}
     provenance = {
         "method": options.method,
         "noise": NOISE,
         "command": shlex.join(["python", *sys.argv]),
-        TRAINED_ON: trained_on("copy_paste", donors),
+        TRAINED_ON: trained_on("copy_paste", plan.givers),
     }
     settings = {name: getattr(options, name) for name in ("method", "seed", "variants")}
     settings |= {"match": str(Match.read(options.match))}
@@ -204,7 +203,7 @@ def resolve(options: InferenceOptions, record: dict[str, Any] | None) -> tuple[I
         same_image = ["sampling.batch_size=1", "sampling.compile=false"]
         overrides = [*_stored_settings(folder), *record["overrides"], *same_image, *overrides]
     assert options.config  # the options were checked
-    return options, load_config(options.config, overrides), overrides
+    return options, load_config(options.config, overrides, options.spelled()), overrides
 
 
 def _stored_settings(result: Path) -> list[str]:
@@ -407,6 +406,9 @@ class InferenceRun:
             raise MedSoftError(f"{path}: no image could be inpainted; first: {first}; all are in {reject_file}")
         changed = whole.changed_outside_pixels
         log.info("%s: %d images, %d pixels changed outside the soft masks", path, whole.pictures, changed)
+        if whole.clipped_pixels:
+            text = "warning: %d pixels of pasted lesions were beyond the levels of their image's file, and were cut off"
+            log.warning(text, whole.clipped_pixels)
         if whole.masks:
             log.info("their masks: %s", ", ".join(f"{count} {name}" for name, count in sorted(whole.masks.items())))
         try:

@@ -73,25 +73,28 @@ class Summary:
     seconds: float = 0.0
     rejects: list[Reject] = field(default_factory=list)
     masks: dict[str, int] = field(default_factory=dict)  # where they come from, and why they were not carried over
+    clipped_pixels: int = 0  # of pasted lesions, beyond the levels that their image's file can hold
 
     def plus(self, other: "Summary") -> "Summary":
         """Both together; a reject that both have counts once."""
         rejects = list(dict.fromkeys([*self.rejects, *other.rejects]))
         changed = self.changed_outside_pixels + other.changed_outside_pixels
         seconds, masks = round(self.seconds + other.seconds, 1), dict(Counter(self.masks) + Counter(other.masks))
-        return Summary(self.pictures + other.pictures, changed, seconds, rejects, masks)
+        clipped = self.clipped_pixels + other.clipped_pixels
+        return Summary(self.pictures + other.pictures, changed, seconds, rejects, masks, clipped)
 
     def as_json(self) -> dict[str, Any]:
         """For a share's record."""
         rejects = [asdict(reject) | {"file": str(reject.file)} for reject in self.rejects]
-        return asdict(self) | {"rejected": len(rejects), "rejects": rejects}
+        found = asdict(self) | {"rejected": len(rejects), "rejects": rejects}
+        return found if self.clipped_pixels else {key: each for key, each in found.items() if key != "clipped_pixels"}
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> "Summary":
         """What ``as_json`` has written."""
         rejects = [Reject(each["sample_id"], Path(each["file"]), each["reason"]) for each in record["rejects"]]
         numbers = record["pictures"], record["changed_outside_pixels"], record["seconds"]
-        return Summary(*numbers, rejects, record.get("masks") or {})
+        return Summary(*numbers, rejects, record.get("masks") or {}, record.get("clipped_pixels", 0))
 
 
 class SharedRun:

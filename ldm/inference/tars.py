@@ -85,8 +85,10 @@ class TarResults:
         if tasks:
             self._write_tar(tar, tasks)
         changed = sum(card["facts"]["changed outside"] for card in cards)
-        masks = count_masks(read_json(self.unpacked / task.name / "meta.json") for task in tasks)
-        made = Summary(len(cards), changed, rejects=list(dict.fromkeys(rejects)), masks=masks)
+        records = [read_json(self.unpacked / task.name / "meta.json") for task in tasks]
+        clipped = sum(record.get("clipped_pixels", 0) for record in records)
+        about = {"masks": count_masks(records), "clipped_pixels": clipped}
+        made = Summary(len(cards), changed, rejects=list(dict.fromkeys(rejects)), **about)
         write_json(index, {"bytes": tar.stat().st_size if tasks else 0, **made.as_json(), "samples": cards})
         shutil.rmtree(self.unpacked, ignore_errors=True)  # which holds nothing else
 

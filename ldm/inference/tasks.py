@@ -17,9 +17,9 @@ from ldm.data.annotations import load_samples
 from ldm.data.checks import TRAINED_ON
 from ldm.data.folders import is_marked, parent_image, read_meta, read_sample
 from ldm.data.preparation import described_identity, inpainting_obstacle
-from ldm.data.samples import META_TEXTS, Reject, Sample, probably_healthy, wrong_value
+from ldm.data.samples import META_TEXTS, Reject, Sample, is_number, probably_healthy, wrong_value
 from ldm.diffusion.noise import NOISE
-from ldm.inference.options import InferenceOptions
+from ldm.inference.options import MASKS, InferenceOptions
 from ldm.inference.prompts import (
     Match,
     MatchedPrompt,
@@ -39,9 +39,26 @@ log = logging.getLogger(__name__)
 CLASSES = ("all", "healthy", "diseased")
 MOST_NAME = 239  # bytes of a result's folder: file systems take 255, and other names are made from it
 MOST_PATH = 3900  # bytes of a path; systems take 4095, and a temporary folder's name is longer than the result's
+
+
+def _is_map(value: Any) -> bool:
+    """Whether it is the 2x3 matrix of an affine map that can be inverted."""
+    rows = isinstance(value, list) and len(value) == 2 and all(isinstance(row, list) and len(row) == 3 for row in value)
+    if not rows or not all(is_number(each) for row in value for each in row):
+        return False
+    (a, b, _), (c, d, _) = value
+    return abs(a * d - b * c) > 1e-9
+
+
 _TEXT = Rule(lambda value: isinstance(value, str) and bool(value), "text")
 _WHOLE = Rule(lambda value: type(value) is int and value >= 0, "a whole number of at least 0")
 RECORD_RULES = {"parent_image": _TEXT, "parent_id": _TEXT, "seed": _WHOLE, "variant": _WHOLE}  # to make a result again
+# What a result may say of its mask and of the lesion that was pasted.
+PASTE_RULES = dict.fromkeys(("mask_source", "mask_fallback", "pasted_from", "pasted_sha256"), _TEXT)
+PASTE_RULES |= {
+    "mask_from": Rule(lambda value: value in MASKS, f"one of {', '.join(MASKS)}"),
+    "pasted_by": Rule(_is_map, "2 rows of 3 numbers, a map of the plane that can be inverted"),
+}
 REPLAY_RULES = RECORD_RULES | {
     **dict.fromkeys(("parent_sha256", "checkpoint", "checkpoint_sha256", "config", "config_sha256"), _TEXT),
     "overrides": Rule(lambda value: isinstance(value, list) and all(map(_TEXT.holds, value)), "a list of KEY=VALUE"),
@@ -51,7 +68,7 @@ REPLAY_RULES = RECORD_RULES | {
 RESULT_KEYS = {*META_TEXTS, *REPLAY_RULES, "sample_id", "prompt", "prompt_match", "prompt_from", "synthetic", "window"}
 RESULT_KEYS |= {"spacing_mm", "changed_outside_pixels", "command", "noise", TRAINED_ON}
 RESULT_KEYS |= {"mask_from", "mask_source", "mask_fallback", "pasted_from", "pasted_sha256", "pasted_by"}
-RESULT_KEYS |= {"init", "strength", "method"}
+RESULT_KEYS |= {"init", "strength", "method", "clipped_pixels"}
 
 
 class MaskOrigin(NamedTuple):
@@ -73,7 +90,8 @@ class Task:
     prompt was made to agree with the image, for the record. ``fixed_mask``: inpaint the sample's own mask and soft mask
     although it may be healthy (--like, --image, --replay, a healthy sample with a ``soft_mask.png``). ``record``: the
     meta.json to write again (--replay). ``mask``: where its mask comes from, as far as that is known. ``donor``: the
-    sample whose lesion is pasted, where one is to be; ``pasted_by``: 2x3, the map by which an earlier result did that.
+    sample whose lesion is pasted, where one is to be; ``pasted_by``: 2x3, the map by which an earlier result did that;
+    ``clipped_pixels``: how many of the pasted pixels lay beyond the levels that the image's file can hold.
     """
 
     sample: Sample
@@ -87,6 +105,7 @@ class Task:
     mask: MaskOrigin | None = None
     donor: Sample | None = None
     pasted_by: Sequence[Sequence[float]] | None = None
+    clipped_pixels: int = 0
 
     @property
     def name(self) -> str:
@@ -106,13 +125,15 @@ class Plan(NamedTuple):
 
     ``whole``: a digest of all that decides what the tasks of every share are, file contents aside: that is what the
     shares of a run have in common. Only taken where there are several. ``masks``: of MASKS, what healthy samples of
-    any share get; "blob" where no lesion could be carried, as in all runs of before.
+    any share get; "blob" where no lesion could be carried, as in all runs of before. ``givers``: the patients whose
+    lesions may be pasted, in any share.
     """
 
     tasks: list[Task]
     rejects: list[Reject]
     whole: str = ""
     masks: str = "blob"
+    givers: frozenset[str] = frozenset()
 
 
 def plan_tasks(
@@ -174,7 +195,8 @@ def _with_donors(plan: Plan, options: InferenceOptions, content: Contents) -> Pl
             rejects.append(Reject(task.sample.sample_id, task.sample.image, reason))
         else:
             tasks.append(dataclasses.replace(task, donor=source))
-    return plan._replace(tasks=tasks, rejects=rejects)
+    of_pool = {sample.patient_id for sample in pool.values() if not sample.healthy and not sample.synthetic}
+    return plan._replace(tasks=tasks, rejects=rejects, givers=plan.givers | of_pool)
 
 
 def donor_digest(donor: Sample, content: Callable[[Path | None], str | None]) -> str:
@@ -317,7 +339,8 @@ def _dataset(options: InferenceOptions) -> Plan:
     count = len({task.sample.sample_id for task in tasks})
     log.info("inpainting %d %s samples of %s, with %s", count, adjective, data, said)
     carried = options.masks != "blob" and bool(sources) and any(s.healthy and not _is_marked_healthy(s) for s in chosen)
-    return Plan(tasks, rejects, whole, options.masks if carried else "blob")
+    givers = frozenset(sample.patient_id for sample in sources)
+    return Plan(tasks, rejects, whole, options.masks if carried else "blob", givers)
 
 
 def _is_marked_healthy(sample: Sample) -> bool:
@@ -437,7 +460,7 @@ def _task_of(result: Sample, content: Contents) -> Task:
     FileError if its meta.json does not say how it was made, or its parent's image is not there or another one.
     """
     folder, record = result.image.parent, {**result.meta, "parent_id": result.parent_id}
-    wrong = wrong_value(record, RECORD_RULES, [*RECORD_RULES])
+    wrong = wrong_value(record, RECORD_RULES | PASTE_RULES, [*RECORD_RULES])
     if wrong:
         raise FileError(folder / "meta.json", f"{wrong[0]}: {wrong[1]}; expected the meta.json of a result")
     image = parent_image(result, content)
@@ -461,7 +484,7 @@ def read_record(path: Path) -> dict[str, Any]:
     missing = [key for key in REPLAY_RULES if not isinstance(record, dict) or key not in record]
     if missing:
         raise MedSoftError(f"{path}: has no {', '.join(missing)}; expected the meta.json of a result")
-    wrong = wrong_value(record, REPLAY_RULES, [*REPLAY_RULES])
+    wrong = wrong_value(record, REPLAY_RULES | PASTE_RULES, [*REPLAY_RULES])
     if wrong:
         raise MedSoftError(f"{path}: {wrong[0]}: {wrong[1]}; expected the meta.json of a result")
     return record

@@ -66,6 +66,10 @@ def write_twins(
     for twin in twins:
         if twin.parent.image.resolve().is_relative_to(root.resolve()):
             raise UsageError(f"--output_dir {root}: holds {twin.parent.image}, which is to have a twin; give another")
+    folders = {source, *(twin.parent.image.parent.parent for twin in twins)}
+    if inside := next((folder for folder in sorted(folders) if root.resolve().is_relative_to(folder.resolve())), None):
+        text = f"--output_dir {root}: lies in {inside}, whose samples the twins would be among; give another"
+        raise UsageError(text)
     parents = [[t.parent.sample_id, content_id(t.parent.image), t.lesion_type, t.severity] for t in twins]
     arguments = {"version": VERSION, "twins": len(twins), "parents": fingerprint(parents)}
     worlds = sorted({twin.world for twin in twins})

@@ -67,6 +67,8 @@ def run_stage(options: TrainingOptions, config: Config) -> int:
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)  # one voice is enough
     log.info("%s", as_yaml(config))
+    if config.sampling.init != "noise" and config.training.pictures > 0:
+        log.warning("warning: sampling.init=%s is not for previews; they begin with noise", config.sampling.init)
     inputs = read_training_inputs({"train": options.train_json, "val": options.val_json}, config)
     source = read_checkpoint(options.ckpt)
     seen = groups_of(source.metadata, source.path)

@@ -12,12 +12,16 @@ from tiny import CLIP, PHANTOM, TRAIN, call, infer, metas, record, whole
 
 import dataset_infer
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import Contents
 from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.checks import salted_digest
 from ldm.data.folders import scan_folder
 from ldm.data.images import read_image
 from ldm.data.masks import read_anatomy, read_mask
 from ldm.data.png import write_png
+from ldm.inference.options import InferenceOptions
+from ldm.inference.shares import Share
+from ldm.inference.tasks import plan_tasks
 from tool import copy_paste
 
 
@@ -160,8 +164,48 @@ def test_pastes_into_the_masks_of_inference(pastes: Path, results: Path, world: 
         assert meta["method"] == "paste"
         assert meta["pasted_from"] == meta["prompt_from"]
     (groups,) = next(iter(found.values()))["trained_on"]
-    patients = {samples[meta["pasted_from"]].patient_id for meta in found.values()}
+    patients = {sample.patient_id for sample in samples.values() if not sample.healthy}  # also those not pasted
     assert groups["patients"] == sorted(salted_digest(groups["salt"], patient) for patient in patients)
+
+
+def test_shares_name_the_same_patients_as_one_run(world: Path, tmp_path: Path) -> None:
+    shares = [None, Share(1, 3), Share(2, 3), Share(3, 3)]
+    options = [InferenceOptions(tmp_path, train_json=world / TRAIN, share=share) for share in shares]
+    whole, *parts = [plan_tasks(each, Contents(), paste=True) for each in options]
+    assert sum(len(part.tasks) for part in parts) == len(whole.tasks) > 0
+    assert {part.givers for part in parts} == {whole.givers}
+    assert whole.givers >= {task.donor.patient_id for task in whole.tasks}
+
+
+def test_levels_beyond_those_of_the_file_are_counted(data: Path, tmp_path: Path, caplog: Any) -> None:
+    for folder in of(data, healthy=True):
+        bright = np.clip(1.0 * read_image(folder / "image.png") * 2 + 60, 0, 255)
+        write_png(folder / "image.png", bright.astype(np.uint8))
+    assert pasted(tmp_path / "out", data, "--match", "none", "--variants", 3) == 0
+    counts = [meta["clipped_pixels"] for meta in metas(tmp_path / "out").values() if "clipped_pixels" in meta]
+    assert min(counts) > 0
+    assert record(tmp_path / "out")["clipped_pixels"] == sum(counts)
+    assert f"{sum(counts)} pixels of pasted lesions were beyond the levels of their image's file" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("pasted_by", [[1, 0, 0]], "2 rows of 3 numbers, a map of the plane that can be inverted"),
+        ("pasted_by", [[1, 2, 0], [2, 4, 0]], "2 rows of 3 numbers, a map of the plane that can be inverted"),
+        ("mask_from", "elsewhere", "one of carry, blob, own"),
+        ("mask_source", 7, "text"),
+    ],
+)
+def test_results_that_say_nonsense_of_their_mask_are_refused(
+    pastes: Path, world: Path, tmp_path: Path, key: str, value: Any, expected: str
+) -> None:
+    name, meta = next(iter(metas(pastes).items()))
+    shutil.copytree(pastes / name, tmp_path / "old" / name)
+    (tmp_path / "old" / name / "meta.json").write_text(json.dumps({**meta, key: value}))
+    options = InferenceOptions(tmp_path / "out", train_json=world / TRAIN, like=tmp_path / "old")
+    with pytest.raises(MedSoftError, match=rf"meta.json: {key}: expected {expected}, found "):
+        plan_tasks(options, Contents())
 
 
 def test_poisson_differs_and_the_same_command_is_complete(
@@ -263,15 +307,16 @@ def test_a_pasted_lesion_is_finished_by_the_model_and_made_again(
 
 
 WRONG = {
-    ("--strength", 0.5): "sampling.strength: expected 1 with sampling.init=noise",
-    ("--init", "image", "--strength", 0.3): "sampling.strength: expected 0, or at least 0.5 with 2 steps",
+    ("--strength", 0.5): "^--strength 0.5: sampling.strength: expected 1 with sampling.init=noise",
+    ("--init", "image", "--strength", 0.3): "^--strength 0.3: sampling.strength: expected 0, or at least 0.5 with 2",
     (
         "--init",
         "paste",
         "--prompt",
         "lesion",
     ): "--init paste pastes the lesion that a prompt was written about; --prompt",
-    ("--init", "sketch"): "sampling.init: expected one of noise, image, paste",
+    ("--init", "sketch"): "^--init sketch: sampling.init: expected one of noise, image, paste",
+    ("sampling.init=sketch",): "^override sampling.init=sketch: sampling.init: expected one of noise, image, paste",
 }
 
 

@@ -170,3 +170,14 @@ def test_a_third_attention_that_reads_a_learned_table(world: Path, tmp_path: Pat
     assert len(metas(tmp_path / "r")) == 1
     with pytest.raises(MedSoftError, match=r"does not fit this configuration: .*left over \(.*attn3_table"):
         infer(tmp_path / "s" / "last.ckpt", tmp_path / "other", *drawn)
+
+
+def test_previews_begin_with_noise_and_say_so(
+    world: Path, converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = ("sampling.init=image", "--dry_run")
+    assert train("unet_only", converted, tmp_path / "s", world, *given, pictures=1) == 0
+    assert "warning: sampling.init=image is not for previews; they begin with noise" in caplog.text
+    caplog.clear()
+    assert train("unet_only", converted, tmp_path / "s", world, *given) == 0
+    assert "previews" not in caplog.text

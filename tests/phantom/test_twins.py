@@ -14,7 +14,7 @@ import tiny
 from ldm.classifier.config import ClassifierConfig
 from ldm.classifier.data import load_data
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.data.annotations import load_samples
+from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.folders import parent_image
 from ldm.data.images import read_image
 from ldm.phantom.dataset import write_dataset
@@ -149,7 +149,15 @@ def test_twins_are_not_written_over_their_parents(phantoms: Path) -> None:
         _twins(phantoms, phantoms, "--overwrite")
 
 
-@pytest.mark.parametrize("flag", ["--diseased", "--lesions_per_type"])
+def test_twins_are_not_written_among_the_phantoms(phantoms: Path, tmp_path: Path) -> None:
+    for source in (phantoms, tmp_path / "all.json"):
+        write_annotations(tmp_path / "all.json", load_samples(phantoms)[0])
+        with pytest.raises(UsageError, match=r"tw: lies in .*, whose samples the twins would be among; give another"):
+            _twins(source, phantoms / "tw")
+    assert not (phantoms / "tw").exists()
+
+
+@pytest.mark.parametrize("flag", ["--diseased", "--lesions_per_type", "--healthy", "--per_patient", "--seed"])
 def test_twins_are_as_many_as_their_parents(phantoms: Path, tmp_path: Path, flag: str) -> None:
-    with pytest.raises(UsageError, match=f"--twins_of: gives each healthy phantom one lesion; leave out .*{flag}"):
+    with pytest.raises(UsageError, match=f"--twins_of: leave out .*{flag}"):
         _twins(phantoms, tmp_path / "t", flag, 3)
