@@ -12,10 +12,21 @@ import socket
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["open_clip", "ldm.training.run", "ldm.inference.run"])
+SERVER.set_forkserver_preload(["preloaded"])
+
+
+def _serve() -> None:
+    """Start the server unless it runs; it finds what it imports first beside this file."""
+    path = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, [path]), str(Path(__file__).parent)])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ["PYTHONPATH"] = path
 
 
 def _run(words: list[str], environment: dict[str, str], folder: str, outputs: list[str], session: bool) -> None:
@@ -33,9 +44,12 @@ def _run(words: list[str], environment: dict[str, str], folder: str, outputs: li
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell of a background job has it ignored
+    import quick
     import torch
 
     torch.set_num_threads(1)
+    if quick.FOLDER in environment:
+        quick.install(Path(environment[quick.FOLDER]))
     sys.argv = ["-c", *words[2:]] if words[0] == "-c" else words
     try:
         if words[0] == "-c":
@@ -56,6 +70,7 @@ class Child:
             file.touch()
         given = words, os.environ | environment, str(folder), list(map(str, files)), session
         self.process = SERVER.Process(target=_run, args=given)
+        _serve()
         self.process.start()
 
     def said_until_now(self) -> str:

@@ -4,6 +4,7 @@ The tests run on the CPU, also where there is a GPU: what is promised bit for bi
 CUDA_VISIBLE_DEVICES=0 in front of pytest they run on that GPU, those marked ``on_cpu`` left out.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -19,6 +20,17 @@ os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from ldm.data.png import write_png
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What collecting imports stays until the end: it is no garbage, and is not searched for any again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -65,19 +77,15 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _estimates_once() -> None:
-    """What a training says of memory depends on its settings alone: it is computed once for each of them."""
-    from ldm.training import estimates
+def _quick(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """See tests/quick.py. The workers of a run share the folder of what is computed once."""
+    import quick
 
-    computed, plain = {}, estimates.stage_memory
-
-    def stage_memory(*given: Any, **named: Any) -> estimates.Memory:
-        key = repr((given, named))
-        if key not in computed:
-            computed[key] = plain(*given, **named)
-        return computed[key]
-
-    estimates.stage_memory = stage_memory
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+    folder.mkdir(exist_ok=True)
+    os.environ[quick.FOLDER] = str(folder)
+    quick.install(folder)
 
 
 @pytest.fixture(scope="module")

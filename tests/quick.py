@@ -1,0 +1,90 @@
+"""What makes the tests quicker, here and in the children of tests/children.py, and changes no result.
+
+What the commands compute from sizes alone is computed once in a run of the tests, for all its processes: the estimate
+of a training's memory and the shapes of the networks' tensors, which most commands ask for. Tests of these functions
+themselves call the plain ones. And nothing waits for the disk: a killed process loses nothing that the system has.
+"""
+
+import functools
+import hashlib
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+FOLDER = "MEDSOFT_TESTS_QUICK"  # the environment variable that names the folder of results
+
+# Settings of a training that its memory does not depend on. The batch and the precision are arguments of their own.
+FREE = {
+    "batch_size": 1,
+    "max_epochs": 1,
+    "accumulate": 1,
+    "precision": "auto",
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
+    "schedule": "constant",
+    "clip_norm": 0.0,
+    "condition_dropout": 0.0,
+    "balance": False,
+    "compile": False,
+    "workers": 0,
+    "feature_batch": 1,
+    "save_every_minutes": 0.0,
+    "keep_best": 0,
+    "val_draws": 1,
+    "pictures": 0,
+    "max_rejected": 0.0,
+    "seed": 0,
+}
+
+
+def _memory_key(architecture: Any, training: Any, *rest: Any, **named: Any) -> str:
+    rates = {name: float(rate > 0) for name, rate in training.rates.items()}
+    alike = replace(training, rates=rates, ema_decay=float(training.ema_decay > 0), **FREE)
+    return repr((architecture, alike, rest, sorted(named.items())))
+
+
+def _shapes_key(architecture: Any, *parts: Any, **named: Any) -> str:
+    return repr((architecture, [list(each) for each in parts], sorted(named.items())))
+
+
+def _once(plain: Callable[..., Any], key_of: Callable[..., str], folder: Path) -> Callable[..., Any]:
+    """``plain`` with results that are kept, pickled, in the folder: one for each answer of ``key_of``."""
+    from ldm.networks import model
+
+    kept: dict[str, bytes] = {}
+
+    @functools.wraps(plain)
+    def once(*given: Any, **named: Any) -> Any:
+        parts = [value for value in vars(model).values() if isinstance(value, type)]  # a test may put in another one
+        key = hashlib.sha256(f"{plain.__name__} {parts} {key_of(*given, **named)}".encode()).hexdigest()
+        file = folder / key
+        if key not in kept and not file.exists():
+            written = file.with_suffix(f".{os.getpid()}")
+            written.write_bytes(pickle.dumps(plain(*given, **named)))
+            written.replace(file)
+        kept[key] = kept.get(key) or file.read_bytes()
+        return pickle.loads(kept[key])
+
+    return once
+
+
+def _fsync(descriptor: int) -> None:
+    """Refuses what ``os.fsync`` refuses."""
+    os.fstat(descriptor)
+
+
+def install(folder: Path) -> None:
+    """The package's modules call the functions that compute once; ``folder`` is shared by the run's processes."""
+    from ldm.networks import model
+    from ldm.training import estimates
+
+    for plain, key_of in ((estimates.stage_memory, _memory_key), (model.skeleton, _shapes_key)):
+        once = _once(plain, key_of, folder)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("ldm.") and vars(module).get(plain.__name__) is plain:
+                setattr(module, plain.__name__, once)
+    os.fsync = _fsync
