@@ -36,6 +36,15 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def few(honest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three of them: too few for the intervals of distances, which take time, where no test reads these."""
+    folder = tmp_path_factory.mktemp("few") / "pictures"
+    for sample in diseased(honest)[:3]:
+        shutil.copytree(sample, folder / sample.name)
+    return folder
+
+
 def run(real: Path, synthetic: Path, output: Path, *more: Any) -> int:
     return tiny.call(
         evaluate, real, synthetic, "--output_dir", output, "--config", tiny.PHANTOM, "--biomedclip", tiny.CLIP, *more
@@ -240,7 +249,7 @@ def without_patient(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_the_threshold_says_why_it_is_near_1(real: Path, honest: Path, tmp_path: Path, named: bool) -> None:
+def test_the_threshold_says_why_it_is_near_1(real: Path, few: Path, tmp_path: Path, named: bool) -> None:
     """Two slices of one lesion, counted as two patients: as different as lesions of two patients can be, it seems."""
     train, rng = tmp_path / "train", np.random.default_rng(0)
     shutil.copytree(real, train)
@@ -253,7 +262,7 @@ def test_the_threshold_says_why_it_is_near_1(real: Path, honest: Path, tmp_path:
     if not named:
         for folder in diseased(train):
             without_patient(folder)
-    assert run(train, honest, tmp_path / "out") == 0
+    assert run(train, few, tmp_path / "out") == 0
     numbers = found(tmp_path / "out")
     threshold = numbers["copies"]["threshold"]
     assert threshold > 0.99
@@ -357,13 +366,10 @@ def test_results_that_were_copied_without_their_data_are_compared_with_no_other(
 
 
 def test_the_same_again_is_complete_and_others_need_overwrite(
-    real: Path, honest: Path, tmp_path: Path, caplog: Any
+    real: Path, few: Path, tmp_path: Path, caplog: Any
 ) -> None:
     caplog.set_level("INFO")
-    out, few = tmp_path / "out", tmp_path / "few"
-    few.mkdir()
-    for folder in diseased(honest)[:3]:
-        shutil.copytree(folder, few / folder.name)
+    out, few = tmp_path / "out", shutil.copytree(few, tmp_path / "few")
     assert run(real, few, out) == 0
     made = (out / "evaluation.json").stat().st_mtime_ns
     assert run(real, few, out) == 0
@@ -376,16 +382,16 @@ def test_the_same_again_is_complete_and_others_need_overwrite(
     assert found(out)["pictures"]["synthetic"] == 2
 
 
-def test_corrected_patients_are_measured_again(real: Path, honest: Path, tmp_path: Path) -> None:
+def test_corrected_patients_are_measured_again(real: Path, few: Path, tmp_path: Path) -> None:
     """They decide the threshold for copies and the intervals."""
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(real, data)
-    assert run(data, honest, out, "--train_json", os.path.relpath(data)) == 0  # the same
+    assert run(data, few, out, "--train_json", os.path.relpath(data)) == 0  # the same
     assert found(out)["copies"]["nearer_than_95_percent_of_held_out"] is None
     path = diseased(data)[0] / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "patient_id": "another"}))
     with pytest.raises(UsageError, match="holds results of another run"):
-        run(data, honest, out)
+        run(data, few, out)
 
 
 def test_parents_that_are_put_back_are_compared(world: Path, results: Path, tmp_path: Path) -> None:
@@ -404,10 +410,10 @@ def test_parents_that_are_put_back_are_compared(world: Path, results: Path, tmp_
 
 
 def test_real_samples_in_the_place_of_results_are_said(
-    real: Path, honest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    real: Path, few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert run(real, honest, tmp_path / "out") == 0
-    assert "42 of 42 samples do not say that they are synthetic: are they real ones?" in caplog.text
+    assert run(real, few, tmp_path / "out") == 0
+    assert "3 of 3 samples do not say that they are synthetic: are they real ones?" in caplog.text
 
 
 def test_unreadable_samples_are_listed(real: Path, honest: Path, tmp_path: Path) -> None:
@@ -438,34 +444,34 @@ def test_one_training_patient_leaves_the_threshold_uncalibrated(real: Path, hone
     }
 
 
-def test_wrong_usage_is_refused(real: Path, honest: Path, tmp_path: Path) -> None:
+def test_wrong_usage_is_refused(real: Path, few: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere: does not exist; expected a dataset folder or an annotation file"):
-        run(tmp_path / "nowhere", honest, tmp_path / "out")
+        run(tmp_path / "nowhere", few, tmp_path / "out")
     with pytest.raises(UsageError, match="nowhere: does not exist"):
-        run(real, honest, tmp_path / "out", "--train_json", tmp_path / "nowhere")
+        run(real, few, tmp_path / "out", "--train_json", tmp_path / "nowhere")
     with pytest.raises(UsageError, match="REAL and SYNTH are the same"):
         run(real, real, tmp_path / "out")
     with pytest.raises(UsageError, match=r"unknown key data.sise"):
-        run(real, honest, tmp_path / "out", "data.sise=3")
+        run(real, few, tmp_path / "out", "data.sise=3")
     (tmp_path / "file").write_text("[]")
     with pytest.raises(UsageError, match="file is a file; copies are moved out of a results folder"):
         run(real, tmp_path / "file", tmp_path / "out", "--quarantine")
     with pytest.raises(UsageError, match=r"--output_dir .*file: expected a folder, found a file"):
-        run(real, honest, tmp_path / "file")
+        run(real, few, tmp_path / "file")
     assert not (tmp_path / "out").exists()
 
 
-def test_sources_without_lesions_and_other_encoders_are_refused(real: Path, honest: Path, tmp_path: Path) -> None:
+def test_sources_without_lesions_and_other_encoders_are_refused(real: Path, few: Path, tmp_path: Path) -> None:
     healthy = tmp_path / "healthy"
     write_dataset(healthy, 13, 2, 0)
     with pytest.raises(MedSoftError, match="healthy: expected at least 2 diseased samples with a mask, found 0"):
         run(real, healthy, tmp_path / "out")
     with pytest.raises(MedSoftError, match="healthy: expected at least 1 diseased samples"):
-        run(real, honest, tmp_path / "out", "--train_json", healthy)
+        run(real, few, tmp_path / "out", "--train_json", healthy)
     with pytest.raises(MedSoftError, match=r"biomedclip.grid is 10, the configuration expects 14"):
-        run(real, honest, tmp_path / "out", "biomedclip.grid=14", "msc.width=768")
+        run(real, few, tmp_path / "out", "biomedclip.grid=14", "msc.width=768")
     with pytest.raises(MedSoftError, match="BiomedCLIP folder not found"):
-        run(real, honest, tmp_path / "out", "--biomedclip", tmp_path / "none")
+        run(real, few, tmp_path / "out", "--biomedclip", tmp_path / "none")
     assert not (tmp_path / "out").exists()
 
 
@@ -479,24 +485,24 @@ def test_a_full_quarantine_loses_nothing(real: Path, honest: Path, tmp_path: Pat
     assert (results / copied.name / "image.png").exists()
 
 
-def test_one_evaluation_at_a_time_and_files_of_others_stay(real: Path, honest: Path, tmp_path: Path) -> None:
+def test_one_evaluation_at_a_time_and_files_of_others_stay(real: Path, few: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     for name in (".partial-of-another", "notes.txt"):
         (out / name).write_text("mine")
     with RunFolder(out, "evaluation.json").lock(), pytest.raises(UsageError, match="another run is writing here"):
-        run(real, honest, out)
+        run(real, few, out)
     assert {path.name for path in out.iterdir()} == {".partial-of-another", "notes.txt"}
-    assert run(real, honest, out) == 0
-    assert run(real, honest, out, "--overwrite") == 0
+    assert run(real, few, out) == 0
+    assert run(real, few, out, "--overwrite") == 0
     assert (out / "notes.txt").read_text() == "mine"
     assert found(out)["complete"]
 
 
-def test_a_report_that_no_evaluation_wrote_is_not_replaced(real: Path, honest: Path, tmp_path: Path) -> None:
+def test_a_report_that_no_evaluation_wrote_is_not_replaced(real: Path, few: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "report.html").write_text("of another command")
     with pytest.raises(UsageError, match=r"holds no results of this command \(report.html is there"):
-        run(real, honest, out, "--overwrite")
+        run(real, few, out, "--overwrite")
     assert [path.name for path in out.iterdir()] == ["report.html"]
