@@ -219,7 +219,7 @@ def test_features_lost_under_a_worker_are_one_line(
     ("number", "code", "more"),
     [
         (signal.SIGTERM, 143, ["training.workers=2"]),
-        (signal.SIGINT, 130, ["training.workers=2"]),
+        (signal.SIGINT, 130, ["training.workers=1"]),
         pytest.param(signal.SIGTERM, 143, ["--devices", "2"], marks=on_cpu),
     ],
 )

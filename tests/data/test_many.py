@@ -149,7 +149,7 @@ def test_a_signal_ends_all_processes_and_writes_nothing(
         "    time.sleep(0.5)\n"
         "    return before(*given)\n"
         "folders.decode_sample = slow\n"  # in the other processes too, which import this file
-        "threads.FEW = 10\n"
+        "threads.FEW, threads.CHUNK = 10, 2\n"  # what a process has begun, it ends
         "threads.cores = lambda: 2\n"
         "if __name__ == '__main__':\n"
         "    import signal\n"
