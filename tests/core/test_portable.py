@@ -1,9 +1,10 @@
 """Nothing of ldm needs what only Unix has before it is used."""
 
-import subprocess
-import sys
+from pathlib import Path
 
-from tiny import ROOT
+import children
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CODE = """
 import importlib, os, pathlib, signal, sys
@@ -25,5 +26,5 @@ for name in names:
 
 
 def test_every_module_can_be_imported_on_a_system_that_is_not_unix() -> None:
-    found = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, cwd=ROOT)
+    found = children.run("-c", CODE, folder=ROOT)
     assert found.returncode == 0, found.stderr
