@@ -82,7 +82,12 @@ def _information_rows(found: Mapping[str, Any] | None) -> list[list[Any]]:
     if found is None:
         return []
     rows = [["information, bits", estimate_text(found)], ["at most", found["maximum"]]]
-    return [*rows, ["by chance", found["by_chance"]], ["agreement", estimate_text(found["agreement"])]]
+    return [
+        *rows,
+        ["as counted", found["as_counted"]],
+        ["by chance, as counted", found["by_chance"]],
+        ["agreement", estimate_text(found["agreement"])],
+    ]
 
 
 def _parent_rows(parents: Mapping[str, Any]) -> list[list[Any]]:

@@ -24,7 +24,11 @@ def types(count: int, right: float, seed: int = 0) -> tuple[list[str], list[str]
 def test_information_is_that_of_scikit_learn(right: float) -> None:
     asked, drawn = types(90, right)
     found = asked_drawn(asked, drawn, [f"p{number}" for number in range(90)])
-    assert found["value"] == pytest.approx(mutual_info_score(asked, drawn) / np.log(2))
+    assert found["as_counted"] == pytest.approx(mutual_info_score(asked, drawn) / np.log(2))
+    without = [np.delete(np.array([asked, drawn]), number, axis=1) for number in range(90)]
+    mean = np.mean([mutual_info_score(*each) for each in without])
+    jackknife = (90 * mutual_info_score(asked, drawn) - 89 * mean) / np.log(2)
+    assert found["value"] == pytest.approx(min(jackknife, found["maximum"]))
     shares = np.unique(asked, return_counts=True)[1] / 90
     assert found["maximum"] == pytest.approx(entropy(shares, base=2))
     assert found["agreement"]["value"] == pytest.approx(np.mean(np.array(asked) == drawn))
@@ -32,7 +36,22 @@ def test_information_is_that_of_scikit_learn(right: float) -> None:
     assert found["by_chance"] == pytest.approx(
         (3 - 1) * (4 - 1 if right < 1 else 3 - 1) / (2 * 90 * np.log(2)), rel=0.3
     )
-    assert f"of at most {found['maximum']:.2f}" in information_text(found)
+    assert f"of at most {found['maximum']:.2f} ({found['as_counted']:.2f} as counted" in information_text(found)
+
+
+def test_independent_types_tell_nothing_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 images of 20 patients each time; as counted they would seem to tell a sixth of a bit."""
+    monkeypatch.setattr("ldm.evaluation.information.DRAWS", 2)  # this is not about intervals
+    patients = [f"p{number // 3}" for number in range(60)]
+    found = [asked_drawn(*types(60, 0.0, seed), patients) for seed in range(60)]
+    assert np.mean([each["as_counted"] for each in found]) > 0.06
+    assert np.mean([each["value"] for each in found]) == pytest.approx(0, abs=0.02)
+
+
+def test_all_images_of_one_patient_are_taken_as_counted() -> None:
+    asked, drawn = types(20, 0.7)
+    found = asked_drawn(asked, drawn, ["p"] * 20)
+    assert found["value"] == found["as_counted"] > 0
 
 
 def test_one_type_always_agrees_often_and_tells_nothing() -> None:
