@@ -24,6 +24,7 @@ TURNS, SCALES = (
     range(-36, 37, 6),
     (0.8, 0.9, 1.0, 1.1, 1.25),
 )  # degrees and sizes in which a lesion's own source is tried
+TURNED = 20  # pairs of training lesions that are turned likewise, to know what that makes of chance
 REACH = 3  # pixels by which a lesion may have moved
 UNCALIBRATED = 0.95  # threshold without two training patients to compare
 ALIKE = 0.98  # correlation from which the lesions of two training patients can hardly be of two patients
@@ -36,7 +37,8 @@ class Neighbour:
     ``correlation``: of their pixels, 1 where all pixels of the images or of the crops are equal; ``cosine``: of the
     features of the lesion alone and of the training lesion nearest in features, which may be another one than
     ``match``. Not ``comparable``: a flat lesion whose image equals no training image. ``source``: the correlation with
-    the training lesion that was pasted, or whose mask it has, turned and scaled as fits best; None without one.
+    the training lesion that was pasted, or whose mask it has, turned and scaled as fits best; None without one. Where
+    that is higher, ``match`` is the source. ``as_it_lies``: the correlation of lesions that are not turned.
     """
 
     lesion: Lesion
@@ -44,15 +46,20 @@ class Neighbour:
     correlation: float
     cosine: float
     comparable: bool
+    as_it_lies: float
     source: float | None = None
 
 
 @dataclass(frozen=True)
 class CopyCheck:
-    """Nearest training lesions of every synthetic one, and the threshold from which it counts as a copy."""
+    """Nearest training lesions of every synthetic one, and the threshold from which it counts as a copy.
+
+    ``source_threshold``: that of a correlation with the source, which is the best of many turns and sizes.
+    """
 
     neighbours: list[Neighbour]
     threshold: float
+    source_threshold: float
     closest_real: Neighbour | None  # the most alike lesions of two training patients
     nearer_than_real: float | None  # share nearer in features than 95 % of the held-out real ones; None without these
     without_patient: int  # training samples that name no patient
@@ -60,7 +67,12 @@ class CopyCheck:
     @property
     def copies(self) -> list[Neighbour]:
         """Those at or above the threshold, most alike first."""
-        return [each for each in self.ranked if each.correlation >= self.threshold]
+        return [each for each in self.ranked if self.is_copy(each)]
+
+    def is_copy(self, each: Neighbour) -> bool:
+        """Whether it reaches the threshold, of lesions as they lie or, turned, of those with their sources."""
+        turned = each.source is not None and each.source >= self.source_threshold
+        return turned or each.as_it_lies >= self.threshold
 
     @property
     def ranked(self) -> list[Neighbour]:
@@ -92,7 +104,7 @@ class CopyCheck:
             found.append(
                 f"{len(begun)} synthetic lesions are, or began as, a real lesion (copy_paste.py, --init paste or image "
                 f"with a strength below 1): that patient's lesion shines through by construction, whether or not it "
-                f"counts as a copy here (correlation with it: {median}; copies from {self.threshold:.3f} on)."
+                f"counts as a copy here (correlation with it: {median}; copies from {self.source_threshold:.3f} on)."
             )
         if self.not_comparable:
             found.append(
@@ -123,18 +135,25 @@ def check_copies(
     The rest of a synthetic image is its parent's and says nothing, so only the lesion is looked at. A copy correlates
     more than halfway from the most alike lesions of two training patients to perfectly, or has all pixels of a training
     image, however flat. A lesion that was pasted, or has the mask of a training lesion, is compared with that one too,
-    turned and scaled. ``held_out``: real lesions the generator has not seen, which tell how near an honest one is.
+    turned and scaled; so are, for the threshold of that, the TURNED pairs of training patients that are most alike as
+    they lie: the best of 65 turns and sizes is higher than one, of lesions that have nothing to do with each other too.
+    ``held_out``: real lesions the generator has not seen, which tell how near an honest one is.
     """
     between = _nearest(train, train, "training lesions")
     found = _nearest(synthetic, train, "copies")
     closest = max(between, key=lambda each: each.correlation, default=None)
     threshold = UNCALIBRATED if closest is None else (1 + closest.correlation) / 2
+    source_threshold = threshold
+    if any(each.source is not None for each in found):
+        alike = sorted(between, key=lambda each: -each.correlation)[:TURNED]
+        turned = max((_turned_correlation(each.lesion, each.match) for each in alike), default=0.0)
+        source_threshold = max(threshold, (1 + turned) / 2)
     nearer = None
     if held_out is not None:
         usual = np.percentile([each.cosine for each in _nearest(held_out, train, "held-out lesions")], 95)
         nearer = float(np.mean([each.cosine > usual for each in found]))
     without = sum(each.sample.patient_id == each.sample.sample_id for each in train)
-    return CopyCheck(found, threshold, closest, nearer, without)
+    return CopyCheck(found, threshold, source_threshold, closest, nearer, without)
 
 
 def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> list[Neighbour]:
@@ -154,15 +173,16 @@ def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> l
         nearest = float(cosines[row, order[0]])
         equal = {column for key in _pixel_keys(lesion) for column in by_pixels[key]}.intersection(allowed)
         if equal:
-            found.append(Neighbour(lesion, train[min(equal)], 1.0, nearest, comparable=True))
+            found.append(Neighbour(lesion, train[min(equal)], 1.0, nearest, comparable=True, as_it_lies=1.0))
             continue
         scores = [correlation(*lesion.small, *train[column].small, REACH) for column in order]
         best, source = int(np.argmax(scores)), columns.get(_source_of(lesion.sample)) if not same else None
         likeness = None if source is None else _turned_correlation(lesion, train[source])
-        if likeness is not None and likeness > scores[best]:
-            order[best], scores[best] = source, likeness
-        match = train[order[best]]
-        found.append(Neighbour(lesion, match, scores[best], nearest, not lesion.flat, likeness))
+        as_it_lies, match = scores[best], train[order[best]]
+        if source is not None and likeness is not None and likeness > as_it_lies:
+            match = train[source]
+        highest = max(as_it_lies, likeness or 0.0)
+        found.append(Neighbour(lesion, match, highest, nearest, not lesion.flat, as_it_lies, likeness))
     return found
 
 

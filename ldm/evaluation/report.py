@@ -1,6 +1,6 @@
 """What an evaluation writes: the page, the figures, and the tables of the nearest training lesions."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,12 @@ def write_files(
     rejects: list[Reject],
 ) -> None:
     """Write ``OWN_FILES``; ``measured`` is what evaluation.json will hold."""
-    neighbours = [_neighbour_row(each, check.threshold) for each in check.ranked]
+    neighbours = [_neighbour_row(each, check.is_copy(each)) for each in check.ranked]
     write_csv(folder / "neighbours.csv", neighbours)
     write_json(folder / "copies.json", [row for row in neighbours if row["copy"]])
     write_rejects(folder / "rejects.json", rejects)
     write_figure(folder / "lesions.png", lesion_figure(lesions["real"], lesions["synthetic"]), dpi=120)
-    write_png(folder / "closest_pairs.png", pair_sheet(check.ranked[:SHOWN_PAIRS], check.threshold))
+    write_png(folder / "closest_pairs.png", pair_sheet(check.ranked[:SHOWN_PAIRS], check.is_copy))
     write_page(
         folder / "report.html",
         "evaluation",
@@ -62,6 +62,7 @@ def copy_numbers(check: CopyCheck) -> dict[str, Any]:
     return {
         "count": len(check.copies),
         "threshold": check.threshold,
+        "source_threshold": check.source_threshold,
         "not_comparable": check.not_comparable,
         "closest_pair_of_training_patients": check.closest_real and check.closest_real.correlation,
         "training_samples_without_patient_id": check.without_patient,
@@ -103,7 +104,7 @@ def _lesion_rows(measured: Mapping[str, Any]) -> Iterator[list[Any]]:
         yield [MEASURES[name], *quartiles, numbers["wasserstein"]]
 
 
-def _neighbour_row(each: Neighbour, threshold: float) -> dict[str, Any]:
+def _neighbour_row(each: Neighbour, is_copy: bool) -> dict[str, Any]:
     return {
         "sample_id": each.lesion.sample.sample_id,
         "image": str(each.lesion.sample.image),
@@ -111,7 +112,7 @@ def _neighbour_row(each: Neighbour, threshold: float) -> dict[str, Any]:
         "nearest_image": str(each.match.sample.image),
         "correlation": round(each.correlation, 4),
         "cosine": round(each.cosine, 4),
-        "copy": each.correlation >= threshold,
+        "copy": is_copy,
         "comparable": each.comparable,
         "source_correlation": each.source and round(each.source, 4),
     }
@@ -133,7 +134,7 @@ def lesion_figure(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> "Figur
     return figure
 
 
-def pair_sheet(pairs: Sequence[Neighbour], threshold: float) -> np.ndarray:
+def pair_sheet(pairs: Sequence[Neighbour], is_copy: Callable[[Neighbour], bool]) -> np.ndarray:
     """HxWx3 uint8: a synthetic crop, its nearest training crop and both lesions alone, one row a pair in this order."""
     gap, caption, head = 10, 24, 30
     sheet = Image.new("RGB", (4 * TILE + 5 * gap, head + len(pairs) * (TILE + caption + gap)), "white")
@@ -143,7 +144,7 @@ def pair_sheet(pairs: Sequence[Neighbour], threshold: float) -> np.ndarray:
     for row, pair in enumerate(pairs):
         top = head + row * (TILE + caption + gap)
         verdict = "not a copy" if pair.comparable else "flat, cannot be compared"
-        verdict = "COPY" if pair.correlation >= threshold else verdict
+        verdict = "COPY" if is_copy(pair) else verdict
         numbers = f"correlation {pair.correlation:.3f}, cosine {pair.cosine:.3f}"
         text = f"{verdict}: {numbers}; {pair.lesion.sample.sample_id}"
         pen.text((gap, top), text, "#c62828" if verdict == "COPY" else "#1c2733", ImageFont.load_default(14))

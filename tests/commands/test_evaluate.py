@@ -185,6 +185,7 @@ def test_pasted_lesions_are_compared_with_their_source(real: Path, tmp_path: Pat
     nearest = [row["nearest"] == metas[row["sample_id"]]["pasted_from"] for row in rows]
     assert sum(nearest) >= 7
     assert all(float(row["correlation"]) >= float(row["source_correlation"]) for row in rows)
+    assert numbers["copies"]["source_threshold"] >= numbers["copies"]["threshold"]
 
 
 def test_few_patients_give_no_interval(real: Path, honest: Path, tmp_path: Path) -> None:
@@ -436,6 +437,7 @@ def test_one_training_patient_leaves_the_threshold_uncalibrated(real: Path, hone
     assert found(out)["copies"] == {
         "count": 0,
         "threshold": 0.95,
+        "source_threshold": 0.95,
         "not_comparable": 0,
         "closest_pair_of_training_patients": None,
         "median_correlation_with_the_source": None,
