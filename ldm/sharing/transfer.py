@@ -1,0 +1,174 @@
+"""Sharing of a checkpoint with its card, by a folder or by the Hugging Face hub, and getting it back whole.
+
+What is shared is a folder: model.safetensors (weights and what they say of themselves, no optimizer), the files of
+the card, SHA256SUMS. The checksums find damage; they are no signature.
+"""
+
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from ldm.checkpoints.files import verify
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import atomic_folder, read_json, read_text, sha256_file, write_text
+from ldm.core.paths import confined, walk
+from ldm.data.checks import TRAINED_ON
+from ldm.sharing.card import CARD_FILES, MODEL_CARD, RECORD, portable
+
+log = logging.getLogger(__name__)
+
+MODEL, SUMS = "model.safetensors", "SHA256SUMS"
+HARMLESS = {*CARD_FILES, "LICENSE", "LICENSE.md", "CITATION.cff"}  # files of a card that hold no image
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_SUM = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """What is shared, and where; the flags of tool/push.py. One of ``to_folder`` and ``repo`` is given."""
+
+    ckpt: Path
+    card: Path
+    to_folder: Path | None
+    repo: str | None
+    public: bool
+    with_images: bool
+    with_patients: bool
+    overwrite: bool
+
+
+def push(options: PushOptions) -> None:
+    """Share a checkpoint with its card.
+
+    Raises UsageError without a card of this very checkpoint, for files beside the card that may hold images or names
+    (unless ``with_images``), and for a target folder that is there; MedSoftError for a damaged checkpoint and for what
+    the hub answers.
+    """
+    extra = _check_card(options)
+    if options.to_folder is not None:
+        if options.to_folder.exists() and not options.overwrite:
+            raise UsageError(f"--to_folder {options.to_folder}: is there already; give another one, or --overwrite")
+        with atomic_folder(options.to_folder) as folder:
+            _fill(folder, options, extra)
+        log.info("written: %s", options.to_folder)
+        return
+    if not REPOSITORY.fullmatch(options.repo or ""):
+        raise UsageError(f"--repo {options.repo}: expected OWNER/NAME")
+    with tempfile.TemporaryDirectory(prefix=".push-", dir=options.card.parent) as place:
+        folder = Path(place)
+        _fill(folder, options, extra)
+        _upload(folder, str(options.repo), options.public)
+
+
+def _check_card(options: PushOptions) -> list[Path]:
+    """The files of the card's folder that go along, as they lie below it."""
+    card, ckpt = options.card, options.ckpt
+    for name in (MODEL_CARD, RECORD):
+        if not (card / name).is_file():
+            raise UsageError(
+                f"{card / name}: is missing, and nothing is shared without a card; medsoft card writes one"
+            )
+    record = read_json(card / RECORD)
+    if not isinstance(record, dict) or record.get("ckpt_sha256") != sha256_file(ckpt):
+        raise UsageError(f"{card}: is the card of another checkpoint than {ckpt}; write this one's with medsoft card")
+    files = sorted((place / name).relative_to(card) for place, names in walk(card) for name in names)
+    more = [file for file in files if file.as_posix() not in HARMLESS]
+    if more and not options.with_images:
+        raise UsageError(
+            f"{card / more[0]}: one of {len(more)} files that are not a card's, and may hold images or names of "
+            "patients; take them out, or give --with_images if they may be shared"
+        )
+    if taken := [file for file in files if file.as_posix() in (MODEL, SUMS)]:
+        raise UsageError(f"{card / taken[0]}: has the name of a file that is written while sharing; rename it")
+    return files
+
+
+def _fill(folder: Path, options: PushOptions, files: list[Path]) -> None:
+    """Write all that is shared into ``folder``."""
+    checkpoint = read_checkpoint(options.ckpt)
+    log.info("checked: %s, %s", options.ckpt, verify(options.ckpt))
+    metadata = portable(checkpoint.metadata)
+    if not options.with_patients and metadata.get(TRAINED_ON):
+        del metadata[TRAINED_ON]
+        log.warning(
+            "warning: %s: shared without the digests of the patients behind it, so whoever takes it cannot keep them "
+            "out of validation and test sets; --with_patients shares them",
+            options.ckpt,
+        )
+    write_checkpoint(folder / MODEL, checkpoint.state, metadata)
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(options.card / file, folder / file)
+    names = [MODEL, *(file.as_posix() for file in files)]
+    write_text(folder / SUMS, "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names))
+
+
+def _upload(folder: Path, repo: str, public: bool) -> None:
+    import huggingface_hub
+
+    with _hub_errors(repo):
+        api = huggingface_hub.HfApi()
+        api.create_repo(repo, private=not public, exist_ok=True)
+        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model, card and checksums")
+    log.info("shared: %s (%s), commit %s", repo, "public" if public else "private if new", getattr(done, "oid", "?"))
+
+
+@contextmanager
+def _hub_errors(repo: str) -> Iterator[None]:
+    """What goes wrong between here and the hub, as one line."""
+    try:
+        yield
+    except Exception as error:  # of the hub's package, of the connection, of its rights
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MedSoftError(f"{repo}: the hub failed ({reason}); `hf auth login` gives access") from error
+
+
+def pull(source: Path | str, output_dir: Path, revision: str | None, overwrite: bool) -> None:
+    """Get what ``push`` has shared from a folder (a Path) or a repository (a text), verified, into ``output_dir``.
+
+    Only files of SHA256SUMS are taken. Raises MedSoftError for one that is missing or differs, with nothing written.
+    """
+    if output_dir.exists() and not overwrite:
+        raise UsageError(f"--output_dir {output_dir}: is there already; give another one, or --overwrite")
+    if isinstance(source, Path):
+        _take(source, source, output_dir)
+        return
+    if not REPOSITORY.fullmatch(source):
+        raise UsageError(f"--repo {source}: expected OWNER/NAME")
+    import huggingface_hub
+
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".pull-", dir=output_dir.parent) as place:
+        with _hub_errors(source):
+            huggingface_hub.snapshot_download(source, revision=revision, local_dir=place)
+        _take(Path(place), source, output_dir)
+
+
+def _take(folder: Path, source: Path | str, output_dir: Path) -> None:
+    """Copy the files that ``folder`` lists in SHA256SUMS, each compared with its sum; ``source`` is for messages."""
+    if not (folder / SUMS).is_file():
+        raise MedSoftError(f"{source}: holds no {SUMS}, so it was not shared by medsoft push, or is incomplete")
+    lines = read_text(folder / SUMS).splitlines()
+    sums = {found[2]: found[1] for line in lines if (found := _SUM.fullmatch(line))}
+    if len(sums) != len(lines) or MODEL not in sums:
+        raise MedSoftError(
+            f"{source}: its {SUMS} is damaged; expected lines of a SHA-256 and a name, {MODEL} among them"
+        )
+    with atomic_folder(output_dir) as taken:
+        for name, digest in sums.items():
+            file = confined(folder, name)
+            if not file.is_file():
+                raise MedSoftError(f"{source}: {name} of its {SUMS} is missing; get it again")
+            (taken / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, taken / name)
+            if (found := sha256_file(taken / name)) != digest:
+                raise MedSoftError(f"{source}: {name} is damaged: SHA-256 {found}, in {SUMS} {digest}; get it again")
+        shutil.copyfile(folder / SUMS, taken / SUMS)
+        verify(taken / MODEL)
+    log.info("written: %s, %d files as %s says", output_dir, len(sums), SUMS)
