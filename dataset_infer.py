@@ -10,7 +10,7 @@ missing; --replay makes one image again from its meta.json.
 import argparse
 
 from ldm.core import cli
-from ldm.inference.options import InferenceOptions
+from ldm.inference.options import TRIES, InferenceOptions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,12 +22,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     args.overrides = [word for word in args.match if "=" in word] + args.overrides  # which stand behind --match
-    args.match = [word for word in args.match if "=" not in word]
+    args.match = tuple(word for word in args.match if "=" not in word)
     options = cli.options(InferenceOptions, args)
-    options.check()
+    options.validate()
     from ldm.inference.run import run
 
-    return run(options)
+    if not options.check:
+        return run(options)
+    from ldm.classifier.run import load_judge
+    from ldm.evaluation.check import LesionChecks
+
+    judge = load_judge(options.judge, options.device) if options.judge else None
+    return run(options, LesionChecks(options.train_json, options.tries or TRIES, judge))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from ldm.config import Architecture, Config, SamplingConfig, load_config
 from ldm.core.devices import peak_memory
 from ldm.core.errors import require
 from ldm.diffusion.guidance import guided_steps
-from ldm.inference.compiling import compile_networks
-from ldm.inference.inpainter import DTYPES, for_inference
+from ldm.inference.inpainter import DTYPES, compile_networks, for_inference
 from ldm.networks.attention import Conditioning
 from ldm.networks.model import MedSoftModel, hide
 from ldm.networks.sampling import GuidanceConditions, guidance_conditions, latent_of, sample_latent

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ldm.checkpoints.files import read_safetensors
 from ldm.classifier.config import SEGMENT, ClassifierConfig
 from ldm.classifier.convergence import convergence, convergence_note, read_history
-from ldm.classifier.data import ImageSet, class_separations, load_data, load_images, require_source
-from ldm.classifier.metrics import few_patients, summarise
+from ldm.classifier.data import ImageSet, class_separations, load_data, load_images, require_source, square
+from ldm.classifier.metrics import few_patients, predicted_classes, summarise
 from ldm.classifier.network import check_model, compute_outputs, pick_device
 from ldm.classifier.report import Scored, prediction_rows, write_test
 from ldm.classifier.segmentation import build_for_task, called, headline, mask_rows, segment, summarise_masks
@@ -29,7 +30,7 @@ from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.core.tables import write_csv
 from ldm.data.checks import TRAINED_ON, check_unseen, groups_of
-from ldm.data.samples import Reject
+from ldm.data.samples import Reject, Sample
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,40 @@ class Classifier:
         """Class probabilities and features of a set; MedSoftError naming a sample whose logits are not finite."""
         logits, pooled = compute_outputs(self.network, images)
         return Scored(images, torch.softmax(logits.double(), 1).numpy(), pooled.numpy())
+
+    def probabilities(self, samples: Sequence[Sample], pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Class probabilities (N, K) of images (HxW or HxWx3 each) that stand in place of those of ``samples``."""
+        saved = self.info["config"]
+        given = saved["img_size"], saved["channels"], saved["crop"]
+        seen = np.stack([square(each, sample, *given) for each, sample in zip(pixels, samples, strict=True)])
+        blank = [""] * len(samples)
+        return self.score(ImageSet("drawn", list(samples), seen, blank, blank, [{} for _ in samples], [])).probabilities
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A classifier as the judge of drawn images; ``name``: its file as given, ``sha256``: of that file."""
+
+    classifier: Classifier
+    name: str
+    sha256: str
+
+    @property
+    def classes(self) -> list[str]:
+        """What it may say, ``healthy`` first."""
+        return self.classifier.info["classes"]
+
+    def __call__(self, samples: Sequence[Sample], pixels: Sequence[np.ndarray]) -> list[str]:
+        """The class of each image; see ``Classifier.probabilities``."""
+        return [self.classes[k] for k in predicted_classes(self.classifier.probabilities(samples, pixels))]
+
+
+def load_judge(weights: Path, device: str) -> Judge:
+    """A saved classifier as a judge, on ``cpu`` or else on the GPU, if there is one; UsageError for a segmentation."""
+    classifier = load_classifier(weights, "cpu" if device == "cpu" else "")
+    if classifier.info["config"]["task"] == SEGMENT:
+        raise UsageError(f"--judge {weights}: was trained with task {SEGMENT}, which names no classes")
+    return Judge(classifier, str(weights), sha256_file(weights))
 
 
 def run_classifier(config: ClassifierConfig) -> dict[str, Any]:

@@ -71,8 +71,7 @@ class CopyCheck:
 
     def is_copy(self, each: Neighbour) -> bool:
         """Whether it reaches the threshold, of lesions as they lie or, turned, of those with their sources."""
-        turned = each.source is not None and each.source >= self.source_threshold
-        return turned or each.as_it_lies >= self.threshold
+        return reaches(each, self.threshold, self.source_threshold)
 
     @property
     def ranked(self) -> list[Neighbour]:
@@ -139,24 +138,38 @@ def check_copies(
     they lie: the best of 65 turns and sizes is higher than one, of lesions that have nothing to do with each other too.
     ``held_out``: real lesions the generator has not seen, which tell how near an honest one is.
     """
-    between = _nearest(train, train, "training lesions")
-    found = _nearest(synthetic, train, "copies")
-    closest = max(between, key=lambda each: each.correlation, default=None)
-    threshold = UNCALIBRATED if closest is None else (1 + closest.correlation) / 2
-    source_threshold = threshold
-    if any(each.source is not None for each in found):
-        alike = sorted(between, key=lambda each: -each.correlation)[:TURNED]
-        turned = max((_turned_correlation(each.lesion, each.match) for each in alike), default=0.0)
-        source_threshold = max(threshold, (1 + turned) / 2)
+    found = nearest_of(synthetic, train, "copies")
+    threshold, source_threshold, closest = copy_thresholds(train, any(each.source is not None for each in found))
     nearer = None
     if held_out is not None:
-        usual = np.percentile([each.cosine for each in _nearest(held_out, train, "held-out lesions")], 95)
+        usual = np.percentile([each.cosine for each in nearest_of(held_out, train, "held-out lesions")], 95)
         nearer = float(np.mean([each.cosine > usual for each in found]))
     without = sum(each.sample.patient_id == each.sample.sample_id for each in train)
     return CopyCheck(found, threshold, source_threshold, closest, nearer, without)
 
 
-def _nearest(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> list[Neighbour]:
+def copy_thresholds(train: Sequence[Lesion], turned: bool) -> tuple[float, float, Neighbour | None]:
+    """From which correlations on lesions are copies, see ``reaches``, and the most alike lesions of two patients.
+
+    Both are halfway from those to 1. Without ``turned`` the second one is the first.
+    """
+    between = nearest_of(train, train, "training lesions")
+    closest = max(between, key=lambda each: each.correlation, default=None)
+    threshold = UNCALIBRATED if closest is None else (1 + closest.correlation) / 2
+    if not turned:
+        return threshold, threshold, closest
+    alike = sorted(between, key=lambda each: -each.correlation)[:TURNED]
+    highest = max((_turned_correlation(each.lesion, each.match) for each in alike), default=0.0)
+    return threshold, max(threshold, (1 + highest) / 2), closest
+
+
+def reaches(each: Neighbour, threshold: float, source_threshold: float) -> bool:
+    """Whether a lesion is a copy: as it lies from ``threshold`` on, or, turned, with its source from the other one."""
+    turned = each.source is not None and each.source >= source_threshold
+    return turned or each.as_it_lies >= threshold
+
+
+def nearest_of(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> list[Neighbour]:
     """Of each lesion its nearest training lesion; a training lesion's own patient does not count."""
     same, by_pixels = lesions is train, defaultdict(list)
     for column, other in enumerate(train):

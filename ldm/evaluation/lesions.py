@@ -90,12 +90,13 @@ def read_lesions(
         except MedSoftError as error:
             rejects.append(Reject(sample.sample_id, sample.image, str(error)))
         if waiting and (len(waiting) == BATCH or number == len(diseased)):
-            found += _lesions(waiting, encoder)
+            found += lesions_of(waiting, encoder)
             waiting = []
     return found, rejects
 
 
-def _lesions(read: Sequence[tuple[Sample, PreparedSample]], encoder: ImageTextEncoder) -> list[Lesion]:
+def lesions_of(read: Sequence[tuple[Sample, PreparedSample]], encoder: ImageTextEncoder) -> list[Lesion]:
+    """What is kept of samples that have been read; some BATCH of them at a time."""
     images = torch.stack([image.image for _, image in read])
     masks = torch.stack([image.mask for _, image in read])
     side = min(CROP_SIDE, images.shape[-1])
@@ -121,14 +122,24 @@ def _lesions(read: Sequence[tuple[Sample, PreparedSample]], encoder: ImageTextEn
 
 def _native_numbers(sample: Sample, image: PreparedSample) -> tuple[float, float | None, float, float]:
     """Diameter in pixels and in mm, contrast and texture of a lesion at native size."""
-    unit = to_unit(image.original, image.intensity_range)
-    grey = unit if unit.ndim == 2 else unit.mean(axis=2)
-    wide = cv2.dilate(image.hard.astype(np.uint8), np.ones((2 * RING + 1,) * 2, np.uint8)) > 0
-    ring, inside = wide & ~image.hard, grey[image.hard]
+    grey = grey_of(image)
+    ring, inside = ring_around(image.hard), grey[image.hard]
     contrast = float(inside.mean() - grey[ring].mean()) if ring.any() else 0.0
     diameter, spacing = equivalent_diameter(image.hard), sample.meta.get("spacing_mm")
     in_mm = diameter * math.sqrt(math.prod(spacing_of(spacing))) if spacing else None
     return diameter, in_mm, contrast, float(inside.std())
+
+
+def grey_of(image: PreparedSample) -> np.ndarray:
+    """The image at native size, grey: float32 HxW in [0, 1]."""
+    unit = to_unit(image.original, image.intensity_range)
+    return unit if unit.ndim == 2 else unit.mean(axis=2)
+
+
+def ring_around(region: np.ndarray) -> np.ndarray:
+    """What lies at most RING pixels outside of a region: bool HxW, like the region."""
+    ring: np.ndarray = (cv2.dilate(region.astype(np.uint8), np.ones((2 * RING + 1,) * 2, np.uint8)) > 0) & ~region
+    return ring
 
 
 def lesion_rows(lesions: Sequence[Lesion], name: str) -> Tensor:

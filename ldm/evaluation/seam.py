@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from ldm.config import Config, DataConfig
@@ -17,6 +18,7 @@ from ldm.data.checks import FEWEST_PATIENTS, real_ones
 from ldm.data.images import border_gradient, to_unit
 from ldm.data.preparation import prepare
 from ldm.data.samples import Sample
+from ldm.evaluation.lesions import ring_around
 from ldm.evaluation.metrics import ratio_of
 from ldm.inference.inpainter import Inpainter, Job, load_inpainter
 
@@ -88,3 +90,16 @@ def border_gradients(
                 if math.isfinite(across[0]):
                     found[border].append(BorderGradient(sample.patient_id, *across))
     return found
+
+
+def border_over_surroundings(grey: np.ndarray, soft: np.ndarray) -> float | None:
+    """``border_gradient`` over the mean gradient right outside the soft mask, of a grey image (HxW), real or drawn.
+
+    None where the mask has no border, or where there is nothing outside of it.
+    """
+    ring, steps = ring_around(soft > 0), []
+    for axis in (0, 1):
+        both = ring & np.roll(ring, -1, axis)  # a pixel and the next one; the last one's next lies on the other side
+        steps.append(np.abs(np.diff(grey, axis=axis))[np.delete(both, -1, axis)])
+    outside, border = np.concatenate(steps), border_gradient(grey, soft)
+    return border / float(outside.mean()) if math.isfinite(border) and outside.any() else None

@@ -22,6 +22,7 @@ from ldm.data.png import write_png
 from ldm.reports.comparison import ResultImage, read_result
 from ldm.reports.html import files_folder, write_page
 
+CHECK = "check.json"  # in a folder of results, what they were judged by; see ldm.evaluation.check
 PAGE = 500  # results that a page shows
 NEIGHBOURS = 3  # pages before and after it that a page links to
 TILE = 160  # pixels of a panel
@@ -74,6 +75,7 @@ def _write_page(folder: Path, files: Sequence[Path], number: int, total: int, ca
     links = {each: _relative(files[each - 1], page) for each in linked} if len(files) > 1 else {}
     shown = [card | {"source": _relative(folder / card["source"], page)} for card in cards]
     values = {"name": folder.name, "total": total, "first": start + 1, "number": number, "links": links}
+    values["check"] = read_json(folder / CHECK) if number == 1 and (folder / CHECK).exists() else None
     write_page(page, "gallery", **values, cards=shown, panels=PANELS, tile=TILE)
 
 
@@ -135,6 +137,7 @@ def card_of(folder: Path, name: str) -> dict[str, Any]:
         "changed outside": numbers["outside"],
         "seam": numbers["seam"],
         "change inside": numbers["inside"],
+        "accepted at try": (record.get("check") or {}).get("try"),
     }
     known = {name: value for name, value in facts.items() if value is not None}
     prompt = read_text(folder / name / "prompt.txt").strip()

@@ -1,28 +1,32 @@
-"""Condition, sample, decode, composite: lesions inpainted in one batch of images."""
+"""Condition, sample, decode, composite: lesions inpainted in one batch of images, perhaps with compiled networks."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.checkpoints.checkpoint import PREFIXES, read_checkpoint
 from ldm.config import Architecture, Config, SamplingConfig
-from ldm.core.devices import all_memory, kernel_layout, on_device, on_host
-from ldm.core.errors import MedSoftError
+from ldm.core.devices import all_memory, kernel_layout, on_device, on_host, out_of_memory
+from ldm.core.errors import MedSoftError, first_line
 from ldm.data.images import composite, to_unit
 from ldm.data.preparation import PreparedSample, whole_pictures
 from ldm.diffusion.noise import image_noise, step_noise
-from ldm.inference.compiling import compile_networks
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, context_features, hide, skeleton
 from ldm.networks.msc import ControllerInputs
 from ldm.networks.opening import open_model
 from ldm.networks.sampling import guidance_conditions, latent_of, sample_latent
 
+log = logging.getLogger(__name__)
+
+BACKEND = "inductor"  # of torch.compile
 MIB = 2**20
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
@@ -220,3 +224,46 @@ def for_inference(net: MedSoftModel, dtype: torch.dtype) -> None:
     """U-Net and autoencoder in ``dtype`` and in the memory layout in which they are fastest."""
     net.unet.to(dtype=dtype, memory_format=kernel_layout(next(net.unet.parameters()).device, dtype))
     net.first_stage_model.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+class CompiledForward:
+    """The forward of a network, compiled at the first call with inputs of a shape; it returns one tensor.
+
+    On a GPU its kernels are recorded as a CUDA graph too (torch's ``reduce-overhead``), so that a call costs the host
+    next to nothing; what is returned is a copy, since the next call writes over the graph's own output.
+    """
+
+    def __init__(self, name: str, network: nn.Module) -> None:
+        device = next(network.parameters()).device
+        self.name, self.plain, self.on_gpu = name, network.forward, device.type == "cuda"
+        mode = "reduce-overhead" if self.on_gpu and BACKEND == "inductor" else None
+        compiled = torch.compile(network.forward, dynamic=False, fullgraph=True, backend=BACKEND, mode=mode)
+        self.compiled: Callable[..., Tensor] | None = compiled
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        if self.compiled is None:
+            return self.plain(*inputs)
+        try:
+            if not self.on_gpu:
+                return self.compiled(*inputs)
+            torch.compiler.cudagraph_mark_step_begin()
+            return self.compiled(*inputs).clone()
+        except Exception as error:  # compilers fail in many ways, and each may be overcome by doing without
+            if out_of_memory(error):
+                raise
+            self.compiled = None
+            error = getattr(error, "inner_exception", error)  # torch's own says only that a backend failed
+            message = "warning: %s cannot be compiled (%s: %s); the run goes on with it uncompiled"
+            log.warning(message, self.name, type(error).__name__, first_line(error))
+            return self.plain(*inputs)
+
+
+def compile_networks(net: MedSoftModel) -> None:
+    """Let U-Net and autoencoder compile themselves at their first calls; names and weights stay as they are.
+
+    The whole U-Net is one graph: compiling its blocks one by one is done sooner, but leaves the host some sixty calls
+    to make in each step, and batches of one image are bound by that.
+    """
+    coder = net.first_stage_model
+    for name, network in (("the U-Net", net.unet), ("the encoder", coder.encoder), ("the decoder", coder.decoder)):
+        network.forward = CompiledForward(name, network)  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ from ldm.inference.shares import Share, read_share
 METHODS = ("paste", "poisson")
 FORMATS = ("folder", "tar")
 MASKS = ("carry", "blob", "own")
+TRIES = 3  # of --check
 MM = Number(float, 0.001, 1000)
 # What may stand beside --replay, which takes the rest from the meta.json of the image that it makes again.
 FREE_IN_REPLAY = ("output_dir", "ckpt", "config", "replay", "train_json", "biomedclip", "device", "overwrite")
@@ -104,13 +105,20 @@ class InferenceOptions:
         type=read_share,
         metavar="K/N",
     )
+    check: bool = flag(
+        "keep an image only if its lesion is like the real training lesions, of --train_json: changed, without a seam, "
+        "of its sentence's type for BiomedCLIP, neither too dark nor too bright, no copy",
+        False,
+    )
+    tries: int | None = flag(f"with --check: drawings of an image until one is accepted (default: {TRIES})", type=COUNT)
+    judge: Path | None = flag("with --check: a classifier.safetensors that has to see the type that was asked for")
     format: str = flag(
         "folder: a sample folder for each result; tar: WebDataset tars of 1000 samples", "folder", choices=FORMATS
     )
     overwrite: bool = flag("replace the results of another run", False)
     overrides: Sequence[str] = ()  # KEY=VALUE of the YAML
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """UsageError for flags that contradict each other, and for paths that are not there."""
         if self.prompt is not None and not self.prompt.strip():
             raise UsageError("--prompt: expected a sentence, found nothing")
@@ -124,6 +132,9 @@ class InferenceOptions:
         self.check_paths()
         if self.like and (self.variants > 1 or self.choose):
             raise UsageError("--like makes the same images again; --variants and --choose do not go with it")
+        for name in ("tries", "judge"):
+            if getattr(self, name) is not None and not self.check:
+                raise UsageError(f"--{name} belongs to --check")
         if self.init == "paste" and (self.prompt is not None or self.image):
             given = "--image" if self.image else "--prompt"
             raise UsageError(f"--init paste pastes the lesion that a prompt was written about; {given} has none")
@@ -162,7 +173,7 @@ class InferenceOptions:
 
     def check_paths(self) -> None:
         """UsageError for an input that is not there, or lies where results are to be written."""
-        for name in ("image", "mask", "data", "like", "replay", "ckpt"):
+        for name in ("image", "mask", "data", "like", "replay", "ckpt", "judge"):
             path = getattr(self, name)
             if path and not path.exists():
                 raise UsageError(f"--{name} {path}: does not exist")

@@ -23,7 +23,15 @@ from ldm.inference.tasks import RESULT_KEYS, Task, donor_digest
 from ldm.reports.comparison import ResultImage
 
 TAG = "synthetic picture drawn by MedSoft-Diffusion; not a patient's image; not for clinical use"
+REJECTED = "rejected_"  # and the criterion: how many drawings that has rejected
 FILES = ("image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json")
+
+
+@dataclass(frozen=True)
+class NotAccepted(Reject):
+    """A task of which no drawing was accepted; ``tries``: of each of them the criteria that it did not meet."""
+
+    tries: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,9 +118,9 @@ class FolderResults:
         there = [task for task in tasks if is_whole(self.path / task.name)]
         records = [read_json(self.path / task.name / "meta.json") for task in there]
         changed = sum(record["changed_outside_pixels"] for record in records)
-        clipped = sum(record.get("clipped_pixels", 0) for record in records)
-        known = list(dict.fromkeys(rejects))
-        return Summary(len(there), changed, rejects=known, masks=count_masks(records), clipped_pixels=clipped)
+        about = {"clipped_pixels": sum(record.get("clipped_pixels", 0) for record in records)}
+        about |= {"masks": count_masks(records), "check": count_checks(records, rejects)}
+        return Summary(len(there), changed, rejects=list(dict.fromkeys(rejects)), **about)
 
     def write_report(self) -> Path:
         """Write the report of all results in the folder; returns its first page."""
@@ -124,6 +132,22 @@ def count_masks(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     apart: {"carry": 96, "blob": 1, "blob (the image marks no vertebra)": 3}."""
     reasons = ((record.get("mask_from"), record.get("mask_fallback")) for record in records)
     return dict(Counter(f"{origin} ({why})" if why else origin for origin, why in reasons if origin))
+
+
+def count_checks(records: Sequence[Mapping[str, Any]], rejects: Sequence[Reject]) -> dict[str, int]:
+    """How many images were drawn, accepted, and accepted at once, and how many each criterion has rejected.
+
+    By the meta.json of results and by the rejects; empty where nobody has judged.
+    """
+    tries = [
+        [tuple(each["reasons"]) for each in record["check"]["rejected"]] for record in records if record.get("check")
+    ]
+    never = [each.tries for each in rejects if isinstance(each, NotAccepted)]
+    if not tries and not never:
+        return {}
+    causes = Counter(f"{REJECTED}{name}" for each in (*tries, *never) for names in each for name in names)
+    drawn = len(tries) + sum(map(len, (*tries, *never)))
+    return {"drawn": drawn, "accepted": len(tries), "at_once": sum(not each for each in tries), **causes}
 
 
 def result_metadata(

@@ -6,12 +6,11 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,7 +21,7 @@ from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory
 from ldm.core.distributed import Processes, check_tasks, start_processes
 from ldm.core.errors import MedSoftError, UsageError, first_line
-from ldm.core.files import Contents, fingerprint, fingerprint_all, sha256_file
+from ldm.core.files import Contents, fingerprint, fingerprint_all, read_json, sha256_file, write_json
 from ldm.core.paths import shipped
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity, stored_overrides
@@ -32,11 +31,13 @@ from ldm.data.images import to_unit
 from ldm.data.preparation import PreparedSample, described_identity, sample_identity
 from ldm.data.samples import Reject
 from ldm.diffusion.noise import NOISE
+from ldm.inference.drawing import Begins, Check, Checks, Drawing
+from ldm.inference.gallery import CHECK
 from ldm.inference.inpainter import InpaintedImage, Inpainter, Job, load_inpainter
 from ldm.inference.options import InferenceOptions, PasteOptions
-from ldm.inference.preparing import Preparation, PreparedTask
+from ldm.inference.preparing import Preparation
 from ldm.inference.prompts import Match
-from ldm.inference.results import FolderResults, result_of
+from ldm.inference.results import REJECTED, FolderResults
 from ldm.inference.shares import RECORDS, Share, SharedRun, Summary
 from ldm.inference.tars import INDEXES, TARS, UNPACKED, TarResults
 from ldm.inference.tasks import Plan, Task, plan_tasks, read_record
@@ -45,16 +46,16 @@ log = logging.getLogger(__name__)
 
 RECORD = "inference.json"
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} images [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
-OWN = ("rejects.json", "report.html", "report_files", RECORDS, UNPACKED, *INDEXES, *TARS)  # what runs may write
+OWN = ("rejects.json", CHECK, "report.html", "report_files", RECORDS, UNPACKED, *INDEXES, *TARS)  # what runs may write
 KNOWN = ("command", "checkpoint_sha256", "method")  # of a result's record also the run's
 
 
-def run(options: InferenceOptions) -> int:
-    """Inpaint what is missing in ``options.output_dir``; the exit code.
+def run(options: InferenceOptions, checks: Checks | None = None) -> int:
+    """Inpaint what is missing in ``options.output_dir``, of which ``checks`` keep what they accept; the exit code.
 
     Raises UsageError or MedSoftError, with the folder as it was, for options, a checkpoint or data that cannot be used.
     """
-    options.check()
+    options.validate()
     check_tasks(options.devices, options.num_nodes)
     record = read_record(options.replay) if options.replay else None
     options, config, overrides = resolve(options, record)
@@ -65,6 +66,7 @@ def run(options: InferenceOptions) -> int:
     metadata = read_checkpoint(options.ckpt).metadata
     settings = identity(config, "images")
     digest = sha256_file(options.ckpt)
+    learned_from = groups_of(metadata, options.ckpt)
     provenance = {
         "checkpoint": str(options.ckpt.resolve()),
         "checkpoint_sha256": digest,
@@ -74,7 +76,7 @@ def run(options: InferenceOptions) -> int:
         "exact": options.exact,
         "noise": NOISE,
         "command": shlex.join(["python", *sys.argv]),
-        TRAINED_ON: groups_of(metadata, options.ckpt),
+        TRAINED_ON: learned_from,
     }
     if config.sampling.init != "noise":
         provenance |= {"init": config.sampling.init, "strength": config.sampling.strength}
@@ -94,15 +96,13 @@ def run(options: InferenceOptions) -> int:
     def load(device: str) -> Inpainter:
         return load_inpainter(ckpt, config, device)
 
-    return make_images(options, Method(config, provenance, known | settings, load), plan, content)
-
-
-class Begins(Protocol):
-    """Makes a batch of images in two halves, as ``Inpainter`` does."""
-
-    def begin(self, samples: Sequence[PreparedSample], jobs: Sequence[Job]) -> list[Callable[[], InpaintedImage]]:
-        """See ``Inpainter.begin``."""
-        ...
+    method = Method(config, provenance, known | settings, load)
+    if checks:
+        lesions = checks.training_lesions(learned_from, ckpt)
+        method.settings["check"] = checks.settings(lesions)
+        start = partial(checks.start, lesions, data=config.data)
+        method = dataclasses.replace(method, tries=checks.tries, check=lambda drawer: start(encoder=drawer.encoder))
+    return make_images(options, method, plan, content)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,8 @@ class Method:
     """How the images of a run are made.
 
     config: of its ``data`` and ``sampling``; provenance: see ``result_of``; settings: what decides the images beside
-    the samples, by name; load: makes, on a device, what makes the images; paste: see ``Preparation``.
+    the samples, by name; load: makes, on a device, what makes the images; paste: see ``Preparation``; check: makes,
+    of what ``load`` has made, a judge of its images, which are then drawn up to ``tries`` times.
     """
 
     config: Config
@@ -118,6 +119,8 @@ class Method:
     settings: dict[str, Any]
     load: Callable[[str], Begins]
     paste: str = "paste"
+    check: Callable[[Any], Check] | None = None
+    tries: int = 1
 
 
 def make_images(options: InferenceOptions, method: Method, plan: Plan, content: Contents) -> int:
@@ -297,12 +300,14 @@ class InferenceRun:
         if left < total:
             log.info("%d of %d images are there already", total - left, total)
         with advice_on_memory(self.method.config.sampling):
-            inpainter = self.method.load(processes.device) if left else None
+            drawing = self._drawing(processes.device) if left else None
         processes.barrier()  # all models are loaded: now the folder may change
         if processes.rank == 0:
             self.folder.claim(self.method.provenance["command"])
+            if drawing and drawing.check:
+                write_json(self.results.path / CHECK, drawing.check.thresholds)
         processes.barrier()
-        rejects, error = self._inpaint_parts(parts, missing, inpainter, processes)
+        rejects, error = self._inpaint_parts(parts, missing, drawing, processes)
         code = cli.DONE
         try:
             if processes.rank == 0:  # it speaks for all of them
@@ -310,16 +315,27 @@ class InferenceRun:
                     raise error
                 summary = self.results.summary(self.plan.tasks, [*self.plan.rejects, *rejects])
                 summary.seconds = round(time.monotonic() - start, 1)
+                if not self.method.check:  # what is replayed, or parents, may have been judged in another run
+                    summary.check = {}
                 code = self._finish(summary)
         finally:
             code = processes.share(code)
         return code
 
+    def _drawing(self, device: str) -> Drawing:
+        """The model, with all that it needs to draw tasks and to write their results."""
+        method, config = self.method, self.method.config
+        inpainter = method.load(device)
+        check = method.check(inpainter) if method.check else None
+        prepare = Preparation(config.data, self.plan.masks, method.paste)
+        written = self.results, method.provenance, self.content
+        return Drawing(inpainter, prepare, *written, config.sampling.batch_size, check, method.tries)
+
     def _inpaint_parts(
         self,
         parts: Sequence[Sequence[Task]],
         missing: Sequence[Sequence[int]],
-        inpainter: Begins | None,
+        drawing: Drawing | None,
         processes: Processes,
     ) -> tuple[list[Reject], MedSoftError | None]:
         """One part after the other, each by all processes; the first one closes it. The rejects, and the first error.
@@ -336,8 +352,8 @@ class InferenceRun:
                 error: MedSoftError | None = None
                 try:
                     with advice_on_memory(self.method.config.sampling):
-                        if inpainter and own[number]:
-                            found = self._inpaint_all([part[k] for k in own[number]], inpainter, bar)
+                        if drawing and own[number]:
+                            found = drawing([part[k] for k in own[number]], bar.update)
                 except MedSoftError as caught:
                     error = caught
                 outcomes = processes.gather((found, error))
@@ -353,34 +369,6 @@ class InferenceRun:
                 if error:
                     return rejects, error
         return rejects, None
-
-    def _inpaint_all(self, tasks: Sequence[Task], inpainter: Begins, bar: tqdm) -> list[Reject]:
-        """Inpaint batch by batch; the next one is read and the last one written while the model works."""
-        size = self.method.config.sampling.batch_size
-        batches = [tasks[first : first + size] for first in range(0, len(tasks), size)]
-        rejects: list[Reject] = []
-        prepare = Preparation(self.method.config.data, self.plan.masks, self.method.paste)
-        with ThreadPoolExecutor(4) as pool:
-            before: tuple[list[Reject], list[Future]] = ([], [])  # of the last batch: its rejects, and what is written
-            for batch, prepared in _ahead(pool, prepare, batches):
-                sound = [each for each in prepared if not isinstance(each, Reject)]
-                jobs = [Job(task.seed, task.sample.sample_id, task.variant, task.prompt) for task, _ in sound]
-                begun = inpainter.begin([sample for _, sample in sound], jobs) if sound else []
-                rejects += _collected(*before)
-                writing = [pool.submit(self._write, *one, finish) for one, finish in zip(sound, begun, strict=True)]
-                before = [each for each in prepared if isinstance(each, Reject)], writing
-                bar.update(len(batch))
-            rejects += _collected(*before)
-        return rejects
-
-    def _write(self, task: Task, sample: PreparedSample, finish: Callable[[], InpaintedImage]) -> Reject | None:
-        """Write the result that ``finish`` makes, or say why there is none. Runs in another thread."""
-        result = finish()
-        if result.pixels is None:
-            return _not_finite(task, result.error)
-        about = self.method.provenance, self.content
-        self.results.write(result_of(self.results.path, task, sample, result.pixels, *about))
-        return None
 
     def _finish(self, summary: Summary) -> int:
         """Record what was made and, if all of the run is there, publish it; returns the exit code."""
@@ -409,6 +397,8 @@ class InferenceRun:
         if whole.clipped_pixels:
             text = "warning: %d pixels of pasted lesions were beyond the levels of their image's file, and were cut off"
             log.warning(text, whole.clipped_pixels)
+        if whole.check:
+            self._publish_check(whole.check)
         if whole.masks:
             log.info("their masks: %s", ", ".join(f"{count} {name}" for name, count in sorted(whole.masks.items())))
         try:
@@ -418,12 +408,14 @@ class InferenceRun:
         about = self.method.provenance
         self.folder.publish(whole, **{key: about[key] for key in KNOWN if key in about})
 
-
-def _not_finite(task: Task, error: str | None) -> Reject:
-    reason = (
-        f"variant {task.variant}: values that are not numbers (NaN or infinity) appeared {error}; nothing was written"
-    )
-    return Reject(task.sample.sample_id, task.sample.image, reason)
+    def _publish_check(self, counts: Mapping[str, int]) -> None:
+        """Add to check.json how often what was drawn and rejected, and say it."""
+        path = self.results.path / CHECK
+        write_json(path, read_json(path) | {"counts": counts})
+        causes = {name.removeprefix(REJECTED): n for name, n in sorted(counts.items()) if name.startswith(REJECTED)}
+        text = "checked: %d drawings for %d images, %d of them accepted at once; rejected for %s"
+        named = ", ".join(f"{name} {n}" for name, n in causes.items()) or "nothing"
+        log.info(text, counts["drawn"], counts["accepted"], counts["at_once"], named)
 
 
 @contextmanager
@@ -442,18 +434,3 @@ def advice_on_memory(sampling: SamplingConfig) -> Iterator[None]:
             f"out of memory with batches of {sampling.batch_size} in {sampling.precision} ({first_line(error)}); "
             f"{' or '.join(cures) or 'a smaller model'} needs less; finished images are kept"
         ) from error
-
-
-def _collected(rejects: list[Reject], written: Sequence[Future]) -> list[Reject]:
-    """``rejects`` and those of the results being ``written``, once all of these are on the disk."""
-    return [*rejects, *(reject for future in written if (reject := future.result()))]
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, prepare: Preparation, batches: Sequence[Sequence[Task]]
-) -> Iterator[tuple[Sequence[Task], list[PreparedTask | Reject]]]:
-    """Each batch with what ``prepare`` made of it; the next batch is prepared while the caller works on this one."""
-    coming = [pool.submit(prepare, task) for task in batches[0]] if batches else []
-    for batch, after in zip(batches, [*batches[1:], []], strict=True):
-        current, coming = coming, [pool.submit(prepare, task) for task in after]
-        yield batch, [future.result() for future in current]

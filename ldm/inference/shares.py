@@ -74,27 +74,31 @@ class Summary:
     rejects: list[Reject] = field(default_factory=list)
     masks: dict[str, int] = field(default_factory=dict)  # where they come from, and why they were not carried over
     clipped_pixels: int = 0  # of pasted lesions, beyond the levels that their image's file can hold
+    check: dict[str, int] = field(default_factory=dict)  # see ``ldm.inference.results.count_checks``
 
     def plus(self, other: "Summary") -> "Summary":
         """Both together; a reject that both have counts once."""
         rejects = list(dict.fromkeys([*self.rejects, *other.rejects]))
         changed = self.changed_outside_pixels + other.changed_outside_pixels
-        seconds, masks = round(self.seconds + other.seconds, 1), dict(Counter(self.masks) + Counter(other.masks))
-        clipped = self.clipped_pixels + other.clipped_pixels
-        return Summary(self.pictures + other.pictures, changed, seconds, rejects, masks, clipped)
+        clipped, seconds = self.clipped_pixels + other.clipped_pixels, round(self.seconds + other.seconds, 1)
+        masks, check = (
+            dict(Counter(a) + Counter(b)) for a, b in ((self.masks, other.masks), (self.check, other.check))
+        )
+        return Summary(self.pictures + other.pictures, changed, seconds, rejects, masks, clipped, check)
 
     def as_json(self) -> dict[str, Any]:
         """For a share's record."""
         rejects = [asdict(reject) | {"file": str(reject.file)} for reject in self.rejects]
         found = asdict(self) | {"rejected": len(rejects), "rejects": rejects}
-        return found if self.clipped_pixels else {key: each for key, each in found.items() if key != "clipped_pixels"}
+        return {key: each for key, each in found.items() if each or key not in ("clipped_pixels", "check")}
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> "Summary":
         """What ``as_json`` has written."""
         rejects = [Reject(each["sample_id"], Path(each["file"]), each["reason"]) for each in record["rejects"]]
         numbers = record["pictures"], record["changed_outside_pixels"], record["seconds"]
-        return Summary(*numbers, rejects, record.get("masks") or {}, record.get("clipped_pixels", 0))
+        more = record.get("masks") or {}, record.get("clipped_pixels", 0), record.get("check") or {}
+        return Summary(*numbers, rejects, *more)
 
 
 class SharedRun:

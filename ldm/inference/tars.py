@@ -24,7 +24,7 @@ from ldm.core.files import atomic_file, read_json, write_json
 from ldm.data.png import write_png
 from ldm.data.samples import Reject
 from ldm.inference.gallery import PAGE, TILE, card_of, write_pages, write_thumbnail
-from ldm.inference.results import Result, count_masks, is_whole
+from ldm.inference.results import Result, count_checks, count_masks, is_whole
 from ldm.inference.shares import Share, Summary
 from ldm.inference.tasks import Task
 from ldm.reports.html import files_folder
@@ -86,8 +86,8 @@ class TarResults:
             self._write_tar(tar, tasks)
         changed = sum(card["facts"]["changed outside"] for card in cards)
         records = [read_json(self.unpacked / task.name / "meta.json") for task in tasks]
-        clipped = sum(record.get("clipped_pixels", 0) for record in records)
-        about = {"masks": count_masks(records), "clipped_pixels": clipped}
+        about = {"clipped_pixels": sum(record.get("clipped_pixels", 0) for record in records)}
+        about |= {"masks": count_masks(records), "check": count_checks(records, rejects)}
         made = Summary(len(cards), changed, rejects=list(dict.fromkeys(rejects)), **about)
         write_json(index, {"bytes": tar.stat().st_size if tasks else 0, **made.as_json(), "samples": cards})
         shutil.rmtree(self.unpacked, ignore_errors=True)  # which holds nothing else
@@ -117,7 +117,8 @@ class TarResults:
     def summary(self, tasks: Sequence[Task], rejects: Sequence[Reject]) -> Summary:
         """What the tars of ``tasks`` hold; ``rejects``: those that are in no index."""
         indexes = [self._files(number)[1] for number in range(len(self.parts(tasks))) if self._is_closed(number)]
-        found = Summary(rejects=list(dict.fromkeys(rejects)))
+        plain = (Reject(each.sample_id, each.file, each.reason) for each in rejects)  # as the indexes have them
+        found = Summary(rejects=list(dict.fromkeys(plain)))
         for index in indexes:
             found = found.plus(Summary.from_json(read_json(index)))
         return found

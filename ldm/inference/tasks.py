@@ -68,7 +68,7 @@ REPLAY_RULES = RECORD_RULES | {
 RESULT_KEYS = {*META_TEXTS, *REPLAY_RULES, "sample_id", "prompt", "prompt_match", "prompt_from", "synthetic", "window"}
 RESULT_KEYS |= {"spacing_mm", "changed_outside_pixels", "command", "noise", TRAINED_ON}
 RESULT_KEYS |= {"mask_from", "mask_source", "mask_fallback", "pasted_from", "pasted_sha256", "pasted_by"}
-RESULT_KEYS |= {"init", "strength", "method", "clipped_pixels"}
+RESULT_KEYS |= {"init", "strength", "method", "clipped_pixels", "check"}
 
 
 class MaskOrigin(NamedTuple):

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.checkpoint import read_checkpoint
-from ldm.classifier.data import ImageSet, square
 from ldm.classifier.network import pick_device
 from ldm.classifier.run import Classifier, load_classifier
 from ldm.config import DataConfig, load_config
@@ -183,11 +182,7 @@ def _drawings(inpainter: PathInpainter, judge: Classifier, cases: Sequence[Case]
 
 
 def _judged(judge: Classifier, cases: Sequence[Case], pixels: Sequence[np.ndarray]) -> dict[str, float]:
-    saved, classes = judge.info["config"], judge.info["classes"]
-    given = saved["img_size"], saved["channels"], saved["crop"]
-    seen = np.stack([square(each, case.sample, *given) for each, case in zip(pixels, cases, strict=True)])
-    samples, blank = [case.sample for case in cases], [""] * len(cases)
-    shares = judge.score(ImageSet("drawn", samples, seen, blank, blank, [{} for _ in cases], [])).probabilities
+    classes, shares = judge.info["classes"], judge.probabilities([case.sample for case in cases], pixels)
     lesions = [place for place, name in enumerate(classes) if name != "healthy"]
     likeliest = [classes[lesions[place]] for place in shares[:, lesions].argmax(axis=1)]
     healthy = classes.index("healthy")

@@ -13,8 +13,8 @@ from tiny import TRAIN, call, dataset_infer, infer, metas, record
 from torch import nn
 
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.inference import compiling
-from ldm.inference.compiling import CompiledForward
+from ldm.inference import inpainter as compiling
+from ldm.inference.inpainter import CompiledForward
 
 
 def draw(final: Path, output: Path, world: Path, *more: Any) -> int:
