@@ -54,7 +54,7 @@ class InferenceOptions:
     spacing: Sequence[float] | None = flag(
         "of the one image: mm between pixels, or between rows and between columns", nargs="+", type=MM, metavar="MM"
     )
-    limit: int | None = flag("at most so many samples", type=COUNT)
+    limit: int | None = flag("at most so many samples that can be inpainted", type=COUNT)
     variants: int = flag("results per sample", 1, type=COUNT)
     prompt: str | None = flag("one prompt for all (default: the sample's own, or one from --train_json)")
     match: Sequence[str] = flag(
@@ -212,7 +212,7 @@ class PasteOptions:
     )
     data: Path | None = flag("dataset folder or annotation JSON with the healthy images")
     choose: str | None = flag("healthy, or a text file with one sample_id per line", "healthy", metavar="WHICH")
-    limit: int | None = flag("at most so many samples", type=COUNT)
+    limit: int | None = flag("at most so many samples that can be inpainted", type=COUNT)
     variants: int = flag("results per sample", 1, type=COUNT)
     match: Sequence[str] = flag(
         "how prompts agree with their images: level (the default), replace or none, and keys of meta.json",

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -237,3 +237,13 @@ class SharedRun:
         if not isinstance(record, dict) or "images" not in record:
             raise MedSoftError(f"{path}: is no record of a share; delete it and run that share again")
         return record
+
+
+def at_most(limit: int | None, items: Sequence[T], counts: Callable[[T], bool]) -> Sequence[T]:
+    """The first of ``items``, of which ``limit`` count; all of them where they are fewer, or there is no limit."""
+    if limit is not None:
+        for number, item in enumerate(items, 1):
+            limit -= counts(item)
+            if not limit:
+                return items[:number]
+    return items

@@ -31,7 +31,7 @@ from ldm.inference.prompts import (
     matched,
     warn_of_unmatched,
 )
-from ldm.inference.shares import Share
+from ldm.inference.shares import Share, at_most
 from ldm.inference.single import single_sample
 
 log = logging.getLogger(__name__)
@@ -309,7 +309,7 @@ def _dataset(options: InferenceOptions) -> Plan:
     if match.keys:
         healthy = [sample for sample in chosen if sample.healthy]
         check_keys(match, (options.data or options.train_json, healthy), (options.train_json, sources))
-    chosen, whole = chosen[: options.limit], ""
+    chosen, whole = at_most(options.limit, chosen, lambda sample: _obstacle(sample) is None), ""
     pairs: Sequence[tuple[Sample, int]] = [(sample, k) for sample in chosen for k in range(options.variants)]
     if not share.alone:
         pairs, whole = _shared(share, chosen, options.variants, sources, lambda sample, k: f"{sample.sample_id}__v{k}")

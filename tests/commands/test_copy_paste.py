@@ -66,6 +66,16 @@ def test_masks_are_those_of_the_prompts_lesions_carried_over(results: Path, worl
     assert record(results)["settings"]["masks"] == "carry"
 
 
+def test_a_limit_counts_what_can_be_inpainted(data: Path, tmp_path: Path) -> None:
+    first, *others = of(data, healthy=True)
+    (first / "anatomy.png").unlink()
+    (first / "mask.png").unlink(missing_ok=True)
+    assert pasted(tmp_path / "out", data, "--limit", 2) == 3
+    assert set(metas(tmp_path / "out")) == {f"{folder.name}__v0" for folder in others[:2]}
+    rejects = json.loads((tmp_path / "out" / "rejects.json").read_text())
+    assert [reject["sample_id"] for reject in rejects] == [first.name]
+
+
 def test_lesions_can_be_those_of_samples_with_the_same_value_of_a_key(data: Path, tmp_path: Path) -> None:
     for side in (True, False):
         for number, folder in enumerate(of(data, healthy=side)):
