@@ -173,7 +173,7 @@ def prepare_dataset(
     if absent.patients:
         log.info("the sides of those who are gone are kept in %s", shown(paths["absent"]))
     _log_counts(groups, paths)
-    _warn_of_problems(groups, paths, digests)
+    _warn_of_problems(groups, paths, digests, fractions)
     return rejects
 
 
@@ -440,7 +440,10 @@ def _log_counts(groups: Mapping[str, list[Sample]], paths: Mapping[str, Path]) -
 
 
 def _warn_of_problems(
-    groups: Mapping[str, list[Sample]], paths: Mapping[str, Path], digests: Mapping[str, str]
+    groups: Mapping[str, list[Sample]],
+    paths: Mapping[str, Path],
+    digests: Mapping[str, str],
+    fractions: Sequence[float],
 ) -> None:
     """Say what the data lack for a later step: patients, masks, a split that is too small, and leaks between splits."""
     samples = groups["all"]
@@ -451,8 +454,8 @@ def _warn_of_problems(
     nowhere = sum(s.healthy and s.anatomy is None and not any(s.box) for s in samples)
     if nowhere:
         log.info("%d healthy samples have neither a mask nor anatomy.png: for the classifier, not inpainted", nowhere)
-    for name in SPLITS:
-        if not groups[name]:
+    for name, share in zip(SPLITS, fractions, strict=True):
+        if not groups[name] and share:
             log.warning("%s is empty: too few patients (%d)", shown(paths[name]), len({s.patient_id for s in samples}))
     warn_of_similar_prompts(samples)
     for leak in leaks(row for name in SPLITS for row in annotation_rows(name, groups[name], digests)):

@@ -130,6 +130,10 @@ def test_few_patients_and_missing_ids_are_said(
     assert "no meta.json names a patient_id" in caplog.text
     assert "1 healthy samples have neither a mask nor anatomy.png" in caplog.text
     assert "o_val.json is empty: too few patients (1)" in caplog.text
+    caplog.clear()
+    output = tmp_path / "whole.json"
+    assert run("--root_dir", tmp_path / "data", "--output_file", output, "--fractions", 1, 0, 0) == 0
+    assert "is empty" not in caplog.text  # as asked
 
 
 def test_command_line_from_elsewhere_exit_codes_and_no_torch(
