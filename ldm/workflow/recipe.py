@@ -18,14 +18,19 @@ from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_folder, read_json, write_json, write_text
 from ldm.core.paths import shipped
 from ldm.data.annotations import load_samples
+from ldm.data.checks import Row, check_disjoint
 from ldm.data.samples import Sample
+from ldm.data.splits import SPLITS
 
-TRAIN = 0.7  # share of the patients to train on, as ver_openImagesDatasets.py splits
+SHARES = (0.7, 0.1, 0.2)  # of the patients to train, validate and test on, as ver_openImagesDatasets.py splits
+TESTED = (0.8, 0.2, 0.0)  # the same where a test set of its own is given
 RATIO = 3  # images added per real diseased one
-PASSES, BATCH, LOOKS = 30, 32, 20  # of the classifier: passes over its images, images a step, validations
-SPLITS = 3  # of the study
+PASSES, BATCH, LOOKS = 60, 32, 20  # of the classifier: passes over its images, images a step, validations
+WORLDS = 3  # of the study: splits
 STAGES = ("stage1", "unet_only", "stage2_1", "stage2_2")
 FEW = 10  # diseased patients to validate on, below which a number says little
+HUB = "hf-hub:"  # what is downloaded by itself
+TRIAL = "--model models/phantom.yaml --ckpt models/phantom_base/sd-phantom-inpainting.ckpt"  # needs no download
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,18 @@ class Facts:
     """What a recipe is made for: absolute paths, and what the data are like."""
 
     data: Path
+    test: Path | None
     folder: Path
     model: str
     ckpt: str
+    biomedclip: str
     side: int
     healthy: int
+    drawable: int  # healthy ones whose vertebra is known
     diseased: int
+    framed: int  # diseased ones whose vertebra is known, so that their mask can be carried to another
     patients: int
+    nameless: int  # images without a patient_id
     kinds: dict[str, int]
 
     @property
@@ -52,36 +62,64 @@ class Facts:
         return f"{self.model.removesuffix('.yaml')}_{name}.yaml"
 
     @property
+    def shares(self) -> tuple[float, float, float]:
+        """Of the patients, in training, validation and test."""
+        return TESTED if self.test else SHARES
+
+    def prepare(self, output: Path) -> list[Any]:
+        """The words that split the patients."""
+        more = ["--fractions", *(format(share, "g") for share in TESTED)] if self.test else []
+        return ["ver_openImagesDatasets.py", "--root_dir", self.data, "--output_file", output, *more]
+
+    def parts(self, annotations: Path) -> dict[str, str]:
+        """What to train, validate and test on, after such a split."""
+        files = {part: str(annotations.with_name(f"{annotations.stem}_{part}.json")) for part in SPLITS}
+        return files | ({"test": str(self.test)} if self.test else {})
+
+    @property
+    def missing(self) -> list[str]:
+        """What the plan needs and finds nowhere yet."""
+        files = {"--ckpt": self.ckpt, "biomedclip.path of the model YAML": self.biomedclip}
+        return [
+            f"{path} ({what})"
+            for what, path in files.items()
+            if not path.startswith(HUB) and not shipped(path).exists()
+        ]
+
+    @property
     def added(self) -> int:
         """Images to make: so many that every real diseased training image has RATIO of them."""
-        return math.ceil(RATIO * TRAIN * self.diseased)
+        return math.ceil(RATIO * self.shares[0] * self.diseased)
 
     @property
     def drawing(self) -> list[str]:
         """The words that make as many: a healthy image is taken several times where there are too few."""
-        variants = math.ceil(self.added / max(1, math.floor(TRAIN * self.healthy)))
+        variants = math.ceil(self.added / max(1, math.floor(self.shares[0] * self.drawable)))
         more = ["--variants", str(variants)] if variants > 1 else []
         return ["--limit", str(math.ceil(self.added / variants)), *more]
 
     @property
     def steps(self) -> int:
         """Of the classifier, the same in every arm."""
-        return PASSES * math.ceil((TRAIN * (self.healthy + self.diseased) + self.added) / BATCH)
+        return PASSES * math.ceil((self.shares[0] * (self.healthy + self.diseased) + self.added) / BATCH)
 
     @property
     def said(self) -> str:
         """The data in one line."""
-        kinds = ", ".join(f"{kind}: {count}" for kind, count in self.kinds.items()) or "not named in meta.json"
+        named = self.kinds | {"not named": self.diseased - sum(self.kinds.values())}
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in named.items() if count)
+        kinds = kinds if self.kinds else "not named in meta.json"
         return (
             f"{self.healthy} healthy and {self.diseased} diseased images of {self.patients} patients; lesions: {kinds}"
         )
 
 
-def write_recipe(data: Path, folder: Path, model: Path, ckpt: Path) -> int:
+def write_recipe(data: Path, folder: Path, model: Path, ckpt: Path, test: Path | None = None) -> int:
     """Write README.md, plan.yaml, study.yaml and three classifier JSONs into a new ``folder``.
 
     Returns 0, or 3 if some samples cannot be used. UsageError if the folder is there already or the model has no stage
-    YAMLs, MedSoftError without healthy or without diseased samples.
+    YAMLs, MedSoftError without healthy or without diseased samples, in the data or in ``test``, where no healthy one
+    can be drawn on, and where data and test share a patient.
     """
     if folder.exists():
         raise UsageError(f"{folder}: is there already; give another --output_dir, or delete it")
@@ -90,7 +128,12 @@ def write_recipe(data: Path, folder: Path, model: Path, ckpt: Path) -> int:
     if missing:
         raise UsageError(f"--model {model}: expected the YAMLs of its stages beside it, found none for {missing[0]}")
     samples, rejects = load_samples(data)
-    facts = look_at(samples, data, folder, str(model), ckpt, config.data.image_size)
+    if test is not None:
+        check_test(test, data, samples)
+    start = str(ckpt.resolve()) if ckpt.exists() else str(ckpt)
+    chosen = {"model": str(model), "ckpt": start, "biomedclip": config.biomedclip.path, "side": config.data.image_size}
+    tested = test and test.resolve()
+    facts = look_at(samples, data.resolve(), test=tested, folder=folder.resolve(), **chosen)
     with atomic_folder(folder) as partial:
         write_text(partial / "plan.yaml", plan_text(facts))
         write_text(partial / "study.yaml", study_text(facts))
@@ -98,21 +141,55 @@ def write_recipe(data: Path, folder: Path, model: Path, ckpt: Path) -> int:
             write_json(partial / f"classifier_{name}.json", values)
         write_text(partial / "README.md", readme(facts, len(rejects)))
     print(f"{folder}: {facts.said}. Read README.md there; then: python tool/run_stages.py {folder / 'plan.yaml'}")
+    for path in facts.missing:
+        print(f"not there yet, and needed: {path}. Put it there, or try the recipe without downloads: {TRIAL}")
     return cli.SOME_REJECTED if rejects else cli.DONE
 
 
-def look_at(samples: Sequence[Sample], data: Path, folder: Path, model: str, ckpt: Path, side: int) -> Facts:
-    """What the samples are like; MedSoftError if nothing can be learned or drawn on."""
+def look_at(samples: Sequence[Sample], data: Path, **chosen: Any) -> Facts:
+    """``chosen``, and what the samples are like; MedSoftError if nothing can be learned or drawn on."""
+    check_classes(data, samples, "draw on")
     diseased = [sample for sample in samples if not sample.healthy]
-    healthy = len(samples) - len(diseased)
-    for count, what, why in ((len(diseased), "diseased", "learn from"), (healthy, "healthy", "draw on")):
-        if not count:
-            raise MedSoftError(f"{data}: expected healthy and diseased samples, found no {what} one to {why}")
+    drawable = sum(sample.healthy and (sample.anatomy is not None or any(sample.box)) for sample in samples)
+    if not drawable:
+        raise MedSoftError(
+            f"{data}: no healthy sample has an anatomy.png, or a mask.png of its vertebra, so nothing says where a "
+            "lesion may be drawn; add one of them"
+        )
     kinds = Counter(sample.lesion_type for sample in diseased if sample.lesion_type)
-    patients = len({sample.patient_id for sample in samples})
-    start = str(ckpt.resolve()) if ckpt.exists() else str(ckpt)
-    known = dict(kinds.most_common())
-    return Facts(data.resolve(), folder.resolve(), model, start, side, healthy, len(diseased), patients, known)
+    return Facts(
+        data=data,
+        healthy=len(samples) - len(diseased),
+        drawable=drawable,
+        diseased=len(diseased),
+        framed=sum(sample.anatomy is not None for sample in diseased),
+        patients=len({sample.patient_id for sample in samples}),
+        nameless=sum(sample.patient_id == sample.sample_id for sample in samples),
+        kinds=dict(kinds.most_common()),
+        **chosen,
+    )
+
+
+def check_classes(data: Path, samples: Sequence[Sample], healthy_for: str) -> None:
+    """MedSoftError unless there are diseased and healthy samples."""
+    for well, what, why in ((False, "diseased", "learn from"), (True, "healthy", healthy_for)):
+        if all(sample.healthy != well for sample in samples):
+            raise MedSoftError(f"{data}: expected healthy and diseased samples, found no {what} one to {why}")
+
+
+def check_test(test: Path, data: Path, samples: Sequence[Sample]) -> None:
+    """MedSoftError if the test set lacks a class, or has a patient of ``samples``: the classifiers would refuse it."""
+    tested, _ = load_samples(test)
+    check_classes(test, tested, "tell them from")
+    nameless = {sample.sample_id for sample in samples if sample.patient_id == sample.sample_id}
+    for sample in tested:
+        if sample.patient_id == sample.sample_id and sample.sample_id in nameless:
+            raise MedSoftError(
+                f"{test}: {sample.sample_id} has no patient_id, and neither has the sample of that name in {data}, so "
+                "nothing says whether they are of one patient; name the patients in meta.json"
+            )
+    groups = ((str(data), samples), (str(test), tested))
+    check_disjoint(Row(name, each.sample_id, each.patient_id, None) for name, group in groups for each in group)
 
 
 def command(*words: Any) -> str:
@@ -128,7 +205,8 @@ def step(name: str, makes: Path, *words: Any) -> str:
 def plan_text(facts: Facts) -> str:
     """Preparation, the four stages, drawing, evaluation and three classifiers."""
     work, start = facts.work, facts.work / "converted.ckpt"
-    train, val, test = (work / f"annotations_{part}.json" for part in ("train", "val", "test"))
+    annotations = work / "annotations.json"
+    train, val, test = facts.parts(annotations).values()
     made = {"stage1": start, "unet_only": start, "stage2_1": work / "merged.ckpt"}
     made["stage2_2"] = work / "stage2_1" / "last.ckpt"
     model = ["--config", facts.model]
@@ -142,9 +220,8 @@ def plan_text(facts: Facts) -> str:
     draw = ["dataset_infer.py", "--ckpt", work / "stage2_2" / "last.ckpt", *model, "--train_json", train]
     draw += ["--output_dir", work / "results", "--seed", 0, *facts.drawing]
     judge = ["tool/evaluate.py", test, work / "results", "--train_json", train, *model]
-    annotations = work / "annotations.json"
     steps = [
-        step("prepare", train, "ver_openImagesDatasets.py", "--root_dir", facts.data, "--output_file", annotations),
+        step("prepare", Path(train), *facts.prepare(annotations)),
         step("convert", start, "tool/model_convert.py", "--input_path", facts.ckpt, "--output_path", start, *model),
         *map(train_stage, STAGES[:2]),
         step("merge", work / "merged.ckpt", *merge),
@@ -172,7 +249,7 @@ def classifiers(facts: Facts) -> dict[str, dict[str, Any]]:
     values = read_json(shipped("configs/classifier/phantom.json"), "classifier configuration")
     values |= {"img_size": 64 if small else 224, "Batch_Size": BATCH, "EPOCHS": LOOKS, "steps": facts.steps}
     values |= {"dataset": facts.data.name, "lr": 1e-3 if small else 3e-4}
-    values |= {f"{part}_json": str(facts.work / f"annotations_{part}.json") for part in ("train", "val", "test")}
+    values |= {f"{part}_json": path for part, path in facts.parts(facts.work / "annotations.json").items()}
     arms: dict[str, dict[str, Any]] = {
         "real": {},
         "duplicated": {"use_synthetic": "duplicate_real", "ratio": float(RATIO)},
@@ -184,16 +261,13 @@ def classifiers(facts: Facts) -> dict[str, dict[str, Any]]:
 def study_text(facts: Facts) -> str:
     """Several splits by patient; repeating, pasting, drawing and both together."""
     work = facts.work / "study"
-    splits = [work / f"split_{seed}" for seed in range(SPLITS)]
+    splits = [work / f"split_{seed}" for seed in range(WORLDS)]
     worlds = {
-        split.name: {f"{part}_json": f"{split}_{part}.json" for part in ("train", "val", "test")} for split in splits
+        split.name: {f"{part}_json": path for part, path in facts.parts(split.with_suffix(".json")).items()}
+        for split in splits
     }
     prepare = "\n".join(
-        step(
-            split.name,
-            Path(f"{split}_train.json"),
-            *("ver_openImagesDatasets.py", "--root_dir", facts.data, "--output_file", f"{split}.json", "--seed", seed),
-        )
+        step(split.name, Path(f"{split}_train.json"), *facts.prepare(split.with_suffix(".json")), "--seed", seed)
         for seed, split in enumerate(splits)
     )
     drawing = shlex.join(["--seed", "0", *facts.drawing])
@@ -203,12 +277,14 @@ def study_text(facts: Facts) -> str:
         f"      - {json.dumps(stage if stage == 'merge' else facts.stage(stage))}"
         for stage in (*STAGES[:2], "merge", *STAGES[2:])
     )
+    shared = "most of them and the whole test set" if facts.test else "most of them"
     names = "\n".join(f"  {name}: {json.dumps(files, ensure_ascii=False)}" for name, files in worlds.items())
     return f"""# Do drawn lesions help here, and more than lesions that are pasted? Every key: docs/evaluation.md.
 #   python tool/study.py THIS_FILE
 # {facts.said}.
-# A world is one split of the same patients: the splits share most of them, so the intervals over worlds are narrower
-# than those over hospitals would be. Patients of another hospital as a world of their own say more.
+# A world is one split of the same patients: the splits share {shared}, so the intervals over worlds are
+# narrower than those over hospitals would be. Patients of another hospital as a world of their own say more.
+# Each split trains the four stages anew; one split for a first look: --worlds split_0
 name: {json.dumps(facts.data.name)}
 output_dir: {json.dumps(str(work))}
 steps:
@@ -244,7 +320,27 @@ def readme(facts: Facts, rejected: int) -> str:
     parts = [f"# {facts.data.name}", f"Written for {facts.said}. Everything here may be changed."]
     if rejected:
         parts.append(f"{rejected} samples could not be used; `prepare` lists them in `work/annotations_rejects.json`.")
-    if 0.1 * facts.diseased < FEW:
+    if facts.missing:
+        parts.append(
+            f"Not there yet, and needed first: {'; '.join(facts.missing)}. A trial without downloads: `{TRIAL}`."
+        )
+    if facts.nameless:
+        parts.append(
+            f"{facts.nameless} of these images have no `patient_id` and count as a patient each. If several are of one "
+            "patient, the test is too easy: name the patient in `meta.json`."
+        )
+    if facts.drawable < facts.healthy:
+        parts.append(
+            f"Only {facts.drawable} of the healthy images can be drawn on: the others have no `anatomy.png` and no "
+            "mask of their vertebra. The classifiers use them all the same."
+        )
+    if facts.framed < facts.diseased:
+        parts.append(
+            f"{facts.diseased - facts.framed} of the diseased images have no `anatomy.png`: the masks of their lesions "
+            "cannot be carried to healthy vertebrae, which get blobs instead. Kinds with a form of their own, "
+            "such as fractures, come out wrong then, drawn or pasted."
+        )
+    if facts.shares[1] * facts.diseased < FEW:
         parts.append(
             "Few diseased images are left to validate on, so that chance chooses the epoch. Add patients, or give "
             "`prepare` other `--fractions`."
@@ -259,11 +355,14 @@ def readme(facts: Facts, rejected: int) -> str:
     shell = "\n".join(commands)
     parts += [
         f"```sh\n{shell}\n```",
-        "1. The doctor says what is wrong with the samples.\n"
+        "1. The doctor says what is wrong with the samples, and writes `doctor_overlays.html`: look at it.\n"
         "2. `plan.yaml` trains the four stages, draws, compares real with drawn and trains three classifiers: on real "
-        "images, on real ones repeated, on real and drawn ones.\n"
-        f"3. `study.yaml` does so in {SPLITS} splits with three seeds, beside pasted lesions, and says what the "
-        "intervals support.",
+        "images, on real ones repeated, on real and drawn ones. Look at `work/results/report.html`, "
+        "`work/evaluation/report.html` and `work/classifier_*/report.html`.\n"
+        f"3. `study.yaml` does so in {WORLDS} splits with three seeds, beside pasted lesions, and says in "
+        f"`work/study/study.html` what the intervals support. It trains the four stages {WORLDS} times: about "
+        f"{WORLDS} times as long as the plan.",
+        f"The model is `{facts.model}`, which draws squares of {facts.side} x {facts.side} pixels.",
         f"The classifiers take {facts.steps} steps in every arm, {PASSES} passes over the largest set. If "
         "`metrics.json` says `converged: false`, raise `steps` in the three JSONs (then add `--from classifier_real "
         "--overwrite` to the plan's command) and in `study.yaml`.",

@@ -25,7 +25,7 @@ PARTS = {
 }
 
 
-def foreign(folder: Path, healthy: int, diseased: int) -> Path:
+def foreign(folder: Path, healthy: int, diseased: int, patient: str = "p") -> Path:
     """Flat columns of grey boxes on noise, JPEG; lesions are discs, lighter or darker, in two sizes of image."""
     rng = np.random.default_rng(1)
     for number in range(healthy + diseased):
@@ -45,7 +45,7 @@ def foreign(folder: Path, healthy: int, diseased: int) -> Path:
         (sample / "prompt.txt").write_text(f"a {'light' if number % 2 else 'dark'} spot" if ill else "healthy")
         box = (np.abs(columns - width / 2) < 18) & (rows // 30 == height // 30 // 2) & (rows % 30 > 4)
         Image.fromarray(np.uint8(box)).save(sample / "anatomy.png")
-        (sample / "meta.json").write_text(json.dumps({"patient_id": f"p{number}", "severity": "Grade II"}))
+        (sample / "meta.json").write_text(json.dumps({"patient_id": f"{patient}{number}", "severity": "Grade II"}))
     return folder
 
 
@@ -84,6 +84,56 @@ def test_a_recipe_for_foreign_data_can_be_followed(data: Path, tmp_path: Path, m
     metrics = json.loads((recipe / "work" / "classifier_real" / "metrics.json").read_text())
     assert 8 <= metrics["n_train_diseased"] <= 13  # of 16
     assert metrics["test"]["auc"]["value"] is not None
+
+
+def test_a_test_set_of_its_own_is_never_split(data: Path, tmp_path: Path) -> None:
+    test, recipe = foreign(tmp_path / "test", 2, 2, "t"), tmp_path / "recipe"
+    assert made(data, recipe, "--test", test) == 0
+    plan, design = load_plan(recipe / "plan.yaml"), load_design(recipe / "study.yaml")
+    for step in [*plan.steps, *design.steps, *(step for group in plan_groups(design) for step in group.plan.steps)]:
+        studies.check_command(step.run)
+    runs = {step.name: shlex.split(step.run) for step in [*plan.steps, *design.steps]}
+    for name in ("prepare", "split_0", "split_2"):
+        assert runs[name][runs[name].index("--fractions") + 1 :][:3] == ["0.8", "0.2", "0"]
+    assert runs["evaluate"][2] == str(test)
+    assert {world.test for world in design.worlds} == {str(test)}
+    assert json.loads((recipe / "classifier_augmented.json").read_text())["test_json"] == str(test)
+
+
+def test_a_test_set_that_shares_patients_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(MedSoftError, match=r"patient p0 is in the .*their data0 set and in the .*test set"):
+        made(data, tmp_path / "recipe", "--test", foreign(tmp_path / "test", 1, 1))
+    nameless = [foreign(tmp_path / name, 1, 1) for name in ("own", "theirs")]
+    for path in tmp_path.rglob("meta.json"):
+        path.unlink()
+    with pytest.raises(MedSoftError, match=r"theirs: case 0/slice has no patient_id, and neither has .*meta\.json"):
+        made(nameless[0], tmp_path / "recipe", "--test", nameless[1])
+
+
+def test_a_test_set_of_one_class_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(MedSoftError, match="test: expected healthy and diseased samples, found no healthy one to tell"):
+        made(data, tmp_path / "recipe", "--test", foreign(tmp_path / "test", 0, 1, "t"))
+
+
+def test_healthy_samples_that_cannot_be_drawn_on_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = foreign(tmp_path / "data", 2, 2)
+    (folder / "case 0" / "slice" / "anatomy.png").unlink()
+    (folder / "case 2" / "slice" / "anatomy.png").unlink()
+    (folder / "case 1" / "slice" / "meta.json").unlink()
+    meta = {"patient_id": "p3", "lesion_type": "dark spot"}
+    (folder / "case 3" / "slice" / "meta.json").write_text(json.dumps(meta))
+    assert made(folder, tmp_path / "recipe", "--ckpt", tmp_path / "gone.ckpt") == 0
+    said = (tmp_path / "recipe" / "README.md").read_text()
+    assert "Only 1 of the healthy images can be drawn on" in said
+    assert "1 of the diseased images have no `anatomy.png`: the masks of their lesions cannot" in said
+    assert "lesions: dark spot: 1, not named: 1." in said
+    assert "1 of these images have no `patient_id` and count as a patient each" in said
+    gone = f"{tmp_path / 'gone.ckpt'} (--ckpt)"
+    assert f"needed first: {gone}. A trial without downloads: `--model models/phantom.yaml --ckpt" in said
+    assert f"not there yet, and needed: {gone}" in capsys.readouterr().out
+    (folder / "case 1" / "slice" / "anatomy.png").unlink()
+    with pytest.raises(MedSoftError, match=r"data: no healthy sample has an anatomy\.png, or a mask\.png of its vert"):
+        made(folder, tmp_path / "other")
 
 
 def test_a_recipe_is_never_replaced(data: Path, tmp_path: Path) -> None:
