@@ -47,12 +47,22 @@ def main(args: argparse.Namespace) -> int:
     if not sets:
         raise UsageError("no data to look at: give --data, or --train_json and --val_json")
     from ldm.config import load_config
-    from ldm.training.doctor import check_everything, log_findings
+    from ldm.doctor.datasets import check_data, log_findings, look_at_data
+    from ldm.doctor.installation import check_installation, check_torchvision
 
     given = [f"biomedclip.path={args.biomedclip}"] if args.biomedclip else []
     config = load_config(args.config, [*given, *args.overrides]) if args.config else None
-    flags = args.ckpt, args.save_path, args.devices, args.workers, args.overlays
-    found = list(check_everything(sets, config, *flags))
+    looked, found = look_at_data(sets, args.workers, args.overlays)
+    found += check_data(sets, looked)
+    samples = {name: each.samples for name, each in looked.items() if not each.error}
+    del looked  # what was kept of each sample makes room for torch
+    machine = list(check_installation())
+    if config:
+        machine += check_torchvision()
+        from ldm.doctor.stage import check_stage
+
+        machine += check_stage(config, args.ckpt, samples, args.save_path, args.devices)
+    found = [*machine, *found]
     counts = log_findings(found)
     if args.output:
         write_json(args.output, [vars(finding) for finding in found])

@@ -13,7 +13,7 @@ from ldm.core.errors import MedSoftError
 from ldm.core.files import content_id, named_seed
 from ldm.core.threads import thread_pool
 from ldm.data.crop import CropWindow, Fit
-from ldm.data.images import header_shapes, intensity_range_of, read_image, read_labels, to_unit
+from ldm.data.images import header_shapes, intensity_range_of, read_image, to_unit
 from ldm.data.masks import (
     DIAMETERS,
     TARGET_LABEL,
@@ -27,6 +27,7 @@ from ldm.data.masks import (
     region_for,
     soft_mask_for,
 )
+from ldm.data.regions import inpainting_obstacle
 from ldm.data.samples import META_TEXTS, Sample
 
 
@@ -76,34 +77,6 @@ def digests_of(samples: Iterable[Sample]) -> dict[Path | None, str]:
     with thread_pool() as pool:
         found = zip(paths, pool.map(content_id, paths), strict=True)
         return {path: digest for path, digest in found if digest is not None}
-
-
-def inpainting_obstacle(sample: Sample, marked: bool | None = None) -> str | None:
-    """Why this sample cannot be inpainted, or None if it can.
-
-    Of a healthy one without a box the label map and the mask are read, and must mark something: a black mask is sound,
-    but says of no place where a lesion may be. A file that cannot be read is no obstacle here; whoever uses it says so.
-    ``marked``: whether they do, where that is known already.
-    """
-    if not sample.healthy:
-        return None if sample.mask else "a diseased sample without a mask"
-    if any(sample.box):
-        return None
-    if _marks(sample) if marked is None else marked:
-        return None
-    files = " and ".join(path.name for path in (sample.anatomy, sample.mask) if path)
-    reason = f"nothing is marked in {files}" if files else "neither anatomy.png nor a mask nor a box says where it is"
-    return f"healthy, and its vertebra is not known: {reason}"
-
-
-def _marks(sample: Sample) -> bool:
-    """Whether the label map or the mask marks something, or cannot be read."""
-    try:
-        if sample.anatomy and (read_labels(sample.anatomy) == TARGET_LABEL).any():
-            return True
-        return sample.mask is not None and not read_mask(sample.mask).empty
-    except MedSoftError:
-        return True
 
 
 def scale_obstacle(sample: Sample, data: DataConfig) -> str | None:

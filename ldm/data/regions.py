@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from ldm.core.errors import FileError
-from ldm.data.images import ImageFile, ImageSource, intensity_range_of, open_image
+from ldm.core.errors import FileError, MedSoftError
+from ldm.data.images import ImageFile, ImageSource, intensity_range_of, open_image, read_labels
 from ldm.data.masks import (
     MOSTLY,
     TARGET_LABEL,
@@ -22,6 +22,7 @@ from ldm.data.masks import (
     read_soft_mask,
     stray_parts,
 )
+from ldm.data.samples import Sample
 
 STEMS = ("image", "mask", "soft_mask", "anatomy")  # of a sample folder's image files
 FAINT = 0.1  # of the intensity range
@@ -200,3 +201,31 @@ def _spread(image: np.ndarray) -> float:
     places = (image.size - 1) * np.array([0.005, 0.995])
     low, high = (np.searchsorted(counts, places.astype(int) + more, side="right") for more in (0, 1))
     return float(np.subtract(*(low + (high - low) * (places % 1))[::-1]))
+
+
+def inpainting_obstacle(sample: Sample, marked: bool | None = None) -> str | None:
+    """Why this sample cannot be inpainted, or None if it can.
+
+    Of a healthy one without a box the label map and the mask are read, and must mark something: a black mask is sound,
+    but says of no place where a lesion may be. A file that cannot be read is no obstacle here; whoever uses it says so.
+    ``marked``: whether they do, where that is known already.
+    """
+    if not sample.healthy:
+        return None if sample.mask else "a diseased sample without a mask"
+    if any(sample.box):
+        return None
+    if _marks(sample) if marked is None else marked:
+        return None
+    files = " and ".join(path.name for path in (sample.anatomy, sample.mask) if path)
+    reason = f"nothing is marked in {files}" if files else "neither anatomy.png nor a mask nor a box says where it is"
+    return f"healthy, and its vertebra is not known: {reason}"
+
+
+def _marks(sample: Sample) -> bool:
+    """Whether the label map or the mask marks something, or cannot be read."""
+    try:
+        if sample.anatomy and (read_labels(sample.anatomy) == TARGET_LABEL).any():
+            return True
+        return sample.mask is not None and not read_mask(sample.mask).empty
+    except MedSoftError:
+        return True

@@ -10,7 +10,8 @@ from ldm.config import DataConfig
 from ldm.core.files import fingerprint, named_seed
 from ldm.core.schema import identity
 from ldm.core.threads import thread_pool
-from ldm.data.preparation import distinct_crops, inpainting_obstacle
+from ldm.data.preparation import distinct_crops
+from ldm.data.regions import inpainting_obstacle
 from ldm.data.samples import Reject, Sample
 from ldm.networks.msc import ControllerInputs
 

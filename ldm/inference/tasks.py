@@ -16,7 +16,8 @@ from ldm.core.threads import thread_pool
 from ldm.data.annotations import load_samples
 from ldm.data.checks import TRAINED_ON
 from ldm.data.folders import is_marked, parent_image, read_meta, read_sample
-from ldm.data.preparation import described_identity, inpainting_obstacle
+from ldm.data.preparation import described_identity
+from ldm.data.regions import inpainting_obstacle
 from ldm.data.samples import META_TEXTS, Reject, Sample, is_number, probably_healthy, wrong_value
 from ldm.diffusion.noise import NOISE
 from ldm.inference.options import MASKS, InferenceOptions

@@ -20,7 +20,8 @@ from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_json
 from ldm.data.annotations import load_samples
 from ldm.data.checks import real_ones
-from ldm.data.preparation import PreparedSample, inpainting_obstacle, prepare, whole_pictures
+from ldm.data.preparation import PreparedSample, prepare, whole_pictures
+from ldm.data.regions import inpainting_obstacle
 from ldm.data.samples import Sample
 from ldm.diffusion.noise import named_generator, normal
 from ldm.diffusion.schedule import loss_inside

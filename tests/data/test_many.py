@@ -22,7 +22,7 @@ import ver_openImagesDatasets as prepare
 from ldm.core import threads
 from ldm.data.annotations import load_samples
 from ldm.data.png import encode_png
-from ldm.training.doctor import check_data, look_at_data
+from ldm.doctor.datasets import check_data, look_at_data
 
 Write = Callable[..., Path]
 ROOT = Path(prepare.__file__).parent

@@ -1,24 +1,20 @@
-"""What tool/doctor.py looks at before a training: every file of the data, the splits, the checkpoint, the installation,
-disk and memory. Each check yields Findings; nothing is trained, and only the page of overlays is written."""
+"""Data sets looked at before a training: every file, the splits, prompts, privacy. No torch.
+
+Each check yields Findings; only the page of overlays is written.
+"""
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.torch_version import TorchVersion
 from tqdm import tqdm
 
-from ldm.checkpoints.checkpoint import read_checkpoint
-from ldm.checkpoints.fitting import check_finite, check_preparation
-from ldm.config import Config
-from ldm.core.devices import resolve_precision
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_text
 from ldm.data.annotations import none_usable, read_samples
@@ -27,7 +23,6 @@ from ldm.data.checks import (
     check_classes,
     check_unseen,
     doubtful_texts,
-    groups_of,
     groups_of_samples,
     leaks,
     looks_personal,
@@ -36,30 +31,20 @@ from ldm.data.checks import (
     separations,
     similar_prompts,
 )
-from ldm.data.preparation import inpainting_obstacle, scale_obstacle
+from ldm.data.regions import inpainting_obstacle
 from ldm.data.samples import Reject, Sample, prompt_of, shown
-from ldm.features.names import item_counts, training_items
+from ldm.doctor.samples import DatasetInspection, Finding, inspected_folder, inspected_samples
 from ldm.inference.prompts import contradiction, image_facts
-from ldm.networks.model import MedSoftModel
-from ldm.networks.opening import open_encoder, open_model
-from ldm.reports.inspection import DatasetInspection, Finding, inspected_folder, inspected_samples
 from ldm.reports.overlays import OverlayPage
-from ldm.training.estimates import check_disk, check_memory
-from ldm.training.stage import training_groups
 
 log = logging.getLogger(__name__)
 
 ODD_PROMPT = "\ufffd"  # what is left of a character in another encoding
 LONG_PROMPT = 300  # characters; the text encoder reads 75 tokens
-FLOORS = {
-    "torch": ("2.10", "a fault in safe loading"),
-    "pytorch-lightning": ("2.6.6", "a security hole in loading checkpoints"),
-}
-
 LEVELS = {"error": "errors", "sample": "samples that cannot be used", "warning": "warnings"}
 HELD_OUT = {"val", "test"}
 SHOWN = 20  # findings of one level
-SHOWN_FAULTY = 1000  # samples with a fault on the page of overlays, beside those that are there anyway
+SHOWN_FAULTY = 300  # samples with a fault on the page of overlays, beside those that are there anyway
 
 
 @dataclass
@@ -70,31 +55,7 @@ class InspectedSet:
     rejects: list[Reject] = field(default_factory=list)
     looks: list[DatasetInspection] = field(default_factory=list)
     error: str | None = None  # why there is none
-
-
-def check_everything(
-    sets: dict[str, Path],
-    config: Config | None,
-    ckpt: Path | None,
-    save_path: Path,
-    devices: int,
-    workers: int | None,
-    overlays: Path | None = None,
-) -> Iterator[Finding]:
-    """All checks of data sets (name -> dataset folder or annotation file), and of what ``config`` shall train on them.
-
-    Every file is decoded once. ``overlays``: the page to write of samples with their outlines.
-    """
-    found, data = look_at_data(sets, workers, overlays)
-    yield from check_installation()
-    if config:
-        misfits = list(check_checkpoint(config, ckpt, found))
-        yield from misfits
-        if config.training.stage and not misfits:
-            trained = [each.samples for name, each in found.items() if name != "test"]
-            yield from check_disk_and_memory(config, trained, save_path, devices)
-    yield from data
-    yield from check_data(sets, found)
+    listed: bool = True  # by an annotation file, whose prompts may be older than the samples' own
 
 
 def log_findings(found: Sequence[Finding]) -> Counter[str]:
@@ -107,9 +68,6 @@ def log_findings(found: Sequence[Finding]) -> Counter[str]:
             log.info("... %d more %s", counts[level] - SHOWN, words)
     log.info("%s", ", ".join(f"{counts[level]} {words}" for level, words in LEVELS.items()))
     return counts
-
-
-# ------------------------------------------------------------------------------------------------------- data
 
 
 def look_at_data(
@@ -127,7 +85,7 @@ def look_at_data(
 
 
 def _look_at(name: str, path: Path, workers: int | None, page: "Pictures | None") -> InspectedSet:
-    found = InspectedSet()
+    found, known = InspectedSet(listed=not path.is_dir()), dict[Any, Any]()
     try:
         if path.is_dir():
             pairs: Iterable[tuple[Any, Any]] = inspected_folder(path, workers, page is not None)
@@ -141,7 +99,7 @@ def _look_at(name: str, path: Path, workers: int | None, page: "Pictures | None"
                 found.rejects.append(sample)
                 continue
             found.samples.append(sample)
-            found.looks.append(replace(seen, tile=None))
+            found.looks.append(_slim(sample, seen, known))
             if page:
                 page.add(sample, seen)
         found.rejects.sort(key=lambda reject: (reject.sample_id, str(reject.file)))
@@ -150,6 +108,13 @@ def _look_at(name: str, path: Path, workers: int | None, page: "Pictures | None"
     except MedSoftError as error:
         return InspectedSet(error=str(error))
     return found
+
+
+def _slim(sample: Sample, seen: DatasetInspection, known: dict[Any, Any]) -> DatasetInspection:
+    """What is kept of a look at ``sample``: no tile, and what other samples have too only once, in ``known``."""
+    attributes = known.setdefault(tuple(seen.attributes.items()), seen.attributes)
+    shape = known.setdefault(seen.shape, seen.shape)
+    return replace(seen, sample_id=sample.sample_id, attributes=attributes, shape=shape, tile=None)
 
 
 class Pictures:
@@ -203,8 +168,12 @@ def check_data(sets: Mapping[str, Path], found: Mapping[str, InspectedSet]) -> I
     yield from (Finding("error", " and ".join(sets), leak) for leak in leaks(rows))
     yield from (Finding("warning", " and ".join(sets), leak) for leak in near_leaks(rows))
     if "train" in loaded:
-        yield from _seen(loaded, groups_of_samples("train", loaded["train"]), sets["train"])
-    yield from check_prompts(everyone)
+        yield from seen_before(loaded, groups_of_samples("train", loaded["train"]), sets["train"])
+    for name, samples in loaded.items():
+        yield from check_prompts(samples, found[name].listed)
+    for group in similar_prompts(everyone):
+        some = " | ".join(map(repr, group[:4]))
+        yield Finding("warning", "prompts", f"nearly the same, learned as different ones: {some}")
     yield from check_privacy(everyone)
 
 
@@ -273,8 +242,11 @@ def check_privacy(samples: list[Sample]) -> Iterator[Finding]:
         yield Finding("warning", "privacy", text)
 
 
-def check_prompts(samples: list[Sample]) -> Iterator[Finding]:
-    """Empty, badly encoded, long and nearly equal prompts, and those that contradict their meta.json."""
+def check_prompts(samples: list[Sample], listed: bool) -> Iterator[Finding]:
+    """Empty, badly encoded and long prompts, and those that contradict their meta.json.
+
+    ``listed``: they come from an annotation file; other ones than in the samples' ``prompt.txt`` are named.
+    """
     for sample in samples:
         file = sample.image.parent / "prompt.txt"
         if wrong := contradiction(sample.prompt, image_facts(sample)):
@@ -286,105 +258,18 @@ def check_prompts(samples: list[Sample]) -> Iterator[Finding]:
         if len(sample.prompt) > LONG_PROMPT:
             text = f"{len(sample.prompt)} characters: the text encoder reads 75 tokens only"
             yield Finding("warning", str(file), text)
-        if file.is_file():
+        if listed and os.path.isfile(file):
             try:
                 if prompt_of(read_text(file)) != sample.prompt:
                     yield Finding("warning", str(file), "is not what the annotation file says; prepare the data again")
             except MedSoftError as error:
                 yield Finding("warning", str(file), error.cause(file))
-    for group in similar_prompts(samples):
-        some = " | ".join(map(repr, group[:4]))
-        yield Finding("warning", "prompts", f"nearly the same, learned as different ones: {some}")
 
 
-# ------------------------------------------------------------------------------------------------------- machine
-
-
-def check_installation() -> Iterator[Finding]:
-    """torch and torchvision that do not fit each other, releases with known faults."""
-    versions: dict[str, str] = {}
-    for package in ("torch", "torchvision", "pytorch-lightning", "open_clip_torch", "transformers"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            yield Finding("error", package, "is not installed: python -m pip install -r requirements.txt")
-    yield from check_versions(versions)
-    try:
-        import torchvision.ops  # here: where it is broken, that is a finding
-
-        torchvision.ops.nms  # noqa: B018 (missing where the builds do not fit)
-    except Exception as error:  # whatever a broken installation raises
-        yield Finding("error", "torchvision", f"cannot be used with this torch ({error}); install both in one command")
-
-
-def check_versions(versions: dict[str, str]) -> Iterator[Finding]:
-    """Findings about the installed ``versions`` (package -> version, such as 2.14.1+cu130)."""
-    for package, (floor, why) in FLOORS.items():
-        if package in versions and TorchVersion(versions[package]) < floor:
-            yield Finding("error", package, f"{versions[package]}: releases before {floor} have {why}; update")
-    ours, vision = versions.get("torch", ""), versions.get("torchvision", "")
-    if len({text.partition("+")[2] for text in (ours, vision) if "+" in text}) > 1:
-        yield Finding("error", "torchvision", f"built for {vision}, torch for {ours}; install both together")
-
-
-def check_checkpoint(config: Config, ckpt: Path | None, sets: Mapping[str, InspectedSet]) -> Iterator[Finding]:
-    """Whether the checkpoint and the BiomedCLIP folder fit the configuration, and held-out ``sets`` the checkpoint."""
-    try:
-        with torch.device("meta"):
-            net = MedSoftModel(config.architecture, config.training.builds)
-        if config.training.stage:
-            training_groups(net, config.training)
-        source = read_checkpoint(ckpt) if ckpt else None
-        if source:
-            check_finite(source.state, source.path)
-            check_preparation(source, config)
-        if source and config.training.builds:
-            open_model(config, source, config.training.builds)
-        elif config.training.builds:
-            open_encoder(config.biomedclip)
-    except MedSoftError as error:
-        yield Finding("error", str(ckpt or config.biomedclip.path), str(error))
-        return
-    if not source:
-        return
-    held_out = {name: each.samples for name, each in sets.items() if not each.error}
-    try:
-        groups = groups_of(source.metadata, source.path)
-    except MedSoftError as error:
-        yield Finding("error", str(ckpt), str(error))
-    else:
-        yield from _seen(held_out, groups, source.path)
-
-
-def _seen(sets: Mapping[str, list[Sample]], groups: Sequence[dict[str, Any]], source: Path) -> Iterator[Finding]:
+def seen_before(sets: Mapping[str, list[Sample]], groups: Sequence[dict[str, Any]], source: Path) -> Iterator[Finding]:
     """The held-out ones of the ``sets`` that meet the patients behind ``source``, which ``groups`` describe."""
     for name in sorted(HELD_OUT & set(sets)):
         try:
             check_unseen(name, sets[name], groups, source)
         except MedSoftError as error:
             yield Finding("error", name, str(error))
-
-
-def check_disk_and_memory(
-    config: Config, sets: Sequence[list[Sample]], save_path: Path, devices: int
-) -> Iterator[Finding]:
-    """Items that the stage has, samples that lack a scale, free disk and memory against what the stage will take."""
-    items, training = [], config.training
-    for samples in sets:
-        obstacles = [scale_obstacle(sample, config.data) for sample in samples]
-        yield from (Finding("sample", str(s.image), why) for s, why in zip(samples, obstacles, strict=True) if why)
-        scaled = [sample for sample, why in zip(samples, obstacles, strict=True) if not why]
-        items += training_items(scaled, config.data)[0]
-    log.info("to learn from and to validate on: %s", item_counts(items))
-    try:
-        if lack := check_disk(save_path, config.architecture, training, items):
-            yield Finding("warning", str(save_path), lack)
-    except MedSoftError as error:
-        yield Finding("error", str(save_path), str(error))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    half = resolve_precision(training.precision) == "bf16-mixed"
-    try:
-        if lack := check_memory(config.architecture, training, devices, device, half):
-            yield Finding("warning", device.type, lack)
-    except MedSoftError as error:
-        yield Finding("error", device.type, str(error))
