@@ -1,15 +1,14 @@
 """What makes the tests quicker, here and in the children of tests/children.py, and changes no result.
 
-What the commands compute from sizes alone is computed once in a run of the tests, for all its processes: the estimate
-of a training's memory and the shapes of the networks' tensors, which most commands ask for. Tests of these functions
-themselves call the plain ones. And nothing waits for the disk: a killed process loses nothing that the system has.
+The estimate of a training's memory, which follows from sizes alone, is computed once in a run of the tests, for all
+its processes. Tests of the estimate itself call the plain function. And nothing waits for the disk: a killed process
+loses nothing that the system has.
 """
 
 import functools
 import hashlib
 import os
 import pickle
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -47,12 +46,8 @@ def _memory_key(architecture: Any, training: Any, *rest: Any, **named: Any) -> s
     return repr((architecture, alike, rest, sorted(named.items())))
 
 
-def _shapes_key(architecture: Any, *parts: Any, **named: Any) -> str:
-    return repr((architecture, [list(each) for each in parts], sorted(named.items())))
-
-
-def _once(plain: Callable[..., Any], key_of: Callable[..., str], folder: Path) -> Callable[..., Any]:
-    """``plain`` with results that are kept, pickled, in the folder: one for each answer of ``key_of``."""
+def _once(plain: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """``plain`` with results that are kept, pickled, in the folder: one for each key."""
     from ldm.networks import model
 
     kept: dict[str, bytes] = {}
@@ -60,7 +55,7 @@ def _once(plain: Callable[..., Any], key_of: Callable[..., str], folder: Path) -
     @functools.wraps(plain)
     def once(*given: Any, **named: Any) -> Any:
         parts = [value for value in vars(model).values() if isinstance(value, type)]  # a test may put in another one
-        key = hashlib.sha256(f"{plain.__name__} {parts} {key_of(*given, **named)}".encode()).hexdigest()
+        key = hashlib.sha256(f"{parts} {_memory_key(*given, **named)}".encode()).hexdigest()
         file = folder / key
         if key not in kept and not file.exists():
             written = file.with_suffix(f".{os.getpid()}")
@@ -78,13 +73,8 @@ def _fsync(descriptor: int) -> None:
 
 
 def install(folder: Path) -> None:
-    """The package's modules call the functions that compute once; ``folder`` is shared by the run's processes."""
-    from ldm.networks import model
+    """The package computes the estimate once; ``folder`` is shared by the run's processes."""
     from ldm.training import estimates
 
-    for plain, key_of in ((estimates.stage_memory, _memory_key), (model.skeleton, _shapes_key)):
-        once = _once(plain, key_of, folder)
-        for name, module in list(sys.modules.items()):
-            if name.startswith("ldm.") and vars(module).get(plain.__name__) is plain:
-                setattr(module, plain.__name__, once)
+    estimates.stage_memory = _once(estimates.stage_memory, folder)
     os.fsync = _fsync

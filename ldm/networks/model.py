@@ -127,6 +127,16 @@ class MedSoftModel(nn.Module):
 
 
 def skeleton(architecture: Architecture, parts: Collection[str] = PREFIXES) -> dict[str, Tensor]:
-    """Every key and shape of ``parts``, as tensors without memory (on the meta device)."""
-    with torch.device("meta"):
-        return MedSoftModel(architecture, parts).state_dict()
+    """Every key and shape of ``parts``, as tensors without memory (on the meta device).
+
+    A command asks for the same ones several times: they are built once in a process, for each class put in as a part.
+    """
+    classes = UNet, Autoencoder, TextEncoder, MedicalSemanticController
+    key = (*classes, repr(architecture), *(part for part in PREFIXES if part in parts))
+    if key not in _SKELETONS:
+        with torch.device("meta"):
+            _SKELETONS[key] = MedSoftModel(architecture, parts).state_dict()
+    return dict(_SKELETONS[key])
+
+
+_SKELETONS: dict[tuple[object, ...], dict[str, Tensor]] = {}
