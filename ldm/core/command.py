@@ -21,6 +21,7 @@ SCRIPTS = {
     "evaluate": "tool/evaluate.py",
     "choose": "tool/choose_results.py",
     "judge": "tool/judge_results.py",
+    "readers": "tool/reader_study.py",
     "study": "tool/study.py",
     "figures": "tool/study_figures.py",
     "run": "tool/run_stages.py",

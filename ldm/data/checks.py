@@ -357,31 +357,36 @@ def sample_attributes(sample: Sample, pixels: np.ndarray) -> dict[str, float | s
     return found
 
 
-def separations(samples: Sequence[Sample], attributes: Sequence[Mapping[str, float | str]]) -> list[Separation]:
+def separations(
+    samples: Sequence[Sample],
+    attributes: Sequence[Mapping[str, float | str]],
+    first: Sequence[bool] | None = None,
+    names: tuple[str, str] = ("healthy", "diseased"),
+) -> list[Separation]:
     """Every attribute of ``sample_attributes`` that is not the same for all, the one that separates most first.
 
-    A patient counts once for each class and value. Numbers of many values are cut into VALUES groups of equal size, and
+    ``first``: whether each sample is of the first of the two classes ``names``; by default the healthy ones are. A
+    patient counts once for each class and value. Numbers of many values are cut into VALUES groups of equal size, and
     texts that occur once are one group. Empty unless there are two samples of each class.
     """
     found = []
+    of_first = [sample.healthy for sample in samples] if first is None else first
     for name in dict.fromkeys(name for each in attributes for name in each):
         values = [each.get(name, UNKNOWN) for each in attributes]
         known = [place for place, value in enumerate(values) if name != "level" or value != UNKNOWN]
         groups = _value_groups([values[place] for place in known])
-        rows = {
-            (samples[place].patient_id, samples[place].healthy, group)
-            for place, group in zip(known, groups, strict=True)
-        }
-        diseased = np.array([not healthy for _, healthy, _ in sorted(rows)])
+        rows = {(samples[place].patient_id, of_first[place], group) for place, group in zip(known, groups, strict=True)}
+        second = np.array([not each for _, each, _ in sorted(rows)])
         codes = np.array([group for _, _, group in sorted(rows)])
-        if len(set(groups)) < 2 or min(diseased.sum(), (~diseased).sum()) < 2:
+        if len(set(groups)) < 2 or min(second.sum(), (~second).sum()) < 2:
             continue
         rng = np.random.default_rng(0)
-        dealt = np.stack([diseased, *(rng.permutation(diseased) for _ in range(PERMUTATIONS))])
+        dealt = np.stack([second, *(rng.permutation(second) for _ in range(PERMUTATIONS))])
         aucs = _group_aucs(dealt, codes)
         p_value = float((1 + (aucs[1:] >= aucs[0] - 1e-9).sum()) / (1 + PERMUTATIONS))
-        usual = [_usual([values[p] for p in known if samples[p].healthy == healthy]) for healthy in (True, False)]
-        found.append(Separation(name, float(aucs[0]), p_value, f"healthy: {usual[0]}, diseased: {usual[1]}"))
+        usual = [_usual([values[p] for p in known if of_first[p] == each]) for each in (True, False)]
+        told = ", ".join(f"{who}: {what}" for who, what in zip(names, usual, strict=True))
+        found.append(Separation(name, float(aucs[0]), p_value, told))
     return sorted(found, key=lambda each: (-each.auc, each.attribute))
 
 

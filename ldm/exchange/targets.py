@@ -30,6 +30,7 @@ LEAST = 4  # pixels of a lesion in a slice
 DISEASED = "has a lesion: its slices without it are not taken for healthy"
 REACHED = "a lesion of another vertebra reaches into it: it is not taken for healthy"
 BESIDE_IT = "a lesion that was refused lies in it or beside it: it is not taken for healthy"
+SECOND_LESION = "another lesion is seen in this slice"  # how the note of such a sample begins
 
 
 _Box = tuple[slice, ...]
@@ -338,7 +339,7 @@ class _Case:
             notes.append("the lesion does not meet the vertebra's body in this slice")
         for other in (*ill, *self.refused):
             if other is not focus and self._area(other, position):
-                notes.append(f"another lesion is seen in this slice: {other.name}")
+                notes.append(f"{SECOND_LESION}: {other.name}")
         name, _, letter = focus.name.partition("_")
         unique = "_".join(filter(None, (name, f"{position:03d}", letter)))
         return Cut(image, anatomy, lesion, focus.level, focus.lesion, unique, tuple(dict.fromkeys(notes)))

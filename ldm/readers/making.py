@@ -1,0 +1,228 @@
+"""A reader study as one static folder, and the key to it beside that folder.
+
+``for_readers/index.html`` with ``for_readers/pictures/`` opens from disk or from any web server and asks no other host
+for anything. Names are random, files are written in their order, and nothing in the folder says what is drawn.
+``key.json`` does: it stays with whoever runs the study.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.core.errors import MedSoftError
+from ldm.core.files import atomic_folder, content_id, fingerprint, named_seed, write_json, write_text
+from ldm.core.run_folder import RunFolder
+from ldm.data.annotations import write_rejects
+from ldm.data.checks import separations
+from ldm.data.samples import META_TEXTS, Sample
+from ldm.readers.cases import (
+    Candidates,
+    Pair,
+    choose_shown,
+    matched_keys,
+    read_candidates,
+    seen_in_training,
+    strata_counts,
+    value_of,
+)
+from ldm.readers.options import MakeOptions
+from ldm.readers.pictures import as_script, crop_of
+from ldm.readers.sizes import half_width, what_it_needs
+from ldm.reports.html import write_page
+
+log = logging.getLogger("reader_study")
+
+REPEATS = 0.1  # of the items are shown a second time
+FEW = 20  # pairs; fewer say next to nothing
+USUAL_WIDTH = 0.1  # what the notes speak of where no half width is asked for
+FOLDER, KEY = "for_readers", "key.json"
+REAL, DRAWN = "real", "drawn"
+
+
+def make_study(options: MakeOptions) -> bool:
+    """Write the study; whether every sample could be read. Raises MedSoftError or UsageError, before it writes."""
+    folder = RunFolder(options.output_dir, "make.json", what="a study", own=(FOLDER, KEY, "rejects.json"))
+    with folder.lock():
+        made = read_candidates(options.paths, options.real)
+        settings: dict[str, Any] = {
+            name: fingerprint([_identity(sample) for sample in samples])
+            for name, samples in ((REAL, made.real), (DRAWN, made.drawn))
+        }
+        names = ("design", "cases", "match", "crop", "readers", "half_width", "seed")
+        settings |= {name: getattr(options, name) for name in names}
+        record = folder.open(settings, options.overwrite, anew=options.overwrite)
+        if record and record["complete"]:
+            log.info("%s: already complete", options.output_dir)
+            return not record["rejected"]
+        keys = matched_keys(made, options.match or [])
+        pairs, side = choose_shown(made, keys, options.cases, options.seed, options.crop)
+        _check_number(options, len(pairs))
+        notes = doubts(made, pairs, keys, options)
+        deep = all(made.looks[sample.image].deep for pair in pairs for sample in pair)
+        pictures, items = _layout(pairs, keys, options.design, options.seed)
+        study = fingerprint([items, [_identity(sample) for pair in pairs for sample in pair], side])[:12]
+        folder.claim()
+        _write_folder(options.output_dir / FOLDER, study, options.design, pictures, items, side, deep)
+        about = {name: _about(kind, sample) for name, (kind, sample) in pictures.items()}
+        counts = {"pairs": len(pairs), "strata": strata_counts(pairs, keys), "side": side, "bits": 16 if deep else 8}
+        left_out = [{"sample_id": each.sample.sample_id, "why": each.why} for each in made.left_out]
+        key = {"study": study, "design": options.design, "matched": keys, **counts, "notes": notes}
+        write_json(options.output_dir / KEY, key | {"pictures": about, "items": items, "left_out": left_out})
+        write_rejects(options.output_dir / "rejects.json", made.rejects)
+        folder.finish(study=study, **counts, notes=notes, left_out=len(left_out), rejected=len(made.rejects))
+    _log_summary(options, len(pairs), len(items), made, notes)
+    return not made.rejects
+
+
+def _identity(sample: Sample) -> list[Any]:
+    """All of a sample that decides what is shown and what the key says."""
+    texts = [getattr(sample, name) for name in META_TEXTS]
+    return [sample.sample_id, sample.prompt, texts, sample.meta, content_id(sample.image), content_id(sample.mask)]
+
+
+def _check_number(options: MakeOptions, pairs: int) -> None:
+    """MedSoftError where there are too few pairs for what is asked."""
+    if options.cases and pairs < options.cases:
+        raise MedSoftError(
+            f"--cases {options.cases}: only {pairs} real and {pairs} drawn samples can be matched; draw more, give "
+            f"more --real samples, match fewer keys, or ask for --cases {pairs}"
+        )
+    expected = half_width(options.readers, pairs, options.design)
+    if options.half_width and expected > options.half_width:
+        needs = what_it_needs(options.half_width, options.readers, pairs, options.design)
+        raise MedSoftError(
+            f"--half_width {options.half_width:g}: {options.readers} readers and {pairs} drawn pictures beside as many "
+            f"real ones are expected to give plus or minus {expected:.2f}; {needs}"
+        )
+
+
+def doubts(made: Candidates, pairs: Sequence[Pair], keys: Sequence[str], options: MakeOptions) -> list[str]:
+    """What whoever reads the study's numbers should know of its pictures, in sentences."""
+    samples = [sample for pair in pairs for sample in pair]
+    looks = [made.looks[sample.image] for sample in samples]
+    first = [place % 2 == 0 for place in range(len(samples))]
+    notes = []
+    if len(pairs) < FEW:
+        notes.append(f"{len(pairs)} pictures of each kind are few: every number will have a wide interval.")
+    expected = half_width(options.readers, len(pairs), options.design)
+    needs = what_it_needs(options.half_width or USUAL_WIDTH, options.readers, len(pairs), options.design)
+    notes.append(
+        f"With {options.readers} readers the interval is expected to be plus or minus {expected:.2f}; {needs}."
+    )
+    for each in separations(samples, [look.attributes for look in looks], first, (REAL, DRAWN)):
+        if each.suspicious:
+            notes.append(
+                f"{each.attribute} alone tells drawn from real pictures (AUC {each.auc:.2f}; {each.values}): readers "
+                f"may see that and not the lesion. Give --match {each.attribute} if meta.json has it, or other samples."
+            )
+    shown = Counter(sample.patient_id for sample in samples)
+    if again := sum(count > 1 for count in shown.values()):
+        notes.append(f"{again} patients are shown more than once; their pictures are resampled together.")
+    if unnamed := sum(sample.patient_id in (sample.sample_id, sample.parent_id) for sample in samples):
+        notes.append(f"{unnamed} samples name no patient of their own: each counts as one patient.")
+    lossy = [sum(look.lossy for look in looks[place::2]) for place in (0, 1)]
+    if any(lossy):
+        notes.append(
+            f"{lossy[0]} real and {lossy[1]} drawn images are JPEG: blocks inside real lesions, none inside drawn ones."
+        )
+    if len({look.deep for look in looks}) > 1:
+        notes.append("Some images have 8 bits and others 16: all are shown with 8.")
+    if met := seen_in_training(pairs):
+        notes.append(
+            f"{met} of {len(pairs)} real pictures are of patients that the generator learned from: a copied lesion "
+            "would be shown beside its source (copies.json of tool/evaluate.py lists copies)."
+        )
+    return notes
+
+
+def _layout(
+    pairs: Sequence[Pair], keys: Sequence[str], design: str, seed: int
+) -> tuple[dict[str, tuple[str, Sample]], dict[str, dict[str, Any]]]:
+    """Every picture and every item under a random name.
+
+    Pictures: name -> (real or drawn, sample). Items: name -> its pictures from left to right, what it is matched by,
+    ``repeat_of`` (another item's name, or None). A tenth of the items is shown again; a repeated pair changes sides.
+    """
+    rng = np.random.default_rng(named_seed(seed, "names of a reader study", *(pair[1].sample_id for pair in pairs)))
+    pictures: dict[str, tuple[str, Sample]] = {}
+    items: dict[str, dict[str, Any]] = {}
+
+    def add(shown: Sequence[tuple[str, Sample]], repeat_of: str | None = None) -> None:
+        names = [rng.bytes(6).hex() for _ in shown]
+        pictures.update(zip(names, shown, strict=True))
+        name = names[0] if design == "single" else rng.bytes(6).hex()
+        stratum = {key: value_of(shown[0][1], key) for key in keys}
+        items[name] = {"pictures": names, "matched": stratum, "repeat_of": repeat_of}
+
+    if design == "single":
+        for real, drawn in pairs:
+            add([(REAL, real)])
+            add([(DRAWN, drawn)])
+    else:
+        left = rng.permutation(len(pairs)) % 2 == 0
+        for (real, drawn), swapped in zip(pairs, left, strict=True):
+            both = [(REAL, real), (DRAWN, drawn)]
+            add(both[::-1] if swapped else both)
+    repeated = list(items)
+    count = max(1, round(REPEATS * len(repeated)))
+    if design == "single":  # as many real as drawn ones, or one more
+        kinds = [[name for name in repeated if pictures[name][0] == kind] for kind in (REAL, DRAWN)]
+        shuffled = [list(rng.permutation(names)) for names in kinds]
+        chosen = [name for both in zip(*shuffled, strict=True) for name in both][:count]
+    else:
+        chosen = list(rng.permutation(repeated))[:count]
+    for name in map(str, chosen):
+        add([pictures[each] for each in items[name]["pictures"]][::-1], name)
+    return pictures, items
+
+
+def _about(kind: str, sample: Sample) -> dict[str, Any]:
+    """What the key says of a picture."""
+    known = {"kind": kind, "sample_id": sample.sample_id, "image": str(sample.image), "patient_id": sample.patient_id}
+    return known | {name: getattr(sample, name) for name in ("parent_id", "lesion_type", "severity", "level")}
+
+
+def _write_folder(
+    folder: Path,
+    study: str,
+    design: str,
+    pictures: Mapping[str, tuple[str, Sample]],
+    items: Mapping[str, Mapping[str, Any]],
+    side: int,
+    deep: bool,
+) -> None:
+    """The folder for readers, whole or not at all. Everything in it is in the order of its random names."""
+    repeats = {name for name, item in items.items() if item["repeat_of"]}
+    sources = {item["repeat_of"] for item in items.values()} - {None}
+    told = {
+        "study": study,
+        "design": design,
+        "side": side,
+        "levels": 65536 if deep else 256,
+        "items": {name: items[name]["pictures"] for name in sorted(items)},
+        # An item that comes again stands in the first half, its repeat in the last third; which is whose is not told.
+        "early": sorted(sources),
+        "late": sorted(repeats),
+    }
+    with atomic_folder(folder) as partial:
+        for name in sorted(pictures):
+            write_text(partial / "pictures" / f"{name}.js", as_script(name, crop_of(pictures[name][1], side, deep)))
+        write_page(partial / "index.html", "reader_study", study=told)
+
+
+def _log_summary(options: MakeOptions, pairs: int, items: int, made: Candidates, notes: Sequence[str]) -> None:
+    for note in notes:
+        log.warning("note: %s", note)
+    if made.left_out:
+        reasons = Counter(each.why for each in made.left_out)
+        for why, count in reasons.items():
+            log.info("%d samples are left out: %s", count, why)
+    if made.rejects:
+        log.warning("%d samples cannot be used, listed in %s", len(made.rejects), options.output_dir / "rejects.json")
+    log.info("%d drawn and %d real pictures; a reader sees %d items", pairs, pairs, items)
+    log.info("give readers %s (they open index.html)", options.output_dir / FOLDER)
+    log.info("keep %s: it says which pictures are drawn", options.output_dir / KEY)

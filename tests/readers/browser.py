@@ -1,0 +1,126 @@
+"""A headless Chromium, driven over its DevTools protocol through two pipes: nothing but the standard library."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+FLAGS = """--headless=new --no-sandbox --disable-gpu --no-first-run --disable-extensions --disable-background-networking
+--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"""
+NO_BUS = "unix:path=/dev/null"  # it would wait for a desktop's message bus
+
+
+class Browser:
+    """One page. ``requests``: the address of everything that it has asked for."""
+
+    def __init__(self, downloads: Path, width: int = 1366, height: int = 768) -> None:
+        self.downloads, self.size = downloads, (width, height)
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.number = self.loads = 0
+
+    def __enter__(self) -> "Browser":
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        (asked, ask), (hear, heard) = os.pipe(), os.pipe()
+        window = f"--window-size={self.size[0]},{self.size[1]}"
+        flags = [*FLAGS.split(), window, f"--user-data-dir={self.profile.name}", "about:blank"]
+        line = f'exec "$@" 3<&{asked} 4>&{heard}'  # where Chromium reads commands, and answers
+        environment = os.environ | {"DBUS_SESSION_BUS_ADDRESS": NO_BUS, "DBUS_SYSTEM_BUS_ADDRESS": NO_BUS}
+        self.process = subprocess.Popen(
+            ["bash", "-c", line, "bash", str(CHROMIUM), *flags],
+            pass_fds=(asked, heard),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        for each in (asked, heard):
+            os.close(each)
+        self.out, self.back = os.fdopen(ask, "wb", buffering=0), os.fdopen(hear, "rb")
+        self.session: str | None = None
+        (target,) = [each for each in self.call("Target.getTargets")["targetInfos"] if each["type"] == "page"]
+        attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
+        self.session = attached["sessionId"]
+        for domain in ("Page", "Network", "Runtime"):
+            self.call(f"{domain}.enable")
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+        self.out.close()
+        self.back.close()
+        self.profile.cleanup()
+
+    def call(self, method: str, **given: Any) -> dict[str, Any]:
+        """One command of the protocol, and what it answers; LookupError for what is not there (any more)."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": given}
+        message |= {"sessionId": self.session} if self.session else {}
+        self.out.write(json.dumps(message).encode() + b"\0")
+        while True:
+            heard = self._hear()
+            if heard.get("id") == self.number:
+                if "error" in heard:
+                    raise LookupError(heard["error"])
+                return heard["result"]
+
+    def _hear(self) -> dict[str, Any]:
+        data = bytearray()
+        while (byte := self.back.read(1)) != b"\0":
+            assert byte, "Chromium has ended"
+            data += byte
+        heard = json.loads(data)
+        if heard.get("method") == "Network.requestWillBeSent":
+            self.requests.append(heard["params"]["request"]["url"])
+        self.loads += heard.get("method") == "Page.loadEventFired"
+        if heard.get("method") == "Runtime.exceptionThrown":
+            self.errors.append(json.dumps(heard["params"]["exceptionDetails"]))
+        return heard
+
+    def run(self, script: str) -> Any:
+        """The value of a JavaScript expression in the page; a promise is waited for."""
+        found = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def open(self, address: str) -> None:
+        """Load a page, or this one again, and wait until it is there."""
+        self.load("Page.navigate", url=address)
+
+    def load(self, method: str, **given: Any) -> None:
+        """A command of the protocol that loads a page, and the wait for it."""
+        before = self.loads
+        self.call(method, **given)
+        while self.loads == before:
+            self._hear()
+
+    def wait(self, condition: str) -> None:
+        """Wait until an expression is true in the page, which may be loading meanwhile."""
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            with suppress(LookupError):
+                given = {"expression": f"Boolean({condition})", "returnByValue": True}
+                if self.call("Runtime.evaluate", **given)["result"].get("value") is True:
+                    return
+            time.sleep(0.01)
+        raise AssertionError(f"waited too long for {condition}")
+
+    def press(self, key: str) -> None:
+        """A key, down and up."""
+        text = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}
+        code = {"Enter": 13, "ArrowLeft": 37, "ArrowRight": 39}.get(key, ord(key[0]))
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    def screenshot(self, path: Path) -> None:
+        """The page as PNG."""
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
