@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--repo", metavar="OWNER/NAME", help="repository of the hub")
     made.add_argument("--revision", help="commit, branch or tag of the repository (default: its newest)")
     made.add_argument("--output_dir", type=Path, required=True, help="folder to write")
-    made.add_argument("--overwrite", action="store_true", help="replace the folder")
+    made.add_argument("--overwrite", action="store_true", help="replace a folder that pull wrote")
     return made
 
 

@@ -19,12 +19,12 @@ def build_parser() -> argparse.ArgumentParser:
     target = made.add_mutually_exclusive_group(required=True)
     target.add_argument("--to_folder", type=Path, help="folder to write")
     target.add_argument("--repo", metavar="OWNER/NAME", help="repository of the hub, made if it is not there")
-    made.add_argument("--public", action="store_true", help="a new repository can be read by everybody")
+    made.add_argument("--public", action="store_true", help="everybody may read it: makes a new repository public")
     made.add_argument("--with_images", action="store_true", help="share other files of CARD too, such as images")
     made.add_argument(
         "--with_patients", action="store_true", help="share the salted digests of patients behind the weights"
     )
-    made.add_argument("--overwrite", action="store_true", help="replace the folder")
+    made.add_argument("--overwrite", action="store_true", help="replace a folder that push wrote")
     return made
 
 

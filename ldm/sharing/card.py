@@ -135,7 +135,7 @@ def _model(facts: Facts) -> Iterator[str]:
         ("image size", f"{config.data.image_size} x {config.data.image_size} pixels"),
         *((f"parameters, {part}", f"{row['parameters'] / 1e6:.2f} million") for part, row in facts.parts.items()),
         ("BiomedCLIP (SHA-256)", metadata.get("biomedclip") or "not said"),
-        ("checkpoint (SHA-256)", facts.sha256),
+        ("checkpoint before it was shared (SHA-256)", facts.sha256),
         *_origin(metadata.get("origin")),
     ]
     yield markdown_table(("", ""), rows)

@@ -16,10 +16,10 @@ from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import read_json, sha256_file
 from ldm.data.annotations import load_samples
 from ldm.data.checks import check_unseen, groups_of, salted_digest
+from ldm.data.masks import spacing_of
 from ldm.data.samples import Sample
 
 RECORDS = ("evaluation.json", "metrics.json")  # of tool/evaluate.py and of classifier.py
-PARTITIONS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Partition:
     prompts: int
     behind: int
     counts: Mapping[str, Mapping[str, int]]  # by class, lesion type, severity and level
-    spacing: tuple[float, float, float] | None  # mm a pixel: smallest, median, largest; None where nothing is known
+    spacing: tuple[float, float, float] | None  # mm a pixel (mean of rows and columns): least, median, most
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def _partition(name: str, samples: Sequence[Sample], rejected: int, groups: Sequ
     known = [(group["salt"], {*group["patients"]}) for group in groups]
     behind = {patient for salt, digests in known for patient in patients if salted_digest(salt, patient) in digests}
     diseased = [sample for sample in samples if not sample.healthy]
-    spacings = sorted(s.meta["spacing_mm"] for s in samples if isinstance(s.meta.get("spacing_mm"), int | float))
+    given = [sample.meta["spacing_mm"] for sample in samples if sample.meta.get("spacing_mm") is not None]
+    spacings = sorted(statistics.mean(spacing_of(each)) for each in given)
     return Partition(
         name,
         samples=len(samples),

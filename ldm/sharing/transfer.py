@@ -47,13 +47,15 @@ def push(options: PushOptions) -> None:
     """Share a checkpoint with its card.
 
     Raises UsageError without a card of this very checkpoint, for files beside the card that may hold images or names
-    (unless ``with_images``), and for a target folder that is there; MedSoftError for a damaged checkpoint and for what
+    (unless ``with_images``), for a target folder that is there, and for a repository that everybody can read (unless
+    ``public``); MedSoftError for a damaged checkpoint and for what
     the hub answers.
     """
     extra = _check_card(options)
     if options.to_folder is not None:
-        if options.to_folder.exists() and not options.overwrite:
-            raise UsageError(f"--to_folder {options.to_folder}: is there already; give another one, or --overwrite")
+        _check_free(f"--to_folder {options.to_folder}", options.to_folder, options.overwrite)
+        if options.public:
+            raise UsageError("--public belongs to --repo")
         with atomic_folder(options.to_folder) as folder:
             _fill(folder, options, extra)
         log.info("written: %s", options.to_folder)
@@ -64,6 +66,16 @@ def push(options: PushOptions) -> None:
         folder = Path(place)
         _fill(folder, options, extra)
         _upload(folder, str(options.repo), options.public)
+
+
+def _check_free(flag: str, folder: Path, overwrite: bool) -> None:
+    """UsageError for a folder that is there, unless ``overwrite`` is given and it holds what was shared or pulled."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise UsageError(f"{flag}: is there already; give another one, or --overwrite")
+    if not (folder / SUMS).is_file():
+        raise UsageError(f"{flag}: holds no {SUMS}, so neither push nor pull wrote it: give another one")
 
 
 def _check_card(options: PushOptions) -> list[Path]:
@@ -115,8 +127,14 @@ def _upload(folder: Path, repo: str, public: bool) -> None:
     with _hub_errors(repo):
         api = huggingface_hub.HfApi()
         api.create_repo(repo, private=not public, exist_ok=True)
-        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model, card and checksums")
-    log.info("shared: %s (%s), commit %s", repo, "public" if public else "private if new", getattr(done, "oid", "?"))
+        hidden = api.repo_info(repo).private
+        if hidden or public:
+            done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model, card and checksums")
+    if not hidden and not public:
+        raise UsageError(f"--repo {repo}: everybody can read it; nothing was shared, give --public if that is meant")
+    log.info("shared: %s (%s), commit %s", repo, "private" if hidden else "public", getattr(done, "oid", "?"))
+    if hidden and public:
+        log.warning("warning: %s was there already and stays private; its settings on the hub make it public", repo)
 
 
 @contextmanager
@@ -134,9 +152,10 @@ def pull(source: Path | str, output_dir: Path, revision: str | None, overwrite: 
 
     Only files of SHA256SUMS are taken. Raises MedSoftError for one that is missing or differs, with nothing written.
     """
-    if output_dir.exists() and not overwrite:
-        raise UsageError(f"--output_dir {output_dir}: is there already; give another one, or --overwrite")
+    _check_free(f"--output_dir {output_dir}", output_dir, overwrite)
     if isinstance(source, Path):
+        if revision is not None:
+            raise UsageError("--revision belongs to --repo")
         _take(source, source, output_dir)
         return
     if not REPOSITORY.fullmatch(source):

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -98,6 +99,16 @@ def test_card_says_what_the_records_say(world: Path, ckpt: Path, tmp_path: Path)
     }
     everything = "".join(path.read_text() for path in folder.iterdir())
     assert not [name for name in [*names, str(tmp_path), str(world)] if name in everything]
+
+
+def test_spacing_of_two_numbers_is_counted(world: Path, ckpt: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "data", tmp_path / "data")
+    for number, folder in enumerate(sorted(path.parent for path in (tmp_path / "data").rglob("image.png"))):
+        file = folder / "meta.json"
+        meta = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(meta | {"spacing_mm": [0.4, 0.6] if number else 0.8}))
+    text = (write_card(ckpt, tmp_path / "card", "--train", tmp_path / "data") / "DATA.md").read_text()
+    assert "| mm a pixel: least, median, most | 0.5, 0.5, 0.8 |" in text
 
 
 def test_what_is_unknown_is_said(ckpt: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -196,6 +207,12 @@ def test_nothing_is_shared_without_a_card_or_with_images(ckpt: Path, converted: 
     assert (shared(ckpt, carded, "--with_images") / "sheet.png").read_bytes() == b"pixels"
     with pytest.raises(UsageError, match="is there already"):
         shared(ckpt, carded, "--with_images")
+    other = carded.parent / "run"
+    other.mkdir()
+    with pytest.raises(UsageError, match=r"run: holds no SHA256SUMS, so neither push nor pull wrote it"):
+        call(push, ckpt, carded, "--with_images", "--to_folder", other, "--overwrite")
+    with pytest.raises(UsageError, match="--public belongs to --repo"):
+        call(push, ckpt, carded, "--with_images", "--to_folder", carded.parent / "new", "--public")
     (carded / "README.md").unlink()
     with pytest.raises(UsageError, match=r"README\.md: is missing, and nothing is shared without a card"):
         shared(ckpt, carded, "--overwrite")
@@ -203,11 +220,14 @@ def test_nothing_is_shared_without_a_card_or_with_images(ckpt: Path, converted: 
 
 def test_by_the_hub(ckpt: Path, carded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the hub's client: a folder; the repository is made private; what it raises is one line."""
-    made, hub = [], tmp_path / "hub"
+    made, hub, repository = [], tmp_path / "hub", SimpleNamespace(private=False)
 
     class Client:
         def create_repo(self, repo: str, **how: Any) -> None:
             made.append((repo, how))
+
+        def repo_info(self, repo: str) -> SimpleNamespace:
+            return repository
 
         def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
             shutil.copytree(folder_path, hub)
@@ -221,11 +241,17 @@ def test_by_the_hub(ckpt: Path, carded: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(MedSoftError, match=r"^a/b: the hub failed \(no way there\)"):
         call(pull, "--repo", "a/b", "--output_dir", tmp_path / "pulled")
+    with pytest.raises(UsageError, match="--repo a/b: everybody can read it; nothing was shared, give --public"):
+        call(push, ckpt, carded, "--repo", "a/b")
+    assert not hub.exists()
+    repository.private = True
     assert call(push, ckpt, carded, "--repo", "a/b") == 0
-    assert made == [("a/b", {"private": True, "exist_ok": True})]
+    assert made == [("a/b", {"private": True, "exist_ok": True})] * 2
     assert call(pull, "--repo", "a/b", "--output_dir", tmp_path / "pulled") == 0
     assert (tmp_path / "pulled" / "model.safetensors").exists()
     assert not list(tmp_path.glob(".pu*"))
+    with pytest.raises(UsageError, match="--revision belongs to --repo"):
+        call(pull, "--from_folder", hub, "--revision", "main", "--output_dir", tmp_path / "no")
     for command, given in ((push, [ckpt, carded]), (pull, ["--output_dir", tmp_path / "no"])):
         with pytest.raises(UsageError, match="--repo nobody: expected OWNER/NAME"):
             call(command, *given, "--repo", "nobody")
