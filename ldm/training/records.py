@@ -44,7 +44,10 @@ class Wandb:
 
     def __init__(self, name: str, folder: Path, key: str, settings: Mapping[str, Any]) -> None:
         self.module: Any = importlib.import_module(name)
-        place = {"id": key, "dir": str(folder)} if name == "wandb" else {}
+        place: dict[str, Any] = {}
+        if name == "wandb":  # which else sends what is printed, the command line with its paths, and the machine's name
+            silent = self.module.Settings(console="off", disable_git=True, disable_code=True, x_disable_meta=True)
+            place = {"id": key, "dir": str(folder), "settings": silent}
         project = os.environ.get("WANDB_PROJECT", PROJECT) if name == "wandb" else PROJECT
         title = folder.name if name == "wandb" else f"{folder.name}-{key}"  # by which trackio knows a run again
         self.module.init(project=project, name=title, config=dict(settings), resume="allow", **place)
@@ -64,7 +67,8 @@ class MLflow:
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             self.module.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
         self.module.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-        self.module.start_run(run_name=folder.name, tags={"medsoft.run": key})
+        unsaid = {"mlflow.user": "unknown", "mlflow.source.name": "ver_train.py"}  # else login and script's path
+        self.module.start_run(run_name=folder.name, tags={"medsoft.run": key, **unsaid})
         flat = {f"{part}.{name}": value for part, values in settings.items() for name, value in values.items()}
         self.module.log_params({name: str(value)[:250] for name, value in flat.items()})
 

@@ -48,14 +48,16 @@ def test_trackers_are_told_what_the_files_say(
             (int(row["step"]), float(row["loss"])) for row in steps
         ]
         assert logged[-1][0]["epoch/val_loss"] == pytest.approx(float(epoch["val_loss"]), rel=1e-5)
-    first, last = told["wandb"][0], told["wandb"][-1]
+    (_, _, kept_back), first, *_, last = told["wandb"]
+    assert kept_back == {"console": "off", "disable_git": True, "disable_code": True, "x_disable_meta": True}
     assert (first[0], last[0]) == ("init", "finish")
     assert first[2]["config"]["training"]["batch_size"] == 3
     assert first[2]["name"] == "run"
     names = [call[0] for call in told["mlflow"]]
     assert names[:4] == ["set_tracking_uri", "set_experiment", "start_run", "log_params"]
     assert names[-1] == "end_run"
-    assert told["mlflow"][2][2]["tags"] == {"medsoft.run": first[2]["id"]}
+    unsaid = {"mlflow.user": "unknown", "mlflow.source.name": "ver_train.py"}
+    assert told["mlflow"][2][2]["tags"] == {"medsoft.run": first[2]["id"], **unsaid}
     assert str(CLIP) not in repr(told)  # a path, which decides no weight
     assert "trackio failed (no room); the run goes on without it" in caplog.text
     assert [call[0] for call in told["trackio"]] == ["init"]
