@@ -190,24 +190,16 @@ def final(trained: dict[str, Trained]) -> Path:
     return trained["stage2_2"].last
 
 
-@dataclass
-class Small:
-    """A checkpoint whose U-Net and MSC have every kind of layer once or twice, and the words that give its sizes."""
-
-    last: Path
-    sizes: tuple[str, ...] = ("unet.channel_mult=[1,2]", "unet.attention_levels=[]", "msc.layers=1")
-
-
 @pytest.fixture(scope="session")
-def small(final: Path, world: Path) -> Small:
-    """``final`` in small, with random weights where sizes differ: for tests that trace or compile the networks."""
+def small(final: Path, world: Path) -> Any:
+    """``tiny.Small``: ``final`` in small, with random weights where sizes differ: for tests that compile networks."""
     import tiny
     import torch
 
     from ldm.config import load_config
     from ldm.networks.model import MedSoftModel
 
-    made = Small(world / "small.ckpt")
+    made = tiny.Small(world / "small.ckpt")
     torch.manual_seed(0)
     config = load_config(tiny.PHANTOM, made.sizes)
     fresh = MedSoftModel(config.architecture).state_dict()

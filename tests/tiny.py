@@ -1,6 +1,7 @@
 """The shipped commands on phantoms, made small in time by flags; shared by the tests of the commands."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,6 +37,14 @@ PLAIN = {
     "data.healthy_masks": 2,
     "data.diseased_crops": 2,
 }
+
+
+@dataclass
+class Small:
+    """A checkpoint whose U-Net and MSC have every kind of layer once or twice, and the words that give its sizes."""
+
+    last: Path
+    sizes: tuple[str, ...] = ("unet.channel_mult=[1,2]", "unet.attention_levels=[]", "msc.layers=1")
 
 
 def call(module: ModuleType, *argv: Any) -> int:

@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Small
 from PIL import Image
-from tiny import CLIP, PHANTOM, infer, metas
+from tiny import CLIP, PHANTOM, Small, infer, metas
 
 import medsoft
 from ldm.data.images import read_image
