@@ -48,8 +48,7 @@ def push(options: PushOptions) -> None:
 
     Raises UsageError without a card of this very checkpoint, for files beside the card that may hold images or names
     (unless ``with_images``), for a target folder that is there, and for a repository that everybody can read (unless
-    ``public``); MedSoftError for a damaged checkpoint and for what
-    the hub answers.
+    ``public``); MedSoftError for a damaged checkpoint and for what the hub answers.
     """
     extra = _check_card(options)
     if options.to_folder is not None:
