@@ -3,9 +3,10 @@
     python tool/doctor.py --config models/mldm_v15_stage1.yaml --ckpt ckpt_for_stage1.ckpt --save_path stage1_MSC
     python tool/doctor.py --data /path/to/dataset
 
-Every file of the data is decoded. A page shows all samples with the outlines of masks and label maps: look at it, as a
-mirrored or shifted mask is a sound file. Nothing else is written but, with --output, the findings as JSON. Exit code 0:
-fit to train (perhaps with warnings), 3: some samples cannot be used, 1: training would stop or learn something wrong.
+Every file of the data is decoded. A page shows 300 samples of each data set, and 300 more with a finding, with the
+outlines of masks and label maps: look at it, as a mirrored or shifted mask is a sound file. Nothing else is written
+but, with --output, the findings as JSON. Exit code 0: fit to train (perhaps with warnings), 3: some samples cannot be
+used, 1: training would stop or learn something wrong.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=cli.PROCESSES, help="processes that read files (default: one per core)")
     parser.add_argument("--output", type=Path, help="JSON file for all findings")
     page = Path("doctor_overlays.html")
-    parser.add_argument("--overlays", type=Path, default=page, help="page of all samples with their outlines")
+    parser.add_argument("--overlays", type=Path, default=page, help="page of samples with their outlines")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any key of the YAML")
     return parser
 

@@ -75,7 +75,10 @@ def judge_results(results: Path, judge: Path, predict: Predict, real: Path | Non
         raise MedSoftError(f"{judge}: names no lesion types; expected a classifier with task: type")
     measured = [_measure(sample, verdict_of(said[sample.sample_id])) for sample in samples]
     if strange := sorted({each.asked for each in measured if each.asked} - known):
-        raise MedSoftError(f"{judge}: knows no {strange[0]}, which {results} was asked for, only {', '.join(known)}")
+        raise MedSoftError(
+            f"{judge}: knows no {strange[0]}, which {results} was asked for, only {', '.join(sorted(known))}; give a "
+            "classifier that has learned all types asked for"
+        )
     lesions = [each for each in real_ones(real, load_samples(real)[0]) if not each.healthy] if real else []
     borders = [each for each in map(contour_gradient, lesions) if each is not None]
     content = {"results": str(results), "real": real and str(real), "judge_sha256": sha256_file(judge)}

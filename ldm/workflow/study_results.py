@@ -146,10 +146,14 @@ def read_drawing(path: Path, world: str, generator: str, seed: int | None, judge
 
 @dataclass
 class Drawings:
-    """All drawings that are judged, looked at together; ``planned``: the keys of all that are to be."""
+    """All drawings that are judged, looked at together; ``planned``: the keys of all that are to be.
+
+    ``by_another_judge``: how many were read by another judge than the study's, and are left out.
+    """
 
     judged: list[Drawing] = field(default_factory=list)
     planned: frozenset[tuple[str, str, int | None]] = frozenset()
+    by_another_judge: int = 0
 
     @property
     def generators(self) -> list[str]:

@@ -173,6 +173,9 @@ def report(design: Design, groups: list[Group]) -> int:
         parts.append(f"{len(judged.judged)} of {len(judged.planned)} generators' drawings are judged")
     if outdated:
         parts.append(f"left out, as other settings or an older generator made them: {outdated}")
+    if judged.by_another_judge:
+        cure = "delete judged.json beside their pictures, then run the study again"
+        parts.append(f"left out, as another judge has read them: {judged.by_another_judge} ({cure})")
     state = "; ".join(parts)
     if not study.cells and not judged.judged:
         raise MedSoftError(f"{design.keys.output_dir}: {state}; run the study first")
@@ -207,8 +210,8 @@ def read_study(design: Design, groups: Sequence[Group]) -> tuple[Study, int]:
 
 
 def read_drawings(design: Design, groups: Sequence[Group]) -> tuple[Drawings, int]:
-    """What this judge says of drawings, and how many of its sayings other settings or older generators made."""
-    drawings, planned, outdated = [], [], 0
+    """What this judge says of drawings, and how many judgements are of other settings or older generators."""
+    drawings, planned, outdated, others = [], [], 0, 0
     judge = content_id(ROOT / design.keys.judge.weights) if design.keys.read_by_judge else None
     for group in groups:
         record = PlanRecord(group.plan)
@@ -219,11 +222,11 @@ def read_drawings(design: Design, groups: Sequence[Group]) -> tuple[Drawings, in
                 outdated += 1
                 continue
             found = read_drawing(ROOT / each.file, *made, judge)
-            outdated += found is None and (ROOT / each.file).exists()  # by another judge
+            others += found is None and (ROOT / each.file).exists()
             if found is not None:
                 known = record.known(each.step)
                 drawings.append(replace(found, machine=known.get("machine", ""), commit=known.get("commit", "")))
-    return Drawings(drawings, frozenset(planned)), outdated
+    return Drawings(drawings, frozenset(planned), others), outdated
 
 
 def other_studies(design: Design) -> dict[str, Study]:

@@ -252,7 +252,7 @@ def test_the_judge_reads_every_generator_once(
     assert capsys.readouterr().out.count("already done") == 4
     # What another judge has said does not count.
     (tmp_path / "judge.safetensors").write_bytes(b"another")
-    with pytest.raises(MedSoftError, match=r"out: 0 of 2 generators' drawings are judged; left out, .*: 2; run the"):
+    with pytest.raises(MedSoftError, match=r"out: 0 of 2 .* judged; left out, as another judge .*: 2 \(delete judged"):
         tiny.call(study, path, "--collect")
 
 
