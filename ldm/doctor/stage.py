@@ -19,6 +19,7 @@ from ldm.doctor.samples import Finding
 from ldm.features.names import item_counts, training_items
 from ldm.networks.model import MedSoftModel
 from ldm.networks.opening import open_encoder, open_model
+from ldm.training.dataset import check_donors
 from ldm.training.estimates import check_disk, check_memory
 from ldm.training.stage import training_groups
 
@@ -31,9 +32,20 @@ def check_stage(
     """What would stop the stage that ``config`` describes from being trained on the ``sets`` of samples (by name)."""
     misfits = list(check_checkpoint(config, ckpt, sets))
     yield from misfits
+    if config.training.stage and config.data.healthy_masks_from == "carry":
+        yield from check_masks(sets)
     if config.training.stage and not misfits:
         trained = [samples for name, samples in sets.items() if name != "test"]
         yield from check_disk_and_memory(config, trained, save_path, devices)
+
+
+def check_masks(sets: Mapping[str, list[Sample]]) -> Iterator[Finding]:
+    """Whether the samples to train on have masks that can be carried over to healthy ones."""
+    for name in {"train", "data"} & set(sets):
+        try:
+            check_donors(name, [sample for sample in sets[name] if not sample.healthy])
+        except MedSoftError as error:
+            yield Finding("error", name, str(error))
 
 
 def check_checkpoint(config: Config, ckpt: Path | None, sets: Mapping[str, list[Sample]]) -> Iterator[Finding]:

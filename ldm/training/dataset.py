@@ -111,17 +111,19 @@ def read_training_inputs(paths: Mapping[str, Path], config: Config) -> TrainingI
 
 
 def _give_donors(inputs: TrainingInputs, path: Path) -> None:
-    """Healthy items, those to validate on too, get diseased training samples as donors of their masks.
-
-    MedSoftError where no training sample has a mask to carry over.
-    """
+    """Healthy items, those to validate on too, get diseased training samples as donors of their masks."""
     diseased = [sample for sample in inputs.samples("train") if not sample.healthy]
+    check_donors(path, diseased)
+    inputs.items = {name: with_donors(items, diseased) for name, items in inputs.items.items()}
+
+
+def check_donors(source: Path | str, diseased: Sequence[Sample]) -> None:
+    """MedSoftError where none of the ``diseased`` samples of ``source`` has a mask that can be carried over."""
     if not any(_can_give(sample) for sample in diseased):
         raise MedSoftError(
-            f"{path}: data.healthy_masks_from=carry needs diseased samples with an anatomy.png that marks the vertebra "
-            f"of their lesion; none of {len(diseased)} has it; give data.healthy_masks_from=blob"
+            f"{source}: data.healthy_masks_from=carry needs diseased samples with an anatomy.png that marks the "
+            f"vertebra of their lesion; none of {len(diseased)} has it; give data.healthy_masks_from=blob"
         )
-    inputs.items = {name: with_donors(items, diseased) for name, items in inputs.items.items()}
 
 
 def _can_give(sample: Sample) -> bool:

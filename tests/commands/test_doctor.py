@@ -74,6 +74,15 @@ def test_samples_without_spacing_where_lengths_are_in_mm(
     assert "3 distinct crops of 3 diseased images, 20 masks in 5 healthy ones" in caplog.text
 
 
+def test_masks_that_cannot_be_carried_over(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_annotations(tmp_path / TRAIN, [replace(each, anatomy=None) for each in load_samples(world / "train")[0]])
+    config = ("--config", MODELS / "phantom_stage1.yaml", "--biomedclip", CLIP, "data.healthy_masks_from=carry")
+    code, found = findings(tmp_path, *config)
+    assert code == 1
+    assert "train: data.healthy_masks_from=carry needs diseased samples with an" in texts(found, "error")
+
+
 def test_faults_of_single_samples(tmp_path: Path, write_sample: Any) -> None:
     data = tmp_path / "data"
     for number in range(4):
