@@ -1,17 +1,22 @@
 """The shipped commands on phantoms, made small in time by flags; shared by the tests of the commands."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import dataset_infer
 import ver_train
 from ldm.core.errors import MedSoftError
+from ldm.data.images import read_image
+from ldm.data.png import write_png
+from ldm.data.samples import Sample
 from tool import export_diffusers, inspect_checkpoint, model_convert, tool_merge_for_stage2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +55,18 @@ class Small:
 def call(module: ModuleType, *argv: Any) -> int:
     """The command's exit code, run in this process; arguments parsed as ``ldm.core.cli.run`` does."""
     return module.main(module.build_parser().parse_intermixed_args([str(word) for word in argv]))
+
+
+def without_label_1(samples: Iterable[Sample], folder: Path) -> list[Sample]:
+    """The samples; the ``anatomy.png`` of diseased ones, written into ``folder``, says that no vertebra is there."""
+    changed = []
+    for sample in samples:
+        if not sample.healthy:
+            anatomy = folder / f"{sample.sample_id}.png"
+            write_png(anatomy, np.zeros_like(read_image(sample.image)))
+            sample = replace(sample, anatomy=anatomy)
+        changed.append(sample)
+    return changed
 
 
 def convert(source: Path, output: Path, *more: Any) -> int:

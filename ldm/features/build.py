@@ -68,6 +68,7 @@ class FeatureBuilder:
         self.store = FeatureStore(folder, data, encoders, digests)
         self._donor = Donors()
         self._not_carried: list[str] = []  # why masks were not carried over, one for each
+        self._only_form: list[str] = []  # why no more than their form was
         self._computed: dict[str, dict[bytes, dict[str, Tensor]]] = {}  # by kind and key, not yet written
         self._bytes, self._since = 0, 0.0
 
@@ -104,6 +105,8 @@ class FeatureBuilder:
             log.info("masks of healthy images: %d carried over", wanted - len(self._not_carried))
         for reason, count in sorted(Counter(self._not_carried).items()):
             log.warning("warning: %d of %d masks are lesion-shaped instead of carried over: %s", count, wanted, reason)
+        for reason, count in sorted(Counter(self._only_form).items()):
+            log.warning("warning: %d of %d masks are not placed by two vertebrae: %s", count, wanted, reason)
 
     def _missing(self, items: Sequence[Item]) -> tuple[list[Item], list[str]]:
         """The items and the prompts that lack one of their features."""
@@ -184,7 +187,10 @@ class FeatureBuilder:
     def _with_carried_mask(self, item: Item, donor: Sample) -> PreparedSample:
         original = read_image(item.sample.image)
         seed = named_seed("carried", MASK_SEED, item.sample.sample_id, item.variant)
-        found = carry(self._donor(donor), region_for(item.sample, original.shape), original.shape, seed)
+        region, spacing = region_for(item.sample, original.shape), item.sample.meta.get("spacing_mm")
+        found = carry(self._donor(donor), region, original.shape, seed, spacing)
+        if found.only_form:
+            self._only_form.append(found.only_form)
         return fit_sample(item.sample, original, Mask(found.hard.astype(np.float32)), self.data, soft=found.soft)
 
     @torch.no_grad()

@@ -95,8 +95,12 @@ class FeatureNames:
         # The sample's name decides masks and shifted crops, its prompt only which of the two it gets.
         name = (sample.sample_id, sample.healthy) if sample.healthy or item.variant else None
         extra = [sample.meta.get(key) for key in ("window", "spacing_mm")]
-        donor = [[self.digests[path] if path else None for path in item.donor.files]] if item.donor else []
-        return self._keys(ITEM_KINDS, [content, name, item.variant, sample.box, extra, self._made_by, *donor])
+        named_by = [content, name, item.variant, sample.box, extra, self._made_by]
+        if item.donor is not None:
+            named_by.append([self.digests[path] if path else None for path in item.donor.files])
+            if item.donor.anatomy is None:  # its form is carried over in its own size
+                named_by.append(["form", item.donor.meta.get("spacing_mm")])
+        return self._keys(ITEM_KINDS, named_by)
 
     def of_prompt(self, prompt: str) -> dict[str, bytes]:
         """Kind of feature -> its key, of a prompt."""

@@ -133,12 +133,13 @@ class Preparation:
         found = self._carry(task, donor, original)
         mask = Mask(found.hard.astype(np.float32))
         sample = fit_sample(task.sample, original, mask, self.data, soft=found.soft)
-        origin = MaskOrigin("carry", source.sample_id)
+        origin = MaskOrigin("carry", source.sample_id, found.only_form)
         return PreparedTask(dataclasses.replace(task, mask=origin, pasted_by=found.matrix.tolist()), sample)
 
     def _carry(self, task: Task, donor: Donor, original: np.ndarray) -> CarriedMask:
         seed = named_seed("carried", task.seed, task.sample.sample_id, task.variant)
-        return carry(donor, region_for(task.sample, original.shape), original.shape, seed)
+        region, spacing = region_for(task.sample, original.shape), task.sample.meta.get("spacing_mm")
+        return carry(donor, region, original.shape, seed, spacing)
 
     def _pasted(self, prepared: PreparedTask) -> PreparedTask:
         """With the donor's lesion pasted; where its mask was not carried over, brought to the mask by their boxes."""

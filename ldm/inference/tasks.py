@@ -75,7 +75,8 @@ RESULT_KEYS |= {"init", "strength", "method", "clipped_pixels", "check"}
 class MaskOrigin(NamedTuple):
     """Where a mask comes from: carry (the lesion of the sample ``source``), blob (lesion-shaped) or own.
 
-    ``fallback``: why it is not carried over although it was to be.
+    ``fallback``: why it is not carried over by the two vertebrae although it was to be: of a carry, why only the
+    lesion's form is.
     """
 
     origin: str

@@ -121,8 +121,8 @@ def check_donors(source: Path | str, diseased: Sequence[Sample]) -> None:
     """MedSoftError where none of the ``diseased`` samples of ``source`` has a mask that can be carried over."""
     if not any(_can_give(sample) for sample in diseased):
         raise MedSoftError(
-            f"{source}: data.healthy_masks_from=carry needs diseased samples with an anatomy.png that marks the "
-            f"vertebra of their lesion; none of {len(diseased)} has it; give data.healthy_masks_from=blob"
+            f"{source}: data.healthy_masks_from=carry needs diseased samples with a mask, and label 1 in their "
+            f"anatomy.png if they have one; none of {len(diseased)} does; give data.healthy_masks_from=blob"
         )
 
 
@@ -131,7 +131,7 @@ def _can_give(sample: Sample) -> bool:
         body = read_donor(sample).body
     except MedSoftError:
         return False
-    return body is not None and bool(body.any())
+    return body is None or bool(body.any())
 
 
 def _read_set(inputs: TrainingInputs, name: str, path: Path, data: DataConfig) -> None:

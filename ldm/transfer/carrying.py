@@ -1,16 +1,18 @@
 """A lesion's mask carried over from one vertebra to another. NumPy and OpenCV; no torch."""
 
 import functools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
 from ldm.core.errors import MedSoftError
 from ldm.data.images import read_image
-from ldm.data.masks import TARGET_LABEL, read_anatomy, read_mask, soften
+from ldm.data.masks import TARGET_LABEL, extents, read_anatomy, read_mask, soften, spacing_of
 from ldm.data.samples import Sample
 from ldm.transfer.frames import Frame, Jitter, frame_of, map_between, warped
 
@@ -29,7 +31,7 @@ class Donor:
     """The lesion that is carried over, all HxW.
 
     hard: bool, not empty; soft: float32 in [0, 1], where the sample has a soft mask of its own; body: bool, its
-    vertebra, None where there is no label map.
+    vertebra, None where there is no anatomy.png.
     """
 
     sample: Sample
@@ -54,12 +56,14 @@ class CarriedMask:
     """A mask in the target's image, all HxW.
 
     hard: bool; soft: float32, or None where the source's was hard and a border is to be made; matrix: 2x3, from the
-    source's pixels (x, y) to the target's.
+    source's pixels (x, y) to the target's. only_form: where place and size do not follow from the two vertebrae, why,
+    and what the size follows from.
     """
 
     hard: np.ndarray
     soft: np.ndarray | None
     matrix: np.ndarray
+    only_form: str | None = None
 
 
 def read_donor(sample: Sample) -> Donor:
@@ -94,18 +98,24 @@ class Donors:
         return self._read(sample.files)
 
 
-def carry(donor: Donor, target: np.ndarray | None, shape: tuple[int, ...], seed: int) -> CarriedMask:
+def carry(
+    donor: Donor, target: np.ndarray | None, shape: tuple[int, ...], seed: int, spacing: Any = None
+) -> CarriedMask:
     """The donor's mask in the vertebra ``target`` (bool HxW) of an image of ``shape`` (H, W, ...).
 
     It lies there as it lay in its own vertebra, but for a small jitter by ``seed``; of as many draws as it takes, the
     first that keeps enough of it inside counts. The share of it that lies outside the vertebra is at most the
-    source's: of what is beyond, that is cut off which is furthest away. NotCarried where one of the two vertebrae is
-    not marked, or too little of the mask would lie inside.
+    source's: of what is beyond, that is cut off which is furthest away. Where the donor has no anatomy.png, the mask
+    keeps its form and size, in mm if ``spacing`` (the image's ``spacing_mm``) and the donor's are known, and lies
+    anywhere in the vertebra. NotCarried where a label map or the image marks no vertebra, or too little of the mask
+    would lie inside.
     """
-    if donor.body is None or not donor.body.any():
+    if donor.body is not None and not donor.body.any():
         raise NotCarried("the prompt's sample marks no vertebra")
     if target is None or not target.any():
         raise NotCarried("the image marks no vertebra")
+    if donor.body is None:
+        return _by_form(donor, target, shape, seed, spacing)
     share = float((donor.hard & donor.body).sum() / donor.hard.sum())
     if share < LEAST_SOURCE:
         raise NotCarried("the lesion of the prompt's sample lies outside its vertebra")
@@ -132,8 +142,47 @@ def _box(mask: np.ndarray) -> Frame:
     return Frame((x + (width - 1) / 2, y + (height - 1) / 2), 0.0, (width, height))
 
 
+def _by_form(donor: Donor, target: np.ndarray, shape: tuple[int, ...], seed: int, spacing: Any) -> CarriedMask:
+    """The donor's mask at its own size, turned by a small jitter, where all of it, or most, lies inside ``target``."""
+    rng = np.random.default_rng(seed)
+    turn = Jitter.drawn(rng).turn
+    linear, size = _own_size(donor, shape, spacing, turn)
+    corners = np.array(_box(donor.hard).extents) @ np.abs(linear).T  # of the turned and scaled mask's bounding box
+    reach = 2 * math.ceil(max(corners)) + 3
+    alone = np.column_stack([linear, reach // 2 - linear @ donor.pivot])  # the pivot in the middle of a square
+    form = _brought(donor, alone, (reach, reach)).hard
+    (top, bottom), (left, right) = extents(target)
+    inside = cv2.filter2D(
+        target[top:bottom, left:right].astype(np.float64), -1, form.astype(np.float64), borderType=cv2.BORDER_CONSTANT
+    )
+    inside = np.rint(inside)  # by the pixel in which the pivot lies: how many pixels of the mask lie in the target
+    if not form.any() or inside.max() < LEAST_INSIDE * form.sum():
+        raise NotCarried("too little of the lesion would lie inside the image's vertebra")
+    places = np.argwhere(inside == inside.max())
+    row, column = places[rng.integers(len(places))]
+    middle = np.array([left + column, top + row])
+    found = _inside(_brought(donor, np.column_stack([linear, middle - linear @ donor.pivot]), shape), target, 1.0)
+    reason = f"the prompt's sample has no anatomy.png: only its lesion's form is carried over, {size}"
+    return replace(found, only_form=reason)
+
+
+def _own_size(donor: Donor, shape: tuple[int, ...], spacing: Any, turn: float) -> tuple[np.ndarray, str]:
+    """2x2: how (x, y) lengths in the donor's image become those in one of ``shape``, turned; and by what, in words."""
+    own = donor.sample.meta.get("spacing_mm")
+    turned = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    if own is None or spacing is None:
+        scale = math.sqrt(shape[0] * shape[1] / donor.hard.size)
+        return scale * turned, "as large as it was relative to its image"
+    to_mm, from_mm = (np.diag(spacing_of(each)[::-1]) for each in (own, spacing))
+    return np.linalg.inv(from_mm) @ turned @ to_mm, "as large as it was in mm"
+
+
 def _carried(donor: Donor, frames: tuple[Frame, Frame], jitter: Jitter, shape: tuple[int, ...]) -> CarriedMask:
-    matrix = map_between(*frames, donor.pivot, jitter)
+    return _brought(donor, map_between(*frames, donor.pivot, jitter), shape)
+
+
+def _brought(donor: Donor, matrix: np.ndarray, shape: tuple[int, ...]) -> CarriedMask:
+    """The donor's masks brought by a 2x3 map into an image of ``shape``."""
     hard = warped(donor.hard.astype(np.float32), matrix, shape, cv2.BORDER_CONSTANT) >= 0.5
     if donor.soft is None:
         return CarriedMask(hard, None, matrix)
@@ -155,7 +204,7 @@ def _inside(found: CarriedMask, target: np.ndarray, share: float) -> CarriedMask
     hard = found.hard.copy()
     hard[rows[cut], columns[cut]] = False
     if found.soft is None:
-        return CarriedMask(hard, None, found.matrix)
+        return replace(found, hard=hard)
     lesion_away = cv2.distanceTransform((~found.hard).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     border = float(lesion_away[found.soft > 0].max())  # the width of its soft border
-    return CarriedMask(hard, np.minimum(found.soft, soften(hard, border)), found.matrix)
+    return replace(found, hard=hard, soft=np.minimum(found.soft, soften(hard, border)))

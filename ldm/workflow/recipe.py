@@ -336,9 +336,9 @@ def readme(facts: Facts, rejected: int) -> str:
         )
     if facts.framed < facts.diseased:
         parts.append(
-            f"{facts.diseased - facts.framed} of the diseased images have no `anatomy.png`: the masks of their lesions "
-            "cannot be carried to healthy vertebrae, which get blobs instead. Kinds with a form of their own, "
-            "such as fractures, come out wrong then, drawn or pasted."
+            f"{facts.diseased - facts.framed} of the diseased images have no `anatomy.png`: of their lesions "
+            "only the form is carried to healthy vertebrae, anywhere in them. Kinds with a place of their own, such as "
+            "wedge fractures at an endplate, come out in the wrong one then, drawn or pasted."
         )
     if facts.shares[1] * facts.diseased < FEW:
         parts.append(

@@ -92,10 +92,11 @@ def test_lesions_can_be_those_of_samples_with_the_same_value_of_a_key(data: Path
 
 
 def test_what_cannot_be_carried_falls_back_and_is_counted(data: Path, tmp_path: Path, caplog: Any) -> None:
-    """Three of four sources mark no vertebra: the images with their prompts get lesion-shaped masks."""
+    """Three of four sources have no label 1: the images with their prompts get lesion-shaped masks."""
     caplog.set_level("INFO")
     for folder in of(data, healthy=False)[1:]:
-        (folder / "anatomy.png").unlink()
+        labels = read_image(folder / "anatomy.png")
+        write_png(folder / "anatomy.png", np.where(labels == 1, 0, labels).astype(np.uint8))
     assert pasted(tmp_path / "out", data, "--match", "none", "--variants", 3) == 0
     found = metas(tmp_path / "out").values()
     fallen = [meta for meta in found if meta["mask_from"] == "blob"]
@@ -105,6 +106,32 @@ def test_what_cannot_be_carried_falls_back_and_is_counted(data: Path, tmp_path: 
     counts = {"carry": len(found) - len(fallen), "blob (the prompt's sample marks no vertebra)": len(fallen)}
     assert record(tmp_path / "out")["masks"] == counts
     assert f"their masks: {len(fallen)} blob (the prompt's sample marks no vertebra), " in caplog.text
+
+
+def test_without_label_maps_the_forms_of_lesions_are_carried_over(data: Path, tmp_path: Path) -> None:
+    """The results say so, are made again from what they say, and have the lesions' sizes in mm."""
+    for folder in of(data, healthy=False):
+        (folder / "anatomy.png").unlink()
+    assert pasted(tmp_path / "out", data, "--match", "none", "--variants", 2) == 0
+    reason = "the prompt's sample has no anatomy.png: only its lesion's form is carried over, as large as it was in mm"
+    found = metas(tmp_path / "out")
+    assert record(tmp_path / "out")["masks"] == {f"carry ({reason})": len(found)}
+    for name, meta in found.items():
+        assert (meta["mask_from"], meta["mask_fallback"]) == ("carry", reason)
+        assert meta["mask_source"] == meta["pasted_from"]
+        mask, lesion = (
+            read_mask(path / "mask.png").hard for path in (tmp_path / "out" / name, data / meta["mask_source"])
+        )
+        body = read_anatomy(data / meta["parent_id"] / "anatomy.png", mask.shape) == 1
+        assert not (mask & ~body).any()
+        spacings = [
+            json.loads((data / meta[key] / "meta.json").read_text())["spacing_mm"]
+            for key in ("parent_id", "mask_source")
+        ]
+        there, here = (np.prod(each) if isinstance(each, list) else each**2 for each in spacings)
+        assert mask.sum() * there == pytest.approx(lesion.sum() * here, rel=0.3)
+    options = InferenceOptions(tmp_path / "again", train_json=data, like=tmp_path / "out")
+    assert {task.mask.fallback for task in plan_tasks(options, Contents()).tasks} == {reason}
 
 
 def test_two_lesions_of_one_image_keep_their_own_masks(data: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import CLIP, MODELS, TRAIN, VAL, call
+from tiny import CLIP, MODELS, TRAIN, VAL, call, without_label_1
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data import checks as dataset_checks
@@ -76,11 +76,11 @@ def test_samples_without_spacing_where_lengths_are_in_mm(
 
 def test_masks_that_cannot_be_carried_over(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_annotations(tmp_path / TRAIN, [replace(each, anatomy=None) for each in load_samples(world / "train")[0]])
+    write_annotations(tmp_path / TRAIN, without_label_1(load_samples(world / "train")[0], tmp_path))
     config = ("--config", MODELS / "phantom_stage1.yaml", "--biomedclip", CLIP, "data.healthy_masks_from=carry")
     code, found = findings(tmp_path, *config)
     assert code == 1
-    assert "train: data.healthy_masks_from=carry needs diseased samples with an" in texts(found, "error")
+    assert "train: data.healthy_masks_from=carry needs diseased samples with a mask, and" in texts(found, "error")
 
 
 def test_faults_of_single_samples(tmp_path: Path, write_sample: Any) -> None:

@@ -125,7 +125,7 @@ def test_healthy_samples_that_cannot_be_drawn_on_are_counted(tmp_path: Path, cap
     assert made(folder, tmp_path / "recipe", "--ckpt", tmp_path / "gone.ckpt") == 0
     said = (tmp_path / "recipe" / "README.md").read_text()
     assert "Only 1 of the healthy images can be drawn on" in said
-    assert "1 of the diseased images have no `anatomy.png`: the masks of their lesions cannot" in said
+    assert "1 of the diseased images have no `anatomy.png`: of their lesions only the form is" in said
     assert "lesions: dark spot: 1, not named: 1." in said
     assert "1 of these images have no `patient_id` and count as a patient each" in said
     gone = f"{tmp_path / 'gone.ckpt'} (--ckpt)"

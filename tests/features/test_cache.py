@@ -267,17 +267,22 @@ def test_another_preparation_is_other_features(world: Path, cache: FeatureCache,
 def test_masks_of_healthy_items_are_carried_over_from_their_donors(
     world: Path, cache: FeatureCache, networks: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each mask has the donor's share of its vertebra; without the donor's vertebra it is a blob, which is counted."""
+    """Each mask has the donor's share of its vertebra. Without a label map it has the lesion's form, without a vertebra
+    in that map it is a blob: both are counted."""
     caplog.set_level("INFO")
     diseased = [sample for sample in load_samples(world / "train")[0] if not sample.healthy]
-    homeless = replace(diseased[0], sample_id="homeless", anatomy=None)
+    write_png(tmp_path / "none.png", np.zeros_like(read_donor(diseased[0]).hard, np.uint8))
+    homeless = replace(diseased[0], sample_id="homeless", anatomy=tmp_path / "none.png")
+    formal = replace(diseased[0], sample_id="form", anatomy=None)
     plain = [item for item in items_of(world / "val", networks) if item.sample.healthy]
     items = with_donors(plain, [diseased[0]])
     fallen = with_donors(plain, [homeless])
-    assert not cache.build([*items, *fallen])
-    assert "masks of healthy images: 4 carried over" in caplog.text
+    forms = with_donors(plain, [formal])
+    assert not cache.build([*items, *fallen, *forms])
+    assert "masks of healthy images: 8 carried over" in caplog.text
+    assert "4 of 12 masks are not placed by two vertebrae: the prompt's sample has no anatomy.png: only" in caplog.text
     assert (
-        "4 of 8 masks are lesion-shaped instead of carried over: the prompt's sample marks no vertebra" in caplog.text
+        "4 of 12 masks are lesion-shaped instead of carried over: the prompt's sample marks no vertebra" in caplog.text
     )
     donor = read_donor(diseased[0])
     for item in items:
@@ -287,6 +292,9 @@ def test_masks_of_healthy_items_are_carried_over_from_their_donors(
         assert mask.sum() / target.sum() == pytest.approx(donor.hard.sum() / donor.body.sum(), rel=0.3)
         seen = fit_sample(item.sample, read_image(item.sample.image), Mask(mask.astype(np.float32)), networks[0].data)
         assert torch.equal(cache.load(item)["mask"], seen.mask)
+    for form, item in zip(forms, items, strict=True):
+        assert cache.load(form)["mask"].sum() == pytest.approx(cache.load(item)["mask"].sum().item(), rel=0.5)
+        assert not torch.equal(cache.load(form)["mask"], cache.load(item)["mask"])
     for blob, item in zip(fallen, plain, strict=True):
         prepared = prepare(item.sample, networks[0].data, 0, item.variant, training=True)
         assert torch.equal(cache.load(blob)["mask"], prepared.mask)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import MODELS, train
+from tiny import MODELS, train, without_label_1
 
 import ldm.core.files
 from ldm.config import Config, DataConfig, load_config
@@ -269,8 +269,10 @@ def test_masks_are_carried_over_from_training_patients_only(world: Path) -> None
 
 
 def test_masks_of_samples_that_mark_no_vertebra_cannot_be_carried_over(world: Path, tmp_path: Path) -> None:
-    samples = [replace(sample, anatomy=None) for sample in load_samples(world / "train")[0]]
-    write_annotations(tmp_path / "train.json", samples)
+    """An ``anatomy.png`` without label 1 says that the vertebra is elsewhere; none at all says nothing."""
+    write_annotations(tmp_path / "train.json", without_label_1(load_samples(world / "train")[0], tmp_path))
     config = load_config(MODELS / "phantom_stage1.yaml", CARRIED)
-    with pytest.raises(MedSoftError, match=r"train.json: data.healthy_masks_from=carry needs diseased samples with an"):
+    with pytest.raises(
+        MedSoftError, match=r"train.json: data.healthy_masks_from=carry needs diseased samples with a mask, and"
+    ):
         read_training_inputs({"train": tmp_path / "train.json", "val": world / "val"}, config)
