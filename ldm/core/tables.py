@@ -14,6 +14,8 @@ from ldm.core.files import read_text, write_text
 # Text that a spreadsheet takes for a formula, and text that only an apostrophe of ours keeps from that.
 FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 
+CELL_END, ESCAPED = re.compile(r"(\\*)\|"), r"\1\1\\|"  # of a cell of a Markdown table, and as text
+
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
     """Write rows atomically under the header ``columns`` (default: the first row's keys); None becomes empty."""
@@ -72,8 +74,9 @@ def read_table(path: str | Path, columns: Sequence[str], what: str = "table") ->
 
 
 def markdown_row(cells: Iterable[object]) -> str:
-    """One line of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
+    """One line of a Markdown table; what would end a cell is escaped, what would end the line becomes a space."""
+    lines = (" ".join(str(cell).splitlines()) for cell in cells)
+    return f"| {' | '.join(re.sub(CELL_END, ESCAPED, line) for line in lines)} |"
 
 
 def markdown_head(columns: Sequence[str]) -> str:

@@ -33,6 +33,10 @@ def test_a_markdown_table_is_its_head_and_its_rows() -> None:
     assert [*markdown_head(["name", "value"]).split("\n"), *map(markdown_row, rows)] == lines
 
 
+def test_what_would_end_a_cell_or_a_line_of_a_markdown_table_does_not() -> None:
+    assert markdown_row(["lytic|blastic", r"a\|b", "two\r\nlines", 1]) == r"| lytic\|blastic | a\\\|b | two lines | 1 |"
+
+
 def test_lines_are_added_and_one_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "steps.csv"
     assert read_whole_lines(path) == []
