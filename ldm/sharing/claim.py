@@ -4,7 +4,7 @@ Numbers are the published ones; the items' names are short ones of our own. The 
 """
 
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -17,12 +17,14 @@ PACKAGES = ("torch", "pytorch-lightning", "transformers", "open_clip_torch", "nu
 
 @dataclass(frozen=True)
 class Item:
-    """``where``: which file of a run or of this repository answers it; ``answer``: what a card can say by itself."""
+    """``where``: which file of a run or of this repository answers it; ``answer``: what the records of a run say of it;
+    ``fixed``: what holds for every checkpoint, whatever its records."""
 
     number: int
     name: str
     where: str
     answer: Callable[[Facts], str] | None = None
+    fixed: str = ""
 
 
 def _parts(facts: Facts) -> str:
@@ -109,12 +111,8 @@ def _caveats(facts: Facts) -> str:
     return f"{count} warnings of the evaluations, and the standing ones (README.md, Numbers and Limits)"
 
 
-def _fixed(text: str) -> Callable[[Facts], str]:
-    return lambda facts: text
-
-
 ITEMS = (
-    Item(1, "title: AI, and which kind", "", _fixed("a diffusion model: deep learning, generative")),
+    Item(1, "title: AI, and which kind", "", fixed="a diffusion model: deep learning, generative"),
     Item(2, "structured abstract", ""),
     Item(3, "background, intended use", "`README.md`"),
     Item(4, "aims and hypotheses", "the study's YAML: `hypotheses`"),
@@ -140,7 +138,7 @@ ITEMS = (
     Item(24, "initial weights", "`origin` of the checkpoint", _origin),
     Item(25, "training, augmentation, hyperparameters", "`config.yaml`, `steps.csv`", _training),
     Item(26, "how the final model was chosen", "`training.best_by`, `metrics.csv`"),
-    Item(27, "ensembles", "", _fixed("none in this checkpoint")),
+    Item(27, "ensembles", "", fixed="none in this checkpoint"),
     Item(28, "measures of performance", "`evaluation.json`, `metrics.json`", _metrics),
     Item(29, "uncertainty and significance", "`evaluation.json`, `metrics.json`, the study's report", _intervals),
     Item(30, "robustness", "the study's worlds, arms and seeds"),
@@ -154,7 +152,7 @@ ITEMS = (
     Item(38, "accuracy with intervals", "`metrics.json`", _intervals),
     Item(39, "failures", "`report.html` of the classifier, `copies.json`", _confusion),
     Item(40, "limits", "`warnings` and `notes` of the evaluations", _caveats),
-    Item(41, "implications for practice", "", _fixed("not for clinical use")),
+    Item(41, "implications for practice", "", fixed="not for clinical use"),
     Item(42, "full protocol", "the plan's and the study's YAML"),
     Item(43, "availability of code, model, data", "the card's licence"),
     Item(44, "funding", ""),
@@ -169,16 +167,17 @@ def where_table() -> str:
 def claim_text(facts: Facts) -> str:
     """CLAIM.md: the items with what the records of this checkpoint answer."""
     rows = [_row(item, facts) for item in ITEMS]
-    filled = sum(answer != AUTHORS for _, _, answer, _ in rows)
+    fixed = [str(item.number) for item in ITEMS if item.fixed]
+    filled = sum(answer != AUTHORS for _, _, answer, _ in rows) - len(fixed)
     head = (
         "# CLAIM 2024\n\nThe items of the Checklist for Artificial Intelligence in Medical Imaging (Tejani et al., "
         "2024, doi 10.1148/ryai.240300) in short names of our own; the article has the full text. "
         f"{filled} of {len(ITEMS)} have something from run records beside them; whether that is a whole answer, the "
-        f"authors decide. The others are {AUTHORS}.\n\n"
+        f"authors decide. Items {', '.join(fixed)} have the same text for every checkpoint. The others are {AUTHORS}.\n\n"
     )
     return head + markdown_table(("", "item", "from the records of this checkpoint", "see also"), rows) + "\n"
 
 
-def _row(item: Item, facts: Facts) -> Iterable[object]:
-    answer = item.answer(facts) if item.answer else ""
+def _row(item: Item, facts: Facts) -> tuple[int, str, str, str]:
+    answer = item.answer(facts) if item.answer else item.fixed
     return item.number, item.name, answer or AUTHORS, item.where

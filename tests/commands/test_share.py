@@ -90,6 +90,10 @@ def test_card_says_what_the_records_say(world: Path, ckpt: Path, tmp_path: Path)
     claim = (folder / "CLAIM.md").read_text()
     assert claim.count("\n| ") - 2 == len(ITEMS) == 44  # a head and its rule
     assert "none of val and test is among those" in claim
+    beside = [line.split(" | ")[2] for line in claim.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    filled = len(beside) - beside.count("to be written by the authors") - 3
+    assert f"{filled} of 44 have something from run records beside them" in claim
+    assert "Items 1, 27, 41 have the same text for every checkpoint" in claim
     assert "[[90, 30], [37, 83]]" in claim
     names = {
         name
