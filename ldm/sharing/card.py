@@ -175,8 +175,7 @@ def _counts(partitions: Mapping[str, Partition]) -> str:
     for what in ("class", "lesion type", "severity", "level"):
         values = sorted({value for each in partitions.values() for value in each.counts[what]})
         for value in values:
-            shown = value.replace("|", "/")  # which ends a cell
-            rows.append((what, shown, *(each.counts[what].get(value, 0) for each in partitions.values())))
+            rows.append((what, value, *(each.counts[what].get(value, 0) for each in partitions.values())))
     return markdown_table(("", "", *partitions), rows)
 
 
