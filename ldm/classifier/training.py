@@ -29,7 +29,7 @@ from ldm.core.devices import autocast
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_file, named_seed
 from ldm.core.tables import write_csv
-from ldm.data.checks import TRAINED_ON
+from ldm.data.checks import TRAINED_ON, drawn_by
 
 log = logging.getLogger(__name__)
 
@@ -278,6 +278,7 @@ def save_classifier(
         "n_train_healthy": len(data.train) - len(data.train.diseased),
         "n_train_diseased": len(data.train.diseased),
         "n_synthetic_used": len(data.synthetic) if data.synthetic else 0,
+        "drawn_by": drawn_by(data.synthetic.samples) if data.synthetic else [],
         "n_duplicated": len(data.duplicates) if data.duplicates else 0,
         "n_val": len(data.val),
         TRAINED_ON: data.trained_on,

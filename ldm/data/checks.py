@@ -137,6 +137,17 @@ def groups_of_samples(name: str, samples: Sequence[Sample]) -> list[dict[str, An
     return trained_on("", (), *(sample.meta.get(TRAINED_ON, []) for sample in synthetic))
 
 
+def drawn_by(samples: Iterable[Sample]) -> list[dict[str, Any]]:
+    """What drew the synthetic ones among ``samples``, as their meta.json say it, and how many of them each drew.
+
+    [{"checkpoint_sha256": ..., "method": ..., "samples": 12}], the most first; None for what a meta.json does not say:
+    copy-paste has a method and no checkpoint, other programs' images perhaps neither.
+    """
+    keys = ("checkpoint_sha256", "method")
+    counts = Counter(tuple(sample.meta.get(key) for key in keys) for sample in samples if sample.synthetic)
+    return [dict(zip(keys, found, strict=True)) | {"samples": count} for found, count in counts.most_common()]
+
+
 def real_ones(source: object, samples: Sequence[Sample]) -> list[Sample]:
     """Those of ``samples`` that are real, where real ones are measured; the others are counted in a warning."""
     real = [sample for sample in samples if not sample.synthetic]

@@ -14,7 +14,7 @@ from ldm.core.files import content_id, fingerprint
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.data.annotations import load_samples
-from ldm.data.checks import FEWEST_PATIENTS, check_unseen, groups_of_samples, real_ones
+from ldm.data.checks import FEWEST_PATIENTS, check_unseen, drawn_by, groups_of_samples, real_ones
 from ldm.data.folders import parent_image
 from ldm.data.preparation import described_identity
 from ldm.data.samples import Reject, Sample
@@ -107,6 +107,7 @@ def evaluate(
         measured |= {"copies": copy_numbers(copies), "rejected": len(rejects)}
         measured["warnings"] += copies.warnings()
         measured["sources"] = {name: str(path) for name, path in sources.by_name().items()}
+        measured["drawn_by"] = drawn_by(samples["synthetic"])
         folder.claim()
         write_files(output_dir, measured, copies, lesions, rejects)
         folder.finish(**measured)

@@ -14,7 +14,7 @@ from ldm.core.errors import UsageError
 from ldm.core.files import write_json, write_text
 from ldm.core.tables import markdown_table
 from ldm.sharing.claim import claim_text
-from ldm.sharing.facts import Facts, Partition, gather
+from ldm.sharing.facts import Facts, Partition, Record, gather
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,10 @@ def write_cards(options: CardOptions) -> None:
     write_json(folder / RECORD, {"ckpt_sha256": facts.sha256, "files": sorted(texts)})
     for name in texts:
         log.info("written: %s", folder / name)
+    for record in facts.records:
+        if others := (record.drawn_by() or {}).keys() - {facts.sha256}:
+            text = "warning: %s is about images that %s did not draw (%s); the card says so"
+            log.warning(text, record.kind, options.ckpt, ", ".join(sorted(map(str, others))))
     for text in unknown(facts, options.license):
         log.warning("warning: not known, and the card says so: %s", text)
 
@@ -189,11 +193,9 @@ def _settings(facts: Facts) -> str:
 def _numbers(facts: Facts) -> Iterator[str]:
     if not facts.records:
         yield "None: no evaluation was given to the card."
-    else:
-        yield "No record says which checkpoint drew the images; who wrote this card vouches that it was this one."
     for record in facts.records:
         what = "A classifier's test" if record.kind == "metrics.json" else "Drawn against real lesions"
-        yield f"{what} (`{record.kind}`, SHA-256 {record.sha256[:16]}...)."
+        yield f"{what} (`{record.kind}`, SHA-256 {record.sha256[:16]}...). {_drawn_by(record, facts.sha256)}"
         if record.kind == "metrics.json":
             yield _classifier(record.content)
         rows = [(name, _shown(value), _shown(low, high)) for name, value, low, high in record.numbers()]
@@ -203,6 +205,19 @@ def _numbers(facts: Facts) -> Iterator[str]:
             yield f"Copies of training images found among the drawn ones: {record.content['copies']['count']}."
         if caveats := record.caveats():
             yield "\n".join(f"- {text}" for text in caveats)
+
+
+def _drawn_by(record: Record, ckpt: str) -> str:
+    """Which checkpoint drew the images that a record is about, as it says; ``ckpt``: the SHA-256 of the card's."""
+    counts = record.drawn_by()
+    if counts is None:
+        return "It does not say which checkpoint drew its images; who wrote this card vouches that it was this one."
+    if not counts:
+        return "No synthetic image had a part in it."
+    others = sum(counts.values()) - counts.get(ckpt, 0)
+    if not others:
+        return f"All of its {counts[ckpt]} synthetic images were drawn by this checkpoint."
+    return f"**{others} of its {sum(counts.values())} synthetic images were not drawn by this checkpoint.**"
 
 
 def _classifier(metrics: Mapping[str, Any]) -> str:

@@ -173,7 +173,8 @@ def claim_text(facts: Facts) -> str:
         "# CLAIM 2024\n\nThe items of the Checklist for Artificial Intelligence in Medical Imaging (Tejani et al., "
         "2024, doi 10.1148/ryai.240300) in short names of our own; the article has the full text. "
         f"{filled} of {len(ITEMS)} have something from run records beside them; whether that is a whole answer, the "
-        f"authors decide. Items {', '.join(fixed)} have the same text for every checkpoint. The others are {AUTHORS}.\n\n"
+        f"authors decide. Items {', '.join(fixed)} have the same text for every checkpoint. The others are "
+        f"{AUTHORS}.\n\n"
     )
     return head + markdown_table(("", "item", "from the records of this checkpoint", "see also"), rows) + "\n"
 

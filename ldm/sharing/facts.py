@@ -50,6 +50,15 @@ class Record:
         held_out = self.content["test"] if self.kind == "metrics.json" else self.content
         yield from _numbers("", held_out)
 
+    def drawn_by(self) -> dict[str | None, int] | None:
+        """How many synthetic images which checkpoint drew, by its SHA-256, None for none; None where nobody says it."""
+        if "drawn_by" not in self.content:
+            return None
+        counts: Counter = Counter()
+        for each in self.content["drawn_by"]:
+            counts[each["checkpoint_sha256"]] += each["samples"]
+        return dict(counts)
+
     def caveats(self) -> list[str]:
         """What the command that wrote the file warned of."""
         return list(self.content.get("notes" if self.kind == "metrics.json" else "warnings", []))

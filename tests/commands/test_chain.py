@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import STAGES, TEST, TRAIN, VAL, call
+from tiny import STAGES, TEST, TRAIN, VAL, call, metas
 
 import classifier
 from ldm.data.annotations import load_samples
@@ -51,5 +51,7 @@ def test_pictures_train_the_classifier(
     assert call(classifier, tmp_path / "args.json") == 0
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["n_synthetic_used"] == 5
+    (ours,) = {meta["checkpoint_sha256"] for meta in metas(Path("results")).values()}
+    assert metrics["drawn_by"] == [{"checkpoint_sha256": ours, "method": None, "samples": 5}]
     assert len((output / "predictions_results.csv").read_text().splitlines()) == 1 + 5
     assert len((output / "predictions_test.csv").read_text().splitlines()) == 1 + 4

@@ -40,7 +40,7 @@ def test_learns_and_writes_everything(learned: dict) -> None:
     assert auc["value"] > 0.9
     assert auc["low"] <= auc["value"] <= auc["high"]
     assert metrics["classes"] == ["healthy", "osteoblastic", "osteolytic"]
-    assert (metrics["n_synthetic_used"], metrics["n_duplicated"]) == (0, 0)
+    assert (metrics["n_synthetic_used"], metrics["n_duplicated"], metrics["drawn_by"]) == (0, 0, [])
     assert (folder / "epoch_4.safetensors").exists()
     assert (folder / "epoch_8.safetensors").exists()
     history = rows_of(folder / "history.csv")

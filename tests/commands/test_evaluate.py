@@ -320,6 +320,8 @@ def test_drawn_results_are_compared_with_their_parents(world: Path, results: Pat
     numbers = found(out)
     assert numbers["parents"]["compared"] == len(diseased(results))
     assert numbers["parents"]["without_parent"] == 0
+    (ours,) = {meta["checkpoint_sha256"] for meta in tiny.metas(results).values()}
+    assert numbers["drawn_by"] == [{"checkpoint_sha256": ours, "method": None, "samples": len(tiny.metas(results))}]
     assert numbers["parents"]["outside"]["unchanged_pictures"] == 1.0
     assert numbers["parents"]["outside"]["ssim"]["value"] == pytest.approx(1, abs=1e-6)
     assert numbers["parents"]["outside"]["psnr"] is None  # nothing differs there

@@ -14,6 +14,7 @@ from tiny import TEST, TRAIN, VAL, call
 
 from ldm.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import sha256_file
 from ldm.data.annotations import load_samples
 from ldm.data.checks import trained_on
 from ldm.sharing.claim import ITEMS, where_table
@@ -103,6 +104,27 @@ def test_card_says_what_the_records_say(world: Path, ckpt: Path, tmp_path: Path)
     }
     everything = "".join(path.read_text() for path in folder.iterdir())
     assert not [name for name in [*names, str(tmp_path), str(world)] if name in everything]
+
+
+def test_a_card_says_whether_its_checkpoint_drew_what_a_record_is_about(
+    ckpt: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, other = sha256_file(ckpt), "ef" * 32
+    drawn = {
+        "All of its 5 synthetic images were drawn by this checkpoint.": [(ours, 5)],
+        "**6 of its 8 synthetic images were not drawn by this checkpoint.**": [(other, 4), (None, 2), (ours, 2)],
+        "No synthetic image had a part in it.": [],
+    }
+    for number, (text, counts) in enumerate(drawn.items()):
+        behind = [{"checkpoint_sha256": digest, "method": None, "samples": count} for digest, count in counts]
+        (tmp_path / "metrics.json").write_text(json.dumps(METRICS | {"drawn_by": behind}))
+        caplog.clear()
+        folder = write_card(ckpt, tmp_path / str(number), "--results", tmp_path / "metrics.json")
+        assert text in (folder / "README.md").read_text()
+        assert (f"images that {ckpt} did not draw (None, {other})" in caplog.text) == (len(counts) > 1)
+    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
+    folder = write_card(ckpt, tmp_path / "card", "--results", tmp_path / "metrics.json")
+    assert "It does not say which checkpoint drew its images" in (folder / "README.md").read_text()
 
 
 def test_spacing_of_two_numbers_is_counted(world: Path, ckpt: Path, tmp_path: Path) -> None:
