@@ -21,8 +21,8 @@ from ldm.data.annotations import load_samples
 from ldm.data.checks import salted_digest
 from ldm.data.masks import Mask
 from ldm.data.preparation import PreparedSample, described_identity, fit_sample, prepare
-from ldm.data.samples import HEALTHY, Sample
-from ldm.evaluation.choice import kind_of, type_direction
+from ldm.data.samples import HEALTHY, Reject, Sample
+from ldm.evaluation.choice import type_direction
 from ldm.evaluation.copies import copy_thresholds, nearest_of, reaches
 from ldm.evaluation.information import asked_type
 from ldm.evaluation.lesions import BATCH, Lesion, grey_of, lesions_of, ring_around
@@ -69,8 +69,10 @@ class Bound(NamedTuple):
     low: float | None = None
     high: float | None = None
 
-    def fault(self, value: float) -> str | None:
-        """What is wrong with ``value``, in words; None where nothing is."""
+    def fault(self, value: float | None) -> str | None:
+        """What is wrong with ``value``, None where it cannot be measured, in words; None where nothing is."""
+        if value is None:
+            return None if self == Bound() else "cannot be measured: too little lies around the mask to compare with"
         if self.low is not None and value < self.low:
             return f"{value:.3f}, expected at least {self.low:.3f}"
         if self.high is not None and value > self.high:
@@ -102,14 +104,18 @@ class LesionChecks:
     tries: int
     judge: Judge | None = None
 
-    def training_lesions(self, groups: Sequence[Mapping[str, Any]], source: object) -> list[Sample]:
-        """The real diseased samples of ``train_json`` of patients that ``source`` has learned from, by its ``groups``.
+    def training_lesions(
+        self, groups: Sequence[Mapping[str, Any]], source: object
+    ) -> tuple[list[Sample], list[Reject]]:
+        """The real diseased samples of ``train_json`` of patients that ``source`` has learned from, by its ``groups``,
+        and the entries of ``train_json`` that cannot be read.
 
         Without groups all of them. Raises MedSoftError where fewer than two are left.
         """
         if not self.train_json.exists():
             raise UsageError(f"{self.train_json}: does not exist; --check compares with the lesions of --train_json")
-        lesions = [s for s in load_samples(self.train_json)[0] if s.mask and not s.healthy and not s.synthetic]
+        samples, rejects = load_samples(self.train_json)
+        lesions = [s for s in samples if s.mask and not s.healthy and not s.synthetic]
         digests = [(group["salt"], set(group["patients"])) for group in groups]
 
         def seen(patient: str) -> bool:
@@ -123,7 +129,7 @@ class LesionChecks:
         if len(kept) < 2:
             found = f"{len(kept)} real lesions of patients that {source} has learned from"
             raise MedSoftError(f"{self.train_json}: {found}, --check needs at least 2; give --train_json")
-        return kept
+        return kept, rejects
 
     def settings(self, lesions: Sequence[Sample]) -> dict[str, Any]:
         """What decides the verdicts, for a run's identity."""
@@ -131,18 +137,25 @@ class LesionChecks:
         found = {"tries": self.tries, "level": LEVEL, "lesions": digest}
         return found | ({"judge": self.judge.sha256} if self.judge else {})
 
-    def start(self, lesions: Sequence[Sample], encoder: ImageTextEncoder, data: DataConfig) -> "LesionCheck":
-        """The check, with thresholds from ``lesions``; those that cannot be read are left out with a warning."""
-        read = []
+    def start(
+        self, lesions: Sequence[Sample], rejects: Sequence[Reject], encoder: ImageTextEncoder, data: DataConfig
+    ) -> "LesionCheck":
+        """The check, with thresholds from ``lesions``; those that cannot be read join ``rejects`` in check.json."""
+        read, rejects = [], [*rejects]
         for sample in lesions:
             try:
                 read.append((sample, prepare(sample, data, 0, 0)))
             except MedSoftError as error:
-                log.warning("warning: --check: leaves out a training lesion: %s", error)
+                rejects.append(Reject(sample.sample_id, sample.image, str(error)))
+        if rejects:
+            text = "warning: --check: %d entries of %s cannot be read and set no bounds (the first: %s); see check.json"
+            log.warning(text, len(rejects), self.train_json, rejects[0])
         if len(read) < 2:
             raise MedSoftError(f"{self.train_json}: {len(read)} lesions can be read, --check needs at least 2")
         log.info("checking by %d training lesions of %s", len(read), self.train_json)
-        return LesionCheck(self, read, encoder, data)
+        check = LesionCheck(self, read, encoder, data)
+        check.thresholds["left_out"] = [dataclasses.asdict(reject) | {"file": str(reject.file)} for reject in rejects]
+        return check
 
 
 class LesionCheck:
@@ -159,7 +172,7 @@ class LesionCheck:
         self.lesions = [each for k in range(0, len(read), BATCH) for each in lesions_of(read[k : k + BATCH], encoder)]
         places: dict[str, list[int]] = {}
         for place, lesion in enumerate(self.lesions):
-            places.setdefault(kind_of(lesion.sample), []).append(place)
+            places.setdefault(asked_type(lesion.sample) or "", []).append(place)
         places.pop("", None)
         self.directions = {
             kind: type_direction([self.lesions[k] for k in each], encoder) for kind, each in places.items()
@@ -170,7 +183,9 @@ class LesionCheck:
         of[ALL] = list(range(len(rows)))
         self.bounds = {
             name: {
-                kind: prediction_bound([rows[k][name] for k in each if name in rows[k]], sides, name in LOGARITHMIC)
+                kind: prediction_bound(
+                    [v for k in each if (v := rows[k][name]) is not None], sides, name in LOGARITHMIC
+                )
                 for kind, each in of.items()
             }
             for name, sides in SIDES.items()
@@ -215,34 +230,36 @@ class LesionCheck:
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """The numbers of a drawn lesion, and which of them are out of bounds; ``parent``: the healthy one, if it is."""
         numbers = self._numbers(lesion, image)
-        numbers.pop("change", None)  # which a drawn lesion has as what differs from its parent
+        del numbers["change"]  # which a drawn lesion has as what differs from its parent
         if parent is not None:
             changed = np.abs(grey_of(image) - grey_of(parent))[image.soft >= 0.5]
-            numbers |= {"change": float(changed.mean())} if changed.size else {}
+            numbers["change"] = float(changed.mean()) if changed.size else None
         if lesion.sample.healthy:  # no lesion was asked for
             numbers = {name: value for name, value in numbers.items() if name == "seam"}
-        kind, failures = kind_of(lesion.sample), {}
+        kind, failures = asked_type(lesion.sample) or "", {}
         for name, value in numbers.items():
             bounds = self.bounds[name]
             if fault := bounds.get(kind, bounds[ALL]).fault(value):
                 failures[name] = fault
-        return {name: round(value, DIGITS) for name, value in numbers.items()}, failures
+        return {name: None if value is None else round(value, DIGITS) for name, value in numbers.items()}, failures
 
-    def _numbers(self, lesion: Lesion, image: PreparedSample) -> dict[str, float]:
-        """Those of MEANING, of a real lesion, by name; without what cannot be measured."""
+    def _numbers(self, lesion: Lesion, image: PreparedSample) -> dict[str, float | None]:
+        """Those of MEANING, of a real lesion, by name; None for what cannot be measured."""
         grey, ring = grey_of(image), ring_around(image.hard)
-        found: dict[str, float | None] = {"agreement": self._agreement(lesion), "contrast": lesion.contrast}
-        found["seam"] = border_over_surroundings(grey, image.soft)
-        if ring.any() and image.hard.any():
-            found["change"] = float(np.abs(grey[image.hard] - grey[ring].mean()).mean())
-        return {name: found[name] for name in MEANING if found.get(name) is not None}
+        surrounded = ring.any() and image.hard.any()
+        return {
+            "change": float(np.abs(grey[image.hard] - grey[ring].mean()).mean()) if surrounded else None,
+            "seam": border_over_surroundings(grey, image.soft),
+            "agreement": self._agreement(lesion),
+            "contrast": lesion.contrast,
+        }
 
     def _agreement(self, lesion: Lesion) -> float:
         """The margin of ``ldm.evaluation.choice.score``, with the training lesions' prompts.
 
         Of a type that these do not have its own prompt counts; where no type is known, the only other one is healthy.
         """
-        kind = kind_of(lesion.sample)
+        kind = asked_type(lesion.sample) or ""
         own = self.directions.get(kind)
         if own is None:
             own = text_embeddings(self.encoder, [lesion.sample.prompt])[0]

@@ -57,7 +57,7 @@ class Lesion:
     inside: np.ndarray
     diameter: float  # equivalent, native pixels
     diameter_mm: float | None  # None where the spacing is unknown
-    contrast: float  # mean inside minus mean of a ring around, of the image's grey range
+    contrast: float | None  # mean inside minus mean of a ring around, of the image's grey range; None without a ring
     texture: float  # standard deviation inside
     features: Tensor
     alone: Tensor
@@ -120,11 +120,11 @@ def lesions_of(read: Sequence[tuple[Sample, PreparedSample]], encoder: ImageText
     ]
 
 
-def _native_numbers(sample: Sample, image: PreparedSample) -> tuple[float, float | None, float, float]:
+def _native_numbers(sample: Sample, image: PreparedSample) -> tuple[float, float | None, float | None, float]:
     """Diameter in pixels and in mm, contrast and texture of a lesion at native size."""
     grey = grey_of(image)
     ring, inside = ring_around(image.hard), grey[image.hard]
-    contrast = float(inside.mean() - grey[ring].mean()) if ring.any() else 0.0
+    contrast = float(inside.mean() - grey[ring].mean()) if ring.any() else None
     diameter, spacing = equivalent_diameter(image.hard), sample.meta.get("spacing_mm")
     in_mm = diameter * math.sqrt(math.prod(spacing_of(spacing))) if spacing else None
     return diameter, in_mm, contrast, float(inside.std())

@@ -12,7 +12,7 @@ from ldm.data.preparation import PreparedSample
 from ldm.data.samples import Reject, Sample
 from ldm.inference.inpainter import InpaintedImage, Job
 from ldm.inference.preparing import Preparation, PreparedTask
-from ldm.inference.results import FolderResults, NotAccepted, Result, result_of
+from ldm.inference.results import FolderResults, NotAccepted, Result, read_refused, result_of, write_refused
 from ldm.inference.tars import TarResults
 from ldm.inference.tasks import Task
 from ldm.networks.encoder import ImageTextEncoder
@@ -50,24 +50,29 @@ class Checks(Protocol):
 
     tries: int
 
-    def training_lesions(self, groups: Sequence[Mapping[str, Any]], source: object) -> list[Sample]:
-        """The real lesions that thresholds come from: of patients that ``source``, with its ``groups``, has seen."""
+    def training_lesions(
+        self, groups: Sequence[Mapping[str, Any]], source: object
+    ) -> tuple[list[Sample], list[Reject]]:
+        """The real lesions that thresholds come from, of patients that ``source``, with its ``groups``, has seen; and
+        what cannot be read."""
         ...
 
     def settings(self, lesions: Sequence[Sample]) -> dict[str, Any]:
         """What decides the verdicts, for a run's identity."""
         ...
 
-    def start(self, lesions: Sequence[Sample], encoder: ImageTextEncoder, data: DataConfig) -> Check:
-        """The check, once there is an encoder."""
+    def start(
+        self, lesions: Sequence[Sample], rejects: Sequence[Reject], encoder: ImageTextEncoder, data: DataConfig
+    ) -> Check:
+        """The check, once there is an encoder; of ``rejects`` it is said that they set no thresholds."""
         ...
 
 
 @dataclass
 class Round:
-    """What one round over the tasks leaves: rejects, and the names of the tasks to draw again."""
+    """What one round over the tasks leaves: rejects of tasks, and the names of the tasks to draw again."""
 
-    rejects: list[Reject] = field(default_factory=list)
+    rejects: list[tuple[Task, Reject]] = field(default_factory=list)
     again: set[str] = field(default_factory=set)
 
 
@@ -76,7 +81,8 @@ class Drawing:
     """Draws tasks with ``inpainter`` and writes into ``results``; ``provenance``, ``content``: see ``result_of``.
 
     With a ``check`` only what that accepts is written. The rest is drawn again with the same prompt and another seed:
-    with other noise, and in another mask where that is made. What is not accepted in ``tries`` is rejected.
+    with other noise, and in another mask where that is made. What is not accepted in ``tries`` is rejected. What was
+    not accepted is kept in the folder, so that a command that goes on with the run does not draw it once more.
     """
 
     inpainter: Begins
@@ -90,16 +96,21 @@ class Drawing:
 
     def __call__(self, tasks: Sequence[Task], done: Callable[[int], object]) -> list[Reject]:
         """Draw all of them and return the rejects; ``done`` is told how many more have come to their end."""
-        refused: dict[str, list[dict[str, Any]]] = {}  # by the task's name: the seeds that were not accepted, and why
+        # By the task's name: the seeds that were not accepted, and why.
+        refused = {task.name: read_refused(self.results.path, task.name) if self.check else [] for task in tasks}
         rejects: list[Reject] = []
+        never: list[Task] = []
         with ThreadPoolExecutor(4) as pool:
-            for number in range(self.tries):
-                seeded = [dataclasses.replace(task, seed=task.seed + number * FURTHER) for task in tasks]
+            while tasks:
+                never += [task for task in tasks if len(refused[task.name]) >= self.tries]
+                tasks = [task for task in tasks if len(refused[task.name]) < self.tries]
+                seeds = [task.seed + len(refused[task.name]) * FURTHER for task in tasks]
+                seeded = [dataclasses.replace(task, seed=seed) for task, seed in zip(tasks, seeds, strict=True)]
                 left = self._round(pool, seeded, refused, done)
-                rejects += left.rejects
+                rejects += [_with_tries(reject, refused[task.name]) for task, reject in left.rejects]
                 tasks = [task for task in tasks if task.name in left.again]
-        done(len(tasks))
-        return rejects + [_not_accepted(task, refused[task.name]) for task in tasks]
+        done(len(never))
+        return rejects + [_not_accepted(task, refused[task.name]) for task in never]
 
     def _round(
         self,
@@ -115,22 +126,23 @@ class Drawing:
         size, left = self.batch_size, Round()
         batches = [tasks[first : first + size] for first in range(0, len(tasks), size)]
 
-        def settle(waiting: list[Future]) -> None:
-            made = [future.result() for future in waiting]
-            left.rejects.extend(each for each in made if isinstance(each, Reject))
-            found = [each for each in made if isinstance(each, tuple)]
+        def settle(waiting: list[tuple[Task, Future]]) -> None:
+            made = [(task, future.result()) for task, future in waiting]
+            left.rejects.extend((task, each) for task, each in made if isinstance(each, Reject))
+            found = [each for _, each in made if isinstance(each, tuple)]
             if self.check and found:
                 left.again.update(self._judged(self.check, pool, found, refused))
 
-        before: list[Future] = []
+        before: list[tuple[Task, Future]] = []
         for batch, prepared in _ahead(pool, self.prepare, batches):
             sound = [each for each in prepared if not isinstance(each, Reject)]
             jobs = [Job(task.seed, task.sample.sample_id, task.variant, task.prompt) for task, _ in sound]
             begun = self.inpainter.begin([sample for _, sample in sound], jobs) if sound else []
             count = len(left.again)
             settle(before)
-            before = [pool.submit(self._made, *one, finish) for one, finish in zip(sound, begun, strict=True)]
-            left.rejects.extend(each for each in prepared if isinstance(each, Reject))
+            before = [(one[0], pool.submit(self._made, *one, finish)) for one, finish in zip(sound, begun, strict=True)]
+            failed = [(task, each) for task, each in zip(batch, prepared, strict=True) if isinstance(each, Reject)]
+            left.rejects.extend(failed)
             done(len(batch) - (len(left.again) - count))
         count = len(left.again)
         settle(before)
@@ -164,9 +176,10 @@ class Drawing:
         accepted, again = [], set()
         for (result, _), verdict in zip(found, check(found), strict=True):
             task = result.task
-            before = refused.setdefault(task.name, [])
+            before = refused[task.name]
             if verdict.failures:
                 before.append({"seed": task.seed, "reasons": dict(verdict.failures)})
+                write_refused(self.results.path, task.name, before)
                 again.add(task.name)
                 continue
             record = {"try": len(before) + 1, "values": dict(verdict.values), "rejected": before}
@@ -175,13 +188,18 @@ class Drawing:
         return again
 
 
-def _not_accepted(task: Task, tries: Sequence[dict[str, Any]]) -> NotAccepted:
+def _not_accepted(task: Task, tries: Sequence[Mapping[str, Any]]) -> Reject:
     texts = ["; ".join(f"{name} {text}" for name, text in each["reasons"].items()) for each in tries]
     said = ", then ".join(texts[-1:] if len(set(texts)) == 1 else texts)
     reason = f"variant {task.variant}: not accepted in {len(tries)} tries: {said}"
-    return NotAccepted(
-        task.sample.sample_id, task.sample.image, reason, tuple(tuple(each["reasons"]) for each in tries)
-    )
+    return _with_tries(Reject(task.sample.sample_id, task.sample.image, reason), tries)
+
+
+def _with_tries(reject: Reject, tries: Sequence[Mapping[str, Any]]) -> Reject:
+    """The reject of a task some of whose drawings were not accepted, with what these did not meet."""
+    if not tries:
+        return reject
+    return NotAccepted(reject.sample_id, reject.file, reject.reason, tuple(tuple(each["reasons"]) for each in tries))
 
 
 def _ahead(
@@ -189,6 +207,6 @@ def _ahead(
 ) -> Iterator[tuple[Sequence[Task], list[PreparedTask | Reject]]]:
     """Each batch with what ``prepare`` made of it; the next batch is prepared while the caller works on this one."""
     coming = [pool.submit(prepare, task) for task in batches[0]] if batches else []
-    for batch, after in zip(batches, [*batches[1:], []], strict=True):
+    for batch, after in zip(batches, [*batches[1:], []], strict=False):  # one more where there is no batch
         current, coming = coming, [pool.submit(prepare, task) for task in after]
         yield batch, [future.result() for future in current]

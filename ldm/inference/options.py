@@ -107,7 +107,8 @@ class InferenceOptions:
     )
     check: bool = flag(
         "keep an image only if its lesion is like the real training lesions, of --train_json: changed, without a seam, "
-        "of its sentence's type for BiomedCLIP, neither too dark nor too bright, no copy",
+        "of its sentence's type for BiomedCLIP, neither too dark nor too bright, no copy; others are drawn again with "
+        "further seeds, with --like too",
         False,
     )
     tries: int | None = flag(f"with --check: drawings of an image until one is accepted (default: {TRIES})", type=COUNT)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ldm.core.errors import MedSoftError
-from ldm.core.files import Contents, read_json
+from ldm.core.files import Contents, read_json, write_json
 from ldm.data.checks import TRAINED_ON, trained_on
 from ldm.data.folders import write_sample
 from ldm.data.images import with_alpha
@@ -24,12 +24,13 @@ from ldm.reports.comparison import ResultImage
 
 TAG = "synthetic picture drawn by MedSoft-Diffusion; not a patient's image; not for clinical use"
 REJECTED = "rejected_"  # and the criterion: how many drawings that has rejected
+REFUSED = "refused"  # the folder in which a run keeps, task by task, which seeds were not accepted, and why
 FILES = ("image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json")
 
 
 @dataclass(frozen=True)
 class NotAccepted(Reject):
-    """A task of which no drawing was accepted; ``tries``: of each of them the criteria that it did not meet."""
+    """A task of which no drawing was accepted; ``tries``: of each that was judged the criteria that it did not meet."""
 
     tries: tuple[tuple[str, ...], ...] = ()
 
@@ -50,6 +51,24 @@ class Result:
         """Write its sample folder into ``folder``, whole or not at all."""
         tags = {"Comment": TAG, "Description": self.task.prompt}
         write_sample(folder / self.task.name, self.files, self.task.prompt, self.metadata, tags)
+
+
+def write_refused(home: Path, name: str, tries: Sequence[Mapping[str, Any]]) -> None:
+    """Keep what was not accepted of a task, {"seed", "reasons"} each, in the folder of all results."""
+    write_json(home / REFUSED / f"{name}.json", tries)
+
+
+def read_refused(home: Path, name: str) -> list[dict[str, Any]]:
+    """What ``write_refused`` has written; MedSoftError where something else lies there."""
+    path = home / REFUSED / f"{name}.json"
+    if not path.exists():
+        return []
+    found = read_json(path)
+    if not isinstance(found, list) or not all(
+        isinstance(each, dict) and {"seed", "reasons"} <= {*each} for each in found
+    ):
+        raise MedSoftError(f"{path}: expected a list of drawings that were not accepted; delete it to draw them again")
+    return found
 
 
 def is_whole(folder: Path) -> bool:

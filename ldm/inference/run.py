@@ -37,7 +37,7 @@ from ldm.inference.inpainter import InpaintedImage, Inpainter, Job, load_inpaint
 from ldm.inference.options import InferenceOptions, PasteOptions
 from ldm.inference.preparing import Preparation
 from ldm.inference.prompts import Match
-from ldm.inference.results import REJECTED, FolderResults
+from ldm.inference.results import REFUSED, REJECTED, FolderResults
 from ldm.inference.shares import RECORDS, Share, SharedRun, Summary
 from ldm.inference.tars import INDEXES, TARS, UNPACKED, TarResults
 from ldm.inference.tasks import Plan, Task, plan_tasks, read_record
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 RECORD = "inference.json"
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} images [{elapsed}, {remaining} left, {rate_noinv_fmt}]"
-OWN = ("rejects.json", CHECK, "report.html", "report_files", RECORDS, UNPACKED, *INDEXES, *TARS)  # what runs may write
+OWN = ("rejects.json", CHECK, REFUSED, "report.html", "report_files", RECORDS, UNPACKED, *INDEXES, *TARS)  # of any run
 KNOWN = ("command", "checkpoint_sha256", "method")  # of a result's record also the run's
 
 
@@ -98,9 +98,9 @@ def run(options: InferenceOptions, checks: Checks | None = None) -> int:
 
     method = Method(config, provenance, known | settings, load)
     if checks:
-        lesions = checks.training_lesions(learned_from, ckpt)
+        lesions, left_out = checks.training_lesions(learned_from, ckpt)
         method.settings["check"] = checks.settings(lesions)
-        start = partial(checks.start, lesions, data=config.data)
+        start = partial(checks.start, lesions, left_out, data=config.data)
         method = dataclasses.replace(method, tries=checks.tries, check=lambda drawer: start(encoder=drawer.encoder))
     return make_images(options, method, plan, content)
 

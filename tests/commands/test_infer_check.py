@@ -18,10 +18,12 @@ from ldm.config import load_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import Contents
 from ldm.data.annotations import load_samples
+from ldm.data.images import read_image
 from ldm.data.preparation import PreparedSample, prepare
 from ldm.data.samples import Sample
 from ldm.evaluation.check import ALL, Bound, LesionCheck, LesionChecks, prediction_bound
 from ldm.inference.drawing import FURTHER, Verdict
+from ldm.inference.inpainter import InpaintedImage, Inpainter
 from ldm.inference.results import Result, result_of
 from ldm.inference.tasks import Task
 from ldm.networks.opening import open_encoder
@@ -101,6 +103,36 @@ def test_replayed_continued_and_left_alone(
         infer(small.last, checked, *[word for word in given(small, world) if word not in ("--check", "--tries", 2)])
 
 
+def test_what_was_refused_before_a_stop_is_not_drawn_again(
+    small: Small, world: Path, tmp_path: Path, checked: Path, strict: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later, never = strict
+    drawn, begun, stop = [], Inpainter.begin, [True]
+
+    def begin(self: Inpainter, samples: Any, jobs: Sequence[Any]) -> list[Any]:
+        if stop and any(job.seed >= FURTHER for job in jobs):
+            raise KeyboardInterrupt
+        drawn.extend((job.sample_id, job.seed) for job in jobs)
+        return begun(self, samples, jobs)
+
+    monkeypatch.setattr(Inpainter, "begin", begin)
+    with pytest.raises(KeyboardInterrupt):
+        infer(small.last, tmp_path / "stopped", *given(small, world))
+    assert len(drawn) == 3
+    stop.clear()
+    drawn.clear()
+    assert infer(small.last, tmp_path / "stopped", *given(small, world)) == 3
+    assert sorted(drawn) == sorted([(later, FURTHER), (never, FURTHER)])
+    assert files_of(tmp_path / "stopped") == files_of(checked)
+    assert record(tmp_path / "stopped")["check"] == record(checked)["check"]
+    rejects = [json.loads((folder / "rejects.json").read_text()) for folder in (tmp_path / "stopped", checked)]
+    assert rejects[0] == rejects[1]
+    (tmp_path / "stopped" / "refused" / f"{never}__v0.json").write_text("{}")
+    shutil.rmtree(tmp_path / "stopped" / f"{later}__v0")
+    with pytest.raises(MedSoftError, match=r"__v0\.json: expected a list of drawings that were not accepted"):
+        infer(small.last, tmp_path / "stopped", *given(small, world))
+
+
 def test_in_shares_and_tars(checked: Path, small: Small, world: Path, tmp_path: Path) -> None:
     codes = [
         infer(small.last, tmp_path / "tars", *given(small, world, "--share", f"{k}/2", "--format", "tar"))
@@ -129,9 +161,9 @@ def check(world: Path, judge: Path) -> LesionCheck:
 
     config = load_config(PHANTOM, [f"biomedclip.path={CLIP}"])
     checks = LesionChecks(world / "data", 1, load_judge(judge, "cpu"))
-    lesions = checks.training_lesions([], "nothing")
-    assert len(lesions) == 8
-    return checks.start(lesions, open_encoder(config.biomedclip), config.data)
+    lesions, left_out = checks.training_lesions([], "nothing")
+    assert (len(lesions), left_out) == (8, [])
+    return checks.start(lesions, left_out, open_encoder(config.biomedclip), config.data)
 
 
 def verdict(check: LesionCheck, parent: Sample, prepared: PreparedSample, pixels: np.ndarray, **about: Any) -> Verdict:
@@ -165,6 +197,32 @@ def test_what_is_wrong_with_a_drawing_is_named(
     assert ("type" in unknown.failures) == (unknown.values["type"] == "healthy")
 
 
+def test_what_cannot_be_measured_is_not_accepted(check: LesionCheck) -> None:
+    """A mask that leaves nothing around it: no seam and no contrast can be seen there."""
+    own = check.lesions[0].sample
+    prepared = prepare(own, check.data, 0, 0)
+    everything = {"hard": np.ones_like(prepared.hard), "soft": np.ones_like(prepared.soft)}
+    found = verdict(check, own, dataclasses.replace(prepared, **everything), prepared.original)
+    assert (found.values["seam"], found.values["contrast"]) == (None, None)
+    assert found.failures["seam"] == found.failures["contrast"]
+    assert found.failures["seam"].startswith("cannot be measured: too little lies around the mask")
+    assert Bound().fault(None) is None
+
+
+def test_bounds_and_judge_go_by_the_same_type(check: LesionCheck, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an image says which disease belongs into it (``sign``), that counts, whatever its sentence is."""
+    asked = check.lesions[0].sample.lesion_type
+    other = next(kind for kind in check.directions if kind != asked)
+    parent = healthy_ones(world)[0]
+    parent = dataclasses.replace(parent, meta={**parent.meta, "sign": other})
+    prepared = prepare(parent, check.data, 0, 0)
+    closed = {other: Bound(2.0, 3.0), ALL: Bound()}
+    monkeypatch.setitem(check.bounds, "contrast", closed)
+    found = verdict(check, parent, prepared, prepared.original)
+    assert found.failures["contrast"].endswith("expected at least 2.000")
+    assert found.failures.get("type", f"expected {other}").endswith(f"expected {other}")
+
+
 def test_a_training_lesion_is_a_copy_and_seldom_more(check: LesionCheck) -> None:
     """Real lesions redrawn as they are: equal to one of them, and most of them like real ones in every number."""
     others = 0
@@ -195,6 +253,43 @@ def test_bounds_are_those_of_one_more_real_lesion() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_training_lesions_that_cannot_be_read_are_listed(
+    small: Small, world: Path, tmp_path: Path, strict: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(world / "train", tmp_path / "train")
+    masks = sorted(path for path in (tmp_path / "train").glob("*/mask.png") if np.any(read_image(path)))
+    masks[0].write_bytes(b"no image")
+    masks[1].with_name("prompt.txt").unlink()
+    more = ["--data", world / "train", "--prompt", "lesion", "--train_json", tmp_path / "train"]
+    assert infer(small.last, tmp_path / "out", *given(small, world, *more)) == 3
+    left_out = json.loads((tmp_path / "out" / "check.json").read_text())["left_out"]
+    assert {each["sample_id"] for each in left_out} == {mask.parent.name for mask in masks[:2]}
+    assert all(str(tmp_path) in each["file"] and each["reason"] for each in left_out)
+    assert f"--check: 2 entries of {tmp_path / 'train'} cannot be read and set no bounds (the first: " in caplog.text
+
+
+def test_a_try_that_broke_counts_those_before_it(
+    small: Small, world: Path, tmp_path: Path, strict: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later, _ = strict
+    begun = Inpainter.begin
+
+    def begin(self: Inpainter, samples: Any, jobs: Sequence[Any]) -> list[Any]:
+        broken = [job.seed >= FURTHER and job.sample_id == later for job in jobs]
+        found = begun(self, samples, jobs)
+        nothing = InpaintedImage(None, None, "at step 1")
+        return [(lambda: nothing) if bad else finish for bad, finish in zip(broken, found, strict=True)]
+
+    monkeypatch.setattr(Inpainter, "begin", begin)
+    assert infer(small.last, tmp_path / "out", *given(small, world)) == 3
+    reasons = {
+        each["sample_id"]: each["reason"] for each in json.loads((tmp_path / "out" / "rejects.json").read_text())
+    }
+    assert "not numbers (NaN or infinity) appeared at step 1" in reasons[later]
+    counts = {"drawn": 4, "accepted": 1, "at_once": 1, "rejected_agreement": 3}
+    assert record(tmp_path / "out")["check"] == counts
 
 
 def test_lesions_that_the_checkpoint_has_not_seen(
