@@ -8,7 +8,7 @@ unfinished ones counting as p = 1, so that a look before the end cannot make a t
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ldm.workflow.study_keys import Hypothesis
 from ldm.workflow.study_results import LEVEL, Interval, Study, interval
@@ -19,7 +19,7 @@ class Outcome:
     """A hypothesis and what the cells say of it; ``change`` and ``p`` are None without worlds to tell.
 
     ``adjusted`` is Holm's p value, ``missing`` how many cells of its two arms, or drawings of its two generators, are
-    still to come.
+    still to come, ``unequal`` how their worlds or numbers of images differ, in words.
     """
 
     name: str
@@ -30,6 +30,12 @@ class Outcome:
     p: float | None
     adjusted: float
     missing: int
+    unequal: str | None = None
+
+    @property
+    def worlds(self) -> int:
+        """How many worlds the difference is of."""
+        return self.change.worlds if self.change else 0
 
     @property
     def verdict(self) -> str:
@@ -56,7 +62,7 @@ class Share:
 
 def outcomes(hypotheses: Mapping[str, Hypothesis], own: Study, others: Mapping[str, Study]) -> list[Outcome]:
     """Every hypothesis tested on cells or drawings of the study, or on those of the one of ``others`` that it names."""
-    found = []
+    found: list[Outcome] = []
     for name, hypothesis in hypotheses.items():
         study = others[hypothesis.study] if hypothesis.study else own
         if hypothesis.of == "drawings":
@@ -64,20 +70,23 @@ def outcomes(hypotheses: Mapping[str, Hypothesis], own: Study, others: Mapping[s
             endpoint = hypothesis.endpoint or ""
             values = list(study.drawings.paired(first, second, endpoint).values())
             missing = study.drawings.unfinished((first, second))
+            unequal = study.drawings.unequal(first, second, endpoint)
         else:
             first, second = (study.at(arm, study.chosen_ratio()) for arm in hypothesis.minus)
             endpoint = hypothesis.endpoint or study.comparison.endpoint
             values = list(study.paired(first, second, endpoint).values())
             missing = study.unfinished((first, second))
+            unequal = study.unequal(first, second, endpoint)
         p = None
         if len(values) > 1:
             margin = hypothesis.equivalence
             p = t_test(values) if margin is None else equivalence_test(values, margin)
         place = f" ({hypothesis.study})" if hypothesis.study else ""
         change = interval(values) if values else None
-        found.append((name, f"{first} minus {second}{place}", endpoint, hypothesis, change, p, missing))
-    adjusted = holm([1.0 if p is None or missing else p for *_, p, missing in found])
-    return [Outcome(*each[:6], value, each[6]) for each, value in zip(found, adjusted, strict=True)]
+        asked = f"{first} minus {second}{place}"
+        found.append(Outcome(name, asked, endpoint, hypothesis, change, p, 1.0, missing, unequal))
+    adjusted = holm([1.0 if each.p is None or each.missing else each.p for each in found])
+    return [replace(each, adjusted=value) for each, value in zip(found, adjusted, strict=True)]
 
 
 def t_test(values: Sequence[float], expected: float = 0.0) -> float:

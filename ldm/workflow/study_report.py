@@ -88,8 +88,7 @@ def mean_rows(study: Study, metrics: Sequence[str]) -> list[list[str]]:
     rows = []
     for treatment in study.treatments:
         means = [study.mean(treatment, metric) for metric in metrics]
-        worlds = max((each.worlds for each in means if each), default=0)
-        rows.append([str(treatment), str(worlds), *(mean_with_bounds(each, "{:.3f}") for each in means)])
+        rows.append([str(treatment), *_with_worlds(means, "{:.3f}")])
     return rows
 
 
@@ -99,6 +98,16 @@ def difference_rows(study: Study) -> list[list[str]]:
         [str(first), str(second), mean_with_bounds(change, "{:+.3f}"), str(change.worlds), change.verdict]
         for first, second, change in study.differences()
     ]
+
+
+def _with_worlds(found: Sequence[Interval | None], form: str) -> list[str]:
+    """The number of worlds of a row, then its numbers; one of fewer worlds says of how many."""
+    most = max((each.worlds for each in found if each), default=0)
+    texts = []
+    for each in found:
+        fewer = f" ({each.worlds} world{'s' if each.worlds > 1 else ''})" if each and each.worlds < most else ""
+        texts.append(mean_with_bounds(each, form) + fewer)
+    return [str(most), *texts]
 
 
 def mean_with_bounds(found: Interval | None, form: str) -> str:
@@ -154,7 +163,7 @@ def outcome_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
     """One row a hypothesis."""
     return [
         [
-            *(each.name, each.asked, endpoint_text(each), mean_with_bounds(each.change, "{:+.3f}")),
+            *(each.name, each.asked, endpoint_text(each), mean_with_bounds(each.change, "{:+.3f}"), str(each.worlds)),
             *("-" if each.p is None else f"{each.p:.4f}", f"{each.adjusted:.4f}", each.verdict),
         ]
         for each in outcomes
@@ -165,6 +174,17 @@ def endpoint_text(outcome: Outcome) -> str:
     """What a hypothesis is about, and of what less is better."""
     of = " of the drawings" if outcome.hypothesis.of == "drawings" else ""
     return f"{outcome.endpoint}{of}{' (less is better)' if outcome.endpoint in ERRORS else ''}"
+
+
+def hypothesis_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Every hypothesis as a row of hypotheses.csv."""
+    return [
+        {"name": each.name, "asked": each.asked, "endpoint": each.endpoint, "of": each.hypothesis.of}
+        | {name: getattr(each.change, name, None) for name in ("mean", "low", "high")}
+        | {"worlds": each.worlds, "p": each.p, "p_holm": each.adjusted, "equivalence": each.hypothesis.equivalence}
+        | {"missing": each.missing, "verdict": each.verdict}
+        for each in outcomes
+    ]
 
 
 def drawing_rows(drawings: Drawings) -> list[dict[str, Any]]:
@@ -183,13 +203,10 @@ def drawing_tables(drawings: Drawings) -> dict[str, tuple[list[str], list[list[s
     means, changes = [], []
     for generator in drawings.generators:
         found = [drawings.mean(generator, name) for name in names]
-        worlds = max((each.worlds for each in found if each), default=0)
-        means.append([generator, str(worlds), *(mean_with_bounds(each, "{:.3f}") for each in found)])
+        means.append([generator, *_with_worlds(found, "{:.3f}")])
     for other in drawings.generators[1:]:
         found = [drawings.difference(drawings.generators[0], other, name) for name in names]
-        worlds = max((each.worlds for each in found if each), default=0)
-        shown = [mean_with_bounds(each, "{:+.3f}") for each in found]
-        changes.append([drawings.generators[0], other, str(worlds), *shown])
+        changes.append([drawings.generators[0], other, *_with_worlds(found, "{:+.3f}")])
     titles = [DRAWN[name] for name in names]
     return {
         "Drawings, as the judge reads them": (["generator", "worlds", *titles], means),
@@ -223,8 +240,8 @@ def cell_rows(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def warnings(study: Study) -> list[str]:
-    """What makes the cells unfair to each other, in sentences."""
+def warnings(study: Study, outcomes: Sequence[Outcome] = ()) -> list[str]:
+    """What makes cells, drawings and the arms of hypotheses unfair to each other, in sentences."""
     found = []
     if undefined := sum(cell.values.get(study.comparison.endpoint) is None for cell in study.cells):
         found.append(f"{undefined} cells have no {study.endpoint}: another task, or a test set of one class.")
@@ -235,12 +252,35 @@ def warnings(study: Study) -> list[str]:
             f"In {len(uneven)} cells another number of images was added than in the control, which is unfair (the "
             f"first: {uneven[0]}); give `draw` a larger --limit, or --variants."
         )
+    compared = [(first, second) for first, second, _ in study.differences()] if study.cells else []
+    if unequal := [said for pair in compared if (said := study.unequal_worlds(*pair))]:
+        found.append(
+            f"{len(unequal)} arms are finished in other worlds than those they are compared with (the first: "
+            f"{unequal[0]}): their means are of different worlds."
+        )
+    found += [f"{each.name}: {each.unequal}." for each in outcomes if each.unequal]
+    found += _warnings_of_drawings(study.drawings)
     found += [
         f"Cells of {world} come from several machines ({'; '.join(names)}), whose classifiers differ by more than arms "
         "do: compute the whole world on one of them."
         for world, names in study.machines().items()
     ]
     return found
+
+
+def _warnings_of_drawings(drawings: Drawings) -> list[str]:
+    """What makes the drawings of generators unfair to each other, in sentences."""
+    first, *others = drawings.generators or [""]
+    found = []
+    for other in others:
+        names = [name for name in DRAWN if drawings.difference(first, other, name)]
+        said = dict.fromkeys(said for name in names if (said := drawings.unequal(first, other, name)))
+        found += [f"{first} and {other}: {each}." for each in said]
+    return found + [
+        f"Drawings of {world} come from several machines ({'; '.join(names)}), whose networks draw and judge "
+        "differently: compute the whole world on one of them."
+        for world, names in drawings.machines().items()
+    ]
 
 
 def write_study_report(
@@ -252,12 +292,15 @@ def write_study_report(
     tested_by: str | None = None,
 ) -> None:
     """study.md and study.html in ``folder``; of cells results.csv (a row a cell) and dose_response.png, of drawings
-    drawings.csv (a row a number).
+    drawings.csv (a row a number), of hypotheses hypotheses.csv.
 
     ``notes``: how all of it came about; ``tested_by``: the study that tests hypotheses about this one.
     """
-    notes = [f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC.", *notes, *reading_notes(study), *warnings(study)]
-    tables = {"Hypotheses": (["", "", "endpoint", "difference", "p", "p (Holm)", "verdict"], outcome_rows(outcomes))}
+    notes = [f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC.", *notes, *reading_notes(study), *warnings(study, outcomes)]
+    titles = ["", "", "endpoint", "difference", "worlds", "p", "p (Holm)", "verdict"]
+    tables = {"Hypotheses": (titles, outcome_rows(outcomes))}
+    if outcomes:
+        write_csv(folder / "hypotheses.csv", hypothesis_rows(outcomes))
     rows: list[dict[str, Any]] = []
     if study.cells:
         rows = cell_rows(study)

@@ -7,7 +7,7 @@ generators and classifiers are averaged within it first, and intervals are Stude
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -184,6 +184,21 @@ class Drawings:
         found = self.paired(first, second, endpoint)
         return interval(list(found.values())) if found else None
 
+    def unequal(self, first: str, second: str, endpoint: str) -> str | None:
+        """In words, how the worlds or the numbers of drawings of two generators that are compared differ."""
+        names = (first, second)
+        found = _unequal_worlds({name: self.by_world(name, endpoint) for name in names})
+        counts: dict[str, dict[str, list[int]]] = {name: defaultdict(list) for name in names}
+        for each in self.judged:
+            if each.generator in counts and endpoint in each.counts:
+                counts[each.generator][each.world].append(each.counts[endpoint])
+        means = {name: {w: statistics.fmean(n) for w, n in worlds.items()} for name, worlds in counts.items()}
+        return _joined(found, _unequal_counts(means, "of drawings was read", "of"))
+
+    def machines(self) -> dict[str, list[str]]:
+        """The machines on which a world's drawings were read, of worlds with several."""
+        return _several_machines(self.judged)
+
     def unfinished(self, generators: Iterable[str]) -> int:
         """How many planned drawings of these generators are not judged."""
         done = {each.key for each in self.judged}
@@ -248,6 +263,23 @@ class Study:
         found = self.paired(first, second, metric)
         return interval(list(found.values())) if found else None
 
+    def unequal(self, first: Treatment, second: Treatment, metric: str | None = None) -> str | None:
+        """In words, how the worlds or the numbers of added images of two treatments that are compared differ."""
+        found = self.unequal_worlds(first, second, metric)
+        if None in (first.ratio, second.ratio):
+            return found
+        added: dict[str, dict[str, list[int]]] = {str(first): defaultdict(list), str(second): defaultdict(list)}
+        for cell in self.cells:
+            if cell.treatment in (first, second) and cell.added is not None:
+                added[str(cell.treatment)][cell.world].append(cell.added)
+        means = {name: {w: statistics.fmean(n) for w, n in worlds.items()} for name, worlds in added.items()}
+        return _joined(found, _unequal_counts(means, "of images was added", "in"))
+
+    def unequal_worlds(self, first: Treatment, second: Treatment, metric: str | None = None) -> str | None:
+        """In words, how the worlds of two treatments that are compared differ."""
+        metric = metric or self.comparison.endpoint
+        return _unequal_worlds({str(each): _by_world(self._runs(each, metric)) for each in (first, second)})
+
     def at(self, arm: str, ratio: float | None) -> Treatment:
         """An arm at this ratio, or at none if its cells have none."""
         known = {*self.treatments, *(treatment for _, treatment, _, _ in self.planned)}
@@ -260,11 +292,7 @@ class Study:
 
     def machines(self) -> dict[str, list[str]]:
         """The machines on which a world's cells were computed, of worlds with several."""
-        found: dict[str, dict[str, None]] = defaultdict(dict)
-        for cell in self.cells:
-            if cell.machine:
-                found[cell.world][cell.machine] = None
-        return {world: list(names) for world, names in found.items() if len(names) > 1}
+        return _several_machines(self.cells)
 
     def by_kind(self) -> "Study":
         """The same cells with the numbers of their kinds and severities as values."""
@@ -313,6 +341,40 @@ class Study:
             if None not in (treatment.ratio, number, other) and number != other:
                 found.append(f"{world}, seed {seed}: {number} in {treatment}, {other} in {control}")
         return found
+
+
+def _several_machines(rows: Iterable[Cell | Drawing]) -> dict[str, list[str]]:
+    """The machines of each world's rows, of worlds with several; rows that do not say theirs are left out."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in rows:
+        if row.machine:
+            found[row.world][row.machine] = None
+    return {world: list(names) for world, names in found.items() if len(names) > 1}
+
+
+def _unequal_worlds(values: Mapping[str, Mapping[str, float]]) -> str | None:
+    """In words, how the worlds of two named rows of numbers by world differ; None where one has none yet."""
+    (first, ours), (second, theirs) = values.items()
+    if ours.keys() == theirs.keys() or not ours or not theirs:
+        return None
+    both = len(ours.keys() & theirs.keys())
+    worlds = f"{len(ours)} world{'s' if len(ours) > 1 else ''}"
+    over = f"the {both} that both have" if both else "none"
+    return f"{first} is there in {worlds}, {second} in {len(theirs)}; their difference is over {over}"
+
+
+def _unequal_counts(counts: Mapping[str, Mapping[str, float]], what: str, of: str) -> str | None:
+    """In words, in how many worlds two named rows of mean counts by world differ, and the first such world."""
+    (first, ours), (second, theirs) = counts.items()
+    worlds = [world for world in ours if world in theirs and ours[world] != theirs[world]]
+    if not worlds:
+        return None
+    shown = f"{worlds[0]}: {ours[worlds[0]]:g} {of} {first}, {theirs[worlds[0]]:g} {of} {second}"
+    return f"in {len(worlds)} world{'s' if len(worlds) > 1 else ''} another number {what} ({shown})"
+
+
+def _joined(*parts: str | None) -> str | None:
+    return "; ".join(part for part in parts if part) or None
 
 
 def _by_world(runs: dict[tuple[str, int], float]) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """ldm/workflow/study_hypotheses.py beside scipy: t tests, equivalence, Holm's correction, Fieller's interval."""
 
+import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +167,72 @@ def test_hypotheses_may_be_about_the_drawings(tmp_path: Path) -> None:
     rows = (tmp_path / "drawings.csv").read_text().splitlines()
     assert rows[0] == "world,generator,generator_seed,endpoint,value,n,machine,commit"
     assert len(rows) == 1 + 5 * (2 + 2 + 1)
+
+
+def test_each_outcome_says_of_how_many_worlds_it_is(study_: Study, tmp_path: Path) -> None:
+    """On the page and in hypotheses.csv; a number whose worlds are fewer than its row's says it, too."""
+    cells = [cell for cell in study_.cells if cell.world not in ("w3", "w4") or cell.treatment.arm != "paste"]
+    cells = [
+        replace(cell, values=cell.values | {"brier": 0.1} if cell.world == "w0" else cell.values) for cell in cells
+    ]
+    half = replace(study_, cells=cells)
+    write_study_report(tmp_path, "s", half, [], outcomes({name: HYPOTHESES[name] for name in ("H1", "H3")}, half, {}))
+    said = (tmp_path / "study.md").read_text()
+    assert "| endpoint | difference | worlds | p |" in said
+    assert re.search(r"\| H1 \| ours at 3 minus duplicated at 3 \| auc \| \+0.017 \(.*\) \| 5 \| 0.0", said)
+    assert re.search(r"\| H3 \| ours at 3 minus paste at 3 \| auc \| .* \| 3 \| ", said)
+    assert re.search(r"\| ours at 3 \| 5 \| 0.844 \(.*\) \| 0.100 \(1 world\) \|", said)
+    rows = {row["name"]: row for row in csv.DictReader((tmp_path / "hypotheses.csv").read_text().splitlines())}
+    assert [rows[name]["worlds"] for name in ("H1", "H3")] == ["5", "3"]
+    assert float(rows["H1"]["mean"]) == pytest.approx(np.mean(GAINS))
+    assert rows["H3"]["verdict"] == "open: 4 cells to come"
+
+
+def test_arms_of_unequal_worlds_or_numbers_of_drawings_are_named(study_: Study, tmp_path: Path) -> None:
+    cells = [cell for cell in study_.cells if cell.world != "w4" or cell.treatment.arm != "paste"]
+    half = replace(study_, cells=cells)
+    write_study_report(tmp_path, "s", half, [], outcomes({"H3": HYPOTHESES["H3"]}, half, {}))
+    said = (tmp_path / "study.md").read_text()
+    assert "H3: ours at 3 is there in 5 worlds, paste at 3 in 4; their difference is over the 4 that both have." in said
+    assert "finished in other worlds than those they are compared with (the first: paste at 3 is there in 4" in said
+    write_study_report(tmp_path, "s", study_, [], outcomes(HYPOTHESES, study_, {}))
+    assert "is there in" not in (tmp_path / "study.md").read_text()
+
+
+def test_cells_of_a_hypothesis_with_unequal_numbers_of_added_images_are_named(study_: Study) -> None:
+    cells = [
+        replace(cell, counts={"n_synthetic_used": 28 if cell.treatment.arm == "paste" and cell.world == "w2" else 30})
+        for cell in study_.cells
+    ]
+    (found,) = outcomes({"H3": HYPOTHESES["H3"]}, replace(study_, cells=cells), {})
+    assert found.unequal == "in 1 world another number of images was added (w2: 30 in ours at 3, 28 in paste at 3)"
+
+
+def test_drawings_of_unequal_numbers_are_named(tmp_path: Path) -> None:
+    drawings = drawn({"ours": [0.5, 0.6, 0.4], "no_msc": [0.4, 0.5, 0.3], "oracle": [0.9, 0.9]})
+    drawings.judged = [
+        replace(each, counts={"agreement": 7}) if each.generator == "no_msc" and each.world == "w1" else each
+        for each in drawings.judged
+    ]
+    alone = Study([], None, drawings=drawings)
+    hypotheses = {"H": Hypothesis(("no_msc", "oracle"), of="drawings", endpoint="agreement")}
+    write_study_report(tmp_path, "s", alone, [], outcomes(hypotheses, alone, {}))
+    said = (tmp_path / "study.md").read_text()
+    assert "ours and no_msc: in 1 world another number of drawings was read (w1: 9 of ours, 7 of no_msc)." in said
+    assert "ours and oracle: ours is there in 3 worlds, oracle in 2; their difference is over the 2 that bo" in said
+    assert "H: no_msc is there in 3 worlds, oracle in 2; their difference is over the 2 that both have; in 1 wo" in said
+
+
+def test_a_world_whose_drawings_come_from_two_machines_is_named(tmp_path: Path) -> None:
+    drawings = drawn({"ours": [0.5, 0.6], "no_msc": [0.4, 0.5]})
+    drawings.judged = [
+        replace(each, machine="Xeon" if each.world == "w1" and each.generator == "ours" else "EPYC")
+        for each in drawings.judged
+    ]
+    write_study_report(tmp_path, "s", Study([], None, drawings=drawings), [])
+    said = (tmp_path / "study.md").read_text()
+    assert "Drawings of w1 come from several machines (Xeon; EPYC)" in said
+    assert said.count("several machines") == 1
 
 
 def test_less_of_an_error_of_the_drawings_is_better(tmp_path: Path) -> None:
