@@ -1,11 +1,13 @@
 """Train a healthy/diseased (or lesion type) classifier on real and synthetic images, test it once, predict."""
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
 from ldm.core import cli
 from ldm.core.errors import UsageError
+from ldm.reviews.options import REVIEW_HELP
 
 CONFIGS = Path(__file__).resolve().parent / "configs" / "classifier"
 
@@ -18,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
     text = "one classifier for each seed, in output_dir/seed_N"
     parser.add_argument("--seeds", type=cli.SEED, nargs="+", metavar="N", help=text)
+    parser.add_argument("--review", action="append", default=[], metavar="FILE", help=REVIEW_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace the results of another run in output_dir")
     return parser
 
@@ -38,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
     from ldm.classifier.data import prepare_annotations
 
     overrides = [*args.set, *(["overwrite=true"] if args.overwrite else [])]
+    overrides += [f"review={json.dumps(args.review)}"] if args.review else []
     config = load_classifier_config(find_config(args.args), overrides)
     configs = [config]
     if args.seeds:

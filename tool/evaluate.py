@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ldm.config import load_config
 from ldm.core import cli
+from ldm.reviews.options import REVIEW_HELP
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--train_json", type=Path, help="what the generator learned from, for copies (default: REAL)")
     text = "predictions_NAME.csv of a classifier (task type) about SYNTH: how much of the asked type was drawn, in bits"
     made.add_argument("--predictions", type=Path, help=text)
+    made.add_argument("--review", action="append", default=[], type=Path, metavar="FILE", help=REVIEW_HELP)
     made.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
     made.add_argument(
         "--quarantine", action="store_true", help="move copies from SYNTH into SYNTH_quarantine beside it"
@@ -39,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     from ldm.evaluation.run import Sources, evaluate
 
     sources = Sources(args.real, args.synthetic, args.train_json)
-    how = {"quarantine": args.quarantine, "overwrite": args.overwrite, "predictions": args.predictions}
+    how = {name: getattr(args, name) for name in ("quarantine", "overwrite", "predictions", "review")}
     clean = evaluate(sources, args.output_dir, config.data, config.biomedclip, **how)
     return cli.DONE if clean else cli.SOME_REJECTED
 

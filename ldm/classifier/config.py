@@ -44,6 +44,8 @@ class ClassifierConfig:
     val_json: str | None = setting(None, NOTHING)
     test_json: str | None = setting(None, NOTHING)
     synthetic: list[str] = setting([], NOTHING)  # result folders of dataset_infer.py
+    # review.csv files of medsoft review about the images of `synthetic`; what any reviewer rejected is left out
+    review: list[str] = setting([], NOTHING)
     ratio: Amount | None = setting(None, WEIGHTS)  # synthetic images per real diseased training image; null = all
     # mix = train on real and synthetic together; pretrain = first on the synthetic and the real healthy images, then on
     # the real ones; duplicate_real (the control) = repeat real diseased images, as many as mix would add at this
@@ -105,6 +107,8 @@ def load_classifier_config(path: str | Path, overrides: Sequence[str] = ()) -> C
             ("val_json", config.val_json is not None, "the path of a dataset"),
             ("ratio", use != DUPLICATE_REAL or config.ratio is not None, f"a number with use_synthetic {use}"),
             ("synthetic", use != PRETRAIN or bool(config.synthetic), f"result folders with use_synthetic {use}"),
+            ("review", use != DUPLICATE_REAL or not config.review, f"nothing with use_synthetic {use}"),
+            ("synthetic", bool(config.synthetic) or not config.review, "the result folders that `review` is about"),
         ]
         for key, holds, expected in rules:
             if not holds:

@@ -33,6 +33,7 @@ from ldm.data.images import intensity_range_of, pixel_digest, read_image, to_uni
 from ldm.data.masks import TARGET_LABEL, extents, read_anatomy, read_mask, spacing_of
 from ldm.data.samples import Reject, Sample
 from ldm.data.splits import output_paths, prepare_dataset
+from ldm.reviews.choice import apply_review
 
 log = logging.getLogger(__name__)
 
@@ -306,15 +307,18 @@ def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[Imag
         log.warning("%s: %d of %d samples name no parent in the training set (the first: %s)", *counts)
 
 
-def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence[ImageSet]) -> ImageSet | None:
+def pick_synthetic(
+    config: ClassifierConfig, train: ImageSet, held_out: Sequence[ImageSet]
+) -> tuple[ImageSet | None, dict[str, Any] | None]:
     """The synthetic diseased images that join the training set: ``ratio`` per real diseased one, seeded.
 
-    Which ones is a function of the seed and their names only. Healthy samples in the folders are left out.
+    Which ones is a function of the seed and their names only. Healthy samples in the folders are left out, and so are
+    those that ``review`` rejects: then the second value is what it says (``ldm.reviews.choice``).
     """
     sizes = (config.img_size, config.task, config.channels, config.crop)
     parts = [load_images(f"synthetic {folder}", folder, *sizes) for folder in config.synthetic]
     if not parts:
-        return None
+        return None, None
     for part in parts:
         check_children(part, train, held_out)
     pool = ImageSet(
@@ -327,16 +331,19 @@ def pick_synthetic(config: ClassifierConfig, train: ImageSet, held_out: Sequence
         [reject for part in parts for reject in part.rejects],
         masks=np.concatenate([part.masks for part in parts]) if config.task == SEGMENT else None,
     )
+    choice = apply_review(config.review, pool.samples) if config.review else None
     diseased = pool.diseased
     if len(diseased) < len(pool):
         log.info("%d healthy samples in the synthetic folders are left out", len(pool) - len(diseased))
+    if choice:
+        diseased = sorted({*choice.kept(pool.samples)} & {*diseased})
     if config.ratio is not None:
         wanted = round(config.ratio * len(train.diseased))
         if wanted > len(diseased):
             counts = config.ratio, wanted, len(diseased)
             log.warning("ratio %g asks for %d synthetic images, %d exist: all are used", *counts)
         diseased = sorted(_shuffled(config.seed, "synthetic", pool, diseased)[:wanted])
-    return pool.subset(diseased)
+    return pool.subset(diseased), choice and choice.record
 
 
 def pick_duplicates(config: ClassifierConfig, train: ImageSet) -> ImageSet:
@@ -363,6 +370,7 @@ class ClassifierData:
     duplicates: ImageSet | None
     classes: list[str]
     earlier: list[dict[str, Any]] = field(default_factory=list)  # patients behind what it starts from (data.checks)
+    review: dict[str, Any] | None = None  # what ``apply_review`` says of the synthetic images
 
     @property
     def trained_on(self) -> list[dict[str, Any]]:
@@ -403,7 +411,7 @@ def load_data(config: ClassifierConfig) -> ClassifierData:
     held_out = [images for images in (val, test) if images is not None]
     check_image_sets_disjoint([train, *held_out])
     classes = class_names(config, train)
-    synthetic = None if duplicating else pick_synthetic(config, train, held_out)
+    synthetic, review = (None, None) if duplicating else pick_synthetic(config, train, held_out)
     if config.use_synthetic == PRETRAIN and not synthetic:
         raise MedSoftError(
             f"use_synthetic pretrain needs synthetic diseased images, found none in {', '.join(config.synthetic)} at "
@@ -418,7 +426,7 @@ def load_data(config: ClassifierConfig) -> ClassifierData:
             check_unseen(f"{images.name}_json", images.samples, behind, f"the {source.name} set")
         earlier = trained_on("", (), earlier, behind)
     duplicates = pick_duplicates(config, train) if duplicating else None
-    data = ClassifierData(train, val, test, synthetic, duplicates, classes, earlier)
+    data = ClassifierData(train, val, test, synthetic, duplicates, classes, earlier, review)
     for images in data.sets:
         for sample, label in zip(images.samples, images.labels, strict=True):
             if label not in classes:

@@ -31,6 +31,7 @@ from ldm.core.schema import identity
 from ldm.core.tables import write_csv
 from ldm.data.checks import TRAINED_ON, check_unseen, groups_of
 from ldm.data.samples import Reject, Sample
+from ldm.reviews.choice import sentence
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
     settings, pretrained = identity(config, "weights"), content_id(config.pretrained)
     run = fingerprint([settings, pretrained, data.fingerprint()])  # in the saved state and weights
     settings |= {"pretrained_sha256": pretrained, "training_data": data.fingerprint()}
+    settings |= {"review_sha256": [each["sha256"] for each in data.review["files"]]} if data.review else {}
     folder, weights = _run_folder(config.output), config.output / "classifier.safetensors"
     with folder.lock():
         record = folder.open(settings, config.overwrite, legacy=run, anew=config.overwrite)
@@ -207,6 +209,7 @@ def _test(
     metrics = {key: value for key, value in info.items() if key not in ("config", "run", TRAINED_ON)}
     metrics = {"dataset": config.dataset, "model": info["config"]["model"], "task": info["config"]["task"], **metrics}
     found, notes = _about_training(folder, sets)
+    notes = [sentence(info["review"]), *notes] if "review" in info else notes
     metrics |= found
     if test is None:
         metrics["notes"] = ["No test set was given.", *notes]

@@ -267,7 +267,7 @@ def save_classifier(
 ) -> None:
     """Write the weights of one epoch and what is known of them; ``chosen``: its row, validation and weights."""
     info = {
-        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("overwrite", "predict")},
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("overwrite", "predict", "review")},
         "classes": data.classes,
         "run": run,
         "epoch": chosen["row"]["epoch"],
@@ -281,6 +281,7 @@ def save_classifier(
         "drawn_by": drawn_by(data.synthetic.samples) if data.synthetic else [],
         "n_duplicated": len(data.duplicates) if data.duplicates else 0,
         "n_val": len(data.val),
+        **({"review": data.review} if data.review else {}),
         TRAINED_ON: data.trained_on,
     }
     with atomic_file(path) as handle:

@@ -43,10 +43,15 @@ def _shown(value: Any) -> Any:
     return f"'{text}" if FORMULA.match(text) else value
 
 
+def without_mark(text: str) -> str:
+    """The text of a cell as it was before an apostrophe was put in front of it."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
+
+
 def _read(lines: Iterable[str]) -> list[dict[str, str]]:
     """Rows of a CSV file as they were before ``_shown``."""
     return [
-        {name: text[1:] if text and text[0] == "'" and FORMULA.match(text) else text for name, text in row.items()}
+        {name: without_mark(text) if isinstance(text, str) else text for name, text in row.items()}
         for row in csv.DictReader(lines)
     ]
 

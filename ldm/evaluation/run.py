@@ -1,7 +1,7 @@
 """One evaluation from end to end: real against synthetic lesions, copies, all files of its output folder."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +32,7 @@ from ldm.evaluation.lesions import (
 from ldm.evaluation.report import OWN_FILES, copy_numbers, estimate_text, write_files
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.opening import open_encoder
+from ldm.reviews.choice import apply_review, sentence
 
 log = logging.getLogger("evaluate")
 
@@ -74,11 +75,13 @@ def evaluate(
     quarantine: bool = False,
     overwrite: bool = False,
     predictions: Path | None = None,
+    review: Sequence[Path] = (),
 ) -> bool:
     """Measure and write everything; whether there are neither copies nor samples that cannot be read.
 
-    ``predictions``: what a judge says of the synthetic images, see ``judged_types``. ``quarantine`` moves the copies
-    out of the synthetic folder. The folder is changed only when all is measured.
+    ``predictions``: what a judge says of the synthetic images, see ``judged_types``. ``review``: files whose rejected
+    images are left out of them, see ``apply_review``. ``quarantine`` moves the copies out of the synthetic folder. The
+    output folder is changed only when all is measured.
     Raises UsageError for sources and output folders that cannot be meant, MedSoftError for too few lesions.
     """
     sources.check()
@@ -90,12 +93,16 @@ def evaluate(
         if sources.held_out:
             behind = groups_of_samples("SYNTHETIC", samples["synthetic"])
             check_unseen(f"REAL {sources.real}", samples["real"], behind, sources.synthetic)
+        choice = apply_review(review, samples["synthetic"]) if review else None
+        if choice:
+            samples["synthetic"] = [samples["synthetic"][place] for place in choice.kept(samples["synthetic"])]
         judged = judged_types(predictions, samples["synthetic"]) if predictions else None
         encoder = open_encoder(biomedclip)
         settings = {name: fingerprint([described_identity(s) for s in each]) for name, each in samples.items()}
         settings["parents"] = _parents(samples["synthetic"])
         settings |= {"biomedclip": encoder.fingerprint, "data": identity(data, "features")}
         settings |= {"predictions": fingerprint(judged)} if judged else {}
+        settings |= {"review_sha256": [each["sha256"] for each in choice.record["files"]]} if choice else {}
         record = folder.open(settings, overwrite, anew=overwrite)
         if record and record["complete"] and not (quarantine and record["copies"]["count"]):
             log.info("%s: already complete", output_dir)
@@ -106,6 +113,8 @@ def evaluate(
         copies = check_copies(lesions["synthetic"], lesions["train"], lesions["real"] if sources.held_out else None)
         measured |= {"copies": copy_numbers(copies), "rejected": len(rejects)}
         measured["warnings"] += copies.warnings()
+        if choice:
+            measured |= {"review": choice.record, "warnings": [sentence(choice.record), *measured["warnings"]]}
         measured["sources"] = {name: str(path) for name, path in sources.by_name().items()}
         measured["drawn_by"] = drawn_by(samples["synthetic"])
         folder.claim()

@@ -17,6 +17,7 @@ from ldm.data.annotations import load_samples
 from ldm.data.checks import TRAINED_ON, real_ones, salted_digest
 from ldm.data.samples import Reject, Sample, plain
 from ldm.readers.pictures import CONTEXT, LEAST_CROP, Look, look_at
+from ldm.reviews.choice import apply_review
 
 log = logging.getLogger("reader_study")
 
@@ -72,8 +73,11 @@ class Candidates:
         return fine
 
 
-def read_candidates(results: Sequence[Path], real: Sequence[Path]) -> Candidates:
-    """Diseased drawn and real samples of all sources. MedSoftError where a source is not what it is given as."""
+def read_candidates(results: Sequence[Path], real: Sequence[Path], review: Sequence[Path] = ()) -> Candidates:
+    """Diseased drawn and real samples of all sources, without drawn ones that the files ``review`` reject.
+
+    MedSoftError where a source is not what it is given as.
+    """
     drawn, rejects = [], []
     for path in results:
         found, more = load_samples(path)
@@ -89,6 +93,9 @@ def read_candidates(results: Sequence[Path], real: Sequence[Path]) -> Candidates
     made.rejects = list(dict.fromkeys(rejects))
     for sample in [each for each in drawn if each.healthy]:
         made.left_out.append(LeftOut(sample, "it was drawn healthy and shows no lesion"))
+    rejected = apply_review(review, made.drawn).rejected if review else {}
+    for sample in [each for each in made.drawn if each.image in rejected]:
+        made.drop(sample, "it was rejected in review")
     _leave_second_lesions_out(made)
     for name, samples in (("--real", made.real), ("RESULTS", made.drawn)):
         if len(samples) < 2:

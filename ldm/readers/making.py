@@ -47,7 +47,7 @@ def make_study(options: MakeOptions) -> bool:
     """Write the study; whether every sample could be read. Raises MedSoftError or UsageError, before it writes."""
     folder = RunFolder(options.output_dir, "make.json", what="a study", own=(FOLDER, KEY, "rejects.json"))
     with folder.lock():
-        made = read_candidates(options.paths, options.real)
+        made = read_candidates(options.paths, options.real, options.review or [])
         settings: dict[str, Any] = {
             name: fingerprint([_identity(sample) for sample in samples])
             for name, samples in ((REAL, made.real), (DRAWN, made.drawn))

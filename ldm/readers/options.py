@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.core import cli
+from ldm.reviews.options import REVIEW_HELP
 
 DESIGNS = ("single", "pairs")
 
@@ -27,6 +28,7 @@ class MakeOptions:
         "drawn pictures, and as many real ones (default: as many as have a patient of their own, 60 at most)",
         type=cli.COUNT,
     )
+    review: list[Path] = cli.flag(REVIEW_HELP, None, action="append", type=Path, metavar="FILE")
     match: list[str] = cli.flag(
         "keys of meta.json that are matched too, such as level or scanner, beside lesion_type and severity",
         None,

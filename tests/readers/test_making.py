@@ -17,6 +17,7 @@ from ldm.data.folders import read_sample
 from ldm.data.images import read_image
 from ldm.readers.pictures import crop_of
 from ldm.readers.sizes import half_width, what_it_needs
+from ldm.reviews.table import Review, add_review
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,14 @@ def png(study: Path, name: str, to: Path) -> Path:
 def edit(folder: Path, **meta: Any) -> None:
     path = folder / "meta.json"
     path.write_text(json.dumps(read(path) | meta))
+
+
+def test_what_was_rejected_in_review_is_not_shown(few: Path) -> None:
+    judged = read_sample("h00__v0", few / "results" / "h00__v0")
+    add_review(few / "review.csv", Review("h00__v0", "ann", "reject", str(judged.image_sha256)))
+    key = read(make(few, "study", "--review", few / "review.csv") / "key.json")
+    assert {"sample_id": "h00__v0", "why": "it was rejected in review"} in key["left_out"]
+    assert "h00__v0" not in {each["sample_id"] for each in key["pictures"].values()}
 
 
 def test_a_study_of_single_pictures_gives_nothing_away(world: Path, tmp_path: Path) -> None:
