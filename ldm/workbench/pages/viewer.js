@@ -136,6 +136,7 @@ export class Viewer {
     this.fitted = true;
     this.onPaint = []; // functions of (the glass's 2-d context, this viewer), in CSS pixels, after each paint
     this.onView = []; // functions of this viewer, when zoom or window have changed
+    this.dots = window.devicePixelRatio || 1; // dots to a CSS pixel
     this.dirty = null;
     this.waiting = 0;
     this.timings = []; // the milliseconds of the last paints
@@ -189,8 +190,9 @@ export class Viewer {
   /** The masks of the overlays have changed in this rectangle of pixels; nothing else is painted again. */
   touch(x, y, width, height) {
     if (!this.overlay) return;
-    const left = Math.max(0, Math.floor(x) - 2), top = Math.max(0, Math.floor(y) - 2);
-    const right = Math.min(this.width, Math.ceil(x + width) + 2), bottom = Math.min(this.height, Math.ceil(y + height) + 2);
+    const more = this.edge + 1; // the outline of what lies beside it may change too
+    const left = Math.max(0, Math.floor(x) - more), top = Math.max(0, Math.floor(y) - more);
+    const right = Math.min(this.width, Math.ceil(x + width) + more), bottom = Math.min(this.height, Math.ceil(y + height) + more);
     if (right <= left || bottom <= top) return;
     this.colour(left, top, right, bottom);
     this.overlay.show(left, top, right - left, bottom - top);
@@ -198,14 +200,19 @@ export class Viewer {
     this.soil(left * scale + dx - 2, top * scale + dy - 2, right * scale + dx + 2, bottom * scale + dy + 2);
   }
 
+  /** The width of an outline in pixels: a bit more than a dot on the screen. */
+  get edge() {
+    return Math.max(1, Math.round((1.5 * this.dots) / this.view.scale));
+  }
+
   colour(left, top, right, bottom) {
-    const { words } = this.overlay, { width, height } = this;
+    const { words } = this.overlay, { width, height } = this, wide = (this.coloured = this.edge);
     for (let y = top; y < bottom; y++) words.fill(0, y * width + left, y * width + right);
     for (const { mask, color, alpha, outline } of this.overlays) {
       const colour = (color[2] << 16) | (color[1] << 8) | color[0];
       const edge = (i, x, y) =>
-        x === 0 || y === 0 || x === width - 1 || y === height - 1 ||
-        !mask[i - 1] || !mask[i + 1] || !mask[i - width] || !mask[i + width];
+        x < wide || y < wide || x >= width - wide || y >= height - wide ||
+        !mask[i - wide] || !mask[i + wide] || !mask[i - wide * width] || !mask[i + wide * width];
       for (let y = top; y < bottom; y++) {
         for (let x = left, i = y * width + left; x < right; x++, i++) {
           if (mask[i] === 0) continue;
@@ -219,8 +226,7 @@ export class Viewer {
   // ---------------------------------------------------------------------------------------- where it is shown
 
   resize() {
-    const { clientWidth, clientHeight } = this.canvas.parentElement, dots = window.devicePixelRatio || 1;
-    this.dots = dots;
+    const { clientWidth, clientHeight } = this.canvas.parentElement, dots = (this.dots = window.devicePixelRatio || 1);
     for (const each of [this.canvas, this.glass]) {
       each.width = Math.max(1, Math.round(clientWidth * dots));
       each.height = Math.max(1, Math.round(clientHeight * dots));
@@ -265,6 +271,7 @@ export class Viewer {
 
   look(scale, x, y) {
     this.view = { scale, x: Math.round(x), y: Math.round(y) };
+    if (this.overlay && this.edge !== this.coloured) this.touch(0, 0, this.width, this.height);
     for (const each of this.onView) each(this);
     this.repaint();
   }

@@ -114,6 +114,20 @@ class Browser:
             time.sleep(0.01)
         raise AssertionError(f"waited too long for {condition}")
 
+    def drag(self, *places: tuple[float, float], button: str = "left") -> None:
+        """Press a button of the mouse at the first place (CSS pixels of the window), move through the others, release.
+
+        With one place it is a click.
+        """
+        held = {"button": button, "clickCount": 1}
+        (x, y), (end_x, end_y) = places[0], places[-1]
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        self.call("Input.dispatchMouseEvent", type="mousePressed", x=x, y=y, **held)
+        for next_x, next_y in places[1:]:
+            buttons = {"left": 1, "right": 2, "middle": 4}[button]
+            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=next_x, y=next_y, button=button, buttons=buttons)
+        self.call("Input.dispatchMouseEvent", type="mouseReleased", x=end_x, y=end_y, **held)
+
     def press(self, key: str) -> None:
         """A key, down and up."""
         text = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}

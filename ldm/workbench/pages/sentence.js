@@ -1,0 +1,131 @@
+// What is to be drawn: a real training sentence that is found by type, severity and level, or a free one; its tokens are
+// counted by the server, with the tokenizer that the model has.
+
+import { post } from "./api.js";
+
+const find = (id) => document.getElementById(id);
+const MENUS = { lesion_type: "lesion_type", severity: "severity", vertebra: "level" }; // the menus' ids, and their keys
+const PAUSE = 250; // milliseconds without a key before the tokens are counted
+
+export class Sentence {
+  /** ``onChange()``: after each change. ``guard(promise)`` reports what fails. */
+  constructor(guard, onChange) {
+    Object.assign(this, { guard, onChange });
+    this.prompts = [];
+    this.tokens = null; // the server's answer for ``tokens.prompt``
+    this.free = false; // written by hand: then no menu and no other image changes it
+    for (const id of Object.keys(MENUS)) find(id).addEventListener("change", () => this.pick());
+    find("wording").addEventListener("click", () => this.pick(true));
+    find("prompt").addEventListener("input", () => {
+      this.free = true;
+      this.changed(PAUSE);
+    });
+  }
+
+  get text() {
+    return find("prompt").value.trim();
+  }
+
+  /** What to keep over a reload, and take from it. */
+  get state() {
+    const menus = Object.fromEntries(Object.keys(MENUS).map((id) => [id, find(id).value]));
+    return { free: this.free, text: find("prompt").value, menus };
+  }
+
+  /** ``sentences`` of the server's state, the level of the open image, and an earlier ``state`` or null. */
+  open(sentences, level, state) {
+    this.prompts = sentences?.prompts ?? [];
+    find("menus").hidden = find("wording").hidden = this.prompts.length === 0;
+    const values = { lesion_type: sentences?.types, severity: sentences?.severities, vertebra: sentences?.levels };
+    for (const id of Object.keys(MENUS)) {
+      find(id).replaceChildren(new Option("any", ""), ...(values[id] ?? []).map((each) => new Option(each, each)));
+      const asked = state?.menus[id];
+      if (asked) find(id).value = asked;
+      if (find(id).selectedIndex < 0) find(id).value = "";
+    }
+    if (!state) {
+      const drawn = (values.lesion_type ?? []).filter((type) => !/^(healthy|normal)$/i.test(type));
+      find("lesion_type").value = drawn[0] ?? "";
+      if (values.severity?.includes("moderate")) find("severity").value = "moderate";
+    }
+    this.free = state?.free ?? false;
+    if (this.free || (state?.text && this.prompts.length === 0)) {
+      find("prompt").value = state.text;
+      this.changed();
+    } else {
+      if (level && values.vertebra?.includes(level)) find("vertebra").value = level;
+      const kept = this.matching().some((each) => each.prompt === state?.text);
+      if (kept) find("prompt").value = state.text;
+      if (kept) this.changed();
+      else this.pick();
+    }
+  }
+
+  /** The training sentences of the menus' values. */
+  matching(without = []) {
+    const asked = Object.entries(MENUS).filter(([id]) => find(id).value && !without.includes(id));
+    return this.prompts.filter((each) => asked.every(([id, key]) => each[key] === find(id).value));
+  }
+
+  /** Take a sentence of the menus' values: the first one, or with ``another`` the one after the present one. */
+  pick(another = false) {
+    if (!this.prompts.length) return;
+    this.free = false;
+    const level = find("vertebra").value;
+    let found = this.matching().map((each) => each.prompt);
+    this.borrowed = null;
+    if (!found.length && level) { // no such sentence about this vertebra: one about another, with this one's name in it
+      const named = new RegExp(`\\b${level}\\b`);
+      const others = this.matching(["vertebra"]).filter((each) => each.level);
+      found = others.map((each) => each.prompt.replace(new RegExp(`\\b${each.level}\\b`), level)).filter((text) => named.test(text));
+      this.borrowed = found.length ? level : null;
+    }
+    this.nothing = found.length === 0;
+    found = [...new Set(found)];
+    if (found.length) find("prompt").value = found[another ? (found.indexOf(find("prompt").value) + 1) % found.length : 0];
+    this.changed();
+  }
+
+  changed(pause = 0) {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.guard(this.count()), pause);
+    this.onChange();
+  }
+
+  /** Why this sentence cannot be drawn, in a few words, or null. */
+  get fault() {
+    if (!this.text) return "Choose type and severity, or write a sentence.";
+    return this.tokens?.prompt === this.text ? this.tokens.fault : null;
+  }
+
+  async count() {
+    const prompt = this.text;
+    if (prompt && this.tokens?.prompt !== prompt) {
+      const answer = await post("/api/tokens", { prompt });
+      if (prompt !== this.text) return;
+      this.tokens = { prompt, ...answer };
+    }
+    this.show();
+    this.onChange();
+  }
+
+  show() {
+    const line = find("tokens"), { tokens, text } = this;
+    line.replaceChildren();
+    line.classList.toggle("fault", Boolean(this.fault) && Boolean(text));
+    if (!text || tokens?.prompt !== text) return;
+    line.append(`${tokens.count} of ${tokens.limit} tokens`);
+    if (tokens.unknown.length) {
+      line.append(", unknown: ");
+      for (const word of tokens.unknown) {
+        const mark = document.createElement("mark");
+        mark.textContent = word;
+        line.append(mark, " ");
+      }
+    }
+    if (this.fault) line.append(`: ${this.fault}`);
+    else if (!this.free && this.nothing) line.append("; no training sentence has these values: write one");
+    else if (!this.free && this.borrowed) line.append(`, for ${this.borrowed}`);
+    else if (!this.free && this.prompts.length) line.append(", a training sentence");
+  }
+}
