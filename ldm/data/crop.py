@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -68,15 +68,30 @@ class Fit:
         longest = max(height, width)
         if self.mode == "pad" or mask is None or not (mask > 0).any():
             return CropWindow(-((longest - height) // 2), -((longest - width) // 2), longest, longest, self.size)
-        support = extents(mask > 0)
-        core = extents(mask >= 0.5) if (mask >= 0.5).any() else support
-        sides = self._sides((height, width), max(map(_length, core)), spacing)
-        if not self.mm_per_pixel:
-            sides = (max(*sides, *map(_length, support)),) * 2
-        self._check_holds(sides, support, spacing)
-        axes = list(zip(sides, (height, width), core, support, strict=True))
+        axes = self._axes((height, width), *_spans(mask), spacing)
         top, left = _place(axes, variant, name)
-        return CropWindow(top, left, *sides, self.size)
+        return CropWindow(top, left, axes[0].side, axes[1].side, self.size)
+
+    def places(self, mask: np.ndarray, spacing: Any = None) -> int:
+        """How many different windows ``crop_window`` has for a lesion ``mask`` (HxW in [0, 1]); errors as there."""
+        if self.mode != "crop" or not (mask > 0).any():
+            return 1
+        return math.prod(map(_count, self._axes(mask.shape, *_spans(mask), spacing)))
+
+    def sure_places(self, shape: tuple[int, int], box: Sequence[float], beyond: float, spacing: Any = None) -> int:
+        """How many different windows there are at least for a mask that reaches ``beyond`` pixels out of its ``box``.
+
+        ``box``: [x, y, w, h] as fractions of the image. The fewest of the cases that the mask is the box, that only its
+        soft border reaches that far, and that all of it does. MedSoftError where a window in mm is too small for that.
+        """
+        x, y, w, h = box
+        spans, wide = [], []
+        for first, last, length in zip((y, x), (y + h, x + w), shape, strict=True):
+            span = math.floor(first * length + 0.01), math.ceil(last * length - 0.01)
+            spans.append(span)
+            wide.append((max(math.floor(span[0] - beyond), 0), min(math.ceil(span[1] + beyond), length)))
+        cases = [(spans, spans), (spans, wide), (wide, wide)]
+        return min(math.prod(map(_count, self._axes(shape, *case, spacing))) for case in cases)
 
     def most_places(self, shape: tuple[int, int], box: Sequence[float] | None, spacing: Any = None) -> int:
         """How many different windows an image of ``shape`` (H, W) has at most for a lesion in ``box``.
@@ -98,6 +113,16 @@ class Fit:
                 room += [math.floor(first + 0.01), math.floor(length - last + 0.01)]
             places *= max(min(room), 0) + 1
         return places
+
+    def _axes(
+        self, shape: tuple[int, ...], core: Sequence[Span], support: Sequence[Span], spacing: Any
+    ) -> list["_Axis"]:
+        """Rows and columns of an image of ``shape``; ``core``: where the mask is 0.5 or more, ``support``: above 0."""
+        sides = self._sides((shape[0], shape[1]), max(map(_length, core)), spacing)
+        if not self.mm_per_pixel:
+            sides = (max(*sides, *map(_length, support)),) * 2
+        self._check_holds(sides, support, spacing)
+        return [_Axis(*axis) for axis in zip(sides, shape, core, support, strict=True)]
 
     def _sides(self, shape: tuple[int, int], lesion: int, spacing: Any) -> tuple[int, int]:
         """The window's height and width in native pixels, for a lesion whose longest side has ``lesion`` pixels."""
@@ -131,7 +156,7 @@ class Fit:
         self.check_spacing(spacing)
         return spacing_of(spacing)
 
-    def _check_holds(self, sides: tuple[int, int], support: tuple[Span, Span], spacing: Any) -> None:
+    def _check_holds(self, sides: tuple[int, int], support: Sequence[Span], spacing: Any) -> None:
         """MedSoftError if a window of ``sides`` is smaller than the lesion with its soft border."""
         if all(_length(span) <= side for span, side in zip(support, sides, strict=True)):
             return
@@ -144,12 +169,38 @@ class Fit:
         )
 
 
+class _Axis(NamedTuple):
+    """Rows or columns: the window's and the image's pixels, and where the mask is 0.5 or more, and above 0."""
+
+    side: int
+    length: int
+    core: Span
+    support: Span
+
+
 def _length(span: Span) -> int:
     return span[1] - span[0]
 
 
-def _place(axes: Sequence[tuple[int, int, Span, Span]], variant: int, name: tuple[object, ...]) -> tuple[int, int]:
-    """Top and left of window number ``variant``; ``axes``: of rows and of columns, the first arguments of ``_start``.
+def _spans(mask: np.ndarray) -> tuple[Sequence[Span], Sequence[Span]]:
+    """Of rows and of columns, where ``mask`` is 0.5 or more (where it is above 0, if it never is) and above 0."""
+    support = extents(mask > 0)
+    return extents(mask >= 0.5) if (mask >= 0.5).any() else support, support
+
+
+def _ends(axis: _Axis) -> tuple[int, int]:
+    """The first and the last place where a window can begin along an axis."""
+    reach = math.ceil(MAX_SHIFT * axis.side + 0.5) - 1  # the furthest that a move can be rounded to
+    return _start(*axis, -reach), _start(*axis, reach)
+
+
+def _count(axis: _Axis) -> int:
+    first, last = _ends(axis)
+    return last - first + 1
+
+
+def _place(axes: Sequence[_Axis], variant: int, name: tuple[object, ...]) -> tuple[int, int]:
+    """Top and left of window number ``variant``; ``axes``: of rows and of columns.
 
     Every number up to ``variant`` draws a place that no number before it has, while there is one.
     """
@@ -158,14 +209,13 @@ def _place(axes: Sequence[tuple[int, int, Span, Span]], variant: int, name: tupl
         top, left = (_start(*axis, round(move)) for axis, move in zip(axes, moves, strict=True))
         return top, left
 
-    reach = [math.ceil(MAX_SHIFT * axis[0] + 0.5) - 1 for axis in axes]  # the furthest that a move can be rounded to
-    (top, left), (bottom, right) = place([-move for move in reach]), place(reach)
+    (top, bottom), (left, right) = map(_ends, axes)
     places, taken = (bottom - top + 1) * (right - left + 1), {place((0, 0)): None}
     for number in range(1, variant % places + 1):
         rng = np.random.default_rng(named_seed("crop", *name, number))
         for _ in range(MOST_DRAWS):
             moves = rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2)
-            taken[place([move * axis[0] for move, axis in zip(moves, axes, strict=True)])] = None
+            taken[place([move * axis.side for move, axis in zip(moves, axes, strict=True)])] = None
             if len(taken) > number:
                 break
         else:  # only the longest moves lead to what is left

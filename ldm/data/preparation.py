@@ -1,8 +1,10 @@
 """From samples to what the networks see."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,21 +93,41 @@ def scale_obstacle(sample: Sample, data: DataConfig) -> str | None:
 
 
 def distinct_crops(sample: Sample, data: DataConfig) -> int:
-    """How many of the ``data.diseased_crops`` of a diseased sample differ, from its box and its image's header.
+    """How many of the ``data.diseased_crops`` of a diseased sample differ.
 
-    Too many only where the lesion's soft border, which the box does not show, keeps the window in place, or where the
-    header leaves open how the image is turned.
+    Its mask is decoded only where its box and its image's header do not tell: where there would be fewer places if the
+    mask reached as far out of its box as that is long, and the soft border beyond that. So too many are counted only
+    where an annotation's box is far too small, which the doctor says.
     """
     shapes = header_shapes(sample.image)
-    if not shapes:
-        return data.diseased_crops
-    box = None if sample.soft_mask or not any(sample.box) else sample.box  # that file may mark less than the mask
+    box = None if sample.soft_mask or not any(sample.box) else sample.box  # that file may mark another region
     fit, spacing = Fit.of(data), sample.meta.get("spacing_mm")
     try:
-        found = max(fit.most_places(shape, box, spacing) for shape in shapes)
+        if shapes and max(fit.most_places(shape, box, spacing) for shape in shapes) == 1:
+            return 1
+        if shapes and box and all(_has_room(fit, shape, box, data, spacing) for shape in shapes):
+            return data.diseased_crops
+        assert sample.mask is not None  # a diseased one without has no crop
+        return min(fit.places(_soft_mask_of(sample, read_mask(sample.mask), data), spacing), data.diseased_crops)
     except MedSoftError:
         return data.diseased_crops  # preparing it will say what is wrong
-    return min(found, data.diseased_crops)
+
+
+def _has_room(fit: Fit, shape: tuple[int, int], box: Sequence[float], data: DataConfig, spacing: Any) -> bool:
+    """Whether a lesion in ``box`` surely has all its crops, unless the box is far too small; see ``distinct_crops``."""
+    height, width = math.ceil(box[3] * shape[0]), math.ceil(box[2] * shape[1])
+    try:
+        border = max(Feather(data.feather, data.feather_unit).pixels(np.ones((height, width), bool), spacing))
+        return fit.sure_places(shape, box, border + max(height, width), spacing) >= data.diseased_crops
+    except MedSoftError:
+        return False  # such a mask would be too large for its window; look at it
+
+
+def _soft_mask_of(sample: Sample, mask: Mask, data: DataConfig) -> np.ndarray:
+    """The soft mask (HxW) to inpaint with: a diseased sample's own ``soft_mask.png``, else that of its ``mask``."""
+    if sample.soft_mask is not None and not sample.healthy:
+        return read_mask(sample.soft_mask, mask.values.shape, soft=True).values
+    return soft_mask_for(mask, Feather(data.feather, data.feather_unit), sample.meta.get("spacing_mm"))
 
 
 def prepare(
@@ -167,12 +189,8 @@ def fit_sample(
     soft mask, where ``mask`` is the hard one that goes with it.
     """
     spacing = sample.meta.get("spacing_mm")
-    if soft is not None:
-        pass
-    elif sample.soft_mask is not None and not sample.healthy:
-        soft = read_mask(sample.soft_mask, original.shape, soft=True).values
-    else:
-        soft = soft_mask_for(mask, Feather(data.feather, data.feather_unit), spacing)
+    if soft is None:
+        soft = _soft_mask_of(sample, mask, data)
     crop_window = Fit.of(data).crop_window(original.shape, soft, spacing, crop, (seed, sample.sample_id))
     hidden = soft >= 0.5
     intensity_range = intensity_range_of(original, sample.meta.get("window"), hidden)

@@ -236,6 +236,11 @@ def test_crops_of_a_lesion_differ_while_there_are_places(
     assert len(set(crops[:distinct])) == distinct  # the first ones, so that fewer crops are the first ones too
     bound = fit.most_places(shape, mask_box(Mask((soft == 1).astype(np.float32))))
     assert distinct <= bound
+    assert distinct == min(fit.places(soft), 9)
+    for core in (soft >= 0.5, soft == 1):  # a mask's box may be smaller than the mask
+        if core.any():
+            box, reach = mask_box(Mask(core.astype(np.float32))), 2.0 * diameter
+            assert fit.sure_places(shape, box, reach) <= fit.places(soft)
     first, longest = crops[0], max(bottom - top, right - left)
     ends = (shape[0] - first.top - first.height, shape[1] - first.left - first.width)
     if first.height >= max(16, 2 * longest) and min(first.top, first.left, *ends) >= 2:

@@ -19,6 +19,7 @@ from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.crop import CropWindow
 from ldm.data.folders import mask_box
 from ldm.data.masks import Mask
+from ldm.data.png import write_png
 from ldm.data.preparation import prepare
 from ldm.data.samples import Sample
 from ldm.features.names import training_items
@@ -191,20 +192,38 @@ def test_no_crop_is_an_item_twice(world: Path, config: Config) -> None:
         assert [len(each) for each in crops(replace(config.data, **change))] == [1] * len(samples)
 
 
-@pytest.mark.parametrize(("suffix", "orientation", "items"), [("png", None, 1), ("jpg", None, 1), ("jpg", 6, 4)])
+@pytest.mark.parametrize(("suffix", "orientation"), [("png", None), ("jpg", None), ("jpg", 6)])
 def test_a_window_as_long_as_an_image_that_is_not_square_has_one_place(
-    tmp_path: Path, suffix: str, orientation: int | None, items: int
+    tmp_path: Path, suffix: str, orientation: int | None
 ) -> None:
-    """Where EXIF may turn the image, as many items as its other shape would have: never too few."""
+    """Also where EXIF turns the image."""
     mask, exif = np.zeros((256, 64), np.uint8), Image.Exif()
     mask[8:248, 28:36] = 255
     if orientation:
         exif[0x0112] = orientation
     image, marked = tmp_path / f"image.{suffix}", tmp_path / "mask.png"
     Image.fromarray(np.full_like(mask, 90)).save(image, **({"exif": exif} if orientation else {}))
-    Image.fromarray(mask).save(marked)
+    mask = np.rot90(mask, -1) if orientation else mask
+    Image.fromarray(np.ascontiguousarray(mask)).save(marked)
     sample = Sample("s", image, marked, "lytic lesion", mask_box(Mask(mask / np.float32(255))), "s")
-    assert len(training_items([sample], DataConfig())[0]) == items
+    assert len(training_items([sample], DataConfig())[0]) == 1
+    prepare(sample, DataConfig(), 0, 0)
+
+
+@pytest.mark.parametrize(("feather", "unit", "side"), [(0.25, "diameter", 40), (40, "pixels", 20)])
+def test_no_crop_is_counted_twice_where_the_box_does_not_show_it(
+    tmp_path: Path, feather: float, unit: Any, side: int
+) -> None:
+    """A box half as long as its mask; a soft border that fills the window."""
+    mask = np.zeros((100, 100), np.uint8)
+    mask[30 : 30 + side, 30 : 30 + side] = 255
+    write_png(tmp_path / "mask.png", mask)
+    write_png(tmp_path / "image.png", mask // 2 + 20)
+    box = (0.3, 0.3, min(side, 20) / 100, min(side, 20) / 100)
+    sample = Sample("s", tmp_path / "image.png", tmp_path / "mask.png", "lytic lesion", box, "s")
+    data = DataConfig(context=2.5, feather=feather, feather_unit=unit)
+    windows = {prepare(sample, data, 0, variant, training=True).crop_window for variant in range(4)}
+    assert len(training_items([sample], data)[0]) == len(windows) == 1
 
 
 def test_every_file_is_hashed_once_at_a_start(
