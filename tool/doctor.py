@@ -48,15 +48,15 @@ def main(args: argparse.Namespace) -> int:
     if not sets:
         raise UsageError("no data to look at: give --data, or --train_json and --val_json")
     from ldm.config import load_config
-    from ldm.doctor.datasets import check_data, log_findings, look_at_data
+    from ldm.doctor.datasets import check_data, inspect_data, log_findings
     from ldm.doctor.installation import check_installation, check_torchvision
 
     given = [f"biomedclip.path={args.biomedclip}"] if args.biomedclip else []
     config = load_config(args.config, [*given, *args.overrides]) if args.config else None
-    looked, found = look_at_data(sets, args.workers, args.overlays)
-    found += check_data(sets, looked)
-    samples = {name: each.samples for name, each in looked.items() if not each.error}
-    del looked  # what was kept of each sample makes room for torch
+    inspected, found = inspect_data(sets, args.workers, args.overlays)
+    found += check_data(sets, inspected)
+    samples = {name: each.samples for name, each in inspected.items() if not each.error}
+    del inspected  # what was kept of each sample makes room for torch
     machine = list(check_installation())
     if config:
         machine += check_torchvision()

@@ -1,4 +1,4 @@
-"""Data sets looked at before a training: every file, the splits, prompts, privacy. No torch.
+"""Data sets inspected before a training: every file, the splits, prompts, privacy. No torch.
 
 Each check yields Findings; only the page of overlays is written.
 """
@@ -49,11 +49,11 @@ SHOWN_FAULTY = 300  # samples with a fault on the page of overlays, beside those
 
 @dataclass
 class InspectedSet:
-    """A data set that was looked at: its samples, what cannot be used, and what the files of each sample show."""
+    """A data set that was inspected: its samples, what cannot be used, and what the files of each sample show."""
 
     samples: list[Sample] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
-    looks: list[DatasetInspection] = field(default_factory=list)
+    inspections: list[DatasetInspection] = field(default_factory=list)
     error: str | None = None  # why there is none
     listed: bool = True  # by an annotation file, whose prompts may be older than the samples' own
 
@@ -70,13 +70,13 @@ def log_findings(found: Sequence[Finding]) -> Counter[str]:
     return counts
 
 
-def look_at_data(
+def inspect_data(
     sets: Mapping[str, Path], workers: int | None, overlays: Path | None
 ) -> tuple[dict[str, InspectedSet], list[Finding]]:
     """Read the data sets (name -> dataset folder or annotation file) and decode every file of them once."""
     start = time.perf_counter()
     page = Pictures(overlays) if overlays else None
-    found = {name: _look_at(name, path, workers, page) for name, path in sets.items()}
+    found = {name: _inspect_set(name, path, workers, page) for name, path in sets.items()}
     seconds, count = time.perf_counter() - start, sum(len(each.samples) for each in found.values())
     faults = page.finish(count) if page else []
     words = (count, seconds, 60 * count / max(seconds, 1e-9))
@@ -84,24 +84,24 @@ def look_at_data(
     return found, faults
 
 
-def _look_at(name: str, path: Path, workers: int | None, page: "Pictures | None") -> InspectedSet:
+def _inspect_set(name: str, path: Path, workers: int | None, page: "Pictures | None") -> InspectedSet:
     found, known = InspectedSet(listed=not path.is_dir()), dict[Any, Any]()
     try:
         if path.is_dir():
             pairs: Iterable[tuple[Any, Any]] = inspected_folder(path, workers, page is not None)
         else:
             samples, found.rejects = read_samples(path)
-            looks = inspected_samples(samples, workers, page is not None)
-            bar = tqdm(looks, f"looking at {name}", len(samples), unit=" samples", disable=None)
+            inspections = inspected_samples(samples, workers, page is not None)
+            bar = tqdm(inspections, f"looking at {name}", len(samples), unit=" samples", disable=None)
             pairs = zip(samples, bar, strict=True)
-        for sample, seen in pairs:
+        for sample, inspection in pairs:
             if isinstance(sample, Reject):
                 found.rejects.append(sample)
                 continue
             found.samples.append(sample)
-            found.looks.append(_slim(sample, seen, known))
+            found.inspections.append(_compact(sample, inspection, known))
             if page:
-                page.add(sample, seen)
+                page.add(sample, inspection)
         found.rejects.sort(key=lambda reject: (reject.sample_id, str(reject.file)))
         if not found.samples:
             raise none_usable(path, found.rejects)
@@ -110,11 +110,11 @@ def _look_at(name: str, path: Path, workers: int | None, page: "Pictures | None"
     return found
 
 
-def _slim(sample: Sample, seen: DatasetInspection, known: dict[Any, Any]) -> DatasetInspection:
-    """What is kept of a look at ``sample``: no tile, and what other samples have too only once, in ``known``."""
-    attributes = known.setdefault(tuple(seen.attributes.items()), seen.attributes)
-    shape = known.setdefault(seen.shape, seen.shape)
-    return replace(seen, sample_id=sample.sample_id, attributes=attributes, shape=shape, tile=None)
+def _compact(sample: Sample, inspection: DatasetInspection, known: dict[Any, Any]) -> DatasetInspection:
+    """The inspection of ``sample`` without its tile; what other samples have too is kept once, in ``known``."""
+    attributes = known.setdefault(tuple(inspection.attributes.items()), inspection.attributes)
+    shape = known.setdefault(inspection.shape, inspection.shape)
+    return replace(inspection, sample_id=sample.sample_id, attributes=attributes, shape=shape, tile=None)
 
 
 class Pictures:
@@ -124,13 +124,13 @@ class Pictures:
         self.path, self.page, self.more = path, OverlayPage(path), SHOWN_FAULTY
         self.error: MedSoftError | None = None
 
-    def add(self, sample: Sample, seen: DatasetInspection) -> None:
-        """Show a sample that has been looked at, if there is room for it."""
-        if seen.tile is None or self.error or not (seen.spread or self.more):
+    def add(self, sample: Sample, inspection: DatasetInspection) -> None:
+        """Show a sample that has been inspected, if there is room for it."""
+        if inspection.tile is None or self.error or not (inspection.spread or self.more):
             return
-        self.more -= not seen.spread
+        self.more -= not inspection.spread
         try:
-            self.page.add(sample, seen.tile)
+            self.page.add(sample, inspection.tile)
         except MedSoftError as error:
             self.error = error
 
@@ -156,13 +156,14 @@ def check_data(sets: Mapping[str, Path], found: Mapping[str, InspectedSet]) -> I
         if each.error:
             yield Finding("error", name, each.error)
             continue
-        samples, looks = each.samples, each.looks
+        samples, inspections = each.samples, each.inspections
         yield from (Finding("sample", str(reject.file), reject.reason) for reject in each.rejects)
-        yield from (fault for seen in looks for fault in seen.faults)
-        yield from _doubts(name, samples, looks)
-        yield from _about(name, samples, looks)
-        yield from _repeated(name, looks)
-        rows += annotation_rows(name, samples, {seen.sample_id: seen.digest for seen in looks if seen.digest})
+        yield from (fault for inspection in inspections for fault in inspection.faults)
+        yield from _doubts(name, samples, inspections)
+        yield from _about(name, samples, inspections)
+        yield from _repeated(name, inspections)
+        digests = {inspection.sample_id: inspection.digest for inspection in inspections if inspection.digest}
+        rows += annotation_rows(name, samples, digests)
     loaded = {name: each.samples for name, each in found.items() if not each.error}
     everyone = [sample for samples in loaded.values() for sample in samples]
     yield from (Finding("error", " and ".join(sets), leak) for leak in leaks(rows))
@@ -177,52 +178,59 @@ def check_data(sets: Mapping[str, Path], found: Mapping[str, InspectedSet]) -> I
     yield from check_privacy(everyone)
 
 
-def _doubts(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> Iterator[Finding]:
-    """Texts that are probably meant otherwise, and notes of the reading that no look at the pixels has repeated."""
+def _doubts(name: str, samples: list[Sample], inspections: list[DatasetInspection]) -> Iterator[Finding]:
+    """Texts that are probably meant otherwise, and notes of the reading that no inspection of pixels has repeated."""
     for what, members in doubtful_texts(samples):
         yield from (Finding("warning", name, f"{what}: {member}") for member in members)
-    for sample, seen in zip(samples, looks, strict=True):
-        said = [note for note in sample.notes if not any(note in fault.text for fault in seen.faults)]
+    for sample, inspection in zip(samples, inspections, strict=True):
+        said = [note for note in sample.notes if not any(note in fault.text for fault in inspection.faults)]
         yield from (Finding("warning", shown(sample.sample_id), note) for note in said)
 
 
-def _about(name: str, samples: list[Sample], looks: list[DatasetInspection]) -> Iterator[Finding]:
+def _about(name: str, samples: list[Sample], inspections: list[DatasetInspection]) -> Iterator[Finding]:
     """What can only be judged over a whole set: classes, depths, sizes, polarity, where lesions may be inpainted."""
     if name == "train":
         try:
             check_classes(name, samples)
         except MedSoftError as error:
             yield Finding("error", name, str(error))
-    reasons = (inpainting_obstacle(sample, seen.marked) for sample, seen in zip(samples, looks, strict=True))
+    pairs = zip(samples, inspections, strict=True)
+    reasons = (inpainting_obstacle(sample, inspection.marked) for sample, inspection in pairs)
     obstacles = [(sample, why) for sample, why in zip(samples, reasons, strict=True) if sample.healthy and why]
     if obstacles:
         healthy, (first, reason) = sum(sample.healthy for sample in samples), obstacles[0]
         text = f"{len(obstacles)} of {healthy} healthy samples cannot be inpainted, so training leaves them out too"
         yield Finding("warning", name, f"{text}; the first, {first.sample_id}: {reason}")
-    depths = {seen.depth for seen in looks if seen.depth}
+    if nameless := sum(sample.patient_id == sample.sample_id for sample in samples):
+        text = (
+            f"{nameless} of {len(samples)} samples have no patient_id in meta.json: each counts as a patient of its own"
+        )
+        yield Finding("warning", name, f"{text}, so that slices of one patient may lie on both sides of a split")
+    depths = {inspection.depth for inspection in inspections if inspection.depth}
     if len(depths) > 1:
         yield Finding("warning", name, "8- and 16-bit images are mixed; check that `window` in meta.json fits")
-    sizes = {seen.shape[:2] for seen in looks if seen.shape}
+    sizes = {inspection.shape[:2] for inspection in inspections if inspection.shape}
     small, large = min(sizes, key=np.prod, default=(1, 1)), max(sizes, key=np.prod, default=(1, 1))
     if np.prod(large) > 16 * np.prod(small):
         words = f"{small[1]} x {small[0]} to {large[1]} x {large[0]} pixels"
         yield Finding("warning", name, f"sizes from {words}: lesions differ in scale; see `fit` in the YAML")
-    decoded = [(sample, seen.attributes) for sample, seen in zip(samples, looks, strict=True) if seen.attributes]
+    attributes = ((sample, each.attributes) for sample, each in zip(samples, inspections, strict=True))
+    decoded = [pair for pair in attributes if pair[1]]
     for each in separations([sample for sample, _ in decoded], [attributes for _, attributes in decoded]):
         if each.suspicious:
             yield Finding("warning", name, each.warning)
-    inverted = sum("inverted?" in fault.text for seen in looks for fault in seen.faults)
-    sick = sum(not sample.healthy for sample in samples)
-    if sick and inverted > sick / 2:
-        yield Finding("error", name, f"{inverted} of {sick} masks look inverted: 1 (white) must be the lesion")
+    inverted = sum("inverted?" in fault.text for inspection in inspections for fault in inspection.faults)
+    diseased = sum(not sample.healthy for sample in samples)
+    if diseased and inverted > diseased / 2:
+        yield Finding("error", name, f"{inverted} of {diseased} masks look inverted: 1 (white) must be the lesion")
 
 
-def _repeated(name: str, looks: list[DatasetInspection]) -> Iterator[Finding]:
+def _repeated(name: str, inspections: list[DatasetInspection]) -> Iterator[Finding]:
     first: dict[str, str] = {}
-    for seen in looks:
-        twin = first.setdefault(seen.digest, seen.sample_id) if seen.digest else seen.sample_id
-        if twin != seen.sample_id:
-            text = f"samples {twin} and {seen.sample_id} are the same image, pixel for pixel"
+    for inspection in inspections:
+        twin = first.setdefault(inspection.digest, inspection.sample_id) if inspection.digest else inspection.sample_id
+        if twin != inspection.sample_id:
+            text = f"samples {twin} and {inspection.sample_id} are the same image, pixel for pixel"
             yield Finding("warning", name, text)
 
 

@@ -63,10 +63,10 @@ def inspected_folder(
 
 def inspected_samples(samples: Sequence[Sample], workers: int | None, pictured: bool) -> Iterator[DatasetInspection]:
     """What the files of each sample show, in their order; many samples are looked at by several processes."""
-    yield from side_by_side(partial(_look, pictured, len(samples)), list(enumerate(samples)), workers)
+    yield from side_by_side(partial(_inspect, pictured, len(samples)), list(enumerate(samples)), workers)
 
 
-def _look(pictured: bool, total: int, numbered: tuple[int, Sample]) -> DatasetInspection:
+def _inspect(pictured: bool, total: int, numbered: tuple[int, Sample]) -> DatasetInspection:
     """Decode every file of a sample, each once."""
     number, sample = numbered
     try:
@@ -76,10 +76,10 @@ def _look(pictured: bool, total: int, numbered: tuple[int, Sample]) -> DatasetIn
         return DatasetInspection(sample.sample_id, (Finding("sample", str(sample.image), error.cause(sample.image)),))
     sources = {"mask": sample.mask, "soft_mask": sample.soft_mask, "anatomy": sample.anatomy}
     regions = read_regions(image, {stem: path for stem, path in sources.items() if path})
-    seen = _inspected(pictured, sample, Decoded(file, image, regions), number, total)
+    inspection = _inspected(pictured, sample, Decoded(file, image, regions), number, total)
     if regions.mask is None or sample.healthy or _covers(sample.box, mask_box(regions.mask), image.shape):
-        return seen
-    return replace(seen, faults=(*seen.faults, Finding("warning", str(sample.mask), BOX_FAULT)))
+        return inspection
+    return replace(inspection, faults=(*inspection.faults, Finding("warning", str(sample.mask), BOX_FAULT)))
 
 
 def _covers(box: Box, of_mask: Box, shape: tuple[int, ...]) -> bool:

@@ -123,6 +123,14 @@ class CopyCheck:
                 f"{closest.correlation:.3f}), though of two patients: the threshold for copies ({self.threshold:.3f}) "
                 "is near to 1, and copies are missed. Are they one patient, or one of them a copy of the other?"
             )
+        sources = sum(each.source is not None for each in self.neighbours)
+        if sources and self.threshold <= (1 + ALIKE) / 2 < self.source_threshold:
+            found.append(
+                f"Turned and scaled as fits best, lesions of two training patients are nearly the same (correlation "
+                f"{2 * self.source_threshold - 1:.3f}): whether {sources} synthetic lesions repeat the lesion that "
+                f"they were made from, turned, cannot be told (copies from {self.source_threshold:.3f} on). Look at "
+                "closest_pairs.png."
+            )
         return found
 
 

@@ -151,6 +151,16 @@ def test_a_mask_that_reaches_beyond_its_box_in_the_annotation(tmp_path: Path, wr
     assert (said["level"], said["where"]) == ("warning", str(samples[0].mask))
 
 
+def test_samples_without_a_patient_are_counted(tmp_path: Path, write_sample: Any) -> None:
+    for number in range(3):
+        meta = {"patient_id": f"p{number}"} if number else {}
+        write_sample(tmp_path / "data" / f"s{number}", image=picture(number), meta=meta)
+    said = texts(findings(tmp_path, "--data", tmp_path / "data")[1], "warning")
+    assert "data: 1 of 3 samples have no patient_id in meta.json: each counts as a patient of its own" in said
+    (tmp_path / "data" / "s0" / "meta.json").write_text('{"patient_id": "p0"}')
+    assert "patient_id" not in texts(findings(tmp_path, "--data", tmp_path / "data")[1], "warning")
+
+
 def test_inverted_and_huge_masks(tmp_path: Path, write_sample: Any) -> None:
     inverted = np.full((20, 24), 255, np.uint8)
     inverted[5:10, 16:] = 0  # a lesion at the border

@@ -22,7 +22,7 @@ import ver_openImagesDatasets as prepare
 from ldm.core import threads
 from ldm.data.annotations import load_samples
 from ldm.data.png import encode_png
-from ldm.doctor.datasets import check_data, look_at_data
+from ldm.doctor.datasets import check_data, inspect_data
 
 Write = Callable[..., Path]
 ROOT = Path(prepare.__file__).parent
@@ -94,7 +94,7 @@ def test_the_doctor_decodes_each_image_once(tmp_path: Path, monkeypatch: pytest.
         prepare.main(prepare.build_parser().parse_args(["--root_dir", str(data), "--output_file", str(source)]))
     seen = Opened(data, monkeypatch)
     sets = {"data": source}
-    found, faults = look_at_data(sets, 1, tmp_path / "overlays.html")
+    found, faults = inspect_data(sets, 1, tmp_path / "overlays.html")
     faults += check_data(sets, found)
     assert len(found["data"].samples) == 29
     assert (tmp_path / "overlays.html").exists()
@@ -114,7 +114,7 @@ def test_processes_give_the_bytes_of_one(tmp_path: Path, monkeypatch: pytest.Mon
             flags = ["--root_dir", str(data), "--output_file", str(tmp_path / name / f"o.{kind}")]
             assert prepare.main(prepare.build_parser().parse_args(flags)) == 3
         sets = {"data": data, "train": tmp_path / name / "o_train.jsonl"}
-        found, faults = look_at_data(sets, 2, tmp_path / name / "overlays.html")
+        found, faults = inspect_data(sets, 2, tmp_path / name / "overlays.html")
         faults += check_data(sets, found)
         said = [str(fault).replace(f"/{name}/", "/") for fault in faults]
         written.append((said, {p.name: p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}))

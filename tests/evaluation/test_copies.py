@@ -41,6 +41,29 @@ def test_turning_does_not_make_copies_of_unlike_lesions() -> None:
     assert check.is_copy(dataclasses.replace(turned, as_it_lies=between))
 
 
+def ramp(number: int, degrees: float, **meta: str) -> Lesion:
+    """A disc that is brighter towards one side, with a little noise."""
+    made = lesion(number, number, **meta)
+    rows, columns = np.mgrid[: len(made.crop), : len(made.crop)] - len(made.crop) / 2
+    along = np.cos(np.radians(degrees)) * columns + np.sin(np.radians(degrees)) * rows
+    grain = np.random.default_rng(number).normal(0, 1, made.crop.shape)
+    crop = np.where(np.hypot(rows, columns) < 8, 128 + 6 * along + grain, 90).astype(np.uint8)
+    return dataclasses.replace(made, crop=crop)
+
+
+def test_a_threshold_for_turned_lesions_near_to_1_is_said() -> None:
+    """Lesions that differ by their direction alone are alike when turned: nothing can be told of those."""
+    train = [ramp(number, 30 * number) for number in range(12)]
+    check = check_copies([ramp(100, 15, mask_source="s3")], train)
+    assert check.threshold < 0.98
+    assert check.source_threshold > 0.99
+    (said,) = check.warnings()
+    assert "whether 1 synthetic lesions repeat the lesion that they were made from, turned, cannot be told" in said
+    assert not check_copies([ramp(100, 15)], train).warnings()
+    others = [lesion(number, number) for number in range(12)]
+    assert not check_copies([lesion(100, 100, mask_source="s3")], others).warnings()
+
+
 def test_a_lesion_that_is_its_source_turned_is_a_copy() -> None:
     train = [lesion(number, number) for number in range(12)]
     (found,) = check_copies([lesion(100, 3, turn=24, mask_source="s3")], train).copies
