@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.checkpoints.fitting import check_finite, compare
+from ldm.checkpoints.fitting import NoRandomWeights, check_finite, compare
 from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import sha256_file
 from ldm.networks.biomedclip_folder import BiomedClipFolder, read_folder, read_tokenizer
@@ -103,7 +103,8 @@ class BiomedClip(ImageTextEncoder):
 
 def _built(found: BiomedClipFolder) -> "CustomTextCLIP":
     try:
-        made = build_clip(found.model_cfg, found.bert)
+        with NoRandomWeights():
+            made = build_clip(found.model_cfg, found.bert)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise MedSoftError(
             f"{found.folder}: its open_clip_config.json builds no network ({first_line(error)})"

@@ -3,8 +3,8 @@
 from collections.abc import Collection
 
 from ldm.checkpoints.checkpoint import PREFIXES, Checkpoint
-from ldm.checkpoints.fitting import check_preparation, load_parts, parts_of
-from ldm.config import BiomedClipConfig, Config
+from ldm.checkpoints.fitting import NoRandomWeights, check_preparation, load_parts, parts_of
+from ldm.config import Architecture, BiomedClipConfig, Config
 from ldm.core.errors import MedSoftError
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.encoder import ImageTextEncoder
@@ -40,7 +40,7 @@ def open_model(
     """The networks ``parts`` with the checkpoint's weights, on the CPU, and the encoder whose tokens they read.
 
     Without ``parts`` all that drawing needs: with a learned table of tokens (``unet.third_attention``) that is no MSC.
-    Those that are wanted ``later`` must fit too, but are not built: ``load_parts`` does that when there is room.
+    Those that are wanted ``later`` must fit too, but are not built: ``loaded`` does that when there is room.
     Raises MedSoftError or UsageError if checkpoint, configuration and encoder do not belong together.
     """
     if parts is None:
@@ -50,6 +50,12 @@ def open_model(
     if later:
         whole = [part for part in PREFIXES if part in parts or part in later]
         parts_of(checkpoint, whole, config.architecture, skeleton(config.architecture, whole))
-    net = MedSoftModel(config.architecture, parts)
-    load_parts(net, checkpoint, net.parts, net.architecture)
-    return net, encoder
+    return loaded(config.architecture, checkpoint, parts), encoder
+
+
+def loaded(architecture: Architecture, checkpoint: Checkpoint, parts: Collection[str]) -> MedSoftModel:
+    """The networks ``parts`` with the checkpoint's weights, on the CPU; raises as ``parts_of`` does."""
+    with NoRandomWeights():
+        net = MedSoftModel(architecture, parts)
+    load_parts(net, checkpoint, net.parts, architecture)
+    return net

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from ldm.checkpoints.fitting import load_parts
 from ldm.config import Config, SamplingConfig, TrainingConfig, as_yaml, config_from_dict
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory, resolve_precision
@@ -28,7 +27,7 @@ from ldm.features.sizes import ENCODERS
 from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, skeleton
-from ldm.networks.opening import open_model
+from ldm.networks.opening import loaded, open_model
 from ldm.training.dataset import StageData, TrainingInputs, loader, read_training_inputs
 from ldm.training.estimates import check_disk, check_memory, memory_cures
 from ldm.training.loop import Training
@@ -249,8 +248,7 @@ def _run(
     features = builder.store
     del builder, networks, encoders, clip  # their memory is free before the networks of a step take theirs
     kept = [*STEP_PARTS, *(["autoencoder"] if previews else [])]
-    net = MedSoftModel(config.architecture, [part for part in training.builds if part in kept])
-    load_parts(net, source, net.parts, net.architecture)
+    net = loaded(config.architecture, source, [part for part in training.builds if part in kept])
     net.to(fabric.device)
     wanted = skeleton(net.architecture, training.builds)
     frozen = {key: value for key, value in source.state.items() if key in wanted}
