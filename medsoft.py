@@ -6,7 +6,8 @@ model = medsoft.load("stage2_2/last.ckpt", "models/mldm_v15.yaml")
 images = model.draw("spine.png", mask, "osteolytic lesion of the L3 vertebra", n=4)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from ldm.config import DataConfig, load_config
 from ldm.core.distributed import start_processes
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import UsageError
 from ldm.core.paths import shipped
 from ldm.data.images import with_alpha
 from ldm.inference.inpainter import Inpainter, Job, load_inpainter
@@ -57,6 +58,7 @@ class LesionModel:
         name: str | None = None,
         spacing_mm: float | Sequence[float] | None = None,
         window: Sequence[float] | None = None,
+        on_step: Callable[[int, int], object] | None = None,
     ) -> list[np.ndarray]:
         """The image with a lesion, ``n`` times: arrays of its size, depth and channels.
 
@@ -65,6 +67,8 @@ class LesionModel:
         equal the image's. prompt: one sentence. seed, from 0, and ``name``, by default the stem of the file or "image",
         decide the noise: these are the images of ``dataset_infer.py --image --mask --prompt --seed --variants n``.
         spacing_mm, window (of 16 bits): as in meta.json, by default that of the meta.json beside the image's file.
+        on_step(k, steps) is told after each sampling step how many are done for the image k, from 0, and those drawn
+        in a batch with it; what it raises ends the drawing.
         Raises MedSoftError or UsageError, naming what is wrong.
         """
         for key, value, least in (("n", n, 1), ("seed", seed, 0)):
@@ -75,11 +79,8 @@ class LesionModel:
         source, marked = image_source("image", image), image_source("mask", mask)
         sample, prepared = prepare_one(source, marked, prompt, meta, self.data, name)
         jobs, size = [Job(int(seed), sample.sample_id, k, prompt) for k in range(n)], self.inpainter.sampling.batch_size
-        batches = (jobs[first : first + size] for first in range(0, n, size))
-        found = [result for each in batches for result in self.inpainter.inpaint([prepared] * len(each), each)]
-        for result in found:
-            if result.error:
-                raise MedSoftError(
-                    f"{sample.sample_id}: values that are not numbers (NaN or infinity) appeared {result.error}"
-                )
-        return [with_alpha(result.pixels, source, prepared.soft > 0) for result in found if result.pixels is not None]
+        found: list[np.ndarray] = []
+        for first in range(0, n, size):
+            progress = None if on_step is None else partial(on_step, first)
+            found += self.inpainter.draw(prepared, jobs[first : first + size], progress)
+        return [with_alpha(pixels, source, prepared.soft > 0) for pixels in found]

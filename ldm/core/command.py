@@ -16,6 +16,7 @@ SCRIPTS = {
     "train": "ver_train.py",
     "merge": "tool/tool_merge_for_stage2.py",
     "draw": "dataset_infer.py",
+    "edit": "tool/edit.py",
     "copy-paste": "tool/copy_paste.py",
     "classify": "classifier.py",
     "evaluate": "tool/evaluate.py",

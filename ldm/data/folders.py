@@ -93,7 +93,7 @@ def scan_each(
     if not root.is_dir():
         reason = "expected a dataset folder, found a file" if root.exists() else "does not exist"
         raise MedSoftError(f"{root}: {reason}")
-    folders, rejects = _sample_folders(root)
+    folders, rejects = sample_folders(root)
     if not folders and not rejects:
         expected = f"folders with an image ({', '.join(SUFFIXES)}), a mask and a prompt.txt"
         raise MedSoftError(packed_samples(root) or f"{root}: holds no sample; expected {expected}")
@@ -106,7 +106,7 @@ def _place_of(reject: Reject) -> tuple[str, str]:
     return reject.sample_id, str(reject.file)
 
 
-def _sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
+def sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
     """(sample_id, folder) of every sample folder, sorted, and the folders that could not be listed."""
     folders: list[tuple[str, Path]] = []
     left_out: list[Path] = []

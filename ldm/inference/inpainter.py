@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 BACKEND = "inductor"  # of torch.compile
 MIB = 2**20
+OnStep = Callable[[int], object]
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
 
@@ -69,15 +70,32 @@ class Inpainter:
             compile_networks(self.net)
         self._rows = 0  # of the largest batch so far
 
-    def inpaint(self, samples: Sequence[PreparedSample], jobs: Sequence[Job]) -> list[InpaintedImage]:
-        """Native-size results. Outside the soft mask's support every pixel equals the original's."""
-        return [finish() for finish in self.begin(samples, jobs)]
+    def inpaint(
+        self, samples: Sequence[PreparedSample], jobs: Sequence[Job], on_step: OnStep | None = None
+    ) -> list[InpaintedImage]:
+        """Native-size results. Outside the soft mask's support every pixel equals the original's. See ``begin``."""
+        return [finish() for finish in self.begin(samples, jobs, on_step)]
+
+    def draw(self, sample: PreparedSample, jobs: Sequence[Job], on_step: OnStep | None = None) -> list[np.ndarray]:
+        """One batch: the composited pixels of one image with the lesion of each job. See ``begin`` for ``on_step``.
+
+        MedSoftError where the model gives values that are no numbers.
+        """
+        found = self.inpaint([sample] * len(jobs), jobs, on_step)
+        for job, result in zip(jobs, found, strict=True):
+            if result.error:
+                where = f"values that are not numbers (NaN or infinity) appeared {result.error}"
+                raise MedSoftError(f"{job.sample_id}: {where}")
+        return [result.pixels for result in found if result.pixels is not None]
 
     @torch.inference_mode()
-    def begin(self, samples: Sequence[PreparedSample], jobs: Sequence[Job]) -> list[Callable[[], InpaintedImage]]:
+    def begin(
+        self, samples: Sequence[PreparedSample], jobs: Sequence[Job], on_step: OnStep | None = None
+    ) -> list[Callable[[], InpaintedImage]]:
         """``inpaint`` in two halves: this one hands a batch to the device, and does not wait for a GPU to be done.
 
-        What comes back waits for that and composites, one call for each image, in any thread.
+        What comes back waits for that and composites, one call for each image, in any thread. ``on_step``: told after
+        each sampling step how many are done, for which a GPU is waited for; what it raises ends the drawing.
         """
         self._rows = max(self._rows, len(samples))
         # Compiled networks know the largest batch: a smaller one is filled up, which changes no other image's noise.
@@ -90,7 +108,7 @@ class Inpainter:
         start = None
         if self.sampling.init == "paste":
             start = on_device(torch.stack([_with_pasted_lesion(sample) for sample in filled]), self.device)
-        generated, broken = self._generate(image, soft_mask, names, whole, start)  # (B, 3, S, S) in [-1, 1]
+        generated, broken = self._generate(image, soft_mask, names, whole, start, on_step)  # (B, 3, S, S) in [-1, 1]
         generated_there, broken_there = on_host(generated), on_host(broken)
 
         def finish(row: int, sample: PreparedSample) -> InpaintedImage:
@@ -120,6 +138,7 @@ class Inpainter:
         jobs: Sequence[Job],
         whole: tuple[Tensor, Tensor] | None = None,
         start: Tensor | None = None,
+        on_step: OnStep | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As ``generate``, with a number for each image: of the step at which the first value that is no number
         appeared, -1 where none did, the number of steps where it was the decoder's.
@@ -144,10 +163,17 @@ class Inpainter:
             broken = ~torch.isfinite(x).flatten(1).all(dim=1) & (first_broken < 0)
             first_broken.masked_fill_(broken, index)
 
+        def after_step(index: int, x: Tensor) -> None:
+            watch(index, x)
+            if on_step is not None:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                on_step(index + 1)
+
         latent = sample_latent(
             *(net, sampling, noise, mask, masked, original, conditions),
             step_noise=lambda index: step_noise(index, names, noise),
-            on_step=watch,
+            on_step=after_step,
             start=(original if start is None else latent_of(net, start, dtype)) if begins else None,
         )
         # The latent was looked at before decoding: that clamps, and would hide infinity as white.

@@ -1,6 +1,8 @@
 """Results on the disk: sample folders whose meta.json says how each was made."""
 
 import os
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -10,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.core.errors import MedSoftError
-from ldm.core.files import Contents, read_json, write_json
-from ldm.data.checks import TRAINED_ON, trained_on
+from ldm.core.files import Contents, fingerprint, read_json, sha256_file, write_json
+from ldm.data.checks import TRAINED_ON, groups_of, trained_on
 from ldm.data.folders import write_sample
 from ldm.data.images import with_alpha
 from ldm.data.preparation import PreparedSample
 from ldm.data.samples import HEALTHY, Reject
+from ldm.diffusion.noise import NOISE
 from ldm.inference.gallery import write_gallery, write_thumbnail
 from ldm.inference.shares import Summary
 from ldm.inference.tasks import RESULT_KEYS, Task, donor_digest
@@ -69,6 +73,27 @@ def read_refused(home: Path, name: str) -> list[dict[str, Any]]:
     ):
         raise MedSoftError(f"{path}: expected a list of drawings that were not accepted; delete it to draw them again")
     return found
+
+
+def provenance_of(
+    ckpt: Path, yaml: Path, settings: Mapping[str, Any], overrides: Sequence[str], exact: bool
+) -> dict[str, Any]:
+    """What meta.json of every result of a checkpoint says about how it was made, where sampling begins with noise.
+
+    settings: the configuration's ``identity`` of images; overrides: with ``yaml`` they give that configuration.
+    """
+    learned_from = groups_of(read_checkpoint(ckpt).metadata, ckpt)
+    return {
+        "checkpoint": str(ckpt.resolve()),
+        "checkpoint_sha256": sha256_file(ckpt),
+        "config": str(yaml.resolve()),
+        "overrides": list(overrides),
+        "config_sha256": fingerprint(settings),
+        "exact": exact,
+        "noise": NOISE,
+        "command": shlex.join(["python", *sys.argv]),
+        TRAINED_ON: learned_from,
+    }
 
 
 def is_whole(folder: Path) -> bool:

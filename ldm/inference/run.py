@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import Config, DataConfig, SamplingConfig, load_config
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory
 from ldm.core.distributed import Processes, check_tasks, start_processes
 from ldm.core.errors import MedSoftError, UsageError, first_line
-from ldm.core.files import Contents, fingerprint, fingerprint_all, read_json, sha256_file, write_json
+from ldm.core.files import Contents, fingerprint_all, read_json, write_json
 from ldm.core.paths import shipped
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity, stored_overrides
 from ldm.data.annotations import write_rejects
-from ldm.data.checks import TRAINED_ON, groups_of, trained_on
+from ldm.data.checks import TRAINED_ON, trained_on
 from ldm.data.images import to_unit
 from ldm.data.preparation import PreparedSample, described_identity, sample_identity
 from ldm.data.samples import Reject
@@ -37,7 +36,7 @@ from ldm.inference.inpainter import InpaintedImage, Inpainter, Job, load_inpaint
 from ldm.inference.options import InferenceOptions, PasteOptions
 from ldm.inference.preparing import Preparation
 from ldm.inference.prompts import Match
-from ldm.inference.results import REFUSED, REJECTED, FolderResults
+from ldm.inference.results import REFUSED, REJECTED, FolderResults, provenance_of
 from ldm.inference.shares import RECORDS, Share, SharedRun, Summary
 from ldm.inference.tars import INDEXES, TARS, UNPACKED, TarResults
 from ldm.inference.tasks import Plan, Task, plan_tasks, read_record
@@ -63,21 +62,9 @@ def run(options: InferenceOptions, checks: Checks | None = None) -> int:
     assert options.config
     if not is_first_process():
         logging.disable(logging.INFO)  # one process speaks for all
-    metadata = read_checkpoint(options.ckpt).metadata
     settings = identity(config, "images")
-    digest = sha256_file(options.ckpt)
-    learned_from = groups_of(metadata, options.ckpt)
-    provenance = {
-        "checkpoint": str(options.ckpt.resolve()),
-        "checkpoint_sha256": digest,
-        "config": str(shipped(options.config).resolve()),
-        "overrides": overrides,
-        "config_sha256": fingerprint(settings),
-        "exact": options.exact,
-        "noise": NOISE,
-        "command": shlex.join(["python", *sys.argv]),
-        TRAINED_ON: learned_from,
-    }
+    provenance = provenance_of(options.ckpt, shipped(options.config), settings, overrides, options.exact)
+    digest, learned_from = provenance["checkpoint_sha256"], provenance[TRAINED_ON]
     if config.sampling.init != "noise":
         provenance |= {"init": config.sampling.init, "strength": config.sampling.strength}
     if record:

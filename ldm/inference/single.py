@@ -123,29 +123,42 @@ def _slice_sample(options: InferenceOptions, path: Path, mask: Path, prompt: str
     shown = cut(volume, plane, index)
     if options.spacing:
         shown = dataclasses.replace(shown, spacing=(float(options.spacing[0]), float(options.spacing[-1])))
+    pixels, known, window = slice_image(volume, shown, window_asked(options.window))
+    files = {"image.png": pixels}
+    if lesion is not None:
+        files["mask.png"] = _mask_of(lesion, shown, mask)
+    name = slice_name(path, plane, index)
+    folder = _written(options.output_dir, name, files, prompt, known)
+    log.info("%s: %s slice %d, window %g to %g (%s), is read as %s", path, plane, index, *window, folder / "image.png")
+    own_mask = folder / "mask.png" if lesion is not None else mask.resolve()
+    return one_sample(name, folder / "image.png", own_mask, prompt, known)
+
+
+def slice_name(path: Path, plane: str, index: int) -> str:
+    """What the sample of a slice of the volume at ``path`` is called."""
+    stem = path.name.removesuffix(".gz").rpartition(".")[0] or path.name
+    return f"{stem}_{plane}_{index:03d}"
+
+
+def slice_image(
+    volume: Volume, shown: Slice, asked: str | tuple[float, float] | None = None
+) -> tuple[np.ndarray, dict[str, Any], tuple[float, float, str]]:
+    """A slice of a volume as an image with square pixels (HxW levels), its meta.json, and ``window_for(.., asked)``."""
     image = square(shown)
-    levels, window = levels_of(volume), window_for(volume, window_asked(options.window))
+    levels, window = levels_of(volume), window_for(volume, asked)
     meta = {
         **{key: volume.header[key] for key in HEADER if key in volume.header},
         "modality": volume.modality,
         "spacing_mm": image.spacing and list(image.spacing),
-        "plane": plane,
-        "slice": index,
+        "plane": shown.plane,
+        "slice": shown.index,
         "value_offset": levels.value_offset,
         "value_scale": levels.value_scale,
         "unit": volume.unit,
         "window": levels.window(*window[:2]),
     }
-    files = {"image.png": levels.pixels(image.pixels)}
-    if lesion is not None:
-        files["mask.png"] = _mask_of(lesion, shown, mask)
-    stem = path.name.removesuffix(".gz").rpartition(".")[0] or path.name
-    name = f"{stem}_{plane}_{index:03d}"
     known = {key: value for key, value in meta.items() if value is not None}
-    folder = _written(options.output_dir, name, files, prompt, known)
-    log.info("%s: %s slice %d, window %g to %g (%s), is read as %s", path, plane, index, *window, folder / "image.png")
-    own_mask = folder / "mask.png" if lesion is not None else mask.resolve()
-    return one_sample(name, folder / "image.png", own_mask, prompt, known)
+    return levels.pixels(image.pixels), known, window
 
 
 def _chosen(options: InferenceOptions, volume: Volume, lesion: Volume | None) -> tuple[str, int]:

@@ -93,7 +93,7 @@ class Task:
     although it may be healthy (--like, --image, --replay, a healthy sample with a ``soft_mask.png``). ``record``: the
     meta.json to write again (--replay). ``mask``: where its mask comes from, as far as that is known. ``donor``: the
     sample whose lesion is pasted, where one is to be; ``pasted_by``: 2x3, the map by which an earlier result did that;
-    ``clipped_pixels``: how many of the pasted pixels lay beyond the levels that the image's file can hold.
+    ``clipped_pixels``: how many pasted pixels lay beyond the levels of the image's file. ``folder``: another name.
     """
 
     sample: Sample
@@ -108,11 +108,12 @@ class Task:
     donor: Sample | None = None
     pasted_by: Sequence[Sequence[float]] | None = None
     clipped_pixels: int = 0
+    folder: str | None = None
 
     @property
     def name(self) -> str:
         """The result's folder."""
-        return f"{self.sample.sample_id}__v{self.variant}"
+        return self.folder or f"{self.sample.sample_id}__v{self.variant}"
 
     @property
     def inputs(self) -> list[Sample]:

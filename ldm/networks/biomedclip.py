@@ -15,7 +15,7 @@ from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import sha256_file
 from ldm.networks.biomedclip_folder import BiomedClipFolder, read_folder, read_tokenizer
 from ldm.networks.encoder import ImageTextEncoder
-from ldm.networks.text_encoder import PromptWarnings
+from ldm.networks.text_encoder import PromptReading, PromptWarnings
 
 if TYPE_CHECKING:
     from open_clip.model import CustomTextCLIP
@@ -89,6 +89,14 @@ class BiomedClip(ImageTextEncoder):
     def embed_image(self, image: Tensor) -> Tensor:
         """Projected image embeddings (B, text_dim), not normalised."""
         return self.clip.encode_image(self.normalise(image))
+
+    def reading(self, prompt: str) -> PromptReading:
+        """What ``encode_text`` would make of a prompt: its tokens, and the words that are read as [UNK]."""
+        wrapped, room = self._tokenizer, self._tokenizer.context_length - 2
+        found = wrapped.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        offsets, unk = found["offset_mapping"], wrapped.tokenizer.unk_token_id
+        unknown = [span for span, number in zip(offsets, found["input_ids"], strict=True) if number == unk]
+        return PromptReading(len(offsets), room, unknown, offsets[room][0] if len(offsets) > room else len(prompt))
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:

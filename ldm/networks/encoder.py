@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ldm.networks.text_encoder import PromptReading
+
 
 class ImageTextEncoder(nn.Module, ABC):
     """Encodes images to a grid of patch tokens and one global token, and prompts to one vector.
@@ -41,6 +43,10 @@ class ImageTextEncoder(nn.Module, ABC):
 
         image: (B, 3, S, S) in [-1, 1], of any size; hidden: (B, 1, S, S), > 0 (or True) where nothing may be seen.
         """
+
+    def reading(self, prompt: str) -> PromptReading | None:
+        """How a prompt is read, for who writes one; None where the encoder does not say."""
+        return None
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Tensor:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,18 @@ log = logging.getLogger(__name__)
 
 START, END = 49406, 49407  # CLIP's start and end of text; SD also pads with END (open_clip pads with 0)
 SPECIAL = {START: "<|startoftext|>", END: "<|endoftext|>"}  # open_clip calls these two otherwise
+
+
+class PromptReading(NamedTuple):
+    """How an encoder reads a prompt: its tokens, how many of them it has room for, and what it has no token for.
+
+    ``unknown``: (start, end) of such parts of the prompt; ``read``: up to which letter the prompt is read.
+    """
+
+    tokens: int
+    room: int
+    unknown: list[tuple[int, int]]
+    read: int
 
 
 class PromptWarnings:
@@ -106,11 +118,18 @@ class TextEncoder(nn.Module):
         for prompt in prompts:
             found = clip_tokenizer()(prompt, add_special_tokens=False, return_offsets_mapping=True)
             ids = found["input_ids"]
-            pieces = _shared_letters(found["offset_mapping"])
+            pieces = sum(_shared_letters(found["offset_mapping"]))
             self._warnings.report(prompt, room, found["offset_mapping"], pieces if 4 * pieces > len(ids) else 0)
             row = [START, *ids[:room], END]
             rows.append(row + [END] * (self.max_length - len(row)))
         return torch.tensor(rows)
+
+    def reading(self, prompt: str) -> PromptReading:
+        """What ``tokenize`` would make of a prompt; letters that are read byte by byte have no token of their own."""
+        found = clip_tokenizer()(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        offsets, room = found["offset_mapping"], self.max_length - 2
+        unknown = [span for span, shared in zip(offsets, _shared_letters(offsets), strict=True) if shared]
+        return PromptReading(len(offsets), room, unknown, offsets[room][0] if len(offsets) > room else len(prompt))
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """States after the final norm, (B, max_length, width); cross-attention reads the padding too."""
@@ -119,7 +138,7 @@ class TextEncoder(nn.Module):
         return network(input_ids=self.tokenize(prompts).to(device)).last_hidden_state
 
 
-def _shared_letters(offsets: Sequence[tuple[int, int]]) -> int:
-    """How many tokens, one (start, end) each, share a letter with a neighbour: they are parts of letters."""
+def _shared_letters(offsets: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens, one (start, end) each, share a letter with a neighbour: they are parts of letters."""
     shared = [right[0] < left[1] for left, right in pairwise(offsets)]
-    return sum(a or b for a, b in zip([False, *shared], [*shared, False], strict=True)) if offsets else 0
+    return [a or b for a, b in zip([False, *shared], [*shared, False], strict=True)] if offsets else []

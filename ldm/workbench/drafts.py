@@ -1,0 +1,171 @@
+"""Drawings on the disk: OUTPUT_DIR/drafts, OUTPUT_DIR/accepted and history.jsonl, which tells what was tried.
+
+A drawing is a whole result folder from the first moment, and the folder that holds it says whether it is accepted:
+nothing lives in memory only. To accept is to rename, which happens or does not.
+"""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ldm.core.errors import MedSoftError
+from ldm.core.files import check_target, json_text, read_json, sync, sync_folder
+from ldm.inference.results import is_whole
+
+log = logging.getLogger(__name__)
+
+HISTORY = "history.jsonl"
+SHOWN = ("id", "job", "document", "name", "prompt", "seed", "variant", "state", "reason", "when", "width", "height")
+
+
+class Drafts:
+    """The drawings of one output folder, by id. In any thread. MedSoftError where the folder cannot be written."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.home = output_dir.absolute()
+        self.drafts, self.accepted = self.home / "drafts", self.home / "accepted"
+        self._file = self.home / HISTORY
+        self._items: dict[str, dict[str, Any]] = {}
+        self._lock = threading.RLock()
+        check_target(self._file, 0)
+        for record in self._records():
+            self._items[record["id"]] = record
+        for name in self._unlisted():
+            self._adopt(name)
+
+    def items(self) -> list[dict[str, Any]]:
+        """What the page is told of every drawing that is there, in the order in which they were drawn."""
+        with self._lock:
+            return [told for each in self._items.values() if (told := self._told(each))]
+
+    def item(self, name: str) -> dict[str, Any] | None:
+        """The same of one; None for one that is not there."""
+        with self._lock:
+            return self._told(self._items[name]) if name in self._items else None
+
+    def folder(self, name: str) -> Path:
+        """The result folder of a drawing that is there."""
+        with self._lock:
+            return self._place(self._items[name]["name"]) or self.drafts / self._items[name]["name"]
+
+    def origin(self, document: str) -> dict[str, Any] | None:
+        """Where a document lies that something was drawn into, by its id."""
+        with self._lock:
+            found = (each.get("origin") for each in self._items.values() if each.get("document") == document)
+            return next((each for each in found if each), None)
+
+    def is_there(self, folder_name: str) -> bool:
+        """Whether a drawing with this folder's name is there, as draft or accepted."""
+        return self._place(folder_name) is not None
+
+    def add(self, item: dict[str, Any]) -> str:
+        """Note a drawing whose folder is written, if it is not known yet; returns its id."""
+        with self._lock:
+            if item["id"] not in self._items:
+                made = {"state": "new", "reason": None, "when": _now(), **item}
+                self._append(made)
+                self._items[item["id"]] = made
+            return item["id"]
+
+    def judge(self, name: str, accept: bool, reason: str | None = None) -> dict[str, Any]:
+        """Accept or reject a drawing, perhaps after it was judged otherwise; what the page is told of it then.
+
+        Its folder is renamed and the history gets a line, both or neither.
+        """
+        with self._lock:
+            before = self._items[name]
+            now = before | {"state": "accepted" if accept else "rejected", "reason": reason, "judged": _now()}
+            source, target = self._place(before["name"]), (self.accepted if accept else self.drafts) / before["name"]
+            if source is None:
+                raise MedSoftError(f"{self.drafts / before['name']}: is no longer there, so it cannot be judged")
+            _move(source, target)
+            try:
+                self._append(now)
+            except MedSoftError:
+                _move(target, source)
+                raise
+            self._items[name] = now
+            told = self._told(now)
+            assert told is not None  # it has just been moved
+            return told
+
+    def _place(self, folder_name: str) -> Path | None:
+        return next((home / folder_name for home in (self.accepted, self.drafts) if is_whole(home / folder_name)), None)
+
+    def _told(self, item: dict[str, Any]) -> dict[str, Any] | None:
+        place = self._place(item["name"])
+        if place is None:  # somebody has deleted or moved it
+            return None
+        told = {key: item.get(key) for key in SHOWN}
+        if place.parent == self.accepted:
+            told["state"] = "accepted"
+        elif told["state"] == "accepted":  # moved back by hand
+            told["state"] = "new"
+        return told | {"folder": str(place), "thumbnail": f"/api/results/{item['id']}/thumbnail.png"}
+
+    def _append(self, record: dict[str, Any]) -> None:
+        """One more line of the history, on the disk. MedSoftError, with the file as it was, where that fails."""
+        size = self._file.stat().st_size if self._file.exists() else 0
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            with self._file.open("ab") as file:
+                file.write(json_text(record, None).encode())
+                file.flush()
+                sync(file.fileno())
+        except OSError as error:
+            if self._file.exists() and self._file.stat().st_size > size:
+                os.truncate(self._file, size)
+            cause = error.strerror or error
+            raise MedSoftError(f"{self._file}: could not be written ({cause}); nothing was changed") from error
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        """The lines of the history; one that a crash has cut short is passed over, with a warning."""
+        if not self._file.exists():
+            return
+        for number, line in enumerate(self._file.read_bytes().split(b"\n"), 1):
+            try:
+                record = json.loads(line) if line.strip() else None
+            except ValueError:
+                log.warning("warning: %s: line %d is no JSON and is passed over", self._file, number)
+                continue
+            if isinstance(record, dict) and isinstance(record.get("id"), str) and isinstance(record.get("name"), str):
+                yield record
+
+    def _unlisted(self) -> list[str]:
+        """The folders of whole drawings that the history does not know, because a crash came between the two."""
+        known = {each["name"] for each in self._items.values()}
+        folders = [each for home in (self.drafts, self.accepted) if home.is_dir() for each in sorted(home.iterdir())]
+        return [each.name for each in folders if each.name not in known and is_whole(each)]
+
+    def _adopt(self, folder_name: str) -> None:
+        place = self._place(folder_name)
+        assert place is not None
+        meta = read_json(place / "meta.json", "meta.json of a result")
+        digest, _, variant = folder_name.rpartition("__v")
+        made = {key: meta.get(key) for key in ("prompt", "seed", "variant")}
+        made |= {"id": f"{digest.rpartition('_')[2]}-{variant}", "name": folder_name, "job": None, "document": None}
+        self.add(made)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a folder, durably. MedSoftError, with nothing changed, where that fails."""
+    if source == target:
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(source, target)
+    except OSError as error:
+        raise MedSoftError(
+            f"{target}: could not be written ({error.strerror or error}); nothing was changed"
+        ) from error
+    sync_folder(target.parent)
+    sync_folder(source.parent)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

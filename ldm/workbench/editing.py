@@ -1,0 +1,165 @@
+"""`medsoft edit`: the editor behind its routes. docs/workbench.md has them in a table."""
+
+import json
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, HTTPException
+from fastapi.responses import Response
+
+from ldm.core.locks import exclusive
+from ldm.data.images import read_image
+from ldm.workbench.drafts import Drafts
+from ldm.workbench.editor import (
+    DrawRequest,
+    Editor,
+    GoRequest,
+    OpenRequest,
+    RejectRequest,
+    SuggestionRequest,
+    TokensRequest,
+)
+from ldm.workbench.finding import find
+from ldm.workbench.jobs import QueuedJob
+from ldm.workbench.options import EditOptions
+from ldm.workbench.server import Address, RawBody, make_app, serve
+
+
+def edit(options: EditOptions, debug: bool = False) -> None:
+    """Serve the editor until Ctrl-C. UsageError or MedSoftError where there is nothing to draw with, or nowhere to."""
+    found = find(options)
+    busy = (
+        f"{options.output_dir}: another medsoft edit writes here at this moment; end it, or give another --output_dir"
+    )
+    drafts = Drafts(options.output_dir)
+    with exclusive(options.output_dir / ".lock", busy):
+        editor = Editor(found, drafts, options)
+        try:
+            address = Address.of(options)
+            app = make_app(routes(editor), page="edit.html", address=address, debug=debug)
+            serve(app, address, not options.no_browser)
+        finally:
+            editor.queue.close()
+
+
+def raw(pixels: np.ndarray, headers: dict[str, str] | None = None) -> Response:
+    """An array as a route gives it: row by row, uint8 or little-endian uint16, channels of a pixel together.
+
+    bool becomes 0 and 255, and float in [0, 1] is rounded to k/255.
+    """
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * np.uint8(255)
+    elif pixels.dtype.kind == "f":
+        pixels = np.rint(pixels * 255).astype(np.uint8)
+    kind = pixels.dtype.newbyteorder("<")
+    return Response(
+        np.ascontiguousarray(pixels, kind).tobytes(), media_type="application/octet-stream", headers=headers
+    )
+
+
+def routes(editor: Editor) -> APIRouter:
+    """All routes of the editor below /api."""
+    router = APIRouter(prefix="/api")
+    _add_documents(router, editor)
+    _add_masks(router, editor)
+    _add_drawings(router, editor)
+    return router
+
+
+def _add_documents(router: APIRouter, editor: Editor) -> None:
+    @router.get("/state")
+    def state(document: str | None = None) -> dict[str, Any]:
+        return editor.state(document)
+
+    @router.post("/open")
+    def open_path(asked: OpenRequest) -> dict[str, Any]:
+        return editor.state(editor.open(asked).id)
+
+    @router.post("/go")
+    def go(asked: GoRequest) -> dict[str, Any]:
+        return editor.state(editor.opened.go(asked.index, asked.document).id)
+
+    @router.get("/documents/{name}")
+    def document(name: str) -> dict[str, Any]:
+        return editor.document(name).described()
+
+    @router.get("/documents/{name}/levels")
+    def levels(name: str) -> Response:
+        return raw(editor.document(name).pixels)
+
+    @router.get("/documents/{name}/{region}")
+    def region(name: str, region: str) -> Response:
+        document = editor.document(name)
+        known = {"body": lambda: document.body, "mask": lambda: document.mask}
+        found = known[region]() if region in known else None
+        if found is None:
+            raise HTTPException(404, f"{document.path}: has no {region[:40]}")
+        return raw(found)
+
+
+def _add_masks(router: APIRouter, editor: Editor) -> None:
+    @router.post("/documents/{name}/suggestion")
+    def suggestion(name: str, asked: SuggestionRequest) -> Response:
+        return raw(editor.suggestion(editor.document(name), asked))
+
+    @router.post("/documents/{name}/soft")
+    def soft(name: str, body: RawBody, feather_mm: float | None = None) -> Response:
+        document = editor.document(name)
+        hard = editor.hard(document, body)
+        facts = editor.facts(document, hard, feather_mm)
+        return raw(editor.soft(document, hard, feather_mm), {"X-Facts": json.dumps(facts)})
+
+    @router.post("/tokens")
+    def tokens(asked: TokensRequest) -> dict[str, Any]:
+        return editor.read(asked.prompt)
+
+
+def _add_drawings(router: APIRouter, editor: Editor) -> None:
+    def job(name: str) -> QueuedJob:
+        found = editor.queue.get(name)
+        if found is None:
+            raise HTTPException(404, f"no job {name[:40]} is known; the history has what it has drawn")
+        return found
+
+    @router.post("/draw")
+    def draw(asked: DrawRequest) -> dict[str, Any]:
+        return editor.draw(asked).told()
+
+    @router.get("/jobs/{name}")
+    def progress(name: str) -> dict[str, Any]:
+        return job(name).told()
+
+    @router.post("/jobs/{name}/cancel")
+    def cancel(name: str) -> dict[str, Any]:
+        editor.queue.cancel(job(name))
+        return job(name).told()
+
+    @router.get("/history")
+    def history() -> list[dict[str, Any]]:
+        return editor.drafts.items()
+
+    @router.get("/results/{name}/levels")
+    def levels(name: str) -> Response:
+        return raw(read_image(editor.result(name) / "image.png"))
+
+    @router.get("/results/{name}/soft")
+    def soft(name: str) -> Response:
+        return raw(read_image(editor.result(name) / "soft_mask.png"))
+
+    @router.get("/results/{name}/mask")
+    def mask(name: str) -> Response:
+        return raw(read_image(editor.result(name) / "mask.png"))
+
+    @router.get("/results/{name}/thumbnail.png")
+    def thumbnail(name: str) -> Response:
+        return Response(editor.thumbnail(name), media_type="image/png")
+
+    @router.post("/results/{name}/accept")
+    def accept(name: str) -> dict[str, Any]:
+        editor.result(name)
+        return editor.drafts.judge(name, accept=True)
+
+    @router.post("/results/{name}/reject")
+    def reject(name: str, asked: RejectRequest) -> dict[str, Any]:
+        editor.result(name)
+        return editor.drafts.judge(name, accept=False, reason=asked.reason)

@@ -1,0 +1,323 @@
+"""What the editor's page asks for: documents, masks, sentences, and drawings in a queue (see ``jobs``)."""
+
+import base64
+import binascii
+import dataclasses
+import logging
+import secrets
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import cv2
+import numpy as np
+from fastapi import HTTPException
+from pydantic import BaseModel, Field
+
+import medsoft
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import Contents, fingerprint, read_json
+from ldm.core.schema import identity
+from ldm.data.annotations import read_annotations
+from ldm.data.images import ImageFile, intensity_range_of, pixel_digest, read_image, to_unit
+from ldm.data.masks import Feather, Mask, equivalent_diameter, extents, lesion_shaped, read_soft_mask, soft_mask_for
+from ldm.data.png import encode_png
+from ldm.data.preparation import PreparedSample, fit_sample
+from ldm.data.samples import prompt_fault
+from ldm.inference.inpainter import Job
+from ldm.inference.preparing import MOSTLY
+from ldm.inference.results import provenance_of, result_of
+from ldm.inference.run import advice_on_memory
+from ldm.inference.tasks import MaskOrigin, Task, too_long
+from ldm.workbench.drafts import Drafts
+from ldm.workbench.finding import Found
+from ldm.workbench.jobs import Queue, QueuedJob
+from ldm.workbench.options import EditOptions
+from ldm.workbench.sentences import Sentences, read_prompt
+from ldm.workbench.sources import Document, Opened
+
+log = logging.getLogger(__name__)
+
+SEEDS = 2**53  # the first whole number that JavaScript does not tell from the next one
+VARIANTS = 64
+THUMBNAIL = 128  # pixels
+
+
+class OpenRequest(BaseModel):
+    """POST /api/open."""
+
+    path: str = Field(min_length=1, max_length=4096)
+    plane: str | None = None
+    slice: int | None = Field(None, ge=0)
+
+
+class GoRequest(BaseModel):
+    """POST /api/go: to the image with this number, of the collection that ``document`` is of."""
+
+    index: int = Field(ge=0)
+    document: str | None = None
+
+
+class SuggestionRequest(BaseModel):
+    """POST /api/documents/ID/suggestion; see ``lesion_shaped``."""
+
+    size: tuple[Annotated[float, Field(ge=0.02, le=1)], Annotated[float, Field(ge=0.02, le=1)]] = (0.35, 0.7)
+    side: Annotated[str, Field(pattern="^(left|right|top|bottom)$")] | None = None
+    irregularity: float | None = Field(None, ge=0, le=1)
+    seed: int = Field(ge=0, lt=SEEDS)
+
+
+class TokensRequest(BaseModel):
+    """POST /api/tokens."""
+
+    prompt: str = Field(max_length=10_000)
+
+
+class DrawRequest(BaseModel):
+    """POST /api/draw."""
+
+    document: str
+    mask: str
+    prompt: str = Field(max_length=10_000)
+    n: int = Field(1, ge=1, le=VARIANTS)
+    seed: int = Field(0, ge=0, lt=SEEDS)
+    feather_mm: float | None = Field(None, ge=0, le=1000)
+
+
+class RejectRequest(BaseModel):
+    """POST /api/results/ID/reject."""
+
+    reason: str | None = Field(None, max_length=1000)
+
+
+class Editor:
+    """What is open, what can be written, and what draws. In any thread."""
+
+    def __init__(self, found: Found, drafts: Drafts, options: EditOptions) -> None:
+        self.found, self.drafts, self.options = found, drafts, options
+        self.config = found.config
+        samples = read_annotations(found.train_json)[0] if found.train_json else []
+        self.sentences = Sentences(samples)
+        self.opened = Opened()
+        if found.path is not None:
+            self.opened.open(found.path)
+        self.provenance: dict[str, Any] = {}
+        log.info("checkpoint: %s", found.ckpt)
+        log.info("sentences: %s", found.train_json or "none; --train_json names training annotations")
+        log.info("drawings: %s", drafts.home)
+        self.queue: Queue[medsoft.LesionModel] = Queue(self._load)
+
+    def _load(self) -> medsoft.LesionModel:
+        import torch
+
+        found = self.found
+        torch.set_num_threads(1)  # of this thread, which draws: only then --replay gives the same file everywhere
+        settings = identity(self.config, "images")
+        self.provenance = provenance_of(found.ckpt, found.yaml, settings, found.overrides, exact=True)
+        sampling = self.config.sampling
+        if sampling.init != "noise":
+            self.provenance |= {"init": sampling.init, "strength": sampling.strength}
+        return medsoft.load(found.ckpt, found.yaml, found.overrides, self.options.device)
+
+    # ------------------------------------------------------------------------------------------------------- documents
+
+    def state(self, document: str | None = None) -> dict[str, Any]:
+        """All that a page needs to begin with, about one document or the one opened last."""
+        name = document if document and self.opened.get(document) else self.opened.current
+        shown = self.opened.get(name) if name else None
+        collection, index = self.opened.collection(name)
+        job = self.queue.current()
+        data = self.config.data
+        return {
+            "model": self.model(),
+            "document": shown and shown.described(),
+            "collection": collection and {"name": collection.name, "count": len(collection.entries), "index": index},
+            "sentences": self.sentences.menus(),
+            "feather": {"value": data.feather, "unit": data.feather_unit},
+            "output_dir": str(self.drafts.home),
+            "job": job and job.told(),
+            "history": self.drafts.items(),
+        }
+
+    def model(self) -> dict[str, Any]:
+        """What draws, and whether it is loaded."""
+        return {
+            "name": str(self.found.ckpt),
+            "image_size": self.config.data.image_size,
+            "steps": self.config.sampling.steps,
+            "token_limit": self.config.text_encoder.max_length - 2,
+            "device": str(self.queue.model.inpainter.device) if self.queue.model else self.options.device,
+            "state": self.queue.state,
+            "error": self.queue.error,
+        }
+
+    def document(self, name: str) -> Document:
+        """A document by its id. 404 for one that nobody has opened, 410 for one that is gone or has changed."""
+        try:
+            found = self.opened.get(name)
+            if found is None and (origin := self.drafts.origin(name)):
+                found = self.opened.reopen(name, origin)
+        except MedSoftError as error:
+            raise HTTPException(410, str(error)) from error
+        if found is None:
+            raise HTTPException(404, f"no document {name[:40]} is open; open it again")
+        return found
+
+    def open(self, asked: OpenRequest) -> Document:
+        """Open a path of this machine; for others than this machine only below the folder that the command named."""
+        path = Path(asked.path.strip()).expanduser()
+        if not self.options.is_local:
+            given = self.options.path or Path()
+            root = (given if given.is_dir() else given.parent).resolve()
+            if not path.resolve().is_relative_to(root):
+                raise HTTPException(403, f"{path}: does not lie in {root}; over the network nothing else is opened")
+        return self.opened.open(path, asked.plane, asked.slice)
+
+    # ---------------------------------------------------------------------------------------------- masks and sentences
+
+    def hard(self, document: Document, data: bytes) -> np.ndarray:
+        """The mask (bool HxW) that a page sends, one byte a pixel, from 128 on marked; UsageError for another size."""
+        height, width = document.pixels.shape[:2]
+        if len(data) != height * width:
+            raise UsageError(f"the mask has {len(data)} bytes; expected {width} x {height}, one a pixel")
+        return np.frombuffer(data, np.uint8).reshape(height, width) >= 128
+
+    def feather(self, document: Document, feather_mm: float | None) -> Feather:
+        """The checkpoint's feather, or one in mm. MedSoftError for that where nobody knows how large a pixel is."""
+        if feather_mm is None:
+            return Feather(self.config.data.feather, self.config.data.feather_unit)
+        if document.spacing is None:
+            raise UsageError(f"{document.path}: says no spacing_mm, so no feather in mm is possible; leave it out")
+        return Feather(feather_mm, "mm")
+
+    def soft(self, document: Document, hard: np.ndarray, feather_mm: float | None) -> np.ndarray:
+        """The soft mask (float32 HxW) with which the mask is drawn."""
+        mask = Mask(hard.astype(np.float32))
+        return soft_mask_for(mask, self.feather(document, feather_mm), document.sample.meta.get("spacing_mm"))
+
+    def facts(self, document: Document, hard: np.ndarray, feather_mm: float | None) -> dict[str, Any]:
+        """How large a mask and its border are."""
+        spacing, pixels = document.spacing, int(np.count_nonzero(hard))
+        widths = self.feather(document, feather_mm).pixels(hard, document.sample.meta.get("spacing_mm"))
+        marked = pixels / hard.size
+        note = f"{100 * marked:.0f} % of the image is marked: marked is what is drawn anew" if marked > MOSTLY else None
+        return {
+            "pixels": pixels,
+            "area_mm2": round(pixels * spacing[0] * spacing[1], 2) if spacing else None,
+            "diameter_px": round(equivalent_diameter(hard), 2),
+            "feather_px": round(max(widths), 2),
+            "note": note,
+        }
+
+    def suggestion(self, document: Document, asked: SuggestionRequest) -> np.ndarray:
+        """A lesion-shaped mask (bool HxW) inside the vertebra. UsageError where nothing says where that is."""
+        if document.body is None:
+            reason = "nothing says where its vertebra is (an anatomy.png with label 1), so no mask can be suggested"
+            raise UsageError(f"{document.path}: {reason}; paint one")
+        low, high = sorted(asked.size)
+        return lesion_shaped(document.body, asked.seed, (low, high), asked.side, asked.irregularity)
+
+    def read(self, prompt: str) -> dict[str, Any]:
+        """What the encoders make of a prompt, once they are loaded."""
+        model = self.queue.wait()
+        net, encoder = model.inpainter.net, model.inpainter.encoder
+        encoders = [("Stable Diffusion's text encoder", net.cond_stage_model.reading), ("BiomedCLIP", encoder.reading)]
+        return read_prompt(prompt, self.sentences, encoders)
+
+    # --------------------------------------------------------------------------------------------------------- drawings
+
+    def draw(self, asked: DrawRequest) -> QueuedJob:
+        """Queue n drawings. UsageError for a mask or a prompt that cannot be drawn."""
+        document, prompt = self.document(asked.document), asked.prompt.strip()
+        try:
+            hard = self.hard(document, base64.b64decode(asked.mask, validate=True))
+        except binascii.Error as error:
+            raise UsageError(f"mask: expected base64, found something else ({error})") from error
+        if not hard.any():
+            raise UsageError("the mask is empty; paint the region to draw into, or have one suggested")
+        if hard.all():
+            raise UsageError("the mask marks the whole image, of which nothing would stay; erase a part of it")
+        if fault := prompt_fault(prompt):
+            raise UsageError(f"prompt: {fault}")
+        if self.queue.state == "ready":
+            self._check_prompt(prompt)
+        soft = self.soft(document, hard, asked.feather_mm)
+        png = encode_png(np.rint(soft * 255).astype(np.uint8))
+        read_soft_mask(ImageFile(Path("mask"), png, "PNG"), soft.shape)  # as whoever reads the result will
+        known = [document.id, pixel_digest(hard), pixel_digest(soft), prompt, asked.seed]
+        name = fingerprint([*known, self.found.ckpt.stat().st_mtime_ns, identity(self.config, "images")])[:12]
+        flat = document.sample.sample_id.replace("/", "_").replace("\\", "_")
+        folder = f"{flat}_{name}__v"
+        if reason := too_long(self.drafts.drafts / f"{folder}{asked.n - 1}"):
+            raise UsageError(reason)
+        job = QueuedJob(secrets.token_hex(8), document.id, asked.n, self.config.sampling.steps)
+        request = _Request(document, hard, soft, prompt, asked.seed, name, folder)
+        return self.queue.put(job, partial(self._draw, request))
+
+    def _check_prompt(self, prompt: str) -> None:
+        if fault := self.read(prompt)["fault"]:
+            raise UsageError(f"prompt: {fault}")
+
+    def _draw(self, asked: "_Request", model: medsoft.LesionModel, job: QueuedJob) -> None:
+        """Draw a job's images, one after the other; each is a whole folder in drafts before the next one begins."""
+        self._check_prompt(asked.prompt)
+        document, data = asked.document, model.data
+        parent = document.stored(self.drafts.home / "sources")
+        hidden = dataclasses.replace(parent, prompt="lesion", soft_mask=None)  # the painted mask is meant, no other
+        mask = Mask(asked.hard.astype(np.float32))
+        prepared = fit_sample(hidden, document.pixels, mask, data, soft=asked.soft)
+        own = {"source": self.sentences.source(asked.prompt), "fixed_mask": True, "mask": MaskOrigin("own")}
+        for variant in range(job.images):
+            job.image, job.step = variant, 0
+            job.check()
+            task = Task(parent, variant, asked.prompt, asked.seed, **own, folder=f"{asked.folder}{variant}")
+            if not self.drafts.is_there(task.name):
+                self._draw_one(task, prepared, model, job)
+            height, width = asked.hard.shape
+            item = {"id": f"{asked.name}-{variant}", "job": job.id, "document": document.id, "name": task.name}
+            item |= {"prompt": asked.prompt, "seed": asked.seed, "variant": variant}
+            item |= {"width": width, "height": height, "origin": document.origin}
+            job.results.append(self.drafts.add(item))
+
+    def _draw_one(self, task: Task, prepared: PreparedSample, model: medsoft.LesionModel, job: QueuedJob) -> None:
+        noise = Job(task.seed, task.sample.sample_id, task.variant, task.prompt)
+        with advice_on_memory(self.config.sampling):
+            (pixels,) = model.inpainter.draw(prepared, [noise], job.on_step)
+        home = self.drafts.drafts
+        result_of(home, task, prepared, pixels, self.provenance, Contents()).write(home)
+
+    # ---------------------------------------------------------------------------------------------------------- results
+
+    def result(self, name: str) -> Path:
+        """The folder of a drawing by its id; 404 for one that is not there."""
+        if self.drafts.item(name) is None:
+            raise HTTPException(404, f"no drawing {name[:40]} is there")
+        return self.drafts.folder(name)
+
+    def thumbnail(self, name: str) -> bytes:
+        """A small PNG of what was drawn and what is around it."""
+        folder = self.result(name)
+        image = read_image(folder / "image.png")
+        meta = read_json(folder / "meta.json")
+        soft = read_soft_mask(folder / "soft_mask.png", image.shape).values
+        (top, bottom), (left, right) = extents(soft > 0)
+        reach = max(bottom - top, right - left)
+        rows = slice(max((top + bottom) // 2 - reach, 0), (top + bottom) // 2 + reach)
+        columns = slice(max((left + right) // 2 - reach, 0), (left + right) // 2 + reach)
+        unit = to_unit(image[rows, columns], intensity_range_of(image, meta.get("window")))
+        scale = THUMBNAIL / max(unit.shape[:2])
+        size = (max(1, round(unit.shape[1] * scale)), max(1, round(unit.shape[0] * scale)))
+        small = cv2.resize(unit, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        return encode_png(np.rint(small * 255).astype(np.uint8))
+
+
+class _Request(NamedTuple):
+    """What is to be drawn. ``name``: a digest of all that decides it; ``folder``: how the result folders begin."""
+
+    document: Document
+    hard: np.ndarray
+    soft: np.ndarray
+    prompt: str
+    seed: int
+    name: str
+    folder: str

@@ -1,0 +1,74 @@
+"""The flags of the commands that serve pages, and what they say where FastAPI is missing. Nothing heavy is imported."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ldm.core import cli
+from ldm.core.errors import UsageError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PACKAGES = ("fastapi", "uvicorn", "python_multipart")  # of the extra `edit`
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{8,128}")
+
+
+def require_extra() -> None:
+    """UsageError with the line that installs the extra ``edit``, where a package of it is missing."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"the packages that serve pages to a browser are not installed (missing: {', '.join(missing)}): "
+            "run pip install 'medsoft-diffusion[edit]', or in a checkout pip install -e '.[edit]'"
+        )
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """The flags of every command that serves pages."""
+
+    host: str = cli.flag(
+        "address to listen on; with another one than this machine's own 127.0.0.1, who calls needs the token",
+        "127.0.0.1",
+    )
+    port: int = cli.flag("port to listen on", 7860, type=cli.Number(int, 1, 65535))
+    token: str | None = cli.flag(
+        "what a caller has to know: 8 to 128 letters, digits, - or _ (default: none with 127.0.0.1, else a random one, "
+        "which is printed)"
+    )
+    no_browser: bool = cli.flag("do not open the page in a browser", False)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can call."""
+        return self.host in LOOPBACK
+
+    def check_token(self) -> None:
+        """UsageError for a token that an address or a cookie could not hold as it is."""
+        if self.token is not None and not _TOKEN.fullmatch(self.token):
+            raise UsageError(f"--token: expected 8 to 128 letters, digits, - or _, found {self.token!r}")
+
+
+@dataclass(frozen=True)
+class EditOptions(ServerOptions):
+    """The flags of tool/edit.py, under their names; ``path`` and ``overrides`` are its positional arguments."""
+
+    path: Path | None = None
+    ckpt: Path | None = cli.flag("a final checkpoint (default: the one found beside PATH)")
+    config: Path | None = cli.flag("model YAML (default: config.yaml beside the checkpoint)")
+    train_json: Path | None = cli.flag("training annotations, for the sentences (default: those found beside PATH)")
+    output_dir: Path = cli.flag("folder to write: drafts/, accepted/, history.jsonl", Path("edited"))
+    device: str = cli.flag("auto, cpu, cuda, cuda:1, ...", "auto")
+    overrides: Sequence[str] = ()  # KEY=VALUE of the YAML
+
+    def validate(self) -> None:
+        """UsageError for flags that cannot be meant and for paths that are not there."""
+        self.check_token()
+        for name in ("path", "ckpt", "config", "train_json"):
+            given = getattr(self, name)
+            if given is not None and not given.exists():
+                raise UsageError(f"{'PATH' if name == 'path' else f'--{name}'} {given}: does not exist")
+        for word in self.overrides:
+            if "=" not in word:
+                raise UsageError(f"{word}: expected KEY=VALUE of the YAML, such as sampling.steps=8; PATH is only one")

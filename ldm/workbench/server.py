@@ -1,0 +1,260 @@
+"""One small web server for all pages and for the endpoint: who may call, how much, and what a fault looks like.
+
+The rules are here and nowhere else. Only this machine may call, or else whoever knows the token. The Host header has to
+name this server, so that no name that an attacker resolves to 127.0.0.1 reaches it. What changes something needs a
+header that a page of another server cannot send. Nothing is loaded from elsewhere, and nothing tells anybody anything.
+"""
+
+import errno
+import hmac
+import ipaddress
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ldm.core.errors import MedSoftError, UsageError, first_line
+from ldm.workbench.options import LOOPBACK, ServerOptions
+
+log = logging.getLogger(__name__)
+
+PAGES = Path(__file__).with_name("pages")
+MOST_BYTES = 64 * 2**20  # of a request's body
+HEADER = "X-MedSoft"  # which every request that changes something carries, with the value 1
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens and what a caller has to know: ``token``, or nothing if that is None."""
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    token: str | None = None
+
+    @classmethod
+    def of(cls, options: ServerOptions) -> "Address":
+        """As the flags say; a host that others can reach gets a random token if none is given."""
+        token = options.token or (None if options.is_local else secrets.token_urlsafe(16))
+        return cls(options.host, options.port, token)
+
+    @property
+    def url(self) -> str:
+        """What to open in a browser."""
+        shown = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(self.host, self.host)
+        shown = f"[{shown}]" if ":" in shown else shown
+        return f"http://{shown}:{self.port}/" + (f"?token={self.token}" if self.token else "")
+
+    @property
+    def cookie(self) -> str:
+        """The name of the cookie with the token; browsers keep cookies by host, whatever the port."""
+        return f"medsoft_{self.port}"
+
+    def answers_to(self, name: str) -> bool:
+        """Whether ``name``, of a Host header, without its port, means this server.
+
+        A tunnel may have another port here than there, so that is not compared. A literal IP address is never a name
+        that somebody else resolves.
+        """
+        if name in LOOPBACK or name == self.host:
+            return True
+        if self.host in LOOPBACK:
+            return False
+        return _is_ip(name) or name.casefold() in {socket.gethostname().casefold(), socket.getfqdn().casefold()}
+
+
+def _is_ip(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def fault(status: int, line: str) -> JSONResponse:
+    """A fault as every route gives it."""
+    return JSONResponse({"error": line}, status)
+
+
+async def _body(request: Request) -> bytes:
+    return await request.body()
+
+
+RawBody = Annotated[bytes, Depends(_body)]  # of a route that takes an array
+
+
+def make_app(
+    *routers: APIRouter,
+    page: str | None,
+    address: Address = Address(),
+    for_programs: bool = False,
+    debug: bool = False,
+) -> FastAPI:
+    """A server of ``routers``, of ``page`` (a file of ``pages/``) at ``/`` and of the other files there.
+
+    ``for_programs``: programs that know nothing of our header may call too, web pages of other servers may not.
+    ``debug``: an error that nobody foresaw is printed with its traceback.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    for router in routers:
+        app.include_router(router)
+    if page is not None:
+        app.add_api_route("/", lambda: FileResponse(PAGES / page), response_class=FileResponse)
+        app.mount("/pages", StaticFiles(directory=PAGES))
+    app.add_exception_handler(MedSoftError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(StarletteHTTPException, _on_refusal)
+    app.add_middleware(Guard, address=address, for_programs=for_programs, debug=debug)  # type: ignore[arg-type]
+    return app
+
+
+def _on_error(request: Request, error: Exception) -> Response:
+    return fault(400, _one_line(str(error)))
+
+
+def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    return fault(400, _one_line(f"{where or 'the request'}: {first['msg']}"))
+
+
+def _on_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    return fault(error.status_code, _one_line(str(error.detail)))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+class Guard:
+    """Lets in who may come in, bounds what is sent, adds HEADERS, and makes one line of what nobody foresaw."""
+
+    def __init__(self, app: ASGIApp, address: Address, for_programs: bool, debug: bool) -> None:
+        self.app, self.address, self.for_programs, self.debug = app, address, for_programs, debug
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As every ASGI application."""
+        if scope["type"] != "http":
+            return
+        request, started, taken = Request(scope), False, 0
+
+        async def bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > MOST_BYTES:
+                raise HTTPException(413, f"the request is larger than {MOST_BYTES >> 20} MiB")
+            return message
+
+        async def headed(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                given = {name.lower() for name, _ in message["headers"]}
+                more = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+                message["headers"] = [*message["headers"], *(pair for pair in more if pair[0] not in given)]
+            await send(message)
+
+        if refused := self.refusal(request):
+            await refused(scope, receive, headed)
+            return
+        try:
+            await self.app(scope, bounded, headed)
+        except Exception as error:
+            log.error("error: %s %s: %s: %s", request.method, request.url.path, type(error).__name__, first_line(error))
+            if self.debug:
+                log.exception("its traceback:")
+            if not started:
+                line = f"{type(error).__name__}: {first_line(error)}; the terminal says it too"
+                await fault(500, _one_line(line))(scope, receive, headed)
+
+    def refusal(self, request: Request) -> Response | None:
+        """The answer to somebody who may not call like this; None where the request goes on."""
+        host = urlsplit(f"//{request.headers.get('host', '')}")
+        if not host.hostname or not self.address.answers_to(host.hostname):
+            return fault(400, f"this server is not called {host.hostname or 'nothing'}; open {self.address.url}")
+        if self.address.token and (asked := self._token_refusal(request)):
+            return asked
+        if request.method not in ("GET", "HEAD"):
+            origin = request.headers.get("origin")
+            if self.for_programs and origin not in (None, f"http://{host.netloc}"):
+                return fault(403, "a page of another server may not ask for this")
+            if not self.for_programs and request.headers.get(HEADER) != "1":
+                return fault(403, f"the request has no header {HEADER}: 1, which shows that our own page has sent it")
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > MOST_BYTES:
+            return fault(413, f"the request is larger than {MOST_BYTES >> 20} MiB")
+        return None
+
+    def _token_refusal(self, request: Request) -> Response | None:
+        """A redirect that keeps the token of the address as a cookie, 401 without the right one, None with it."""
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self._is_token(request.query_params.get("token")) and request.method == "GET":
+            answer = RedirectResponse(request.url.path, 303)
+            answer.set_cookie(self.address.cookie, str(self.address.token), httponly=True, samesite="strict")
+            return answer
+        if self._is_token(request.cookies.get(self.address.cookie)) or self._is_token(bearer):
+            return None
+        return fault(401, "the token is missing or wrong; open the address that the terminal shows, with ?token=...")
+
+    def _is_token(self, given: str | None) -> bool:
+        return given is not None and hmac.compare_digest(given.encode(), str(self.address.token).encode())
+
+
+def serve(app: Any, address: Address, open_browser: bool = True) -> None:
+    """Serve until Ctrl-C (KeyboardInterrupt) or SIGTERM. UsageError where the address or the port cannot be had."""
+    with listening(address) as listener:
+        config = uvicorn.Config(
+            app, log_config=None, log_level="warning", access_log=False, server_header=False, lifespan="off"
+        )
+        config.timeout_graceful_shutdown = 3
+        log.info("open %s (Ctrl-C ends)", address.url)
+        if open_browser and (sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            threading.Thread(target=webbrowser.open, args=(address.url,), daemon=True).start()
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def listening(address: Address) -> socket.socket:
+    """A socket that listens at ``address``: a call is kept waiting from now on. UsageError where it cannot be had."""
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        try:
+            if os.name != "nt":  # where it would let two servers have one port
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            listener.listen()
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            cure = "perhaps by another medsoft; end that, or give another --port"
+            raise UsageError(f"--port {address.port}: is in use on {address.host}, {cure}") from error
+        cause = error.strerror or error
+        raise UsageError(f"--host {address.host} --port {address.port}: cannot listen there ({cause})") from error
+    return listener
