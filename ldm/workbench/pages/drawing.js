@@ -75,7 +75,7 @@ export class Drawing {
 
   get told() {
     const { state, image, images, step, steps } = this.job;
-    if (state === "queued") return "Waiting for another drawing to end.";
+    if (state === "queued") return "Waiting for the model, or for another drawing to end.";
     const which = images > 1 ? `image ${Math.min(image + 1, images)} of ${images}, ` : "";
     return steps ? `Drawing: ${which}step ${step} of ${steps}` : "Drawing: getting ready";
   }

@@ -7,7 +7,7 @@ import { listen } from "./keys.js";
 import { Mask, packed, unpacked } from "./mask.js";
 import { navigate } from "./navigation.js";
 import { Placing, anySeed } from "./placing.js";
-import { Results } from "./results.js";
+import { Results, newestFirst } from "./results.js";
 import { Sentence } from "./sentence.js";
 import { Tools } from "./tools.js";
 import { Viewer } from "./viewer.js";
@@ -68,8 +68,8 @@ const drawing = new Drawing(app, {
     await results.refresh();
     if (job.state === "failed") return say(job.error ?? "The drawing failed.", "fault");
     if (job.state === "cancelled") say("Cancelled. Your mask and sentence are as they were.");
-    const [first] = results.ofJob(job.id);
-    if (first && (job.document === app.document?.id)) await results.show(first);
+    const first = results.get(job.results[0]);
+    if (first && job.document === app.document?.id) await results.show(first);
   },
 });
 const hand = navigate(viewer, {
@@ -86,6 +86,7 @@ const pixelsOf = cached(4, async (id) => {
 });
 
 async function documentOf(item) {
+  if (!item.document) throw new Fault(`${item.name}: nothing says what it was drawn on, so there is nothing to compare it with. It lies in ${item.folder}`, 410);
   return item.document === app.document?.id ? app.document : imageOf(item.document);
 }
 
@@ -130,7 +131,7 @@ function overlay() {
 /** The server's answer about an image: show it, with what this tab has kept of it. */
 async function open(state) {
   app.state = state;
-  results.list(state.history ?? []);
+  results.list(newestFirst(state.history));
   const image = (app.document = state.document);
   app.shown = null;
   find("empty").hidden = Boolean(image);
@@ -157,8 +158,9 @@ async function open(state) {
 }
 
 function describe({ document: image, collection, model, output_dir: folder }) {
-  find("model").textContent = model ? `${model.name}, ${model.device}` : "";
-  find("model").title = model ? `Model ${model.name}: ${model.image_size} pixels, ${model.steps} steps, on ${model.device}. Results: ${folder}` : "";
+  find("model").textContent = model.name.split(/[\\/]/).slice(-2).join("/");
+  find("model").title = `Model ${model.name}: ${model.image_size} pixels, ${model.steps} steps, on ${model.device}. Results: ${folder}`;
+  if (model.error) say(model.error, "fault");
   find("collection").hidden = !collection;
   if (collection) {
     find("place").textContent = `${(collection.index ?? -1) + 1} of ${collection.count}`;
@@ -193,7 +195,7 @@ function go(path, content) {
 const step = (by) => {
   const { collection } = app.state ?? {};
   const index = collection ? (collection.index ?? -1) + by : -1;
-  if (collection && index >= 0 && index < collection.count) go("/api/go", { index });
+  if (collection && index >= 0 && index < collection.count) go("/api/go", { index, document: app.document?.id });
 };
 
 // ------------------------------------------------------------------------------------------------ painting

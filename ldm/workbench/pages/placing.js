@@ -144,5 +144,6 @@ export class Placing {
         `${number(facts.area_mm2)} mm\u00b2, diameter ${number(facts.diameter_px * mm)} mm (${number(facts.diameter_px)} pixels), ` +
         `soft border ${number(facts.feather_px * mm)} mm`;
     } else find("facts").textContent = `${facts.pixels} pixels, diameter ${number(facts.diameter_px)}, soft border ${number(facts.feather_px)} pixels`;
+    if (facts?.note) find("facts").append(`. ${facts.note}`);
   }
 }

@@ -13,6 +13,9 @@ const MODES = {
   difference: "Red is brighter than before, blue is darker, black is equal.",
 };
 
+/** The history as the server tells it, the oldest first, in the order in which the page shows it. */
+export const newestFirst = (items) => [...items].reverse();
+
 export class Results {
   /** ``onChange()``: another result is shown, or judged, or listed. */
   constructor(app, guard, onChange) {
@@ -47,12 +50,12 @@ export class Results {
   // -------------------------------------------------------------------------------------------- the list
 
   async refresh() {
-    this.list(await get("/api/history"));
+    this.list(newestFirst(await get("/api/history")));
   }
 
-  /** ``items``: the whole history. */
+  /** ``items``: the whole history, newest first. */
   list(items) {
-    this.items = [...items].sort((a, b) => (a.when < b.when ? 1 : a.when > b.when ? -1 : 0));
+    this.items = items;
     const row = find("results"), old = new Map([...row.children].map((each) => [each.dataset.id, each]));
     const wanted = this.items.map((item) => this.tile(item, old.get(item.id)));
     for (const [i, each] of wanted.entries()) if (row.children[i] !== each) row.insertBefore(each, row.children[i] ?? null);

@@ -114,7 +114,7 @@ export class Sentence {
     line.replaceChildren();
     line.classList.toggle("fault", Boolean(this.fault) && Boolean(text));
     if (!text || tokens?.prompt !== text) return;
-    line.append(`${tokens.count} of ${tokens.limit} tokens`);
+    line.append(tokens.limit ? `${tokens.count} of ${tokens.limit} tokens` : `${tokens.count} words`);
     if (tokens.unknown.length) {
       line.append(", unknown: ");
       for (const word of tokens.unknown) {
