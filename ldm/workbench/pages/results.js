@@ -139,7 +139,8 @@ export class Results {
       accepted: `Accepted: ${item.folder}`,
       rejected: `Rejected${item.reason ? `: ${item.reason}` : ""}. It can still be accepted.`,
     }[item.state];
-    find("reject-title").textContent = item.state === "rejected" ? "Rejected, because" : "Not good? Reject it, because";
+    const title = { new: "Not good? Reject it, because", accepted: "Changed your mind? Reject it, because", rejected: "Rejected, because" };
+    find("reject-title").textContent = title[item.state];
     for (const button of find("reasons").children) {
       button.setAttribute("aria-pressed", String(item.state === "rejected" && item.reason === button.textContent));
     }

@@ -44,8 +44,8 @@ export class Sentence {
       if (find(id).selectedIndex < 0) find(id).value = "";
     }
     if (!state) {
-      const drawn = (values.lesion_type ?? []).filter((type) => !/^(healthy|normal)$/i.test(type));
-      find("lesion_type").value = drawn[0] ?? "";
+      const often = (type) => this.prompts.filter((each) => each.lesion_type === type).length;
+      find("lesion_type").value = [...(values.lesion_type ?? [])].sort((a, b) => often(b) - often(a))[0] ?? "";
       if (values.severity?.includes("moderate")) find("severity").value = "moderate";
     }
     this.free = state?.free ?? false;

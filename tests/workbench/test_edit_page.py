@@ -1,0 +1,197 @@
+"""The editor's page in headless Chromium, on the real server with a tiny checkpoint: first use, every tool, faults."""
+
+import json
+import os
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import children
+import numpy as np
+import pytest
+from browser import CHROMIUM, Browser
+from tiny import ROOT
+
+from ldm.data.images import read_image
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome")
+
+READY = "window.medsoft && medsoft.placing.facts && medsoft.sentence.tokens && !medsoft.drawing.job"
+COUNT = "medsoft.app.mask.count"
+
+
+@pytest.fixture(scope="module")
+def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("page") / "edited"
+
+
+@pytest.fixture(scope="module")
+def server(world: Path, final: Path, output_dir: Path) -> Iterator[str]:
+    """The address of `medsoft edit WORLD`, which finds checkpoint and sentences itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ("--ckpt", final, "--output_dir", output_dir, "--port", port, "--no_browser", "--device", "cpu")
+    child = children.start(ROOT / "tool" / "edit.py", world, *flags, "sampling.steps=2")
+    address, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    while child.process.is_alive() and time.monotonic() < end:
+        try:
+            urllib.request.urlopen(f"{address}/api/state").close()
+            break
+        except OSError:
+            time.sleep(0.05)
+    yield address
+    os.kill(child.process.pid or 0, signal.SIGINT)
+    ended = child.wait(60)
+    assert (ended.returncode, ended.stderr.count("\n")) == (130, 1), ended.stderr
+
+
+@pytest.fixture(scope="module")
+def browser(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("downloads")) as made:
+        made.open(server)
+        made.wait(READY)
+        yield made
+        made.run("1")
+        assert made.errors == []
+        assert all(each.startswith((server, "data:")) for each in made.requests), made.requests
+
+
+def place(browser: Browser, x: float, y: float) -> tuple[float, float]:
+    """Where in the window a place of the image (in pixels) is shown."""
+    at = f"medsoft.viewer.toCanvas({x}, {y})"
+    found = browser.run(f"((r, p) => [r.left + p.x, r.top + p.y])(medsoft.viewer.canvas.getBoundingClientRect(), {at})")
+    return found[0], found[1]
+
+
+def painted(browser: Browser) -> np.ndarray:
+    """The mask as the page has it."""
+    width, height = browser.run("[medsoft.app.document.width, medsoft.app.document.height]")
+    return np.array(browser.run("Array.from(medsoft.app.mask.pixels)"), np.uint8).reshape(height, width)
+
+
+def click(browser: Browser, name: str) -> None:
+    browser.run(f"document.getElementById('{name}').click()")
+
+
+def test_first_use(browser: Browser, output_dir: Path) -> None:
+    """One button, pressed twice, leads to an accepted lesion; a stroke of the brush is in its mask."""
+    suggested = painted(browser)
+    assert 0 < np.count_nonzero(suggested) < suggested.size / 4
+    assert browser.run("document.getElementById('prompt').value") in browser.run(
+        "medsoft.app.state.sentences.prompts.map((each) => each.prompt.replace(each.level, medsoft.app.document.level))"
+    )
+    y, x = (int(each.mean()) for each in np.nonzero(suggested))
+    browser.drag(place(browser, x, y), place(browser, x + 8, y), place(browser, x + 8, y + 6))
+    browser.wait("medsoft.app.mask.done.length === 2 && !medsoft.app.mask.stroke")
+    mask = painted(browser)
+    assert mask[y, x + 4] == mask[y + 6, x + 8] == 255
+    assert np.all(mask[suggested == 255] == 255)
+    browser.wait("medsoft.placing.facts.pixels === medsoft.app.mask.count && medsoft.app.soft.includes(255)")
+
+    assert browser.run("document.getElementById('act').textContent") == "Draw"
+    click(browser, "act")
+    browser.wait("medsoft.app.shown")
+    assert browser.run("[medsoft.viewer.mode, document.getElementById('act').textContent]") == ["slider", "Accept"]
+    at = browser.run("medsoft.viewer.position * medsoft.viewer.width")
+    browser.drag(place(browser, at, 20), place(browser, 30, 20), place(browser, 40, 20))
+    assert browser.run("medsoft.viewer.position * medsoft.viewer.width") == pytest.approx(40, abs=1)
+    browser.press(" ")
+    assert browser.run("[medsoft.viewer.mode, medsoft.viewer.position]") == ["flicker", 1]
+    browser.press("4")
+    assert browser.run("medsoft.viewer.mode") == "difference"
+    shown = np.array(browser.run("Array.from(medsoft.results.loaded.levels)"), np.uint8).reshape(mask.shape)
+    click(browser, "act")
+    browser.wait("medsoft.app.shown.state === 'accepted'")
+
+    (folder,) = (output_dir / "accepted").iterdir()
+    meta = json.loads((folder / "meta.json").read_text())
+    image, soft = read_image(folder / "image.png"), read_image(folder / "soft_mask.png")
+    parent = np.array(browser.run("Array.from(medsoft.app.levels)"), np.uint8).reshape(mask.shape)
+    assert np.array_equal(image, shown)
+    assert np.array_equal(read_image(folder / "mask.png"), mask)
+    assert np.array_equal(image[soft == 0], parent[soft == 0])
+    assert not np.array_equal(image, parent)
+    assert meta["synthetic"] is True
+
+
+def test_every_tool_can_be_undone(browser: Browser) -> None:
+    browser.press("Escape")
+    browser.press("Delete")
+    assert browser.run(COUNT) == 0
+    assert browser.run("document.getElementById('hint').textContent").startswith("Paint")
+    browser.press("x")
+    browser.drag(place(browser, 20.2, 30.1), place(browser, 25, 35), place(browser, 39.9, 42.2))
+    mask = painted(browser)
+    assert mask[30:42, 20:40].all()
+    assert np.count_nonzero(mask) == 12 * 20
+    browser.press("g")
+    for x, y in ((60, 30), (80, 30), (80, 40), (70, 40), (70, 50), (60, 50), (60, 30)):
+        browser.drag(place(browser, x, y))
+    assert browser.run(COUNT) == 240 + 300
+    browser.press("e")
+    browser.run("medsoft.tools.diameter = 4")
+    browser.drag(place(browser, 20, 36), place(browser, 40, 36))
+    assert browser.run(COUNT) == 540 - 4 * 20
+    browser.run("dispatchEvent(new KeyboardEvent('keydown', {key: 'z', ctrlKey: true}))")
+    assert browser.run(COUNT) == 540
+    click(browser, "undo")
+    assert browser.run(COUNT) == 240
+    click(browser, "redo")
+    assert browser.run(COUNT) == 540
+    browser.press("l")
+    browser.wait(f"![0, 540].includes({COUNT})")
+    click(browser, "undo")
+    assert browser.run(COUNT) == 540
+    window = browser.run("medsoft.viewer.window")
+    browser.drag(place(browser, 50, 50), place(browser, 60, 60), button="right")
+    assert browser.run("medsoft.viewer.window") != window
+    assert browser.run(COUNT) == 540
+
+
+def test_a_reload_while_drawing_loses_nothing(browser: Browser, server: str, output_dir: Path) -> None:
+    """Another tab that goes on to another image changes nothing here either."""
+    browser.run("void (document.getElementById('n').value = 3, document.getElementById('seed').value = 77)")
+    browser.run("void document.getElementById('n').dispatchEvent(new Event('input'))")
+    before, name = painted(browser), browser.run("medsoft.app.document.id")
+    browser.press("d")
+    browser.wait("sessionStorage.getItem('medsoft.job')")
+    headers = {"X-MedSoft": "1", "Content-Type": "application/json"}
+    other = urllib.request.Request(f"{server}/api/go", b'{"index": 1}', headers)
+    state: dict[str, Any] = json.load(urllib.request.urlopen(other))
+    assert state["document"]["id"] != name
+    browser.load("Page.reload")
+    browser.wait("window.medsoft && medsoft.app.shown && !medsoft.drawing.job && medsoft.results.items.length === 4")
+    assert browser.run("medsoft.app.document.id") == name
+    assert np.array_equal(painted(browser), before)
+    assert browser.run("[medsoft.app.shown.variant, medsoft.app.shown.seed]") == [0, 77]
+    assert browser.run("[document.getElementById('n').value, document.getElementById('seed').value]") == ["3", "77"]
+
+    browser.run("[...document.querySelectorAll('#reasons button')].find((each) => each.textContent === 'seam').click()")
+    browser.wait("medsoft.app.shown.state === 'rejected'")
+    assert browser.run("document.getElementById('act').textContent") == "Next result"
+    click(browser, "act")
+    browser.wait("medsoft.app.shown.variant === 1 && medsoft.app.shown.state === 'new'")
+    browser.press("a")
+    browser.wait("medsoft.app.shown.state === 'accepted'")
+    assert len(list((output_dir / "accepted").iterdir())) == 2
+    assert len(list((output_dir / "drafts").iterdir())) == 2
+
+
+def test_a_fault_stands_in_the_status_line_and_nothing_is_lost(browser: Browser) -> None:
+    browser.press("Escape")
+    before = painted(browser)
+    browser.run("document.getElementById('path').value = '/nowhere/image.png'")
+    click(browser, "open")
+    browser.wait("document.getElementById('status').className === 'fault'")
+    assert "/nowhere/image.png: does not exist" in browser.run("document.getElementById('status').textContent")
+    assert np.array_equal(painted(browser), before)
+    browser.run("document.getElementById('prompt').value = 'osteolytic '.repeat(90)")
+    browser.run("void document.getElementById('prompt').dispatchEvent(new Event('input'))")
+    browser.wait("document.getElementById('tokens').className.includes('fault')")
+    assert browser.run("document.getElementById('act').hidden")
+    assert "tokens" in browser.run("document.getElementById('hint').textContent")
