@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,11 @@ class Design:
     def home(self, world: World, made: Made) -> str:
         """The folder of a generator in a world; its images lie in ``pictures`` there."""
         return self.folder(world.name, "generators", str(made))
+
+    def images(self, world: World, made: Made) -> str:
+        """What a generator gives to classifiers and judge: the folder of its images, or the file of the chosen ones."""
+        chosen = self.keys.generators[made.name].choose is not None
+        return f"{self.home(world, made)}/{'chosen/kept.json' if chosen else 'pictures'}"
 
     def root(self, name: str) -> str:
         """The generator whose stages are trained for this one: itself, unless it draws with another's checkpoint."""
@@ -172,7 +177,14 @@ def plan_judge(design: Design, world: World, root: Made | None, made: Made, befo
     """The judge reads what ``made`` has drawn, beside the real lesions that it has learned from."""
     assert design.keys.judge is not None  # nothing is judged without
     home = design.home(world, made)
-    words = ["tool/judge_results.py", f"{home}/pictures", "--judge", design.keys.judge.weights, "--real", world.train]
+    words = [
+        "tool/judge_results.py",
+        design.images(world, made),
+        "--judge",
+        design.keys.judge.weights,
+        "--real",
+        world.train,
+    ]
     file = f"{home}/judged.json"
     name = "judge" if made == root else f"judge_{made}"
     return JudgeStep(world, made, file, command(name, [*words, "--output", file], file), before)
@@ -184,20 +196,34 @@ def added_path(design: Design, world: World, arm: Arm) -> str:
 
 
 def generator_steps(design: Design, world: World, root: Made, made: Made) -> tuple[PlanStep, ...]:
-    """What trains ``root``, if it has stages, and lets ``made``, which is it or draws with its checkpoint, draw."""
+    """What trains ``root``, if it has stages, and lets ``made``, which is it or draws with its checkpoint, draw and
+    choose."""
     generator, pictures = design.keys.generators[made.name], f"{design.home(world, made)}/pictures"
     given = {"train_json": world.train, "val_json": world.val, "pictures": pictures}
     name = "draw" if made == root else f"draw_{made}"
     if generator.run is not None:
         words = filled(generator.run, made.seed, given)
-        return (PlanStep(name, shlex.join(words), (pictures,)),)
+        return (PlanStep(name, shlex.join(words), (pictures,)), *choice_steps(design, world, root, made, ()))
     base = design.keys.generators[root.name]
     steps, start = stage_steps(design, world, root)
     overrides = base.set if made.name == root.name else (*base.set, *generator.set)
     words = ["dataset_infer.py", "--ckpt", start, "--config", str(design.keys.model), "--output_dir", pictures]
     draw = filled(design.draw(made.name), made.seed, given)
     words += [*([] if "--train_json" in draw else ["--train_json", world.train]), *draw, *overrides]
-    return (*steps, command(name, words, f"{pictures}/inference.json"))
+    chosen = choice_steps(design, world, root, made, overrides)
+    return (*steps, command(name, words, f"{pictures}/inference.json"), *chosen)
+
+
+def choice_steps(
+    design: Design, world: World, root: Made, made: Made, overrides: Sequence[str]
+) -> tuple[PlanStep, ...]:
+    """What chooses among the images that ``made`` has drawn, if the study says so."""
+    choose, home = design.keys.generators[made.name].choose, design.home(world, made)
+    if choose is None:
+        return ()
+    words = ["tool/choose_results.py", f"{home}/pictures", "--output_dir", f"{home}/chosen", "--config"]
+    words += [str(design.keys.model), *shlex.split(choose), *overrides]
+    return (command("choose" if made == root else f"choose_{made}", words, design.images(world, made)),)
 
 
 def stage_steps(design: Design, world: World, made: Made) -> tuple[list[PlanStep], str]:
@@ -253,7 +279,7 @@ def plan_cell(
     """One classifier; its folder names arm, ratio, the generator's seed and its own."""
     name = label(arm, ratio) + (f"_g{made.seed}" if made and made.seed is not None else "") + f"_seed{seed}"
     folder = design.folder(world.name, "cells", name)
-    synthetic = [f"{design.home(world, made)}/pictures"] if made else []
+    synthetic = [design.images(world, made)] if made else []
     values = {
         "train_json": added_path(design, world, arm) if arm.add else world.train,
         "val_json": world.val,

@@ -34,13 +34,14 @@ PLACE = re.compile(r"\{(\w+)\}")
 @dataclass(frozen=True)
 class Generator:
     """One way of making synthetic images: stages in order and what draws with them, one command, or other words for
-    drawing with the checkpoint of another generator."""
+    drawing with the checkpoint of another generator; and perhaps which of them are kept."""
 
     stages: tuple[Command, ...] | None = None  # each a YAML and overrides, or `merge`
     run: Command | None = None
     from_: Text | None = None
     draw: Command | None = None  # words of dataset_infer.py, in place of the study's; its --train_json is the world's
     set: tuple[Text, ...] = ()  # overrides for all stages and the drawing
+    choose: Command | None = None  # words of choose_results.py, such as `--best 1`: only what it keeps is used
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,8 @@ def check_generator(name: str, generator: Generator, keys: StudyKeys, values: Va
     given = [way for way, value in ways.items() if value is not None]
     if len(given) != 1:
         raise values.error(here, "one of stages, run and from", given)
+    if generator.choose is not None and keys.model is None:
+        raise values.error("model", f"a path, since the generator {name} needs it", None)
     if generator.run is not None:
         if generator.draw is not None or generator.set:
             key = "set" if generator.draw is None else "draw"

@@ -328,6 +328,35 @@ def test_generators_may_be_commands_and_share_a_checkpoint(write_study) -> None:
     assert [cell.step.name for cell in groups["world_3/plain"].cells] == ["plain_1_seed0"]
 
 
+def test_the_best_drawings_of_a_generator_may_be_chosen(write_study) -> None:
+    """Classifiers and judge then get what is chosen; another arm may get all that the checkpoint draws."""
+    generators = {
+        "ours": {"stages": ["models/phantom_unet_only.yaml"], "set": ["data.feather=0"]},
+        "best": {"from": "ours", "draw": "--variants 4", "choose": "--best 1", "set": ["sampling.steps=3"]},
+        "paste": {"run": "python tool/paste.py {pictures}", "choose": "--least 0"},
+    }
+    arms = SMALL["arms"] | {name: {"use": "mix", "generator": name, "ratios": [1]} for name in generators}
+    given = {**GENERATOR, "generators": generators, "judge": {"weights": "judge.safetensors"}}
+    design = study_design.load_design(write_study(**given, arms=arms))
+    groups = {group.plan.name: group for group in study_design.plan_groups(design)}
+    group, home = groups["world_3/ours"], design.folder("world_3", "generators")
+    steps = {step.name: step for step in group.plan.steps}
+    order = ["draw", "draw_best", "choose_best", "ours_1_seed0", "best_1_seed0", "judge", "judge_best"]
+    assert [*steps][-7:] == order
+    assert steps["choose_best"].run == (
+        f"python tool/choose_results.py {home}/best/pictures --output_dir {home}/best/chosen "
+        "--config models/phantom.yaml --best 1 data.feather=0 sampling.steps=3"
+    )
+    assert steps["choose_best"].makes == (f"{home}/best/chosen/kept.json",)
+    cells = {cell.step.name: cell for cell in group.cells}
+    assert f'synthetic=["{home}/best/chosen/kept.json"]' in shlex.split(cells["best_1_seed0"].step.run)
+    assert f'synthetic=["{home}/ours/pictures"]' in shlex.split(cells["ours_1_seed0"].step.run)
+    assert steps["choose_best"] in cells["best_1_seed0"].before
+    assert f"judge_results.py {home}/best/chosen/kept.json --judge" in steps["judge_best"].run
+    pasted = {step.name: step for step in groups["world_3/paste"].plan.steps}
+    assert pasted["choose"].run.endswith("--config models/phantom.yaml --least 0")
+
+
 def test_what_is_trained_alike_is_trained_once(write_study) -> None:
     """Where only the drawing names the seed, all seeds draw with one checkpoint."""
     generators = {"base": {"stages": ["models/phantom_unet_only.yaml"]}}
