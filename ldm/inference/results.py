@@ -1,6 +1,7 @@
 """Results on the disk: sample folders whose meta.json says how each was made."""
 
 import os
+import re
 import shlex
 import sys
 from collections import Counter
@@ -28,6 +29,7 @@ from ldm.reports.comparison import ResultImage
 
 TAG = "synthetic picture drawn by MedSoft-Diffusion; not a patient's image; not for clinical use"
 REJECTED = "rejected_"  # and the criterion: how many drawings that has rejected
+TOKEN = re.compile(r"(--tok\w*[= ])\S+")  # of a command line, a secret that no record may hold
 REFUSED = "refused"  # the folder in which a run keeps, task by task, which seeds were not accepted, and why
 FILES = ("image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json")
 
@@ -91,7 +93,7 @@ def provenance_of(
         "config_sha256": fingerprint(settings),
         "exact": exact,
         "noise": NOISE,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": TOKEN.sub(r"\1...", shlex.join(["python", *sys.argv])),
         TRAINED_ON: learned_from,
     }
 

@@ -2,15 +2,17 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from ldm.core import cli
 from ldm.core.errors import UsageError
+from ldm.core.paths import shipped
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PACKAGES = ("fastapi", "uvicorn", "python_multipart")  # of the extra `edit`
+PORT = cli.Number(int, 1, 65535)
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{8,128}")
 
 
@@ -26,18 +28,17 @@ def require_extra() -> None:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """The flags of every command that serves pages."""
+    """The flags of every command that serves."""
 
     host: str = cli.flag(
         "address to listen on; with another one than this machine's own 127.0.0.1, who calls needs the token",
         "127.0.0.1",
     )
-    port: int = cli.flag("port to listen on", 7860, type=cli.Number(int, 1, 65535))
+    port: int = cli.flag("port to listen on", 7860, type=PORT)
     token: str | None = cli.flag(
         "what a caller has to know: 8 to 128 letters, digits, - or _ (default: none with 127.0.0.1, else a random one, "
         "which is printed)"
     )
-    no_browser: bool = cli.flag("do not open the page in a browser", False)
 
     @property
     def is_local(self) -> bool:
@@ -51,7 +52,14 @@ class ServerOptions:
 
 
 @dataclass(frozen=True)
-class EditOptions(ServerOptions):
+class PageOptions(ServerOptions):
+    """The flags of every command that serves pages."""
+
+    no_browser: bool = cli.flag("do not open the page in a browser", False)
+
+
+@dataclass(frozen=True)
+class EditOptions(PageOptions):
     """The flags of tool/edit.py, under their names; ``path`` and ``overrides`` are its positional arguments."""
 
     path: Path | None = None
@@ -72,3 +80,23 @@ class EditOptions(ServerOptions):
         for word in self.overrides:
             if "=" not in word:
                 raise UsageError(f"{word}: expected KEY=VALUE of the YAML, such as sampling.steps=8; PATH is only one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ServerOptions):
+    """The flags of tool/serve.py, under their names; ``overrides`` is its positional argument."""
+
+    ckpt: Path = cli.flag("a final checkpoint, such as stage2_2/last.ckpt", MISSING)
+    config: Path | None = cli.flag("model YAML (default: config.yaml beside the checkpoint)")
+    port: int = cli.flag("port to listen on", 8000, type=PORT)
+    per_minute: int = cli.flag("at most so many images are drawn in a minute", 60, type=cli.Number(int, 1, 10**6))
+    device: str = cli.flag("auto, cpu, cuda, cuda:1, ...", "auto")
+    overrides: Sequence[str] = ()  # KEY=VALUE of the YAML
+
+    def validate(self) -> None:
+        """UsageError for flags that cannot be meant and for files that are not there."""
+        self.check_token()
+        for name in ("ckpt", "config"):
+            given = getattr(self, name)
+            if given is not None and not shipped(given).is_file():
+                raise UsageError(f"--{name} {given}: does not exist, or is no file")

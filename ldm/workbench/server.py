@@ -143,7 +143,9 @@ def _on_invalid(request: Request, error: Exception) -> Response:
 
 def _on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
-    return fault(error.status_code, _one_line(str(error.detail)))
+    answer = fault(error.status_code, _one_line(str(error.detail)))
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 def _one_line(text: str) -> str:
