@@ -245,10 +245,11 @@ def _about_training(folder: Path, sets: Mapping[str, ImageSet]) -> tuple[dict[st
         for name, images in sets.items()
         if images.left_out
     ]
-    if "val" in sets and (few := few_patients(sets["val"])):
+    few = few_patients(sets["val"]) if "val" in sets else ""
+    if few:
         notes.append(f"Validation holds few patients of a class ({few}): which epoch is chosen on it is partly luck.")
     if history := read_history(folder):
-        about |= (trained := convergence(history))
+        about |= (trained := convergence(history, bool(few)))
         notes += [note for note in [convergence_note(trained)] if note]
     notes += [f"{name}: {each.warning}." for name, found in separated.items() for each in found if each.suspicious]
     return about, notes
@@ -257,7 +258,7 @@ def _about_training(folder: Path, sets: Mapping[str, ImageSet]) -> tuple[dict[st
 def _log_summary(folder: Path, metrics: dict[str, Any]) -> None:
     log.info("epoch %d, chosen by %s", metrics["epoch"], metrics["chosen_by"])
     if metrics.get("converged"):
-        log.info("training had converged: validation score and loss no longer got better")
+        log.info("training had converged: the validation score no longer rose")
     if "test" in metrics:
         name, found = headline(metrics)
         value = "undefined" if found["value"] is None else f"{found['value']:.3f}"

@@ -1,6 +1,7 @@
 """Optimizer steps that are the same in every arm, and the rule that says whether training had converged."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +66,10 @@ def test_steps_that_are_whole_passes_are_what_epochs_are(tmp_path: Path) -> None
     [
         ([0.5, 0.7, 0.8, 0.9, 0.905], [0.7, 0.6, 0.5, 0.40, 0.395], True),
         ([0.5, 0.6, 0.7, 0.8, 0.82], [0.7, 0.6, 0.5, 0.40, 0.40], False),  # the AUC rises by 0.02
-        ([0.5, 0.7, 0.8, 0.9, 0.90], [0.7, 0.6, 0.5, 0.40, 0.38], False),  # the loss falls by 5 %
+        ([0.5, 0.7, 0.8, 0.9, 0.90], [0.7, 0.6, 0.5, 0.40, 0.38], True),  # the loss falls, as the learning rate does
         ([0.5, 0.7, 0.8, 0.9, 0.85], [0.7, 0.6, 0.5, 0.40, 0.60], True),  # it gets worse: more training does not help
         ([None] * 5, [0.7, 0.6, 0.5, 0.40, 0.395], True),
+        ([None] * 5, [0.7, 0.6, 0.5, 0.40, 0.38], False),  # by 5 %, and there is no AUC
         ([0.5, 0.9, 0.9, 0.9], [0.5, 0.4, 0.4, 0.4], None),
     ],
 )
@@ -86,3 +88,50 @@ def test_convergence_compares_the_last_fifth_with_the_one_before(
     if expected is not None:
         assert found["convergence"]["epochs"] == 2
         assert found["convergence"]["loss_fall"] == pytest.approx(1 - losses[-1] / losses[-2])
+
+
+def history(aucs: Iterable[float]) -> list[dict[str, str]]:
+    return [{"phase": "train", "val_loss": "0.3", "val_auc": str(auc)} for auc in aucs]
+
+
+def curve(kind: str, noise: float, seed: int, epochs: int = 20) -> np.ndarray:
+    """Validation AUC of an epoch: a plateau, or a rise over the last two fifths, with independent noise."""
+    rise = {"plateau": 0.0, "small rise": 0.004, "rise": 0.04}[kind]
+    ramp = rise * np.clip((np.arange(epochs) - 0.6 * epochs) / (0.4 * epochs), 0, 1)
+    return 0.9 + ramp + noise * np.random.default_rng(seed).standard_normal(epochs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "noise", "least", "most"),
+    [
+        ("plateau", 0.002, 1.0, 1.0),
+        ("plateau", 0.03, 0.7, 0.9),  # beyond one standard error on one side by chance: a sixth or so
+        ("small rise", 0.002, 1.0, 1.0),  # less than matters
+        ("rise", 0.002, 0.0, 0.0),
+        ("rise", 0.01, 0.0, 0.15),
+    ],
+)
+def test_a_noisy_plateau_has_converged_and_a_rise_has_not(kind: str, noise: float, least: float, most: float) -> None:
+    found = [convergence(history(curve(kind, noise, seed)))["converged"] for seed in range(200)]
+    assert least <= np.mean(found) <= most
+
+
+def test_one_standard_error_of_the_difference_is_the_bound() -> None:
+    """Of 2 epochs with 2 before, by hand; with five epochs too."""
+    for before in ([], [0.6] * 6):
+        found = convergence(history([*before, *([0.7] if not before else []), 0.80, 0.86, 0.84, 0.90]))
+        assert found["convergence"]["score_rise"] == pytest.approx(0.04)
+        assert found["convergence"]["score_rise_error"] == pytest.approx(0.03 * 2**0.5)
+        assert found["converged"] is True
+    found = convergence(history([*before, 0.80, 0.86, 0.85, 0.91]))
+    assert found["converged"] is False
+    note = (
+        "Training had not converged: over the last 2 epochs, compared with as many before, the validation AUC rose by "
+    )
+    assert convergence_note(found).startswith(f"{note}0.050 (standard error 0.042); train longer")
+
+
+def test_few_validation_patients_show_a_rise_but_no_plateau() -> None:
+    flat, rising = history([0.9] * 10), history(np.linspace(0.5, 0.9, 10))
+    assert [convergence(rows, few=True)["converged"] for rows in (flat, rising)] == [None, False]
+    assert "cannot be told from so few validation patients" in convergence_note(convergence(flat, few=True))

@@ -49,7 +49,9 @@ def test_learns_and_writes_everything(learned: dict) -> None:
     assert metrics["epoch"] == int(ranked[0]["epoch"])
     assert metrics["validation"]["loss"] == float(ranked[0]["val_loss"])
     assert metrics["validation"]["macro_auc"] == float(ranked[0]["val_auc"])
-    assert metrics["converged"] == (not any("had not converged" in note for note in metrics["notes"]))
+    assert metrics["converged"] in (None, False)  # validation holds few patients
+    said = "cannot be told" if metrics["converged"] is None else "had not converged"
+    assert any(said in note for note in metrics["notes"])
     assert not list(folder.glob("last.pt")) + list(folder.glob(".partial-*"))
     table = rows_of(folder / "metrics.csv")
     assert len(table) == 1
