@@ -4,8 +4,9 @@
 
 A world is one set of patients (a phantom seed, or annotation files of yours), a generator one way of training and
 drawing, an arm one way of training the classifier, a cell one classifier. Every cell runs once; started again, the
-study goes on. Into the YAML's output_dir: results.csv (a row a cell), study.md and study.html (hypotheses, means,
-paired differences, what they support), dose_response.png. All paths are relative to the repository root.
+study goes on. Into the YAML's output_dir: results.csv (a row a cell), drawings.csv, hypotheses.csv, study.md and
+study.html (hypotheses, means, paired differences, what they support), dose_response.png. All paths are relative to the
+repository root.
 """
 
 import argparse
