@@ -17,6 +17,7 @@ SCRIPTS = {
     "merge": "tool/tool_merge_for_stage2.py",
     "draw": "dataset_infer.py",
     "edit": "tool/edit.py",
+    "review": "tool/review.py",
     "serve": "tool/serve.py",
     "copy-paste": "tool/copy_paste.py",
     "classify": "classifier.py",

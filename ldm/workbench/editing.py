@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, HTTPException
 from fastapi.responses import Response
 
@@ -22,7 +21,7 @@ from ldm.workbench.editor import (
 from ldm.workbench.finding import find
 from ldm.workbench.jobs import QueuedJob
 from ldm.workbench.options import EditOptions
-from ldm.workbench.server import Address, RawBody, make_app, serve
+from ldm.workbench.server import Address, RawBody, make_app, raw, serve
 
 
 def edit(options: EditOptions, debug: bool = False) -> None:
@@ -40,21 +39,6 @@ def edit(options: EditOptions, debug: bool = False) -> None:
             serve(app, address, not options.no_browser)
         finally:
             editor.queue.close()
-
-
-def raw(pixels: np.ndarray, headers: dict[str, str] | None = None) -> Response:
-    """An array as a route gives it: row by row, uint8 or little-endian uint16, channels of a pixel together.
-
-    bool becomes 0 and 255, and float in [0, 1] is rounded to k/255.
-    """
-    if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8) * np.uint8(255)
-    elif pixels.dtype.kind == "f":
-        pixels = np.rint(pixels * 255).astype(np.uint8)
-    kind = pixels.dtype.newbyteorder("<")
-    return Response(
-        np.ascontiguousarray(pixels, kind).tobytes(), media_type="application/octet-stream", headers=headers
-    )
 
 
 def routes(editor: Editor) -> APIRouter:

@@ -100,3 +100,35 @@ class ServeOptions(ServerOptions):
             given = getattr(self, name)
             if given is not None and not shipped(given).is_file():
                 raise UsageError(f"--{name} {given}: does not exist, or is no file")
+
+
+@dataclass(frozen=True)
+class ReviewOptions(PageOptions):
+    """The flags of tool/review.py, under their names; ``results`` is its positional argument."""
+
+    results: Path = Path()
+    port: int = cli.flag("port to listen on", 7861, type=PORT)
+    reviewer: str | None = cli.flag("your code, letters and digits (default: the page asks)", metavar="CODE")
+    review: Sequence[Path] | None = cli.flag(
+        "the file of verdicts (default: RESULTS/review.csv); with --agreement it may be given several times",
+        metavar="FILE",
+        action="append",
+        type=Path,
+    )
+    agreement: bool = cli.flag("say how far the reviewers of the file agree, and serve nothing", False)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of verdicts."""
+        beside = self.results / "review.csv" if self.results.is_dir() else self.results.with_suffix(".review.csv")
+        return [*self.review] if self.review else [beside]
+
+    def validate(self) -> None:
+        """UsageError for flags that cannot be meant and for results that are not there."""
+        self.check_token()
+        if not self.results.exists():
+            raise UsageError(f"{self.results}: does not exist; expected results of dataset_infer.py")
+        if len(self.files) > 1 and not self.agreement:
+            raise UsageError("--review: is given several times, which only --agreement takes; the page writes one file")
+        if self.agreement and self.reviewer:
+            raise UsageError("--reviewer: belongs to the page; --agreement is about all reviewers of the file")

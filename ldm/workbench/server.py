@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -103,6 +104,21 @@ async def _body(request: Request) -> bytes:
 
 
 RawBody = Annotated[bytes, Depends(_body)]  # of a route that takes an array
+
+
+def raw(pixels: np.ndarray, headers: dict[str, str] | None = None) -> Response:
+    """An array as a route gives it: row by row, uint8 or little-endian uint16, channels of a pixel together.
+
+    bool becomes 0 and 255, and float in [0, 1] is rounded to k/255.
+    """
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * np.uint8(255)
+    elif pixels.dtype.kind == "f":
+        pixels = np.rint(pixels * 255).astype(np.uint8)
+    kind = pixels.dtype.newbyteorder("<")
+    return Response(
+        np.ascontiguousarray(pixels, kind).tobytes(), media_type="application/octet-stream", headers=headers
+    )
 
 
 def make_app(

@@ -2,6 +2,7 @@
 
 import { Fault, bytes, get, keep, kept, post } from "./api.js";
 import { cached } from "./arrays.js";
+import { MODES } from "./comparison.js";
 import { Drawing } from "./drawing.js";
 import { listen } from "./keys.js";
 import { Mask, packed, unpacked } from "./mask.js";
@@ -76,7 +77,7 @@ const hand = navigate(viewer, {
   begin: (event, place) => tools.begin(event, place),
   hover: (place) => tools.hover(place),
   onWindow: (low, high) => windowing.set(low, high),
-  onSlider: (position) => results.slide(position),
+  onSlider: (position) => results.comparison.slide(position),
 });
 
 const imageOf = cached(8, (id) => get(`/api/documents/${id}`));
@@ -113,8 +114,7 @@ function put(image, levels) {
 function compose() {
   if (!app.document) return;
   put(app.document, app.levels);
-  viewer.setComparison(null);
-  find("caption").hidden = true;
+  results.comparison.open(null);
   overlay();
 }
 
@@ -359,7 +359,7 @@ listen({
     Delete: () => !app.shown && app.mask && clear(), Backspace: () => !app.shown && app.mask && clear(),
     a: () => app.shown && app.shown.state !== "accepted" && guard(results.accept()),
     j: () => app.shown && find("reason").focus(),
-    1: () => results.setMode("slider"), 2: () => results.setMode("before"), 3: () => results.setMode("after"), 4: () => results.setMode("difference"),
+    ...Object.fromEntries(MODES.map((mode, place) => [place + 1, () => results.comparison.setMode(mode)])),
     ArrowLeft: () => results.move(-1), ArrowRight: () => results.move(1),
     p: () => step(-1), n: () => step(1),
     m: () => toggle("show-mask"), s: () => toggle("show-soft"),
@@ -369,7 +369,7 @@ listen({
   },
   undo: () => !app.shown && app.mask?.undo(),
   redo: () => !app.shown && app.mask?.redo(),
-  space: () => app.shown && results.flicker(),
+  space: () => app.shown && results.comparison.flicker(),
 });
 
 async function start() {

@@ -2,16 +2,11 @@
 
 import { bytes, get, post } from "./api.js";
 import { box, cached } from "./arrays.js";
+import { Comparison, beside } from "./comparison.js";
+import { REASONS } from "./reasons.js";
 
 const find = (id) => document.getElementById(id);
-const REASONS = ["nothing to see", "another type", "another severity", "seam", "anatomy broken", "artefact"];
 const SIGNS = { new: "", accepted: "\u2713", rejected: "\u2717" };
-const MODES = {
-  slider: "Drag the line. Left of it before, right of it after.",
-  before: "Space flickers between before and after.",
-  after: "Space flickers between before and after.",
-  difference: "Red is brighter than before, blue is darker, black is equal.",
-};
 
 /** The history as the server tells it, the oldest first, in the order in which the page shows it. */
 export const newestFirst = (items) => [...items].reverse();
@@ -21,9 +16,8 @@ export class Results {
   constructor(app, guard, onChange) {
     Object.assign(this, { app, guard, onChange });
     this.items = [];
-    this.mode = "slider";
+    this.comparison = new Comparison(app.viewer);
     this.load = cached(12, (id) => this.fetch(id));
-    for (const button of find("modes").children) button.addEventListener("click", () => this.setMode(button.dataset.mode));
     find("reasons").replaceChildren(...REASONS.map((reason) => {
       const button = document.createElement("button");
       button.textContent = reason;
@@ -105,13 +99,11 @@ export class Results {
     if (asked !== this.asked) return; // another one was clicked meanwhile
     const before = await this.app.levelsOf(item.document);
     if (asked !== this.asked) return;
-    const { viewer } = this.app, area = box(loaded.mask, loaded.image.width);
+    const area = box(loaded.mask, loaded.image.width);
     this.app.shown = item;
     this.loaded = loaded;
     this.app.put(loaded.image, before);
-    this.position = area ? Math.max(0.02, (area.x - 0.15 * area.width) / loaded.image.width) : 0.5;
-    viewer.setComparison(loaded.levels, "slider", this.position);
-    this.setMode(this.mode);
+    this.comparison.open(loaded.levels, beside(area, loaded.image.width));
     this.list(this.items);
     this.tell();
     find("results").querySelector('[aria-current="true"]')?.scrollIntoView({ block: "nearest", inline: "nearest" });
@@ -144,35 +136,6 @@ export class Results {
     for (const button of find("reasons").children) {
       button.setAttribute("aria-pressed", String(item.state === "rejected" && item.reason === button.textContent));
     }
-  }
-
-  // -------------------------------------------------------------------------------------------- compared
-
-  setMode(mode) {
-    this.mode = mode;
-    const { viewer } = this.app;
-    if (!this.app.shown) return;
-    const how = { before: ["flicker", 0], after: ["flicker", 1], difference: ["difference", this.position], slider: ["slider", this.position] }[mode];
-    viewer.setComparison(this.loaded.levels, ...how);
-    for (const button of find("modes").children) button.setAttribute("aria-pressed", String(button.dataset.mode === mode));
-    find("mode-hint").textContent = MODES[mode];
-    this.caption();
-  }
-
-  slide(position) {
-    this.position = position;
-    this.app.viewer.setComparison(this.loaded.levels, "slider", position);
-    this.caption();
-  }
-
-  flicker() {
-    this.setMode(this.mode === "after" ? "before" : "after");
-  }
-
-  caption() {
-    const told = { slider: "before | after", before: "before", after: "after", difference: "difference" };
-    find("caption").hidden = !this.app.shown;
-    find("caption").textContent = told[this.mode];
   }
 
   /** The result ``steps`` places to the right in the row. */
