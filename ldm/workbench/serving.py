@@ -13,6 +13,7 @@ import math
 import re
 import secrets
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -154,6 +155,16 @@ class Drawer:
         if self.config.sampling.init != "noise":
             self.provenance |= {"init": self.config.sampling.init, "strength": self.config.sampling.strength}
         self.turns, self.warnings = Turns(options.per_minute), Warnings()
+        self._closing = threading.Event()
+
+    def close(self) -> None:
+        """End what is being drawn between two sampling steps, and draw nothing of what waits."""
+        self._closing.set()
+
+    def _check(self, *done: int) -> None:
+        """HTTPException 503 where the server is being stopped; also told how many sampling steps are ``done``."""
+        if self._closing.is_set():
+            raise HTTPException(503, "the server is being stopped")
 
     @contextmanager
     def drawn(
@@ -168,6 +179,7 @@ class Drawer:
             self.warnings.collected() as said,
             tempfile.TemporaryDirectory(prefix="medsoft-", ignore_cleanup_errors=True) as name,
         ):
+            self._check()
             folder = Path(name).resolve()
             try:
                 with advice_on_memory(self.config.sampling):
@@ -210,7 +222,7 @@ class Drawer:
         jobs = [Job(task.seed, sample.sample_id, task.variant, task.prompt) for task in tasks]
         size, pixels = self.config.sampling.batch_size, []
         for first in range(0, n, size):
-            pixels += self.model.inpainter.draw(prepared, jobs[first : first + size])
+            pixels += self.model.inpainter.draw(prepared, jobs[first : first + size], self._check)
         results = []
         for task, drawn in zip(tasks, pixels, strict=True):
             result = result_of(home, task, prepared, drawn, self.provenance, Contents())
@@ -416,4 +428,7 @@ def serve_lesions(options: ServeOptions, debug: bool = False) -> None:
     drawer = Drawer(options)
     if address.token:
         log.info("callers send the header Authorization: Bearer %s", address.token)
-    serve(application(drawer, address, debug), address, open_browser=False)
+    try:
+        serve(application(drawer, address, debug), address, open_browser=False)
+    finally:
+        drawer.close()  # or what is being drawn, and waits, would keep the process alive

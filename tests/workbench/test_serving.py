@@ -270,6 +270,27 @@ def test_one_at_a_time_and_not_too_many(
         turns.taken(1).__enter__()
 
 
+def test_a_stop_ends_what_is_being_drawn_and_what_waits(
+    client: TestClient, drawer: serving.Drawer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawer, "_closing", threading.Event())
+    draw, steps = drawer.model.inpainter.draw, []
+
+    def stopped_while_drawing(prepared: Any, jobs: Any, on_step: Any) -> Any:
+        def step(done: int) -> None:
+            steps.append(done)
+            drawer.close()
+            on_step(done)
+
+        return draw(prepared, jobs, step)
+
+    monkeypatch.setattr(drawer.model.inpainter, "draw", stopped_while_drawing)
+    for _ in range(2):
+        answer = client.post("/draw", files=parts(), data={"prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]) == (503, "the server is being stopped")
+    assert steps == [1]
+
+
 # ------------------------------------------------------------------------------------------------------- MONAI Label
 
 
