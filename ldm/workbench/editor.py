@@ -33,7 +33,7 @@ from ldm.workbench.drafts import Drafts
 from ldm.workbench.finding import Found
 from ldm.workbench.jobs import Queue, QueuedJob
 from ldm.workbench.options import EditOptions
-from ldm.workbench.sentences import Sentences, read_prompt
+from ldm.workbench.sentences import Sentences, encoders_of, read_prompt
 from ldm.workbench.sources import Document, Opened
 
 log = logging.getLogger(__name__)
@@ -219,10 +219,7 @@ class Editor:
 
     def read(self, prompt: str) -> dict[str, Any]:
         """What the encoders make of a prompt, once they are loaded."""
-        model = self.queue.wait()
-        net, encoder = model.inpainter.net, model.inpainter.encoder
-        encoders = [("Stable Diffusion's text encoder", net.cond_stage_model.reading), ("BiomedCLIP", encoder.reading)]
-        return read_prompt(prompt, self.sentences, encoders)
+        return read_prompt(prompt, self.sentences, encoders_of(self.queue.wait().inpainter))
 
     # --------------------------------------------------------------------------------------------------------- drawings
 

@@ -240,7 +240,8 @@ class Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """As every handler."""
-        getattr(self._said, "texts", []).append(record.getMessage())
+        if not record.name.startswith("ldm.networks"):  # which warn of a prompt once only; it is looked at each time
+            getattr(self._said, "texts", []).append(record.getMessage())
 
     @contextmanager
     def collected(self) -> Iterator[list[str]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ldm.core.tables import shortened
 from ldm.data.samples import Sample, plain, prompt_fault
+from ldm.inference.inpainter import Inpainter
 from ldm.inference.prompts import ImageFacts, agreeing
 from ldm.networks.text_encoder import PromptReading
 
@@ -59,6 +60,12 @@ def _words(prompt: str) -> list[str]:
 def _along_the_spine(level: str) -> tuple[int, int, str]:
     region, number = level[:1].upper(), re.sub(r"\D", "", level)
     return ("CTLS".find(region) if region in "CTLS" else 9, int(number or 0), level)
+
+
+def encoders_of(inpainter: Inpainter) -> list[tuple[str, Callable[[str], PromptReading | None]]]:
+    """The names of a model's text encoders, and how each reads a prompt."""
+    clip, biomedclip = inpainter.net.cond_stage_model, inpainter.encoder
+    return [("Stable Diffusion's text encoder", clip.reading), ("BiomedCLIP", biomedclip.reading)]
 
 
 def read_prompt(

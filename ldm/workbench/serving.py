@@ -45,6 +45,7 @@ from ldm.inference.single import single_sample
 from ldm.inference.tasks import MaskOrigin, Task, too_long
 from ldm.workbench.intake import Turns, Upload, Warnings, check_pixels, keep, read_form, texts_and_files
 from ldm.workbench.options import ServeOptions
+from ldm.workbench.sentences import Sentences, encoders_of, read_prompt
 from ldm.workbench.server import Address, listening, make_app, serve
 
 log = logging.getLogger(__name__)
@@ -166,6 +167,13 @@ class Drawer:
         if self._closing.is_set():
             raise HTTPException(503, "the server is being stopped")
 
+    def _unread(self, prompt: str) -> list[str]:
+        """What the encoders have no token for, as a warning. UsageError for a prompt of which they read a part only."""
+        found = read_prompt(prompt, Sentences([]), encoders_of(self.model.inpainter))
+        if found["fault"]:
+            raise UsageError(f"prompt: {found['fault']}")
+        return [f"prompt: the encoders have no token for {', '.join(found['unknown'])}"] if found["unknown"] else []
+
     @contextmanager
     def drawn(
         self, image: UploadFile, mask: UploadFile, parts: tuple[str, str], asked: DrawParams, n: int
@@ -182,6 +190,7 @@ class Drawer:
             self._check()
             folder = Path(name).resolve()
             try:
+                said += self._unread(asked.prompt)
                 with advice_on_memory(self.config.sampling):
                     sent = [keep(file, part, folder) for file, part in zip((image, mask), parts, strict=True)]
                     results = self._draw(folder, *sent, asked, n)

@@ -169,9 +169,15 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
         "picture: is a file; expected the files",
     ),
     "no prompt": (parts(), {}, 400, "prompt: Field required"),
-    "a blank prompt": (parts(), {"prompt": "  "}, 400, "prompt: expected a sentence"),
-    "two lines": (parts(), {"prompt": "a\nb"}, 400, "prompt: expected one sentence on one line"),
+    "a blank prompt": (parts(), {"prompt": "  "}, 400, "prompt: the prompt is empty"),
+    "two lines": (parts(), {"prompt": "a\nb"}, 400, "prompt: holds 2 lines"),
     "a long prompt": (parts(), {"prompt": "a" * 1001}, 400, "prompt: String should have at most 1000"),
+    "more tokens than are read": (
+        parts(),
+        {"prompt": "bone " * 90},
+        400,
+        "prompt: Stable Diffusion's text encoder reads",
+    ),
     "an unknown part": (
         parts(),
         {"prompt": "x", "feather": "1"},
@@ -315,6 +321,11 @@ def test_monai_labels_inference_call(client: TestClient) -> None:
     assert png.content == second.get_payload(decode=True)
     assert "100 % of the image is marked" in json.loads(png.headers["x-warnings"])[0]
     assert client.post(f"/infer/{name}?output=json", **sent).json() == told
+    sent["data"] = {"params": json.dumps({"prompt": "lesion 脊椎"})}
+    for _ in range(2):  # each time
+        said = client.post(f"/infer/{name}?output=json", **sent).json()["warnings"]
+        assert said[0].startswith("prompt: the encoders have no token for ")
+        assert len(said) == 2
 
 
 def test_what_monai_label_has_and_this_has_not(client: TestClient) -> None:
