@@ -55,6 +55,10 @@ def write_study(tmp_path: Path):
         ({"arms": {"real": {"uses": "mix"}}}, "unknown key arms.real.uses; did you mean arms.real.use"),
         ({"arms": {"a": {"use": "mixed"}}}, "arms.a.use: expected one of mix, pretrain, duplicate_real, found .mixed"),
         (
+            {"generators": {"paste": RUNS["paste"] | {"choose": "--best 1"}}},
+            "model: expected a path, since the generator paste needs it, found null",
+        ),
+        (
             {"arms": {"a": {"use": "mix", "ratios": [1]}}},
             "arms.a: expected use: mix or pretrain together with a generator",
         ),
