@@ -17,7 +17,8 @@ from ldm.reviews.table import VERDICTS
 log = logging.getLogger("review")
 
 # What people tend to call a kappa, from its lower end on (Landis and Koch 1977).
-WORDS = ((0.81, "almost perfect"), (0.61, "substantial"), (0.41, "moderate"), (0.21, "fair"), (0.0, "slight"))
+WORDS = ((0.8, "almost perfect"), (0.6, "substantial"), (0.4, "moderate"), (0.2, "fair"), (0.0, "slight"))
+SHOWN_REASONS = 8  # on the screen; the page has all
 PAIR_HEAD = ("reviewers", "both judged", "patients", "kappa", "equal verdicts", "kappa, rejected or not", "equal")
 MEASURES = ("kappa", "agreement", "kappa_rejected", "agreement_rejected")
 
@@ -52,7 +53,8 @@ def write_agreement(results: Path, files: Sequence[Path]) -> bool:
         tables={f"{p['first']} (rows) and {p['second']}": _table_rows(p) for p in found["pairs"] if p["both"]},
     )
     _say(found)
-    log.info("%s", base.with_suffix(".html"))
+    more = len(found["reasons"]) - SHOWN_REASONS
+    log.info("%s%s", base.with_suffix(".html"), f" ({more} more rows of reasons there)" if more > 0 else "")
     return not rejects
 
 
@@ -96,5 +98,5 @@ def _say(found: Mapping[str, Any]) -> None:
     for row in found["verdicts"]:
         counts = " ".join(f"{row[verdict]:7d}" for verdict in VERDICTS)
         log.info("%-24s %-12s %7d %s", shortened(row["lesion_type"], 24), row["reviewer"], row["judged"], counts)
-    for row in found["reasons"]:
+    for row in found["reasons"][:SHOWN_REASONS]:
         log.info("rejected by %(reviewer)s: %(count)d %(lesion_type)s: %(reason)s", row)
