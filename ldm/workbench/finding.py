@@ -15,7 +15,13 @@ log = logging.getLogger(__name__)
 
 PARENTS = 4  # folders above PATH that are looked through
 ALONE = ("sampling.batch_size=1", "sampling.compile=false")  # as --exact draws, and --replay again
-DRAWS = {"unet", "autoencoder", "text", "biomedclip", "msc"}  # the parts of a checkpoint that draws
+DRAWS = {
+    "unet",
+    "autoencoder",
+    "text",
+    "biomedclip",
+    "msc",
+}  # parts of a checkpoint that draws; a table needs no MSC
 
 
 class Found(NamedTuple):
@@ -83,8 +89,11 @@ def _trained(ckpt: Path) -> int:
     """How many groups of weights the run of a checkpoint trained, by its config.yaml; 0 for one that does not draw."""
     yaml = ckpt.with_name("config.yaml")
     try:
-        training = load_config(yaml).training if yaml.is_file() else None
+        if not yaml.is_file():
+            return 0
+        config = load_config(yaml)
     except MedSoftError as error:
         log.warning("warning: %s is passed over: %s", ckpt, error)
         return 0
-    return len(training.rates) if training and set(training.builds) >= DRAWS else 0
+    needed = DRAWS - {"msc"} if config.unet.third_attention == "table" else DRAWS
+    return len(config.training.rates) if needed <= {*config.training.builds} else 0
