@@ -56,8 +56,9 @@ class Drafts:
     def origin(self, document: str) -> dict[str, Any] | None:
         """Where a document lies that something was drawn into, by its id."""
         with self._lock:
-            found = (each.get("origin") for each in self._items.values() if each.get("document") == document)
-            return next((each for each in found if each), None)
+            drawn = [each for each in self._items.values() if each.get("document") == document and each.get("origin")]
+        there = [each["origin"] for each in drawn if Path(each["origin"]["path"]).exists()]
+        return there[-1] if there else drawn[-1]["origin"] if drawn else None
 
     def is_there(self, folder_name: str) -> bool:
         """Whether a drawing with this folder's name is there, as draft or accepted."""
@@ -113,7 +114,10 @@ class Drafts:
         size = self._file.stat().st_size if self._file.exists() else 0
         try:
             self.home.mkdir(parents=True, exist_ok=True)
-            with self._file.open("ab") as file:
+            with self._file.open("a+b") as file:
+                file.seek(max(size - 1, 0))
+                if size and file.read(1) != b"\n":  # a crash has cut the last line short
+                    file.write(b"\n")
                 file.write(json_text(record, None).encode())
                 file.flush()
                 sync(file.fileno())

@@ -155,9 +155,9 @@ def test_pages_come_from_their_folder_and_from_nowhere_else() -> None:
 def test_a_port_in_use_is_said_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(UsageError, match=f"--port {port}: is in use on 127.0.0.1, perhaps .*another --port"):
+        with pytest.raises(UsageError, match=rf"--port {port}: is in use on 127\.0\.0\.1, perhaps .*another --port"):
             listening(Address(port=port))
-    with pytest.raises(UsageError, match="--host no.such.host.invalid --port 7860: cannot listen there"):
+    with pytest.raises(UsageError, match=r"--host no\.such\.host\.invalid --port 7860: cannot listen there"):
         listening(Address("no.such.host.invalid"))
 
 
