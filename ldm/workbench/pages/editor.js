@@ -25,6 +25,7 @@ const app = {
   mask: null,
   soft: null,
   packed: "", // the mask, as it is kept
+  opening: false, // another image is on its way
   shown: null, // the result that is looked at, or null while painting
   drawn: null, // what the last drawing was begun with
   show: { mask: true, soft: true }, // overlays while painting
@@ -61,7 +62,7 @@ const windowing = new Windowing(viewer, (window) => keep(`window.${shownImage().
 const sentence = new Sentence(guard, changed);
 const placing = new Placing(app, guard, changed);
 const results = new Results(app, guard, render);
-const tools = new Tools(viewer, () => (app.shown ? null : app.mask), showTool);
+const tools = new Tools(viewer, () => (app.shown || app.opening ? null : app.mask), showTool);
 const drawing = new Drawing(app, {
   onProgress: render,
   onResults: () => results.refresh(),
@@ -81,18 +82,15 @@ const hand = navigate(viewer, {
 });
 
 const imageOf = cached(8, (id) => get(`/api/documents/${id}`));
-const pixelsOf = cached(4, async (id) => {
-  const image = id === app.document?.id ? app.document : await imageOf(id);
-  return bytes(`/api/documents/${id}/levels`, image.bits);
-});
+const levelsById = cached(4, async (id) => bytes(`/api/documents/${id}/levels`, (await imageOf(id)).bits));
 
 async function documentOf(item) {
   if (!item.document) throw new Fault(`${item.name}: nothing says what it was drawn on, so there is nothing to compare it with. It lies in ${item.folder}`, 410);
-  return item.document === app.document?.id ? app.document : imageOf(item.document);
+  return imageOf(item.document);
 }
 
 function levelsOf(id) {
-  return pixelsOf(id);
+  return levelsById(id);
 }
 
 function shownImage() {
@@ -130,31 +128,39 @@ function overlay() {
 
 /** The server's answer about an image: show it, with what this tab has kept of it. */
 async function open(state) {
-  app.state = state;
-  results.list(newestFirst(state.history));
-  const image = (app.document = state.document);
-  app.shown = null;
-  find("empty").hidden = Boolean(image);
-  describe(state);
-  if (!image) return render();
+  const { document: image } = state, asked = (app.asked = Symbol("an image"));
+  app.opening = true;
+  render();
+  try {
+    const levels = image && (await levelsOf(image.id));
+    if (asked !== app.asked) return; // another one was asked for meanwhile
+    Object.assign(app, { state, document: image, levels, shown: null, onStage: null });
+    results.list(newestFirst(state.history));
+    find("empty").hidden = Boolean(image);
+    describe(state);
+    if (image) await begin(state);
+  } finally {
+    if (asked === app.asked) app.opening = false;
+    render();
+  }
+}
+
+/** What belongs to an image that is painted on: its own mask, or the one that this tab has kept, or a suggestion. */
+async function begin({ document: image, feather, sentences }) {
   keep("document", image.id);
-  app.levels = await pixelsOf(image.id);
-  if (image !== app.document) return;
   app.soft = new Uint8Array(image.width * image.height);
   app.mask = new Mask(image.width, image.height, painted);
-  app.onStage = null;
+  app.packed = "";
   app.drawn = kept(`drawn.${image.id}`, null);
-  placing.open(image, state.feather);
-  sentence.open(state.sentences, image.level, kept("sentence", null));
+  placing.open(image, feather);
+  sentence.open(sentences, image, kept("sentence", null));
   resize();
   compose();
   const old = kept(`mask.${image.id}`, null), pixels = old === null ? null : unpacked(old, app.mask.pixels.length);
-  app.packed = "";
   if (pixels) {
     app.mask.replace(pixels);
     app.mask.finish();
   } else await placing.first();
-  render();
 }
 
 function describe({ document: image, collection, model, output_dir: folder }) {
@@ -243,7 +249,7 @@ function request() {
 const signature = () => JSON.stringify([request(), app.packed]);
 
 function draw() {
-  if (!app.document || app.mask.empty || sentence.fault || drawing.job) return;
+  if (!app.document || app.opening || app.mask.empty || sentence.fault || drawing.job) return;
   if (app.drawn === signature()) find("seed").value = anySeed(); // the same again would be the same picture
   changed();
   app.drawn = signature();
@@ -267,6 +273,7 @@ function nextStep() {
     const primary = undecided ? { label: "Next result", act: () => guard(results.show(undecided)) } : more ? open : back;
     return { hint: told, primary, second: shown.state === "rejected" ? accept : null };
   }
+  if (app.opening) return { hint: "Opening the image" };
   if (!image) return { hint: "Open an image to draw on.", primary: { label: "To the path", act: () => find("path").focus() } };
   if (mask.empty) {
     const suggest = { label: "Suggest a place", act: () => placing.another() };

@@ -36,6 +36,8 @@ export class Placing {
 
   /** A new image: what can be suggested and measured on it. */
   open(image, feather) {
+    clearTimeout(this.timer);
+    clearTimeout(this.sliding);
     this.facts = null;
     this.suggestible = image.has_body;
     for (const each of find("suggesting").querySelectorAll("input, select")) each.disabled = !image.has_body;

@@ -17,7 +17,7 @@ export class Results {
     Object.assign(this, { app, guard, onChange });
     this.items = [];
     this.comparison = new Comparison(app.viewer);
-    this.load = cached(12, (id) => this.fetch(id));
+    this.load = cached(4, (id) => this.fetch(id));
     find("reasons").replaceChildren(...REASONS.map((reason) => {
       const button = document.createElement("button");
       button.textContent = reason;

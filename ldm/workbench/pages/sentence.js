@@ -29,11 +29,12 @@ export class Sentence {
   /** What to keep over a reload, and take from it. */
   get state() {
     const menus = Object.fromEntries(Object.keys(MENUS).map((id) => [id, find(id).value]));
-    return { free: this.free, text: find("prompt").value, menus };
+    return { free: this.free, text: find("prompt").value, menus, image: this.image };
   }
 
-  /** ``sentences`` of the server's state, the level of the open image, and an earlier ``state`` or null. */
-  open(sentences, level, state) {
+  /** ``sentences`` of the server's state, the open image, and an earlier ``state`` or null. */
+  open(sentences, image, state) {
+    this.image = image.id;
     this.prompts = sentences?.prompts ?? [];
     find("menus").hidden = find("wording").hidden = this.prompts.length === 0;
     const values = { lesion_type: sentences?.types, severity: sentences?.severities, vertebra: sentences?.levels };
@@ -53,7 +54,7 @@ export class Sentence {
       find("prompt").value = state.text;
       this.changed();
     } else {
-      if (level && values.vertebra?.includes(level)) find("vertebra").value = level;
+      if (state?.image !== image.id && values.vertebra?.includes(image.level)) find("vertebra").value = image.level;
       const kept = this.matching().some((each) => each.prompt === state?.text);
       if (kept) find("prompt").value = state.text;
       if (kept) this.changed();

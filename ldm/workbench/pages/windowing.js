@@ -21,7 +21,7 @@ export class Windowing {
     this.unit = image.unit ?? "";
     const whole = image.range[1] > image.range[0] ? image.range : [0, 2 ** image.bits - 1];
     this.presets = new Map();
-    this.presets.set("As the model sees it", image.window ?? whole);
+    this.presets.set("As the model sees it", image.window ?? [0, 2 ** image.bits - 1]); // 8 bits are read as they are
     this.presets.set("All levels", whole);
     if (this.unit === "HU") {
       for (const [name, [centre, width]] of Object.entries(HOUNSFIELD)) {
