@@ -28,6 +28,7 @@ ACCEPT, REJECT, FLAG = VERDICTS = ("accept", "reject", "flag")
 COLUMNS = ("sample_id", "reviewer", "verdict", "reason", "image_sha256", "seconds", "when")
 HEADER = ",".join(COLUMNS)
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
+_TIME_TEXT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 _ENDED = re.compile(rb",[-\dT:]{19}Z\r?$")  # the last cell of a row that was not cut short
 
 
@@ -49,10 +50,12 @@ def _is_line(text: str) -> bool:
 
 
 def _is_time(text: str) -> bool:
-    try:
-        return text == datetime.strptime(text, _TIME).strftime(_TIME)
-    except ValueError:
+    if not _TIME_TEXT.fullmatch(text):
         return not text
+    try:
+        return bool(datetime.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 _RULES = {
@@ -139,7 +142,8 @@ def _row(line: bytes) -> Review:
 def one_spelling(reviews: Iterable[Review]) -> list[Review]:
     """The same rows with one spelling of each reviewer's code, the first: ``ann`` and ``Ann`` are one person."""
     first: dict[str, str] = {}
-    return [replace(each, reviewer=first.setdefault(each.reviewer.casefold(), each.reviewer)) for each in reviews]
+    known = [(each, first.setdefault(each.reviewer.casefold(), each.reviewer)) for each in reviews]
+    return [each if each.reviewer == name else replace(each, reviewer=name) for each, name in known]
 
 
 def add_review(path: str | Path, review: Review) -> None:
@@ -157,7 +161,7 @@ def add_review(path: str | Path, review: Review) -> None:
             with open(path, "a+b", buffering=0) as handle:
                 handle.seek(0)
                 data = handle.read()
-                before, whole = len(data), _parse(path, data)[1]
+                before, whole = len(data), _whole(path, data)
                 text = csv_lines([row], COLUMNS) if whole else f"{HEADER}\n{csv_lines([row], COLUMNS)}"
                 between = b"\n" if whole and data[whole - 1 : whole] != b"\n" else b""
                 handle.truncate(whole)
@@ -165,6 +169,14 @@ def add_review(path: str | Path, review: Review) -> None:
         except OSError as error:
             cause = error.strerror or error
             raise MedSoftError(f"{path}: the verdict could not be written ({cause}); the file is as it was") from error
+
+
+def _whole(path: Path, data: bytes) -> int:
+    """How many bytes of a file are whole lines. Its rows are not read where it ends as it should."""
+    if not data.endswith(b"\n"):
+        return _parse(path, data)[1]
+    _parse(path, data[: data.find(b"\n") + 1])  # the header
+    return len(data)
 
 
 def _append(handle: Any, data: bytes, size: int) -> None:
