@@ -21,22 +21,19 @@ from ldm.workbench.editor import (
 from ldm.workbench.finding import find
 from ldm.workbench.jobs import QueuedJob
 from ldm.workbench.options import EditOptions
-from ldm.workbench.server import Address, RawBody, make_app, raw, serve
+from ldm.workbench.server import Address, RawBody, listening, make_app, raw, serve
 
 
 def edit(options: EditOptions, debug: bool = False) -> None:
     """Serve the editor until Ctrl-C. UsageError or MedSoftError where there is nothing to draw with, or nowhere to."""
     found = find(options)
-    busy = (
-        f"{options.output_dir}: another medsoft edit writes here at this moment; end it, or give another --output_dir"
-    )
-    drafts = Drafts(options.output_dir)
-    with exclusive(options.output_dir / ".lock", busy):
-        editor = Editor(found, drafts, options)
+    home, address = options.output_dir, Address.of(options)
+    busy = f"{home}: another medsoft edit writes here at this moment; end it, or give another --output_dir"
+    with exclusive(home / ".lock", busy), listening(address) as listener:
+        editor = Editor(found, Drafts(home), options)
         try:
-            address = Address.of(options)
             app = make_app(routes(editor), page="edit.html", address=address, debug=debug)
-            serve(app, address, not options.no_browser)
+            serve(app, address, not options.no_browser, listener)
         finally:
             editor.queue.close()
 

@@ -243,9 +243,12 @@ class Guard:
         return given is not None and hmac.compare_digest(given.encode(), str(self.address.token).encode())
 
 
-def serve(app: Any, address: Address, open_browser: bool = True) -> None:
-    """Serve until Ctrl-C (KeyboardInterrupt) or SIGTERM. UsageError where the address or the port cannot be had."""
-    with listening(address) as listener:
+def serve(app: Any, address: Address, open_browser: bool = True, listener: socket.socket | None = None) -> None:
+    """Serve until Ctrl-C (KeyboardInterrupt) or SIGTERM. UsageError where the address or the port cannot be had.
+
+    ``listener``: what ``listening`` has given before the app was made, where that takes long.
+    """
+    with listener or listening(address) as listener:
         config = uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, server_header=False, lifespan="off"
         )

@@ -24,7 +24,7 @@ from ldm.data.samples import Sample
 from ldm.inference.single import is_volume, one_sample, slice_image, slice_name
 from ldm.volumes.volume import PLANES, Volume, count, cut, only_plane, require_extra
 
-KEPT = 6  # documents in memory; of the others only where they come from
+KEPT, MOST_BYTES = 6, 2**28  # documents in memory, and their pixels; of the others only where they come from
 ANNOTATIONS = (".json", ".jsonl")
 
 
@@ -235,6 +235,10 @@ def _holds_image(folder: Path) -> bool:
     return any((folder / f"{STEMS[0]}{suffix}").is_file() for suffix in SUFFIXES)
 
 
+def _size(document: Document) -> int:
+    return document.pixels.nbytes
+
+
 class Place(NamedTuple):
     """Where a document comes from: how it is opened again, and which one of a collection it is, if of any."""
 
@@ -319,6 +323,6 @@ class Opened:
     def _keep(self, document: Document) -> Document:
         self._kept[document.id] = document
         self._kept.move_to_end(document.id)
-        while len(self._kept) > KEPT:
+        while len(self._kept) > 1 and (len(self._kept) > KEPT or sum(map(_size, self._kept.values())) > MOST_BYTES):
             self._kept.popitem(last=False)
         return document

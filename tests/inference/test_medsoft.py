@@ -120,3 +120,19 @@ def test_a_model_that_is_not_there(given: tuple[Any, Any], message: str) -> None
 def test_an_unknown_device(small: Small) -> None:
     with pytest.raises(medsoft.UsageError, match="--device abacus"):
         medsoft.load(small.last, PHANTOM, small.sizes, device="abacus")
+
+
+def test_each_step_is_told_and_what_is_raised_then_ends_the_drawing(model: medsoft.LesionModel, deep: Path) -> None:
+    given, told = (deep / "spine.png", deep / "lesion.png", PROMPT), []
+    with_steps = model.draw(*given, n=1, on_step=lambda k, steps: told.append((k, steps)))
+    assert told == [(0, 1), (0, 2)]
+    assert np.array_equal(with_steps[0], model.draw(*given, n=1)[0])
+
+    class Enough(Exception):
+        pass
+
+    def end(k: int, steps: int) -> None:
+        raise Enough
+
+    with pytest.raises(Enough):
+        model.draw(*given, on_step=end)

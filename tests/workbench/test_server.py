@@ -1,7 +1,11 @@
 """The rules of the one server: who may call, how much may be sent, and what a fault looks like."""
 
 import logging
+import os
+import signal
 import socket
+import threading
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +18,7 @@ from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.workbench import options, server
 from ldm.workbench.options import ServerOptions
-from ldm.workbench.server import Address, RawBody, listening, make_app
+from ldm.workbench.server import Address, RawBody, listening, make_app, serve
 from tool import edit
 
 OWN = {"X-MedSoft": "1"}
@@ -159,6 +163,25 @@ def test_a_port_in_use_is_said_in_one_line() -> None:
             listening(Address(port=port))
     with pytest.raises(UsageError, match=r"--host no\.such\.host\.invalid --port 7860: cannot listen there"):
         listening(Address("no.such.host.invalid"))
+
+
+def test_ctrl_c_ends_the_server_and_is_passed_on() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = Address(port=other.getsockname()[1])
+    answers = []
+
+    def interrupt() -> None:
+        with urllib.request.urlopen(f"{address.url}pages/viewer.js", timeout=10) as found:
+            answers.append(found.status)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with listening(address) as listener:  # whoever calls from now on waits
+        caller = threading.Thread(target=interrupt)
+        caller.start()
+        with pytest.raises(KeyboardInterrupt):
+            serve(make_app(page="edit.html", address=address), address, False, listener)
+    caller.join()
+    assert answers == [200]
 
 
 def test_without_the_extra_one_line_says_how_to_install_it(
