@@ -5,6 +5,7 @@ name this server, so that no name that an attacker resolves to 127.0.0.1 reaches
 header that a page of another server cannot send. Nothing is loaded from elsewhere, and nothing tells anybody anything.
 """
 
+import asyncio
 import errno
 import hmac
 import ipaddress
@@ -15,8 +16,10 @@ import socket
 import sys
 import threading
 import webbrowser
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -35,6 +38,7 @@ from ldm.workbench.options import LOOPBACK, ServerOptions
 log = logging.getLogger(__name__)
 
 PAGES = Path(__file__).with_name("pages")
+STOPPED = "the server is being stopped"
 MOST_BYTES = 64 * 2**20  # of a request's body
 HEADER = "X-MedSoft"  # which every request that changes something carries, with the value 1
 HEADERS = {
@@ -202,6 +206,9 @@ class Guard:
             return
         try:
             await self.app(scope, bounded, headed)
+        except asyncio.CancelledError:  # Ctrl-C, and it took too long to end
+            if not started:
+                await fault(503, STOPPED)(scope, receive, headed)
         except Exception as error:
             log.error("error: %s %s: %s: %s", request.method, request.url.path, type(error).__name__, first_line(error))
             if self.debug:
@@ -243,10 +250,29 @@ class Guard:
         return given is not None and hmac.compare_digest(given.encode(), str(self.address.token).encode())
 
 
-def serve(app: Any, address: Address, open_browser: bool = True, listener: socket.socket | None = None) -> None:
+class _Server(uvicorn.Server):
+    """Calls ``on_stop`` at the first signal to end, before it waits for the requests that are being answered."""
+
+    on_stop: Callable[[], object] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As uvicorn calls it."""
+        if self.on_stop is not None:
+            self.on_stop()
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    app: Any,
+    address: Address,
+    open_browser: bool = True,
+    listener: socket.socket | None = None,
+    on_stop: Callable[[], object] | None = None,
+) -> None:
     """Serve until Ctrl-C (KeyboardInterrupt) or SIGTERM. UsageError where the address or the port cannot be had.
 
-    ``listener``: what ``listening`` has given before the app was made, where that takes long.
+    ``listener``: what ``listening`` has given before the app was made, where that takes long. ``on_stop`` is called
+    first, and makes requests end that take long.
     """
     with listener or listening(address) as listener:
         config = uvicorn.Config(
@@ -256,7 +282,9 @@ def serve(app: Any, address: Address, open_browser: bool = True, listener: socke
         log.info("open %s (Ctrl-C ends)", address.url)
         if open_browser and (sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             threading.Thread(target=webbrowser.open, args=(address.url,), daemon=True).start()
-        uvicorn.Server(config).run(sockets=[listener])
+        server = _Server(config)
+        server.on_stop = on_stop
+        server.run(sockets=[listener])
 
 
 def listening(address: Address) -> socket.socket:

@@ -46,7 +46,7 @@ from ldm.inference.tasks import MaskOrigin, Task, too_long
 from ldm.workbench.intake import Turns, Upload, Warnings, check_pixels, keep, read_form, texts_and_files
 from ldm.workbench.options import ServeOptions
 from ldm.workbench.sentences import Sentences, encoders_of, read_prompt
-from ldm.workbench.server import Address, listening, make_app, serve
+from ldm.workbench.server import STOPPED, Address, listening, make_app, serve
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class Drawer:
     def _check(self, *done: int) -> None:
         """HTTPException 503 where the server is being stopped; also told how many sampling steps are ``done``."""
         if self._closing.is_set():
-            raise HTTPException(503, "the server is being stopped")
+            raise HTTPException(503, STOPPED)
 
     def _unread(self, prompt: str) -> list[str]:
         """What the encoders have no token for, as a warning. UsageError for a prompt of which they read a part only."""
@@ -433,11 +433,9 @@ def application(drawer: Drawer, address: Address, debug: bool = False) -> FastAP
 def serve_lesions(options: ServeOptions, debug: bool = False) -> None:
     """Serve until Ctrl-C. UsageError or MedSoftError where the model cannot be loaded or the port cannot be had."""
     address = Address.of(options)
-    listening(address).close()  # said before the model is loaded
-    drawer = Drawer(options)
-    if address.token:
-        log.info("callers send the header Authorization: Bearer %s", address.token)
-    try:
-        serve(application(drawer, address, debug), address, open_browser=False)
-    finally:
-        drawer.close()  # or what is being drawn, and waits, would keep the process alive
+    with listening(address) as listener:  # had before the model is loaded
+        drawer = Drawer(options)
+        if address.token:
+            log.info("callers send the header Authorization: Bearer %s", address.token)
+        app = application(drawer, address, debug)
+        serve(app, address, open_browser=False, listener=listener, on_stop=drawer.close)

@@ -10,9 +10,11 @@ import socket
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +371,24 @@ def test_openapi_describes_the_calls_and_no_page_loads_from_elsewhere(client: Te
 # ------------------------------------------------------------------------------------------------------- the command
 
 
+def until(holds: Callable[[], Any]) -> None:
+    """Wait a minute at most."""
+    end = time.monotonic() + 60
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def post(port: int, **asked: Any) -> tuple[int, bytes]:
+    body = TestClient(None).build_request("POST", HOME, files=parts(), data={"prompt": PROMPT, **asked})
+    headers = {"Content-Type": body.headers["content-type"]}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/draw", body.read(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
 def test_a_real_server_answers_and_ends_with_ctrl_c(small: Small, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -377,20 +397,19 @@ def test_a_real_server_answers_and_ends_with_ctrl_c(small: Small, tmp_path: Path
         with pytest.raises(UsageError, match=f"--port {port}: is in use"):
             call(serve, "--ckpt", small.last, "--config", PHANTOM, "--port", port, *small.sizes, *WORDS)
     words = ["--ckpt", small.last, "--config", PHANTOM, "--port", port, "--device", "cpu", *small.sizes, *WORDS]
-    child = children.start(Path(serve.__file__), *words, folder=tmp_path)
-    until = time.monotonic() + 60
-    while "open http" not in child.said_until_now() and time.monotonic() < until:
-        time.sleep(0.05)
-    body = TestClient(None).build_request("POST", HOME, files=parts(), data={"prompt": PROMPT})
-    asked = urllib.request.Request(
-        f"http://127.0.0.1:{port}/draw", body.read(), {"Content-Type": body.headers["content-type"]}
-    )
-    with urllib.request.urlopen(asked, timeout=60) as answer:
-        assert np.asarray(Image.open(io.BytesIO(answer.read()))).shape == SHAPE
-    os.kill(child.process.pid, signal.SIGINT)
+    child = children.start(Path(serve.__file__), *words, "sampling.steps=20", folder=tmp_path, TMPDIR=str(tmp_path))
+    until(lambda: "open http" in child.said_until_now())
+    status, png = post(port)
+    assert (status, np.asarray(Image.open(io.BytesIO(png))).shape) == (200, SHAPE)
+    with ThreadPoolExecutor(1) as caller:
+        long = caller.submit(post, port, n=16, seed=1)
+        until(lambda: [*tmp_path.glob("medsoft-*")])  # it is drawing
+        os.kill(child.process.pid, signal.SIGINT)
+        assert long.result() == (503, b'{"error":"the server is being stopped"}')
     ended = child.wait(60)
-    assert ended.returncode == 130
-    assert "Secret" not in ended.stdout + ended.stderr
+    assert (ended.returncode, ended.stderr) == (130, "interrupted; run the same command again to go on\n")
+    assert "Secret" not in ended.stdout
+    assert not [*tmp_path.glob("medsoft-*")]
 
 
 @pytest.mark.parametrize(
