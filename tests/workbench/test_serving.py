@@ -372,8 +372,8 @@ def test_openapi_describes_the_calls_and_no_page_loads_from_elsewhere(client: Te
 
 
 def until(holds: Callable[[], Any]) -> None:
-    """Wait a minute at most."""
-    end = time.monotonic() + 60
+    """Wait for it; machines with other work are slow."""
+    end = time.monotonic() + 180
     while not holds() and time.monotonic() < end:
         time.sleep(0.02)
 
@@ -383,7 +383,7 @@ def post(port: int, **asked: Any) -> tuple[int, bytes]:
     headers = {"Content-Type": body.headers["content-type"]}
     request = urllib.request.Request(f"http://127.0.0.1:{port}/draw", body.read(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=180) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -406,7 +406,7 @@ def test_a_real_server_answers_and_ends_with_ctrl_c(small: Small, tmp_path: Path
         until(lambda: [*tmp_path.glob("medsoft-*")])  # it is drawing
         os.kill(child.process.pid, signal.SIGINT)
         assert long.result() == (503, b'{"error":"the server is being stopped"}')
-    ended = child.wait(60)
+    ended = child.wait(180)
     assert (ended.returncode, ended.stderr) == (130, "interrupted; run the same command again to go on\n")
     assert "Secret" not in ended.stdout
     assert not [*tmp_path.glob("medsoft-*")]
