@@ -14,6 +14,7 @@ PARTS = 5  # the last fifth of the epochs is compared with the fifth before
 LEAST = 2  # epochs that are compared with as many before, at least: one alone has no standard error
 RISE = 0.01  # of the mean validation AUC (or Dice): less matters to nobody
 FALL = 0.03  # of the mean validation loss, as a share of it, likewise
+ROUNDING = 1e-9  # a change that is longer than its bound by less is as long
 
 
 def read_history(folder: Path) -> list[dict[str, str]]:
@@ -43,27 +44,27 @@ def convergence(rows: Sequence[Mapping[str, str]], few: bool = False) -> dict[st
     epochs, so it is the scatter of the epochs that says what is noise. The validation loss decides only where the AUC
     is undefined: it falls as the learning rate does, long after the AUC has stopped rising.
 
-    ``converged`` is None where nobody can tell: for fewer than 2 * LEAST + 1 epochs, and where nothing rose although
-    validation holds ``few`` patients, whose order may be right by luck. The learning rate falls to zero at the end,
-    which flattens both curves: the rule finds what is far from trained, not what twice the steps would still gain.
+    ``converged`` is None where nobody can tell: for fewer than 2 * LEAST + 1 epochs or numbers that are not finite,
+    without numbers then, and where the AUC did not rise although validation holds ``few`` patients, whose order may be
+    right by luck. The learning rate falls to zero at the end, which flattens both curves: the rule finds what is far
+    from trained, not what twice the steps would still gain.
     """
     last = [row for row in rows if row["phase"] == rows[-1]["phase"]]
-    count = max(LEAST, len(last) // PARTS)
-    if len(last) < PARTS:
+    count, column = max(LEAST, len(last) // PARTS), score_column(last[0])
+    compared = last[-2 * count :]
+    losses = [float(row["val_loss"]) for row in compared]
+    scores = [float(row[column]) for row in compared] if all(row[column] for row in last) else []  # none of one class
+    if len(last) < PARTS or not all(map(math.isfinite, losses + scores)):
         return {"converged": None, "convergence": {}}
-    column = score_column(last[0])
-    losses = [float(row["val_loss"]) for row in last[-2 * count :]]
     before, fall = statistics.fmean(losses[:count]), _change([-loss for loss in losses])
     fall = Change(fall.value / max(before, 1e-12), fall.error / max(before, 1e-12))
+    rise = _change(scores) if scores else None
+    change, least = (rise, RISE) if rise else (fall, FALL)
+    better = change.value > max(least, change.error) + ROUNDING
     numbers = {"epochs": count, "score": SCORES[column], "score_rise": None, "score_rise_error": None}
-    if all(row[column] for row in last):  # an AUC of one class is undefined throughout
-        rise = _change([float(row[column]) for row in last[-2 * count :]])
-        numbers |= {"score_rise": rise.value, "score_rise_error": rise.error}
-        better = rise.value > max(RISE, rise.error)
-    else:
-        better = fall.value > max(FALL, fall.error)
+    numbers |= {"score_rise": rise.value, "score_rise_error": rise.error} if rise else {}
     numbers |= {"loss_fall": fall.value, "loss_fall_error": fall.error}
-    return {"converged": False if better else None if few else True, "convergence": numbers}
+    return {"converged": False if better else None if few and rise else True, "convergence": numbers}
 
 
 def _change(values: Sequence[float]) -> Change:
@@ -77,7 +78,10 @@ def convergence_note(found: Mapping[str, Any]) -> str | None:
     """A sentence for the reader where training had not converged, or nobody can tell; None where it had."""
     numbers = found["convergence"]
     if not numbers:
-        return f"Whether training had converged cannot be told from fewer than {PARTS} epochs."
+        return (
+            f"Whether training had converged cannot be told from fewer than {PARTS} epochs, or from numbers in "
+            "history.csv that are not finite."
+        )
     if found["converged"] is None:
         return (
             "Whether training had converged cannot be told from so few validation patients; their score did not rise."

@@ -208,7 +208,8 @@ def _test(
     path.unlink(missing_ok=True)  # until everything beside it is new
     metrics = {key: value for key, value in info.items() if key not in ("config", "run", TRAINED_ON)}
     metrics = {"dataset": config.dataset, "model": info["config"]["model"], "task": info["config"]["task"], **metrics}
-    found, notes = _about_training(folder, sets)
+    few = few_patients(sets["val"]) if "val" in sets else info.get("few_validation_patients")
+    found, notes = _about_training(folder, sets, few)
     notes = [sentence(info["review"]), *notes] if "review" in info else notes
     metrics |= found
     if test is None:
@@ -231,8 +232,11 @@ def _test(
     return {**metrics, "n_rejected": len(rejects), "already_complete": False}
 
 
-def _about_training(folder: Path, sets: Mapping[str, ImageSet]) -> tuple[dict[str, Any], list[str]]:
-    """What metrics.json says whatever is tested: confounds in the ``sets`` by name, convergence; sentences on both."""
+def _about_training(folder: Path, sets: Mapping[str, ImageSet], few: str | None) -> tuple[dict[str, Any], list[str]]:
+    """What metrics.json says whatever is tested: confounds in the ``sets`` by name, convergence; sentences on both.
+
+    ``few``: what ``few_patients`` says of validation; None where nobody knows, and convergence is not judged.
+    """
     separated = {name: class_separations(images) for name, images in sets.items()}
     about: dict[str, Any] = {}
     about["confounds"] = [
@@ -245,10 +249,9 @@ def _about_training(folder: Path, sets: Mapping[str, ImageSet]) -> tuple[dict[st
         for name, images in sets.items()
         if images.left_out
     ]
-    few = few_patients(sets["val"]) if "val" in sets else ""
     if few:
         notes.append(f"Validation holds few patients of a class ({few}): which epoch is chosen on it is partly luck.")
-    if history := read_history(folder):
+    if few is not None and (history := read_history(folder)):
         about |= (trained := convergence(history, bool(few)))
         notes += [note for note in [convergence_note(trained)] if note]
     notes += [f"{name}: {each.warning}." for name, found in separated.items() for each in found if each.suspicious]
@@ -258,7 +261,7 @@ def _about_training(folder: Path, sets: Mapping[str, ImageSet]) -> tuple[dict[st
 def _log_summary(folder: Path, metrics: dict[str, Any]) -> None:
     log.info("epoch %d, chosen by %s", metrics["epoch"], metrics["chosen_by"])
     if metrics.get("converged"):
-        log.info("training had converged: the validation score no longer rose")
+        log.info("training had converged: validation no longer got better")
     if "test" in metrics:
         name, found = headline(metrics)
         value = "undefined" if found["value"] is None else f"{found['value']:.3f}"

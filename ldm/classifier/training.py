@@ -22,7 +22,7 @@ from ldm.classifier.augmentation import augmented
 from ldm.classifier.config import PRETRAIN, SEGMENT, ClassifierConfig
 from ldm.classifier.convergence import SCORES, score_column
 from ldm.classifier.data import HEALTHY, ClassifierData, ImageSet
-from ldm.classifier.metrics import label_indices, point_values
+from ldm.classifier.metrics import few_patients, label_indices, point_values
 from ldm.classifier.network import compute_outputs, normalise, pick_device
 from ldm.classifier.segmentation import build_for_task, moved_masks, segmentation_loss, validate_masks
 from ldm.core.devices import autocast
@@ -281,6 +281,7 @@ def save_classifier(
         "drawn_by": drawn_by(data.synthetic.samples) if data.synthetic else [],
         "n_duplicated": len(data.duplicates) if data.duplicates else 0,
         "n_val": len(data.val),
+        "few_validation_patients": few_patients(data.val),
         **({"review": data.review} if data.review else {}),
         TRAINED_ON: data.trained_on,
     }

@@ -135,3 +135,26 @@ def test_few_validation_patients_show_a_rise_but_no_plateau() -> None:
     flat, rising = history([0.9] * 10), history(np.linspace(0.5, 0.9, 10))
     assert [convergence(rows, few=True)["converged"] for rows in (flat, rising)] == [None, False]
     assert "cannot be told from so few validation patients" in convergence_note(convergence(flat, few=True))
+
+
+def test_a_change_of_exactly_its_bound_is_no_rise() -> None:
+    """Also where the last digits of a float say otherwise: one epoch's jump is as long as its standard error."""
+    jumps = [[0.8] * 4 + [last] for last in (0.83, 0.85, 0.87, 0.9, 1.0)]
+    steps = [[first] * 3 + [first + 0.01] * 2 for first in (0.7, 0.8, 0.85)]
+    assert [convergence(history(aucs))["converged"] for aucs in jumps + steps] == [True] * 8
+
+
+def test_the_loss_decides_where_validation_holds_one_class_of_which_there_are_always_few() -> None:
+    rows = [row | {"val_auc": ""} for row in history([0.9] * 10)]
+    assert convergence(rows, few=True)["converged"] is True
+    falling = [row | {"val_loss": str(0.9**number)} for number, row in enumerate(rows)]
+    assert convergence(falling, few=True)["converged"] is False
+
+
+@pytest.mark.parametrize("column", ["val_auc", "val_loss"])
+def test_numbers_that_are_not_finite_leave_it_open(column: str) -> None:
+    rows = history([0.9] * 8)
+    for value in ("nan", "inf"):
+        found = convergence([*rows, *[rows[0] | {"val_auc": "", column: value}] * 2])
+        assert found == {"converged": None, "convergence": {}}
+        assert "not finite" in str(convergence_note(found))

@@ -1,6 +1,7 @@
 """classifier.py through its command line, on tiny drawn pictures."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,17 @@ def test_classifier_saved_before_a_key_existed_is_read(learned: dict, tmp_path: 
         info = json.loads(handle.metadata()["classifier"])
         state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     info["config"].pop("channels")
+    info.pop("few_validation_patients")
     save_file(state, tmp_path / "old.safetensors", {"classifier": json.dumps(info)})
     expected, _ = predict(saved, learned["predict"][0], gpu="cpu")
     assert predict(tmp_path / "old.safetensors", learned["predict"][0], gpu="cpu")[0] == expected
+    copied = tmp_path / "out"
+    copied.mkdir()
+    shutil.copy(Path(learned["output_dir"]) / "history.csv", copied)
+    shutil.copy(tmp_path / "old.safetensors", copied / "classifier.safetensors")
+    again = learned | {"train": False, "predict": [], "output_dir": str(copied)}
+    assert run(again) == 0
+    assert "converged" not in metrics_of(again)  # nobody knows of how few patients its validation was
 
 
 def test_saved_epoch_can_be_tested_without_training(learned: dict) -> None:
@@ -92,6 +101,10 @@ def test_saved_epoch_can_be_tested_without_training(learned: dict) -> None:
     assert run(learned | {"train": False, "test_epoch": 4, "predict": []}) == 0
     other = json.loads((Path(learned["output_dir"]) / "metrics_epoch_4.json").read_text())
     assert other["epoch"] == 4
+    assert other["converged"] == before["converged"]  # few validation patients, whom this test does not read
+    assert {note for note in before["notes"] if "converged" in note or "few patients of a class" in note} <= {
+        *other["notes"]
+    }
     assert metrics_of(learned) == before
     assert (Path(learned["output_dir"]) / "report_epoch_4.html").exists()
     with pytest.raises(MedSoftError, match=r"epoch 3 was not saved \(saved: \[4, 8\]\)"):
