@@ -64,9 +64,15 @@ def prediction_rows(images: ImageSet, probabilities: np.ndarray, classes: Sequen
     ]
 
 
+def _facts(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and texts of metrics.json for a table, in which a verdict on convergence that is null reads open."""
+    found = {key: value for key, value in metrics.items() if not isinstance(value, list | dict)}
+    return found | ({"converged": "open"} if "converged" in found and found["converged"] is None else {})
+
+
 def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """metrics.json as one row: numbers and texts; ``<name>``, ``<name>_low``, ``<name>_high`` of each test number."""
-    row = {key: value for key, value in metrics.items() if not isinstance(value, list | dict)}
+    row = _facts(metrics)
     row |= {f"val_{name}": value for name, value in metrics["validation"].items()}
     for name, entry in metrics["test"].items():
         row |= {name: entry["value"], f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
@@ -113,7 +119,7 @@ def number_tables(metrics: Mapping[str, Any], group_numbers: Sequence[str]) -> d
             (name.replace("_", " "), entry["value"], interval_text(entry), metrics["validation"].get(name))
             for name, entry in metrics["test"].items()
         ],
-        "fact_rows": [(key.replace("_", " "), metrics.get(key)) for key in FACTS],
+        "fact_rows": [(key.replace("_", " "), _facts(metrics).get(key)) for key in FACTS],
         "group_rows": [
             [*(row[key] for key in GROUP_FACTS), *(number_text(row[key]) for key in group_numbers)]
             for row in metrics["groups"]

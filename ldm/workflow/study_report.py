@@ -11,7 +11,7 @@ from ldm.core.tables import markdown_table, write_csv
 from ldm.reports.figures import write_figure
 from ldm.reports.html import write_page
 from ldm.workflow.study_hypotheses import Outcome, share_of_attainable
-from ldm.workflow.study_results import Drawings, Interval, Study, Treatment
+from ldm.workflow.study_results import OLDER_RULE, OPEN, Drawings, Interval, Study, Treatment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -245,8 +245,7 @@ def warnings(study: Study, outcomes: Sequence[Outcome] = ()) -> list[str]:
     found = []
     if undefined := sum(cell.values.get(study.comparison.endpoint) is None for cell in study.cells):
         found.append(f"{undefined} cells have no {study.endpoint}: another task, or a test set of one class.")
-    if short := sum(cell.converged is False for cell in study.cells):
-        found.append(f"{short} classifiers had not converged; give them more `steps`, the same in every arm.")
+    found += _warnings_of_convergence([cell.converged for cell in study.cells])
     if uneven := study.uneven():
         found.append(
             f"In {len(uneven)} cells another number of images was added than in the control, which is unfair (the "
@@ -255,8 +254,8 @@ def warnings(study: Study, outcomes: Sequence[Outcome] = ()) -> list[str]:
     compared = [(first, second) for first, second, _ in study.differences()] if study.cells else []
     if unequal := [said for pair in compared if (said := study.unequal_worlds(*pair))]:
         found.append(
-            f"{len(unequal)} arms are finished in other worlds than those they are compared with (the first: "
-            f"{unequal[0]}): their means are of different worlds."
+            f"{len(unequal)} comparisons are of arms that are finished in different worlds (the first: {unequal[0]}): "
+            "their means are of different worlds."
         )
     found += [f"{each.name}: {each.unequal}." for each in outcomes if each.unequal]
     found += _warnings_of_drawings(study.drawings)
@@ -266,6 +265,24 @@ def warnings(study: Study, outcomes: Sequence[Outcome] = ()) -> list[str]:
         for world, names in study.machines().items()
     ]
     return found
+
+
+def _warnings_of_convergence(verdicts: Sequence[str]) -> list[str]:
+    """How many of the classifiers, whose ``verdicts`` are those of ``Cell.converged``, may not have converged."""
+    short = sum(each.startswith("False") for each in verdicts)
+    unknown = sum(each in ("", OPEN) for each in verdicts)
+    older = sum(each.endswith(OLDER_RULE) for each in verdicts)
+    of = f"of {len(verdicts)} classifiers"
+    said = [
+        (short, f"{short} {of} had not converged; give them more `steps`, the same in every arm."),
+        (unknown, f"Whether {unknown} {of} had converged is open: the notes in their metrics.json say why."),
+        (
+            older,
+            f"{older} {of} were judged by the rule of an older version, which took a falling validation loss for a "
+            "sign that training had not converged, and was never open because of few validation patients.",
+        ),
+    ]
+    return [text for count, text in said if count]
 
 
 def _warnings_of_drawings(drawings: Drawings) -> list[str]:

@@ -10,12 +10,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_json
 from ldm.workflow.study_keys import Compared
 
 LEVEL = 0.95  # of every interval
+OPEN = "open"  # a verdict on convergence that nobody can give
+OLDER_RULE = " (older rule)"  # behind a verdict by the rule of versions that wrote no standard error
 CHOSEN_BY = ("auc", "dice")  # what the epoch is chosen by on validation, and so the ratio: the first that there is
 
 
@@ -37,6 +40,7 @@ Key = tuple[str, Treatment, int | None, int]  # world, treatment, generator seed
 class Cell:
     """One finished classifier; ``values`` are test metrics by name and validation_auc (or _dice), None where undefined.
 
+    ``converged``: True, False or OPEN as text, perhaps with OLDER_RULE; empty where metrics.json has no verdict.
     ``groups``: of lesions of one kind and severity the test AUC against all healthy images, or the Dice, by "kind,
     severity".
     """
@@ -51,7 +55,7 @@ class Cell:
     machine: str = ""  # empty where the record does not say
     commit: str = ""
     n_train_diseased: int | None = None
-    converged: bool | None = None
+    converged: str = ""
     groups: dict[str, float | None] = field(default_factory=dict)
 
     @property
@@ -107,8 +111,17 @@ def read_cell(folder: Path, world: str, treatment: Treatment, seed: int) -> Cell
             raise KeyError(f"test and validation, {' or '.join(CHOSEN_BY)}")
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise MedSoftError(f"{path}: not the metrics of a tested classifier ({error}); delete its folder") from error
-    more = {name: found.get(name) for name in ("n_train_diseased", "converged")}
+    more = {"n_train_diseased": found.get("n_train_diseased"), "converged": _verdict_on_convergence(found)}
     return Cell(world, treatment, seed, values, counts, groups=groups, **more)
+
+
+def _verdict_on_convergence(metrics: Mapping[str, Any]) -> str:
+    """As in ``Cell.converged``, from the content of metrics.json."""
+    if "converged" not in metrics:
+        return ""
+    if metrics["converged"] is None:
+        return OPEN
+    return f"{metrics['converged']}{'' if 'score_rise_error' in metrics.get('convergence', {}) else OLDER_RULE}"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from toy import make_world, rows_of, run, synthetic_set
 from ldm.classifier.config import ClassifierConfig
 from ldm.classifier.convergence import convergence, convergence_note
 from ldm.classifier.data import load_data
+from ldm.classifier.report import flat_metrics, number_tables
 from ldm.classifier.training import Phase, epoch_batches, make_phases
 
 
@@ -158,3 +159,10 @@ def test_numbers_that_are_not_finite_leave_it_open(column: str) -> None:
         found = convergence([*rows, *[rows[0] | {"val_auc": "", column: value}] * 2])
         assert found == {"converged": None, "convergence": {}}
         assert "not finite" in str(convergence_note(found))
+
+
+def test_tables_say_that_a_verdict_is_open() -> None:
+    for verdict, shown in ((None, "open"), (False, False), (True, True)):
+        metrics = {"converged": verdict, "validation": {}, "test": {}, "groups": []}
+        assert flat_metrics(metrics)["converged"] == shown
+        assert dict(number_tables(metrics, [])["fact_rows"])["converged"] == shown

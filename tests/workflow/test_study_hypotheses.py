@@ -194,7 +194,9 @@ def test_arms_of_unequal_worlds_or_numbers_of_drawings_are_named(study_: Study, 
     write_study_report(tmp_path, "s", half, [], outcomes({"H3": HYPOTHESES["H3"]}, half, {}))
     said = (tmp_path / "study.md").read_text()
     assert "H3: ours at 3 is there in 5 worlds, paste at 3 in 4; their difference is over the 4 that both have." in said
-    assert "finished in other worlds than those they are compared with (the first: paste at 3 is there in 4" in said
+    assert (
+        "3 comparisons are of arms that are finished in different worlds (the first: paste at 3 is there in 4" in said
+    )
     write_study_report(tmp_path, "s", study_, [], outcomes(HYPOTHESES, study_, {}))
     assert "is there in" not in (tmp_path / "study.md").read_text()
 

@@ -193,6 +193,31 @@ def test_a_world_whose_cells_come_from_two_machines_is_named(tmp_path: Path) -> 
     assert "Xeon" in (tmp_path / "study.html").read_text()
 
 
+def test_the_page_says_whose_convergence_is_open_or_judged_by_an_older_rule(tmp_path: Path) -> None:
+    """By what each metrics.json holds: versions before wrote no standard error."""
+    now, before = ({"score_rise": 0.0, "score_rise_error": 0.0}, {"score_rise": 0.0, "loss_fall": 0.1})
+    told = [
+        *((True, now), (False, now), (None, now), (None, {})),
+        *((True, before), (False, before), (False, before)),
+    ]
+    metrics = [{"converged": verdict, "convergence": numbers} for verdict, numbers in told] + [{}]
+    found = []
+    for seed, each in enumerate(metrics):
+        write_json(tmp_path / "metrics.json", {"test": {"auc": {"value": 0.8}}, "validation": {"auc": 0.8}} | each)
+        found.append(read_cell(tmp_path, "w", Treatment("real"), seed))
+    write_study_report(tmp_path, "s", Study(found, made(0.01).comparison), [])
+    said = (tmp_path / "study.md").read_text()
+    assert "3 of 8 classifiers had not converged; give them more `steps`, the same in every arm." in said
+    assert "Whether 3 of 8 classifiers had converged is open" in said
+    assert "3 of 8 classifiers were judged by the rule of an older version" in said
+    rows = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
+    older = ["True (older rule)", *["False (older rule)"] * 2]
+    assert [row["converged"] for row in rows] == ["True", "False", "open", "open", *older, ""]
+    assert "<td>open</td>" in (tmp_path / "study.html").read_text()
+    write_study_report(tmp_path, "s", Study([found[0]], made(0.01).comparison), [])
+    assert "converged" not in (tmp_path / "study.md").read_text()
+
+
 def test_segmentation_is_compared_by_its_dice(tmp_path: Path) -> None:
     groups = [{"lesion_type": "osteolytic", "severity": "all", "dice": {"value": 0.4}}]
     found = []
