@@ -32,6 +32,7 @@ const app = {
   look: { mask: false, soft: false }, // and while looking at a result
   viewer: new Viewer(find("canvas")),
   say,
+  hush,
   put,
   compose,
   documentOf,
@@ -44,6 +45,11 @@ const { viewer } = app;
 function say(text, kind = "") {
   find("status").textContent = text;
   find("status").className = kind;
+}
+
+/** What was told of something else is old now; a fault stays. */
+function hush() {
+  if (find("status").className !== "fault") say("");
 }
 
 /** Wait for a promise; a fault goes to the status line. */

@@ -100,6 +100,7 @@ export class Results {
     const before = await this.app.levelsOf(item.document);
     if (asked !== this.asked) return;
     const area = box(loaded.mask, loaded.image.width);
+    if (item.id !== this.app.shown?.id) this.app.hush();
     this.app.shown = item;
     this.loaded = loaded;
     this.app.put(loaded.image, before);

@@ -126,7 +126,7 @@ export class Sentence {
     }
     if (this.fault) line.append(`: ${this.fault}`);
     else if (!this.free && this.nothing) line.append("; no training sentence has these values: write one");
-    else if (!this.free && this.borrowed) line.append(`, for ${this.borrowed}`);
+    else if (!this.free && this.borrowed) line.append(`, a training sentence with ${this.borrowed} put in`);
     else if (!this.free && this.prompts.length) line.append(", a training sentence");
   }
 }
