@@ -124,18 +124,22 @@ class TextEncoder(nn.Module):
             rows.append(row + [END] * (self.max_length - len(row)))
         return torch.tensor(rows)
 
-    def reading(self, prompt: str) -> PromptReading:
-        """What ``tokenize`` would make of a prompt; letters that are read byte by byte have no token of their own."""
-        found = clip_tokenizer()(prompt, add_special_tokens=False, return_offsets_mapping=True)
-        offsets, room = found["offset_mapping"], self.max_length - 2
-        unknown = [span for span, shared in zip(offsets, _shared_letters(offsets), strict=True) if shared]
-        return PromptReading(len(offsets), room, unknown, offsets[room][0] if len(offsets) > room else len(prompt))
-
     def forward(self, prompts: Sequence[str]) -> Tensor:
         """States after the final norm, (B, max_length, width); cross-attention reads the padding too."""
         device = next(self.parameters()).device
         network = self.transformer["text_model"]
         return network(input_ids=self.tokenize(prompts).to(device)).last_hidden_state
+
+
+def clip_reading(prompt: str, max_length: int) -> PromptReading:
+    """What ``TextEncoder.tokenize`` makes of a prompt; letters that are read byte by byte have no token of their own.
+
+    No network is needed for it.
+    """
+    found = clip_tokenizer()(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    offsets, room = found["offset_mapping"], max_length - 2
+    unknown = [span for span, shared in zip(offsets, _shared_letters(offsets), strict=True) if shared]
+    return PromptReading(len(offsets), room, unknown, offsets[room][0] if len(offsets) > room else len(prompt))
 
 
 def _shared_letters(offsets: Sequence[tuple[int, int]]) -> list[bool]:

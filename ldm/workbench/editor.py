@@ -132,6 +132,7 @@ class Editor:
             "model": self.model(),
             "document": shown and shown.described(),
             "collection": collection and {"name": collection.name, "count": len(collection.entries), "index": index},
+            "passed": self.opened.passed(name),
             "sentences": self.sentences.menus(),
             "feather": {"value": data.feather, "unit": data.feather_unit},
             "output_dir": str(self.drafts.home),
@@ -218,8 +219,9 @@ class Editor:
         return lesion_shaped(document.body, asked.seed, (low, high), asked.side, asked.irregularity)
 
     def read(self, prompt: str) -> dict[str, Any]:
-        """What the encoders make of a prompt, once they are loaded."""
-        return read_prompt(prompt, self.sentences, encoders_of(self.queue.wait().inpainter))
+        """What the encoders make of a prompt; BiomedCLIP once it is loaded."""
+        model, limit = self.queue.model, self.config.text_encoder.max_length
+        return read_prompt(prompt, self.sentences, encoders_of(limit, model.inpainter.encoder if model else None))
 
     # --------------------------------------------------------------------------------------------------------- drawings
 
@@ -236,8 +238,7 @@ class Editor:
             raise UsageError("the mask marks the whole image, of which nothing would stay; erase a part of it")
         if fault := prompt_fault(prompt):
             raise UsageError(f"prompt: {fault}")
-        if self.queue.state == "ready":
-            self._check_prompt(prompt)
+        self._check_prompt(prompt)
         soft = self.soft(document, hard, asked.feather_mm)
         png = encode_png(np.rint(soft * 255).astype(np.uint8))
         read_soft_mask(ImageFile(Path("mask"), png, "PNG"), soft.shape)  # as whoever reads the result will
@@ -257,7 +258,7 @@ class Editor:
 
     def _draw(self, asked: "_Request", model: medsoft.LesionModel, job: QueuedJob) -> None:
         """Draw a job's images, one after the other; each is a whole folder in drafts before the next one begins."""
-        self._check_prompt(asked.prompt)
+        self._check_prompt(asked.prompt)  # again: BiomedCLIP may not have been there
         document, data = asked.document, model.data
         parent = document.stored(self.drafts.home / "sources")
         hidden = dataclasses.replace(parent, prompt="lesion", soft_mask=None)  # the painted mask is meant, no other

@@ -2,15 +2,17 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ldm.core.tables import shortened
 from ldm.data.samples import Sample, plain, prompt_fault
-from ldm.inference.inpainter import Inpainter
 from ldm.inference.prompts import ImageFacts, agreeing
-from ldm.networks.text_encoder import PromptReading
+from ldm.networks.encoder import ImageTextEncoder
+from ldm.networks.text_encoder import PromptReading, clip_reading
 
 ANY_BONE = ImageFacts("L1", "lumbar", None)  # with which sentences are compared that differ in the vertebra alone
+Read = Callable[[str], PromptReading | None]  # how an encoder reads a prompt, where it says so
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
@@ -62,15 +64,16 @@ def _along_the_spine(level: str) -> tuple[int, int, str]:
     return ("CTLS".find(region) if region in "CTLS" else 9, int(number or 0), level)
 
 
-def encoders_of(inpainter: Inpainter) -> list[tuple[str, Callable[[str], PromptReading | None]]]:
-    """The names of a model's text encoders, and how each reads a prompt."""
-    clip, biomedclip = inpainter.net.cond_stage_model, inpainter.encoder
-    return [("Stable Diffusion's text encoder", clip.reading), ("BiomedCLIP", biomedclip.reading)]
+def encoders_of(max_length: int, encoder: ImageTextEncoder | None = None) -> list[tuple[str, Read]]:
+    """The names of a model's text encoders, and how each reads a prompt; BiomedCLIP's once ``encoder`` is loaded.
+
+    ``max_length``: of Stable Diffusion's, which is not needed itself.
+    """
+    found: list[tuple[str, Read]] = [("Stable Diffusion's text encoder", partial(clip_reading, max_length=max_length))]
+    return [*found, ("BiomedCLIP", encoder.reading)] if encoder else found
 
 
-def read_prompt(
-    prompt: str, sentences: Sentences, encoders: Sequence[tuple[str, Callable[[str], PromptReading | None]]]
-) -> dict[str, Any]:
+def read_prompt(prompt: str, sentences: Sentences, encoders: Sequence[tuple[str, Read]]) -> dict[str, Any]:
     """What is told of a prompt: how many tokens it has, how many there may be, unknown words, and what is wrong.
 
     ``encoders``: their names, and how each reads a prompt; the first one's tokens are counted.

@@ -169,7 +169,8 @@ class Drawer:
 
     def _unread(self, prompt: str) -> list[str]:
         """What the encoders have no token for, as a warning. UsageError for a prompt of which they read a part only."""
-        found = read_prompt(prompt, Sentences([]), encoders_of(self.model.inpainter))
+        limit = self.model.inpainter.net.cond_stage_model.max_length
+        found = read_prompt(prompt, Sentences([]), encoders_of(limit, self.model.inpainter.encoder))
         if found["fault"]:
             raise UsageError(f"prompt: {found['fault']}")
         return [f"prompt: the encoders have no token for {', '.join(found['unknown'])}"] if found["unknown"] else []

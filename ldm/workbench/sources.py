@@ -2,11 +2,12 @@
 
 import dataclasses
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ from ldm.data.samples import Sample
 from ldm.inference.single import is_volume, one_sample, slice_image, slice_name
 from ldm.volumes.volume import PLANES, Volume, count, cut, only_plane, require_extra
 
+log = logging.getLogger(__name__)
+
+MOST_PASSED = 20  # documents of a collection that cannot be used, one after the other
 KEPT, MOST_BYTES = 6, 2**28  # documents in memory, and their pixels; of the others only where they come from
 ANNOTATIONS = (".json", ".jsonl")
 
@@ -240,11 +244,15 @@ def _size(document: Document) -> int:
 
 
 class Place(NamedTuple):
-    """Where a document comes from: how it is opened again, and which one of a collection it is, if of any."""
+    """Where a document comes from: how it is opened again, and which one of a collection it is, if of any.
+
+    ``passed``: what was said of documents before it that cannot be used.
+    """
 
     opener: Callable[[], Document]
     collection: Collection | None = None
     index: int = 0
+    passed: tuple[str, ...] = ()
 
 
 class Opened:
@@ -263,7 +271,7 @@ class Opened:
             if not path.exists():
                 raise UsageError(f"{path}: does not exist")
             if collection := collection_of(path):
-                return self._show(Place(lambda: collection.open(0), collection))
+                return self._show_usable(collection, 0, 1)
             if path.is_dir() and _holds_image(path):
                 return self._show(Place(lambda: open_folder(path)))
             if is_volume(path):
@@ -275,15 +283,19 @@ class Opened:
     def go(self, index: int, beside: str | None = None) -> Document:
         """Open the document with this number of the collection of another one, by default of the current one."""
         with self._lock:
-            collection = self.collection(beside or self.current)[0]
+            collection, before = self.collection(beside or self.current)
             if collection is None:
                 raise UsageError("what is open is one image; open a folder or an annotation file to go on to another")
-            return self._show(Place(lambda: collection.open(index), collection, index))
+            return self._show_usable(collection, index, 1 if index >= before else -1)
 
     def collection(self, name: str | None) -> tuple[Collection | None, int]:
         """The collection that a document is of, and its number in it."""
         place = self._places.get(name or "")
         return (place.collection, place.index) if place else (None, 0)
+
+    def passed(self, name: str | None) -> list[str]:
+        """What is wrong with the documents that were passed over on the way to this one."""
+        return list(self._places[name].passed) if name in self._places else []
 
     def get(self, name: str) -> Document | None:
         """The document with this id, read again if it is no longer in memory; None for one that is not known.
@@ -314,6 +326,21 @@ class Opened:
             found = self.get(name)
         assert found is not None  # its place is known
         return found
+
+    def _show_usable(self, collection: Collection, index: int, step: int) -> Document:
+        """Show the document with this number or, where that cannot be used, the next one that can."""
+        passed: list[str] = []
+        while True:
+            try:
+                return self._show(Place(partial(collection.open, index), collection, index, tuple(passed)))
+            except UsageError:
+                raise
+            except MedSoftError as error:
+                index += step
+                if len(passed) == MOST_PASSED or not 0 <= index < len(collection.entries):
+                    raise
+                passed.append(f"passed over: {error}")
+                log.warning("warning: %s", passed[-1])
 
     def _show(self, place: Place) -> Document:
         document = self._keep(place.opener())

@@ -42,7 +42,8 @@ def test_contents(site: Path) -> None:
     }
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     assert shipped == {name for name in tracked if name.startswith(("models/", "configs/"))} | set(SCRIPTS.values())
-    code = {str(path.relative_to(ROOT)) for path in (ROOT / "ldm").rglob("*") if path.suffix in (".py", ".j2", ".html")}
+    kinds = (".py", ".j2", ".html", ".js", ".css")
+    code = {str(path.relative_to(ROOT)) for path in (ROOT / "ldm").rglob("*") if path.suffix in kinds}
     assert code <= {str(path.relative_to(site)) for path in site.rglob("*")}
 
 

@@ -140,6 +140,21 @@ def test_an_annotation_file_a_dataset_folder_and_a_sample_folder_open(page: Page
     assert np.array_equal(mask, read_image(diseased / "mask.png").ravel())
 
 
+def test_what_is_damaged_in_a_dataset_is_passed_over_and_said(page: Page, world: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        shutil.copytree(next((world / "val").iterdir()), tmp_path / "data" / name)
+    for name in ("a", "c"):
+        (tmp_path / "data" / name / "image.png").write_bytes(b"damaged")
+    state = page.post("open", path=str(tmp_path / "data"))
+    assert (state["document"]["name"], state["collection"]["index"]) == ("b", 1)
+    assert "a/image.png: not an image" in state["passed"][0]
+    later = page.post("go", index=2, document=state["document"]["id"])
+    assert (later["document"]["name"], later["collection"]["index"], len(later["passed"])) == ("d", 3, 1)
+    back = page.post("go", index=2, document=later["document"]["id"])
+    assert back["document"]["name"] == "b"
+    assert "not an image" in page.fault("go", index=0, document=back["document"]["id"])
+
+
 def test_sixteen_bits_stay_sixteen_bits(page: Page, deep: Path) -> None:
     (deep.parent / "meta.json").write_text('{"spacing_mm": [0.5, 0.7], "window": [100, 5000], "value_offset": -1024}')
     document = page.open(deep)
@@ -227,6 +242,7 @@ def test_without_a_vertebra_or_a_spacing_one_line_says_what_to_do(page: Page, de
 def test_tokens_are_counted_and_unknown_words_named(page: Page) -> None:
     known = page.post("tokens", prompt=page.get("state")["sentences"]["prompts"][0]["prompt"])
     assert (known["unknown"], known["fault"], known["limit"]) == ([], None, 75)
+    page.editor.queue.wait()  # for BiomedCLIP
     other = page.post("tokens", prompt="severe brontosaurus lesion 骨")
     assert other["unknown"] == ["brontosaurus", "骨"]
     assert "reads 75 of the 200 tokens" in page.post("tokens", prompt="lesion " * 100)["fault"]
