@@ -75,9 +75,9 @@ const drawing = new Drawing(app, {
   async onEnd(job) {
     await results.refresh();
     if (job.state === "failed") return say(job.error ?? "The drawing failed.", "fault");
-    if (job.state === "cancelled") say("Cancelled. Your mask and sentence are as they were.");
     const first = results.get(job.results[0]);
     if (first && job.document === app.document?.id) await results.show(first);
+    if (job.state === "cancelled") say("Cancelled. Your mask and sentence are as they were.");
   },
 });
 const hand = navigate(viewer, {
