@@ -64,7 +64,8 @@ class NoRandomWeights(TorchFunctionMode):
     """Networks built in this context have memory, but no random numbers in it.
 
     For networks whose weights are all loaded next: drawing random ones first takes longer than loading, at the size of
-    Stable Diffusion 1.5 more than ten seconds. The generator of torch is left as it was.
+    Stable Diffusion 1.5 more than ten seconds. Filling a tensor leaves torch's generator as it was; what makes a new
+    one (torch.randn) still draws from it.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -79,10 +79,11 @@ class Fit:
         return math.prod(map(_count, self._axes(mask.shape, *_spans(mask), spacing)))
 
     def sure_places(self, shape: tuple[int, int], box: Sequence[float], beyond: float, spacing: Any = None) -> int:
-        """How many different windows there are at least for a mask that reaches ``beyond`` pixels out of its ``box``.
+        """How many different windows a mask that reaches up to ``beyond`` pixels out of its ``box`` leaves, as a rule.
 
         ``box``: [x, y, w, h] as fractions of the image. The fewest of the cases that the mask is the box, that only its
-        soft border reaches that far, and that all of it does. MedSoftError where a window in mm is too small for that.
+        soft border reaches that far, and that all of it does; a mask in between may leave fewer, where there are but a
+        few anyway. MedSoftError where a window in mm is too small for that.
         """
         x, y, w, h = box
         spans, wide = [], []

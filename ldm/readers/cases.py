@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import named_seed, read_json
@@ -44,6 +45,7 @@ class Candidates:
         self.looks: dict[Path, Look] = {}
         self.left_out: list[LeftOut] = []
         self.rejects: list[Reject] = []
+        self.review: dict[str, Any] | None = None  # what ``apply_review`` says of the drawn ones
 
     def drop(self, sample: Sample, why: str) -> None:
         """Leave a sample out."""
@@ -93,9 +95,11 @@ def read_candidates(results: Sequence[Path], real: Sequence[Path], review: Seque
     made.rejects = list(dict.fromkeys(rejects))
     for sample in [each for each in drawn if each.healthy]:
         made.left_out.append(LeftOut(sample, "it was drawn healthy and shows no lesion"))
-    rejected = apply_review(review, made.drawn).rejected if review else {}
-    for sample in [each for each in made.drawn if each.image in rejected]:
-        made.drop(sample, "it was rejected in review")
+    if review:
+        choice = apply_review(review, made.drawn)
+        made.review = choice.record
+        for sample in [each for each in made.drawn if each.image in choice.rejected]:
+            made.drop(sample, "it was rejected in review")
     _leave_second_lesions_out(made)
     for name, samples in (("--real", made.real), ("RESULTS", made.drawn)):
         if len(samples) < 2:

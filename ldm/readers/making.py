@@ -33,6 +33,7 @@ from ldm.readers.options import MakeOptions
 from ldm.readers.pictures import as_script, crop_of
 from ldm.readers.sizes import half_width, what_it_needs
 from ldm.reports.html import write_page
+from ldm.reviews.choice import sentence
 
 log = logging.getLogger("reader_study")
 
@@ -71,6 +72,7 @@ def make_study(options: MakeOptions) -> bool:
         counts = {"pairs": len(pairs), "strata": strata_counts(pairs, keys), "side": side, "bits": 16 if deep else 8}
         left_out = [{"sample_id": each.sample.sample_id, "why": each.why} for each in made.left_out]
         key = {"study": study, "design": options.design, "matched": keys, **counts, "notes": notes}
+        key |= {"review": made.review} if made.review else {}
         write_json(options.output_dir / KEY, key | {"pictures": about, "items": items, "left_out": left_out})
         write_rejects(options.output_dir / "rejects.json", made.rejects)
         folder.finish(study=study, **counts, notes=notes, left_out=len(left_out), rejected=len(made.rejects))
@@ -105,7 +107,7 @@ def doubts(made: Candidates, pairs: Sequence[Pair], keys: Sequence[str], options
     samples = [sample for pair in pairs for sample in pair]
     looks = [made.looks[sample.image] for sample in samples]
     first = [place % 2 == 0 for place in range(len(samples))]
-    notes = []
+    notes = [sentence(made.review)] if made.review else []
     if len(pairs) < FEW:
         notes.append(f"{len(pairs)} pictures of each kind are few: every number will have a wide interval.")
     expected = half_width(options.readers, len(pairs), options.design)

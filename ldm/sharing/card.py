@@ -95,7 +95,7 @@ def write_cards(options: CardOptions) -> None:
     for record in facts.records:
         if others := (record.drawn_by() or {}).keys() - {facts.sha256}:
             text = "warning: %s is about images that %s did not draw (%s); the card says so"
-            log.warning(text, record.kind, options.ckpt, ", ".join(sorted(map(str, others))))
+            log.warning(text, record.kind, options.ckpt, ", ".join(sorted(each or "no checkpoint" for each in others)))
     for text in unknown(facts, options.license):
         log.warning("warning: not known, and the card says so: %s", text)
 

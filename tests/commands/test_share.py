@@ -121,7 +121,7 @@ def test_a_card_says_whether_its_checkpoint_drew_what_a_record_is_about(
         caplog.clear()
         folder = write_card(ckpt, tmp_path / str(number), "--results", tmp_path / "metrics.json")
         assert text in (folder / "README.md").read_text()
-        assert (f"images that {ckpt} did not draw (None, {other})" in caplog.text) == (len(counts) > 1)
+        assert (f"images that {ckpt} did not draw ({other}, no checkpoint)" in caplog.text) == (len(counts) > 1)
     (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
     folder = write_card(ckpt, tmp_path / "card", "--results", tmp_path / "metrics.json")
     assert "It does not say which checkpoint drew its images" in (folder / "README.md").read_text()
