@@ -113,6 +113,7 @@ def plain(text: str) -> str:
 
 
 _AROUND = re.compile("^[\\s\u200b-\u200f\u2060\ufeff\u00ad]+|[\\s\u200b-\u200f\u2060\ufeff\u00ad]+$")
+_CONTROL = re.compile("[\0-\x08\x0e-\x1b\x7f]")  # none that separates words or lines
 _DECORATED = re.compile(r"""[\s"'`‘’‚“”„«»‹›「」(\[]*healthy[\s"'`‘’‚“”„«»‹›「」)\].,;:!。]*""")
 
 
@@ -186,7 +187,11 @@ def prompt_fault(prompt: str) -> str | None:
     if not prompt:
         return "the prompt is empty; write what the image shows, or `healthy`"
     lines = len([line for line in prompt.splitlines() if line.strip()])
-    return f"holds {lines} lines; expected one sentence: join them, or keep the right one" if lines > 1 else None
+    if lines > 1:
+        return f"holds {lines} lines; expected one sentence: join them, or keep the right one"
+    if found := _CONTROL.search(prompt):
+        return f"holds the control character U+{ord(found[0]):04X}, which no text has; take it out"
+    return None
 
 
 def is_number(value: Any) -> bool:

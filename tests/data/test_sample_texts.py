@@ -229,6 +229,7 @@ def test_a_prompt_and_a_lesion_type_that_contradict_each_other_are_named(
 
 PROMPTS: dict[str, tuple[bytes, str]] = {
     "two lines": (b"lytic lesion\nhealthy\n", "holds 2 lines; expected one sentence"),
+    "control characters": (b"lytic \x1b[31mlesion", "holds the control character U+001B"),
     "two lines of an old Mac": (b"lytic\rlesion", "holds 2 lines"),
     "UTF-16 without a mark": ("healthy".encode("utf-16-le"), "UTF-16 without a mark"),
     "big-endian": ("a lytic lesion".encode("utf-16-be"), "UTF-16 without a mark"),
