@@ -7,6 +7,7 @@ nothing lives in memory only. To accept is to rename, which happens or does not.
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -14,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from ldm.core.errors import MedSoftError
-from ldm.core.files import check_target, json_text, read_json, sync, sync_folder
+from ldm.core.files import check_target, fingerprint, json_text, read_json, sync, sync_folder
 from ldm.inference.results import is_whole
 
 log = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
 SHOWN = ("id", "job", "document", "name", "prompt", "seed", "variant", "state", "reason", "when", "width", "height")
+_KINDS = {"id": str, "name": str, "prompt": str, "seed": int, "variant": int, "document": str | None, "job": str | None}
+_KINDS |= {"state": str | None, "reason": str | None, "origin": dict | None}
+_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
+_OWN = re.compile(r".*_([0-9a-f]{12})__v(\d+)", re.DOTALL)
 
 
 class Drafts:
@@ -128,17 +133,14 @@ class Drafts:
             raise MedSoftError(f"{self._file}: could not be written ({cause}); nothing was changed") from error
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        """The lines of the history; one that a crash has cut short is passed over, with a warning."""
+        """The lines of the history; what a crash has cut short, or others wrote, is passed over with a warning."""
         if not self._file.exists():
             return
         for number, line in enumerate(self._file.read_bytes().split(b"\n"), 1):
-            try:
-                record = json.loads(line) if line.strip() else None
-            except ValueError:
-                log.warning("warning: %s: line %d is no JSON and is passed over", self._file, number)
-                continue
-            if isinstance(record, dict) and isinstance(record.get("id"), str) and isinstance(record.get("name"), str):
+            if (record := _record(line)) is not None:
                 yield record
+            elif line.strip():
+                log.warning("warning: %s: line %d tells of no drawing and is passed over", self._file, number)
 
     def _unlisted(self) -> list[str]:
         """The folders of whole drawings that the history does not know, because a crash came between the two."""
@@ -147,13 +149,39 @@ class Drafts:
         return [each.name for each in folders if each.name not in known and is_whole(each)]
 
     def _adopt(self, folder_name: str) -> None:
+        """List a whole drawing by its meta.json; with a warning not, where that cannot be read."""
         place = self._place(folder_name)
         assert place is not None
-        meta = read_json(place / "meta.json", "meta.json of a result")
-        digest, _, variant = folder_name.rpartition("__v")
-        made = {key: meta.get(key) for key in ("prompt", "seed", "variant")}
-        made |= {"id": f"{digest.rpartition('_')[2]}-{variant}", "name": folder_name, "job": None, "document": None}
+        own = _OWN.fullmatch(folder_name)
+        made = {"id": f"{own[1]}-{own[2]}" if own else fingerprint(folder_name)[:16], "name": folder_name, "job": None}
+        try:
+            meta = read_json(place / "meta.json", "meta.json of a result")
+            made |= {key: meta[key] for key in ("prompt", "seed", "variant")}
+            image, parent = (place / meta["parent_image"]).resolve(), meta["parent_id"]
+            made["document"] = document_id(parent, meta["parent_sha256"])
+            made["origin"] = {"path": str(image), "sample_id": parent, "plane": None, "slice": None}
+            if _record(json_text(made, None).encode()) is None:
+                raise ValueError("of another form")
+        except (MedSoftError, KeyError, TypeError, ValueError) as error:
+            log.warning("warning: %s: is not shown, its meta.json is not that of a drawing (%s)", place, error)
+            return
         self.add(made)
+
+
+def document_id(sample_id: str, digest: str) -> str:
+    """The id of a document: a name for it that another content, or a sample of another name, does not have."""
+    return fingerprint([sample_id, digest])[:16]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of the history; None for what tells of no drawing."""
+    try:
+        found = json.loads(line)
+        sound = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in _KINDS.items())
+        json_text(found, None).encode()  # neither NaN nor half a character, which no page could be told of
+    except (ValueError, RecursionError):
+        return None
+    return found if sound and _ID.fullmatch(found["id"]) and Path(found["name"]).name == found["name"] else None
 
 
 def _move(source: Path, target: Path) -> None:

@@ -1,7 +1,6 @@
 """What the editor's page asks for: documents, masks, sentences, and drawings in a queue (see ``jobs``)."""
 
 import base64
-import binascii
 import dataclasses
 import logging
 import secrets
@@ -15,9 +14,10 @@ from fastapi import HTTPException
 from pydantic import BaseModel, Field
 
 import medsoft
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.core.files import Contents, fingerprint, read_json
 from ldm.core.schema import identity
+from ldm.core.tables import shortened
 from ldm.data.annotations import read_annotations
 from ldm.data.images import ImageFile, intensity_range_of, pixel_digest, read_image, to_unit
 from ldm.data.masks import Feather, Mask, equivalent_diameter, extents, lesion_shaped, read_soft_mask, soft_mask_for
@@ -102,6 +102,7 @@ class Editor:
         if found.path is not None:
             self.opened.open(found.path)
         self.provenance: dict[str, Any] = {}
+        self._of_ckpt = found.ckpt.stat().st_mtime_ns  # of the one that is loaded, whatever it is replaced by later
         log.info("checkpoint: %s", found.ckpt)
         log.info("sentences: %s", found.train_json or "none; --train_json names training annotations")
         log.info("drawings: %s", drafts.home)
@@ -166,11 +167,18 @@ class Editor:
 
     def open(self, asked: OpenRequest) -> Document:
         """Open a path of this machine; for others than this machine only below the folder that the command named."""
-        path = Path(asked.path.strip()).expanduser()
+        text = asked.path.strip()
+        if not text:
+            raise UsageError("path: is empty; name an image, a folder, a volume or an annotation file")
+        try:
+            path = Path(text).expanduser()
+            real = path.resolve()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UsageError(f"{shortened(text)}: names nothing that can be opened ({first_line(error)})") from error
         if not self.options.is_local:
             given = self.options.path or Path()
             root = (given if given.is_dir() else given.parent).resolve()
-            if not path.resolve().is_relative_to(root):
+            if not real.is_relative_to(root):
                 raise HTTPException(403, f"{path}: does not lie in {root}; over the network nothing else is opened")
         return self.opened.open(path, asked.plane, asked.slice)
 
@@ -230,7 +238,7 @@ class Editor:
         document, prompt = self.document(asked.document), asked.prompt.strip()
         try:
             hard = self.hard(document, base64.b64decode(asked.mask, validate=True))
-        except binascii.Error as error:
+        except ValueError as error:
             raise UsageError(f"mask: expected base64, found something else ({error})") from error
         if not hard.any():
             raise UsageError("the mask is empty; paint the region to draw into, or have one suggested")
@@ -243,8 +251,8 @@ class Editor:
         png = encode_png(np.rint(soft * 255).astype(np.uint8))
         read_soft_mask(ImageFile(Path("mask"), png, "PNG"), soft.shape)  # as whoever reads the result will
         known = [document.id, pixel_digest(hard), pixel_digest(soft), prompt, asked.seed]
-        name = fingerprint([*known, self.found.ckpt.stat().st_mtime_ns, identity(self.config, "images")])[:12]
-        flat = document.sample.sample_id.replace("/", "_").replace("\\", "_")
+        name = fingerprint([*known, self._of_ckpt, identity(self.config, "images")])[:12]
+        flat = document.sample.sample_id.replace("/", "_").replace("\\", "_").lstrip(".")  # else it would be hidden
         folder = f"{flat}_{name}__v"
         if reason := too_long(self.drafts.drafts / f"{folder}{asked.n - 1}"):
             raise UsageError(reason)

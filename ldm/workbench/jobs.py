@@ -111,6 +111,7 @@ class Queue(Generic[Model]):
         with self._wake:
             if job.state == "queued":
                 job.state = "cancelled"
+                self._waiting = deque(each for each in self._waiting if each[0] is not job)
 
     def close(self) -> None:
         """End all jobs and the thread."""

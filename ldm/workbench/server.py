@@ -219,7 +219,10 @@ class Guard:
 
     def refusal(self, request: Request) -> Response | None:
         """The answer to somebody who may not call like this; None where the request goes on."""
-        host = urlsplit(f"//{request.headers.get('host', '')}")
+        try:
+            host = urlsplit(f"//{request.headers.get('host', '')}")
+        except ValueError:  # half of a bracket
+            host = urlsplit("")
         if not host.hostname or not self.address.answers_to(host.hostname):
             return fault(400, f"this server is not called {host.hostname or 'nothing'}; open {self.address.url}")
         if self.address.token and (asked := self._token_refusal(request)):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import logging
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm.core.errors import FileError, MedSoftError, UsageError
+from ldm.core.errors import FileError, MedSoftError, UsageError, first_line
 from ldm.core.files import fingerprint
 from ldm.core.locks import exclusive
+from ldm.core.tables import shortened
 from ldm.data.annotations import read_annotations
 from ldm.data.folders import read_meta, read_sample, sample_folders, write_sample
 from ldm.data.images import SUFFIXES, intensity_range_of, open_image, pixel_digest, read_image
@@ -24,6 +26,9 @@ from ldm.data.regions import STEMS
 from ldm.data.samples import Sample
 from ldm.inference.single import is_volume, one_sample, slice_image, slice_name
 from ldm.volumes.volume import PLANES, Volume, count, cut, only_plane, require_extra
+from ldm.workbench.drafts import document_id
+
+log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +54,7 @@ class Document:
     @property
     def id(self) -> str:
         """A name for it that another content, or a sample of another name, does not have."""
-        return fingerprint([self.sample.sample_id, self.digest])[:16]
+        return document_id(self.sample.sample_id, self.digest)
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -147,12 +152,12 @@ def open_sample(sample: Sample, path: Path | None = None) -> Document:
     return made
 
 
-def open_file(path: Path) -> Document:
+def open_file(path: Path, sample_id: str | None = None) -> Document:
     """An image file, with the meta.json beside it; one that is the image of a sample folder as that sample."""
     if _is_sample_image(path):
-        return open_folder(path.parent)
+        return open_folder(path.parent, sample_id)
     meta = read_meta(path.with_name("meta.json"))
-    sample = one_sample(path.stem, path.resolve(), path, "", meta)
+    sample = one_sample(sample_id or path.stem, path.resolve(), path, "", meta)
     return open_sample(dataclasses.replace(sample, mask=None), path)
 
 
@@ -173,7 +178,12 @@ class Volumes:
         from ldm.volumes.formats import read_volume
 
         if self._last is None or self._last[0] != path:
-            self._last = path, read_volume(path)
+            try:
+                self._last = path, read_volume(path)
+            except MedSoftError as error:
+                if not path.is_dir():
+                    raise
+                raise MedSoftError(f"{path}: holds no sample folder, and is no DICOM series ({error})") from error
         volume = self._last[1]
         only = only_plane(volume)
         planes = [only] if only else list(PLANES)
@@ -218,15 +228,39 @@ def collection_of(path: Path) -> Collection | None:
     if path.is_file():
         if path.suffix.lower() not in ANNOTATIONS:
             return None
-        return Collection(path.name, read_annotations(path)[0])
+        return Collection(path.name, _usable(path))
     if _holds_image(path):
         return None
     if listed := training_annotations(path):
-        samples = read_annotations(listed)[0]
+        samples = _usable(listed)
         healthy = [sample for sample in samples if sample.healthy and not sample.synthetic]
         return Collection(path.resolve().name, healthy or samples)
     folders, _ = sample_folders(path)
     return Collection(path.resolve().name, folders) if folders else None
+
+
+def _usable(path: Path) -> list[Sample]:
+    """The samples of an annotation file whose files are there; MedSoftError where there is none, else a warning."""
+    samples, rejects = read_annotations(path)
+    if rejects:
+        number = f"{len(rejects)} of {len(samples) + len(rejects)}"
+        line = f"{path}: {number} samples cannot be opened; the first: {rejects[0]}"
+        if not samples:
+            raise MedSoftError(line)
+        log.warning("warning: %s", line)
+    return samples
+
+
+def _check_kind(path: Path) -> None:
+    """UsageError unless a file or a folder is there; what else there may be has no end, or never begins."""
+    try:
+        kind = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: does not exist") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{shortened(str(path), 200)}: cannot be opened ({first_line(error)})") from error
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+        raise UsageError(f"{path}: is neither a file nor a folder")
 
 
 def _is_sample_image(path: Path) -> bool:
@@ -267,10 +301,10 @@ class Opened:
 
     def open(self, path: Path, plane: str | None = None, index: int | None = None) -> Document:
         """Open what lies at a path; of a collection the first document."""
+        _check_kind(path)
+        collection = collection_of(path)  # which may take long: others go on meanwhile
         with self._lock:
-            if not path.exists():
-                raise UsageError(f"{path}: does not exist")
-            if collection := collection_of(path):
+            if collection is not None:
                 return self._show_usable(collection, 0, 1)
             if path.is_dir() and _holds_image(path):
                 return self._show(Place(lambda: open_folder(path)))
@@ -319,7 +353,7 @@ class Opened:
         def opener() -> Document:
             if origin["plane"] is not None:
                 return self._volumes.open(path, origin["plane"], origin["slice"])
-            return open_folder(path.parent, sample_id) if _is_sample_image(path) else open_file(path)
+            return open_file(path, sample_id)
 
         with self._lock:
             self._places[name] = Place(opener)

@@ -3,6 +3,7 @@
 import base64
 import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -29,6 +30,8 @@ from ldm.workbench.finding import find
 from ldm.workbench.jobs import QueuedJob
 from ldm.workbench.options import EditOptions
 from ldm.workbench.server import Address, make_app
+
+GONE = {"image": "/none/image.png", "mask_image": None, "label": "healthy", "box": [0, 0, 1, 1], "sample_id": "gone"}
 
 
 class Page:
@@ -182,7 +185,16 @@ def test_a_slice_of_a_volume_opens_in_any_plane_and_its_drawing_can_be_replayed(
 
 @pytest.mark.parametrize(
     ("path", "line"),
-    [("none.png", "does not exist"), ("text.png", "this is a text file"), ("empty", "DICOM"), ("cut.png", "PNG")],
+    [
+        ("none.png", "does not exist"),
+        ("text.png", "this is a text file"),
+        ("empty", "holds no sample folder, and is no DICOM series"),
+        ("cut.png", "PNG"),
+        ("gone.json", "1 of 1 samples cannot be opened; the first: /none/image.png: the annotation names it"),
+        ("pipe.png", "is neither a file nor a folder"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "names nothing that can be opened"),
+    ],
 )
 def test_what_cannot_be_opened_is_said_and_what_is_open_stays(
     page: Page, deep: Path, tmp_path: Path, path: str, line: str
@@ -191,8 +203,15 @@ def test_what_cannot_be_opened_is_said_and_what_is_open_stays(
     (tmp_path / "text.png").write_text("no image at all")
     (tmp_path / "cut.png").write_bytes(deep.read_bytes()[:-40])
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "gone.json").write_text(json.dumps([GONE]))
     assert line in page.fault("open", path=str(tmp_path / path))
     assert page.get("state")["document"] == before
+
+
+def test_a_path_that_is_none_is_said(page: Page) -> None:
+    assert "path: is empty" in page.fault("open", path="  ")
+    assert "names nothing that can be opened" in page.fault("open", path="~nobody of this name/x")
 
 
 def test_over_the_network_only_what_lies_below_path_is_opened(model: EditOptions, world: Path, tmp_path: Path) -> None:
@@ -305,6 +324,8 @@ def test_a_training_sentence_gives_its_type_also_for_another_vertebra(page: Page
         ({"mask": coded(np.full((40, 48), 255, np.uint8))}, "the mask marks the whole image"),
         ({"mask": coded(np.full((4, 4), 255, np.uint8))}, "the mask has 16 bytes; expected 48 x 40"),
         ({"mask": "no base64!"}, "mask: expected base64"),
+        ({"mask": "Ä==="}, "mask: expected base64"),
+        ({"prompt": "a\0b"}, "prompt: holds the control character U+0000"),
         ({"prompt": "  "}, "prompt: the prompt is empty"),
         ({"prompt": "two\nlines"}, "prompt: holds 2 lines"),
         ({"prompt": "lesion " * 100}, "prompt: Stable Diffusion's text encoder reads 75 of the 200 tokens"),
@@ -319,6 +340,24 @@ def test_what_cannot_be_drawn_is_refused_before_it_is_queued(
     page.editor.queue.wait()
     assert line in page.fault("draw", **page.request(page.open(deep), **more))
     assert page.get("state")["job"] is None
+
+
+def test_another_checkpoint_in_the_place_of_the_loaded_one_changes_nothing(
+    page: Page, deep: Path, small: Small, tmp_path: Path
+) -> None:
+    document = page.open(deep)
+    before = page.draw(document, seed=51)["results"]
+    small.last.rename(tmp_path / "elsewhere")
+    try:
+        assert page.draw(document, seed=51)["results"] == before
+    finally:
+        (tmp_path / "elsewhere").rename(small.last)
+
+
+def test_a_name_that_would_hide_the_folder_is_changed(page: Page, deep: Path) -> None:
+    document = page.open(deep.rename(deep.with_name(".deep.png")))
+    (name,) = page.draw(document)["results"]
+    assert page.editor.drafts.folder(name).name.startswith("deep_")
 
 
 def test_unknown_names_are_said(page: Page, deep: Path) -> None:

@@ -113,6 +113,8 @@ def test_too_many_waiting_jobs_are_refused_and_old_ones_forgotten(monkeypatch: p
         waiting = [made.put(job(name), lambda model, job: None) for name in ("second", "third")]
         with pytest.raises(UsageError, match="2 drawings are waiting already"):
             made.put(job("fourth"), lambda model, job: None)
+        made.cancel(waiting[0])  # as the line says
+        waiting = [waiting[1], made.put(job("fifth"), lambda model, job: None)]
         work.go.release(3)
         assert [ended(each) for each in (first, *waiting)] == ["done"] * 3
         for k in range(4):

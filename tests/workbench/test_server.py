@@ -61,7 +61,7 @@ def test_this_machine_is_called_by_its_names_through_any_port(host: str) -> None
     assert client(host).get("/api/fine", headers={"Host": f"{host}:1234"}).status_code == 200  # a tunnel
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "10.0.0.1", ""])
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "10.0.0.1", "", "[::1"])
 def test_another_name_for_this_machine_is_refused(host: str) -> None:
     found = client().get("/api/fine", headers={"Host": host})
     assert found.status_code == 400

@@ -1,0 +1,69 @@
+"""The drawings on the disk as a server finds them again: a history that others wrote into, drawings that it misses."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm.core.files import fingerprint
+from ldm.workbench.drafts import Drafts
+
+KNOWN = {"prompt": "a lesion", "seed": 3, "variant": 0, "parent_id": "p1", "parent_sha256": "0" * 64}
+
+
+def drawing(home: Path, name: str, meta: Any) -> None:
+    """A whole drawing, its files empty but the meta.json."""
+    (home / name).mkdir(parents=True)
+    for file in ("image.png", "mask.png", "soft_mask.png", "prompt.txt"):
+        (home / name / file).touch()
+    (home / name / "meta.json").write_text(meta if isinstance(meta, str) else json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"id": "a-0", "name": "a__v0", "prompt": "x", "seed": NaN, "variant": 0}',
+        '{"id": "a-0", "name": "a__v0", "prompt": "\\ud800", "seed": 1, "variant": 0}',
+        '{"id": "a-0", "name": "../a__v0", "prompt": "x", "seed": 1, "variant": 0}',
+        '{"id": "a/0", "name": "a__v0", "prompt": "x", "seed": 1, "variant": 0}',
+        '{"id": "a-0", "name": "a__v0", "prompt": 5, "seed": 1, "variant": 0}',
+        '{"id": "a-0", "name": "a__v0", "prompt": "x", "seed": 1, "variant": 0, "origin": 7}',
+        "[" * 100_000,
+        "[1]",
+    ],
+)
+def test_a_line_that_tells_of_no_drawing_is_passed_over(
+    tmp_path: Path, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    drawing(tmp_path / "drafts", "a__v0", {})
+    (tmp_path / "history.jsonl").write_text(line + "\n")
+    with caplog.at_level(logging.WARNING):
+        assert Drafts(tmp_path).items() == []
+    assert "history.jsonl: line 1 tells of no drawing and is passed over" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "meta", ["{", "[]", "{}", KNOWN | {"parent_image": 5}, KNOWN | {"parent_image": "x", "seed": "3"}]
+)
+def test_a_drawing_whose_meta_json_is_damaged_does_not_stop_the_rest(
+    tmp_path: Path, meta: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    drawing(tmp_path / "drafts", "p1_0123456789ab__v0", meta)
+    drawing(tmp_path / "accepted", "p1_0123456789ab__v1", KNOWN | {"variant": 1, "parent_image": "../../x.png"})
+    with caplog.at_level(logging.WARNING):
+        (item,) = Drafts(tmp_path).items()
+    assert (item["id"], item["state"]) == ("0123456789ab-1", "accepted")
+    assert "p1_0123456789ab__v0: is not shown, its meta.json is not that of a drawing" in caplog.text
+
+
+def test_a_drawing_that_the_history_misses_is_listed_with_its_original(tmp_path: Path) -> None:
+    drawing(tmp_path / "drafts", "a #%\u00fc__v0", KNOWN | {"parent_image": "../../sources/p1/image.png"})
+    found = Drafts(tmp_path)
+    (item,) = found.items()
+    assert item["id"].isalnum()  # it stands in addresses
+    assert item["document"] == fingerprint(["p1", "0" * 64])[:16]
+    origin = found.origin(item["document"])
+    assert origin is not None
+    assert (origin["path"], origin["sample_id"]) == (str(tmp_path / "sources" / "p1" / "image.png"), "p1")
