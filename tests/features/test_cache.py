@@ -295,6 +295,14 @@ def test_masks_of_healthy_items_are_carried_over_from_their_donors(
     for form, item in zip(forms, items, strict=True):
         assert cache.load(form)["mask"].sum() == pytest.approx(cache.load(item)["mask"].sum().item(), rel=0.5)
         assert not torch.equal(cache.load(form)["mask"], cache.load(item)["mask"])
+    for given, other_spacing_is_another in (
+        (formal, True),
+        (diseased[0], False),
+    ):  # a form has the size that it had in mm
+        rescaled = replace(given, meta=given.meta | {"spacing_mm": 0.123})
+        both = [each for donor in (given, rescaled) for each in with_donors(plain[:1], [donor])]
+        first, second = map(cache.builder(*both).store.of_item, both)
+        assert (first != second) == other_spacing_is_another
     for blob, item in zip(fallen, plain, strict=True):
         prepared = prepare(item.sample, networks[0].data, 0, item.variant, training=True)
         assert torch.equal(cache.load(blob)["mask"], prepared.mask)
