@@ -115,8 +115,10 @@ def test_without_a_label_map_the_form_is_carried_over_and_lies_anywhere_in_the_v
         assert "as large as it was relative to its image" in each.only_form
         brought = cv2.warpAffine(WEDGE.astype(np.float32), each.matrix, SHAPE[::-1]) >= 0.5
         assert (brought & each.hard).sum() > 0.9 * each.hard.sum()
+        assert brought.sum() == each.hard.sum()  # there is room for all of it, so nothing is cut off
     rows = [float(np.nonzero(each.hard)[0].mean()) for each in made]
     assert max(rows) - min(rows) > 10
+    assert np.ptp([(angle_of(each.hard) - angle_of(WEDGE) + 90) % 180 for each in made]) > 10
     assert np.array_equal(made[3].hard, carried(donor(WEDGE, None), seed=3).hard)
     assert carried(donor(LESION, BODY)).only_form is None
 
