@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.core.errors import MedSoftError
-from ldm.core.files import check_target, fingerprint, json_text, read_json, sync, sync_folder
+from ldm.core.files import PARTIAL_PREFIX, check_target, fingerprint, json_text, read_json, sync, sync_folder
 from ldm.inference.results import is_whole
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,10 @@ _OWN = re.compile(r".*_([0-9a-f]{12})__v(\d+)", re.DOTALL)
 
 
 class Drafts:
-    """The drawings of one output folder, by id. In any thread. MedSoftError where the folder cannot be written."""
+    """The drawings of one output folder, by id. In any thread. MedSoftError where the folder cannot be written.
+
+    The folder's lock is held by whoever makes one.
+    """
 
     def __init__(self, output_dir: Path) -> None:
         self.home = output_dir.absolute()
@@ -38,6 +42,9 @@ class Drafts:
         self._items: dict[str, dict[str, Any]] = {}
         self._lock = threading.RLock()
         check_target(self._file, 0)
+        for folder in self.drafts.glob(f"{PARTIAL_PREFIX}*"):  # of a drawing that a crash has stopped
+            if folder.suffix != ".before":
+                shutil.rmtree(folder, ignore_errors=True)
         for record in self._records():
             self._items[record["id"]] = record
         for name in self._unlisted():
@@ -146,7 +153,7 @@ class Drafts:
         """The folders of whole drawings that the history does not know, because a crash came between the two."""
         known = {each["name"] for each in self._items.values()}
         folders = [each for home in (self.drafts, self.accepted) if home.is_dir() for each in sorted(home.iterdir())]
-        return [each.name for each in folders if each.name not in known and is_whole(each)]
+        return [each.name for each in folders if each.name not in known and each.name[0] != "." and is_whole(each)]
 
     def _adopt(self, folder_name: str) -> None:
         """List a whole drawing by its meta.json; with a warning not, where that cannot be read."""

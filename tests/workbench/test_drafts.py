@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ldm.core.files import fingerprint
+from ldm.core.files import PARTIAL_PREFIX, fingerprint
 from ldm.workbench.drafts import Drafts
 
 KNOWN = {"prompt": "a lesion", "seed": 3, "variant": 0, "parent_id": "p1", "parent_sha256": "0" * 64}
@@ -67,3 +67,11 @@ def test_a_drawing_that_the_history_misses_is_listed_with_its_original(tmp_path:
     origin = found.origin(item["document"])
     assert origin is not None
     assert (origin["path"], origin["sample_id"]) == (str(tmp_path / "sources" / "p1" / "image.png"), "p1")
+
+
+def test_what_a_crash_left_of_a_drawing_is_no_drawing(tmp_path: Path) -> None:
+    """Its files may all be there, under a name that is hidden: accepted, it would be missing from the dataset."""
+    drawing(tmp_path / "drafts", f"{PARTIAL_PREFIX}01ab", KNOWN | {"parent_image": "x.png"})
+    drawing(tmp_path / "accepted", ".hidden", KNOWN | {"parent_image": "x.png"})
+    assert Drafts(tmp_path).items() == []
+    assert [each.name for each in tmp_path.glob("*/*")] == [".hidden"]
