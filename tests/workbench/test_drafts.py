@@ -5,10 +5,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ldm.core.files import PARTIAL_PREFIX, fingerprint
-from ldm.workbench.drafts import Drafts
+from ldm.core.files import PARTIAL_PREFIX, fingerprint, sha256_file
+from ldm.data.png import write_png
+from ldm.workbench.drafts import Drafts, document_id
+from ldm.workbench.sources import Opened
 
 KNOWN = {"prompt": "a lesion", "seed": 3, "variant": 0, "parent_id": "p1", "parent_sha256": "0" * 64}
 
@@ -75,3 +78,11 @@ def test_what_a_crash_left_of_a_drawing_is_no_drawing(tmp_path: Path) -> None:
     drawing(tmp_path / "accepted", ".hidden", KNOWN | {"parent_image": "x.png"})
     assert Drafts(tmp_path).items() == []
     assert [each.name for each in tmp_path.glob("*/*")] == [".hidden"]
+
+
+def test_the_original_is_found_again_under_the_name_that_annotations_gave_it(tmp_path: Path) -> None:
+    image = tmp_path / "slice 1.png"
+    write_png(image, np.arange(120, dtype=np.uint8).reshape(10, 12))
+    name = document_id("p7", sha256_file(image))
+    origin = {"path": str(image), "sample_id": "p7", "plane": None, "slice": None}
+    assert Opened().reopen(name, origin).id == name
