@@ -15,12 +15,14 @@ import numpy as np
 
 from ldm.config import DataConfig, load_config
 from ldm.core.distributed import start_processes
-from ldm.core.errors import UsageError
+from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.paths import shipped
 from ldm.data.images import with_alpha
 from ldm.inference.inpainter import Inpainter, Job, load_inpainter
 from ldm.inference.preparing import prepare_one
 from ldm.inference.single import image_source
+
+__all__ = ["LesionModel", "MedSoftError", "UsageError", "load"]
 
 
 def load(

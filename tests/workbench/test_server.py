@@ -165,6 +165,15 @@ def test_a_port_in_use_is_said_in_one_line() -> None:
         listening(Address("no.such.host.invalid"))
 
 
+@pytest.fixture
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as in a terminal; a shell's background job ignores it from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts")
 def test_ctrl_c_ends_the_server_and_is_passed_on() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = Address(port=other.getsockname()[1])
