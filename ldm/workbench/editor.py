@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import logging
 import secrets
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -29,6 +30,7 @@ from ldm.inference.preparing import MOSTLY
 from ldm.inference.results import provenance_of, result_of
 from ldm.inference.run import advice_on_memory
 from ldm.inference.tasks import MaskOrigin, Task, too_long
+from ldm.networks.text_encoder import clip_tokenizer
 from ldm.workbench.drafts import Drafts
 from ldm.workbench.finding import Found
 from ldm.workbench.jobs import Queue, QueuedJob
@@ -106,11 +108,16 @@ class Editor:
         log.info("checkpoint: %s", found.ckpt)
         log.info("sentences: %s", found.train_json or "none; --train_json names training annotations")
         log.info("drawings: %s", drafts.home)
+        self._tokenizer_there = threading.Event()
         self.queue: Queue[medsoft.LesionModel] = Queue(self._load)
 
     def _load(self) -> medsoft.LesionModel:
         import torch
 
+        try:
+            clip_tokenizer()  # imports transformers, of which a thread that imports it at the same time sees a half
+        finally:
+            self._tokenizer_there.set()
         found = self.found
         torch.set_num_threads(1)  # of this thread, which draws: only then --replay gives the same file everywhere
         settings = identity(self.config, "images")
@@ -228,6 +235,7 @@ class Editor:
 
     def read(self, prompt: str) -> dict[str, Any]:
         """What the encoders make of a prompt; BiomedCLIP once it is loaded."""
+        self._tokenizer_there.wait()
         model, limit = self.queue.model, self.config.text_encoder.max_length
         return read_prompt(prompt, self.sentences, encoders_of(limit, model.inpainter.encoder if model else None))
 
