@@ -18,6 +18,7 @@ from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.data.images import (
     ImageSource,
     has_palette,
+    humps_of,
     is_grey,
     is_lossy,
     open_image,
@@ -109,7 +110,7 @@ def read_mask(source: ImageSource, shape: tuple[int, ...] | None = None, soft: b
         raise _unclear(path, present, span, "has more levels between")
     if top < span / 2:
         raise _unclear(path, present, span, f"reaches at least half of {span}")
-    humps, between = _humps(unit), np.count_nonzero((unit > RIM[0]) & (unit < RIM[1]))
+    humps, between = humps_of(unit), np.count_nonzero((unit > RIM[0]) & (unit < RIM[1]))
     if between > MOST_BORDER * unit.size and (humps > 2 or not soft):
         raise _unclear(path, present, span, "is 0 in most places: most of this one lies between, as of a ramp")
     if humps > MAX_HUMPS:
@@ -173,9 +174,10 @@ def _note_if_hard(unit: np.ndarray) -> str | None:
     hard = (unit >= 0.5).astype(np.uint8)
     edge = np.count_nonzero(hard - cv2.erode(hard, np.ones((3, 3), np.uint8)))
     for limits in (RIM, NOISY_RIM) if ripples else (RIM,):
-        wide = np.count_nonzero(_in_wide_transitions(unit, *limits))
-        if (unit >= limits[1]).any() and wide <= 0.25 * edge:
-            return PARTS_NOTE if wide else NOISE_NOTE
+        wide = _in_wide_transitions(unit, *limits)
+        counted = np.count_nonzero(wide & ~_slivers(unit, *limits)) if wide.any() else 0
+        if (unit >= limits[1]).any() and counted <= 0.25 * edge:
+            return PARTS_NOTE if wide.any() else NOISE_NOTE
     return None
 
 
@@ -187,25 +189,16 @@ def _in_wide_transitions(unit: np.ndarray, low: float, high: float) -> np.ndarra
     return wide
 
 
-def _humps(unit: np.ndarray, depth: int = 5) -> int:
-    """How many separate maxima of values (HxW in [0, 1]) stay below the maximum; a picture has dozens, a mask few.
+def _slivers(unit: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The parts above ``low`` (bool HxW) that are nowhere ``high`` and nowhere far from what surrounds them.
 
-    Counted are those from 0.1 to 0.8 that stand ``depth`` percent above what surrounds them, in the image brought to
-    at most 128 pixels a side.
+    Resampling leaves them of parts that were thinner than a pixel.
     """
-    height, width = unit.shape
-    scale = min(1.0, 128 / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    percent = np.rint(100 * cv2.resize(unit, size, interpolation=cv2.INTER_AREA)).astype(np.uint8)
-    smooth, kernel = cv2.medianBlur(percent, 3), np.ones((3, 3), np.uint8)
-    level = cv2.subtract(smooth, np.full_like(smooth, depth))
-    while True:  # morphological reconstruction: what is left without the peaks
-        grown = np.minimum(cv2.dilate(level, kernel), smooth)
-        if (grown == level).all():
-            break
-        level = grown
-    tops = (smooth - level >= depth) & (smooth > 10) & (smooth < 80)
-    return int(cv2.connectedComponents(tops.astype(np.uint8), connectivity=8)[0]) - 1
+    above = (unit > low).astype(np.uint8)
+    depth = cv2.distanceTransform(above, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    parts = cv2.connectedComponents(above, connectivity=8)[1]
+    found: np.ndarray = (above > 0) & ~np.isin(parts, parts[(unit >= high) | (depth > RIM_WIDTH)])
+    return found
 
 
 def _check_same_size(path: str | Path, found: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -67,6 +67,7 @@ def test_compression_noise_leaves_a_mask_hard(
 
 @settings(max_examples=60, deadline=None)
 @given(lesion=lesions, factor=st.floats(0.3, 2), filter_=st.sampled_from(FILTERS))
+@example(lesion=blob(65), factor=0.3125, filter_=Image.Resampling.BILINEAR)  # with parts thinner than a pixel
 def test_a_resampled_edge_leaves_a_mask_hard(
     tmp_path_factory: pytest.TempPathFactory, lesion: np.ndarray, factor: float, filter_: Image.Resampling
 ) -> None:
