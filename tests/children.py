@@ -12,6 +12,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -110,3 +114,23 @@ def run_two(*words: object, **environment: str) -> list["subprocess.CompletedPro
     shared |= {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "0", "NODE_RANK": "0", **environment}
     both = [start(*words, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
     return [child.wait(900) for child in both]
+
+
+@contextmanager
+def serving(route: str, *words: object) -> Iterator[str]:
+    """The address of a server, ``words --port PORT --no_browser``, once it answers ``route``; Ctrl-C ends it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    child = start(*words, "--port", port, "--no_browser")
+    address, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    while child.process.is_alive() and time.monotonic() < end:
+        try:
+            urllib.request.urlopen(f"{address}{route}").close()
+            break
+        except OSError:
+            time.sleep(0.05)
+    yield address
+    os.kill(child.process.pid or 0, signal.SIGINT)
+    ended = child.wait(60)
+    assert (ended.returncode, ended.stderr.count("\n")) == (130, 1), ended.stderr

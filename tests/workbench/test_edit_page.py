@@ -1,10 +1,6 @@
 """The editor's page in headless Chromium, on the real server with a tiny checkpoint: first use, every tool, faults."""
 
 import json
-import os
-import signal
-import socket
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,22 +28,9 @@ def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(world: Path, final: Path, output_dir: Path) -> Iterator[str]:
     """The address of `medsoft edit WORLD`, which finds checkpoint and sentences itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = ("--ckpt", final, "--output_dir", output_dir, "--port", port, "--no_browser", "--device", "cpu")
-    child = children.start(ROOT / "tool" / "edit.py", world, *flags, "sampling.steps=2")
-    address, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
-    while child.process.is_alive() and time.monotonic() < end:
-        try:
-            urllib.request.urlopen(f"{address}/api/state").close()
-            break
-        except OSError:
-            time.sleep(0.05)
-    yield address
-    os.kill(child.process.pid or 0, signal.SIGINT)
-    ended = child.wait(60)
-    assert (ended.returncode, ended.stderr.count("\n")) == (130, 1), ended.stderr
+    flags = ("--ckpt", final, "--output_dir", output_dir, "--device", "cpu", "sampling.steps=2")
+    with children.serving("/api/state", ROOT / "tool" / "edit.py", world, *flags) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,7 @@
 """`medsoft review`: scripted reviewers in headless Chromium, whose rates and kappas are found; bad requests, files."""
 
 import json
-import os
 import shutil
-import signal
-import socket
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,20 +68,8 @@ def few(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def server(drawn: Path) -> Iterator[str]:
     """The address of `medsoft review DRAWN`, which Ctrl-C ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    child = children.start(tiny.ROOT / "tool" / "review.py", drawn, "--port", port, "--no_browser")
-    address, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
-    while child.process.is_alive() and time.monotonic() < end:
-        try:
-            urllib.request.urlopen(f"{address}/api/review").close()
-            break
-        except OSError:
-            time.sleep(0.05)
-    yield address
-    os.kill(child.process.pid or 0, signal.SIGINT)
-    assert child.wait(60).returncode == 130
+    with children.serving("/api/review", tiny.ROOT / "tool" / "review.py", drawn) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
