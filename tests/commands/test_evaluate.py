@@ -1,6 +1,5 @@
-"""tool/evaluate.py: honest samples, planted copies, drawn results, quarantine, running again, rejected inputs."""
+"""tool/evaluate.py: honest samples, drawn results, running again, rejected inputs."""
 
-import csv
 import json
 import os
 import shutil
@@ -11,52 +10,13 @@ import cv2
 import numpy as np
 import pytest
 import tiny
+from evaluations import diseased, found, run
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.run_folder import RunFolder
 from ldm.data.images import read_image
 from ldm.data.png import write_png
 from ldm.phantom.dataset import write_dataset
-from tool import copy_paste, evaluate
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 diseased phantoms, and some healthy ones that must not matter."""
-    folder = tmp_path_factory.mktemp("real") / "data"
-    write_dataset(folder, 11, 3, 30)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 phantoms of another world, in the place of synthetic pictures."""
-    folder = tmp_path_factory.mktemp("honest") / "pictures"
-    write_dataset(folder, 12, 2, 40)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def few(honest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three of them: too few for the intervals of distances, which take time, where no test reads these."""
-    folder = tmp_path_factory.mktemp("few") / "pictures"
-    for sample in diseased(honest)[:3]:
-        shutil.copytree(sample, folder / sample.name)
-    return folder
-
-
-def run(real: Path, synthetic: Path, output: Path, *more: Any) -> int:
-    return tiny.call(
-        evaluate, real, synthetic, "--output_dir", output, "--config", tiny.PHANTOM, "--biomedclip", tiny.CLIP, *more
-    )
-
-
-def found(output: Path) -> dict[str, Any]:
-    return json.loads((output / "evaluation.json").read_text())
-
-
-def diseased(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("*/mask.png"))
 
 
 def test_honest_samples_are_no_copies_and_like_real_ones(real: Path, honest: Path, tmp_path: Path) -> None:
@@ -129,65 +89,6 @@ def test_other_pictures_are_farther_away(real: Path, honest: Path, tmp_path: Pat
     assert numbers[1]["wasserstein"] > numbers[0]["wasserstein"]
 
 
-def paste(lesion: Path, healthy: Path, target: Path, rng: np.random.Generator) -> None:
-    """A training lesion in another patient's healthy spine, brighter, a little noisier and elsewhere: memorised."""
-    shutil.copytree(healthy, target)
-    source, mask = read_image(lesion / "image.png"), read_image(lesion / "mask.png") > 0
-    image, anatomy = read_image(target / "image.png").copy(), read_image(target / "anatomy.png")
-    rows, columns = np.nonzero(mask)
-    centre = np.argwhere(anatomy == 1).mean(axis=0)
-    down, right = (round(c - x.mean()) for c, x in zip(centre, (rows, columns), strict=True))
-    pixels = 0.8 * source[mask].astype(float) + 30 + rng.normal(0, 1.5, mask.sum())
-    new = np.zeros(image.shape, np.uint8)
-    image[rows + down, columns + right] = np.clip(pixels, 0, 255)
-    new[rows + down, columns + right] = 255
-    write_png(target / "image.png", image)
-    write_png(target / "mask.png", new)
-    (target / "prompt.txt").write_text((lesion / "prompt.txt").read_text())
-
-
-def test_planted_copies_are_caught_and_nothing_else(real: Path, honest: Path, tmp_path: Path) -> None:
-    planted, rng = tmp_path / "results", np.random.default_rng(0)
-    shutil.copytree(honest, planted)
-    copied = diseased(real)[3:6]
-    for folder in copied:  # training images returned as "synthetic"
-        shutil.copytree(folder, planted / f"new_{folder.name}")
-    healthy = sorted(path.parent for path in honest.glob("*/image.png") if not (path.parent / "mask.png").exists())
-    for lesion, spine in zip(diseased(real)[7:9], healthy, strict=True):  # training lesions in other spines
-        paste(lesion, spine, planted / f"pasted_{lesion.name}", rng)
-    out = tmp_path / "out"
-    assert run(real, planted, out) == 3
-    listed = json.loads((out / "copies.json").read_text())
-    expected = {f"new_{folder.name}": folder.name for folder in copied}
-    expected |= {f"pasted_{folder.name}": folder.name for folder in diseased(real)[7:9]}
-    assert {each["sample_id"]: each["nearest"] for each in listed} == expected
-    assert all(each["correlation"] >= found(out)["copies"]["threshold"] for each in listed)
-
-    before = {path.name for path in planted.iterdir()}
-    assert run(real, planted, out, "--quarantine") == 3
-    moved = {path.name for path in (tmp_path / "results_quarantine").iterdir()}
-    assert moved == set(expected)
-    assert {path.name for path in planted.iterdir()} == before - moved
-    assert run(real, planted, out, "--overwrite") == 0
-
-
-def test_pasted_lesions_are_compared_with_their_source(real: Path, tmp_path: Path) -> None:
-    """They are turned, scaled and of another contrast; whether or not they count as copies, a warning says it."""
-    given = ["--train_json", real, "--output_dir", tmp_path / "pasted", "--variants", 3]
-    assert tiny.call(copy_paste, *given) == 0
-    run(real, tmp_path / "pasted", tmp_path / "out")
-    numbers = found(tmp_path / "out")
-    assert numbers["copies"]["median_correlation_with_the_source"]["pasted"] > 0.85
-    (said,) = [text for text in numbers["warnings"] if "shines through by construction" in text]
-    assert said.startswith("9 synthetic lesions are, or began as, a real lesion")
-    rows = list(csv.DictReader((tmp_path / "out" / "neighbours.csv").read_text().splitlines()))
-    metas = {row["sample_id"]: json.loads((Path(row["image"]).parent / "meta.json").read_text()) for row in rows}
-    nearest = [row["nearest"] == metas[row["sample_id"]]["pasted_from"] for row in rows]
-    assert sum(nearest) >= 7
-    assert all(float(row["correlation"]) >= float(row["source_correlation"]) for row in rows)
-    assert numbers["copies"]["source_threshold"] >= numbers["copies"]["threshold"]
-
-
 def test_few_patients_give_no_interval(real: Path, honest: Path, tmp_path: Path) -> None:
     """Forty images of nine patients are nine patients."""
     few = shutil.copytree(honest, tmp_path / "few")
@@ -201,109 +102,6 @@ def test_few_patients_give_no_interval(real: Path, honest: Path, tmp_path: Path)
     assert numbers["text"]["real"]["own"]["low"] is not None
     text = "The synthetic lesions are of 9 patients: no number of theirs has an interval"
     assert any(each.startswith(text) for each in numbers["warnings"])
-
-
-def saturate(folder: Path, level: int = 255) -> None:
-    image, mask = read_image(folder / "image.png").copy(), read_image(folder / "mask.png") > 0
-    image[cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0] = level
-    write_png(folder / "image.png", image)
-
-
-def test_equal_pixels_are_copies_and_other_flat_lesions_cannot_be_compared(
-    real: Path, honest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Saturated lesions have no variance, so nothing correlates with them; one copy is written as 16 bits."""
-    train, results, out = tmp_path / "train", tmp_path / "results", tmp_path / "out"
-    shutil.copytree(real, train)
-    copied = diseased(train)[:3]
-    for folder in copied:
-        saturate(folder)
-        shutil.copytree(folder, results / f"new_{folder.name}")
-    deep = results / f"new_{copied[0].name}"
-    write_png(deep / "image.png", read_image(deep / "image.png").astype(np.uint16) * 257)
-    (deep / "meta.json").write_text(json.dumps({"patient_id": "new", "window": [0, 65535]}))
-    for folder in diseased(honest)[:5]:
-        shutil.copytree(folder, results / folder.name)
-    for folder in diseased(honest)[:2]:
-        saturate(results / folder.name)
-    assert run(train, results, out) == 3
-    assert found(out)["copies"]["count"] == 3
-    listed = {row["sample_id"]: row for row in json.loads((out / "copies.json").read_text())}
-    assert {name: row["nearest"] for name, row in listed.items()} == {f"new_{each.name}": each.name for each in copied}
-    assert {row["correlation"] for row in listed.values()} == {1.0}
-    assert found(out)["copies"]["not_comparable"] == 2
-    with open(out / "neighbours.csv", newline="") as handle:
-        rows = {row["sample_id"]: row["comparable"] for row in csv.DictReader(handle)}
-    assert [name for name, comparable in rows.items() if comparable == "False"] == sorted(
-        folder.name for folder in diseased(honest)[:2]
-    )
-    text = "2 synthetic lesions are flat (saturated, for instance): their pixels cannot be compared"
-    assert any(each.startswith(text) for each in found(out)["warnings"])
-    assert text in caplog.text
-    assert text in (out / "report.html").read_text()
-
-
-def without_patient(folder: Path) -> None:
-    meta = json.loads((folder / "meta.json").read_text())
-    del meta["patient_id"]
-    (folder / "meta.json").write_text(json.dumps(meta))
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_the_threshold_says_why_it_is_near_1(real: Path, few: Path, tmp_path: Path, named: bool) -> None:
-    """Two slices of one lesion, counted as two patients: as different as lesions of two patients can be, it seems."""
-    train, rng = tmp_path / "train", np.random.default_rng(0)
-    shutil.copytree(real, train)
-    first = diseased(train)[0]
-    slice_of_it = shutil.copytree(first, train / f"{first.name}_next")
-    noisy = read_image(first / "image.png") + rng.normal(0, 0.7, read_image(first / "image.png").shape)
-    write_png(slice_of_it / "image.png", noisy.round().clip(0, 255).astype(np.uint8))
-    meta = json.loads((slice_of_it / "meta.json").read_text()) | {"patient_id": "somebody else"}
-    (slice_of_it / "meta.json").write_text(json.dumps(meta))
-    if not named:
-        for folder in diseased(train):
-            without_patient(folder)
-    assert run(train, few, tmp_path / "out") == 0
-    numbers = found(tmp_path / "out")
-    threshold = numbers["copies"]["threshold"]
-    assert threshold > 0.99
-    assert numbers["copies"]["training_samples_without_patient_id"] == (0 if named else 31)
-    said = " ".join(numbers["warnings"])
-    assert ("31 training samples have no patient_id of their own" in said) == (not named)
-    assert ("are nearly the same (correlation 0.99" in said) == named
-    assert f"{first.name} and {slice_of_it.name}" in said or f"{slice_of_it.name} and {first.name}" in said or not named
-    assert f"({threshold:.3f})" in said
-
-
-@pytest.mark.parametrize("place", ["behind a link", "is a link", "here"])
-def test_copies_are_moved_out_of_a_folder_reached_through_a_link(
-    real: Path, honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    disk = tmp_path / "disk" / "results"
-    for folder in diseased(honest)[:3]:
-        shutil.copytree(folder, disk / "inner" / folder.name)
-    shutil.copytree(diseased(real)[0], disk / "inner" / "copied")
-    given = {"behind a link": tmp_path / "link" / "results", "is a link": tmp_path / "results", "here": Path()}[place]
-    (tmp_path / "link").symlink_to(tmp_path / "disk")
-    (tmp_path / "results").symlink_to(disk)
-    monkeypatch.chdir(disk)
-    assert run(real, given, tmp_path / "out", "--quarantine") == 3
-    moved = (tmp_path if place == "is a link" else tmp_path / "disk") / "results_quarantine" / "inner" / "copied"
-    assert (moved / "image.png").is_file()
-    assert not (disk / "inner" / "copied").exists()
-    assert len(diseased(disk / "inner")) == 3
-
-
-def test_memorised_lesions_are_nearer_than_held_out_ones(real: Path, honest: Path, tmp_path: Path) -> None:
-    planted, fresh, out = tmp_path / "results", tmp_path / "fresh", tmp_path / "out"
-    write_dataset(fresh, 14, 0, 24)
-    for folder in diseased(real)[:4]:
-        shutil.copytree(folder, planted / folder.name)
-    assert run(honest, planted, out, "--train_json", real) == 3
-    assert found(out)["copies"]["nearer_than_95_percent_of_held_out"] == 1.0
-    assert run(honest, fresh, out, "--train_json", real, "--overwrite") == 0
-    assert found(out)["copies"]["nearer_than_95_percent_of_held_out"] < 0.25
-    assert not any("also in the training set" in text for text in found(out)["warnings"])
 
 
 def test_real_samples_that_were_trained_on_are_no_yardstick(real: Path, honest: Path, tmp_path: Path) -> None:
@@ -432,22 +230,6 @@ def test_unreadable_samples_are_listed(real: Path, honest: Path, tmp_path: Path)
     assert found(out)["pictures"]["synthetic"] == 3
 
 
-def test_one_training_patient_leaves_the_threshold_uncalibrated(real: Path, honest: Path, tmp_path: Path) -> None:
-    alone, out = tmp_path / "alone", tmp_path / "out"
-    shutil.copytree(diseased(real)[0], alone / "a")
-    assert run(real, honest, out, "--train_json", alone) == 0
-    assert found(out)["copies"] == {
-        "count": 0,
-        "threshold": 0.95,
-        "source_threshold": 0.95,
-        "not_comparable": 0,
-        "closest_pair_of_training_patients": None,
-        "median_correlation_with_the_source": None,
-        "training_samples_without_patient_id": 0,
-        "nearer_than_95_percent_of_held_out": pytest.approx(0.05, abs=0.06),
-    }
-
-
 def test_wrong_usage_is_refused(real: Path, few: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere: does not exist; expected a dataset folder or an annotation file"):
         run(tmp_path / "nowhere", few, tmp_path / "out")
@@ -477,16 +259,6 @@ def test_sources_without_lesions_and_other_encoders_are_refused(real: Path, few:
     with pytest.raises(MedSoftError, match="BiomedCLIP folder not found"):
         run(real, few, tmp_path / "out", "--biomedclip", tmp_path / "none")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_full_quarantine_loses_nothing(real: Path, honest: Path, tmp_path: Path) -> None:
-    results, copied = tmp_path / "results", diseased(real)[0]
-    for folder in [*diseased(honest)[:2], copied]:
-        shutil.copytree(folder, results / folder.name)
-    (tmp_path / "results_quarantine" / copied.name).mkdir(parents=True)
-    with pytest.raises(MedSoftError, match="is there already; move it away, then run again"):
-        run(real, results, tmp_path / "out", "--quarantine")
-    assert (results / copied.name / "image.png").exists()
 
 
 def test_one_evaluation_at_a_time_and_files_of_others_stay(real: Path, few: Path, tmp_path: Path) -> None:
