@@ -78,43 +78,6 @@ class Fit:
             return 1
         return math.prod(map(_count, self._axes(mask.shape, *_spans(mask), spacing)))
 
-    def sure_places(self, shape: tuple[int, int], box: Sequence[float], beyond: float, spacing: Any = None) -> int:
-        """How many different windows a mask that reaches up to ``beyond`` pixels out of its ``box`` leaves, as a rule.
-
-        ``box``: [x, y, w, h] as fractions of the image. The fewest of the cases that the mask is the box, that only its
-        soft border reaches that far, and that all of it does; a mask in between may leave fewer, where there are but a
-        few anyway. MedSoftError where a window in mm is too small for that.
-        """
-        x, y, w, h = box
-        spans, wide = [], []
-        for first, last, length in zip((y, x), (y + h, x + w), shape, strict=True):
-            span = math.floor(first * length + 0.01), math.ceil(last * length - 0.01)
-            spans.append(span)
-            wide.append((max(math.floor(span[0] - beyond), 0), min(math.ceil(span[1] + beyond), length)))
-        cases = [(spans, spans), (spans, wide), (wide, wide)]
-        return min(math.prod(map(_count, self._axes(shape, *case, spacing))) for case in cases)
-
-    def most_places(self, shape: tuple[int, int], box: Sequence[float] | None, spacing: Any = None) -> int:
-        """How many different windows an image of ``shape`` (H, W) has at most for a lesion in ``box``.
-
-        ``box``: [x, y, w, h] as fractions of the image, None where it is not known. An upper bound from these numbers
-        alone, as the mask is not read: 1 where no window can move.
-        """
-        if self.mode != "crop":
-            return 1
-        x, y, w, h = box if box is not None and any(box) else (0.5, 0.5, 0.0, 0.0)
-        lesion = [
-            (first * length, last * length) for first, last, length in zip((y, x), (y + h, x + w), shape, strict=True)
-        ]
-        sides = self._sides(shape, math.floor(max(last - first for first, last in lesion) + 0.01), spacing)
-        places = 1
-        for side, length, (first, last) in zip(sides, shape, lesion, strict=True):
-            room = [length - side, 2 * math.ceil(MAX_SHIFT * max(shape))]
-            if box is not None:  # all windows hold it
-                room += [math.floor(first + 0.01), math.floor(length - last + 0.01)]
-            places *= max(min(room), 0) + 1
-        return places
-
     def _axes(
         self, shape: tuple[int, ...], core: Sequence[Span], support: Sequence[Span], spacing: Any
     ) -> list["_Axis"]:

@@ -1,10 +1,8 @@
 """From samples to what the networks see."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ from ldm.core.errors import MedSoftError
 from ldm.core.files import content_id, named_seed
 from ldm.core.threads import thread_pool
 from ldm.data.crop import CropWindow, Fit
-from ldm.data.images import header_shapes, intensity_range_of, read_image, to_unit
+from ldm.data.images import intensity_range_of, read_image, to_unit
 from ldm.data.masks import (
     DIAMETERS,
     TARGET_LABEL,
@@ -95,32 +93,17 @@ def scale_obstacle(sample: Sample, data: DataConfig) -> str | None:
 def distinct_crops(sample: Sample, data: DataConfig) -> int:
     """How many of the ``data.diseased_crops`` of a diseased sample differ.
 
-    Its mask is decoded only where its box and its image's header do not tell: where there would be fewer places if the
-    mask reached as far out of its box as that is long, and the soft border beyond that. So too many are counted only
-    where an annotation's box is far too small, which the doctor says.
+    Its mask is decoded, as only that says where a window can begin: an annotation's box may be smaller than the mask,
+    and the soft border reaches beyond both.
     """
-    shapes = header_shapes(sample.image)
-    box = None if sample.soft_mask or not any(sample.box) else sample.box  # that file may mark another region
-    fit, spacing = Fit.of(data), sample.meta.get("spacing_mm")
+    if data.fit != "crop":
+        return 1
     try:
-        if shapes and max(fit.most_places(shape, box, spacing) for shape in shapes) == 1:
-            return 1
-        if shapes and box and all(_has_room(fit, shape, box, data, spacing) for shape in shapes):
-            return data.diseased_crops
         assert sample.mask is not None  # a diseased one without has no crop
-        return min(fit.places(_soft_mask_of(sample, read_mask(sample.mask), data), spacing), data.diseased_crops)
+        soft = _soft_mask_of(sample, read_mask(sample.mask), data)
+        return min(Fit.of(data).places(soft, sample.meta.get("spacing_mm")), data.diseased_crops)
     except MedSoftError:
         return data.diseased_crops  # preparing it will say what is wrong
-
-
-def _has_room(fit: Fit, shape: tuple[int, int], box: Sequence[float], data: DataConfig, spacing: Any) -> bool:
-    """Whether a lesion in ``box`` surely has all its crops, unless the box is far too small; see ``distinct_crops``."""
-    height, width = math.ceil(box[3] * shape[0]), math.ceil(box[2] * shape[1])
-    try:
-        border = max(Feather(data.feather, data.feather_unit).pixels(np.ones((height, width), bool), spacing))
-        return fit.sure_places(shape, box, border + max(height, width), spacing) >= data.diseased_crops
-    except MedSoftError:
-        return False  # such a mask would be too large for its window; look at it
 
 
 def _soft_mask_of(sample: Sample, mask: Mask, data: DataConfig) -> np.ndarray:

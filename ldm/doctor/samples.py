@@ -19,8 +19,8 @@ from ldm.reports.overlays import outlined
 
 Box = tuple[float, float, float, float]  # x, y, w, h as fractions of the image
 BOX_FAULT = (
-    "reaches beyond the box that the annotation gives it, from which the distinct crops to train on are counted: "
-    "where it reaches far beyond, some of them are the same; prepare the data again"
+    "reaches beyond the box that the annotation gives it: the mask has changed since, or the box is of something else; "
+    "prepare the data again"
 )
 SHOWN = 300  # samples of a data set on the page, evenly spread: a fault of one in 100 is there in 95 % of cases
 

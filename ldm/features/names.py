@@ -39,7 +39,7 @@ class Item:
 def training_items(samples: Sequence[Sample], data: DataConfig) -> tuple[list[Item], list[Reject]]:
     """Every mask or distinct crop of every sample that can be drawn on, and the samples that cannot, with the reason.
 
-    No image is decoded: see ``distinct_crops``.
+    No image is decoded, but every diseased sample's mask: see ``distinct_crops``.
     """
 
     def variants(sample: Sample) -> int | str:

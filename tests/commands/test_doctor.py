@@ -140,7 +140,7 @@ def test_files_that_changed_after_preparation(tmp_path: Path, write_sample: Any)
 
 
 def test_a_mask_that_reaches_beyond_its_box_in_the_annotation(tmp_path: Path, write_sample: Any) -> None:
-    """Training counts distinct crops by the box, unless it has to look: by one far too small it counts too many."""
+    """The annotation was made of another mask."""
     for number in range(3):
         write_sample(tmp_path / "data" / f"s{number}", image=picture(number))
     samples = load_samples(tmp_path / "data")[0]

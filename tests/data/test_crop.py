@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from ldm.core.errors import MedSoftError
 from ldm.data.crop import CropWindow, Fit
-from ldm.data.folders import mask_box
 from ldm.data.masks import Feather, Mask, extents, soft_mask_for
 
 FEW = settings(max_examples=30, deadline=None)
@@ -234,13 +233,7 @@ def test_crops_of_a_lesion_differ_while_there_are_places(
         assert crop.left <= left <= right <= crop.left + crop.width
     distinct = len(set(crops))
     assert len(set(crops[:distinct])) == distinct  # the first ones, so that fewer crops are the first ones too
-    bound = fit.most_places(shape, mask_box(Mask((soft == 1).astype(np.float32))))
-    assert distinct <= bound
     assert distinct == min(fit.places(soft), 9)
-    for core in (soft >= 0.5, soft == 1):  # a mask's box may be smaller than the mask
-        if core.any():
-            box, reach = mask_box(Mask(core.astype(np.float32))), 2.0 * diameter
-            assert fit.sure_places(shape, box, reach) <= fit.places(soft)
     first, longest = crops[0], max(bottom - top, right - left)
     ends = (shape[0] - first.top - first.height, shape[1] - first.left - first.width)
     if first.height >= max(16, 2 * longest) and min(first.top, first.left, *ends) >= 2:
@@ -249,20 +242,16 @@ def test_crops_of_a_lesion_differ_while_there_are_places(
 
 def test_a_window_that_is_as_large_as_the_image_has_one_place() -> None:
     soft = disc((512, 512), 200, 300, 12)
-    box = mask_box(Mask((soft == 1).astype(np.float32)))
-    wide, native = Fit(context=50), Fit(min_crop=512)
-    assert wide.most_places((512, 512), box) == native.most_places((512, 512), box) == 1
-    for fit in (wide, native):
+    for fit in (Fit(context=50), Fit(min_crop=512)):
+        assert fit.places(soft) == 1
         assert len({fit.crop_window(soft.shape, soft, variant=variant) for variant in range(4)}) == 1
     assert len({Fit().crop_window(soft.shape, soft, variant=variant) for variant in range(4)}) == 4
-    assert Fit().most_places((512, 512), box) > 4
-    assert Fit().most_places((512, 512), None) > 4  # nobody knows where it is
+    assert Fit().places(soft) > 4
 
 
 def test_a_lesion_in_a_corner_keeps_the_window_there() -> None:
     soft = disc((512, 512), 3, 508, 12)
-    box = mask_box(Mask((soft == 1).astype(np.float32)))
-    assert Fit().most_places((512, 512), box) == 1
+    assert Fit().places(soft) == 1
     assert len({Fit().crop_window(soft.shape, soft, variant=variant) for variant in range(4)}) == 1
 
 

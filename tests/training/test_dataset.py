@@ -177,7 +177,7 @@ def test_training_crops_of_a_lesion_are_shifted_and_hold_it(world: Path, config:
 
 
 def test_no_crop_is_an_item_twice(world: Path, config: Config) -> None:
-    """Known from headers and boxes; as many as there are, and one where the window is as wide as the image."""
+    """As many as there are, and one where the window is as wide as the image."""
     samples = [sample for sample in load_samples(world / "train")[0] if not sample.healthy]
 
     def crops(data: DataConfig) -> list[list[CropWindow]]:
@@ -210,16 +210,22 @@ def test_a_window_as_long_as_an_image_that_is_not_square_has_one_place(
     prepare(sample, DataConfig(), 0, 0)
 
 
-@pytest.mark.parametrize(("feather", "unit", "side"), [(0.25, "diameter", 40), (40, "pixels", 20)])
+@pytest.mark.parametrize(
+    ("feather", "unit", "side", "box"),
+    [
+        (0.25, "diameter", 40, (0.3, 0.3, 0.2, 0.2)),
+        (0.25, "diameter", 40, (0.5, 0.5, 0.05, 0.05)),
+        (40, "pixels", 20, (0.3, 0.3, 0.2, 0.2)),
+    ],
+)
 def test_no_crop_is_counted_twice_where_the_box_does_not_show_it(
-    tmp_path: Path, feather: float, unit: Any, side: int
+    tmp_path: Path, feather: float, unit: Any, side: int, box: tuple[float, float, float, float]
 ) -> None:
-    """A box half as long as its mask; a soft border that fills the window."""
+    """A box half, and an eighth, as long as its mask; a soft border that fills the window."""
     mask = np.zeros((100, 100), np.uint8)
     mask[30 : 30 + side, 30 : 30 + side] = 255
     write_png(tmp_path / "mask.png", mask)
     write_png(tmp_path / "image.png", mask // 2 + 20)
-    box = (0.3, 0.3, min(side, 20) / 100, min(side, 20) / 100)
     sample = Sample("s", tmp_path / "image.png", tmp_path / "mask.png", "lytic lesion", box, "s")
     data = DataConfig(context=2.5, feather=feather, feather_unit=unit)
     windows = {prepare(sample, data, 0, variant, training=True).crop_window for variant in range(4)}
