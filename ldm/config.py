@@ -182,6 +182,8 @@ class TrainingConfig:
     # separate: as many samples more lose the text alone, and as many the tokens alone
     coins: Literal["joint", "separate"] = setting("joint", WEIGHTS, before="joint")
     msc_weight: Amount = setting(0.0, WEIGHTS, before=0.0)  # of stage 1's loss beside the diffusion loss
+    # of the loss that aligns the U-Net's middle block with the true BiomedCLIP tokens (usually 0.5); 0 = none
+    alignment_weight: Amount = setting(0.0, WEIGHTS, before=0.0)
     min_snr: Amount = setting(0.0, WEIGHTS, before=0.0)  # gamma of min-SNR weights (usually 5); 0 = none
     balance: bool = setting(True, WEIGHTS)  # sample the groups of balance_by equally often
     balance_by: Literal["class", "prompt"] = setting("class", WEIGHTS)  # healthy and diseased, or every prompt
@@ -365,6 +367,9 @@ def _checked(values: Values) -> Config:
     beside = training.objective == "diffusion" and training.inside == "msc" and "msc" in training.rates
     fits = beside or not training.msc_weight or not training.stage
     agree(fits, "training.msc_weight", training.msc_weight, "0 in a stage that does not train an MSC by its diffusion")
+    fits = training.objective == "diffusion" and not {"attn3", "unet"}.isdisjoint(training.rates)
+    fits, weight = fits or not training.alignment_weight or not training.stage, training.alignment_weight
+    agree(fits, "training.alignment_weight", weight, "0 in a stage that trains no part of the U-Net by its diffusion")
     for key, value, other, wanted in (
         ("unet.context_dim", unet.context_dim, "text_encoder.width", config.text_encoder.width),
         ("unet.semantic_dim", unet.semantic_dim, "biomedclip.token_dim", config.biomedclip.token_dim),

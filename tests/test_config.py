@@ -247,6 +247,14 @@ REFUSED = {
         "training: {stage: s, rates: {msc: 1.0e-5}, inside: 'true', msc_weight: 0.1}",
         r"training\.msc_weight: expected 0",
     ),
+    "alignment in a stage without a U-Net": (
+        "training: {stage: s, rates: {msc: 1.0e-4}, objective: msc, alignment_weight: 0.5}",
+        r"training\.alignment_weight: expected 0 in a stage that trains no part of the U-Net .*found 0\.5",
+    ),
+    "alignment of a U-Net that is frozen": (
+        "training: {stage: s, rates: {msc: 1.0e-4, unet: 0}, alignment_weight: 0.5}",
+        r"training\.alignment_weight: expected 0",
+    ),
     "whole image where nothing is cut off": (
         "{biomedclip: {view: image}, data: {fit: pad}}",
         r"biomedclip\.view: expected crop with data\.fit=pad, which cuts nothing off, found \"image\"",

@@ -122,8 +122,18 @@ class MedSoftModel(nn.Module):
 
     def denoise(self, noisy: Tensor, t: Tensor, mask: Tensor, masked_latent: Tensor, cond: Conditioning) -> Tensor:
         """``predict_noise`` with a conditioning made before."""
+        return self.unet(self._unet_input(noisy, mask, masked_latent), t, cond)  # (B, 9, s, s) -> (B, 4, s, s)
+
+    def noise_and_middle(
+        self, noisy: Tensor, t: Tensor, mask: Tensor, masked_latent: Tensor, text: Tensor, semantic: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``predict_noise``, and the features that leave the U-Net's middle block."""
+        cond = self.conditioning(mask, text, semantic)
+        return self.unet(self._unet_input(noisy, mask, masked_latent), t, cond, with_middle=True)
+
+    def _unet_input(self, noisy: Tensor, mask: Tensor, masked_latent: Tensor) -> Tensor:
         channel = mask if self.architecture.unet.soft_mask_channel else hidden_region(mask).to(mask.dtype)
-        return self.unet(torch.cat([noisy, channel, masked_latent], dim=1), t, cond)  # (B, 9, s, s) -> (B, 4, s, s)
+        return torch.cat([noisy, channel, masked_latent], dim=1)
 
 
 def skeleton(architecture: Architecture, parts: Collection[str] = PREFIXES) -> dict[str, Tensor]:

@@ -133,14 +133,19 @@ class UNet(nn.Module):
             return checkpoint(block, x, emb, cond, use_reentrant=False)
         return block(x, emb, cond)
 
-    def forward(self, x: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
-        """x (B, 9, h, w), timesteps (B,) or (1,) -> predicted noise (B, 4, h, w); see the class."""
+    def forward(
+        self, x: Tensor, timesteps: Tensor, cond: Conditioning, with_middle: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, 9, h, w), timesteps (B,) or (1,) -> predicted noise (B, 4, h, w); see the class.
+
+        ``with_middle``: and the features that leave the middle block, (B, C, h / 2 ** (levels - 1), w / ...).
+        """
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))  # (B, 4 * channels)
         skips = []
         for block in self.input_blocks:
             x = self._run(block, x, emb, cond)
             skips.append(x)
-        x = self._run(self.middle_block, x, emb, cond)
+        x = middle = self._run(self.middle_block, x, emb, cond)
         for block in self.output_blocks:
             x = self._run(block, torch.cat([x, cond.spread(skips.pop())], dim=1), emb, cond)
-        return self.out(x)
+        return (self.out(x), middle) if with_middle else self.out(x)

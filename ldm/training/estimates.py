@@ -20,6 +20,7 @@ from ldm.features.names import Item
 from ldm.features.sizes import cache_size, encoder_memory, image_memory
 from ldm.networks.model import MedSoftModel, skeleton
 from ldm.networks.msc import input_shapes
+from ldm.training.alignment import projection_values
 from ldm.training.dataset import Batch
 from ldm.training.saving import LAST
 from ldm.training.sharding import roots
@@ -80,7 +81,7 @@ def stage_memory(
 def largest_block(root: nn.Module, blocks: Sequence[nn.Module]) -> int:
     """Trained values of the largest of the blocks that are gathered one at a time, and of what ``root`` has besides."""
     counts = [sum(each.numel() for each in block.parameters() if each.requires_grad) for block in (root, *blocks)]
-    return max(counts[0] - sum(counts[1:]), *counts[1:])
+    return max([counts[0] - sum(counts[1:]), *counts[1:]])
 
 
 class NormsInFloat32(TorchFunctionMode):
@@ -97,7 +98,8 @@ def stage_disk(architecture: Architecture, training: TrainingConfig) -> tuple[in
     tensors = skeleton(architecture, training.builds)
     weights = 4 * sum(value.numel() for value in tensors.values())
     trained = [value for key, value in tensors.items() if group_of(key, training) in training.rates]
-    state = (12 if training.ema_decay else 8) * sum(value.numel() for value in trained)
+    beside = projection_values(architecture) if training.alignment_weight else 0
+    state = (12 if training.ema_decay else 8) * (sum(value.numel() for value in trained) + beside) + 4 * beside
     return weights + state, (training.keep_best + 1) * weights if training.keep_best else 0
 
 

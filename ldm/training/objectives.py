@@ -13,6 +13,7 @@ from ldm.config import TrainingConfig
 from ldm.diffusion.schedule import diffusion_loss, loss_inside
 from ldm.networks.model import MedSoftModel
 from ldm.networks.msc import ControllerInputs, masked_cosine, msc_loss
+from ldm.training.alignment import alignment_loss
 from ldm.training.dataset import Batch
 
 
@@ -45,7 +46,8 @@ def diffusion_objective(
 
     ``dropout``: share of samples that lose text and tokens together, see ``kept_conditions``; a lost text becomes
     ``empty_text`` (1, 77, D), the states of the empty prompt, lost tokens become zero. ``training.min_snr`` weighs
-    samples by their time steps, ``training.msc_weight`` adds the MSC's own loss.
+    samples by their time steps, ``training.msc_weight`` adds the MSC's own loss, ``training.alignment_weight`` that of
+    the U-Net's middle block.
     """
     deviation = torch.exp(0.5 * batch["latent_logvar"])
     latent = net.scaled(batch["latent_mean"] + deviation * batch["posterior_noise"])
@@ -57,13 +59,20 @@ def diffusion_objective(
     text_kept, tokens_kept = (each[:, None, None] for each in kept_conditions(batch["coin"], dropout, training.coins))
     text = torch.where(text_kept, batch["text"], empty_text)
     mask = net.latent_mask(batch["mask"])
-    predicted = net.predict_noise(noisy, t, mask, batch["masked_latent"], text, semantic * tokens_kept.float())
+    given = noisy, t, mask, batch["masked_latent"], text, semantic * tokens_kept.float()
+    if training.alignment_weight:
+        predicted, middle = net.noise_and_middle(*given)
+    else:
+        predicted = net.predict_noise(*given)
     published = diffusion_loss(predicted, batch["noise"], mask, training.mask_weight)
     loss, cosine = published, None
     if training.min_snr:
         loss = net.schedule.min_snr_weight(t, training.min_snr).to(loss) * loss
+    soft = net.patch_mask(batch["mask"])
+    if training.alignment_weight:
+        aligned = alignment_loss(net.alignment(middle), batch["target_tokens"], soft, training.mask_weight)
+        loss = loss + training.alignment_weight * aligned
     if training.inside == "msc":
-        soft = net.patch_mask(batch["mask"])
         cosine = masked_cosine(tokens.detach(), batch["target_tokens"], soft)
         if training.msc_weight:
             own = msc_loss(tokens, batch["target_tokens"], global_token, batch["target_global"], soft)

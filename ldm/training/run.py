@@ -28,6 +28,7 @@ from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, skeleton
 from ldm.networks.opening import loaded, open_model
+from ldm.training.alignment import projection_values
 from ldm.training.dataset import StageData, TrainingInputs, loader, read_training_inputs
 from ldm.training.estimates import check_disk, check_memory, memory_cures
 from ldm.training.loop import Training
@@ -155,6 +156,9 @@ def log_groups(net: MedSoftModel, training: TrainingConfig, source: Checkpoint) 
         count = sum(parameter.numel() for parameter in members.values())
         shown = (name, len(members), count / 1e6, training.rates[name])
         log.info("trains %s: %d tensors, %.2f M parameters, learning rate %g", *shown)
+    if training.alignment_weight:
+        count = projection_values(net.architecture) / 1e6
+        log.info("and a projection of the middle block, %.2f M parameters, that no finished checkpoint holds", count)
     if training.stage == "stage2_1" and source.metadata.get("stage") == "stage2_1":
         log.info(
             "note: stage2_1 trains the MSC only, also for this checkpoint that it has trained before; "

@@ -15,6 +15,7 @@ from ldm.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from ldm.checkpoints.fitting import not_finite
 from ldm.core.errors import MedSoftError
 from ldm.networks.weight_average import laid_as
+from ldm.training.alignment import NAME as ALIGNMENT
 from ldm.training.sharding import gathered, own_part
 from ldm.training.stage import Stage
 from ldm.training.steps import TrainingStep, of_everyone
@@ -75,9 +76,10 @@ class Checkpoints:
 
     def _resume(self, previous: Checkpoint) -> None:
         self.progress = Progress(**previous.rest["progress"])
+        saved = {**previous.state, **previous.rest.get(ALIGNMENT, {})}
         with torch.no_grad():  # what is frozen is that of the first checkpoint already
             for key, parameter in self.stage.trained.items():
-                parameter.copy_(laid_as(parameter, previous.state[key]))
+                parameter.copy_(laid_as(parameter, saved[key]))
         self.stage.average.load(previous.rest.get("average") or {})
         kept = previous.rest["optimizer_states"][0]
         # The moments come in the memory layout of the device that saved them, and whole; copy them into this one's.
@@ -99,6 +101,8 @@ class Checkpoints:
         first = self.fabric.is_global_zero
         optimizer["state"] = {number: gathered(kept, first) for number, kept in optimizer["state"].items()}
         state = {"progress": asdict(self.progress), "optimizer_states": [optimizer]}
+        if self.stage.projection:
+            state[ALIGNMENT] = gathered(self.stage.projection, first)
         if self.stage.average.values:
             state["average"] = gathered(self.stage.average.values, first)
         if self.scaler.is_enabled():

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ldm.networks.model import MedSoftModel
+from ldm.training.alignment import NAME as ALIGNMENT
 
 
 def shard(net: MedSoftModel) -> None:
@@ -64,6 +65,8 @@ def roots(net: MedSoftModel) -> list[tuple[torch.nn.Module, list[torch.nn.Module
         found.append((net.unet, [*net.unet.input_blocks, net.unet.middle_block, *net.unet.output_blocks]))
     if "msc" in net.parts:
         found.append((net.msc, [*net.msc.blocks]))
+    if hasattr(net, ALIGNMENT):
+        found.append((getattr(net, ALIGNMENT), []))
     return found
 
 

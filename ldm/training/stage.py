@@ -12,6 +12,8 @@ from ldm.core.devices import kernel_layout
 from ldm.core.errors import UsageError
 from ldm.networks.model import MedSoftModel
 from ldm.networks.weight_average import WeightAverage
+from ldm.training.alignment import NAME as ALIGNMENT
+from ldm.training.alignment import projection_for
 from ldm.training.dataset import Batch
 from ldm.training.objectives import OBJECTIVES, Losses
 from ldm.training.sharding import gathered, own_part, roots, shard
@@ -21,6 +23,7 @@ STEP_PARTS = ("unet", "msc")  # what a training step runs; the other parts only 
 
 def group_of(key: str, training: TrainingConfig) -> str | None:
     """The group of a parameter: ``msc``, ``attn3`` (third attention, norm and table), ``unet`` (the rest of the U-Net).
+    The projection of ``training.alignment_weight`` learns with the third attention, or else with the rest.
 
     The MSC's global head has no part in the diffusion loss: it belongs to no group where that is all.
     """
@@ -28,6 +31,8 @@ def group_of(key: str, training: TrainingConfig) -> str | None:
         return None
     if key.startswith("msc."):
         return "msc"
+    if key.startswith(f"{ALIGNMENT}."):
+        return "attn3" if "attn3" in training.rates else "unet"
     if key.startswith("model.diffusion_model."):
         return "attn3" if NEW_IN_UNET.match(key) else "unet"
     return None
@@ -69,6 +74,9 @@ class Stage(nn.Module):
         super().__init__()
         self.training_config, self.net, self.frozen = training, net, frozen
         self.register_buffer("empty_text", empty_text, persistent=False)
+        if training.alignment_weight and "unet" in net.parts:
+            device = next(net.unet.parameters()).device
+            net.add_module(ALIGNMENT, projection_for(net.architecture, training.seed, device))
         net.requires_grad_(False).eval()
         for members in training_groups(net, training).values():
             for parameter in members.values():
@@ -115,12 +123,18 @@ class Stage(nn.Module):
         self.net.eval()
         return self
 
+    @property
+    def projection(self) -> dict[str, Tensor]:
+        """What is trained and is no part of the model: the projection of ``training.alignment_weight``, if any."""
+        return {key: value.detach() for key, value in self.trained.items() if key.startswith(f"{ALIGNMENT}.")}
+
     def weights(self, keep: bool = True) -> dict[str, Tensor]:
-        """Every tensor of the stage in float32 on the CPU, trained or not, whatever its type and layout in memory.
+        """Every tensor of the model in float32 on the CPU, trained or not, whatever its type and layout in memory.
 
         Where weights are shared out, every process must call this; without ``keep`` nothing is returned.
         """
-        found = gathered({**self.frozen, **self.trained}, keep)
+        ours = {key: value for key, value in self.trained.items() if not key.startswith(f"{ALIGNMENT}.")}
+        found = gathered({**self.frozen, **ours}, keep)
         return {key: value.detach().float().cpu().contiguous() for key, value in found.items()}
 
     def forward(self, batch: Batch, dropout: float) -> Losses:

@@ -30,7 +30,7 @@ def test_compiled_networks_train_like_plain_ones(
     world: Path, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, more: dict
 ) -> None:
     """Traced but run without a C++ compiler, which would take minutes; once through AOT autograd too."""
-    networks = 2 if stage == "stage2_2" else 1
+    networks = 3 if stage == "stage2_2" else 1  # the middle block's projection is one
     graphs, runs = [], []
 
     def counted(graph: torch.fx.GraphModule, inputs: list) -> Any:
@@ -46,6 +46,7 @@ def test_compiled_networks_train_like_plain_ones(
     compile_with(monkeypatch, counted)
     for name, chosen in (("plain", "false"), ("compiled", "true")):
         words = [f"training.compile={chosen}", "training.rates.attn3=0.01", "sampling.steps=2", *small.sizes]
+        words += ["training.alignment_weight=0.5"] * (networks == 3)
         assert train(stage, small.last, tmp_path / name, world, *words, **GIVEN, **more) == 0
     if "activation_checkpointing" in more:  # blocks that are computed again are graphs of their own
         assert 1 < len(graphs) < 16

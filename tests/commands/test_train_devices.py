@@ -96,6 +96,7 @@ def test_weights_that_are_shared_out_train_as_whole_ones_do(small: Any, world: P
     """Two processes that share them out begin, one that holds all goes on, two that share finish; against one alone."""
     source, steps = small.last, ["sampling.steps=2", *small.sizes]
     given = {"batch_size": 18, "max_epochs": 3, "rates.unet": 0.0001, "ema_decay": 0.9, "pictures": 1}
+    given["alignment_weight"] = 0.5
     assert train("stage2_2", source, tmp_path / "one", world, *steps, **given) == 0
     words = [*command(source, world, tmp_path / "shared", "stage2_2", **given), *steps]
     shared = [*words, "training.strategy=fsdp", "--devices", 2]
@@ -103,7 +104,8 @@ def test_weights_that_are_shared_out_train_as_whole_ones_do(small: Any, world: P
     assert begun[0].returncode == 143, begun
     file = tmp_path / "shared" / "last.ckpt"
     content = torch.load(file, weights_only=True)
-    weights, kept = content["state_dict"], content["optimizer_states"][0]["state"].values()
+    weights = {**content["state_dict"], **content["alignment"]}
+    kept = content["optimizer_states"][0]["state"].values()
     assert [tuple(one["exp_avg"].shape) for one in kept] == [tuple(weights[key].shape) for key in content["average"]]
     assert all(value.shape == weights[key].shape for key, value in content["average"].items())
     assert (content["medsoft"]["step"], len(kept)) == (1, len(content["average"]))

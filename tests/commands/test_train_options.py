@@ -1,13 +1,15 @@
 """Options of a stage: validation that sees lesions, the MSC's own loss, frozen groups."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from tiny import CLIP, MODELS, SD, TRAIN, VAL, changed, convert, infer, merge, metas, tensors, train
+from tiny import CLIP, MODELS, SD, TRAIN, VAL, changed, convert, infer, merge, metas, on_cpu, tensors, train
 
 from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import load_config
@@ -21,7 +23,9 @@ from ldm.inference.inpainter import Inpainter
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel
 from ldm.networks.opening import open_model
-from ldm.training.estimates import stage_memory
+from ldm.training.dataset import Batch
+from ldm.training.estimates import stage_disk, stage_memory
+from ldm.training.loop import Training
 from ldm.training.objectives import semantic_tokens_of
 
 
@@ -89,6 +93,52 @@ def test_a_frozen_msc_stays_and_costs_no_gradients(trained: dict, world: Path, t
     )
     assert frozen.activations < trains.activations
     assert frozen.optimizer < trains.optimizer
+
+
+@on_cpu
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_with_an_aligned_middle_block_goes_on_bit_for_bit(
+    small: Any, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The projection lies in last.ckpt while the run goes on, beside the model; the finished checkpoint has none."""
+    given = {"max_epochs": 2, "ema_decay": 0.9, "save_every_minutes": 0, "alignment_weight": 0.5}
+    assert train("stage2_2", small.last, tmp_path / "whole", world, *small.sizes, **given) == 0
+    plain, folder = Training.forward_backward, tmp_path / "s"
+
+    def interrupted(self: Training, batch: Batch) -> None:
+        if self.progress.step == 4:
+            raise KeyboardInterrupt
+        plain(self, batch)
+
+    monkeypatch.setattr(Training, "forward_backward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train("stage2_2", small.last, folder, world, *small.sizes, **given)
+    monkeypatch.setattr(Training, "forward_backward", plain)
+    stopped = read_checkpoint(folder / "last.ckpt")
+    names = ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert stopped.rest["alignment"].keys() == {f"alignment.layers.{name}" for name in names}
+    assert stopped.state.keys() == tensors(small.last).keys()
+    assert train("stage2_2", small.last, folder, world, *small.sizes, **given) == 0
+    finished, whole = (read_checkpoint(path / "last.ckpt") for path in (folder, tmp_path / "whole"))
+    assert (finished.metadata["step"], finished.rest) == (6, {})
+    assert finished.state.keys() == tensors(small.last).keys()
+    assert not changed(whole.state, finished.state)
+    losses = [float(row["train_loss"]) for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
+    assert losses[1] < losses[0]
+
+
+def test_what_an_aligned_middle_block_takes() -> None:
+    without, with_it = (
+        load_config(MODELS / "mldm_v15_stage2_2.yaml", [f"training.alignment_weight={weight}"]) for weight in (0, 0.5)
+    )
+    values = 1280 * 768 + 768 + 768 * 768 + 768
+    disks = [stage_disk(config.architecture, config.training) for config in (without, with_it)]
+    assert (disks[1][0] - disks[0][0], disks[1][1] - disks[0][1]) == (12 * values, 0)
+    for config in (without, with_it):
+        config.unet, config.msc = replace(config.unet, num_res_blocks=1), replace(config.msc, layers=1)
+    one, two = (stage_memory(config.architecture, config.training, 1, half=False) for config in (without, with_it))
+    assert (two.parameters - one.parameters, two.optimizer - one.optimizer) == (4 * values, 8 * values)
+    assert 0 < two.activations - one.activations < 8 * 2**20
 
 
 @pytest.fixture(scope="module")

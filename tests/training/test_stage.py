@@ -152,6 +152,46 @@ def test_options_of_the_diffusion_loss_by_hand(monkeypatch: pytest.MonkeyPatch) 
     assert net.msc.global_head.weight.grad.abs().sum() > 0
 
 
+def test_alignment_of_the_middle_block_by_hand() -> None:
+    """Projected, enlarged to BiomedCLIP's grid, compared with the true tokens; gradients reach the middle block."""
+    torch.manual_seed(0)
+    config = load_config(MODELS / "phantom_stage2_2.yaml", ["training.alignment_weight=0.25"])
+    net = MedSoftModel(config.architecture, ["unet", "msc"])
+    stage = Stage(config.training, net, {}, torch.zeros(1, 77, config.text_encoder.width))
+    batch, seen = fake_batch(config.architecture, 3), []
+    net.unet.middle_block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    found = stage(batch, dropout=0.1)
+    first, _, second = net.alignment.layers
+    tokens = second(torch.nn.functional.silu(first(seen[0].permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+    side = config.biomedclip.grid
+    tokens = torch.nn.functional.interpolate(tokens, size=side, mode="bilinear").flatten(2).transpose(1, 2)
+    weights = 1 + 2 * torch.nn.functional.adaptive_max_pool2d(batch["mask"], side).flatten(1)
+    similar = torch.nn.functional.cosine_similarity(tokens, batch["target_tokens"], dim=2)
+    expected = found.published + 0.25 * (1 - (weights * similar).sum(1) / weights.sum(1))
+    torch.testing.assert_close(found.loss, expected, rtol=1e-4, atol=1e-6)
+    (found.loss - found.published).mean().backward()
+    reached = {key for key, value in net.unet.named_parameters() if value.grad is not None and value.grad.any()}
+    assert any(key.startswith("middle_block.2.") for key in reached)
+    assert any(key.startswith("input_blocks.") for key in reached)
+    assert not any(key.startswith(("output_blocks.", "out.")) for key in reached)
+
+
+def test_a_loss_with_alignment_falls() -> None:
+    torch.manual_seed(0)
+    more = ["training.alignment_weight=1", "training.rates.unet=0.001"]
+    config = load_config(MODELS / "phantom_unet_only.yaml", more)
+    net = MedSoftModel(config.architecture, ["unet"])
+    stage = Stage(config.training, net, {}, torch.zeros(1, 77, config.text_encoder.width))
+    batch, optimizer, terms = fake_batch(config.architecture, 2), stage.adamw(), []
+    for _ in range(8):
+        found = stage(batch, dropout=0.0)
+        terms.append(float((found.loss - found.published).detach().mean()))
+        found.loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert terms[-1] < 0.5 * terms[0]
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 @pytest.mark.parametrize(("asked", "gpu", "workers"), [(-1, False, 0), (-1, True, 2), (0, True, 0), (1, False, 1)])
 def test_processes_that_read_features(monkeypatch: pytest.MonkeyPatch, asked: int, gpu: bool, workers: int) -> None:
