@@ -142,6 +142,7 @@ def data_table(path: Path, data: DataConfig, grids: Grids, most: int) -> tuple[s
     chosen = [samples[index * len(samples) // most] for index in range(most)] if len(samples) > most else samples
 
     def look(sample: Sample) -> CropFacts | Reject:
+        """What the crop of a sample is like, or why there is none."""
         try:
             return crop_facts(sample, prepare(sample, data, 0, 0, training=True), data, grids)
         except MedSoftError as error:

@@ -133,6 +133,7 @@ def compute_metrics(
     known = each_kind != ""
 
     def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Every number (B,) by name, for each row of ``weights`` (B, N) of the samples."""
         found = _numbers(labels, probabilities, weights)
         return found | _by_kind(truth, score, each_kind, weights) if (truth & known).any() else found
 
@@ -141,6 +142,7 @@ def compute_metrics(
     enough = {"macro_": min(of_types), "type_": min(of_types), "macro_auc_by_type": min(of_kinds, default=0)}
 
     def fewest(name: str) -> int:
+        """Patients of the rarest class that the number ``name`` is about."""
         return enough.get(name, enough.get(f"{name.partition('_')[0]}_", min(of_sides)))
 
     return with_intervals(measure, patients, fewest, seed)

@@ -147,6 +147,7 @@ def summarise_masks(images: ImageSet, found: np.ndarray, seed: int = 0) -> dict[
     sides = patients_by_class([label != HEALTHY for label in images.labels], patients)
 
     def least(name: str) -> int:
+        """Patients with a lesion, or without one for ``false_alarms``."""
         return sides.get(name != "false_alarms", 0)
 
     groups = []

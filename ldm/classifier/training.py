@@ -65,6 +65,7 @@ def make_phases(config: ClassifierConfig, data: ClassifierData) -> list[Phase]:
     """
 
     def phase(name: str, epochs: int, steps: int | None, sets: Sequence[ImageSet | None]) -> Phase:
+        """These sets as one phase; ``steps`` None: as many as ``epochs`` passes over them have."""
         used = [images for images in sets if images]
         labels = torch.cat([torch.from_numpy(label_indices(images, data.classes)) for images in used])
         names, seen = [], Counter()

@@ -49,6 +49,7 @@ def walk(top: Path, leave_out: Collection[Path] = ()) -> Iterator[tuple[Path, li
     seen = {*leave_out}
 
     def is_new(folder: Path) -> bool:
+        """Whether a folder is met for the first time; from then on it is not."""
         real = folder.resolve()
         if real in seen or (folder.is_symlink() and (real.is_relative_to(root) or root.is_relative_to(real))):
             return False

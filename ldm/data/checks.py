@@ -202,18 +202,19 @@ def check_rejected(rejects: Sequence[Reject], total: int, allowed: float) -> Non
 
 def damaged_files(samples: Sequence[Sample]) -> list[Reject]:
     """The samples with a file whose beginning or end shows that it cannot be read (see ``check_ends``)."""
-
-    def look(sample: Sample) -> Reject | None:
-        for path in sample.files:
-            try:
-                if path is not None:
-                    check_ends(path)
-            except FileError as error:
-                return Reject(sample.sample_id, error.path, error.reason)
-        return None
-
     with thread_pool() as pool:
-        return [reject for reject in pool.map(look, samples) if reject is not None]
+        return [reject for reject in pool.map(_damage, samples) if reject is not None]
+
+
+def _damage(sample: Sample) -> Reject | None:
+    """The first file of a sample that cannot be read."""
+    for path in sample.files:
+        try:
+            if path is not None:
+                check_ends(path)
+        except FileError as error:
+            return Reject(sample.sample_id, error.path, error.reason)
+    return None
 
 
 def similar(texts: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
@@ -409,6 +410,7 @@ def _value_groups(values: Sequence[float | str]) -> list[int]:
     names: dict[Any, int] = {}
 
     def group(value: float | str) -> Any:
+        """What the values of one group have in common."""
         if isinstance(value, str):
             return value if counts[value] > 1 else "a value of its own"
         return value if edges is None else int(np.searchsorted(edges, value, side="right"))

@@ -116,6 +116,7 @@ def sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
     above = {str(root): (top, {top})}  # each one's real path, and those on the way: a link back up is not followed
 
     def unreadable(error: OSError) -> None:
+        """What os.walk calls for a folder that cannot be listed."""
         folder = Path(error.filename)
         if not _is_hidden(root, folder):
             rejects.append(Reject(_identity(root, folder), folder, f"could not be listed ({error.strerror})"))

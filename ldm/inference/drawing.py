@@ -127,6 +127,7 @@ class Drawing:
         batches = [tasks[first : first + size] for first in range(0, len(tasks), size)]
 
         def settle(waiting: list[tuple[Task, Future]]) -> None:
+            """Wait until a batch is written, note its rejects, and what is to be drawn again."""
             made = [(task, future.result()) for task, future in waiting]
             left.rejects.extend((task, each) for task, each in made if isinstance(each, Reject))
             found = [each for _, each in made if isinstance(each, tuple)]

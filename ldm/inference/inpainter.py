@@ -160,10 +160,12 @@ class Inpainter:
         first_broken = torch.full((len(jobs),), -1, device=self.device)
 
         def watch(index: int, x: Tensor) -> None:
+            """Note, on the device, the first step at which an image's values are no numbers."""
             broken = ~torch.isfinite(x).flatten(1).all(dim=1) & (first_broken < 0)
             first_broken.masked_fill_(broken, index)
 
         def after_step(index: int, x: Tensor) -> None:
+            """What ``sample_latent`` calls after each step, with the latent (B, 4, h, w) as it is then."""
             watch(index, x)
             if on_step is not None:
                 if self.device.type == "cuda":

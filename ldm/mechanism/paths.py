@@ -233,9 +233,11 @@ def _losses(inpainter: PathInpainter, cases: Sequence[Case], seed: int) -> tuple
     prompts, others = [case.prompt for case in cases], [case.other_prompt for case in cases]
 
     def lesion(words: list[str]) -> Tensor:
+        """The tokens (B, N, D) that the MSC predicts inside the mask from these prompts."""
         return net.msc(ControllerInputs.of({**clip, "prompt_embedding": encoder.encode_text(words)}))[0]
 
     def tokens(inside: Tensor) -> Tensor:
+        """What the third attention reads where ``inside`` (B, N, D) are the tokens inside the mask."""
         return net.semantic(context, inside, soft_mask)
 
     found: dict[str, Tensor] = {}

@@ -177,6 +177,7 @@ def choose(
     """
 
     def strata(samples: Sequence[Sample]) -> dict[tuple[str, ...], list[Sample]]:
+        """The samples by their values of ``keys``, each list in an order that ``seed`` gives."""
         found: dict[tuple[str, ...], list[Sample]] = {}
         for sample in sorted(samples, key=lambda each: named_seed(seed, "reader study", each.sample_id)):
             found.setdefault(tuple(value_of(sample, key) for key in keys), []).append(sample)

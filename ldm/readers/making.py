@@ -154,6 +154,7 @@ def _layout(
     items: dict[str, dict[str, Any]] = {}
 
     def add(shown: Sequence[tuple[str, Sample]], repeat_of: str | None = None) -> None:
+        """One more item, its pictures under names of their own."""
         names = [rng.bytes(6).hex() for _ in shown]
         pictures.update(zip(names, shown, strict=True))
         name = names[0] if design == "single" else rng.bytes(6).hex()

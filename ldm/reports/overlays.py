@@ -75,20 +75,21 @@ def write_overlays(page: Path, samples: Sequence[Sample]) -> int:
 
 def _readable(samples: Sequence[Sample]) -> Iterator[tuple[Sample, np.ndarray]]:
     """Samples and their tiles, made by several threads, a few at a time: a data set's tiles do not fit into memory."""
-
-    def made(sample: Sample) -> np.ndarray | None:
-        try:
-            return overlay(sample)
-        except MedSoftError:
-            return None  # a finding of the doctor's by itself
-
     with thread_pool() as pool, tqdm(total=len(samples), desc="overlays", unit=" samples", disable=None) as bar:
         for first in range(0, len(samples), 100):
             part = samples[first : first + 100]
-            for sample, tile in zip(part, pool.map(made, part), strict=True):
+            for sample, tile in zip(part, pool.map(_tile_of, part), strict=True):
                 bar.update()
                 if tile is not None:
                     yield sample, tile
+
+
+def _tile_of(sample: Sample) -> np.ndarray | None:
+    """The sample's ``overlay``; None where it cannot be read, which is a finding of the doctor's by itself."""
+    try:
+        return overlay(sample)
+    except MedSoftError:
+        return None
 
 
 def overlay(sample: Sample) -> np.ndarray:
