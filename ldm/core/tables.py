@@ -1,4 +1,4 @@
-"""CSV tables, written whole and read with their columns checked; Markdown tables; texts cut to a length."""
+"""CSV tables, written whole and read with their columns checked; Markdown tables; texts cut to a length, and counts."""
 
 import csv
 import io
@@ -97,3 +97,8 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> 
 def shortened(text: str, longest: int = 60) -> str:
     """The text, cut to ``longest`` characters if it is longer."""
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: "1 image", "2 images"; ``many``: what ``one`` becomes where that takes more than an s."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"

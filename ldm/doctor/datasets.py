@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_text
+from ldm.core.tables import counted
 from ldm.data.annotations import none_usable, read_samples
 from ldm.data.checks import (
     annotation_rows,
@@ -41,7 +42,12 @@ log = logging.getLogger(__name__)
 
 ODD_PROMPT = "\ufffd"  # what is left of a character in another encoding
 LONG_PROMPT = 300  # characters; the text encoder reads 75 tokens
-LEVELS = {"error": "errors", "sample": "samples that cannot be used", "warning": "warnings"}
+# What findings of a level are called, one of them and several.
+LEVELS = {
+    "error": ("error", "errors"),
+    "sample": ("sample that cannot be used", "samples that cannot be used"),
+    "warning": ("warning", "warnings"),
+}
 HELD_OUT = {"val", "test"}
 SHOWN = 20  # findings of one level
 SHOWN_FAULTY = 300  # samples with a fault on the page of overlays, beside those that are there anyway
@@ -65,8 +71,9 @@ def log_findings(found: Sequence[Finding]) -> Counter[str]:
         for finding in [finding for finding in found if finding.level == level][:SHOWN]:
             log.info("%s: %s: %s", level, finding.where, finding.text)
         if counts[level] > SHOWN:
-            log.info("... %d more %s", counts[level] - SHOWN, words)
-    log.info("%s", ", ".join(f"{counts[level]} {words}" for level, words in LEVELS.items()))
+            more = [f"more {word}" for word in words]
+            log.info("... %s", counted(counts[level] - SHOWN, *more))
+    log.info("%s", ", ".join(counted(counts[level], *words) for level, words in LEVELS.items()))
     return counts
 
 
@@ -79,8 +86,8 @@ def inspect_data(
     found = {name: _inspect_set(name, path, workers, page) for name, path in sets.items()}
     seconds, count = time.perf_counter() - start, sum(len(each.samples) for each in found.values())
     faults = page.finish(count) if page else []
-    words = (count, seconds, 60 * count / max(seconds, 1e-9))
-    log.info("every file of %d samples decoded in %.1f s (%.0f samples a minute)", *words)
+    words = (counted(count, "sample"), seconds, 60 * count / max(seconds, 1e-9))
+    log.info("every file of %s decoded in %.1f s (%.0f samples a minute)", *words)
     return found, faults
 
 
@@ -144,8 +151,8 @@ class Pictures:
         except MedSoftError as error:
             return [Finding("warning", str(self.path), str(error))]
         if self.page.count:
-            which = f"these {self.page.count} samples" + f" (of {total})" * (self.page.count < total)
-            log.info("%s: look whether the outlines of %s lie where they belong", self.path, which)
+            which = counted(self.page.count, "sample") + f" (of {total})" * (self.page.count < total)
+            log.info("%s: look whether the outlines, of %s, lie where they belong", self.path, which)
         return []
 
 
@@ -199,12 +206,12 @@ def _about(name: str, samples: list[Sample], inspections: list[DatasetInspection
     obstacles = [(sample, why) for sample, why in zip(samples, reasons, strict=True) if sample.healthy and why]
     if obstacles:
         healthy, (first, reason) = sum(sample.healthy for sample in samples), obstacles[0]
-        text = f"{len(obstacles)} of {healthy} healthy samples cannot be inpainted, so training leaves them out too"
+        said = f"{len(obstacles)} of {counted(healthy, 'healthy sample')} cannot be inpainted"
+        text = f"{said}, so training leaves out the same"
         yield Finding("warning", name, f"{text}; the first, {first.sample_id}: {reason}")
     if nameless := sum(sample.patient_id == sample.sample_id for sample in samples):
-        text = (
-            f"{nameless} of {len(samples)} samples have no patient_id in meta.json: each counts as a patient of its own"
-        )
+        said = f"{nameless} of {counted(len(samples), 'sample')} without patient_id in meta.json"
+        text = f"{said}: each counts as a patient of its own"
         yield Finding("warning", name, f"{text}, so that slices of one patient may lie on both sides of a split")
     depths = {inspection.depth for inspection in inspections if inspection.depth}
     if len(depths) > 1:
@@ -222,7 +229,9 @@ def _about(name: str, samples: list[Sample], inspections: list[DatasetInspection
     inverted = sum("inverted?" in fault.text for inspection in inspections for fault in inspection.faults)
     diseased = sum(not sample.healthy for sample in samples)
     if diseased and inverted > diseased / 2:
-        yield Finding("error", name, f"{inverted} of {diseased} masks look inverted: 1 (white) must be the lesion")
+        yield Finding(
+            "error", name, f"{inverted} of {counted(diseased, 'mask')} inverted? 1 (white) must be the lesion"
+        )
 
 
 def _repeated(name: str, inspections: list[DatasetInspection]) -> Iterator[Finding]:
@@ -236,17 +245,19 @@ def _repeated(name: str, inspections: list[DatasetInspection]) -> Iterator[Findi
 
 def check_privacy(samples: list[Sample]) -> Iterator[Finding]:
     """Names and keys that look like a person's or a date: results, reports and annotation files carry them along."""
-    found: dict[str, list[str]] = {}
+    found: dict[tuple[str, str], list[str]] = {}
     for sample in samples:
         names = dict.fromkeys((*sample.sample_id.split("/"), sample.patient_id))
         for name in names:
             if kind := looks_personal(name):
-                found.setdefault(f"look like {kind}", []).append(name)
+                found.setdefault((f"looks like {kind}", f"look like {kind}"), []).append(name)
         for key in personal_keys(sample.meta):
-            found.setdefault(f"have the key {key} in meta.json", []).append(sample.sample_id)
-    for what, names in found.items():
+            what = f"the key {key} in meta.json"
+            found.setdefault((f"has {what}", f"have {what}"), []).append(sample.sample_id)
+    for (one, many), names in found.items():
         some = ", ".join(list(dict.fromkeys(names))[:3])
-        text = f"{len(names)} samples or ids {what} ({some}): results and reports carry that on; use codes instead"
+        said = counted(len(names), f"sample or id {one}", f"samples or ids {many}")
+        text = f"{said} ({some}): results and reports carry that on; use codes instead"
         yield Finding("warning", "privacy", text)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ldm.config import DataConfig
 from ldm.core.files import Contents
+from ldm.core.tables import counted
 from ldm.data.preparation import PreparedSample
 from ldm.data.samples import Reject, Sample
 from ldm.inference.inpainter import InpaintedImage, Job
@@ -192,7 +193,7 @@ class Drawing:
 def _not_accepted(task: Task, tries: Sequence[Mapping[str, Any]]) -> Reject:
     texts = ["; ".join(f"{name} {text}" for name, text in each["reasons"].items()) for each in tries]
     said = ", then ".join(texts[-1:] if len(set(texts)) == 1 else texts)
-    reason = f"variant {task.variant}: not accepted in {len(tries)} tries: {said}"
+    reason = f"variant {task.variant}: not accepted in {counted(len(tries), 'try', 'tries')}: {said}"
     return _with_tries(Reject(task.sample.sample_id, task.sample.image, reason), tries)
 
 

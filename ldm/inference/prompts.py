@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ldm.core.errors import UsageError
+from ldm.core.tables import counted
 from ldm.data.samples import META_TEXTS, Sample, plain, text_of
 
 log = logging.getLogger(__name__)
@@ -208,8 +209,8 @@ def warn_of_unmatched(match: Match, pairs: Sequence[tuple[Sample, Sample | None]
         values = [(sample, value_of(sample, key), source and value_of(source, key)) for sample, source in pairs]
         others = [sample.sample_id for sample, own, given in values if own is None or own != given]
         if others:
-            text = "warning: --match %s: for %d of %d images no diseased sample has the same; the first: %s"
-            log.warning(text, key, len(others), len(pairs), others[0])
+            text = "warning: --match %s: for %d of %s no diseased sample has the same; the first: %s"
+            log.warning(text, key, len(others), counted(len(pairs), "image"), others[0])
 
 
 def matched(prompt: str, sample: Sample, source: Sample | None = None) -> MatchedPrompt | None:

@@ -24,6 +24,7 @@ from ldm.core.files import Contents, fingerprint_all, read_json, write_json
 from ldm.core.paths import shipped
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity, stored_overrides
+from ldm.core.tables import counted
 from ldm.data.annotations import write_rejects
 from ldm.data.checks import TRAINED_ON, trained_on
 from ldm.data.images import to_unit
@@ -266,7 +267,7 @@ class InferenceRun:
 
     def again(self, before: dict[str, Any]) -> int:
         """What is left to do where all images are there: perhaps the last share was killed before its last step."""
-        log.info("%s: already complete (%d images)", self.folder, before["pictures"])
+        log.info("%s: already complete (%s)", self.folder, counted(before["pictures"], "image"))
         if self.folder.is_shared:
             return self._finish(Summary.from_json(before))
         return cli.SOME_REJECTED if before["rejected"] else cli.DONE
@@ -285,7 +286,7 @@ class InferenceRun:
         missing = processes.share(missing)
         total, left = len(self.plan.tasks), sum(map(len, missing))
         if left < total:
-            log.info("%d of %d images are there already", total - left, total)
+            log.info("already there: %d of %s", total - left, counted(total, "image"))
         with advice_on_memory(self.method.config.sampling):
             drawing = self._drawing(processes.device) if left else None
         processes.barrier()  # all models are loaded: now the folder may change
@@ -375,15 +376,16 @@ class InferenceRun:
         reject_file = path / "rejects.json"
         write_rejects(reject_file, whole.rejects)
         if count:
-            log.warning("%d samples were not inpainted; all of them are in %s", count, reject_file)
+            said = counted(count, "sample was", "samples were")
+            log.warning("%s not inpainted; see %s", said, reject_file)
         if not whole.pictures:
             first = whole.rejects[0]
             raise MedSoftError(f"{path}: no image could be inpainted; first: {first}; all are in {reject_file}")
-        changed = whole.changed_outside_pixels
-        log.info("%s: %d images, %d pixels changed outside the soft masks", path, whole.pictures, changed)
+        made, changed = counted(whole.pictures, "image"), counted(whole.changed_outside_pixels, "pixel")
+        log.info("%s: %s, %s changed outside the soft masks", path, made, changed)
         if whole.clipped_pixels:
-            text = "warning: %d pixels of pasted lesions were beyond the levels of their image's file, and were cut off"
-            log.warning(text, whole.clipped_pixels)
+            said = counted(whole.clipped_pixels, "pixel of pasted lesions was", "pixels of pasted lesions were")
+            log.warning("warning: %s cut off, beyond the levels of the image's file", said)
         if whole.check:
             self._publish_check(whole.check)
         if whole.masks:
@@ -400,9 +402,9 @@ class InferenceRun:
         path = self.results.path / CHECK
         write_json(path, read_json(path) | {"counts": counts})
         causes = {name.removeprefix(REJECTED): n for name, n in sorted(counts.items()) if name.startswith(REJECTED)}
-        text = "checked: %d drawings for %d images, %d of them accepted at once; rejected for %s"
+        drawn, images = counted(counts["drawn"], "drawing"), counted(counts["accepted"], "image")
         named = ", ".join(f"{name} {n}" for name, n in causes.items()) or "nothing"
-        log.info(text, counts["drawn"], counts["accepted"], counts["at_once"], named)
+        log.info("checked: %s for %s, %d accepted at once; rejected for %s", drawn, images, counts["at_once"], named)
 
 
 @contextmanager

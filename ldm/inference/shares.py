@@ -20,6 +20,7 @@ from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import read_json, write_json
 from ldm.core.locks import exclusive
 from ldm.core.run_folder import RunFolder, differences
+from ldm.core.tables import counted
 from ldm.data.samples import Reject
 
 T = TypeVar("T")
@@ -204,8 +205,9 @@ class SharedRun:
             write_json(self._file(self.share), record)
             missing = [share for share in self._shares() if not (self._record(share) or {}).get("complete")]
             if missing:
-                text = "%s: %d images; %d of %d shares are not finished, the first: %s; the last one writes the report"
-                log.info(text, self, summary.pictures, len(missing), self.share.count, missing[0])
+                made, of = counted(summary.pictures, "image"), counted(self.share.count, "share")
+                text = "%s: %s; %d of %s unfinished, the first: %s; the last one writes the report"
+                log.info(text, self, made, len(missing), of, missing[0])
             whole = None
             if not missing and not (self.folder.read_record() or {}).get("complete"):
                 whole = Summary()

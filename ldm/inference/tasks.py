@@ -12,6 +12,7 @@ from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import Contents, fingerprint, fingerprint_all, named_seed, read_json, read_text
 from ldm.core.paths import confined
 from ldm.core.schema import Rule
+from ldm.core.tables import counted
 from ldm.core.threads import thread_pool
 from ldm.data.annotations import load_samples
 from ldm.data.checks import TRAINED_ON
@@ -269,16 +270,14 @@ def _warn_of_contradictions(tasks: Sequence[Task]) -> None:
     pairs = [(task, contradiction(task.prompt, about)) for task, about in zip(tasks, facts, strict=True)]
     wrong = [f"{task.name}: {text}" for task, text in pairs if text]
     if wrong:
-        advice = "--match replace makes a prompt agree"
-        log.warning("warning: %d of %d prompts contradict meta.json (%s); %s", len(wrong), len(tasks), wrong[0], advice)
-    unknown = [
-        task.name for task, about in zip(tasks, facts, strict=True) if not about.level and levels_named(task.prompt)
-    ]
+        text = "warning: %d of %d prompts contradict meta.json (%s); --match replace makes a prompt agree"
+        log.warning(text, len(wrong), len(tasks), wrong[0])
+    both = zip(tasks, facts, strict=True)
+    unknown = [task.name for task, about in both if not about.level and levels_named(task.prompt)]
     if unknown:
-        text = (
-            "warning: %d prompts name a vertebra, but the image's meta.json has no level to compare it with; first: %s"
-        )
-        log.warning(text, len(unknown), unknown[0])
+        named = counted(len(unknown), "prompt names", "prompts name")
+        text = "a vertebra, but the image's meta.json has no level to compare it with; first:"
+        log.warning("warning: %s %s %s", named, text, unknown[0])
 
 
 def too_long(folder: Path) -> str | None:
@@ -335,12 +334,12 @@ def _dataset(options: InferenceOptions) -> Plan:
     if options.prompt is not None:
         said = f"the prompt {options.prompt!r}"
     elif sources:
-        said = f"prompts of {len(sources)} diseased samples of {options.train_json}"
+        said = f"prompts of {counted(len(sources), 'diseased sample')} of {options.train_json}"
     else:
         said = "their own prompts"
     warn_of_unmatched(match, [(task.sample, task.source) for task in tasks if task.sample.healthy])
-    count = len({task.sample.sample_id for task in tasks})
-    log.info("inpainting %d %s samples of %s, with %s", count, adjective, data, said)
+    names = {task.sample.sample_id for task in tasks}
+    log.info("inpainting %s of %s, with %s", counted(len(names), f"{adjective} sample"), data, said)
     carried = options.masks != "blob" and bool(sources) and any(s.healthy and not _is_marked_healthy(s) for s in chosen)
     givers = frozenset(sample.patient_id for sample in sources)
     return Plan(tasks, rejects, whole, options.masks if carried else "blob", givers)
@@ -404,8 +403,9 @@ def choose(samples: list[Sample], wanted: str | None) -> tuple[list[Sample], str
         return _listed(samples, Path(wanted)), "listed"
     synthetic = [sample for sample in samples if sample.synthetic]
     if synthetic:
-        text = "warning: %d synthetic samples are left out, the first: %s; a file that lists them (--choose) takes them"
-        log.warning(text, len(synthetic), synthetic[0].sample_id)
+        said = counted(len(synthetic), "synthetic sample is", "synthetic samples are")
+        text = "warning: %s left out, the first: %s; a file that lists them (--choose) takes them"
+        log.warning(text, said, synthetic[0].sample_id)
         samples = [sample for sample in samples if not sample.synthetic]
     if wanted == "all":
         return samples, "chosen"
@@ -451,9 +451,9 @@ def tasks_from_results(options: InferenceOptions, folder: Path, content: Content
     if options.prompt:
         tasks = [dataclasses.replace(task, prompt=options.prompt, source=None, match=None) for task in tasks]
     if other := sum(result.meta.get("noise", 1) != NOISE for result in results):
-        log.warning("warning: %s: %d results have the noise of another version, not that of now", folder, other)
+        log.warning("warning: %s: the noise of %s is another version's", folder, counted(other, "result"))
     prompts = f"the prompt {options.prompt!r}" if options.prompt else "their own prompts"
-    log.info("inpainting %d images again in the masks of %s, with %s", len(tasks), folder, prompts)
+    log.info("inpainting %s again in the masks of %s, with %s", counted(len(tasks), "image"), folder, prompts)
     return Plan(tasks, rejects, whole)
 
 

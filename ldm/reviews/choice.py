@@ -13,6 +13,7 @@ from typing import Any
 
 from ldm.core.errors import FileError, MedSoftError
 from ldm.core.files import content_id, sha256_file
+from ldm.core.tables import counted
 from ldm.data.samples import Sample, shown
 from ldm.reviews.table import FLAG, REJECT, Review, latest, one_spelling, read_reviews
 
@@ -49,11 +50,12 @@ def match_reviews(files: Sequence[Path], samples: Sequence[Sample], redrawn: boo
             raise FileError(path, "holds no verdict; review the images first (medsoft review RESULTS)")
         known = [each for each in found if each.sample_id in by_id]
         if not known:
-            first = f"the first is about {shown(found[0].sample_id)}"
-            raise FileError(path, f"is the review of other images: none of its {len(found)} rows is of these ({first})")
+            rows_here = f"{counted(len(found), 'row')}, the first about {shown(found[0].sample_id)}"
+            raise FileError(path, f"is the review of other images: has {rows_here}, none about these")
         if not redrawn and not any(each.image_sha256 in by_id[each.sample_id] for each in known):
             count = len({each.sample_id for each in known})
-            raise FileError(path, f"all {count} images that it judges have changed since; review them again")
+            said = counted(count, "image that it judges has", "images that it judges have")
+            raise FileError(path, f"all of {said} changed since; review again")
         rows += found
     reviews: dict[Path, list[Review]] = {}
     before: set[str] = set()
@@ -65,14 +67,14 @@ def match_reviews(files: Sequence[Path], samples: Sequence[Sample], redrawn: boo
     judged = {sample.sample_id for sample in samples if sample.image in reviews}
     changed = sorted(before - judged)
     unknown = sorted({each.sample_id for each in rows} - by_id.keys())
-    _warn("have changed since they were judged, which no longer counts", changed)
-    _warn("are judged, but are not among these samples", unknown)
+    _warn("changed since it was judged, which no longer counts", changed)
+    _warn("judged, but not among these samples", unknown)
     return Judged(reviews, changed, unknown)
 
 
 def _warn(what: str, names: Sequence[str]) -> None:
     if names:
-        log.warning("warning: review: %d images %s: %s", len(names), what, listed(names))
+        log.warning("warning: review: %s %s: %s", counted(len(names), "image"), what, listed(names))
 
 
 def listed(names: Sequence[str]) -> str:
@@ -107,7 +109,7 @@ def apply_review(files: Sequence[str | Path], samples: Sequence[Sample]) -> Choi
         if reasons := [f"{r.reviewer}: {r.reason}" if r.reason else r.reviewer for r in reviews if r.verdict == REJECT]:
             rejected[image] = "; ".join(reasons)
     if len(rejected) == len({sample.image for sample in drawn}):
-        raise MedSoftError(f"{files[0]}: all {len(rejected)} images are rejected; nothing is left to use")
+        raise MedSoftError(f"{files[0]}: every image ({len(rejected)}) is rejected; nothing is left to use")
     flagged = {image for image, reviews in found.reviews.items() if any(r.verdict == FLAG for r in reviews)}
     record = {
         "files": [{"file": str(path), "sha256": sha256_file(path)} for path in files],
@@ -126,7 +128,8 @@ def apply_review(files: Sequence[str | Path], samples: Sequence[Sample]) -> Choi
 def sentence(record: dict[str, Any]) -> str:
     """What a page or the screen says of a review."""
     who = ", ".join(f"{name} ({count})" for name, count in record["reviewers"].items())
-    text = f"Review by {who}: {record['left_out']} of {record['samples']} synthetic images were rejected and left out"
-    flagged = f", {record['flagged']} were flagged and stay" if record["flagged"] else ""
-    missing = f", {record['never_reviewed']} were not reviewed and stay" if record["never_reviewed"] else ""
+    images = counted(record["samples"], "synthetic image")
+    text = f"Review by {who}: of {images}, {record['left_out']} rejected and left out"
+    flagged = f", {record['flagged']} flagged and kept" if record["flagged"] else ""
+    missing = f", {record['never_reviewed']} not reviewed and kept" if record["never_reviewed"] else ""
     return f"{text}{flagged}{missing}."

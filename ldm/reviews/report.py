@@ -7,7 +7,7 @@ from typing import Any
 
 from ldm.core.errors import UsageError
 from ldm.core.files import sha256_file, write_json
-from ldm.core.tables import shortened
+from ldm.core.tables import counted, shortened
 from ldm.data.annotations import load_samples
 from ldm.reports.html import number, write_page
 from ldm.reviews.agreement import agreement
@@ -54,7 +54,7 @@ def write_agreement(results: Path, files: Sequence[Path]) -> bool:
     )
     _say(found)
     more = len(found["reasons"]) - SHOWN_REASONS
-    log.info("%s%s", base.with_suffix(".html"), f" ({more} more rows of reasons there)" if more > 0 else "")
+    log.info("%s%s", base.with_suffix(".html"), f" (with {counted(more, 'more row')} of reasons)" if more > 0 else "")
     return not rejects
 
 
@@ -83,13 +83,13 @@ def _table_rows(pair: Mapping[str, Any]) -> list[list[Any]]:
 def _say(found: Mapping[str, Any]) -> None:
     for row in found["reviewers"]:
         counts = ", ".join(f"{row[verdict]} {verdict}" for verdict in VERDICTS)
-        log.info("%s judged %d of %d images: %s", row["reviewer"], row["judged"], found["samples"], counts)
+        log.info("%s judged %d of %s: %s", row["reviewer"], row["judged"], counted(found["samples"], "image"), counts)
     for pair in found["pairs"]:
         who = f"{pair['first']} and {pair['second']}"
         if not pair["both"]:
             log.warning("%s have judged no image both: no agreement", who)
             continue
-        log.info("%s, %d images of %d patients:", who, pair["both"], pair["patients"])
+        log.info("%s, %s of %s:", who, counted(pair["both"], "image"), counted(pair["patients"], "patient"))
         text = "  Cohen's kappa %s, %s; equal verdicts %s"
         log.info(text, estimate_text(pair["kappa"]), word_for(pair["kappa"]["value"]), estimate_text(pair["agreement"]))
         both = estimate_text(pair["kappa_rejected"]), estimate_text(pair["agreement_rejected"])

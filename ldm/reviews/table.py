@@ -20,7 +20,7 @@ from ldm.core.errors import FileError, MedSoftError
 from ldm.core.files import sync
 from ldm.core.locks import exclusive
 from ldm.core.schema import Rule
-from ldm.core.tables import csv_lines, shortened, without_mark
+from ldm.core.tables import counted, csv_lines, shortened, without_mark
 
 log = logging.getLogger("review")
 
@@ -120,7 +120,8 @@ def _parse(path: Path, data: bytes) -> tuple[list[Review], int]:
             else:
                 faults.append(f"line {number}: {error}")
     if faults:
-        more = f" (and {len(faults) - 1} more lines are malformed)" if len(faults) > 1 else ""
+        others = counted(len(faults) - 1, "other line is", "other lines are")
+        more = f" ({others} malformed too)" if len(faults) > 1 else ""
         raise FileError(path, f"{faults[0]}{more}; correct or delete that line")
     return one_spelling(reviews), len(data)
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import check_target, fingerprint, named_seed
+from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.folders import parent_image
 from ldm.data.images import open_image, read_image
@@ -107,7 +108,7 @@ class Queue:
         for reject in rejects:
             log.warning("skipped: %s", reject)
         if len(drawn) < len(loaded):
-            log.info("%d healthy samples are not shown", len(loaded) - len(drawn))
+            log.info("%s not shown", counted(len(loaded) - len(drawn), "healthy sample is", "healthy samples are"))
         if not drawn:
             raise MedSoftError(f"{results}: holds no image with a lesion; expected results of dataset_infer.py")
         if real := sum(not sample.synthetic for sample in drawn):

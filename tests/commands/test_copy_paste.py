@@ -222,7 +222,7 @@ def test_levels_beyond_those_of_the_file_are_counted(data: Path, tmp_path: Path,
     counts = [meta["clipped_pixels"] for meta in metas(tmp_path / "out").values() if "clipped_pixels" in meta]
     assert min(counts) > 0
     assert record(tmp_path / "out")["clipped_pixels"] == sum(counts)
-    assert f"{sum(counts)} pixels of pasted lesions were beyond the levels of their image's file" in caplog.text
+    assert f"{sum(counts)} pixels of pasted lesions were cut off, beyond the levels of the image's file" in caplog.text
 
 
 @pytest.mark.parametrize(

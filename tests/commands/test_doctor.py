@@ -156,7 +156,7 @@ def test_samples_without_a_patient_are_counted(tmp_path: Path, write_sample: Any
         meta = {"patient_id": f"p{number}"} if number else {}
         write_sample(tmp_path / "data" / f"s{number}", image=picture(number), meta=meta)
     said = texts(findings(tmp_path, "--data", tmp_path / "data")[1], "warning")
-    assert "data: 1 of 3 samples have no patient_id in meta.json: each counts as a patient of its own" in said
+    assert "data: 1 of 3 samples without patient_id in meta.json: each counts as a patient of its own" in said
     (tmp_path / "data" / "s0" / "meta.json").write_text('{"patient_id": "p0"}')
     assert "patient_id" not in texts(findings(tmp_path, "--data", tmp_path / "data")[1], "warning")
 
@@ -172,7 +172,7 @@ def test_inverted_and_huge_masks(tmp_path: Path, write_sample: Any) -> None:
     write_sample(tmp_path / "data" / "h", prompt="healthy", image=picture(7), mask=None)
     code, found = findings(tmp_path, "--data", tmp_path / "data")
     assert code == 1
-    assert "3 of 3 masks look inverted: 1 (white) must be the lesion" in texts(found, "error")
+    assert "3 of 3 masks inverted? 1 (white) must be the lesion" in texts(found, "error")
     assert "s0/mask.png: its mask marks most of the image or of its border: inverted?" in texts(found, "warning")
     assert "certain/mask.png: marks the whole border and 92% of the image: inverted?" in texts(found, "sample")
 
@@ -246,7 +246,7 @@ def test_names_that_look_like_a_persons_or_a_date(
     code, found = findings(tmp_path, "--data", tmp_path / "data")
     assert code == 0
     said = [item["text"] for item in found if item["where"] == "privacy"]
-    assert said == ([f"1 samples or ids look like {kind} ({name}): {PRIVACY}"] if kind else [])
+    assert said == ([f"1 sample or id looks like {kind} ({name}): {PRIVACY}"] if kind else [])
 
 
 def test_keys_that_say_who_somebody_is_and_prompts_that_contradict_meta_json(tmp_path: Path, write_sample: Any) -> None:
@@ -254,7 +254,7 @@ def test_keys_that_say_who_somebody_is_and_prompts_that_contradict_meta_json(tmp
     write_sample(tmp_path / "data" / "a", prompt="lytic lesion of L3", meta=meta)
     said = texts(findings(tmp_path, "--data", tmp_path / "data")[1], "warning")
     assert [line.split(" (")[0] for line in said.splitlines() if line.startswith("privacy")] == [
-        f"privacy: 1 samples or ids have the key {key} in meta.json" for key in ("PatientName", "StudyDate")
+        f"privacy: 1 sample or id has the key {key} in meta.json" for key in ("PatientName", "StudyDate")
     ]
     assert (
         "a/prompt.txt: contradicts meta.json: the prompt names L3, the image's level is L4; correct one of them" in said

@@ -95,7 +95,7 @@ def test_output_is_a_dataset_folder(results: Path) -> None:
 def test_says_what_it_draws_on(final: Path, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     assert infer(final, tmp_path / "out", "--train_json", world / TRAIN, "--limit", 1, "--variants", 2) == 0
-    assert "inpainting 1 healthy samples of" in caplog.text
+    assert "inpainting 1 healthy sample of" in caplog.text
     assert "prompts of 4 diseased samples of" in caplog.text
     (a, b) = metas(tmp_path / "out").values()
     assert {a["variant"], b["variant"]} == {0, 1}
@@ -157,7 +157,7 @@ def test_like_says_where_the_noise_was_that_of_another_version(
         older = {key: value for key, value in meta.items() if key != "noise" or number}
         (tmp_path / "old" / path.name / "meta.json").write_text(json.dumps(older))
     assert infer(final, tmp_path / "out", "--like", tmp_path / "old") == 0
-    assert "old: 1 results have the noise of another version" in caplog.text
+    assert "old: the noise of 1 result is another version's of another version" in caplog.text
 
 
 def test_like_says_with_which_sampling_the_results_were_made(

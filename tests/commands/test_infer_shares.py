@@ -64,7 +64,7 @@ def test_shares_in_any_order_are_the_files_of_one_run(
         counts.append(len(metas(out)))
         assert record(out)["complete"] is (share == "1/3")
         assert (out / "report.html").exists() is (share == "1/3")
-        assert ("1 of 3 shares are not finished, the first: share 1/3" in caplog.text) is (share != "2/3")
+        assert ("1 of 3 shares unfinished, the first: share 1/3" in caplog.text) is (share != "2/3")
     assert counts == [3, 7, 10]
     assert without_command(files_of(out)) == without_command(files_of(single))
     whole(out)
@@ -103,7 +103,7 @@ def test_two_shares_at_once_one_of_them_killed_and_begun_again(final: Path, worl
     assert two.wait(60).returncode == -signal.SIGKILL
     done = one.wait(300)
     assert done.returncode == 0, done.stderr
-    assert "1 of 2 shares are not finished" in done.stdout
+    assert "1 of 2 shares unfinished" in done.stdout
     assert record(out)["complete"] is False
     with pytest.raises(
         UsageError, match=r"at_once: holds results of another run \(shares: 2 -> 1\); give --share K/2 "

@@ -109,7 +109,7 @@ def test_again_is_complete_and_a_lost_tar_is_made_again(
     (packed / "000001.tar").write_bytes(before["000001.tar"][:1000])  # as a full disk elsewhere leaves a copy
     assert infer(final, packed, *given_to(world)) == 0
     assert {name: (packed / name).read_bytes() for name in tars_in(packed)} == before
-    assert "3 of 5 images are there already" in caplog.text
+    assert "already there: 3 of 5 images" in caplog.text
     finished(packed, 5)
 
 

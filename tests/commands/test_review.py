@@ -54,9 +54,9 @@ def test_a_classifier_does_not_learn_from_rejected_images(
     }
     assert told["reviewers"] == {"a": 2, "b": 2, "c": 1}
     assert metrics["n_synthetic_used"] == 3
-    note = "Review by a (2), b (2), c (1): 2 of 5 synthetic images were rejected and left out, 1 were flagged and stay"
+    note = "Review by a (2), b (2), c (1): of 5 synthetic images, 2 rejected and left out, 1 flagged and kept"
     assert any(each.startswith(note) for each in metrics["notes"])
-    assert "1 images are judged, but are not among these samples: s9" in caplog.text
+    assert "1 image judged, but not among these samples: s9" in caplog.text
     record = json.loads((Path(world["output_dir"]) / "run.json").read_text())
     assert record["settings"]["review_sha256"] == [each["sha256"] for each in told["files"]]
     judge(Path(folder), second, [("c", "s4", "accept")])
@@ -83,16 +83,18 @@ def test_reviews_that_do_not_belong_to_the_images_are_refused(tmp_path: Path) ->
     folder = synthetic_set(tmp_path / "results", "train-patient0", "train000")
     world |= {"synthetic": [folder]}
     other = judge(Path(folder), tmp_path / "other.csv", [("a", "t1", "accept")])
-    with pytest.raises(FileError, match=r"other.csv: is the review of other images: none of its 1 rows .*about t1"):
+    with pytest.raises(
+        FileError, match=r"other.csv: is the review of other images: has 1 row, the first about t1, none"
+    ):
         run(world, "--review", str(other))
     every = judge(Path(folder), tmp_path / "every.csv", [("a", f"s{n}", "reject") for n in range(1, 6)])
-    with pytest.raises(MedSoftError, match=r"every.csv: all 5 images are rejected"):
+    with pytest.raises(MedSoftError, match=r"every.csv: every image \(5\) is rejected"):
         run(world, "--review", str(every))
     shutil.rmtree(Path(folder) / "s5")
     for place, name in enumerate(("s1", "s2", "s3", "s4")):
         image = Path(folder) / name / "image.png"
         image.write_bytes(image.read_bytes() + bytes([place]))  # after the end of the picture: it looks the same
-    with pytest.raises(FileError, match=r"every.csv: all 4 images that it judges have changed since"):
+    with pytest.raises(FileError, match=r"every.csv: all of 4 images that it judges have changed since"):
         run(world, "--review", str(every))
     with pytest.raises(FileError, match=r"no.csv: this review does not exist"):
         run(world, "--review", str(tmp_path / "no.csv"))
@@ -122,7 +124,7 @@ def test_evaluation_leaves_rejected_images_out(drawn: Path, tmp_path: Path) -> N
     assert found["pictures"]["synthetic"] == 4
     told = found["review"]
     assert (told["left_out"], told["flagged"], told["never_reviewed"], told["samples"]) == (10, 1, 2, 14)
-    assert "10 of 14 synthetic images were rejected and left out" in found["warnings"][0]
-    assert "10 of 14 synthetic images were rejected" in (tmp_path / "out" / "report.html").read_text()
+    assert "of 14 synthetic images, 10 rejected and left out" in found["warnings"][0]
+    assert "of 14 synthetic images, 10 rejected" in (tmp_path / "out" / "report.html").read_text()
     with pytest.raises(UsageError, match=r"another run .*synthetic"):
         tiny.call(evaluate, *given[:-2])

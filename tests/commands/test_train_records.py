@@ -321,7 +321,7 @@ def test_healthy_samples_with_a_black_mask_are_left_out_before_any_feature_is_co
     assert sum(len(keys_of(file)) for file in (tmp_path / "features").glob("v*-clip-*")) == 2 * (5 + 3)
     assert call(doctor, "--data", tmp_path / "data", "--output", tmp_path / "found.json") == 0
     (finding,) = [each for each in json.loads((tmp_path / "found.json").read_text()) if "inpainted" in each["text"]]
-    assert finding["text"].startswith("4 of 5 healthy samples cannot be inpainted, so training leaves them out")
+    assert finding["text"].startswith("4 of 5 healthy samples cannot be inpainted, so training leaves out the same")
     assert infer(converted, tmp_path / "out", "--data", tmp_path / "data", "--prompt", "x") == 3
     assert len(json.loads((tmp_path / "out" / "rejects.json").read_text())) == 4
 

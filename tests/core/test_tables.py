@@ -7,6 +7,7 @@ import pytest
 
 from ldm.core.errors import MedSoftError
 from ldm.core.tables import (
+    counted,
     csv_lines,
     markdown_head,
     markdown_row,
@@ -84,3 +85,8 @@ def test_text_that_a_spreadsheet_would_run_is_written_as_text_and_read_back(tmp_
 def test_paths_and_names_of_columns_are_text_too(tmp_path: Path) -> None:
     write_csv(tmp_path / "table.csv", [{"@a": Path("=b"), "c": None, "d": float("-inf")}])
     assert (tmp_path / "table.csv").read_text() == "'@a,c,d\n'=b,,-inf\n"
+
+
+def test_a_count_agrees_with_its_noun() -> None:
+    assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert [counted(number, "try was", "tries were") for number in (1, 3)] == ["1 try was", "3 tries were"]

@@ -182,7 +182,7 @@ def test_prompt_of_the_user_is_warned_of_or_replaced(plan: Callable, caplog: pyt
     tasks, _ = plan("level", healthy, LUMBAR, prompt="lesion of the L3 vertebra")
     assert {task.prompt for task in tasks} == {"lesion of the L3 vertebra"}
     assert "1 of 3 prompts contradict meta.json (b__v0: the prompt names L3, the image's level is L4)" in caplog.text
-    assert "1 prompts name a vertebra, but the image's meta.json has no level to compare it with; first: c__v0" in (
+    assert "1 prompt names a vertebra, but the image's meta.json has no level to compare it with; first: c__v0" in (
         caplog.text
     )
     caplog.clear()

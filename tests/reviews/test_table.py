@@ -99,7 +99,7 @@ def test_other_bytes_are_refused_or_read_and_nothing_else_happens(noise: bytes, 
         (f"{HEADER}\n{ROW.replace('3.5', '-3')}\n", "line 2: seconds"),
         (f"{HEADER}\n{ROW.replace('01-31', '02-31')}\n", "line 2: when: expected a time in UTC"),
         (f'{HEADER}\n"a\nb{ROW[5:]}\n', "line 2: expected comma-separated"),
-        (f"{HEADER}\n{ROW}\nx\n{ROW}\ny\n", r"line 3: .* \(and 1 more lines are malformed\)"),
+        (f"{HEADER}\n{ROW}\nx\n{ROW}\ny\n", r"line 3: .* \(1 other line is malformed too\)"),
     ],
 )
 def test_malformed_rows_are_named(tmp_path: Path, content: str, message: str) -> None:
