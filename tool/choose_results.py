@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ldm.config import load_config
 from ldm.core import cli
+from ldm.reviews.options import REVIEW_HELP
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--best", type=cli.COUNT, metavar="N", help="keep the N best variants of each parent image")
     margin = cli.Number(float, -2, 2)
     made.add_argument("--least", type=margin, metavar="MARGIN", help="keep those of at least this margin, such as 0")
+    made.add_argument("--review", action="append", default=[], type=Path, metavar="FILE", help=REVIEW_HELP)
     default = Path("models/mldm_v15.yaml")
     made.add_argument("--config", type=Path, default=default, help="model YAML: how crops are made, which BiomedCLIP")
     made.add_argument("--biomedclip", type=Path, help="BiomedCLIP folder, or hf-hub:OWNER/NAME (default: the YAML's)")
@@ -35,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, [*given, *args.overrides])
     from ldm.evaluation.choice import choose_results
 
-    how = {"best": args.best, "least": args.least, "overwrite": args.overwrite}
+    how = {name: getattr(args, name) for name in ("best", "least", "review", "overwrite")}
     clean = choose_results(args.results, args.output_dir, config.data, config.biomedclip, **how)
     return cli.DONE if clean else cli.SOME_REJECTED
 

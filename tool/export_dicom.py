@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from ldm.core import cli
+from ldm.reviews.options import REVIEW_HELP
 
 FORMATS = ("dicom", "nifti")
 
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="write under the real patient, into the real study: never for a clinical archive",
     )
     parser.add_argument("--link_source", action="store_true", help="let the images name the real ones they come from")
+    parser.add_argument("--review", action="append", default=[], type=Path, metavar="FILE", help=REVIEW_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace what another export has written")
     return parser
 

@@ -26,6 +26,7 @@ from ldm.evaluation.lesions import Lesion, read_lesions
 from ldm.evaluation.metrics import text_embeddings
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.opening import open_encoder
+from ldm.reviews.choice import apply_review
 
 log = logging.getLogger("choose")
 
@@ -39,13 +40,15 @@ def choose_results(
     biomedclip: BiomedClipConfig,
     best: int | None = None,
     least: float | None = None,
+    review: Sequence[Path] = (),
     overwrite: bool = False,
 ) -> bool:
     """Score the diseased results of a folder, write scores.csv and kept.json; whether all of them could be read.
 
     Kept are, of the variants of each parent, the ``best`` with the highest margins (None: all), and of these the ones
-    whose margin is at least ``least`` (None: all). kept.json is an annotation file. Raises UsageError where neither
-    limit is given, MedSoftError for real samples among the results and where nothing can be scored.
+    whose margin is at least ``least`` (None: all). kept.json is an annotation file. ``review``: files whose rejected
+    images are left out first, see ``apply_review``. Raises UsageError where neither limit is given, MedSoftError for
+    real samples among the results and where nothing can be scored.
     """
     if best is None and least is None:
         raise UsageError("expected --best N, --least MARGIN or both: without a limit every image would be kept")
@@ -55,9 +58,12 @@ def choose_results(
         if real := [sample for sample in samples if not sample.synthetic]:
             count = f"{len(real)} of {len(samples)} samples do not say that they are synthetic"
             raise MedSoftError(f"{results}: {count} (the first: {real[0].sample_id}); give results of dataset_infer.py")
+        choice = apply_review(review, samples) if review else None
+        samples = [samples[place] for place in choice.kept(samples)] if choice else samples
         encoder = open_encoder(biomedclip)
         settings = {"results": fingerprint([described_identity(sample) for sample in samples])}
         settings |= {"biomedclip": encoder.fingerprint, "data": identity(data, "features"), "best": best}
+        settings |= {"review_sha256": [each["sha256"] for each in choice.record["files"]]} if choice else {}
         record = folder.open(settings | {"least": least}, overwrite, anew=overwrite)
         if record and record["complete"]:
             log.info("%s: already complete", output_dir)
@@ -78,7 +84,7 @@ def choose_results(
         chosen = [lesion.sample for lesion, each in zip(lesions, kept, strict=True) if each]
         write_annotations(output_dir / "kept.json", chosen)
         counts = {"scored": len(lesions), "kept": len(chosen), "without_type": len(samples) - len(asked)}
-        folder.finish(**counts, rejected=len(rejects))
+        folder.finish(**counts, **({"review": choice.record} if choice else {}), rejected=len(rejects))
     log.info("%d of %d kept: %s", len(chosen), len(lesions), output_dir / "kept.json")
     return not rejects
 

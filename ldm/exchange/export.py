@@ -27,6 +27,7 @@ from ldm.data.samples import Reject, Sample
 from ldm.exchange.origins import MAPPING, PrivateMapping
 from ldm.exchange.privacy import Pseudonyms, read_key
 from ldm.exchange.results import ExportedResult, files_of, write_dicom, write_nifti
+from ldm.reviews.choice import apply_review
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class ExportOptions:
     format: str = "dicom"
     same_study: bool = False
     link_source: bool = False
+    review: Sequence[Path] = ()
     overwrite: bool = False
 
     @property
@@ -74,6 +76,8 @@ def export(options: ExportOptions) -> int:
     mapping = PrivateMapping(options.private / MAPPING)
     pseudonyms = Pseudonyms(read_key(options.key_file))
     samples, rejects = scan_folder(options.results)
+    choice = apply_review(options.review, samples) if options.review else None
+    samples = [samples[place] for place in choice.kept(samples)] if choice else samples
     planned, more = plan(samples, mapping, options)
     rejects += more
     if not planned:
@@ -88,6 +92,7 @@ def export(options: ExportOptions) -> int:
     folder = RunFolder(options.output_dir, "export.json", own=("rejects.json", "export.csv"), samples=ABOUT)
     flags = {"format": options.format, "same_study": options.same_study, "link_source": options.link_source}
     settings = {"results": fingerprint([_identity(each) for each in planned]), **flags}
+    settings |= {"review_sha256": [each["sha256"] for each in choice.record["files"]]} if choice else {}
     with folder.lock():
         before = folder.open(settings, options.overwrite) or {}
         needed = {each.name: (ABOUT, *files_of(each, FORMATS[options.format])) for each in planned}
@@ -98,7 +103,7 @@ def export(options: ExportOptions) -> int:
         folder.claim(started=started)
         missing = [each for each in planned if not folder.has(each.name, *needed[each.name])]
         rejects += _write(folder, missing, options, pseudonyms, started)
-        return _finish(folder, planned, rejects, started)
+        return _finish(folder, planned, rejects, started, {"review": choice.record} if choice else {})
 
 
 def plan(
@@ -192,8 +197,10 @@ def _odd_header(result: ExportedResult) -> Iterator[None]:
         raise FileError(result.sample.image, f"cannot be written with its source's header ({kind})") from error
 
 
-def _finish(folder: RunFolder, planned: Sequence[ExportedResult], rejects: Sequence[Reject], started: str) -> int:
-    """Write the table, the list of rejects and the record; returns the exit code."""
+def _finish(
+    folder: RunFolder, planned: Sequence[ExportedResult], rejects: Sequence[Reject], started: str, about: dict[str, Any]
+) -> int:
+    """Write the table, the list of rejects and the record, with what it says ``about`` a review; the exit code."""
     write_rejects(folder.path / "rejects.json", rejects)
     for reject in rejects[:5]:
         log.warning("not exported: %s", reject)
@@ -204,7 +211,7 @@ def _finish(folder: RunFolder, planned: Sequence[ExportedResult], rejects: Seque
         raise MedSoftError(f"{folder.path}: no result could be exported; first: {rejects[0]}")
     write_csv(folder.path / "export.csv", rows)
     frames = sum(row["kind"] == "frame" for row in rows)
-    folder.finish(started=started, exported=len(rows), rejected=len(rejects), frames=frames)
+    folder.finish(started=started, exported=len(rows), rejected=len(rejects), frames=frames, **about)
     kinds = f"{frames} as frames of their sources, changed inside the soft masks alone, {len(rows) - frames} as slices"
     log.info("%s: %d results (%s)", folder.path, len(rows), f"{kinds} with a geometry of their own")
     return cli.SOME_REJECTED if rejects else cli.DONE

@@ -11,8 +11,10 @@ import tiny
 
 from ldm.classifier.data import load_images
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.data.annotations import load_samples
 from ldm.evaluation.choice import keep
 from ldm.phantom.dataset import write_dataset
+from ldm.reviews.table import Review, add_review
 from tool import choose_results
 
 VARIANTS = 3
@@ -73,6 +75,18 @@ def test_the_best_variant_of_each_parent_is_kept_for_the_classifier(results: Pat
     before = (out / "scores.csv").stat().st_mtime_ns
     assert run(results, out, "--best", 1) == 0
     assert (out / "scores.csv").stat().st_mtime_ns == before  # already complete
+
+    best = next(each for each in load_samples(results)[0] if each.sample_id == kept[0]["sample_id"])
+    review = tmp_path / "review.csv"
+    add_review(review, Review(best.sample_id, "a", "reject", str(best.image_sha256), "seam"))
+    with pytest.raises(UsageError, match=r"another run \(results: "):
+        run(results, out, "--best", 1, "--review", review)
+    other = tmp_path / "reviewed"
+    assert run(results, other, "--best", 1, "--review", review) == 0
+    second = [row for row in rows_of(other) if row["kept"] == "True"]
+    assert sorted(row["parent_id"] for row in second) == sorted(row["parent_id"] for row in kept)
+    assert best.sample_id not in [row["sample_id"] for row in rows_of(other)]
+    assert json.loads((other / "choice.json").read_text())["review"]["left_out"] == 1
     with pytest.raises(UsageError, match=r"holds results of another run \(best: 1 -> 2\)"):
         run(results, out, "--best", 2)
     least = sorted(float(row["margin"]) for row in rows)[-5]

@@ -14,7 +14,9 @@ from pydicom.pixels import apply_modality_lut
 from roundtrip import PROMPT, World, lesion_in, volume_of
 
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import sha256_file
 from ldm.data.images import read_image
+from ldm.reviews.table import Review, add_review
 
 SHAPE, SPACING = (40, 36, 5), (0.75, 0.75, 3.0)
 GEOMETRY = (
@@ -320,6 +322,13 @@ def test_again_is_complete_and_what_is_missing_is_written(world: World, caplog: 
     assert world.export("--format", "nifti", "--overwrite") == 0
     assert not list(world.out.rglob("*.dcm"))
     assert len(list(world.out.rglob("image.nii.gz"))) == 2
+
+    review, image = world.root / "review.csv", world.root / "results/case/axial_003__v1/image.png"
+    add_review(review, Review("case/axial_003__v1", "a", "reject", sha256_file(image), "seam"))
+    assert world.export("--format", "nifti", "--overwrite", "--review", review) == 0
+    assert [path.parent.name for path in world.out.rglob("image.nii.gz")] == [name.rpartition("/")[2]]
+    record = json.loads((world.out / "export.json").read_text())
+    assert (record["exported"], record["review"]["left_out"]) == (1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
