@@ -1,7 +1,9 @@
 """What every command shares: exit codes, one-line errors, logging. Imports nothing heavy."""
 
 import argparse
+import atexit
 import dataclasses
+import gc
 import io
 import logging
 import math
@@ -131,6 +133,8 @@ def run(made: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger().handlers[0].addFilter(_worth_saying)
     signal.signal(signal.SIGTERM, _terminate)
+    # At its end the interpreter would look for garbage among all objects of torch and the like, for 1.6 s.
+    atexit.register(gc.freeze)
     code = _guarded(main, args)
     sys.stdout.flush()
     sys.stderr.flush()
