@@ -9,9 +9,7 @@ import logging
 import math
 import shutil
 import threading
-import time
 import zlib
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -24,6 +22,7 @@ from ldm.core.errors import FileError, UsageError, first_line
 from ldm.data.images import header_shapes
 from ldm.inference.single import slice_name
 from ldm.volumes.volume import require_extra
+from ldm.workbench.server import Rate
 
 MOST_PIXELS = 2**24  # of an image, or of a slice of a volume
 MOST_VOXELS = 2**27  # of a volume
@@ -31,7 +30,6 @@ MOST_STRETCH = 16  # the longest side of a voxel over its shortest one: pixels a
 DEFLATED = "1.2.840.10008.1.2.1.99"  # DICOM's transfer syntax of which the whole file, of unknown size, is unpacked
 MOST_FILES, MOST_FIELDS = 2, 16
 WAITING = 8  # requests that may wait for their turn
-PERIOD = 60.0  # seconds, of ``--per_minute``
 QUIET = ("ldm.data", "ldm.inference", "ldm.networks", "ldm.volumes")  # what they say may name an image
 
 
@@ -189,8 +187,7 @@ class Turns:
 
     def __init__(self, per_minute: int, waiting: int = WAITING) -> None:
         self.per_minute, self.waiting = per_minute, waiting
-        self._inside = 0
-        self._begun: deque[tuple[float, int]] = deque()  # when how many images were asked for, in the last PERIOD
+        self._inside, self._rate = 0, Rate(per_minute)
         self._state, self._turn = threading.Lock(), threading.Lock()
 
     @contextmanager
@@ -202,7 +199,10 @@ class Turns:
             if self._inside > self.waiting:
                 line = f"{self.waiting} requests are waiting already; ask again later"
                 raise HTTPException(503, line, {"Retry-After": "5"})
-            self._count(images)
+            if wait := self._rate.wait(images):
+                line = f"at most {self.per_minute} images a minute are drawn; ask again in {wait} s"
+                raise HTTPException(429, line, {"Retry-After": str(wait)})
+            self._rate.add(images)
             self._inside += 1
         try:
             with self._turn:
@@ -210,21 +210,6 @@ class Turns:
         finally:
             with self._state:
                 self._inside -= 1
-
-    def _count(self, images: int) -> None:
-        now = time.monotonic()
-        while self._begun and self._begun[0][0] <= now - PERIOD:
-            self._begun.popleft()
-        left = self.per_minute - sum(count for _, count in self._begun)
-        wait = 0
-        for when, count in self._begun:
-            if left >= images:
-                break
-            left, wait = left + count, math.ceil(when + PERIOD - now)
-        if wait:
-            line = f"at most {self.per_minute} images a minute are drawn; ask again in {wait} s"
-            raise HTTPException(429, line, {"Retry-After": str(wait)})
-        self._begun.append((now, images))
 
 
 class Warnings(logging.Handler):

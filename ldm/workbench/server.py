@@ -10,12 +10,15 @@ import errno
 import hmac
 import ipaddress
 import logging
+import math
 import os
 import secrets
 import socket
 import sys
 import threading
+import time
 import webbrowser
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +43,10 @@ log = logging.getLogger(__name__)
 PAGES = Path(__file__).with_name("pages")
 STOPPED = "the server is being stopped"
 MOST_BYTES = 64 * 2**20  # of a request's body
+GRACE = 2  # seconds in which requests that are being answered may end after Ctrl-C
+PERIOD = 60.0  # seconds, of a Rate
+WRONG_TOKENS = 10  # that an address may send in this time
+ADDRESSES = 1024  # that are remembered
 HEADER = "X-MedSoft"  # which every request that changes something carries, with the value 1
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; "
@@ -98,9 +105,82 @@ def _is_ip(name: str) -> bool:
     return True
 
 
-def fault(status: int, line: str) -> JSONResponse:
+def fault(status: int, line: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """A fault as every route gives it."""
-    return JSONResponse({"error": line}, status)
+    return JSONResponse({"error": line}, status, headers)
+
+
+class Rate:
+    """How often something has happened in the last PERIOD: at most ``most`` times is the rule."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._events: deque[tuple[float, int]] = deque()  # when, and how many at once
+
+    def wait(self, count: int = 1) -> int:
+        """Seconds until ``count`` more are within the rule; 0: they are now."""
+        now = time.monotonic()
+        while self._events and self._events[0][0] <= now - PERIOD:
+            self._events.popleft()
+        left, seconds = self.most - sum(many for _, many in self._events), 0
+        for when, many in self._events:
+            if left >= count:
+                break
+            left, seconds = left + many, math.ceil(when + PERIOD - now)
+        return seconds
+
+    def add(self, count: int = 1) -> None:
+        """Note that it has happened ``count`` times now."""
+        self._events.append((time.monotonic(), count))
+
+
+class Guesses:
+    """Wrong tokens, by the address that they come from.
+
+    An address that has sent too many is told to wait, and its next token is not looked at, so that its rate of guesses
+    is bounded. One from which the right token has come before is looked at all the same: nobody who shares it with
+    somebody that guesses is shut out.
+    """
+
+    def __init__(self) -> None:
+        self._wrong: OrderedDict[str, Rate] = OrderedDict()
+        self._known: OrderedDict[str, None] = OrderedDict()
+
+    def wait(self, address: str) -> int:
+        """Seconds in which tokens from this address are wrong ones too many; 0: it may send one."""
+        return self._wrong[address].wait() if address in self._wrong else 0
+
+    def is_shut_out(self, address: str) -> bool:
+        """Whether a token from this address is not looked at."""
+        return address not in self._known and self.wait(address) > 0
+
+    def right(self, address: str) -> None:
+        """The right token has come from this address."""
+        self._known[address] = None
+        _bound(self._known)
+
+    def wrong(self, address: str) -> None:
+        """A wrong one has come from this address."""
+        rate = self._wrong.setdefault(address, Rate(WRONG_TOKENS))
+        _bound(self._wrong)
+        if not rate.wait():
+            rate.add()
+            if rate.wait():
+                log.warning("warning: %d wrong tokens in a minute from %s, which has to wait", WRONG_TOKENS, address)
+
+
+def _bound(addresses: OrderedDict[str, Any]) -> None:
+    while len(addresses) > ADDRESSES:
+        addresses.popitem(last=False)
+
+
+def _address_of(request: Request) -> str:
+    """Where a request comes from; of IPv6 the network of 64 bits, all of which one caller may have."""
+    host = request.client.host if request.client else ""
+    try:
+        return str(ipaddress.ip_network((host, 64), strict=False)) if ":" in host else host
+    except ValueError:  # with a zone
+        return host
 
 
 async def _body(request: Request) -> bytes:
@@ -177,6 +257,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, address: Address, for_programs: bool, debug: bool) -> None:
         self.app, self.address, self.for_programs, self.debug = app, address, for_programs, debug
+        self.guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As every ASGI application."""
@@ -189,7 +270,7 @@ class Guard:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > MOST_BYTES:
-                raise HTTPException(413, f"the request is larger than {MOST_BYTES >> 20} MiB")
+                raise HTTPException(413, _too_large(f"more than {MOST_BYTES}"))
             return message
 
         async def headed(message: Message) -> None:
@@ -235,22 +316,40 @@ class Guard:
                 return fault(403, f"the request has no header {HEADER}: 1, which shows that our own page has sent it")
         length = request.headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MOST_BYTES:
-            return fault(413, f"the request is larger than {MOST_BYTES >> 20} MiB")
+            return fault(413, _too_large(length[:20]))
         return None
 
     def _token_refusal(self, request: Request) -> Response | None:
-        """A redirect that keeps the token of the address as a cookie, 401 without the right one, None with it."""
+        """A redirect that keeps the token of the address as a cookie, None with the right one, else 401 or 429."""
+        named = request.query_params.get("token") if request.method == "GET" else None
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self._is_token(request.query_params.get("token")) and request.method == "GET":
-            answer = RedirectResponse(request.url.path, 303)
-            answer.set_cookie(self.address.cookie, str(self.address.token), httponly=True, samesite="strict")
-            return answer
-        if self._is_token(request.cookies.get(self.address.cookie)) or self._is_token(bearer):
-            return None
-        return fault(401, "the token is missing or wrong; open the address that the terminal shows, with ?token=...")
+        kept = request.cookies.get(self.address.cookie)
+        caller, cure = _address_of(request), "open the address that the terminal shows, with ?token=..."
+        given = [token for token in (named, kept, bearer) if token]
+        if not given:
+            return fault(401, f"the token is missing; {cure}")
+        if not self.guesses.is_shut_out(caller):
+            if self._is_token(named):
+                self.guesses.right(caller)
+                answer = RedirectResponse(request.url.path, 303)
+                answer.set_cookie(self.address.cookie, str(self.address.token), httponly=True, samesite="strict")
+                return answer
+            if self._is_token(kept) or self._is_token(bearer):
+                self.guesses.right(caller)
+                return None
+        wait = self.guesses.wait(caller)
+        if wait:
+            return fault(429, f"too many wrong tokens; in {wait} s {cure}", {"Retry-After": str(wait)})
+        self.guesses.wrong(caller)
+        return fault(401, f"the token is wrong; {cure}")
 
     def _is_token(self, given: str | None) -> bool:
         return given is not None and hmac.compare_digest(given.encode(), str(self.address.token).encode())
+
+
+def _too_large(found: str) -> str:
+    """What is said of a body of ``found`` bytes."""
+    return f"the request has {found} bytes; at most {MOST_BYTES} ({MOST_BYTES >> 20} MiB) are taken; crop the image"
 
 
 class _Server(uvicorn.Server):
@@ -279,9 +378,9 @@ def serve(
     """
     with listener or listening(address) as listener:
         config = uvicorn.Config(
-            app, log_config=None, log_level="warning", access_log=False, server_header=False, lifespan="off"
-        )
-        config.timeout_graceful_shutdown = 3
+            app, log_config=None, log_level="error", access_log=False, server_header=False, lifespan="off", ws="none"
+        )  # it would warn of WebSockets, which nothing here has
+        config.timeout_graceful_shutdown = GRACE
         log.info("open %s (Ctrl-C ends)", address.url)
         if open_browser and (sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             threading.Thread(target=webbrowser.open, args=(address.url,), daemon=True).start()

@@ -1,11 +1,12 @@
 """The rules of the one server: who may call, how much may be sent, and what a fault looks like."""
 
+import http.client
 import logging
 import os
 import signal
 import socket
 import threading
-import urllib.request
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,6 +99,31 @@ def test_a_token_once_as_address_then_as_cookie_or_as_header() -> None:
     assert client("evil.example", address).get("/api/fine", headers=bearer).status_code == 400
 
 
+def test_wrong_tokens_are_bounded_and_right_ones_never(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = client("10.0.0.1", Address("0.0.0.0", 7860, "a-long-token")).app
+
+    def asked(who: str, token: str) -> Any:
+        caller = TestClient(app, "http://10.0.0.1:7860", client=(who, 50000))
+        return caller.get("/api/fine", headers={"Authorization": f"Bearer {token}"} if token else {})
+
+    assert asked("10.0.0.2", "a-long-token").status_code == 200
+    for who in ("10.0.0.2", "2001:db8::1"):
+        codes = [asked(who, f"guess{k}").status_code for k in range(server.WRONG_TOKENS + 1)]
+        assert codes == [401] * server.WRONG_TOKENS + [429]
+    assert len([text for text in caplog.messages if "10 wrong tokens in a minute from" in text]) == 2
+    shut_out = asked("2001:db8::2", "a-long-token")  # the same network of IPv6; a right guess does not show
+    assert (shut_out.status_code, shut_out.headers["retry-after"]) == (429, "60")
+    assert "too many wrong tokens; in 60 s open the address" in shut_out.json()["error"]
+    assert asked("2001:db8::2", "").status_code == 401
+    for who in ("10.0.0.2", "10.0.0.3", "2001:db8:1::1"):  # one that knew it before, and others
+        assert asked(who, "a-long-token").status_code == 200
+    later = time.monotonic() + server.PERIOD
+    monkeypatch.setattr(server.time, "monotonic", lambda: later)
+    assert asked("2001:db8::1", "a-long-token").status_code == 200
+
+
 def test_a_host_that_others_reach_gets_a_token_of_its_own() -> None:
     made = [Address.of(ServerOptions("0.0.0.0", 7860)) for _ in range(2)]
     assert made[0].token != made[1].token
@@ -115,9 +141,10 @@ def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(monkeypat
             yield b"x" * 100
 
     assert client().post("/api/size", content=b"x" * 1000, headers=OWN).json() == {"size": 1000}
-    for content in (b"x" * 1001, chunks()):
+    for content, size in ((b"x" * 1001, "1001"), (chunks(), "more than 1000")):
         found = client().post("/api/size", content=content, headers=OWN)
         assert (found.status_code, list(found.json())) == (413, ["error"])
+        assert found.json()["error"].startswith(f"the request has {size} bytes; at most 1000 (0 MiB) are taken; ")
 
 
 @pytest.mark.parametrize(
@@ -174,14 +201,16 @@ def _interrupts() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_interrupts")
-def test_ctrl_c_ends_the_server_and_is_passed_on() -> None:
+def test_ctrl_c_ends_the_server_and_is_passed_on(caplog: pytest.LogCaptureFixture) -> None:
+    """Before that a call that asks for a WebSocket is answered as any other, and nothing is said of it."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = Address(port=other.getsockname()[1])
     answers = []
 
     def interrupt() -> None:
-        with urllib.request.urlopen(f"{address.url}pages/viewer.js", timeout=10) as found:
-            answers.append(found.status)
+        caller = http.client.HTTPConnection("127.0.0.1", address.port, timeout=10)
+        caller.request("GET", "/pages/viewer.js", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
+        answers.append(caller.getresponse().status)
         os.kill(os.getpid(), signal.SIGINT)
 
     with listening(address) as listener:  # whoever calls from now on waits
@@ -191,6 +220,7 @@ def test_ctrl_c_ends_the_server_and_is_passed_on() -> None:
             serve(make_app(page="edit.html", address=address), address, False, listener)
     caller.join()
     assert answers == [200]
+    assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == []
 
 
 def test_without_the_extra_one_line_says_how_to_install_it(

@@ -31,7 +31,7 @@ from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.masks import Feather, Mask, soft_mask_for
 from ldm.data.png import encode_png, write_png
 from ldm.inference.results import provenance_of
-from ldm.workbench import intake, serving
+from ldm.workbench import intake, server, serving
 from ldm.workbench.options import ServeOptions
 from ldm.workbench.server import Address
 from tool import serve
@@ -272,8 +272,8 @@ def test_one_at_a_time_and_not_too_many(
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "60")
     answer = client.post("/draw", files=parts(), data={"prompt": "x", "n": 5})
     assert "n: at most 4 images a minute" in answer.json()["error"]
-    later = time.monotonic() + intake.PERIOD
-    monkeypatch.setattr(intake.time, "monotonic", lambda: later)
+    later = time.monotonic() + server.PERIOD
+    monkeypatch.setattr(server.time, "monotonic", lambda: later)
     with turns.taken(4), pytest.raises(HTTPException):
         turns.taken(1).__enter__()
 
