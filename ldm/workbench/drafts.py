@@ -4,6 +4,7 @@ A drawing is a whole result folder from the first moment, and the folder that ho
 nothing lives in memory only. To accept is to rename, which happens or does not.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from ldm.inference.results import is_whole
 log = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
+PAGE = 64  # drawings that are told at once: as many as one request may ask for
 SHOWN = ("id", "job", "document", "name", "prompt", "seed", "variant", "state", "reason", "when", "width", "height")
 _KINDS = {"id": str, "name": str, "prompt": str, "seed": int, "variant": int, "document": str | None, "job": str | None}
 _KINDS |= {"state": str | None, "reason": str | None, "origin": dict | None}
@@ -50,20 +52,23 @@ class Drafts:
         for name in self._unlisted():
             self._adopt(name)
 
-    def items(self) -> list[dict[str, Any]]:
-        """What the page is told of every drawing that is there, in the order in which they were drawn."""
+    def items(self, before: str | None = None) -> list[dict[str, Any]]:
+        """What the page is told of the last PAGE drawings that are there, in the order in which they were drawn.
+
+        ``before``: of the last ones before the drawing with this id. KeyError for one that is not known.
+        """
         with self._lock:
-            return [told for each in self._items.values() if (told := self._told(each))]
+            newest = reversed(self._items.values())
+            if before is not None:
+                known = self._items[before]
+                newest = itertools.islice(itertools.dropwhile(lambda each: each is not known, newest), 1, None)
+            there = (told for each in newest if (told := self._told(each)))
+            return [*itertools.islice(there, PAGE)][::-1]
 
     def item(self, name: str) -> dict[str, Any] | None:
         """The same of one; None for one that is not there."""
         with self._lock:
             return self._told(self._items[name]) if name in self._items else None
-
-    def folder(self, name: str) -> Path:
-        """The result folder of a drawing that is there."""
-        with self._lock:
-            return self._place(self._items[name]["name"]) or self.drafts / self._items[name]["name"]
 
     def origin(self, document: str) -> dict[str, Any] | None:
         """Where a document lies that something was drawn into, by its id."""

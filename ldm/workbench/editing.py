@@ -33,7 +33,7 @@ def edit(options: EditOptions, debug: bool = False) -> None:
         editor = Editor(found, Drafts(home), options)
         try:
             app = make_app(routes(editor), page="edit.html", address=address, debug=debug)
-            serve(app, address, not options.no_browser, listener)
+            serve(app, address, not options.no_browser, listener, on_stop=editor.queue.stop)
         finally:
             editor.queue.close()
 
@@ -92,7 +92,7 @@ def _add_masks(router: APIRouter, editor: Editor) -> None:
 
     @router.post("/tokens")
     def tokens(asked: TokensRequest) -> dict[str, Any]:
-        return editor.read(asked.prompt)
+        return editor.read(asked.prompt, asked.document)
 
 
 def _add_drawings(router: APIRouter, editor: Editor) -> None:
@@ -116,8 +116,15 @@ def _add_drawings(router: APIRouter, editor: Editor) -> None:
         return job(name).told()
 
     @router.get("/history")
-    def history() -> list[dict[str, Any]]:
-        return editor.drafts.items()
+    def history(before: str | None = None) -> list[dict[str, Any]]:
+        try:
+            return editor.drafts.items(before)
+        except KeyError as error:
+            raise HTTPException(404, f"no drawing {str(before)[:40]} is known") from error
+
+    @router.get("/results/{name}")
+    def item(name: str) -> dict[str, Any]:
+        return editor.item(name)
 
     @router.get("/results/{name}/levels")
     def levels(name: str) -> Response:
@@ -137,10 +144,10 @@ def _add_drawings(router: APIRouter, editor: Editor) -> None:
 
     @router.post("/results/{name}/accept")
     def accept(name: str) -> dict[str, Any]:
-        editor.result(name)
+        editor.item(name)
         return editor.drafts.judge(name, accept=True)
 
     @router.post("/results/{name}/reject")
     def reject(name: str, asked: RejectRequest) -> dict[str, Any]:
-        editor.result(name)
+        editor.item(name)
         return editor.drafts.judge(name, accept=False, reason=asked.reason)

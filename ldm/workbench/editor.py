@@ -27,6 +27,7 @@ from ldm.data.preparation import PreparedSample, fit_sample
 from ldm.data.samples import prompt_fault
 from ldm.inference.inpainter import Job
 from ldm.inference.preparing import MOSTLY
+from ldm.inference.prompts import contradiction, image_facts
 from ldm.inference.results import provenance_of, result_of
 from ldm.inference.run import advice_on_memory
 from ldm.inference.tasks import MaskOrigin, Task, too_long
@@ -36,6 +37,7 @@ from ldm.workbench.finding import Found
 from ldm.workbench.jobs import Queue, QueuedJob
 from ldm.workbench.options import EditOptions
 from ldm.workbench.sentences import Sentences, encoders_of, read_prompt
+from ldm.workbench.server import STOPPED
 from ldm.workbench.sources import Document, Opened
 
 log = logging.getLogger(__name__)
@@ -70,9 +72,10 @@ class SuggestionRequest(BaseModel):
 
 
 class TokensRequest(BaseModel):
-    """POST /api/tokens."""
+    """POST /api/tokens; ``document``: the image that the prompt is for."""
 
     prompt: str = Field(max_length=10_000)
+    document: str | None = None
 
 
 class DrawRequest(BaseModel):
@@ -112,9 +115,9 @@ class Editor:
         self.queue: Queue[medsoft.LesionModel] = Queue(self._load)
 
     def _load(self) -> medsoft.LesionModel:
-        import torch
-
         try:
+            import torch
+
             clip_tokenizer()  # imports transformers, of which a thread that imports it at the same time sees a half
         finally:
             self._tokenizer_there.set()
@@ -192,11 +195,17 @@ class Editor:
     # ---------------------------------------------------------------------------------------------- masks and sentences
 
     def hard(self, document: Document, data: bytes) -> np.ndarray:
-        """The mask (bool HxW) that a page sends, one byte a pixel, from 128 on marked; UsageError for another size."""
+        """The mask (bool HxW) that a page sends; UsageError for another size.
+
+        One byte a pixel, from 128 on marked; or one bit a pixel, eight in a byte, the first one in its highest bit.
+        """
         height, width = document.pixels.shape[:2]
-        if len(data) != height * width:
-            raise UsageError(f"the mask has {len(data)} bytes; expected {width} x {height}, one a pixel")
-        return np.frombuffer(data, np.uint8).reshape(height, width) >= 128
+        values = np.frombuffer(data, np.uint8)
+        if values.size == (height * width + 7) // 8:
+            return np.unpackbits(values, count=height * width).reshape(height, width).astype(bool)
+        if values.size != height * width:
+            raise UsageError(f"the mask has {values.size} bytes; expected {width} x {height}, a byte or a bit a pixel")
+        return values.reshape(height, width) >= 128
 
     def feather(self, document: Document, feather_mm: float | None) -> Feather:
         """The checkpoint's feather, or one in mm. MedSoftError for that where nobody knows how large a pixel is."""
@@ -233,9 +242,18 @@ class Editor:
         low, high = sorted(asked.size)
         return lesion_shaped(document.body, asked.seed, (low, high), asked.side, asked.irregularity)
 
-    def read(self, prompt: str) -> dict[str, Any]:
-        """What the encoders make of a prompt; BiomedCLIP once it is loaded."""
+    def read(self, prompt: str, document: str | None = None) -> dict[str, Any]:
+        """What the encoders make of a prompt, BiomedCLIP once it is loaded; how it contradicts a document, if it does.
+
+        503 where the server is being stopped meanwhile.
+        """
+        facts = image_facts(self.document(document).sample) if document else None
         self._tokenizer_there.wait()
+        if self.queue.closed:
+            raise HTTPException(503, STOPPED)
+        return self._read(prompt) | {"contradiction": facts and contradiction(prompt, facts)}
+
+    def _read(self, prompt: str) -> dict[str, Any]:
         model, limit = self.queue.model, self.config.text_encoder.max_length
         return read_prompt(prompt, self.sentences, encoders_of(limit, model.inpainter.encoder if model else None))
 
@@ -254,7 +272,8 @@ class Editor:
             raise UsageError("the mask marks the whole image, of which nothing would stay; erase a part of it")
         if fault := prompt_fault(prompt):
             raise UsageError(f"prompt: {fault}")
-        self._check_prompt(prompt)
+        if fault := self.read(prompt)["fault"]:
+            raise UsageError(f"prompt: {fault}")
         soft = self.soft(document, hard, asked.feather_mm)
         png = encode_png(np.rint(soft * 255).astype(np.uint8))
         read_soft_mask(ImageFile(Path("mask"), png, "PNG"), soft.shape)  # as whoever reads the result will
@@ -268,13 +287,10 @@ class Editor:
         request = _Request(document, hard, soft, prompt, asked.seed, name, folder)
         return self.queue.put(job, partial(self._draw, request))
 
-    def _check_prompt(self, prompt: str) -> None:
-        if fault := self.read(prompt)["fault"]:
-            raise UsageError(f"prompt: {fault}")
-
     def _draw(self, asked: "_Request", model: medsoft.LesionModel, job: QueuedJob) -> None:
         """Draw a job's images, one after the other; each is a whole folder in drafts before the next one begins."""
-        self._check_prompt(asked.prompt)  # again: BiomedCLIP may not have been there
+        if fault := self._read(asked.prompt)["fault"]:  # again: BiomedCLIP may not have been there
+            raise UsageError(f"prompt: {fault}")
         document, data = asked.document, model.data
         parent = document.stored(self.drafts.home / "sources")
         hidden = dataclasses.replace(parent, prompt="lesion", soft_mask=None)  # the painted mask is meant, no other
@@ -302,11 +318,16 @@ class Editor:
 
     # ---------------------------------------------------------------------------------------------------------- results
 
+    def item(self, name: str) -> dict[str, Any]:
+        """What the page is told of a drawing by its id; 404 for one that is not there."""
+        found = self.drafts.item(name)
+        if found is None:
+            raise HTTPException(404, f"no drawing {name[:40]} is there")
+        return found
+
     def result(self, name: str) -> Path:
         """The folder of a drawing by its id; 404 for one that is not there."""
-        if self.drafts.item(name) is None:
-            raise HTTPException(404, f"no drawing {name[:40]} is there")
-        return self.drafts.folder(name)
+        return Path(self.item(name)["folder"])
 
     def thumbnail(self, name: str) -> bytes:
         """A small PNG of what was drawn and what is around it."""

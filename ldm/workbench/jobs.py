@@ -1,7 +1,9 @@
 """The model, loaded beside the server, and a queue of drawings in one thread; each can be watched and cancelled."""
 
+import ctypes
 import logging
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +16,8 @@ log = logging.getLogger(__name__)
 WAITING = 16  # drawings that may wait
 REMEMBERED = 64  # jobs that are done and can still be asked for
 ENDED = ("done", "cancelled", "failed")
+PATIENCE = 2.0  # seconds in which a model that is being loaded has to leave off
+LONGEST_STEP = 60.0  # seconds that a stop waits for a sampling step, or a file, that was begun
 
 Model = TypeVar("Model")
 
@@ -63,7 +67,7 @@ class Queue(Generic[Model]):
         self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()
         self._waiting: deque[tuple[QueuedJob, Callable[[Model, QueuedJob], None]]] = deque()
         self._wake = threading.Condition()
-        self._closed = False
+        self.closed = False
         self._thread = threading.Thread(target=self._run, name="drawing", daemon=True)
         self._thread.start()
 
@@ -113,26 +117,49 @@ class Queue(Generic[Model]):
                 job.state = "cancelled"
                 self._waiting = deque(each for each in self._waiting if each[0] is not job)
 
-    def close(self) -> None:
-        """End all jobs and the thread."""
+    def stop(self) -> None:
+        """Begin to end all jobs, the running one between two sampling steps, and the loading of the model."""
         with self._wake:
-            self._closed = True
+            self.closed = True
             for job in self._jobs.values():
                 job.stop.set()
             self._wake.notify()
-        self._thread.join(10)
+        self._interrupt_loading()
+
+    def close(self) -> None:
+        """End all jobs and the thread."""
+        self.stop()
+        end = time.monotonic() + PATIENCE
+        while self._thread.is_alive() and not self._loaded.is_set() and time.monotonic() < end:
+            self._thread.join(0.1)
+            self._interrupt_loading()
+        if self._loaded.is_set():
+            self._thread.join(LONGEST_STEP)
+
+    def _interrupt_loading(self) -> None:
+        """Raise SystemExit in the thread if it loads the model, of which nothing is lost.
+
+        Else a stop would wait for it: an interpreter that ends under a thread at work in a library may crash.
+        """
+        if self._thread.ident and self._thread.is_alive() and not self._loaded.is_set():
+            raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+            raise_in(ctypes.c_ulong(self._thread.ident), ctypes.py_object(SystemExit))
 
     def _run(self) -> None:
         try:
             self.model = self._load()
+        except SystemExit:  # of a stop
+            pass
         except Exception as error:  # a thread has nobody to tell but the page and the terminal
             self.error = _line(error)
-            log.error("error: %s", self.error)
-        self._loaded.set()
+            if not self.closed:
+                log.error("error: %s", self.error)
+        finally:
+            self._loaded.set()
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
+                self._wake.wait_for(lambda: self._waiting or self.closed)
+                if self.closed:
                     return
                 job, work = self._waiting.popleft()
             self._do(job, work)

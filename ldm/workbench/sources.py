@@ -17,7 +17,7 @@ import numpy as np
 from ldm.core.errors import FileError, MedSoftError, UsageError, first_line
 from ldm.core.files import fingerprint
 from ldm.core.locks import exclusive
-from ldm.core.tables import shortened
+from ldm.core.tables import counted, shortened
 from ldm.data.annotations import read_annotations
 from ldm.data.folders import read_meta, read_sample, sample_folders, write_sample
 from ldm.data.images import SUFFIXES, intensity_range_of, open_image, pixel_digest, read_image
@@ -27,8 +27,6 @@ from ldm.data.samples import Sample
 from ldm.inference.single import is_volume, one_sample, slice_image, slice_name
 from ldm.volumes.volume import PLANES, Volume, count, cut, only_plane, require_extra
 from ldm.workbench.drafts import document_id
-
-log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -243,8 +241,8 @@ def _usable(path: Path) -> list[Sample]:
     """The samples of an annotation file whose files are there; MedSoftError where there is none, else a warning."""
     samples, rejects = read_annotations(path)
     if rejects:
-        number = f"{len(rejects)} of {len(samples) + len(rejects)}"
-        line = f"{path}: {number} samples cannot be opened; the first: {rejects[0]}"
+        number = f"{len(rejects)} of {counted(len(samples) + len(rejects), 'sample')}"
+        line = f"{path}: {number} cannot be opened; the first: {rejects[0]}"
         if not samples:
             raise MedSoftError(line)
         log.warning("warning: %s", line)
@@ -373,8 +371,8 @@ class Opened:
                 index += step
                 if len(passed) == MOST_PASSED or not 0 <= index < len(collection.entries):
                     raise
-                passed.append(f"passed over: {error}")
-                log.warning("warning: %s", passed[-1])
+                passed.append(str(error))
+                log.warning("warning: passed over: %s", error)
 
     def _show(self, place: Place) -> Document:
         document = self._keep(place.opener())

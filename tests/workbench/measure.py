@@ -168,10 +168,11 @@ def session(server: Editor, first: str, drawings: int) -> None:
         server.ask(f"results/{job['results'][0]}/accept", {})
         server.ask(f"results/{job['results'][1]}/reject", {"reason": "seam"})
         done += VARIANTS
-        if done == VARIANTS:
-            print(f"{server.memory():6d} MiB after {done} drawings")
+        if done in (VARIANTS, drawings // 2):
+            print(f"{server.memory():6d} MiB after {done} drawings; the state has {len(server.ask('state'))} bytes")
     each = (server.processor() - before) / done
     print(f"{server.memory():6d} MiB after {done} drawings, {each:.2f} s of processor time each")
+    print(f"{len(server.ask('state')):6d} bytes of the state then")
 
 
 def main() -> None:

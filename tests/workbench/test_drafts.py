@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from ldm.core.files import PARTIAL_PREFIX, fingerprint, sha256_file
 from ldm.data.png import write_png
-from ldm.workbench.drafts import Drafts, document_id
+from ldm.workbench.drafts import PAGE, Drafts, document_id
 from ldm.workbench.sources import Opened
 
 KNOWN = {"prompt": "a lesion", "seed": 3, "variant": 0, "parent_id": "p1", "parent_sha256": "0" * 64}
@@ -70,6 +71,20 @@ def test_a_drawing_that_the_history_misses_is_listed_with_its_original(tmp_path:
     origin = found.origin(item["document"])
     assert origin is not None
     assert (origin["path"], origin["sample_id"]) == (str(tmp_path / "sources" / "p1" / "image.png"), "p1")
+
+
+def test_pages_of_the_history_join_and_pass_over_what_somebody_has_deleted(tmp_path: Path) -> None:
+    for k in range(2 * PAGE + 5):
+        drawing(tmp_path / "drafts", f"p1_{k:012x}__v0", KNOWN | {"parent_image": "x.png"})
+    found = Drafts(tmp_path)
+    ids = [f"{k:012x}-0" for k in range(2 * PAGE + 5)]
+    shutil.rmtree(tmp_path / "drafts" / f"p1_{PAGE:012x}__v0")
+    pages = [[each["id"] for each in found.items()]]
+    while pages[0]:
+        pages.insert(0, [each["id"] for each in found.items(before=pages[0][0])])
+    assert [len(each) for each in pages] == [0, 4, PAGE, PAGE]
+    assert [each for page in pages for each in page] == [each for each in ids if each != ids[PAGE]]
+    assert [each["id"] for each in found.items(before=ids[PAGE])] == ids[:PAGE]  # the deleted one was shown somewhere
 
 
 def test_what_a_crash_left_of_a_drawing_is_no_drawing(tmp_path: Path) -> None:

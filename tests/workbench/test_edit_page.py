@@ -1,6 +1,7 @@
 """The editor's page in headless Chromium, on the real server with a tiny checkpoint: first use, every tool, faults."""
 
 import json
+import shutil
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,8 @@ def test_first_use(browser: Browser, output_dir: Path) -> None:
     browser.wait("medsoft.app.shown")
     assert browser.run("[medsoft.viewer.mode, document.getElementById('act').textContent]") == ["slider", "Accept"]
     at = browser.run("medsoft.viewer.position * medsoft.viewer.width")
+    columns = np.flatnonzero(mask.any(axis=0))
+    assert at == pytest.approx((columns[0] + columns[-1] + 1) / 2)  # the middle of the lesion
     browser.drag(place(browser, at, 20), place(browser, 30, 20), place(browser, 40, 20))
     assert browser.run("medsoft.viewer.position * medsoft.viewer.width") == pytest.approx(40, abs=1)
     browser.press(" ")
@@ -164,8 +167,16 @@ def test_a_reload_while_drawing_loses_nothing(browser: Browser, server: str, out
     assert len(list((output_dir / "accepted").iterdir())) == 2
     assert len(list((output_dir / "drafts").iterdir())) == 2
 
+    ids = browser.run("medsoft.results.items.map((item) => item.id)")
+    browser.run(
+        "medsoft.results.list(medsoft.results.items.slice(0, 2)), medsoft.results.show(medsoft.results.items[1])"
+    )
+    browser.press("ArrowRight")  # beyond what is listed: older ones come
+    browser.wait(f"medsoft.app.shown.id === '{ids[2]}'")
+    assert browser.run("medsoft.results.items.map((item) => item.id)") == ids
 
-def test_a_fault_stands_in_the_status_line_and_nothing_is_lost(browser: Browser) -> None:
+
+def test_a_fault_stands_in_the_status_line_and_nothing_is_lost(browser: Browser, world: Path, tmp_path: Path) -> None:
     browser.press("Escape")
     before = painted(browser)
     browser.run("document.getElementById('path').value = '/nowhere/image.png'")
@@ -178,3 +189,19 @@ def test_a_fault_stands_in_the_status_line_and_nothing_is_lost(browser: Browser)
     browser.wait("document.getElementById('tokens').className.includes('fault')")
     assert browser.run("document.getElementById('act').hidden")
     assert "tokens" in browser.run("document.getElementById('hint').textContent")
+
+    level = browser.run("medsoft.app.document.level")
+    browser.run(f"document.getElementById('prompt').value = 'severe lesion of {'L5' if level != 'L5' else 'L4'}'")
+    browser.run("void document.getElementById('prompt').dispatchEvent(new Event('input'))")
+    browser.wait("!document.getElementById('against').hidden")
+    assert f"the image's level is {level}" in browser.run("document.getElementById('against').textContent")
+
+    for name in ("a", "b"):
+        shutil.copytree(next((world / "val").iterdir()), tmp_path / name)
+    (tmp_path / "a" / "image.png").write_bytes(b"damaged")
+    browser.run(f"document.getElementById('path').value = '{tmp_path}'")
+    click(browser, "open")
+    browser.wait("medsoft.app.document.name === 'b' && document.getElementById('status').textContent")
+    assert browser.run("document.getElementById('status').textContent").startswith(
+        f"Passed over: {tmp_path}/a/image.png"
+    )

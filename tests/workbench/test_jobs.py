@@ -1,6 +1,7 @@
 """The queue of drawings: one after the other, watched, cancelled between two steps, and what failed said once."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -101,6 +102,40 @@ def test_a_model_that_cannot_be_loaded_is_said_to_whoever_asks() -> None:
         assert (made.state, made.error) == ("failed", "last.ckpt: is of another size")
         with pytest.raises(MedSoftError, match="another size"):
             made.put(job("first"), lambda model, job: None)
+
+
+def test_a_stop_ends_what_is_drawn_between_two_steps_and_waits_for_the_step() -> None:
+    first, second, work = job("first"), job("second"), Steps()
+    with queue() as made:
+        made.put(first, work)
+        made.put(second, work)
+        assert work.begun.wait(10)
+        made.stop()  # returns at once, while the step is going on
+        assert (first.state, first.stop.is_set(), second.stop.is_set()) == ("running", True, True)
+        work.go.release()
+        made.close()
+        assert (first.state, first.step, first.results) == ("cancelled", 1, [])
+
+
+def test_a_stop_does_not_wait_for_a_model_that_is_being_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, cleaned, end = threading.Event(), threading.Event(), time.monotonic() + 30
+
+    def load() -> str:
+        try:
+            begun.set()
+            while time.monotonic() < end:
+                time.sleep(0.01)
+        finally:
+            cleaned.set()
+        return "a model"
+
+    made = Queue(load)
+    assert begun.wait(10)
+    made.close()
+    assert cleaned.is_set()
+    assert time.monotonic() < end - 20
+    with pytest.raises(MedSoftError, match="the server is being stopped"):
+        made.wait()
 
 
 def test_too_many_waiting_jobs_are_refused_and_old_ones_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

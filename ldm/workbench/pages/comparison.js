@@ -10,9 +10,9 @@ const HINTS = {
 export const MODES = Object.keys(HINTS);
 const CAPTIONS = { slider: "before | after", before: "before", after: "after", difference: "difference" };
 
-/** Where the slider stands so that the whole lesion is right of it: ``area``, of ``box``, in an image of that width. */
-export function beside(area, width) {
-  return area ? Math.max(0.02, (area.x - 0.15 * area.width) / width) : 0.5;
+/** Where the slider goes through the middle of the lesion: ``area``, of ``box``, in an image of that width. */
+export function through(area, width) {
+  return area ? (area.x + area.width / 2) / width : 0.5;
 }
 
 export class Comparison {

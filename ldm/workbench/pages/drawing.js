@@ -1,6 +1,6 @@
 // One drawing at the server: begun, followed image by image and step by step, cancelled; picked up again after a reload.
 
-import { base64, get, keep, kept, post } from "./api.js";
+import { base64, bits, get, keep, kept, post } from "./api.js";
 
 const PAUSE = 300; // milliseconds between two looks at a drawing that is going on
 const LOST = 1500; // after the server did not answer
@@ -16,7 +16,7 @@ export class Drawing {
 
   async begin({ document: id, mask, prompt, n, seed, feather_mm }) {
     this.app.say("");
-    const job = await post("/api/draw", { document: id, mask: base64(mask), prompt, n, seed, feather_mm });
+    const job = await post("/api/draw", { document: id, mask: base64(bits(mask)), prompt, n, seed, feather_mm });
     await this.follow(job);
   }
 

@@ -8,7 +8,7 @@ import { listen } from "./keys.js";
 import { Mask, packed, unpacked } from "./mask.js";
 import { navigate } from "./navigation.js";
 import { Placing, anySeed } from "./placing.js";
-import { Results, newestFirst } from "./results.js";
+import { Results } from "./results.js";
 import { Sentence } from "./sentence.js";
 import { Tools } from "./tools.js";
 import { Viewer } from "./viewer.js";
@@ -75,7 +75,7 @@ const drawing = new Drawing(app, {
   async onEnd(job) {
     await results.refresh();
     if (job.state === "failed") return say(job.error ?? "The drawing failed.", "fault");
-    const first = results.get(job.results[0]);
+    const first = job.results.length ? await results.find(job.results[0]) : null;
     if (first && job.document === app.document?.id) await results.show(first);
     if (job.state === "cancelled") say("Cancelled. Your mask and sentence are as they were.");
   },
@@ -141,10 +141,12 @@ async function open(state) {
     const levels = image && (await levelsOf(image.id));
     if (asked !== app.asked) return; // another one was asked for meanwhile
     Object.assign(app, { state, document: image, levels, shown: null, onStage: null });
-    results.list(newestFirst(state.history));
+    results.take(state.history);
     find("empty").hidden = Boolean(image);
     describe(state);
     if (image) await begin(state);
+    const { passed } = state;
+    if (passed.length) say(`Passed over: ${passed.length > 1 ? `${passed.length} damaged images, the first ` : ""}${passed[0]}`);
   } finally {
     if (asked === app.asked) app.opening = false;
     render();
@@ -373,7 +375,7 @@ listen({
     a: () => app.shown && app.shown.state !== "accepted" && guard(results.accept()),
     j: () => app.shown && find("reason").focus(),
     ...Object.fromEntries(MODES.map((mode, place) => [place + 1, () => results.comparison.setMode(mode)])),
-    ArrowLeft: () => results.move(-1), ArrowRight: () => results.move(1),
+    ArrowLeft: () => guard(results.move(-1)), ArrowRight: () => guard(results.move(1)),
     p: () => step(-1), n: () => step(1),
     m: () => toggle("show-mask"), s: () => toggle("show-soft"),
     f: () => viewer.fit(), "+": () => viewer.zoom(1.25), "=": () => viewer.zoom(1.25), "-": () => viewer.zoom(0.8),

@@ -1,6 +1,6 @@
 // Where it is to be drawn: a suggestion inside the vertebra, and the soft mask with which the painted one will act.
 
-import { bytes, postForBytes } from "./api.js";
+import { bits, bytes, postForBytes } from "./api.js";
 
 const find = (id) => document.getElementById(id);
 const PAUSE = 200; // milliseconds after a stroke before the soft mask is asked for
@@ -116,7 +116,7 @@ export class Placing {
       const { signal } = (this.abort = new AbortController());
       const query = this.feather === null ? "" : `?feather_mm=${this.feather}`;
       try {
-        const answer = await postForBytes(`/api/documents/${image.id}/soft${query}`, mask.pixels, signal);
+        const answer = await postForBytes(`/api/documents/${image.id}/soft${query}`, bits(mask.pixels), signal);
         if (signal.aborted || image !== this.app.document) return;
         this.facts = answer.facts;
         this.put(answer.mask);
@@ -145,7 +145,7 @@ export class Placing {
       find("facts").textContent =
         `${number(facts.area_mm2)} mm\u00b2, diameter ${number(facts.diameter_px * mm)} mm (${number(facts.diameter_px)} pixels), ` +
         `soft border ${number(facts.feather_px * mm)} mm`;
-    } else find("facts").textContent = `${facts.pixels} pixels, diameter ${number(facts.diameter_px)}, soft border ${number(facts.feather_px)} pixels`;
+    } else find("facts").textContent = `${facts.pixels} pixel${facts.pixels === 1 ? "" : "s"}, diameter ${number(facts.diameter_px)}, soft border ${number(facts.feather_px)} pixels`;
     if (facts?.note) find("facts").append(`. ${facts.note}`);
   }
 }

@@ -2,20 +2,18 @@
 
 import { bytes, get, post } from "./api.js";
 import { box, cached } from "./arrays.js";
-import { Comparison, beside } from "./comparison.js";
+import { Comparison, through } from "./comparison.js";
 import { REASONS } from "./reasons.js";
 
 const find = (id) => document.getElementById(id);
 const SIGNS = { new: "", accepted: "\u2713", rejected: "\u2717" };
 
-/** The history as the server tells it, the oldest first, in the order in which the page shows it. */
-export const newestFirst = (items) => [...items].reverse();
-
 export class Results {
   /** ``onChange()``: another result is shown, or judged, or listed. */
   constructor(app, guard, onChange) {
     Object.assign(this, { app, guard, onChange });
-    this.items = [];
+    this.items = []; // the newest first: as many as were looked at, of all that there are
+    this.whole = false; // whether that is all
     this.comparison = new Comparison(app.viewer);
     this.load = cached(4, (id) => this.fetch(id));
     find("reasons").replaceChildren(...REASONS.map((reason) => {
@@ -30,10 +28,19 @@ export class Results {
       if (reason) guard(this.reject(reason));
       else find("reason").focus();
     });
+    const row = find("results");
+    row.addEventListener("scroll", () => {
+      if (row.scrollLeft + 2 * row.clientWidth > row.scrollWidth) guard(this.older());
+    });
   }
 
   get(id) {
     return this.items.find((item) => item.id === id) ?? null;
+  }
+
+  /** The same, asked of the server where it is older than what is listed. */
+  async find(id) {
+    return this.get(id) ?? get(`/api/results/${id}`);
   }
 
   /** The results of one job, in the order in which they were drawn. */
@@ -44,10 +51,32 @@ export class Results {
   // -------------------------------------------------------------------------------------------- the list
 
   async refresh() {
-    this.list(newestFirst(await get("/api/history")));
+    this.take(await get("/api/history"));
   }
 
-  /** ``items``: the whole history, newest first. */
+  /** The newest results as the server tells them, the oldest of them first; older ones that are listed stay. */
+  take(newest) {
+    const items = [...newest].reverse(), last = this.items.findIndex((item) => item.id === newest[0]?.id);
+    if (last < 0) this.whole = false;
+    this.list([...items, ...(last < 0 ? [] : this.items.slice(last + 1))]);
+  }
+
+  /** List some more, older than those that are listed. */
+  async older() {
+    const last = this.items.at(-1)?.id;
+    if (this.whole || last === undefined || last === this.askedBefore) return;
+    this.askedBefore = last;
+    try {
+      const found = await get(`/api/history?before=${last}`);
+      if (last !== this.items.at(-1).id) return; // others are listed meanwhile
+      this.whole = found.length === 0;
+      this.list([...this.items, ...found.reverse()]);
+    } finally {
+      this.askedBefore = undefined;
+    }
+  }
+
+  /** ``items``: those to list, newest first. */
   list(items) {
     this.items = items;
     const row = find("results"), old = new Map([...row.children].map((each) => [each.dataset.id, each]));
@@ -87,7 +116,7 @@ export class Results {
   // ----------------------------------------------------------------------------------------- one of them
 
   async fetch(id) {
-    const item = this.get(id), image = await this.app.documentOf(item), path = `/api/results/${id}`;
+    const image = await this.app.documentOf(await this.find(id)), path = `/api/results/${id}`;
     const [levels, mask, soft] = await Promise.all([bytes(`${path}/levels`, image.bits), bytes(`${path}/mask`), bytes(`${path}/soft`)]);
     return { image, levels, mask, soft };
   }
@@ -104,7 +133,7 @@ export class Results {
     this.app.shown = item;
     this.loaded = loaded;
     this.app.put(loaded.image, before);
-    this.comparison.open(loaded.levels, beside(area, loaded.image.width));
+    this.comparison.open(loaded.levels, through(area, loaded.image.width));
     this.list(this.items);
     this.tell();
     find("results").querySelector('[aria-current="true"]')?.scrollIntoView({ block: "nearest", inline: "nearest" });
@@ -140,10 +169,11 @@ export class Results {
   }
 
   /** The result ``steps`` places to the right in the row. */
-  move(steps) {
+  async move(steps) {
     const place = this.items.findIndex((item) => item.id === this.app.shown?.id);
+    if (place >= 0 && place + steps >= this.items.length) await this.older();
     const next = this.items[place < 0 ? 0 : place + steps];
-    if (next) this.guard(this.show(next));
+    if (next) await this.show(next);
   }
 
   // ---------------------------------------------------------------------------------------------- judged

@@ -3,7 +3,7 @@
 
 import { Fault, bytes, get, post } from "./api.js";
 import { box, cached } from "./arrays.js";
-import { Comparison, MODES, beside } from "./comparison.js";
+import { Comparison, MODES, through } from "./comparison.js";
 import { listen } from "./keys.js";
 import { navigate } from "./navigation.js";
 import * as short from "./reasons.js";
@@ -121,7 +121,7 @@ async function show(item, told = "") {
   const { image, levels, parent, mask } = loaded, area = mask && box(mask, image.width);
   viewer.setImage({ ...image, levels: parent ?? levels }, app.windows.get(kind(image)) ?? image.window);
   windowing.open({ ...image, window: image.window ?? [0, 2 ** image.bits - 1] }); // 8 bits are read as they are
-  comparison.open(parent && levels, beside(area, image.width));
+  comparison.open(parent && levels, through(area, image.width));
   overlay();
   find("canvas").setAttribute("aria-label", `${item.sample_id}: ${item.prompt}`);
   find("prompt").textContent = `\u201c${item.prompt}\u201d`;

@@ -101,10 +101,11 @@ export class Sentence {
 
   async count() {
     const prompt = this.text;
-    if (prompt && this.tokens?.prompt !== prompt) {
-      const answer = await post("/api/tokens", { prompt });
-      if (prompt !== this.text) return;
-      this.tokens = { prompt, ...answer };
+    const { image } = this;
+    if (prompt && (this.tokens?.prompt !== prompt || this.tokens.image !== image)) {
+      const answer = await post("/api/tokens", { prompt, document: image });
+      if (prompt !== this.text || image !== this.image) return;
+      this.tokens = { prompt, image, ...answer };
     }
     this.show();
     this.onChange();
@@ -114,8 +115,11 @@ export class Sentence {
     const line = find("tokens"), { tokens, text } = this;
     line.replaceChildren();
     line.classList.toggle("fault", Boolean(this.fault) && Boolean(text));
+    const against = text && tokens?.prompt === text && tokens.image === this.image ? tokens.contradiction : null;
+    find("against").hidden = !against;
+    find("against").textContent = against ? `Careful: ${against}.` : "";
     if (!text || tokens?.prompt !== text) return;
-    line.append(tokens.limit ? `${tokens.count} of ${tokens.limit} tokens` : `${tokens.count} words`);
+    line.append(tokens.limit ? `${tokens.count} of ${tokens.limit} tokens` : `${tokens.count} word${tokens.count === 1 ? "" : "s"}`);
     if (tokens.unknown.length) {
       line.append(", unknown: ");
       for (const word of tokens.unknown) {
