@@ -102,8 +102,8 @@ def named(series: Sequence[Series], wanted: str) -> list[Series]:
     ]
 
 
-def pick(series: Sequence[Series], wanted: str | None, path: Path) -> Series:
-    """The one image series, or the one that ``wanted`` names: its number, its UID or a part of its description.
+def only_series(series: Sequence[Series], path: Path) -> Series:
+    """The one image series of those found in ``path``.
 
     Raises UsageError with a list of the series where it is not one. The list shows descriptions, which may hold
     anything: it is for the console only.
@@ -112,16 +112,15 @@ def pick(series: Sequence[Series], wanted: str | None, path: Path) -> Series:
     if not images:
         kinds = ", ".join(sorted({each.kind for each in series}))
         raise FileError(path, f"there is no image series in it, only: {kinds}")
-    fitting = images if wanted is None else named(images, wanted)
-    if len(fitting) == 1:
-        return fitting[0]
+    if len(images) == 1:
+        return images[0]
     listed = "".join(
         f"\n  {'?' if each.number is None else each.number}: {each.frames} slices, {each.modality}, "
         f"{shown(each.description) or 'no description'}, UID {each.uid}"
         for each in images
     )
-    asked = f"{len(fitting)} of them fit --series {wanted}" if wanted is not None else "expected one"
-    raise UsageError(f"{path}: {len(images)} image series, {asked}; choose with --series NUMBER, UID or TEXT:{listed}")
+    cure = "put the files of one of them into a folder of its own"
+    raise UsageError(f"{path}: {len(images)} image series, expected one; {cure}:{listed}")
 
 
 def read_series(series: Series) -> Volume:

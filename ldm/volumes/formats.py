@@ -15,7 +15,7 @@ import nrrd
 import numpy as np
 
 from ldm.core.errors import FileError, first_line
-from ldm.volumes.dicom import find_series, pick, promises_dicom, read_series
+from ldm.volumes.dicom import find_series, only_series, promises_dicom, read_series
 from ldm.volumes.metaimage import read_metaimage
 from ldm.volumes.volume import Volume, to_integers
 
@@ -32,8 +32,8 @@ UNITS = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes of metre, millime
 APART = 0.1  # voxels between the sform's and the qform's corners that are worth saying
 
 
-def read_volume(path: Path, series: str | None = None) -> Volume:
-    """The volume in a file or a DICOM folder. ``series`` chooses one of several DICOM series, as ``dicom.pick`` does.
+def read_volume(path: Path) -> Volume:
+    """The volume in a file, or in a DICOM folder with one series.
 
     Raises UsageError if several series are there, FileError or MedSoftError for whatever cannot be read as one volume
     of grey values.
@@ -43,7 +43,7 @@ def read_volume(path: Path, series: str | None = None) -> Volume:
         found, rejects = find_series(path)
         if not found:
             raise rejects[0]
-        return read_series(pick(found, series, path))
+        return read_series(only_series(found, path))
     if form is None:
         raise FileError(path, "expected DICOM, NIfTI, NRRD or MetaImage (MHA), but its content is none of them")
     values, affine, more = {"nifti": _nifti, "nrrd": _nrrd, "metaimage": read_metaimage}[form](path)

@@ -13,7 +13,7 @@ from pydicom.pixels import apply_modality_lut
 from pydicom.uid import generate_uid
 
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.volumes.dicom import Series, find_series, pick, read_series
+from ldm.volumes.dicom import Series, find_series, named, only_series, read_series
 from ldm.volumes.volume import Volume, cut, orient
 
 REAL = Path(__file__).parents[2].parent / "shared/real"
@@ -335,11 +335,10 @@ def test_series_are_found_at_any_depth_and_other_objects_are_named(tmp_path: Pat
     assert len(find_series(tmp_path / "DICOMDIR")[0]) == 5
 
     for wanted in ("7", "BON", found["image"].uid):
-        assert pick(series, wanted, tmp_path) == found["image"]
-    with pytest.raises(UsageError, match=r"2 image series, expected one; choose with --series .*\n.*7: 60 slices, CT"):
-        pick(series, None, tmp_path)
-    with pytest.raises(UsageError, match="0 of them fit --series 99"):
-        pick(series, "99", tmp_path)
+        assert named(series, wanted) == [found["image"]]
+    assert named(series, "99") == []
+    with pytest.raises(UsageError, match=r"2 image series, expected one; put the files of one .*\n.*7: 60 slices, CT"):
+        only_series(series, tmp_path)
 
 
 def test_finding_reads_headers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

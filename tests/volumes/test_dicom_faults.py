@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset
 
 from ldm.core.errors import FileError, MedSoftError
 from ldm.volumes import dicom_files
-from ldm.volumes.dicom import find_series, pick, read_series
+from ldm.volumes.dicom import find_series, only_series, read_series
 
 SHAPE, SPACING = (10, 9, 8), (0.7, 0.8, 3.0)
 
@@ -114,7 +114,7 @@ def test_an_object_without_an_image(tmp_path: Path) -> None:
     path = Path(get_testdata_file("rtplan.dcm"))
     assert "this is no image but: object without pixels (RT Plan Storage)" in refusal(path)
     with pytest.raises(FileError, match="there is no image series in it, only: object without pixels"):
-        pick(find_series(path)[0], None, path)
+        only_series(find_series(path)[0], path)
 
 
 def test_a_transfer_syntax_that_nothing_decodes(tmp_path: Path) -> None:

@@ -275,9 +275,9 @@ def test_dicom_is_told_by_content_and_several_series_are_listed(tmp_path: Path) 
     assert read_volume(tmp_path / "slice.dat").values.shape == (7, 6, 1)
     (tmp_path / "slice.dat").unlink()
     made.write_series(tmp_path / "y", values, affine, SeriesNumber=5)
-    with pytest.raises(UsageError, match=r"2 image series, expected one; choose with --series .*\n.*4: 4"):
+    with pytest.raises(UsageError, match=r"2 image series, expected one; put the files of one .*\n.*4: 4"):
         read_volume(tmp_path)
-    assert read_volume(tmp_path, "5").values.shape == SHAPE
+    assert read_volume(tmp_path / "y").values.shape == SHAPE  # as the message says
 
 
 def test_a_folder_of_damaged_dicom_is_refused_with_the_first(tmp_path: Path) -> None:
