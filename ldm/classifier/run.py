@@ -17,12 +17,13 @@ import torch
 from ldm.checkpoints.files import read_safetensors
 from ldm.classifier.config import SEGMENT, ClassifierConfig
 from ldm.classifier.convergence import convergence, convergence_note, read_history
-from ldm.classifier.data import ImageSet, class_separations, load_data, load_images, require_source, square
+from ldm.classifier.data import ImageSet, class_separations, load_data, load_images, require_source
 from ldm.classifier.metrics import few_patients, predicted_classes, summarise
 from ldm.classifier.network import check_model, compute_outputs, pick_device
 from ldm.classifier.report import Scored, prediction_rows, write_test
 from ldm.classifier.segmentation import build_for_task, called, headline, mask_rows, segment, summarise_masks
 from ldm.classifier.segmentation_report import write_segmentation
+from ldm.classifier.square import square
 from ldm.classifier.training import fit
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id, fingerprint, read_json, sha256_file, write_json

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy import SIZE, make_world, metrics_of, rows_of, run
 
-from ldm.classifier.data import square
+from ldm.classifier.square import square
 from ldm.core.errors import UsageError
 from ldm.data.folders import read_sample
 from ldm.data.images import read_image
