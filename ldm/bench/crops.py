@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -117,10 +117,10 @@ COLUMNS = (
 )
 
 
-def geometry_table(data: DataConfig, grids: Grids, geometries: Iterable[Geometry] = GEOMETRIES) -> str:
-    """The Markdown table of GEOMETRIES, or of others. Lengths are width x height, in pixels where no unit stands."""
+def geometry_table(data: DataConfig, grids: Grids) -> str:
+    """The Markdown table of GEOMETRIES. Lengths are width x height, in pixels where no unit stands."""
     rows = []
-    for geometry in geometries:
+    for geometry in GEOMETRIES:
         try:
             facts = _cells(geometry_facts(geometry, data, grids))
         except MedSoftError as error:

@@ -19,6 +19,7 @@ from ldm.data.tiff import TIFF_HEADS, read_tiff, tiff_is_lossy, tiff_orientation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 DARK, BRIGHT = 0.5, 99.9  # percentiles: of all visible pixels, and of the body's
+HUMP = 5  # percent: what counts as a maximum of its own stands so far above what surrounds it
 BACKGROUND = 0.1  # of the way from the one to the other: what is darker is air
 _ORIENTATION_TAG = 0x0112
 PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"IEND", b"tEXt", b"pHYs", b"tIME"}  # nothing that changes what the pixels are
@@ -430,10 +431,10 @@ def border_gradient(unit: np.ndarray, soft: np.ndarray) -> float:
     return float(across.mean()) if across.size else float("nan")
 
 
-def humps_of(unit: np.ndarray, depth: int = 5) -> int:
+def humps_of(unit: np.ndarray) -> int:
     """How many separate maxima of values (HxW in [0, 1]) stay below the maximum; a picture has dozens, a mask few.
 
-    Counted are those from 0.1 to 0.8 that stand ``depth`` percent above what surrounds them, in the image brought to
+    Counted are those from 0.1 to 0.8 that stand HUMP percent above what surrounds them, in the image brought to
     at most 128 pixels a side.
     """
     height, width = unit.shape
@@ -441,13 +442,13 @@ def humps_of(unit: np.ndarray, depth: int = 5) -> int:
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     percent = np.rint(100 * cv2.resize(unit, size, interpolation=cv2.INTER_AREA)).astype(np.uint8)
     smooth, kernel = cv2.medianBlur(percent, 3), np.ones((3, 3), np.uint8)
-    level = cv2.subtract(smooth, np.full_like(smooth, depth))
+    level = cv2.subtract(smooth, np.full_like(smooth, HUMP))
     while True:  # morphological reconstruction: what is left without the peaks
         grown = np.minimum(cv2.dilate(level, kernel), smooth)
         if (grown == level).all():
             break
         level = grown
-    tops = (smooth - level >= depth) & (smooth > 10) & (smooth < 80)
+    tops = (smooth - level >= HUMP) & (smooth > 10) & (smooth < 80)
     return int(cv2.connectedComponents(tops.astype(np.uint8), connectivity=8)[0]) - 1
 
 

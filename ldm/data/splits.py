@@ -138,20 +138,7 @@ def prepare_dataset(
     _shares(fractions)  # wrong fractions show before minutes of reading
     settings = f"seed {seed}, fractions {' '.join(format(value, 'g') for value in fractions)}"
     earlier = _read_split(_earlier_paths(output_file))
-    samples, rejects = load_samples(root_dir)
-    real = [sample for sample in samples if not sample.synthetic]
-    used = samples if synthetic else real
-    digests = {s.sample_id: digest for s in used if (digest := s.image_sha256 or content_id(s.image))}
-    made, orphans = _with_parents(real, [s for s in used if s.synthetic], digests)
-    rejects = [*rejects, *orphans]
-    if len(used) < len(samples):
-        words = "are synthetic and left out; --synthetic takes them along, each on its parent's side"
-        log.warning("%d of %d samples %s", len(samples) - len(real), len(samples), words)
-    _log_rejects(rejects)
-    if not real:
-        raise MedSoftError(f"{root_dir}: all {len(samples)} usable samples are synthetic; nothing was written")
-    if rejects and strict:
-        raise MedSoftError(f"{root_dir}: {len(rejects)} samples cannot be used and --strict was given; nothing written")
+    real, made, digests, rejects = _usable(root_dir, strict, synthetic)
     goes_on = earlier.settings in (None, settings)
     known = _with_returned(earlier, real)
     kept = _by_samples(real, known, digests) if goes_on else {}
@@ -175,6 +162,30 @@ def prepare_dataset(
     _log_counts(groups, paths)
     _warn_of_problems(groups, paths, digests, fractions)
     return rejects
+
+
+def _usable(
+    root_dir: Path, strict: bool, synthetic: bool
+) -> tuple[list[Sample], list[Sample], dict[str, str], list[Reject]]:
+    """The real samples, the synthetic ones that go with them, every image's SHA-256 by sample, and the rejects.
+
+    Raises as ``prepare_dataset`` where nothing is left, or where ``strict`` allows no reject.
+    """
+    samples, rejects = load_samples(root_dir)
+    real = [sample for sample in samples if not sample.synthetic]
+    used = samples if synthetic else real
+    digests = {s.sample_id: digest for s in used if (digest := s.image_sha256 or content_id(s.image))}
+    made, orphans = _with_parents(real, [s for s in used if s.synthetic], digests)
+    rejects = [*rejects, *orphans]
+    if len(used) < len(samples):
+        words = "are synthetic and left out; --synthetic takes them along, each on its parent's side"
+        log.warning("%d of %d samples %s", len(samples) - len(real), len(samples), words)
+    _log_rejects(rejects)
+    if not real:
+        raise MedSoftError(f"{root_dir}: all {len(samples)} usable samples are synthetic; nothing was written")
+    if rejects and strict:
+        raise MedSoftError(f"{root_dir}: {len(rejects)} samples cannot be used and --strict was given; nothing written")
+    return real, made, digests, rejects
 
 
 class Absent(NamedTuple):

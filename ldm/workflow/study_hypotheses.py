@@ -89,9 +89,9 @@ def outcomes(hypotheses: Mapping[str, Hypothesis], own: Study, others: Mapping[s
     return [replace(each, adjusted=value) for each, value in zip(found, adjusted, strict=True)]
 
 
-def t_test(values: Sequence[float], expected: float = 0.0) -> float:
-    """Two-sided p value of Student's one-sample t test of the mean against ``expected``; of two values at least."""
-    return min(1.0, 2 * min(_below(values, expected), _below([-value for value in values], -expected)))
+def t_test(values: Sequence[float]) -> float:
+    """Two-sided p value of Student's one-sample t test of the mean against 0; of two values at least."""
+    return min(1.0, 2 * min(_below(values, 0.0), _below([-value for value in values], 0.0)))
 
 
 def equivalence_test(values: Sequence[float], margin: float) -> float:

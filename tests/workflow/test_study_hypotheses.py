@@ -19,8 +19,7 @@ ARMS = ("real", "duplicated", "ours", "paste", "oracle")
 
 
 def test_p_values_are_those_of_scipy() -> None:
-    for expected in (0.0, 0.01):
-        assert t_test(GAINS, expected) == pytest.approx(stats.ttest_1samp(GAINS, expected).pvalue)
+    assert t_test(GAINS) == pytest.approx(stats.ttest_1samp(GAINS, 0.0).pvalue)
     below = stats.ttest_1samp(GAINS, 0.05, alternative="less").pvalue
     above = stats.ttest_1samp(GAINS, -0.05, alternative="greater").pvalue
     assert equivalence_test(GAINS, 0.05) == pytest.approx(max(below, above))
