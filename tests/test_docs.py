@@ -79,6 +79,20 @@ def test_every_make_task_and_path_exists(page: Path) -> None:
         assert (page.parent / link).exists(), link
 
 
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub links to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = [re.sub(r"[^\w\- ]", "", line.lower()) for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    return {heading.replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_every_anchor_is_a_heading(page: Path) -> None:
+    for name, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text()):
+        target = page.parent / name if name else page
+        assert target.suffix != ".md" or anchor in anchors(target), f"{name}#{anchor}"
+
+
 def resolve(name: str) -> Any:
     """The object a dotted name means; LookupError if there is none."""
     parts = name.split(".")
