@@ -8,6 +8,7 @@ OUTPUT_DIR/accepted, which every command reads; OUTPUT_DIR/drafts keeps all draw
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 from ldm.core import cli
@@ -28,10 +29,11 @@ def main(args: argparse.Namespace) -> None:
     options = cli.options(EditOptions, args)
     options.validate()
     require_extra()
+    logging.getLogger(__name__).info("loading; the address follows in some seconds")
     from ldm.workbench.editing import edit
 
     edit(options, debug=args.debug)
 
 
 if __name__ == "__main__":
-    cli.run(build_parser(), main)
+    cli.run(build_parser(), main, at_once=True)

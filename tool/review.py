@@ -39,4 +39,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(build_parser(), main)
+    cli.run(build_parser(), main, at_once=True)

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import logging
 
 from ldm.core import cli
 from ldm.workbench.options import ServeOptions, require_extra
@@ -23,10 +24,11 @@ def main(args: argparse.Namespace) -> None:
     options = cli.options(ServeOptions, args)
     options.validate()
     require_extra()
+    logging.getLogger(__name__).info("loading; the address follows in some seconds")
     from ldm.workbench.serving import serve_lesions
 
     serve_lesions(options, debug=args.debug)
 
 
 if __name__ == "__main__":
-    cli.run(build_parser(), main)
+    cli.run(build_parser(), main, at_once=True)

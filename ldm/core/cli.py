@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -107,9 +108,15 @@ def add_flags(made: argparse.ArgumentParser, options: type) -> None:
         made.add_argument(f"--{item.name}", **about)
 
 
-def run(made: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int | None], argv: Any = None) -> NoReturn:
+def run(
+    made: argparse.ArgumentParser,
+    main: Callable[[argparse.Namespace], int | None],
+    argv: Any = None,
+    at_once: bool = False,
+) -> NoReturn:
     """Parse the arguments, call ``main`` and leave with the documented exit code.
 
+    ``at_once``: the process ends without taking its modules apart, for commands that Ctrl-C ends.
     0 done; 1 data or I/O error; 2 wrong usage; 3 done but some inputs were rejected; 130 interrupted; 143 terminated.
     Everything a user can cause ends as one line on standard error; ``--debug`` adds the traceback.
     """
@@ -136,8 +143,14 @@ def run(made: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int 
     # At its end the interpreter would look for garbage among all objects of torch and the like, for 1.6 s.
     atexit.register(gc.freeze)
     code = _guarded(main, args)
+    if at_once:
+        for thread in set(threading.enumerate()) - {threading.current_thread()}:
+            if not thread.daemon:
+                thread.join()
     sys.stdout.flush()
     sys.stderr.flush()
+    if at_once:
+        os._exit(code)
     raise SystemExit(code)
 
 

@@ -60,7 +60,9 @@ def _is_time(text: str) -> bool:
 
 _RULES = {
     "sample_id": Rule(lambda text: text and _is_line(text), "the id of a sample, on one line"),
-    "reviewer": Rule(re.compile(r"[\w.-]{1,32}").fullmatch, "a code of 1 to 32 letters, digits, '.', '_' or '-'"),
+    "reviewer": Rule(
+        re.compile(r"[\w.-]{1,32}").fullmatch, "a code of 1 to 32 letters, digits, '.', '_', '-', no blank"
+    ),
     "verdict": Rule(lambda text: text in VERDICTS, "accept, reject or flag"),
     "reason": Rule(lambda text: _is_line(text) and len(text) <= 1000, "text of at most 1000 characters on one line"),
     "image_sha256": Rule(re.compile(r"[0-9a-f]{64}").fullmatch, "64 hexadecimal digits"),

@@ -1,12 +1,14 @@
 """`medsoft edit`: the editor behind its routes. docs/workbench.md has them in a table."""
 
 import json
+import logging
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
 from fastapi.responses import Response
 
 from ldm.core.locks import exclusive
+from ldm.core.tables import counted
 from ldm.data.images import read_image
 from ldm.workbench.drafts import Drafts
 from ldm.workbench.editor import (
@@ -23,6 +25,8 @@ from ldm.workbench.jobs import QueuedJob
 from ldm.workbench.options import EditOptions
 from ldm.workbench.server import Address, RawBody, listening, make_app, raw, serve
 
+log = logging.getLogger(__name__)
+
 
 def edit(options: EditOptions, debug: bool = False) -> None:
     """Serve the editor until Ctrl-C. UsageError or MedSoftError where there is nothing to draw with, or nowhere to."""
@@ -36,6 +40,17 @@ def edit(options: EditOptions, debug: bool = False) -> None:
             serve(app, address, not options.no_browser, listener, on_stop=editor.queue.stop)
         finally:
             editor.queue.close()
+            log.info("%s", kept(editor.drafts))
+
+
+def kept(drafts: Drafts) -> str:
+    """What is said at the end: what was accepted so far, and what can be done with it."""
+    accepted = len([*drafts.accepted.glob("*/meta.json")])
+    drawn = len([*drafts.drafts.glob("*/meta.json")])
+    if not accepted:
+        return f"{counted(drawn, 'drawing')} kept in {drafts.drafts}, none accepted yet"
+    said = f"{counted(accepted, 'accepted drawing')} in {drafts.accepted}"
+    return f"{said}; for a second look by somebody else: medsoft review {drafts.accepted}"
 
 
 def routes(editor: Editor) -> APIRouter:

@@ -115,9 +115,9 @@ class Editor:
         self.queue: Queue[medsoft.LesionModel] = Queue(self._load)
 
     def _load(self) -> medsoft.LesionModel:
-        try:
-            import torch
+        import torch
 
+        try:
             clip_tokenizer()  # imports transformers, of which a thread that imports it at the same time sees a half
         finally:
             self._tokenizer_there.set()
@@ -128,7 +128,9 @@ class Editor:
         sampling = self.config.sampling
         if sampling.init != "noise":
             self.provenance |= {"init": sampling.init, "strength": sampling.strength}
-        return medsoft.load(found.ckpt, found.yaml, found.overrides, self.options.device)
+        made = medsoft.load(found.ckpt, found.yaml, found.overrides, self.options.device)
+        log.info("the model is loaded, on %s", made.inpainter.device)
+        return made
 
     # ------------------------------------------------------------------------------------------------------- documents
 
@@ -248,9 +250,9 @@ class Editor:
         503 where the server is being stopped meanwhile.
         """
         facts = image_facts(self.document(document).sample) if document else None
-        self._tokenizer_there.wait()
-        if self.queue.closed:
-            raise HTTPException(503, STOPPED)
+        while not self._tokenizer_there.wait(0.1):
+            if self.queue.closed:
+                raise HTTPException(503, STOPPED)
         return self._read(prompt) | {"contradiction": facts and contradiction(prompt, facts)}
 
     def _read(self, prompt: str) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """The model, loaded beside the server, and a queue of drawings in one thread; each can be watched and cancelled."""
 
-import ctypes
 import logging
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +14,6 @@ log = logging.getLogger(__name__)
 WAITING = 16  # drawings that may wait
 REMEMBERED = 64  # jobs that are done and can still be asked for
 ENDED = ("done", "cancelled", "failed")
-PATIENCE = 2.0  # seconds in which a model that is being loaded has to leave off
 LONGEST_STEP = 60.0  # seconds that a stop waits for a sampling step, or a file, that was begun
 
 Model = TypeVar("Model")
@@ -118,44 +115,26 @@ class Queue(Generic[Model]):
                 self._waiting = deque(each for each in self._waiting if each[0] is not job)
 
     def stop(self) -> None:
-        """Begin to end all jobs, the running one between two sampling steps, and the loading of the model."""
+        """Begin to end all jobs, the running one between two sampling steps."""
         with self._wake:
             self.closed = True
             for job in self._jobs.values():
                 job.stop.set()
             self._wake.notify()
-        self._interrupt_loading()
 
     def close(self) -> None:
-        """End all jobs and the thread."""
+        """End all jobs and the thread, unless that loads the model still, of which nothing is lost."""
         self.stop()
-        end = time.monotonic() + PATIENCE
-        while self._thread.is_alive() and not self._loaded.is_set() and time.monotonic() < end:
-            self._thread.join(0.1)
-            self._interrupt_loading()
         if self._loaded.is_set():
             self._thread.join(LONGEST_STEP)
-
-    def _interrupt_loading(self) -> None:
-        """Raise SystemExit in the thread if it loads the model, of which nothing is lost.
-
-        Else a stop would wait for it: an interpreter that ends under a thread at work in a library may crash.
-        """
-        if self._thread.ident and self._thread.is_alive() and not self._loaded.is_set():
-            raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-            raise_in(ctypes.c_ulong(self._thread.ident), ctypes.py_object(SystemExit))
 
     def _run(self) -> None:
         try:
             self.model = self._load()
-        except SystemExit:  # of a stop
-            pass
         except Exception as error:  # a thread has nobody to tell but the page and the terminal
             self.error = _line(error)
-            if not self.closed:
-                log.error("error: %s", self.error)
-        finally:
-            self._loaded.set()
+            log.error("error: %s", self.error)
+        self._loaded.set()
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._waiting or self.closed)

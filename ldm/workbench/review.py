@@ -61,7 +61,11 @@ def review(options: ReviewOptions, debug: bool = False) -> None:
     """Serve the page until Ctrl-C. UsageError or MedSoftError where there is nothing to review, or nowhere to write."""
     queue = Queue(options.results, options.files[0], options.reviewer)
     address = Address.of(options)
-    serve(make_app(routes(queue), page="review.html", address=address, debug=debug), address, not options.no_browser)
+    app = make_app(routes(queue), page="review.html", address=address, debug=debug)
+    try:
+        serve(app, address, not options.no_browser)
+    finally:
+        log.info("%s in %s", counted(len(queue.rows()), "row"), queue.file)
 
 
 def routes(queue: "Queue") -> APIRouter:
@@ -120,7 +124,7 @@ class Queue:
         self._lock = threading.RLock()
         self._known: tuple[tuple[int, int] | None, list[Review]] = (None, [])
         self._kept: OrderedDict[str, tuple[tuple[int, int], Shown]] = OrderedDict()
-        if self._rows():
+        if self.rows():
             match_reviews([file], drawn, redrawn=True)
         elif not file.parent.is_dir():
             raise UsageError(f"--review {file}: the folder {file.parent} does not exist")
@@ -151,13 +155,13 @@ class Queue:
         """The code as the file has it; MedSoftError for one that cannot stand there."""
         code = reviewer.strip()
         check_value("reviewer", code)
-        same = (row.reviewer for row in self._rows() if row.reviewer.casefold() == code.casefold())
+        same = (row.reviewer for row in self.rows() if row.reviewer.casefold() == code.casefold())
         return next(same, code)
 
     def verdicts(self, reviewer: str) -> dict[str, Any]:
         """What this reviewer has said about the images as they are: {"verdicts": {item: [verdict, reason]}}."""
         with self._lock:
-            found = latest([row for row in self._rows() if row.reviewer == reviewer])
+            found = latest([row for row in self.rows() if row.reviewer == reviewer])
             said = {(row.sample_id, row.image_sha256): [row.verdict, row.reason] for row in found.values()}
             keys = {name: (sample.sample_id, self.digests[name]) for name, sample in self.samples.items()}
             return {"verdicts": {name: said[key] for name, key in keys.items() if key in said}}
@@ -197,7 +201,7 @@ class Queue:
             raise HTTPException(404, "no such image is in this review; load the page again")
         return self.samples[name]
 
-    def _rows(self) -> list[Review]:
+    def rows(self) -> list[Review]:
         """The rows of the file, read again where it has changed."""
         with self._lock:
             try:

@@ -359,6 +359,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """As uvicorn calls it."""
+        if not self.should_exit:
+            log.info("stopping")
         if self.on_stop is not None:
             self.on_stop()
         super().handle_exit(sig, frame)

@@ -12,6 +12,7 @@ from editing import Page
 from ldm.core.errors import MedSoftError
 from ldm.workbench import drafts
 from ldm.workbench.drafts import Drafts
+from ldm.workbench.editing import kept
 from ldm.workbench.editor import Editor
 
 
@@ -27,6 +28,8 @@ def test_judgements_can_be_changed_and_outlive_the_server(page: Page, deep: Path
     )
     page.post(f"results/{name}/accept")
     home = page.editor.drafts.home
+    assert f"in {home}/accepted; for a second look by somebody else: medsoft review" in kept(page.editor.drafts)
+    assert kept(Drafts(home / "other")) == f"0 drawings kept in {home}/other/drafts, none accepted yet"
     with (home / "history.jsonl").open("a") as file:
         file.write('{"id": "cut sho')  # a crash in the middle of a line
     shutil.copytree(page.get(f"results/{name}")["folder"], home / "drafts" / "deep_00000000beef__v0")  # and before one

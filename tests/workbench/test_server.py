@@ -203,6 +203,7 @@ def _interrupts() -> Iterator[None]:
 @pytest.mark.usefixtures("_interrupts")
 def test_ctrl_c_ends_the_server_and_is_passed_on(caplog: pytest.LogCaptureFixture) -> None:
     """Before that a call that asks for a WebSocket is answered as any other, and nothing is said of it."""
+    caplog.set_level(logging.INFO)
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = Address(port=other.getsockname()[1])
     answers = []
@@ -220,7 +221,7 @@ def test_ctrl_c_ends_the_server_and_is_passed_on(caplog: pytest.LogCaptureFixtur
             serve(make_app(page="edit.html", address=address), address, False, listener)
     caller.join()
     assert answers == [200]
-    assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == []
+    assert [each.getMessage() for each in caplog.records] == [f"open {address.url} (Ctrl-C ends)", "stopping"]
 
 
 def test_without_the_extra_one_line_says_how_to_install_it(
