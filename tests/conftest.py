@@ -24,12 +24,16 @@ from ldm.data.png import write_png
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """What collecting imports stays until the end: it is no garbage, and is not searched for any again and again."""
+    """What collecting imports stays until the end: it is no garbage, and is not searched for any again and again.
+
+    Nor is what the tests make, but once in many objects.
+    """
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(20_000, 10, 10)
         gc.enable()
 
 

@@ -5,13 +5,11 @@ Another image-text encoder: tests/networks/test_encoder_seam.py.
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -98,6 +96,9 @@ COVERED = {
 
 ONE_AFTER_THE_OTHER = """
 import json, runpy, sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "ldm"]:
+    del sys.modules[name]  # this tree's
+sys.path.insert(0, "")
 for words in json.loads(sys.argv[1]):
     sys.argv = words
     try:
@@ -133,9 +134,8 @@ def test_another_input_of_the_msc_is_cached_trained_and_inpainted(
     drawing = ["--ckpt", merged, "--data", one, "--steps", 2, "--output_dir", tmp_path / "out", "--biomedclip", CLIP]
     given = [training, [*merging, "--config", PHANTOM], [*drawing, "--config", PHANTOM]]
     commands = [[Path(name).name, *map(str, words)] for name, words in zip(scripts, given, strict=True)]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    code = [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(commands)]
-    subprocess.run(code, cwd=tmp_path, env=environment, check=True, timeout=300)
+    done = children.run("-c", ONE_AFTER_THE_OTHER, json.dumps(commands), folder=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
     assert changed(tensors(trained["stage1"].last), tensors(last))
     assert list(metas(tmp_path / "out"))
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.checkpoint import PREFIXES, read_checkpoint
+from ldm.checkpoints.checkpoint import PREFIXES, Checkpoint, read_checkpoint
 from ldm.config import Architecture, Config, SamplingConfig
 from ldm.core.devices import all_memory, kernel_layout, on_device, on_host, out_of_memory
 from ldm.core.errors import MedSoftError, first_line
@@ -225,13 +225,15 @@ def composited(sample: PreparedSample, inside: Tensor) -> InpaintedImage:
     return InpaintedImage(composite(sample.original, native, sample.soft, sample.intensity_range), native)
 
 
-def load_inpainter(ckpt: str | Path, config: Config, device: str) -> Inpainter:
-    """The model of a final checkpoint with BiomedCLIP, checked against the configuration, ready to inpaint.
+def load_inpainter(ckpt: str | Path | Checkpoint, config: Config, device: str) -> Inpainter:
+    """The model of a final checkpoint, a file or what was read of it, with BiomedCLIP, checked against the
+    configuration, ready to inpaint.
 
     MedSoftError, before anything is built, for a GPU on which not even the networks have room.
     """
     check_memory(config.architecture, config.sampling, torch.device(device))
-    net, encoder = open_model(config, read_checkpoint(ckpt))
+    checkpoint = ckpt if isinstance(ckpt, Checkpoint) else read_checkpoint(ckpt)
+    net, encoder = open_model(config, checkpoint)
     return Inpainter(net, encoder, config.sampling, device)
 
 

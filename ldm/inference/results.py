@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.checkpoints.checkpoint import read_checkpoint
+from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from ldm.core.errors import MedSoftError
 from ldm.core.files import Contents, fingerprint, read_json, sha256_file, write_json
 from ldm.data.checks import TRAINED_ON, groups_of, trained_on
@@ -78,16 +78,18 @@ def read_refused(home: Path, name: str) -> list[dict[str, Any]]:
 
 
 def provenance_of(
-    ckpt: Path, yaml: Path, settings: Mapping[str, Any], overrides: Sequence[str], exact: bool
+    ckpt: Path | Checkpoint, yaml: Path, settings: Mapping[str, Any], overrides: Sequence[str], exact: bool
 ) -> dict[str, Any]:
     """What meta.json of every result of a checkpoint says about how it was made, where sampling begins with noise.
 
-    settings: the configuration's ``identity`` of images; overrides: with ``yaml`` they give that configuration.
+    ckpt: the file, or what was read of it; settings: the configuration's ``identity`` of images; overrides: with
+    ``yaml`` they give that configuration.
     """
-    learned_from = groups_of(read_checkpoint(ckpt).metadata, ckpt)
+    checkpoint = ckpt if isinstance(ckpt, Checkpoint) else read_checkpoint(ckpt)
+    learned_from = groups_of(checkpoint.metadata, checkpoint.path)
     return {
-        "checkpoint": str(ckpt.resolve()),
-        "checkpoint_sha256": sha256_file(ckpt),
+        "checkpoint": str(checkpoint.path.resolve()),
+        "checkpoint_sha256": sha256_file(checkpoint.path),
         "config": str(yaml.resolve()),
         "overrides": list(overrides),
         "config_sha256": fingerprint(settings),

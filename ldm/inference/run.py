@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import Config, DataConfig, SamplingConfig, load_config
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory
@@ -64,7 +65,8 @@ def run(options: InferenceOptions, checks: Checks | None = None) -> int:
     if not is_first_process():
         logging.disable(logging.INFO)  # one process speaks for all
     settings = identity(config, "images")
-    provenance = provenance_of(options.ckpt, shipped(options.config), settings, overrides, options.exact)
+    opened = [read_checkpoint(options.ckpt)]  # given away when it is loaded: its tensors may lie in memory
+    provenance = provenance_of(opened[0], shipped(options.config), settings, overrides, options.exact)
     digest, learned_from = provenance["checkpoint_sha256"], provenance[TRAINED_ON]
     if config.sampling.init != "noise":
         provenance |= {"init": config.sampling.init, "strength": config.sampling.strength}
@@ -79,14 +81,13 @@ def run(options: InferenceOptions, checks: Checks | None = None) -> int:
     known = {"ckpt": digest}  # what differs is named in this order
     known |= {name: getattr(options, name) for name in ("exact", "seed", "prompt")}
     known |= {"match": str(Match.read(options.match)), "variants": options.variants}
-    ckpt = options.ckpt
 
     def load(device: str) -> Inpainter:
-        return load_inpainter(ckpt, config, device)
+        return load_inpainter(opened.pop(), config, device)
 
     method = Method(config, provenance, known | settings, load)
     if checks:
-        lesions, left_out = checks.training_lesions(learned_from, ckpt)
+        lesions, left_out = checks.training_lesions(learned_from, options.ckpt)
         method.settings["check"] = checks.settings(lesions)
         start = partial(checks.start, lesions, left_out, data=config.data)
         method = dataclasses.replace(method, tries=checks.tries, check=lambda drawer: start(encoder=drawer.encoder))

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -320,14 +318,21 @@ def test_output_folder_that_cannot_be_written(final: Path, one: Path, tmp_path: 
             infer(final, tmp_path / "locked" / "out", "--data", one)
 
 
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_file_size_limit_stops_with_one_line_and_the_rest_is_drawn_later(
     final: Path, world: Path, tmp_path: Path
 ) -> None:
-    """A disk that takes no more: every write beyond 1 kB fails in the operating system, not in a mock."""
+    """A disk that takes no more: every write beyond 4 kB fails in the operating system, not in a mock."""
     given = ["--data", world / "val", "--choose", "diseased", "--exact"]
-    limited = ["bash", "-c", 'ulimit -f 1; trap "" XFSZ; exec "$@"', "bash", sys.executable]
-    limited += command(final, tmp_path / "out", *given)
-    done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = children.run("-c", LIMITED, *command(final, tmp_path / "out", *given), folder=tmp_path)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "could not be written (File too large)" in line

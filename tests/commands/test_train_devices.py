@@ -1,9 +1,6 @@
 """Two processes on the CPU (gloo) against one, through the command line, with the same global batch."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +121,10 @@ def test_weights_that_are_shared_out_train_as_whole_ones_do(small: Any, world: P
     assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-4
 
 
+# Its processes are forked, so that they need not import torch again.
+TORCHRUN = "import sys, torch.distributed.run; sys.argv[0] = 'torchrun'; torch.distributed.run.main()"
+
+
 def test_torchrun_and_a_termination(world: Path, converted: Path, tmp_path: Path) -> None:
     """Both processes start at once: one computes the features, and SIGTERM to one of them stops both."""
     given = command(converted, world, tmp_path / "run", **RUN, save_every_minutes=0)
@@ -142,10 +143,8 @@ def test_torchrun_and_a_termination(world: Path, converted: Path, tmp_path: Path
         "Training.forward_backward = forward_backward\n"
         "cli.run(ver_train.build_parser(), ver_train.main)\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(stop), *given]
-    launch += ["--devices", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=900)
+    launch = ["-c", TORCHRUN, "--standalone", "--nproc_per_node", 2, "--run-path", "--start-method", "fork"]
+    found = children.run(*launch, stop, *given, "--devices", 2, timeout=900, OMP_NUM_THREADS="1")
     assert found.returncode != 0
     assert found.stderr.count("features:   0%") == 1  # one bar: one process computed them
     assert read_checkpoint(tmp_path / "run" / "last.ckpt").metadata["step"] == 5

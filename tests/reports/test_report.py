@@ -15,6 +15,7 @@ from ldm.core.errors import MedSoftError
 from ldm.data.images import read_image
 from ldm.data.png import write_png
 from ldm.reports import comparison
+from ldm.reports.figures import write_figure
 from tool import demo_report
 
 KINDS = ("haemangioma", "osteolytic")
@@ -235,7 +236,9 @@ def test_a_seed_that_an_arm_lacks_or_has_not_tested_is_named_with_its_step(demo:
         run(demo)
 
 
-def test_the_report_parses_and_everything_it_shows_exists(demo: Path) -> None:
+def test_the_report_parses_and_everything_it_shows_exists(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its figures are drawn."""
+    monkeypatch.setattr("ldm.reports.html.write_figure", write_figure)
     run(demo)
     page = Page(demo / "report.html")
     assert len(page.images) == 1 + 6 * 4 + 5 * 4 + 4 + 1 + 1
@@ -247,6 +250,7 @@ def test_the_report_parses_and_everything_it_shows_exists(demo: Path) -> None:
     assert "not clinical evidence" in page.text
     assert "http" not in page.text  # opens from disk, without a network
     curves = read_image(demo / "report_files" / "validation.png")
+    assert len(np.unique(curves)) > 8
     assert curves.shape[1] > 4 * curves.shape[0]  # four stages side by side
     sheet = read_image(demo / "sheet.png")
     assert sheet.shape[1] == 3 * 288 + 4 * 12
