@@ -131,7 +131,8 @@ class Browser:
     def press(self, key: str) -> None:
         """A key, down and up."""
         text = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}
-        code = {"Enter": 13, "ArrowLeft": 37, "ArrowRight": 39}.get(key, ord(key[0]))
+        codes = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "Delete": 46}
+        code = codes.get(key, ord(key[0].upper()))
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 

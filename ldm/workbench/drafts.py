@@ -24,9 +24,10 @@ log = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
 PAGE = 64  # drawings that are told at once: as many as one request may ask for
-SHOWN = ("id", "job", "document", "name", "prompt", "seed", "variant", "state", "reason", "when", "width", "height")
+SHOWN = ("id", "job", "document", "name", "prompt", "seed", "variant", "feather_mm", "state", "reason", "when")
+SHOWN += ("width", "height")
 _KINDS = {"id": str, "name": str, "prompt": str, "seed": int, "variant": int, "document": str | None, "job": str | None}
-_KINDS |= {"state": str | None, "reason": str | None, "origin": dict | None}
+_KINDS |= {"state": str | None, "reason": str | None, "origin": dict | None, "feather_mm": float | int | None}
 _ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 _OWN = re.compile(r".*_([0-9a-f]{12})__v(\d+)", re.DOTALL)
 
@@ -90,15 +91,17 @@ class Drafts:
                 self._items[item["id"]] = made
             return item["id"]
 
-    def judge(self, name: str, accept: bool, reason: str | None = None) -> dict[str, Any]:
-        """Accept or reject a drawing, perhaps after it was judged otherwise; what the page is told of it then.
+    def judge(self, name: str, state: str, reason: str | None = None) -> dict[str, Any]:
+        """Set a drawing's state, perhaps after it was judged otherwise; what the page is told of it then.
 
-        Its folder is renamed and the history gets a line, both or neither.
+        ``state``: accepted, rejected, or new where a judgement is taken back. The folder is renamed and the history
+        gets a line, both or neither.
         """
         with self._lock:
             before = self._items[name]
-            now = before | {"state": "accepted" if accept else "rejected", "reason": reason, "judged": _now()}
-            source, target = self._place(before["name"]), (self.accepted if accept else self.drafts) / before["name"]
+            now = before | {"state": state, "reason": reason, "judged": _now()}
+            home = self.accepted if state == "accepted" else self.drafts
+            source, target = self._place(before["name"]), home / before["name"]
             if source is None:
                 raise MedSoftError(f"{self.drafts / before['name']}: is no longer there, so it cannot be judged")
             _move(source, target)

@@ -2,9 +2,9 @@
 
 import json
 import logging
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter, HTTPException, Query
 from fastapi.responses import Response
 
 from ldm.core.locks import exclusive
@@ -59,6 +59,7 @@ def routes(editor: Editor) -> APIRouter:
     _add_documents(router, editor)
     _add_masks(router, editor)
     _add_drawings(router, editor)
+    _add_results(router, editor)
     return router
 
 
@@ -75,9 +76,13 @@ def _add_documents(router: APIRouter, editor: Editor) -> None:
     def go(asked: GoRequest) -> dict[str, Any]:
         return editor.state(editor.opened.go(asked.index, asked.document).id)
 
+    @router.get("/collection")
+    def collection(document: str, words: str = "") -> dict[str, Any]:
+        return editor.matching(document, words)
+
     @router.get("/documents/{name}")
     def document(name: str) -> dict[str, Any]:
-        return editor.document(name).described()
+        return editor.described(editor.document(name))
 
     @router.get("/documents/{name}/levels")
     def levels(name: str) -> Response:
@@ -130,6 +135,8 @@ def _add_drawings(router: APIRouter, editor: Editor) -> None:
         editor.queue.cancel(job(name))
         return job(name).told()
 
+
+def _add_results(router: APIRouter, editor: Editor) -> None:
     @router.get("/history")
     def history(before: str | None = None) -> list[dict[str, Any]]:
         try:
@@ -154,15 +161,20 @@ def _add_drawings(router: APIRouter, editor: Editor) -> None:
         return raw(read_image(editor.result(name) / "mask.png"))
 
     @router.get("/results/{name}/thumbnail.png")
-    def thumbnail(name: str) -> Response:
-        return Response(editor.thumbnail(name), media_type="image/png")
+    def thumbnail(name: str, longer: Annotated[int, Query(ge=16, le=512)] = 128) -> Response:
+        return Response(editor.thumbnail(name, longer), media_type="image/png")
 
     @router.post("/results/{name}/accept")
     def accept(name: str) -> dict[str, Any]:
         editor.item(name)
-        return editor.drafts.judge(name, accept=True)
+        return editor.drafts.judge(name, "accepted")
 
     @router.post("/results/{name}/reject")
     def reject(name: str, asked: RejectRequest) -> dict[str, Any]:
         editor.item(name)
-        return editor.drafts.judge(name, accept=False, reason=asked.reason)
+        return editor.drafts.judge(name, "rejected", asked.reason)
+
+    @router.post("/results/{name}/undo")
+    def undo(name: str) -> dict[str, Any]:
+        editor.item(name)
+        return editor.drafts.judge(name, "new")

@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 SEEDS = 2**53  # the first whole number that JavaScript does not tell from the next one
 VARIANTS = 64
-THUMBNAIL = 128  # pixels
 
 
 class OpenRequest(BaseModel):
@@ -107,6 +106,7 @@ class Editor:
         if found.path is not None:
             self.opened.open(found.path)
         self.provenance: dict[str, Any] = {}
+        self._started = secrets.token_hex(4)  # another one after each start, so that a page knows of it
         self._of_ckpt = found.ckpt.stat().st_mtime_ns  # of the one that is loaded, whatever it is replaced by later
         log.info("checkpoint: %s", found.ckpt)
         log.info("sentences: %s", found.train_json or "none; --train_json names training annotations")
@@ -136,16 +136,16 @@ class Editor:
 
     def state(self, document: str | None = None) -> dict[str, Any]:
         """All that a page needs to begin with, about one document or the one opened last."""
-        name = document if document and self.opened.get(document) else self.opened.current
-        shown = self.opened.get(name) if name else None
-        collection, index = self.opened.collection(name)
+        shown = self._there(document) if document else None
+        shown = shown or (self.opened.get(self.opened.current) if self.opened.current else None)
+        described = shown and self.described(shown)
         job = self.queue.current()
         data = self.config.data
         return {
             "model": self.model(),
-            "document": shown and shown.described(),
-            "collection": collection and {"name": collection.name, "count": len(collection.entries), "index": index},
-            "passed": self.opened.passed(name),
+            "document": described,
+            "collection": described and described["collection"],
+            "passed": self.opened.passed(shown and shown.id),
             "sentences": self.sentences.menus(),
             "feather": {"value": data.feather, "unit": data.feather_unit},
             "output_dir": str(self.drafts.home),
@@ -163,14 +163,36 @@ class Editor:
             "device": str(self.queue.model.inpainter.device) if self.queue.model else self.options.device,
             "state": self.queue.state,
             "error": self.queue.error,
+            "started": self._started,
         }
+
+    def described(self, document: Document) -> dict[str, Any]:
+        """What the page is told of a document, and its place in the collection that it is of."""
+        collection, index = self.opened.collection(document.id)
+        place = collection and {"name": collection.name, "count": len(collection.entries), "index": index}
+        return document.described() | {"collection": place}
+
+    def matching(self, name: str, words: str) -> dict[str, Any]:
+        """The documents of the collection of this one that some words describe; none where it is of no collection."""
+        collection, _ = self.opened.collection(name)
+        count, items = collection.matching(words) if collection else (0, [])
+        return {"count": count, "items": items}
+
+    def _there(self, name: str) -> Document | None:
+        try:
+            return self._find(name)
+        except MedSoftError:  # it is gone or has changed; the document's own route says so
+            return None
+
+    def _find(self, name: str) -> Document | None:
+        found = self.opened.get(name)
+        origin = self.drafts.origin(name) if found is None else None
+        return self.opened.reopen(name, origin) if origin else found
 
     def document(self, name: str) -> Document:
         """A document by its id. 404 for one that nobody has opened, 410 for one that is gone or has changed."""
         try:
-            found = self.opened.get(name)
-            if found is None and (origin := self.drafts.origin(name)):
-                found = self.opened.reopen(name, origin)
+            found = self._find(name)
         except MedSoftError as error:
             raise HTTPException(410, str(error)) from error
         if found is None:
@@ -286,7 +308,7 @@ class Editor:
         if reason := too_long(self.drafts.drafts / f"{folder}{asked.n - 1}"):
             raise UsageError(reason)
         job = QueuedJob(secrets.token_hex(8), document.id, asked.n, self.config.sampling.steps)
-        request = _Request(document, hard, soft, prompt, asked.seed, name, folder)
+        request = _Request(document, hard, soft, prompt, asked.seed, asked.feather_mm, name, folder)
         return self.queue.put(job, partial(self._draw, request))
 
     def _draw(self, asked: "_Request", model: medsoft.LesionModel, job: QueuedJob) -> None:
@@ -307,7 +329,7 @@ class Editor:
                 self._draw_one(task, prepared, model, job)
             height, width = asked.hard.shape
             item = {"id": f"{asked.name}-{variant}", "job": job.id, "document": document.id, "name": task.name}
-            item |= {"prompt": asked.prompt, "seed": asked.seed, "variant": variant}
+            item |= {"prompt": asked.prompt, "seed": asked.seed, "variant": variant, "feather_mm": asked.feather_mm}
             item |= {"width": width, "height": height, "origin": document.origin}
             job.results.append(self.drafts.add(item))
 
@@ -331,8 +353,8 @@ class Editor:
         """The folder of a drawing by its id; 404 for one that is not there."""
         return Path(self.item(name)["folder"])
 
-    def thumbnail(self, name: str) -> bytes:
-        """A small PNG of what was drawn and what is around it."""
+    def thumbnail(self, name: str, longer: int) -> bytes:
+        """A PNG of what was drawn and what is around it; its longer side has so many pixels."""
         folder = self.result(name)
         image = read_image(folder / "image.png")
         meta = read_json(folder / "meta.json")
@@ -342,7 +364,7 @@ class Editor:
         rows = slice(max((top + bottom) // 2 - reach, 0), (top + bottom) // 2 + reach)
         columns = slice(max((left + right) // 2 - reach, 0), (left + right) // 2 + reach)
         unit = to_unit(image[rows, columns], intensity_range_of(image, meta.get("window")))
-        scale = THUMBNAIL / max(unit.shape[:2])
+        scale = longer / max(unit.shape[:2])
         size = (max(1, round(unit.shape[1] * scale)), max(1, round(unit.shape[0] * scale)))
         small = cv2.resize(unit, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
         return encode_png(np.rint(small * 255).astype(np.uint8))
@@ -356,5 +378,6 @@ class _Request(NamedTuple):
     soft: np.ndarray
     prompt: str
     seed: int
+    feather_mm: float | None
     name: str
     folder: str

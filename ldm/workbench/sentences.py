@@ -12,6 +12,7 @@ from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.text_encoder import PromptReading, clip_reading
 
 ANY_BONE = ImageFacts("L1", "lumbar", None)  # with which sentences are compared that differ in the vertebra alone
+GRADES = ("subtle", "minimal", "mild", "slight", "moderate", "marked", "severe", "extreme")  # any other word comes last
 Read = Callable[[str], PromptReading | None]  # how an encoder reads a prompt, where it says so
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
@@ -37,7 +38,7 @@ class Sentences:
         ]
         return {
             "types": sorted({each.lesion_type for each in used if each.lesion_type}),
-            "severities": sorted({each.severity for each in used if each.severity}),
+            "severities": sorted({each.severity for each in used if each.severity}, key=_by_grade),
             "levels": sorted({each.level for each in used if each.level}, key=_along_the_spine),
             "prompts": prompts,
         }
@@ -57,6 +58,10 @@ def _form(prompt: str) -> str:
 
 def _words(prompt: str) -> list[str]:
     return [plain(word) for word in _WORD.findall(prompt)]
+
+
+def _by_grade(severity: str) -> tuple[int, str]:
+    return (GRADES.index(plain(severity)) if plain(severity) in GRADES else len(GRADES), severity)
 
 
 def _along_the_spine(level: str) -> tuple[int, int, str]:
@@ -85,7 +90,8 @@ def read_prompt(prompt: str, sentences: Sentences, encoders: Sequence[tuple[str,
         unknown += [prompt[start:end] for start, end in reading.unknown]
         if reading.tokens > reading.room and fault is None:
             lost = shortened(prompt[reading.read :])
-            fault = f'{name} reads {reading.room} of the {reading.tokens} tokens; lost is "{lost}"'
+            fault = f'{name} reads {reading.room} of the {reading.tokens} tokens; lost is "{lost}". '
+            fault += "Shorten it; it has to be English"
     counted = next(iter(found.values()), None)
     return {
         "count": counted.tokens if counted else len(_words(prompt)),

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 MOST_PASSED = 20  # documents of a collection that cannot be used, one after the other
 KEPT, MOST_BYTES = 6, 2**28  # documents in memory, and their pixels; of the others only where they come from
+LISTED = 200  # documents of a collection that are told at once
 ANNOTATIONS = (".json", ".jsonl")
 
 
@@ -210,6 +211,44 @@ class Collection(NamedTuple):
         entry = self.entries[index]
         return open_sample(entry) if isinstance(entry, Sample) else open_folder(entry[1], entry[0])
 
+    def find(self, sample_id: str, image: Path) -> int | None:
+        """The number of the document with this name and image file, if it is one of these."""
+        for number, entry in enumerate(self.entries):
+            if isinstance(entry, Sample):
+                name, path = entry.sample_id, entry.image
+            else:
+                name, path = entry[0], entry[1] / image.name
+            if name == sample_id and path.absolute() == image:
+                return number
+        return None
+
+    def matching(self, words: str) -> tuple[int, list[dict[str, Any]]]:
+        """How many documents have all these words in what is known of them, and the first LISTED of those.
+
+        A word that is a level here (L2) means that level, any other one a part of a name or sentence. Of folders that
+        are read when they are opened only the name is known.
+        """
+        asked = words.casefold().split()
+        levels = {e.level.casefold() for e in self.entries if isinstance(e, Sample) and e.level} & set(asked)
+        count, found = 0, []
+        for number, entry in enumerate(self.entries):
+            known = _known(entry)
+            level = str(known["level"] or "").casefold()
+            text = " ".join(str(each) for each in known.values() if each).casefold()
+            if all(word == level if word in levels else word in text for word in asked):
+                count += 1
+                if len(found) < LISTED:
+                    found.append({"index": number} | known)
+        return count, found
+
+
+def _known(entry: Sample | tuple[str, Path]) -> dict[str, Any]:
+    """What the list of a collection says of an entry."""
+    if not isinstance(entry, Sample):
+        return {"name": entry[0], "level": None, "about": None}
+    about = "healthy" if entry.healthy else entry.prompt
+    return {"name": entry.sample_id, "level": entry.level, "about": about}
+
 
 def training_annotations(folder: Path) -> Path | None:
     """The training annotations that a plan has written into a folder, if they are there and only one file can be."""
@@ -345,7 +384,10 @@ class Opened:
             return self._keep(document)
 
     def reopen(self, name: str, origin: Mapping[str, Any]) -> Document:
-        """The document with this id, from where its ``origin`` says it was. MedSoftError where it is gone."""
+        """The document with this id, from where its ``origin`` says it was. MedSoftError where it is gone.
+
+        If it is one of the collection that is open, it is so again.
+        """
         path, sample_id = Path(origin["path"]), origin["sample_id"]
 
         def opener() -> Document:
@@ -354,7 +396,9 @@ class Opened:
             return open_file(path, sample_id)
 
         with self._lock:
-            self._places[name] = Place(opener)
+            collection, _ = self.collection(self.current)
+            index = collection.find(sample_id, path) if collection else None
+            self._places[name] = Place(opener) if index is None else Place(opener, collection, index)
             found = self.get(name)
         assert found is not None  # its place is known
         return found

@@ -123,6 +123,7 @@ def first_use(server: Editor, browser: Browser) -> None:
     browser.run("document.getElementById('act').click()")
     browser.wait("medsoft.app.shown")
     print(f"{server.passed():6.1f} s  drawn and shown")
+    browser.wait("!document.getElementById('act').disabled")
     browser.run("document.getElementById('act').click()")
     browser.wait("medsoft.app.shown.state == 'accepted'")
     print(f"{server.passed():6.1f} s  accepted")

@@ -62,6 +62,29 @@ def click(browser: Browser, name: str) -> None:
     browser.run(f"document.getElementById('{name}').click()")
 
 
+def press_act(browser: Browser, label: str) -> None:
+    """Press the orange button once it has this label and is no longer deaf."""
+    act = "document.getElementById('act')"
+    browser.wait(f"{act}.textContent === '{label}' && !{act}.disabled")
+    click(browser, "act")
+
+
+# Presses every place where a button stood while it was drawn, and Enter and A, as soon as the result appears.
+HASTE = """new Promise((done) => {
+  const places = new Set(), all = () => [...document.querySelectorAll('#step button:not([hidden])')];
+  const look = setInterval(() => {
+    const boxes = medsoft.drawing.job ? all().map((each) => each.getBoundingClientRect()) : [];
+    for (const { x, y, width, height } of boxes) places.add([x + width / 2, y + height / 2].join());
+    if (!medsoft.app.shown) return;
+    clearInterval(look);
+    const hit = [...places].map((each) => document.elementFromPoint(...each.split(',')));
+    for (const each of hit) each.click();
+    for (const key of ['Enter', 'a']) dispatchEvent(new KeyboardEvent('keydown', { key }));
+    done(hit.map((each) => each.id));
+  }, 1);
+})"""
+
+
 def test_first_use(browser: Browser, output_dir: Path) -> None:
     """One button, pressed twice, leads to an accepted lesion; a stroke of the brush is in its mask."""
     suggested = painted(browser)
@@ -79,7 +102,9 @@ def test_first_use(browser: Browser, output_dir: Path) -> None:
 
     assert browser.run("document.getElementById('act').textContent") == "Draw"
     click(browser, "act")
-    browser.wait("medsoft.app.shown")
+    assert "act" in browser.run(HASTE)  # where Cancel stood is no button now
+    browser.wait("!document.getElementById('act').disabled")
+    assert browser.run("medsoft.app.shown.state") == "new"
     assert browser.run("[medsoft.viewer.mode, document.getElementById('act').textContent]") == ["slider", "Accept"]
     at = browser.run("medsoft.viewer.position * medsoft.viewer.width")
     columns = np.flatnonzero(mask.any(axis=0))
@@ -91,7 +116,15 @@ def test_first_use(browser: Browser, output_dir: Path) -> None:
     browser.press("4")
     assert browser.run("medsoft.viewer.mode") == "difference"
     shown = np.array(browser.run("Array.from(medsoft.results.loaded.levels)"), np.uint8).reshape(mask.shape)
-    click(browser, "act")
+    press_act(browser, "Accept")
+    browser.wait("medsoft.app.shown.state === 'accepted'")
+    click(browser, "second")
+    assert browser.run("document.getElementById('second').textContent") == "Undo"
+    browser.wait("!document.getElementById('second').disabled")
+    click(browser, "second")
+    browser.wait("medsoft.app.shown.state === 'new'")
+    assert not list((output_dir / "accepted").iterdir())
+    press_act(browser, "Accept")
     browser.wait("medsoft.app.shown.state === 'accepted'")
 
     (folder,) = (output_dir / "accepted").iterdir()
@@ -157,23 +190,68 @@ def test_a_reload_while_drawing_loses_nothing(browser: Browser, server: str, out
     assert browser.run("[medsoft.app.shown.variant, medsoft.app.shown.seed]") == [0, 77]
     assert browser.run("[document.getElementById('n').value, document.getElementById('seed').value]") == ["3", "77"]
 
-    browser.run("[...document.querySelectorAll('#reasons button')].find((each) => each.textContent === 'seam').click()")
-    browser.wait("medsoft.app.shown.state === 'rejected'")
-    assert browser.run("document.getElementById('act').textContent") == "Next result"
-    click(browser, "act")
-    browser.wait("medsoft.app.shown.variant === 1 && medsoft.app.shown.state === 'new'")
+    browser.wait("medsoft.results.ready")
+    for key in "r4":
+        browser.press(key)
+    browser.wait("medsoft.app.shown.state === 'rejected' && medsoft.app.shown.reason === 'seam'")
+    press_act(browser, "Next result")
+    browser.wait("medsoft.app.shown.variant === 1 && medsoft.app.shown.state === 'new' && medsoft.results.ready")
     browser.press("a")
     browser.wait("medsoft.app.shown.state === 'accepted'")
     assert len(list((output_dir / "accepted").iterdir())) == 2
     assert len(list((output_dir / "drafts").iterdir())) == 2
 
-    ids = browser.run("medsoft.results.items.map((item) => item.id)")
-    browser.run(
-        "medsoft.results.list(medsoft.results.items.slice(0, 2)), medsoft.results.show(medsoft.results.items[1])"
-    )
+    ids = browser.run("medsoft.results.row.map((item) => item.id)")
+    assert [each[-2:] for each in ids] == ["-0", "-1", "-2", "-0"]  # the newest first, its variants as they were drawn
+    browser.run("medsoft.results.list(medsoft.results.items.slice(0, 3)), medsoft.results.show(medsoft.results.row[2])")
     browser.press("ArrowRight")  # beyond what is listed: older ones come
+    browser.wait(f"medsoft.app.shown.id === '{ids[3]}'")
+    assert browser.run("medsoft.results.row.map((item) => item.id)") == ids
+
+    browser.press("ArrowLeft")
     browser.wait(f"medsoft.app.shown.id === '{ids[2]}'")
-    assert browser.run("medsoft.results.items.map((item) => item.id)") == ids
+    browser.press("c")
+    assert browser.run("document.querySelectorAll('#sheet button').length") == 3
+    browser.run("document.querySelector('#sheet button').click()")
+    browser.wait(f"medsoft.app.shown.id === '{ids[0]}' && document.getElementById('sheet').hidden")
+    browser.press("Escape")
+    browser.run("void (document.getElementById('n').value = 8)")
+    browser.run("void document.getElementById('n').dispatchEvent(new Event('input'))")
+    browser.press("d")
+    browser.wait("medsoft.drawing.job")
+    click(browser, "cancel")
+    browser.wait("!medsoft.drawing.job && document.getElementById('status').textContent.startsWith('Cancelled')")
+    assert browser.run("medsoft.app.shown") is None  # the first variants were there already, one of them accepted
+    assert np.array_equal(painted(browser), before)
+
+
+def test_an_old_result_is_named_and_drawn_again_from_there(browser: Browser) -> None:
+    """Another image is chosen from the list; a result of the first one is shown then."""
+    name, before = browser.run("medsoft.app.document.name"), painted(browser)
+    browser.press("o")
+    browser.wait("document.getElementById('finder').open && document.getElementById('entries').options.length > 2")
+    other = browser.run("document.getElementById('entries').options[2].text.split(' · ')[1]")
+    browser.call("Input.insertText", text=other.upper())
+    browser.wait("document.getElementById('entries').options.length === 1")
+    browser.press("Enter")
+    browser.wait(f"medsoft.app.document.name === '{other}' && !medsoft.app.opening && medsoft.placing.facts")
+    header = "document.getElementById('place').textContent + ' ' + document.getElementById('about').textContent"
+    assert browser.run(header).startswith(f"3 of {browser.run('medsoft.app.state.collection.count')} {other}: ")
+
+    browser.run("medsoft.results.show(medsoft.results.items.at(-1))")
+    browser.wait("medsoft.app.shown")
+    assert f"1 of {browser.run('medsoft.app.state.collection.count')} Drawn on {name}: " in browser.run(header)
+    assert browser.run("document.getElementById('back').textContent") == f"Back to {other}"
+    mask = browser.run("Array.from(medsoft.results.loaded.mask)")
+    click(browser, "again")
+    browser.wait(f"medsoft.app.document.name === '{name}' && !medsoft.app.shown && medsoft.placing.facts")
+    browser.wait("document.getElementById('act').textContent === 'Draw with another seed'")
+    assert browser.run("Array.from(medsoft.app.mask.pixels)") == mask
+    assert browser.run("[medsoft.sentence.text, document.getElementById('seed').value]") == browser.run(
+        "[medsoft.results.items.at(-1).prompt, String(medsoft.results.items.at(-1).seed)]"
+    )
+    click(browser, "undo")
+    assert np.array_equal(painted(browser), before)
 
 
 def test_a_fault_stands_in_the_status_line_and_nothing_is_lost(browser: Browser, world: Path, tmp_path: Path) -> None:
@@ -187,14 +265,17 @@ def test_a_fault_stands_in_the_status_line_and_nothing_is_lost(browser: Browser,
     browser.run("document.getElementById('prompt').value = 'osteolytic '.repeat(90)")
     browser.run("void document.getElementById('prompt').dispatchEvent(new Event('input'))")
     browser.wait("document.getElementById('tokens').className.includes('fault')")
-    assert browser.run("document.getElementById('act').hidden")
-    assert "tokens" in browser.run("document.getElementById('hint').textContent")
+    assert browser.run("[document.getElementById('act').textContent, document.getElementById('act').disabled]") == [
+        "Draw",
+        True,
+    ]
+    assert "Shorten it" in browser.run("document.getElementById('hint').textContent")
 
     level = browser.run("medsoft.app.document.level")
     browser.run(f"document.getElementById('prompt').value = 'severe lesion of {'L5' if level != 'L5' else 'L4'}'")
     browser.run("void document.getElementById('prompt').dispatchEvent(new Event('input'))")
-    browser.wait("!document.getElementById('against').hidden")
-    assert f"the image's level is {level}" in browser.run("document.getElementById('against').textContent")
+    browser.wait("document.getElementById('act').textContent === 'Draw all the same'")
+    assert f"the image's level is {level}" in browser.run("document.getElementById('hint').textContent")
 
     for name in ("a", "b"):
         shutil.copytree(next((world / "val").iterdir()), tmp_path / name)

@@ -27,6 +27,9 @@ def test_judgements_can_be_changed_and_outlive_the_server(page: Page, deep: Path
         page.editor.drafts.drafts,
     )
     page.post(f"results/{name}/accept")
+    item = page.post(f"results/{name}/undo")
+    assert (item["state"], item["reason"], Path(item["folder"]).parent.name) == ("new", None, "drafts")
+    page.post(f"results/{name}/accept")
     home = page.editor.drafts.home
     assert f"in {home}/accepted; for a second look by somebody else: medsoft review" in kept(page.editor.drafts)
     assert kept(Drafts(home / "other")) == f"0 drawings kept in {home}/other/drafts, none accepted yet"

@@ -14,9 +14,11 @@ from tiny import CLIP, TRAIN
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
+from ldm.phantom.lesions import SEVERITIES
 from ldm.workbench.drafts import Drafts
 from ldm.workbench.finding import find
 from ldm.workbench.options import EditOptions
+from ldm.workbench.sources import Collection
 
 GONE = {"image": "/none/image.png", "mask_image": None, "label": "healthy", "box": [0, 0, 1, 1], "sample_id": "gone"}
 
@@ -33,6 +35,8 @@ def test_the_output_of_a_plan_opens_with_its_healthy_images_and_the_training_sen
     prompts = {sample.prompt for sample in samples if not sample.healthy}
     assert {each["prompt"] for each in state["sentences"]["prompts"]} == prompts
     assert set(state["sentences"]["types"]) == {sample.lesion_type for sample in samples if not sample.healthy}
+    known = {sample.severity for sample in samples if not sample.healthy}
+    assert state["sentences"]["severities"] == [each for each in SEVERITIES if each in known]
     assert (state["model"]["steps"], state["model"]["token_limit"]) == (2, 75)
     assert state["feather"] == {"value": 0.25, "unit": "diameter"}
     for tab in (state, second):  # two tabs: each has its own document
@@ -50,6 +54,22 @@ def test_an_annotation_file_a_dataset_folder_and_a_sample_folder_open(page: Page
         assert (document["healthy"], document["has_mask"], document["name"]) == (False, True, diseased.name)
     mask = np.frombuffer(page.get(f"documents/{document['id']}/mask"), np.uint8)
     assert np.array_equal(mask, read_image(diseased / "mask.png").ravel())
+
+
+def test_the_list_of_a_collection_is_bounded(page: Page, world: Path) -> None:
+    document = page.open(world)
+    whole = page.get(f"collection?document={document['id']}")
+    assert whole["count"] == len(whole["items"]) == document["collection"]["count"]
+    level = whole["items"][1]["level"]
+    found = page.get(f"collection?document={document['id']}&words=HEALTHY+{level.lower()}")
+    assert found["items"] == [each for each in whole["items"] if each["level"] == level]
+    assert page.get(f"collection?document={document['id']}&words=nothing")["count"] == 0
+    many = Collection("many", [(f"s{number:05d}", world) for number in range(1000)])
+    assert many.matching("s009") == (
+        100,
+        [{"index": n, "name": f"s{n:05d}", "level": None, "about": None} for n in range(900, 1000)],
+    )
+    assert [many.matching("")[0], len(many.matching("")[1])] == [1000, 200]
 
 
 def test_what_is_damaged_in_a_dataset_is_passed_over_and_said(page: Page, world: Path, tmp_path: Path) -> None:

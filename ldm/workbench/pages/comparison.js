@@ -5,7 +5,7 @@ const HINTS = {
   slider: "Drag the line. Left of it before, right of it after.",
   before: "Space flickers between before and after.",
   after: "Space flickers between before and after.",
-  difference: "Red is brighter than before, blue is darker, black is equal.",
+  difference: "Red: brighter than before; blue: darker.",
 };
 export const MODES = Object.keys(HINTS);
 const CAPTIONS = { slider: "before | after", before: "before", after: "after", difference: "difference" };

@@ -1,9 +1,9 @@
 // The page of `medsoft edit`: what belongs together of image, mask, sentence, drawing and results, and the next step.
 
 import { Fault, bytes, get, keep, kept, post } from "./api.js";
-import { cached } from "./arrays.js";
-import { MODES } from "./comparison.js";
+import { box, cached } from "./arrays.js";
 import { Drawing } from "./drawing.js";
+import { Header } from "./header.js";
 import { listen } from "./keys.js";
 import { Mask, packed, unpacked } from "./mask.js";
 import { navigate } from "./navigation.js";
@@ -17,6 +17,9 @@ import { Windowing } from "./windowing.js";
 const find = (id) => document.getElementById(id);
 const ORANGE = [242, 163, 60], CYAN = [65, 199, 217];
 const SIZE_STEPS = 5; // of the brush's slider (0 to 100), at a press of [ or ]
+const DEAF = 500; // milliseconds that a button takes no press after it has become another one
+const CAREFUL = "Careful:";
+const MANY = 8; // variants that are drawn without asking
 
 const app = {
   state: null, // the server's answer about this tab's image
@@ -35,6 +38,7 @@ const app = {
   hush,
   put,
   compose,
+  again,
   documentOf,
   levelsOf,
 };
@@ -68,16 +72,23 @@ const windowing = new Windowing(viewer, (window) => keep(`window.${shownImage().
 const sentence = new Sentence(guard, changed);
 const placing = new Placing(app, guard, changed);
 const results = new Results(app, guard, render);
-const tools = new Tools(viewer, () => (app.shown || app.opening ? null : app.mask), showTool);
+const tools = new Tools(viewer, () => (app.shown || app.opening ? null : app.mask), showTool, render);
+const header = new Header(guard, go);
 const drawing = new Drawing(app, {
   onProgress: render,
   onResults: () => results.refresh(),
   async onEnd(job) {
     await results.refresh();
+    const there = job.results.length;
     if (job.state === "failed") return say(job.error ?? "The drawing failed.", "fault");
-    const first = job.results.length ? await results.find(job.results[0]) : null;
-    if (first && job.document === app.document?.id) await results.show(first);
-    if (job.state === "cancelled") say("Cancelled. Your mask and sentence are as they were.");
+    if (job.state === "cancelled") {
+      if (app.shown) results.hide();
+      const ready = there ? ` ${there === 1 ? "One variant was ready: it is" : `${there} variants were ready: they are`} among the results below.` : "";
+      return say(`Cancelled. Your mask and sentence are as they were.${ready}`);
+    }
+    const busy = hand.busy || job.document !== app.document?.id || (app.drawn && app.drawn !== signature());
+    if (busy) say("It is drawn: see the results below."); // somebody paints on: the mask is not taken from under the hand
+    else await results.show(await results.find(job.results[0]));
   },
 });
 const hand = navigate(viewer, {
@@ -105,8 +116,9 @@ function shownImage() {
 
 // ------------------------------------------------------------------------------------------------ the image
 
-/** Put an image on the stage, with its window, unless it is there. */
+/** Put an image on the stage, with its window, unless it is there; the header names it. */
 function put(image, levels) {
+  header.show(image, app.shown !== null);
   if (app.onStage?.id === image.id) return;
   app.onStage = image;
   windowing.open(image);
@@ -141,9 +153,11 @@ async function open(state) {
     const levels = image && (await levelsOf(image.id));
     if (asked !== app.asked) return; // another one was asked for meanwhile
     Object.assign(app, { state, document: image, levels, shown: null, onStage: null });
+    results.together = null;
     results.take(state.history);
     find("empty").hidden = Boolean(image);
     describe(state);
+    header.show(image);
     if (image) await begin(state);
     const { passed } = state;
     if (passed.length) say(`Passed over: ${passed.length > 1 ? `${passed.length} damaged images, the first ` : ""}${passed[0]}`);
@@ -171,31 +185,10 @@ async function begin({ document: image, feather, sentences }) {
   } else await placing.first();
 }
 
-function describe({ document: image, collection, model, output_dir: folder }) {
+function describe({ passed, model, output_dir: folder }) {
   find("model").textContent = model.name.split(/[\\/]/).slice(-2).join("/");
   find("model").title = `Model ${model.name}: ${model.image_size} pixels, ${model.steps} steps, on ${model.device}. Results: ${folder}`;
   if (model.error) say(model.error, "fault");
-  find("collection").hidden = !collection;
-  if (collection) {
-    find("place").textContent = `${(collection.index ?? -1) + 1} of ${collection.count}`;
-    find("place").title = collection.name;
-    find("previous").disabled = !(collection.index > 0);
-    find("next").disabled = !((collection.index ?? -1) < collection.count - 1);
-  }
-  find("volume").hidden = !image?.volume;
-  find("about").textContent = find("about").title = "";
-  if (!image) return;
-  const { volume, spacing_mm: spacing } = image;
-  if (volume) {
-    find("plane").replaceChildren(...volume.planes.map((plane) => new Option(plane, plane, false, plane === volume.plane)));
-    Object.assign(find("slice"), { value: volume.index, max: volume.count - 1 });
-    find("slices").textContent = `of ${volume.count - 1}`;
-  }
-  const kind = `${image.width} x ${image.height}, ${image.bits} bit${image.channels === 3 ? " RGB" : ""}`;
-  const millimetres = spacing ? `, ${Number(spacing[0].toPrecision(3))}${spacing[0] === spacing[1] ? "" : ` x ${Number(spacing[1].toPrecision(3))}`} mm` : "";
-  find("about").textContent = `${image.name}: ${kind}${millimetres}`;
-  find("about").title = `${image.path}\n${image.prompt ? `its own sentence: ${image.prompt}` : ""}`;
-  find("canvas").setAttribute("aria-label", `Image ${image.name}, ${kind}; paint the lesion on it, or press L for a suggestion`);
 }
 
 /** Ask for another image; what is painted on this one is kept. */
@@ -206,11 +199,21 @@ function go(path, content) {
   })());
 }
 
-const step = (by) => {
-  const { collection } = app.state ?? {};
-  const index = collection ? (collection.index ?? -1) + by : -1;
-  if (collection && index >= 0 && index < collection.count) go("/api/go", { index, document: app.document?.id });
-};
+/** Paint with all that a result was drawn with: its image, mask, sentence, seed and soft border. */
+async function again(item, mask) {
+  await documentOf(item); // a fault if it is gone
+  if (item.document !== app.document.id) await open(await get(`/api/state?document=${item.document}`));
+  else results.hide();
+  app.mask.replace(mask);
+  app.mask.finish();
+  Object.assign(find("n"), { value: item.variant + 1 });
+  find("seed").value = item.seed;
+  find("feather").value = item.feather_mm ?? "";
+  sentence.take(item.prompt);
+  app.drawn = signature();
+  placing.soften();
+  say(`With this ${item.name} was drawn${item.variant ? `, as variant ${item.variant + 1}` : ""}. Undo brings back the mask that you had painted here.`);
+}
 
 // ------------------------------------------------------------------------------------------------ painting
 
@@ -228,7 +231,7 @@ function clear() {
 }
 
 function showTool(name) {
-  if (app.shown) results.hide();
+  if (app.shown && name !== "move") results.hide();
   for (const button of find("tools").querySelectorAll("[data-tool]")) button.setAttribute("aria-pressed", String(button.dataset.tool === name));
   find("canvas").classList.toggle("painting", name === "brush" || name === "eraser");
   find("canvas").classList.toggle("pointing", name === "polygon" || name === "box");
@@ -257,41 +260,57 @@ function request() {
 const signature = () => JSON.stringify([request(), app.packed]);
 
 function draw() {
-  if (!app.document || app.opening || app.mask.empty || sentence.fault || drawing.job) return;
+  const { primary, hint } = nextStep(), n = number("n");
+  if (app.shown || drawing.job) return;
+  if (!primary?.draws || primary.disabled) return say(hint); // what is missing
+  if (n > MANY && !confirm(`Draw ${n} variants?`)) return;
   if (app.drawn === signature()) find("seed").value = anySeed(); // the same again would be the same picture
   changed();
   app.drawn = signature();
   keep(`drawn.${app.document.id}`, app.drawn);
-  if (app.shown) results.hide();
   guard(drawing.begin({ ...request(), mask: app.mask.pixels }));
 }
 
+const closeUp = () => viewer.closeUp(box(app.shown ? results.loaded.mask : (app.mask?.pixels ?? []), viewer.width));
+const judgeable = (act) => () => app.shown && guard(act());
+
 /** What the page offers as next step: a hint, a button (label and action), and sometimes a second one. */
 function nextStep() {
-  const { document: image, shown, mask } = app, { collection } = app.state ?? {};
-  const more = collection && (collection.index ?? -1) < collection.count - 1;
-  const open = { label: "Next image", act: () => step(1) }, back = { label: "Back to the mask", act: () => results.hide() };
-  if (drawing.job) return { hint: drawing.told, second: { label: "Cancel", act: () => guard(drawing.cancel()) } };
-  if (shown?.state === "new") {
-    return { hint: "Does it look right?", primary: { label: "Accept", act: () => guard(results.accept()) }, second: more ? open : null };
-  }
+  const { document: image, shown, mask } = app;
+  const next = header.has(1) ? { label: "Next image", act: () => header.step(1) } : null;
+  const back = { label: "Back to the mask", act: () => results.hide() };
+  if (drawing.job) return { hint: drawing.told, primary: { label: "Drawing", disabled: true } };
+  if (results.together) return { hint: "A click on a variant opens it.", primary: { label: "Close the variants", act: () => results.sideBySide() } };
+  const accept = (label) => ({ label, act: judgeable(() => results.accept()), disabled: !results.ready });
+  if (shown?.state === "new") return { hint: "Does it look right?", primary: accept("Accept"), second: next };
   if (shown) {
     const told = shown.state === "accepted" ? "Accepted, as a sample folder." : "Rejected.";
-    const { undecided } = results, accept = { label: "Accept after all", act: () => guard(results.accept()) };
-    const primary = undecided ? { label: "Next result", act: () => guard(results.show(undecided)) } : more ? open : back;
-    return { hint: told, primary, second: shown.state === "rejected" ? accept : null };
+    const { undecided } = results, undo = { label: "Undo", act: judgeable(() => results.undo()) };
+    const primary = undecided ? { label: "Next result", act: () => guard(results.show(undecided)) } : (next ?? back);
+    return { hint: told, primary, second: shown.state === "rejected" ? accept("Accept after all") : undo };
   }
   if (app.opening) return { hint: "Opening the image" };
   if (!image) return { hint: "Open an image to draw on.", primary: { label: "To the path", act: () => find("path").focus() } };
+  if (tools.points.length) {
+    const close = { label: "Close the polygon", act: () => tools.close(), disabled: tools.points.length < 3 };
+    return { hint: "Click its corners; a double click or Enter closes it, Esc drops it.", primary: close };
+  }
   if (mask.empty) {
     const suggest = { label: "Suggest a place", act: () => placing.another() };
     const hint = image.has_body ? "Paint where the lesion is to be, or take a suggestion." : "Paint where the lesion is to be.";
     return { hint, primary: image.has_body ? suggest : null };
   }
-  if (sentence.fault) return { hint: sentence.fault };
-  const n = number("n"), again = app.drawn === signature();
-  const what = again ? "Draw with another seed" : n > 1 ? `Draw ${n} variants` : "Draw";
-  return { hint: again ? "Drawn already with this seed." : "The sentence is drawn inside the outline.", primary: { label: what, act: draw } };
+  return drawStep();
+}
+
+/** The mask is there: whether the sentence can be drawn, and what is to be known before. */
+function drawStep() {
+  const n = number("n"), again = app.drawn === signature(), draws = true;
+  const label = sentence.against ? "Draw all the same" : again ? "Draw with another seed" : n > 1 ? `Draw ${n} variants` : "Draw";
+  if (sentence.fault) return { hint: sentence.fault, primary: { label: "Draw", draws, disabled: true } };
+  if (sentence.awaited) return { hint: "The sentence is being read.", primary: { label, draws, disabled: true } };
+  const hint = sentence.against ? `${CAREFUL} ${sentence.against}.` : again ? "Drawn already with this seed." : "The sentence is drawn inside the outline.";
+  return { hint, primary: { label, draws, act: draw } };
 }
 
 function changed() {
@@ -301,18 +320,33 @@ function changed() {
   render();
 }
 
+/** Show a button of the next step. One that has become another one is deaf for a moment: a press meant what was there. */
+function offer(button, what) {
+  const kind = what?.label.split(" ")[0] ?? "";
+  if (button.dataset.kind !== kind) {
+    button.dataset.kind = kind;
+    button.since = performance.now();
+    setTimeout(render, DEAF + 20);
+  }
+  button.hidden = !what;
+  button.textContent = what?.label ?? "";
+  button.onclick = what?.act ?? null;
+  button.disabled = Boolean(what?.disabled) || performance.now() - button.since < DEAF;
+}
+
 function render() {
-  const { hint, primary, second } = nextStep(), { job } = drawing;
-  find("compose").hidden = Boolean(app.shown);
+  const { hint, primary, second } = nextStep(), { job } = drawing, elsewhere = app.onStage && app.document && app.onStage.id !== app.document.id;
+  find("compose").hidden = find("amount").hidden = Boolean(app.shown);
   find("judge").hidden = !app.shown;
+  find("sheet").hidden = !results.together;
+  find("back").textContent = elsewhere ? `Back to ${app.document.name}` : "Back to the mask";
   find("canvas").classList.toggle("judging", Boolean(app.shown));
   find("hint").textContent = hint;
-  for (const [id, what] of [["act", primary], ["second", second]]) {
-    find(id).hidden = !what;
-    if (what) find(id).textContent = what.label;
-    find(id).onclick = what ? what.act : null;
-  }
-  find("progress").hidden = !job;
+  find("hint").classList.toggle("warning", hint.startsWith(CAREFUL));
+  offer(find("act"), primary);
+  offer(find("second"), second);
+  find("cancel").hidden = !job;
+  find("progress").classList.toggle("resting", !job);
   if (job?.state === "running") find("progress").value = drawing.share;
   else find("progress").removeAttribute("value");
   find("undo").disabled = !app.mask?.done.length;
@@ -330,7 +364,8 @@ function controls() {
   find("redo").addEventListener("click", () => app.mask?.redo());
   find("clear").addEventListener("click", () => app.mask && clear());
   find("brush-size").addEventListener("input", () => resize());
-  find("fit").addEventListener("click", () => viewer.fit());
+  find("close-up").addEventListener("click", closeUp);
+  find("cancel").addEventListener("click", () => guard(drawing.cancel()));
   find("back").addEventListener("click", () => results.hide());
   for (const [id, name] of [["show-mask", "mask"], ["show-soft", "soft"]]) {
     find(id).addEventListener("change", () => {
@@ -338,20 +373,11 @@ function controls() {
       overlay();
     });
   }
-  for (const id of ["n", "seed"]) find(id).addEventListener("input", changed);
+  for (const id of ["n", "seed"]) {
+    find(id).addEventListener("input", changed);
+    find(id).addEventListener("focus", () => find(id).select());
+  }
   find("dice").addEventListener("click", dice);
-  find("previous").addEventListener("click", () => step(-1));
-  find("next").addEventListener("click", () => step(1));
-  find("open-form").addEventListener("submit", (event) => {
-    event.preventDefault();
-    const path = find("path").value.trim();
-    if (path) go("/api/open", { path });
-    else find("path").focus();
-  });
-  const slice = () => go("/api/open", { path: app.document.path, plane: find("plane").value, slice: Number(find("slice").value) });
-  find("slice").addEventListener("change", slice);
-  find("plane").addEventListener("change", () => go("/api/open", { path: app.document.path, plane: find("plane").value }));
-  find("volume").addEventListener("submit", (event) => event.preventDefault());
   find("help").addEventListener("click", () => find("keys").showModal());
   document.addEventListener("visibilitychange", () => !document.hidden && guard(results.refresh()));
 }
@@ -363,33 +389,40 @@ function dice() {
 
 const toggle = (id) => find(id).click();
 
+const painting = (act) => () => !app.shown && app.mask && act();
+const tool = (name) => () => tools.choose(name);
+
 listen({
-  hand,
-  canvas: find("canvas"),
-  keys: {
-    "?": () => find("keys").showModal(),
-    b: () => tools.choose("brush"), e: () => tools.choose("eraser"), g: () => tools.choose("polygon"), x: () => tools.choose("box"), v: () => tools.choose("move"),
-    "[": () => resize(-SIZE_STEPS), "]": () => resize(SIZE_STEPS),
-    l: () => !app.shown && placing.another(), w: () => !app.shown && sentence.pick(true), r: () => !app.shown && dice(), d: draw,
-    Delete: () => !app.shown && app.mask && clear(), Backspace: () => !app.shown && app.mask && clear(),
-    a: () => app.shown && app.shown.state !== "accepted" && guard(results.accept()),
-    j: () => app.shown && find("reason").focus(),
-    ...Object.fromEntries(MODES.map((mode, place) => [place + 1, () => results.comparison.setMode(mode)])),
-    ArrowLeft: () => guard(results.move(-1)), ArrowRight: () => guard(results.move(1)),
-    p: () => step(-1), n: () => step(1),
-    m: () => toggle("show-mask"), s: () => toggle("show-soft"),
-    f: () => viewer.fit(), "+": () => viewer.zoom(1.25), "=": () => viewer.zoom(1.25), "-": () => viewer.zoom(0.8),
-    Escape: () => tools.drop() || (app.shown && results.hide()),
-    Enter: () => (tools.points.length ? tools.close() : find("act").hidden || find("act").click()),
+  hand, viewer, comparison: results.comparison, reasons: results.reasons,
+  own: {
+    Enter: [() => (tools.points.length ? tools.close() : find("act").hidden || find("act").click()), "the orange button: the next step"],
+    b: [tool("brush"), "brush (Alt: the opposite)"], e: [tool("eraser"), "eraser"],
+    g: [tool("polygon"), "polygon"], x: [tool("box"), "box"], v: [tool("move"), "move the image"],
+    "[": [() => resize(-SIZE_STEPS), "smaller brush"], "]": [() => resize(SIZE_STEPS), "larger brush"],
+    l: [painting(() => placing.another()), "another suggestion"], Delete: [painting(clear), "empty mask"], Backspace: [painting(clear), null],
+    w: [painting(() => sentence.pick(true)), "another wording"], t: [painting(dice), "another seed"], d: [draw, "draw"],
+    ArrowLeft: [() => guard(results.move(-1)), "result to the left"], ArrowRight: [() => guard(results.move(1)), "result to the right"],
+    c: [() => app.shown && results.sideBySide(), "variants side by side"],
+    Escape: [escape, "back to the mask"], o: [() => header.list(), "list of the images"], "Ctrl Z": [null, "undo; with Shift redo"],
   },
-  undo: () => !app.shown && app.mask?.undo(),
+  shared: {
+    accept: judgeable(() => app.shown.state !== "accepted" && results.accept()), reject: () => app.shown && results.reasons.press(),
+    next: () => header.step(1), previous: () => header.step(-1), closeUp, outline: () => toggle("show-mask"), softMask: () => toggle("show-soft"),
+  },
+  undo: () => (app.shown ? guard(results.undo()) : app.mask?.undo()),
   redo: () => !app.shown && app.mask?.redo(),
   space: () => app.shown && results.comparison.flicker(),
 });
 
+function escape() {
+  if (tools.drop() || !app.shown) return;
+  if (results.reasons.armed) results.reasons.arm(false);
+  else if (results.together) results.sideBySide();
+  else results.hide();
+}
+
 async function start() {
   const form = kept("form", {}), tab = kept("document", null);
-  find("n").value = form.n ?? 1;
   find("seed").value = form.seed ?? 1;
   find("feather").value = form.feather ?? "";
   placing.settings = form.placing ?? {};
@@ -397,6 +430,8 @@ async function start() {
   controls();
   tools.choose(kept("tool", "brush"));
   const state = await get(tab ? `/api/state?document=${encodeURIComponent(tab)}` : "/api/state");
+  find("n").value = kept("server", null) === state.model.started ? (form.n ?? 1) : 1; // as many again are asked for anew
+  keep("server", state.model.started);
   await open(state);
   await drawing.pickUp(state.job);
 }

@@ -5,7 +5,7 @@ import { bits, bytes, postForBytes } from "./api.js";
 const find = (id) => document.getElementById(id);
 const PAUSE = 200; // milliseconds after a stroke before the soft mask is asked for
 const SPREAD = 0.15; // a suggestion's diameter lies within this share of what is asked for
-const SEEDS = 2 ** 31;
+const SEEDS = 10 ** 6; // few enough digits to be read and copied by eye
 
 export const anySeed = () => Math.floor(Math.random() * SEEDS);
 

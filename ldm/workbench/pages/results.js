@@ -3,9 +3,12 @@
 import { bytes, get, post } from "./api.js";
 import { box, cached } from "./arrays.js";
 import { Comparison, through } from "./comparison.js";
-import { REASONS } from "./reasons.js";
+import { Reasons } from "./reasons.js";
+import { command, term } from "./text.js";
 
 const find = (id) => document.getElementById(id);
+const DEAF = 500; // milliseconds that a result is on show before it can be judged: a press may have meant what was there before
+const LARGE = 384; // pixels of a variant beside the others
 const SIGNS = { new: "", accepted: "\u2713", rejected: "\u2717" };
 
 export class Results {
@@ -16,22 +19,18 @@ export class Results {
     this.whole = false; // whether that is all
     this.comparison = new Comparison(app.viewer);
     this.load = cached(4, (id) => this.fetch(id));
-    find("reasons").replaceChildren(...REASONS.map((reason) => {
-      const button = document.createElement("button");
-      button.textContent = reason;
-      button.addEventListener("click", () => guard(this.reject(reason)));
-      return button;
-    }));
-    find("reject-form").addEventListener("submit", (event) => {
-      event.preventDefault();
-      const reason = find("reason").value.trim();
-      if (reason) guard(this.reject(reason));
-      else find("reason").focus();
-    });
+    this.together = null; // the results that are shown side by side
+    this.reasons = new Reasons((reason) => guard(this.reject(reason)));
+    find("again").addEventListener("click", () => guard(this.again()));
+    find("all").addEventListener("click", () => this.sideBySide());
     const row = find("results");
     row.addEventListener("scroll", () => {
       if (row.scrollLeft + 2 * row.clientWidth > row.scrollWidth) guard(this.older());
     });
+    row.addEventListener("wheel", (event) => {
+      event.preventDefault();
+      row.scrollLeft += event.deltaX || event.deltaY;
+    }, { passive: false });
   }
 
   get(id) {
@@ -43,9 +42,18 @@ export class Results {
     return this.get(id) ?? get(`/api/results/${id}`);
   }
 
-  /** The results of one job, in the order in which they were drawn. */
-  ofJob(job) {
-    return this.items.filter((item) => item.job === job).sort((a, b) => a.variant - b.variant);
+  /** The results as they stand in the row: the newest drawing first, the variants of each as they were drawn. */
+  get row() {
+    return this.groups.flat();
+  }
+
+  get groups() {
+    const groups = new Map();
+    for (const item of this.items) {
+      const drawing = item.id.replace(/-\d+$/, ""); // the same of one image, mask, sentence and seed
+      groups.set(drawing, [...(groups.get(drawing) ?? []), item]);
+    }
+    return [...groups.values()].map((group) => group.sort((a, b) => a.variant - b.variant));
   }
 
   // -------------------------------------------------------------------------------------------- the list
@@ -80,7 +88,7 @@ export class Results {
   list(items) {
     this.items = items;
     const row = find("results"), old = new Map([...row.children].map((each) => [each.dataset.id, each]));
-    const wanted = this.items.map((item) => this.tile(item, old.get(item.id)));
+    const wanted = this.groups.flatMap((each) => each.map((item) => this.tile(item, old.get(item.id), each.length > 1 ? item.variant + 1 : "")));
     for (const [i, each] of wanted.entries()) if (row.children[i] !== each) row.insertBefore(each, row.children[i] ?? null);
     while (row.children.length > wanted.length) row.lastChild.remove();
     find("no-results").hidden = this.items.length > 0;
@@ -88,24 +96,28 @@ export class Results {
     this.onChange();
   }
 
-  tile(item, old) {
+  /** ``number``: which one of several variants it is, or nothing. */
+  tile(item, old, number) {
     const tile = old ?? document.createElement("li");
     if (!old) {
       tile.dataset.id = item.id;
-      const button = document.createElement("button"), picture = new Image(), state = document.createElement("span");
+      const button = document.createElement("button"), picture = new Image(), state = document.createElement("span"), variant = document.createElement("span");
       picture.src = item.thumbnail;
       picture.alt = "";
       picture.loading = "lazy";
       state.className = "state";
-      button.append(picture, state);
+      variant.className = "variant";
+      button.append(picture, state, variant);
       button.addEventListener("click", () => this.guard(this.show(this.get(item.id))));
       tile.append(button);
     }
     const [button] = tile.children, told = item.state === "rejected" && item.reason ? `rejected: ${item.reason}` : item.state;
     button.title = `${item.name}\n${item.prompt}\nseed ${item.seed}, ${told}`;
-    button.setAttribute("aria-label", `Result ${item.name}, ${item.prompt}, seed ${item.seed}, ${told}`);
+    button.setAttribute("aria-label", `Result ${number} ${item.name}, ${item.prompt}, seed ${item.seed}, ${told}`);
     button.setAttribute("aria-current", String(this.app.shown?.id === item.id));
-    const state = button.querySelector(".state");
+    const state = button.querySelector(".state"), variant = button.querySelector(".variant");
+    variant.textContent = number;
+    variant.hidden = !number;
     state.textContent = SIGNS[item.state];
     state.hidden = !SIGNS[item.state];
     state.classList.toggle("good", item.state === "accepted");
@@ -129,20 +141,31 @@ export class Results {
     const before = await this.app.levelsOf(item.document);
     if (asked !== this.asked) return;
     const area = box(loaded.mask, loaded.image.width);
-    if (item.id !== this.app.shown?.id) this.app.hush();
+    this.together = null;
+    if (item.id !== this.app.shown?.id) {
+      this.app.hush();
+      this.reasons.arm(false);
+      this.since = performance.now();
+      setTimeout(() => this.onChange(), DEAF + 20);
+    }
     this.app.shown = item;
     this.loaded = loaded;
     this.app.put(loaded.image, before);
     this.comparison.open(loaded.levels, through(area, loaded.image.width));
     this.list(this.items);
     this.tell();
-    find("results").querySelector('[aria-current="true"]')?.scrollIntoView({ block: "nearest", inline: "nearest" });
+    find("results").querySelector('[aria-current="true"]')?.scrollIntoView({ block: "nearest", inline: "center" });
+  }
+
+  /** Whether the result was on show long enough to be judged. */
+  get ready() {
+    return this.app.shown !== null && performance.now() - this.since >= DEAF;
   }
 
   /** Back to the painting. */
   hide() {
-    this.asked = null;
-    this.app.shown = null;
+    this.asked = this.app.shown = this.together = null;
+    this.reasons.arm(false);
     this.app.compose();
     this.list(this.items);
   }
@@ -150,44 +173,86 @@ export class Results {
   tell() {
     const item = this.app.shown;
     if (!item) return;
-    const variants = this.ofJob(item.job), place = variants.findIndex((each) => each.id === item.id) + 1;
-    find("result-title").textContent = variants.length > 1 ? `Result ${place} of ${variants.length}` : "Result";
+    const { variants } = this;
+    find("all").hidden = variants.length < 2;
+    find("all").textContent = `All ${variants.length}`;
+    find("result-title").textContent = variants.length > 1 ? `Variant ${item.variant + 1} of ${variants.at(-1).variant + 1}` : "Result";
     find("result-prompt").textContent = `\u201c${item.prompt}\u201d`;
     find("result-about").textContent = `${item.name}, seed ${item.seed}`;
     const verdict = find("verdict");
     verdict.className = { accepted: "good", rejected: "fault", new: "hint" }[item.state];
     verdict.textContent = {
       new: "",
-      accepted: `Accepted: ${item.folder}`,
+      accepted: `Accepted: ${item.folder}. The same again, bit for bit, by:`,
       rejected: `Rejected${item.reason ? `: ${item.reason}` : ""}. It can still be accepted.`,
     }[item.state];
-    const title = { new: "Not good? Reject it, because", accepted: "Changed your mind? Reject it, because", rejected: "Rejected, because" };
+    const title = { new: "Not good? Reject it, because", accepted: "Reject it after all, because", rejected: "Rejected, because" };
     find("reject-title").textContent = title[item.state];
-    for (const button of find("reasons").children) {
-      button.setAttribute("aria-pressed", String(item.state === "rejected" && item.reason === button.textContent));
-    }
+    find("replay").hidden = item.state !== "accepted";
+    command(find("replay"), ["python", "dataset_infer.py", "--replay", `${item.folder}/meta.json`, "--output_dir", "again"]);
+    this.reasons.mark(item.state === "rejected" ? item.reason : null);
   }
 
   /** The result ``steps`` places to the right in the row. */
   async move(steps) {
-    const place = this.items.findIndex((item) => item.id === this.app.shown?.id);
+    const place = this.row.findIndex((item) => item.id === this.app.shown?.id);
     if (place >= 0 && place + steps >= this.items.length) await this.older();
-    const next = this.items[place < 0 ? 0 : place + steps];
+    const next = this.row[place < 0 ? 0 : place + steps];
     if (next) await this.show(next);
+  }
+
+  /** The variants of the drawing that the shown one is of, as they were drawn. */
+  get variants() {
+    return this.groups.find((each) => each.some((item) => item.id === this.app.shown?.id)) ?? [];
+  }
+
+  /** Show all variants of the drawing side by side, or the one again. */
+  sideBySide() {
+    const { variants } = this;
+    this.together = this.together || variants.length < 2 ? null : variants;
+    if (this.together) {
+      find("sheet").style.setProperty("--columns", Math.ceil(Math.sqrt(variants.length)));
+      find("sheet").replaceChildren(...variants.map((item) => {
+        const button = document.createElement("button"), picture = new Image();
+        picture.src = `${item.thumbnail}?longer=${LARGE}`;
+        picture.alt = "";
+        button.setAttribute("aria-label", `Variant ${item.variant + 1}, ${item.state}`);
+        button.setAttribute("aria-current", String(item.id === this.app.shown.id));
+        button.append(picture, term("span", `${item.variant + 1} ${SIGNS[item.state]}`));
+        button.addEventListener("click", () => this.guard(this.show(this.get(item.id))));
+        return button;
+      }));
+    }
+    this.onChange();
+  }
+
+  /** Back to the painting with all that the shown one was drawn with. */
+  async again() {
+    const { app, loaded } = this;
+    if (app.shown) await app.again(app.shown, loaded.mask);
   }
 
   // ---------------------------------------------------------------------------------------------- judged
 
   async accept() {
+    if (!this.ready) return;
     const judged = await post(`/api/results/${this.app.shown.id}/accept`);
     this.judged(judged);
     this.app.say(`Accepted: ${judged.folder}`, "good");
   }
 
   async reject(reason) {
+    if (!this.ready) return;
     this.judged(await post(`/api/results/${this.app.shown.id}/reject`, { reason }));
-    find("reason").value = "";
+    this.reasons.arm(false);
     this.app.say(`Rejected: ${reason}. It stays among the results and can still be accepted.`);
+  }
+
+  /** Take back what was said of the shown one. */
+  async undo() {
+    if (this.app.shown.state === "new") return;
+    this.judged(await post(`/api/results/${this.app.shown.id}/undo`));
+    this.app.say("It is neither accepted nor rejected again.");
   }
 
   judged(item) {
@@ -199,6 +264,6 @@ export class Results {
   /** Another result of the same job that nobody has judged yet, or null. */
   get undecided() {
     const { shown } = this.app;
-    return shown ? (this.ofJob(shown.job).find((item) => item.state === "new" && item.id !== shown.id) ?? null) : null;
+    return shown ? (this.variants.find((item) => item.state === "new" && item.id !== shown.id) ?? null) : null;
   }
 }

@@ -3,16 +3,16 @@
 
 import { Fault, bytes, get, post } from "./api.js";
 import { box, cached } from "./arrays.js";
-import { Comparison, MODES, through } from "./comparison.js";
+import { Comparison, through } from "./comparison.js";
 import { listen } from "./keys.js";
 import { navigate } from "./navigation.js";
-import * as short from "./reasons.js";
+import { Reasons } from "./reasons.js";
+import { command, term } from "./text.js";
 import { Viewer } from "./viewer.js";
 import { Windowing } from "./windowing.js";
 
 const find = (id) => document.getElementById(id);
 const ORANGE = [242, 163, 60], CYAN = [65, 199, 217];
-const REASONS = [...short.REASONS, "wrong place"]; // in the editor the place is one's own
 const WORDS = { accept: "accepted", reject: "rejected", flag: "flagged" };
 const SIGNS = { accept: "good", reject: "fault", flag: "hint" };
 const FILTERS = { todo: "to do", all: "all", accept: "accepted", reject: "rejected", flag: "flagged" };
@@ -26,6 +26,7 @@ const app = {
   trail: [], // what was shown before it, for the way back
   loaded: null,
   round: 0, // after a change on the disk everything is loaded again
+  close: false, // the lesion is shown large, from image to image
   busy: false, // while a verdict is on its way or an image is loaded: keys that come too early judge nothing
   windows: new Map(), // by hand, of 16-bit images of one unit
   watch: { seconds: 0, since: null }, // how long the image has been looked at
@@ -117,12 +118,16 @@ async function show(item, told = "") {
   find("summary").hidden = true;
   document.querySelector("main").classList.remove("ended");
   find("item").hidden = false;
-  reject(false);
+  reasons.arm(false);
   const { image, levels, parent, mask } = loaded, area = mask && box(mask, image.width);
   viewer.setImage({ ...image, levels: parent ?? levels }, app.windows.get(kind(image)) ?? image.window);
   windowing.open({ ...image, window: image.window ?? [0, 2 ** image.bits - 1] }); // 8 bits are read as they are
   comparison.open(parent && levels, through(area, image.width));
   overlay();
+  if (app.close) {
+    viewer.fit();
+    viewer.closeUp(lesion());
+  }
   find("canvas").setAttribute("aria-label", `${item.sample_id}: ${item.prompt}`);
   find("prompt").textContent = `\u201c${item.prompt}\u201d`;
   const facts = { type: item.lesion_type, severity: item.severity, level: item.level, name: item.sample_id };
@@ -136,12 +141,6 @@ async function show(item, told = "") {
   if (next) load(next.id).catch(() => {}); // ready when it is asked for
 }
 
-function term(name, text) {
-  const made = document.createElement(name);
-  made.textContent = text;
-  return made;
-}
-
 const kind = (image) => `${image.bits} ${image.unit ?? ""}`;
 
 function overlay() {
@@ -152,13 +151,12 @@ function overlay() {
   viewer.setOverlays(shown);
 }
 
-/** The lesion large in the middle, or the whole image. */
+const lesion = () => app.loaded?.mask && box(app.loaded.mask, app.loaded.image.width);
+
+/** The lesion large in the middle, or the whole image; the next images are shown so too. */
 function closeUp() {
-  const area = app.loaded?.mask && box(app.loaded.mask, app.loaded.image.width);
-  if (!area || !viewer.fitted) return viewer.fit();
-  const { width, height } = viewer.canvas, scale = Math.min(width / area.width, height / area.height) / 3;
-  viewer.fitted = false;
-  viewer.look(scale, width / 2 - scale * (area.x + area.width / 2), height / 2 - scale * (area.y + area.height / 2));
+  viewer.closeUp(lesion());
+  app.close = !viewer.fitted;
 }
 
 const windowing = new Windowing(viewer, (window) => app.loaded && app.windows.set(kind(app.loaded.image), window));
@@ -170,16 +168,10 @@ const hand = navigate(viewer, {
 
 // ------------------------------------------------------------------------------------------------- the verdict
 
-/** Open or close the list of reasons. */
-function reject(open) {
-  find("rejecting").hidden = !open;
-  if (open) find("rejecting").scrollIntoView({ block: "end" });
-  find("reject").setAttribute("aria-expanded", String(open));
-  if (!open) {
-    find("reason").value = "";
-    find("reason").blur();
-  }
-}
+const reasons = new Reasons(
+  (reason) => guard(() => judge("reject", reason)),
+  (armed) => find("reject").setAttribute("aria-expanded", String(armed)),
+);
 
 function seconds() {
   const { seconds: before, since } = app.watch;
@@ -218,9 +210,7 @@ function tell() {
   find("verdict").className = said ? SIGNS[said[0]] : "hint";
   find("verdict").textContent = said ? `You have ${WORDS[said[0]]} it${said[1] ? `: ${said[1]}` : ""}.` : "Not judged yet.";
   for (const name of Object.keys(WORDS)) find(name).setAttribute("aria-pressed", String(said?.[0] === name));
-  for (const button of find("reasons").querySelectorAll("button")) {
-    button.setAttribute("aria-pressed", String(said?.[0] === "reject" && said[1] === button.dataset.reason));
-  }
+  reasons.mark(said?.[0] === "reject" ? said[1] : null);
 }
 
 // --------------------------------------------------------------------------------------------------- the end
@@ -249,8 +239,8 @@ function summarise() {
   for (const [verdict, reason] of app.verdicts.values()) if (verdict === "reject") reasons.set(reason, (reasons.get(reason) ?? 0) + 1);
   const sorted = [...reasons].sort((a, b) => b[1] - a[1]);
   find("why").replaceChildren(...(sorted.length ? [row(["rejected because", "images"], "th"), ...sorted.map((each) => row(each))] : []));
-  find("use").textContent = `medsoft classify args.json --review ${file}`;
-  find("agree").textContent = `medsoft review ${results} --agreement`;
+  command(find("use"), ["medsoft", "classify", "args1.json", "--review", file]);
+  command(find("agree"), ["medsoft", "review", results, "--review", file, "--agreement"]);
   viewer.setOverlays([]);
   tell();
   say(`${reviewer}: ${counts.all - counts.todo} of ${counts.all} images are judged.`, counts.todo ? "" : "good");
@@ -291,26 +281,6 @@ find("filter").addEventListener("change", () => {
     else tell();
   });
 });
-find("reasons").replaceChildren(...REASONS.map((reason, place) => {
-  const made = document.createElement("li"), button = document.createElement("button");
-  button.dataset.reason = reason;
-  button.append(term("kbd", place + 1), ` ${reason}`);
-  button.addEventListener("click", () => guard(() => judge("reject", reason)));
-  made.append(button);
-  return made;
-}));
-find("reject-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const reason = find("reason").value.trim();
-  if (reason) guard(() => judge("reject", reason));
-});
-
-/** A digit is a reason while the reasons are open, else a way to compare. */
-const digit = (place) => {
-  const reason = REASONS[place - 1], open = !find("rejecting").hidden;
-  if (open && reason) guard(() => judge("reject", reason));
-  else if (!open && MODES[place - 1]) comparison.setMode(MODES[place - 1]);
-};
 const toggle = (id) => {
   find(id).checked = !find(id).checked;
   overlay();
@@ -318,7 +288,7 @@ const toggle = (id) => {
 const actions = {
   accept: () => guard(() => judge("accept")),
   flag: () => guard(() => judge("flag")),
-  reject: () => app.item && (find("rejecting").hidden ? reject(true) : find("reason").focus()),
+  reject: () => app.item && reasons.press(),
   previous: () => guard(back),
   next: () => guard(forward),
   help: () => find("keys").showModal(),
@@ -326,15 +296,15 @@ const actions = {
 };
 for (const [id, act] of Object.entries(actions)) find(id).addEventListener("click", act);
 for (const id of ["show-mask", "show-soft"]) find(id).addEventListener("change", overlay);
-const digits = Object.fromEntries(REASONS.map((_, place) => [String(place + 1), () => digit(place + 1)]));
 listen({
-  keys: {
-    ...digits,
-    a: actions.accept, f: actions.flag, r: actions.reject, ArrowLeft: actions.previous, ArrowRight: actions.next,
-    m: () => toggle("show-mask"), s: () => toggle("show-soft"), z: closeUp, "+": () => viewer.zoom(1.25), "-": () => viewer.zoom(0.8),
-    "?": actions.help, Escape: () => reject(false),
+  hand, viewer, comparison, reasons,
+  own: {
+    f: [actions.flag, "flag: not sure, somebody should look again"],
+    ArrowLeft: [actions.previous, "as P, also to judge it anew"], ArrowRight: [actions.next, "as N, without a verdict"],
+    Escape: [() => reasons.arm(false), "do not reject"],
   },
-  undo: actions.previous, redo: actions.next, space: () => comparison.flicker(), hand, canvas: find("canvas"),
+  shared: { ...actions, closeUp, outline: () => toggle("show-mask"), softMask: () => toggle("show-soft") },
+  undo: actions.previous, redo: actions.next, space: () => comparison.flicker(),
 });
 document.addEventListener("visibilitychange", () => {
   app.watch = { seconds: seconds(), since: document.hidden ? null : performance.now() };

@@ -14,10 +14,13 @@ export class Sentence {
     this.prompts = [];
     this.tokens = null; // the server's answer for ``tokens.prompt``
     this.free = false; // written by hand: then no menu and no other image changes it
+    this.written = null; // and the image that was shown then
+    this.reading = false; // what the server says of it is on its way
     for (const id of Object.keys(MENUS)) find(id).addEventListener("change", () => this.pick());
     find("wording").addEventListener("click", () => this.pick(true));
     find("prompt").addEventListener("input", () => {
       this.free = true;
+      this.written = this.image;
       this.changed(PAUSE);
     });
   }
@@ -29,12 +32,12 @@ export class Sentence {
   /** What to keep over a reload, and take from it. */
   get state() {
     const menus = Object.fromEntries(Object.keys(MENUS).map((id) => [id, find(id).value]));
-    return { free: this.free, text: find("prompt").value, menus, image: this.image };
+    return { free: this.free, text: find("prompt").value, menus, image: this.image, written: this.written };
   }
 
   /** ``sentences`` of the server's state, the open image, and an earlier ``state`` or null. */
   open(sentences, image, state) {
-    this.image = image.id;
+    Object.assign(this, { image: image.id, level: image.level });
     this.prompts = sentences?.prompts ?? [];
     find("menus").hidden = find("wording").hidden = this.prompts.length === 0;
     const values = { lesion_type: sentences?.types, severity: sentences?.severities, vertebra: sentences?.levels };
@@ -50,6 +53,7 @@ export class Sentence {
       if (values.severity?.includes("moderate")) find("severity").value = "moderate";
     }
     this.free = state?.free ?? false;
+    this.written = state?.written ?? null;
     if (this.free || (state?.text && this.prompts.length === 0)) {
       find("prompt").value = state.text;
       this.changed();
@@ -60,6 +64,13 @@ export class Sentence {
       if (kept) this.changed();
       else this.pick();
     }
+  }
+
+  /** The sentence of an earlier drawing on the present image. */
+  take(prompt) {
+    Object.assign(this, { free: true, written: this.image });
+    find("prompt").value = prompt;
+    this.changed();
   }
 
   /** The training sentences of the menus' values. */
@@ -89,36 +100,52 @@ export class Sentence {
 
   changed(pause = 0) {
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.guard(this.count()), pause);
+    const asked = (this.reading = this.timer = setTimeout(() => {
+      this.guard(this.count().finally(() => {
+        if (this.reading !== asked) return; // something else was written meanwhile
+        this.reading = false;
+        this.onChange();
+      }));
+    }, pause));
     this.onChange();
   }
 
-  /** Why this sentence cannot be drawn, in a few words, or null. */
+  /** What the server has said of this sentence on this image, or null. */
+  get said() {
+    return this.tokens?.prompt === this.text && this.tokens.image === this.image ? this.tokens : null;
+  }
+
+  /** Why this sentence cannot be drawn, and what to do, or null. */
   get fault() {
-    if (!this.text) return "Choose type and severity, or write a sentence.";
-    return this.tokens?.prompt === this.text ? this.tokens.fault : null;
+    if (!this.text) return `There is no sentence: write one${this.prompts.length ? ", or press Other wording for a training sentence" : ""}.`;
+    return this.said?.fault ? `The sentence cannot be drawn: ${this.said.fault}.` : null;
+  }
+
+  /** Whether what the server will say may be needed before it is drawn: not of a training sentence about this vertebra. */
+  get awaited() {
+    return Boolean(this.reading) && (this.free || find("vertebra").value !== (this.level ?? find("vertebra").value));
+  }
+
+  /** In what it contradicts the image, or null. */
+  get against() {
+    return (this.text && this.said?.contradiction) || null;
   }
 
   async count() {
-    const prompt = this.text;
-    const { image } = this;
-    if (prompt && (this.tokens?.prompt !== prompt || this.tokens.image !== image)) {
+    const { text: prompt, image } = this;
+    if (prompt && !this.said) {
       const answer = await post("/api/tokens", { prompt, document: image });
       if (prompt !== this.text || image !== this.image) return;
       this.tokens = { prompt, image, ...answer };
     }
     this.show();
-    this.onChange();
   }
 
   show() {
-    const line = find("tokens"), { tokens, text } = this;
+    const line = find("tokens"), tokens = this.text && this.said;
     line.replaceChildren();
-    line.classList.toggle("fault", Boolean(this.fault) && Boolean(text));
-    const against = text && tokens?.prompt === text && tokens.image === this.image ? tokens.contradiction : null;
-    find("against").hidden = !against;
-    find("against").textContent = against ? `Careful: ${against}.` : "";
-    if (!text || tokens?.prompt !== text) return;
+    line.classList.toggle("fault", Boolean(tokens && tokens.fault));
+    if (!tokens) return;
     line.append(tokens.limit ? `${tokens.count} of ${tokens.limit} tokens` : `${tokens.count} word${tokens.count === 1 ? "" : "s"}`);
     if (tokens.unknown.length) {
       line.append(", unknown: ");
@@ -128,9 +155,10 @@ export class Sentence {
         line.append(mark, " ");
       }
     }
-    if (this.fault) line.append(`: ${this.fault}`);
-    else if (!this.free && this.nothing) line.append("; no training sentence has these values: write one");
-    else if (!this.free && this.borrowed) line.append(`, a training sentence with ${this.borrowed} put in`);
-    else if (!this.free && this.prompts.length) line.append(", a training sentence");
+    if (this.free && this.written !== this.image) line.append("; you wrote it for another image");
+    else if (this.free || tokens.fault) return;
+    else if (this.nothing) line.append("; no training sentence has these values: write one");
+    else if (this.borrowed) line.append(`, a training sentence with ${this.borrowed} put in`);
+    else if (this.prompts.length) line.append(", a training sentence");
   }
 }

@@ -4,9 +4,10 @@
 const LONGEST_CLICK = 4; // CSS pixels that a click may move
 
 export class Tools {
-  /** ``mask()``: the Mask to paint on, or null where nothing may be painted. ``onTool(name)``: another tool is chosen. */
-  constructor(viewer, mask, onTool) {
-    Object.assign(this, { viewer, mask, onTool });
+  /** ``mask()``: the Mask to paint on, or null where nothing may be painted. ``onTool(name)``: another tool is chosen.
+   * ``onCorner()``: a polygon has another corner, or is closed or dropped. */
+  constructor(viewer, mask, onTool, onCorner) {
+    Object.assign(this, { viewer, mask, onTool, onCorner });
     this.name = "brush";
     this.diameter = 8; // pixels of the image
     this.points = []; // of the polygon that is being drawn
@@ -85,6 +86,7 @@ export class Tools {
         const again = this.points.length > 0 && near(this.points.at(-1), LONGEST_CLICK);
         if (this.points.length > 2 && (again || near(this.points[0], 10))) return this.close(value);
         if (!again) this.points.push(place);
+        this.onCorner();
         this.viewer.refresh();
       },
     };
@@ -98,6 +100,7 @@ export class Tools {
       mask.polygon(points, value);
       mask.finish();
     }
+    this.onCorner();
     this.viewer.refresh();
   }
 
@@ -105,6 +108,7 @@ export class Tools {
   drop() {
     const had = this.points.length > 0;
     this.points = [];
+    this.onCorner();
     this.viewer.refresh();
     return had;
   }

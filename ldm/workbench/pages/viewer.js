@@ -244,6 +244,14 @@ export class Viewer {
     this.look(scale, (width - scale * this.width) / 2, (height - scale * this.height) / 2);
   }
 
+  /** ``area``, of ``box``, large in the middle; the whole image where that is shown so already, or null. */
+  closeUp(area) {
+    if (!area || !this.fitted) return this.fit();
+    const { width, height } = this.canvas, scale = Math.min(width / area.width, height / area.height) / 3;
+    this.fitted = false;
+    this.look(scale, width / 2 - scale * (area.x + area.width / 2), height / 2 - scale * (area.y + area.height / 2));
+  }
+
   /** Closer (a factor over 1) or farther; what is at (x, y), in CSS pixels of the window, stays there. */
   zoom(factor, clientX, clientY) {
     if (!this.picture) return;

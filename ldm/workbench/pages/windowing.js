@@ -1,4 +1,4 @@
-// Window and level of a viewer by sliders and presets, in the image's unit (value = level * value_scale + value_offset).
+// The window of a viewer (its centre and width) by sliders and presets, in the image's unit (value = level * value_scale + value_offset).
 
 // Of computed tomography, [centre, width] in HU.
 const HOUNSFIELD = { "Bone": [400, 1800], "Spine, soft tissue": [50, 350], "Wide": [300, 3000] };
@@ -22,7 +22,7 @@ export class Windowing {
     const whole = image.range[1] > image.range[0] ? image.range : [0, 2 ** image.bits - 1];
     this.presets = new Map();
     this.presets.set("As the model sees it", image.window ?? [0, 2 ** image.bits - 1]); // 8 bits are read as they are
-    this.presets.set("All levels", whole);
+    this.presets.set("Full range", whole);
     if (this.unit === "HU") {
       for (const [name, [centre, width]] of Object.entries(HOUNSFIELD)) {
         this.presets.set(`${name} (${centre}, ${width})`, [centre - width / 2, centre + width / 2].map((value) => this.levelOf(value)));
