@@ -3,9 +3,11 @@
 import json
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import children
+import foreign_spines
 import numpy as np
 import pytest
 import studies
@@ -15,7 +17,7 @@ from PIL import Image
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.workflow.plans import load_plan
 from ldm.workflow.study_design import load_design, plan_groups
-from tool import init, run_stages
+from tool import doctor, init, run_stages
 
 PARTS = {
     "plan.yaml",
@@ -71,6 +73,7 @@ def test_a_recipe_for_foreign_data_can_be_followed(data: Path, tmp_path: Path, m
     said = (recipe / "README.md").read_text()
     assert "24 healthy and 16 diseased images of 40 patients; lesions: not named in meta.json" in said
     assert "Few diseased images are left to validate on" in said
+    assert "have no `anatomy.png`" not in said
     for command in re.findall(r"^python .*", said, re.MULTILINE):
         studies.check_command(command)
 
@@ -115,25 +118,42 @@ def test_a_test_set_of_one_class_is_refused(data: Path, tmp_path: Path) -> None:
         made(data, tmp_path / "recipe", "--test", foreign(tmp_path / "test", 0, 1, "t"))
 
 
-def test_healthy_samples_that_cannot_be_drawn_on_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder = foreign(tmp_path / "data", 2, 2)
-    (folder / "case 0" / "slice" / "anatomy.png").unlink()
-    (folder / "case 2" / "slice" / "anatomy.png").unlink()
-    (folder / "case 1" / "slice" / "meta.json").unlink()
-    meta = {"patient_id": "p3", "lesion_type": "dark spot"}
-    (folder / "case 3" / "slice" / "meta.json").write_text(json.dumps(meta))
+def test_what_samples_lack_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = foreign_spines.write_samples(tmp_path / "data", seed=3, healthy=6, diseased=6, prefix="p", complete=False)
+    assert tiny.call(doctor, "--data", folder, "--workers", 1, "--overlays", tmp_path / "page.html") == 0
     assert made(folder, tmp_path / "recipe", "--ckpt", tmp_path / "gone.ckpt") == 0
+    healthy = [path.parent for path in folder.rglob("prompt.txt") if path.read_text() == "healthy\n"]
+    vertebrae = [sample / "mask.png" for sample in healthy if (sample / "mask.png").exists()]
+    named = [json.loads(path.read_text()) for path in folder.rglob("meta.json")]
+    kinds = Counter(meta["lesion_type"] for meta in named if "lesion_type" in meta)
+    assert 0 < len(vertebrae) < 6 < len(named) < 12  # else this test would see nothing
+    assert 0 < kinds.total() < 6
     said = (tmp_path / "recipe" / "README.md").read_text()
-    assert "Only 1 of the healthy images can be drawn on" in said
-    assert "1 of the diseased images have no `anatomy.png`: of their lesions only the form is" in said
-    assert "lesions: dark spot: 1, not named: 1." in said
-    assert "1 of these images have no `patient_id` and count as a patient each" in said
+    patients = len({meta["patient_id"] for meta in named}) + 12 - len(named)
+    assert f"6 healthy and 6 diseased images of {patients} patients; lesions: " in said
+    for kind, count in {**kinds, "not named": 6 - kinds.total()}.items():
+        assert f"{kind}: {count}" in said
+    assert f"Only {len(vertebrae)} of the healthy images can be drawn on" in said
+    assert "6 of the diseased images have no `anatomy.png`: of their lesions only the form is" in said
+    assert f"{12 - len(named)} of these images have no `patient_id` and count as a patient each" in said
     gone = f"{tmp_path / 'gone.ckpt'} (--ckpt)"
     assert f"needed first: {gone}. A trial without downloads: `--model models/phantom.yaml --ckpt" in said
     assert f"not there yet, and needed: {gone}" in capsys.readouterr().out
-    (folder / "case 1" / "slice" / "anatomy.png").unlink()
+    for path in vertebrae:
+        path.unlink()
     with pytest.raises(MedSoftError, match=r"data: no healthy sample has an anatomy\.png, or a mask\.png of its vert"):
         made(folder, tmp_path / "other")
+
+
+def test_the_foreign_spines_share_no_code_with_the_method() -> None:
+    source = Path(foreign_spines.__file__).read_text()
+    assert not re.search(r"^\s*(from|import) (ldm|medsoft|tool)\b", source, re.MULTILINE)
+
+
+def test_foreign_spines_are_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        foreign_spines.main([str(tmp_path)])
+    assert f"{tmp_path}: is there already; give another OUTPUT_DIR, or delete it" in capsys.readouterr().err
 
 
 def test_a_recipe_is_never_replaced(data: Path, tmp_path: Path) -> None:
