@@ -7,6 +7,7 @@ header that a page of another server cannot send. Nothing is loaded from elsewhe
 
 import asyncio
 import errno
+import hashlib
 import hmac
 import ipaddress
 import logging
@@ -81,8 +82,11 @@ class Address:
 
     @property
     def cookie(self) -> str:
-        """The name of the cookie with the token; browsers keep cookies by host, whatever the port."""
-        return f"medsoft_{self.port}"
+        """The name of the cookie with the token; browsers keep cookies by host, whatever the port.
+
+        A digest of the token is in it, so that a page of an earlier server at this port, which asks on, guesses nothing.
+        """
+        return f"medsoft_{self.port}_{hashlib.sha256(str(self.token).encode()).hexdigest()[:8]}"
 
     def answers_to(self, name: str) -> bool:
         """Whether ``name``, of a Host header, without its port, means this server.
@@ -138,8 +142,9 @@ class Guesses:
     """Wrong tokens, by the address that they come from.
 
     An address that has sent too many is told to wait, and its next token is not looked at, so that its rate of guesses
-    is bounded. One from which the right token has come before is looked at all the same: nobody who shares it with
-    somebody that guesses is shut out.
+    is bounded. From an address that has sent the right token before, every token is looked at: who is in stays in, even
+    where somebody behind the same proxy guesses. So guesses from there are not bounded, and somebody who has never been
+    in, and shares an address with a guesser alone, waits until a minute after the last guess.
     """
 
     def __init__(self) -> None:

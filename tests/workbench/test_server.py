@@ -124,6 +124,15 @@ def test_wrong_tokens_are_bounded_and_right_ones_never(
     assert asked("2001:db8::1", "a-long-token").status_code == 200
 
 
+def test_a_page_that_asks_on_after_a_restart_shuts_nobody_out() -> None:
+    earlier, now = (Address("0.0.0.0", 7860, token) for token in ("an-earlier-token", "a-long-token"))
+    caller = client("10.0.0.1", now)
+    caller.cookies.set(earlier.cookie, str(earlier.token))
+    codes = [caller.get("/api/fine").status_code for _ in range(server.WRONG_TOKENS + 2)]
+    assert codes == [401] * len(codes)
+    assert caller.get("/api/fine?token=a-long-token").status_code == 200
+
+
 def test_a_host_that_others_reach_gets_a_token_of_its_own() -> None:
     made = [Address.of(ServerOptions("0.0.0.0", 7860)) for _ in range(2)]
     assert made[0].token != made[1].token
