@@ -230,7 +230,7 @@ def _about(name: str, samples: list[Sample], inspections: list[DatasetInspection
     diseased = sum(not sample.healthy for sample in samples)
     if diseased and inverted > diseased / 2:
         yield Finding(
-            "error", name, f"{inverted} of {counted(diseased, 'mask')} inverted? 1 (white) must be the lesion"
+            "error", name, f"probably inverted: {inverted} of {counted(diseased, 'mask')}; 1 (white) must be the lesion"
         )
 
 

@@ -138,7 +138,7 @@ class UNet(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x (B, 9, h, w), timesteps (B,) or (1,) -> predicted noise (B, 4, h, w); see the class.
 
-        ``with_middle``: and the features that leave the middle block, (B, C, h / 2 ** (levels - 1), w / ...).
+        ``with_middle``: and the features that leave the middle block, (B, C, h / k, w / k) with k = 2 ** (levels - 1).
         """
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))  # (B, 4 * channels)
         skips = []

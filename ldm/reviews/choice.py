@@ -55,7 +55,7 @@ def match_reviews(files: Sequence[Path], samples: Sequence[Sample], redrawn: boo
         if not redrawn and not any(each.image_sha256 in by_id[each.sample_id] for each in known):
             count = len({each.sample_id for each in known})
             said = counted(count, "image that it judges has", "images that it judges have")
-            raise FileError(path, f"all of {said} changed since; review again")
+            raise FileError(path, f"{said} changed since, and no other is judged; review again")
         rows += found
     reviews: dict[Path, list[Review]] = {}
     before: set[str] = set()
@@ -67,7 +67,7 @@ def match_reviews(files: Sequence[Path], samples: Sequence[Sample], redrawn: boo
     judged = {sample.sample_id for sample in samples if sample.image in reviews}
     changed = sorted(before - judged)
     unknown = sorted({each.sample_id for each in rows} - by_id.keys())
-    _warn("changed since it was judged, which no longer counts", changed)
+    _warn("changed since the verdict, which no longer counts", changed)
     _warn("judged, but not among these samples", unknown)
     return Judged(reviews, changed, unknown)
 

@@ -84,7 +84,7 @@ class Address:
     def cookie(self) -> str:
         """The name of the cookie with the token; browsers keep cookies by host, whatever the port.
 
-        A digest of the token is in it, so that a page of an earlier server at this port, which asks on, guesses nothing.
+        It holds a digest of the token: what a page of an earlier server at this port still sends is no wrong token.
         """
         return f"medsoft_{self.port}_{hashlib.sha256(str(self.token).encode()).hexdigest()[:8]}"
 

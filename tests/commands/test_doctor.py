@@ -172,7 +172,7 @@ def test_inverted_and_huge_masks(tmp_path: Path, write_sample: Any) -> None:
     write_sample(tmp_path / "data" / "h", prompt="healthy", image=picture(7), mask=None)
     code, found = findings(tmp_path, "--data", tmp_path / "data")
     assert code == 1
-    assert "3 of 3 masks inverted? 1 (white) must be the lesion" in texts(found, "error")
+    assert "probably inverted: 3 of 3 masks; 1 (white) must be the lesion" in texts(found, "error")
     assert "s0/mask.png: its mask marks most of the image or of its border: inverted?" in texts(found, "warning")
     assert "certain/mask.png: marks the whole border and 92% of the image: inverted?" in texts(found, "sample")
 
