@@ -151,8 +151,9 @@ def draw_wedge(rng: np.random.Generator, image: np.ndarray, bone: Vertebra, grad
     """Anterior wedge fracture: the upper endplate sinks in front, by about 22, 36 or 52 % of the body's height.
 
     It sinks less and less towards the back wall and keeps its height there; the bone below is pressed together, and a
-    bright line of impaction (up to 30 grey values) lies under the endplate. The mask reaches from the old endplate to
-    28 % of the height below the new one.
+    bright line of impaction (up to 30 grey values) lies under the endplate. The disc and the lower end of the vertebra
+    above are drawn down with it, which no real fracture does, and which lies outside the mask: that reaches from the
+    old endplate to 28 % of the height below the new one.
     """
     u, v, width, height = bone.u, bone.v, bone.width, bone.height
     loss = (0.22, 0.36, 0.52)[grade] * rng.uniform(0.85, 1.15)
