@@ -11,7 +11,14 @@ for name in ("open_clip", "matplotlib.figure", "sklearn.metrics", "torch.utils.t
     importlib.import_module(name)
 for name in ("bert", "clip"):
     importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-for name in ("training.run", "inference.run", "classifier.run", "evaluation.check", "workflow.study_run"):
+for name in (
+    "training.run",
+    "inference.run",
+    "classifier.run",
+    "evaluation.run",
+    "evaluation.check",
+    "workflow.study_run",
+):
     importlib.import_module(f"ldm.{name}")
 importlib.import_module("ldm.core.distributed").fabric_class()
 importlib.import_module("ldm.networks.text_encoder").clip_tokenizer()

@@ -96,11 +96,11 @@ def _copied(plain: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _blank(path: Path, figure: "Figure") -> None:
+def _blank(path: Path, figure: "Figure", dpi: int = 150) -> None:
     """A white picture of the size that ``write_figure`` would write."""
     from ldm.data.png import write_png
 
-    width, height = (int(150 * inches) for inches in figure.get_size_inches())
+    width, height = (int(dpi * inches) for inches in figure.get_size_inches())
     write_png(path, np.full((height, width, 3), 255, np.uint8))
 
 
@@ -111,11 +111,12 @@ def _fsync(descriptor: int) -> None:
 
 def install(folder: Path) -> None:
     """The package computes and builds once; ``folder`` is shared by the run's processes."""
+    from ldm.evaluation import report
     from ldm.networks.biomedclip import BiomedClip
     from ldm.reports import html
     from ldm.training import estimates
 
     estimates.stage_memory = _once(estimates.stage_memory, folder)
-    html.write_figure = _blank
+    html.write_figure = report.write_figure = _blank
     BiomedClip.__init__ = _copied(BiomedClip.__init__)
     os.fsync = _fsync

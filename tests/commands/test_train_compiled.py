@@ -74,7 +74,7 @@ def test_every_stage_is_compiled_whole(
 
     compile_with(monkeypatch, counted)
     words = ["training.compile=true", *small.sizes]
-    assert train(stage, small.last, tmp_path / "s", world, *words, batch_size=4, max_epochs=2) == 0
+    assert train(stage, small.last, tmp_path / "s", world, *words, batch_size=4) == 0
     assert len(graphs) == (2 if stage.startswith("stage2") else 1)
     assert changed(tensors(small.last), tensors(tmp_path / "s" / "last.ckpt"))
 
