@@ -183,9 +183,12 @@ def _address_of(request: Request) -> str:
     """Where a request comes from; of IPv6 the network of 64 bits, all of which one caller may have."""
     host = request.client.host if request.client else ""
     try:
-        return str(ipaddress.ip_network((host, 64), strict=False)) if ":" in host else host
-    except ValueError:  # with a zone
+        address = ipaddress.IPv6Address(host)
+    except ValueError:  # of IPv4
         return host
+    if address.ipv4_mapped:  # as a socket of IPv6 names a caller of IPv4
+        return str(address.ipv4_mapped)
+    return host if address.scope_id else str(ipaddress.IPv6Network((int(address), 64), strict=False))
 
 
 async def _body(request: Request) -> bytes:
@@ -387,6 +390,7 @@ def serve(
         config = uvicorn.Config(
             app, log_config=None, log_level="error", access_log=False, server_header=False, lifespan="off", ws="none"
         )  # it would warn of WebSockets, which nothing here has
+        config.proxy_headers = False  # with which a caller could say that it is another one
         config.timeout_graceful_shutdown = GRACE
         log.info("open %s (Ctrl-C ends)", address.url)
         if open_browser and (sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -133,6 +133,20 @@ def test_a_page_that_asks_on_after_a_restart_shuts_nobody_out() -> None:
     assert caller.get("/api/fine?token=a-long-token").status_code == 200
 
 
+def test_callers_of_ipv4_are_told_apart_where_ipv6_is_listened_to() -> None:
+    app = client("10.0.0.1", Address("::", 7860, "a-long-token")).app
+
+    def asked(who: str, token: str) -> int:
+        caller = TestClient(app, "http://10.0.0.1:7860", client=(f"::ffff:{who}", 50000))
+        return caller.get("/api/fine", headers={"Authorization": f"Bearer {token}"}).status_code
+
+    assert asked("10.0.0.2", "a-long-token") == 200
+    for k in range(server.WRONG_TOKENS):
+        asked("10.0.0.3", f"guess{k}")
+    assert asked("10.0.0.3", "a-long-token") == 429  # although another one has known it
+    assert asked("10.0.0.4", "a-long-token") == 200
+
+
 def test_a_host_that_others_reach_gets_a_token_of_its_own() -> None:
     made = [Address.of(ServerOptions("0.0.0.0", 7860)) for _ in range(2)]
     assert made[0].token != made[1].token
@@ -209,18 +223,13 @@ def _interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("_interrupts")
-def test_ctrl_c_ends_the_server_and_is_passed_on(caplog: pytest.LogCaptureFixture) -> None:
-    """Before that a call that asks for a WebSocket is answered as any other, and nothing is said of it."""
-    caplog.set_level(logging.INFO)
+def served(call: Callable[[http.client.HTTPConnection], None], token: str | None = None) -> Address:
+    """Where a server was that has answered ``call``, in a thread, until Ctrl-C."""
     with socket.create_server(("127.0.0.1", 0)) as other:
-        address = Address(port=other.getsockname()[1])
-    answers = []
+        address = Address(port=other.getsockname()[1], token=token)
 
     def interrupt() -> None:
-        caller = http.client.HTTPConnection("127.0.0.1", address.port, timeout=10)
-        caller.request("GET", "/pages/viewer.js", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
-        answers.append(caller.getresponse().status)
+        call(http.client.HTTPConnection("127.0.0.1", address.port, timeout=10))
         os.kill(os.getpid(), signal.SIGINT)
 
     with listening(address) as listener:  # whoever calls from now on waits
@@ -229,8 +238,38 @@ def test_ctrl_c_ends_the_server_and_is_passed_on(caplog: pytest.LogCaptureFixtur
         with pytest.raises(KeyboardInterrupt):
             serve(make_app(page="edit.html", address=address), address, False, listener)
     caller.join()
+    return address
+
+
+@pytest.mark.usefixtures("_interrupts")
+def test_ctrl_c_ends_the_server_and_is_passed_on(caplog: pytest.LogCaptureFixture) -> None:
+    """Before that a call that asks for a WebSocket is answered as any other, and nothing is said of it."""
+    caplog.set_level(logging.INFO)
+    answers = []
+
+    def call(caller: http.client.HTTPConnection) -> None:
+        caller.request("GET", "/pages/viewer.js", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
+        answers.append(caller.getresponse().status)
+
+    address = served(call)
     assert answers == [200]
     assert [each.getMessage() for each in caplog.records] == [f"open {address.url} (Ctrl-C ends)", "stopping"]
+
+
+@pytest.mark.usefixtures("_interrupts")
+def test_nobody_can_say_that_a_wrong_token_comes_from_elsewhere() -> None:
+    answers = []
+
+    def call(caller: http.client.HTTPConnection) -> None:
+        for k in range(server.WRONG_TOKENS + 1):
+            names = {"X-Forwarded-For": f"10.0.0.{k}", "Forwarded": f"for=10.0.0.{k}"}
+            caller.request("GET", "/", headers=names | {"Authorization": f"Bearer guess{k}"})
+            answer = caller.getresponse()
+            answer.read()
+            answers.append(answer.status)
+
+    served(call, "a-long-token")
+    assert answers == [401] * server.WRONG_TOKENS + [429]
 
 
 def test_without_the_extra_one_line_says_how_to_install_it(
