@@ -116,7 +116,10 @@ def log_text(found: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     log.info("stage: %s, step %s", found["stage"] or "not said", "not said" if found["step"] is None else found["step"])
     origin = found["origin"]
     for name, source in origin.items() if isinstance(origin, dict) and "file" not in origin else [("file", origin)]:
-        said = f"{source['file']} (SHA-256 {source['sha256']})" if isinstance(source, dict) else source or "not said"
+        said = source or "not said"
+        if isinstance(source, dict):  # a file that was converted or merged, else the start of a stage
+            more = f"SHA-256 {source['sha256']}" if "sha256" in source else f"stage {source.get('stage') or 'not said'}"
+            said = f"{source['file']} ({more})"
         log.info("origin: %s%s", "" if name == "file" else f"{name} ", said)
     if found["foreign"]:
         log.info("objects of other programs, not run: %s", ", ".join(found["foreign"]))

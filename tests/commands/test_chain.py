@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import STAGES, TEST, TRAIN, VAL, call, metas
+from tiny import STAGES, TEST, TRAIN, VAL, call, inspect, metas
 
 import classifier
 from ldm.data.annotations import load_samples
@@ -23,6 +23,16 @@ def test_every_stage_starts_from_the_one_before(trained: dict, world: Path) -> N
         about = torch.load(trained[stage].last, weights_only=True)["medsoft"]
         assert (about["stage"], about["step"], about["complete"]) == (stage, 3, True)
         assert trained[stage].first_steps == [0]
+
+
+def test_what_a_stage_left_says_what_it_started_from(trained: dict, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for stage, origin in (
+        ("unet_only", "ckpt_for_stage1.ckpt (stage converted)"),
+        ("stage2_2", "last.ckpt (stage stage2_1)"),
+    ):
+        assert inspect(trained[stage].last) == 0
+        assert f"origin: {origin}" in caplog.messages
 
 
 def test_prepared_split_reaches_the_pictures(results: Path, world: Path) -> None:
