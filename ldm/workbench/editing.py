@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query
@@ -50,7 +51,7 @@ def kept(drafts: Drafts) -> str:
     if not accepted:
         return f"{counted(drawn, 'drawing')} kept in {drafts.drafts}, none accepted yet"
     said = f"{counted(accepted, 'accepted drawing')} in {drafts.accepted}"
-    return f"{said}; for a second look by somebody else: medsoft review {drafts.accepted}"
+    return f"{said}; for a second look by somebody else: medsoft review {shlex.quote(str(drafts.accepted))}"
 
 
 def routes(editor: Editor) -> APIRouter:

@@ -1,6 +1,7 @@
 """The editor's page in headless Chromium, on the real server with a tiny checkpoint: first use, every tool, faults."""
 
 import json
+import shlex
 import shutil
 import urllib.request
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ COUNT = "medsoft.app.mask.count"
 
 @pytest.fixture(scope="module")
 def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("page") / "edited"
+    return tmp_path_factory.mktemp("page") / "our drawings"
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,8 @@ def test_first_use(browser: Browser, output_dir: Path) -> None:
     browser.wait("medsoft.app.shown.state === 'accepted'")
 
     (folder,) = (output_dir / "accepted").iterdir()
+    again = ["python", "dataset_infer.py", "--replay", f"{folder}/meta.json", "--output_dir", "again"]
+    assert shlex.split(browser.run("document.getElementById('replay').textContent")) == again
     meta = json.loads((folder / "meta.json").read_text())
     image, soft = read_image(folder / "image.png"), read_image(folder / "soft_mask.png")
     parent = np.array(browser.run("Array.from(medsoft.app.levels)"), np.uint8).reshape(mask.shape)

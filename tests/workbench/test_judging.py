@@ -16,6 +16,14 @@ from ldm.workbench.editing import kept
 from ldm.workbench.editor import Editor
 
 
+def test_the_command_that_is_named_at_the_end_can_be_copied(tmp_path: Path) -> None:
+    (tmp_path / "my drawings/accepted/x").mkdir(parents=True)
+    (tmp_path / "my drawings/accepted/x/meta.json").touch()
+    said = kept(Drafts(tmp_path / "my drawings"))
+    assert said.startswith(f"1 accepted drawing in {tmp_path}/my drawings/accepted; ")
+    assert said.endswith(f"medsoft review '{tmp_path}/my drawings/accepted'")
+
+
 def test_judgements_can_be_changed_and_outlive_the_server(page: Page, deep: Path) -> None:
     (name,) = page.draw(page.open(deep), seed=21)["results"]
     assert page.post(f"results/{name}/reject", reason="a seam")["state"] == "rejected"

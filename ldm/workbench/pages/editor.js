@@ -202,7 +202,7 @@ function go(path, content) {
 /** Paint with all that a result was drawn with: its image, mask, sentence, seed and soft border. */
 async function again(item, mask) {
   await documentOf(item); // a fault if it is gone
-  if (item.document !== app.document.id) await open(await get(`/api/state?document=${item.document}`));
+  if (item.document !== app.document?.id) await open(await get(`/api/state?document=${item.document}`));
   else results.hide();
   app.mask.replace(mask);
   app.mask.finish();

@@ -6,7 +6,9 @@ export function term(name, text) {
   return made;
 }
 
-/** Show a command in an element; a line of it ends only between two words. */
+/** Show a command in an element, as a shell takes it; a line of it ends only between two words. */
 export function command(element, words) {
-  element.replaceChildren(...words.map((word) => term("span", `${word} `)));
+  element.replaceChildren(...words.map((word) => term("span", `${quoted(word)} `)));
 }
+
+const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\"'\"'")}'`);
