@@ -176,22 +176,6 @@ def test_alignment_of_the_middle_block_by_hand() -> None:
     assert not any(key.startswith(("output_blocks.", "out.")) for key in reached)
 
 
-def test_a_loss_with_alignment_falls() -> None:
-    torch.manual_seed(0)
-    more = ["training.alignment_weight=1", "training.rates.unet=0.001"]
-    config = load_config(MODELS / "phantom_unet_only.yaml", more)
-    net = MedSoftModel(config.architecture, ["unet"])
-    stage = Stage(config.training, net, {}, torch.zeros(1, 77, config.text_encoder.width))
-    batch, optimizer, terms = fake_batch(config.architecture, 2), stage.adamw(), []
-    for _ in range(8):
-        found = stage(batch, dropout=0.0)
-        terms.append(float((found.loss - found.published).detach().mean()))
-        found.loss.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert terms[-1] < 0.5 * terms[0]
-
-
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 @pytest.mark.parametrize(("asked", "gpu", "workers"), [(-1, False, 0), (-1, True, 2), (0, True, 0), (1, False, 1)])
 def test_processes_that_read_features(monkeypatch: pytest.MonkeyPatch, asked: int, gpu: bool, workers: int) -> None:
