@@ -260,9 +260,13 @@ function request() {
 const signature = () => JSON.stringify([request(), app.packed]);
 
 function draw() {
-  const { primary, hint } = nextStep(), n = number("n");
-  if (app.shown || drawing.job) return;
-  if (!primary?.draws || primary.disabled) return say(hint); // what is missing
+  const { primary } = nextStep(), n = number("n");
+  if (drawing.job) return;
+  if (app.shown) return results.hide(); // to what would be drawn
+  if (!primary?.draws || primary.disabled) { // the hint says what is missing: it lights up
+    find("hint").animate([{ background: "#7a5a12" }, { background: "transparent" }], 900);
+    return;
+  }
   if (n > MANY && !confirm(`Draw ${n} variants?`)) return;
   if (app.drawn === signature()) find("seed").value = anySeed(); // the same again would be the same picture
   changed();
@@ -339,7 +343,8 @@ function render() {
   find("compose").hidden = find("amount").hidden = Boolean(app.shown);
   find("judge").hidden = !app.shown;
   find("sheet").hidden = !results.together;
-  find("back").textContent = elsewhere ? `Back to ${app.document.name}` : "Back to the mask";
+  find("back").textContent = elsewhere ? "Back to your image" : "Back to the mask";
+  find("back").title = `${elsewhere ? `Back to ${app.document.name}, on which you paint` : "Back to the mask"} (Esc)`;
   find("canvas").classList.toggle("judging", Boolean(app.shown));
   find("hint").textContent = hint;
   find("hint").classList.toggle("warning", hint.startsWith(CAREFUL));

@@ -27,6 +27,7 @@ export class Results {
     row.addEventListener("scroll", () => {
       if (row.scrollLeft + 2 * row.clientWidth > row.scrollWidth) guard(this.older());
     });
+    document.addEventListener("visibilitychange", () => this.appeared()); // nobody has seen it meanwhile
     row.addEventListener("wheel", (event) => {
       event.preventDefault();
       row.scrollLeft += event.deltaX || event.deltaY;
@@ -145,8 +146,7 @@ export class Results {
     if (item.id !== this.app.shown?.id) {
       this.app.hush();
       this.reasons.arm(false);
-      this.since = performance.now();
-      setTimeout(() => this.onChange(), DEAF + 20);
+      this.appeared();
     }
     this.app.shown = item;
     this.loaded = loaded;
@@ -155,6 +155,12 @@ export class Results {
     this.list(this.items);
     this.tell();
     find("results").querySelector('[aria-current="true"]')?.scrollIntoView({ block: "nearest", inline: "center" });
+  }
+
+  /** From now on the shown result is on show. */
+  appeared() {
+    this.since = performance.now();
+    setTimeout(() => this.onChange(), DEAF + 20);
   }
 
   /** Whether the result was on show long enough to be judged. */
@@ -189,7 +195,7 @@ export class Results {
     const title = { new: "Not good? Reject it, because", accepted: "Reject it after all, because", rejected: "Rejected, because" };
     find("reject-title").textContent = title[item.state];
     find("replay").hidden = item.state !== "accepted";
-    command(find("replay"), ["python", "dataset_infer.py", "--replay", `${item.folder}/meta.json`, "--output_dir", "again"]);
+    command(find("replay"), ["medsoft", "draw", "--replay", `${item.folder}/meta.json`, "--output_dir", "again"]);
     this.reasons.mark(item.state === "rejected" ? item.reason : null);
   }
 
