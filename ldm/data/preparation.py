@@ -96,7 +96,7 @@ def distinct_crops(sample: Sample, data: DataConfig) -> int:
     Its mask is decoded, as only that says where a window can begin: an annotation's box may be smaller than the mask,
     and the soft border reaches beyond both.
     """
-    if data.fit != "crop":
+    if data.fit != "crop" or data.diseased_crops == 1:
         return 1
     try:
         assert sample.mask is not None  # a diseased one without has no crop
