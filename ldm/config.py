@@ -182,7 +182,7 @@ class TrainingConfig:
     # separate: as many samples more lose the text alone, and as many the tokens alone
     coins: Literal["joint", "separate"] = setting("joint", WEIGHTS, before="joint")
     msc_weight: Amount = setting(0.0, WEIGHTS, before=0.0)  # of stage 1's loss beside the diffusion loss
-    # of the loss that aligns the U-Net's middle block with the true BiomedCLIP tokens (usually 0.5); 0 = none
+    # of the loss that aligns the U-Net's middle block with the true BiomedCLIP tokens (the papers': 0.5); 0 = none
     alignment_weight: Amount = setting(0.0, WEIGHTS, before=0.0)
     min_snr: Amount = setting(0.0, WEIGHTS, before=0.0)  # gamma of min-SNR weights (usually 5); 0 = none
     balance: bool = setting(True, WEIGHTS)  # sample the groups of balance_by equally often
