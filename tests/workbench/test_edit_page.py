@@ -129,7 +129,7 @@ def test_first_use(browser: Browser, output_dir: Path) -> None:
     browser.wait("medsoft.app.shown.state === 'accepted'")
 
     (folder,) = (output_dir / "accepted").iterdir()
-    again = ["python", "dataset_infer.py", "--replay", f"{folder}/meta.json", "--output_dir", "again"]
+    again = ["medsoft", "draw", "--replay", f"{folder}/meta.json", "--output_dir", "again"]
     assert shlex.split(browser.run("document.getElementById('replay').textContent")) == again
     meta = json.loads((folder / "meta.json").read_text())
     image, soft = read_image(folder / "image.png"), read_image(folder / "soft_mask.png")
