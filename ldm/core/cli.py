@@ -144,9 +144,14 @@ def run(
     atexit.register(gc.freeze)
     code = _guarded(main, args)
     if at_once:
-        for thread in set(threading.enumerate()) - {threading.current_thread()}:
-            if not thread.daemon:
-                thread.join()
+        try:
+            for thread in set(threading.enumerate()) - {threading.current_thread()}:
+                if not thread.daemon:
+                    thread.join()
+        except (
+            KeyboardInterrupt
+        ):  # once more: not waited for any longer, and temporary folders are deleted all the same
+            raise SystemExit(INTERRUPTED) from None
     sys.stdout.flush()
     sys.stderr.flush()
     if at_once:

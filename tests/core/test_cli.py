@@ -35,6 +35,31 @@ def test_packages_that_talk_of_themselves_are_quiet_until_they_warn() -> None:
     ]
 
 
+STOPPED_TWICE = """
+import os, signal, tempfile, threading, time
+from ldm.core import cli
+def work():
+    with tempfile.TemporaryDirectory():
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(20)
+def main(args):
+    threading.Thread(target=work).start()
+    raise KeyboardInterrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it from the start
+cli.run(cli.parser(None), main, [], at_once=True)
+"""
+
+
+def test_a_second_control_c_ends_a_server_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    given = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_TWICE], capture_output=True, text=True, cwd=ROOT, env=given, timeout=15
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted; run the same command again to go on\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_shows_defaults_and_keeps_the_lines_of_the_description() -> None:
     done = subprocess.run(
         [sys.executable, "tool/make_soft_masks.py", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
