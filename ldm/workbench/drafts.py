@@ -28,6 +28,7 @@ SHOWN = ("id", "job", "document", "name", "prompt", "seed", "variant", "feather_
 SHOWN += ("width", "height")
 _KINDS = {"id": str, "name": str, "prompt": str, "seed": int, "variant": int, "document": str | None, "job": str | None}
 _KINDS |= {"state": str | None, "reason": str | None, "origin": dict | None, "feather_mm": float | int | None}
+_ORIGIN = {"path": str, "sample_id": str, "plane": str | None, "slice": int | None}
 _ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 _OWN = re.compile(r".*_([0-9a-f]{12})__v(\d+)", re.DOTALL)
 
@@ -192,11 +193,18 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """A line of the history; None for what tells of no drawing."""
     try:
         found = json.loads(line)
-        sound = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in _KINDS.items())
+        sound = isinstance(found, dict) and _is_of(found, _KINDS)
+        if sound and (origin := found.get("origin")):  # which is opened again by it
+            sound = {*_ORIGIN} <= {*origin} and _is_of(origin, _ORIGIN)
         json_text(found, None).encode()  # neither NaN nor half a character, which no page could be told of
     except (ValueError, RecursionError):
         return None
     return found if sound and _ID.fullmatch(found["id"]) and Path(found["name"]).name == found["name"] else None
+
+
+def _is_of(found: dict[str, Any], kinds: dict[str, Any]) -> bool:
+    """Whether each value, None where there is none, is of its kind."""
+    return all(isinstance(found.get(key), kind) for key, kind in kinds.items())
 
 
 def _move(source: Path, target: Path) -> None:

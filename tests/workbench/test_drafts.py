@@ -34,6 +34,7 @@ def drawing(home: Path, name: str, meta: Any) -> None:
         '{"id": "a/0", "name": "a__v0", "prompt": "x", "seed": 1, "variant": 0}',
         '{"id": "a-0", "name": "a__v0", "prompt": 5, "seed": 1, "variant": 0}',
         '{"id": "a-0", "name": "a__v0", "prompt": "x", "seed": 1, "variant": 0, "origin": 7}',
+        '{"id": "a-0", "name": "a__v0", "prompt": "x", "seed": 1, "variant": 0, "origin": {"path": "a.png"}}',
         "[" * 100_000,
         "[1]",
     ],
