@@ -47,6 +47,7 @@ def _run(words: list[str], environment: dict[str, str], folder: str, outputs: li
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # what was imported before has looked it up, in the server's environment
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell of a background job has it ignored
     multiprocessing.set_start_method("fork", force=True)  # as where it was started otherwise, for what it starts itself
     import quick

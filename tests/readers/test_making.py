@@ -51,7 +51,7 @@ def test_what_was_rejected_in_review_is_not_shown(few: Path) -> None:
     assert "h00__v0" not in {each["sample_id"] for each in key["pictures"].values()}
     told = key["review"]
     assert (told["left_out"], told["never_reviewed"], told["reviewers"]) == (1, told["samples"] - 1, {"ann": 1})
-    assert any(note.startswith("Review by ann (1): 1 of") for note in key["notes"])
+    assert any(note.startswith("Review by ann (1): of 6 synthetic images, 1 rejected") for note in key["notes"])
 
 
 def test_a_study_of_single_pictures_gives_nothing_away(world: Path, tmp_path: Path) -> None:

@@ -397,7 +397,7 @@ def test_a_real_server_answers_and_ends_with_ctrl_c(small: Small, tmp_path: Path
         with pytest.raises(UsageError, match=f"--port {port}: is in use"):
             call(serve, "--ckpt", small.last, "--config", PHANTOM, "--port", port, *small.sizes, *WORDS)
     words = ["--ckpt", small.last, "--config", PHANTOM, "--port", port, "--device", "cpu", *small.sizes, *WORDS]
-    child = children.start(Path(serve.__file__), *words, "sampling.steps=20", folder=tmp_path, TMPDIR=str(tmp_path))
+    child = children.start(Path(serve.__file__), *words, "sampling.steps=40", folder=tmp_path, TMPDIR=str(tmp_path))
     until(lambda: "open http" in child.said_until_now())
     status, png = post(port)
     assert (status, np.asarray(Image.open(io.BytesIO(png))).shape) == (200, SHAPE)
