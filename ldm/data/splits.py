@@ -20,6 +20,7 @@ from ldm.core.files import (
     read_records,
     write_together,
 )
+from ldm.core.tables import counted
 from ldm.data.annotations import annotation_texts, load_samples, rejects_text
 from ldm.data.checks import annotation_rows, leaks, salted_digest, warn_of_similar_prompts
 from ldm.data.samples import Reject, Sample, is_number, shown
@@ -156,7 +157,7 @@ def prepare_dataset(
     for path in {paths["rejects"], paths["absent"]} - set(files):
         path.unlink(missing_ok=True)
     if rejects:
-        log.warning("%d samples rejected, listed in %s", len(rejects), shown(paths["rejects"]))
+        log.warning("%s rejected, listed in %s", counted(len(rejects), "sample"), shown(paths["rejects"]))
     if absent.patients:
         log.info("the sides of those who are gone are kept in %s", shown(paths["absent"]))
     _log_counts(groups, paths)
@@ -184,7 +185,9 @@ def _usable(
     if not real:
         raise MedSoftError(f"{root_dir}: all {len(samples)} usable samples are synthetic; nothing was written")
     if rejects and strict:
-        raise MedSoftError(f"{root_dir}: {len(rejects)} samples cannot be used and --strict was given; nothing written")
+        raise MedSoftError(
+            f"{root_dir}: {counted(len(rejects), 'sample')} cannot be used and --strict was given; nothing written"
+        )
     return real, made, digests, rejects
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ldm.core.errors import MedSoftError
-from ldm.core.tables import read_table
+from ldm.core.tables import counted, read_table
 from ldm.data.checks import FEWEST_PATIENTS
 from ldm.data.samples import HEALTHY, Sample
 
@@ -115,7 +115,9 @@ def judged_types(path: Path, samples: Sequence[Sample]) -> tuple[list[str], list
     asked = [sample for sample in samples if not sample.healthy and asked_type(sample)]
     if missing := [sample.sample_id for sample in asked if sample.sample_id not in rows]:
         cure = "predict the folder with classifier.py again"
-        raise MedSoftError(f"{path}: holds nothing about {len(missing)} samples (the first: {missing[0]}); {cure}")
+        raise MedSoftError(
+            f"{path}: holds nothing about {counted(len(missing), 'sample')} (the first: {missing[0]}); {cure}"
+        )
     kinds = [str(asked_type(sample)) for sample in asked]
     drawn = [rows[sample.sample_id]["predicted"].strip().lower() for sample in asked]
     return kinds, drawn, [sample.patient_id for sample in asked]

@@ -13,6 +13,7 @@ from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id, fingerprint
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
+from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import FEWEST_PATIENTS, check_unseen, drawn_by, groups_of_samples, real_ones
 from ldm.data.folders import parent_image
@@ -206,5 +207,5 @@ def _log_summary(folder: Path, measured: Mapping[str, Any], rejects: list[Reject
     text = f"{count} of {measured['pictures']['synthetic']} synthetic lesions are copies of training lesions"
     log.log(logging.WARNING if count else logging.INFO, "%s (%s)", text, folder / "copies.json")
     if rejects:
-        log.warning("%d samples could not be read, listed in %s", len(rejects), folder / "rejects.json")
+        log.warning("%s could not be read, listed in %s", counted(len(rejects), "sample"), folder / "rejects.json")
     log.info("%s", folder / "report.html")

@@ -16,6 +16,7 @@ import numpy as np
 from ldm.core.errors import MedSoftError
 from ldm.core.files import atomic_folder, content_id, fingerprint, named_seed, write_json, write_text
 from ldm.core.run_folder import RunFolder
+from ldm.core.tables import counted
 from ldm.data.annotations import write_rejects
 from ldm.data.checks import separations
 from ldm.data.samples import META_TEXTS, Sample
@@ -223,9 +224,11 @@ def _log_summary(options: MakeOptions, pairs: int, items: int, made: Candidates,
     if made.left_out:
         reasons = Counter(each.why for each in made.left_out)
         for why, count in reasons.items():
-            log.info("%d samples are left out: %s", count, why)
+            log.info("left out, %s: %s", counted(count, "sample"), why)
     if made.rejects:
-        log.warning("%d samples cannot be used, listed in %s", len(made.rejects), options.output_dir / "rejects.json")
+        log.warning(
+            "%s cannot be used, listed in %s", counted(len(made.rejects), "sample"), options.output_dir / "rejects.json"
+        )
     log.info("%d drawn and %d real pictures; a reader sees %d items", pairs, pairs, items)
     log.info("give readers %s (they open index.html)", options.output_dir / FOLDER)
     log.info("keep %s: it says which pictures are drawn", options.output_dir / KEY)

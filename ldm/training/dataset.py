@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.config import Config, DataConfig, TrainingConfig
 from ldm.core.errors import MedSoftError
+from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import (
     annotation_rows,
@@ -160,7 +161,9 @@ def _read_set(inputs: TrainingInputs, name: str, path: Path, data: DataConfig) -
         )
     log_skipped([*missing, *damaged, *undrawable])
     if undrawable:
-        log.warning("%s: %d samples cannot be inpainted and are left out; they are no damage", name, len(undrawable))
+        log.warning(
+            "%s: %s cannot be inpainted; left out, which is no damage", name, counted(len(undrawable), "sample")
+        )
     inputs.unreadable += [*missing, *damaged]
     inputs.undrawable += undrawable
 

@@ -14,6 +14,7 @@ from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import fingerprint, named_seed, read_json
 from ldm.core.run_folder import RunFolder
+from ldm.core.tables import counted
 from ldm.data.annotations import load_samples, write_rejects
 from ldm.data.folders import write_sample
 from ldm.data.images import read_image
@@ -87,7 +88,7 @@ def make_soft_masks(data: Path, output_dir: Path, options: SoftMaskOptions, over
         folder.finish(masks=written, rejected=len(rejects), source=options.source)
     log.info("%s: %d soft masks", output_dir, written)
     if rejects:
-        log.warning("%d samples rejected, listed in %s", len(rejects), output_dir / "rejects.json")
+        log.warning("%s rejected, listed in %s", counted(len(rejects), "sample"), output_dir / "rejects.json")
     return cli.SOME_REJECTED if rejects else cli.DONE
 
 

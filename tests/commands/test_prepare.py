@@ -85,7 +85,7 @@ def test_rejects_are_listed_and_the_list_goes_when_they_are_mended(
     assert rejects == [{"sample_id": "bad one", "file": str(bad / "image.png"), "reason": "does not exist"}]
     assert len(json.loads((tmp_path / "o.json").read_text())) == 20
     assert f"{bad / 'image.png'}: does not exist" in caplog.text
-    assert "1 samples rejected" in caplog.text
+    assert "1 sample rejected" in caplog.text
     write_sample(dataset / "bad one")
     assert run("--root_dir", dataset, "--output_file", tmp_path / "o.json") == 0
     assert not (tmp_path / "o_rejects.json").exists()

@@ -317,7 +317,7 @@ def test_healthy_samples_with_a_black_mask_are_left_out_before_any_feature_is_co
     assert [reject["sample_id"] for reject in rejects] == [sample.sample_id for sample in black]
     assert rejects[0]["reason"] == "healthy, and its vertebra is not known: nothing is marked in mask.png"
     assert "anatomy.png and mask.png" in rejects[3]["reason"]
-    assert "train: 4 samples cannot be inpainted and are left out; they are no damage" in caplog.text
+    assert "train: 4 samples cannot be inpainted; left out, which is no damage" in caplog.text
     assert sum(len(keys_of(file)) for file in (tmp_path / "features").glob("v*-clip-*")) == 2 * (5 + 3)
     assert call(doctor, "--data", tmp_path / "data", "--output", tmp_path / "found.json") == 0
     (finding,) = [each for each in json.loads((tmp_path / "found.json").read_text()) if "inpainted" in each["text"]]

@@ -144,7 +144,7 @@ def test_rejects_are_listed_one_a_line_and_nothing_is_written_after_an_error(
     (line,) = (dataset / "out" / "o_rejects.jsonl").read_text().splitlines()
     assert json.loads(line)["sample_id"] == "bad"
     before = contents(dataset / "out")
-    with pytest.raises(MedSoftError, match="1 samples cannot be used and --strict"):
+    with pytest.raises(MedSoftError, match="1 sample cannot be used and --strict"):
         run(dataset, "o.jsonl", "--strict")
     (dataset / "out" / "o_val.jsonl").unlink()
     (dataset / "out" / "o_val.jsonl").mkdir()

@@ -77,7 +77,7 @@ def test_images_of_the_same_patients_do_not_narrow_the_interval() -> None:
         ("sample_id,predicted,p_healthy,p_diseased\nx/s0,diseased,0,1\n", "names no lesion types; expected the pred"),
         (
             "sample_id,predicted,p_healthy,p_a,p_b\nother,a,0,1,0\n",
-            r"nothing about 1 samples \(the first: s0\); predict",
+            r"nothing about 1 sample \(the first: s0\); predict",
         ),
         ("sample_id,called\ns0,a\n", "expected a column predicted"),
     ],
