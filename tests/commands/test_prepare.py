@@ -95,7 +95,7 @@ def test_strict_writes_nothing(tmp_path: Path, dataset: Path, write_sample: Writ
     write_sample(dataset / "bad", prompt="")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "o.json").write_text("old")
-    with pytest.raises(MedSoftError, match="1 samples cannot be used and --strict"):
+    with pytest.raises(MedSoftError, match="1 sample cannot be used and --strict"):
         run("--root_dir", dataset, "--output_file", tmp_path / "out" / "o.json", "--strict")
     assert contents(tmp_path / "out") == {"o.json": b"old"}
 
