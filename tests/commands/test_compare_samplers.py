@@ -30,9 +30,16 @@ def compare(
     )
 
 
-def test_same_images_with_all_settings(final: Path, world: Path, judge: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert compare(final, world / "train", judge, out, "--seeds", 2, "--limit", 2) == 0
+@pytest.fixture(scope="module")
+def compared(final: Path, world: Path, judge: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison of three images with two seeds."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    assert compare(final, world / "train", judge, out, "--seeds", 2, "--limit", 3) == 0
+    return out
+
+
+def test_same_images_with_all_settings(final: Path, world: Path, judge: Path, compared: Path) -> None:
+    out = compared
     found = json.loads((out / "comparison.json").read_text())
     folders = {f"{name}_seed{seed}" for name in ("ddim", "fast", "many_steps") for seed in (0, 1)}
     written = {path.name for path in out.iterdir() if path.suffix != ".lock"}
@@ -40,7 +47,7 @@ def test_same_images_with_all_settings(final: Path, world: Path, judge: Path, tm
     assert found["half_calls"] == {"ddim": 6, "fast": 3}
     with (out / "distances.csv").open() as file:
         apart = {(int(row["seed"]), row["sample_id"]): row for row in csv.DictReader(file)}
-    assert len(apart) == found["pictures"] == 4
+    assert len(apart) == found["pictures"] == 6
     for seed in (0, 1):
         reference, fast = (metas(out / f"{name}_seed{seed}") for name in ("ddim", "fast"))
         for name, meta in reference.items():  # the same prompt, mask and noise
@@ -59,14 +66,15 @@ def test_same_images_with_all_settings(final: Path, world: Path, judge: Path, tm
     for row in found["measures"]["fast"].values():
         assert row["low"] <= row["difference"] <= row["high"]
     before = (out / "comparison.json").read_text()
-    assert compare(final, world / "train", judge, out, "--seeds", 2, "--limit", 2) == 0
+    assert compare(final, world / "train", judge, out, "--seeds", 2, "--limit", 3) == 0
     assert (out / "comparison.json").read_text() == before  # nothing was inpainted again
 
 
 def test_images_that_one_setting_could_not_make_are_left_out_of_all(
-    final: Path, world: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    final: Path, world: Path, judge: Path, compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inpaint, lost = samplers.run, 1
+    out = shutil.copytree(compared, tmp_path / "out")
 
     def partly_done(options: InferenceOptions) -> int:
         code = inpaint(options)
@@ -77,13 +85,13 @@ def test_images_that_one_setting_could_not_make_are_left_out_of_all(
         return code
 
     monkeypatch.setattr(samplers, "run", partly_done)
-    assert compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 3) == 3
-    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert compare(final, world / "train", judge, out, "--seeds", 2, "--limit", 3) == 3
+    found = json.loads((out / "comparison.json").read_text())
     assert found["pictures"] == 3 + 2
     assert found["settings"]["fast"][0] == "sampling.sampler=dpmpp_2m"
     lost = 2
     with pytest.raises(MedSoftError, match=r"fast_seed1: 1 images in common with the others; expected at least 2"):
-        compare(final, world / "train", judge, tmp_path / "out", "--seeds", 2, "--limit", 3)
+        compare(final, world / "train", judge, out, "--seeds", 2, "--limit", 3)
 
 
 def test_the_difference_is_paired_and_has_an_interval() -> None:

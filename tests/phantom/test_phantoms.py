@@ -271,14 +271,15 @@ def test_contact_sheet(tmp_path):
 def test_calibration_says_how_the_classifier_does_on_few_and_on_many_patients(monkeypatch, capsys) -> None:
     from ldm.phantom import calibration
 
-    small = {"FEW": (8, 4), "MANY": (10, 10), "VALIDATION": (4, 4), "TEST": (8, 12), "FEW_EPOCHS": 1, "MANY_EPOCHS": 2}
+    small = {"FEW": (8, 4), "MANY": (10, 10), "VALIDATION": (4, 4), "TEST": (8, 12), "FEW_EPOCHS": 1, "MANY_EPOCHS": 1}
+    small["FEW_RUNS"] = 2
     for name, value in small.items():
         monkeypatch.setattr(calibration, name, value)
     assert make_phantoms.main(make_phantoms.build_parser().parse_args(["--calibrate", "--seed", "3"])) == 0
     said = capsys.readouterr().out.splitlines()[-1]
     auc, share = r"[01]\.\d{3}", r"\d+\.\d%"
     assert re.fullmatch(
-        rf"test AUC {auc} \({auc}-{auc}, 3 runs\) with 4 diseased and 8 healthy patients; {auc} with 10 and 10 "
+        rf"test AUC {auc} \({auc}-{auc}, 2 runs\) with 4 diseased and 8 healthy patients; {auc} with 10 and 10 "
         rf"\(called diseased: {share} healthy, {share} subtle, {share} moderate, {share} severe\); 20 test patients",
         said,
     )
