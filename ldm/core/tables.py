@@ -73,8 +73,11 @@ def read_table(path: str | Path, columns: Sequence[str], what: str = "table") ->
     if not rows:
         raise MedSoftError(f"{path}: expected a header and at least one row, found none")
     for column in columns:
-        if rows[0].get(column) is None:
+        if column not in rows[0]:
             raise MedSoftError(f"{path}: expected a column {column}, found {', '.join(map(str, rows[0]))}")
+        for number, row in enumerate(rows, 1):
+            if row[column] is None:
+                raise MedSoftError(f"{path}: row {number} below the header ends before its column {column}")
     return rows
 
 

@@ -12,6 +12,7 @@ from ldm.reports.figures import write_figure
 from ldm.reports.html import write_page
 from ldm.workflow.study_hypotheses import Outcome, share_of_attainable
 from ldm.workflow.study_results import OLDER_RULE, OPEN, Drawings, Interval, Study, Treatment
+from ldm.workflow.study_rows import DRAWINGS, RESULTS, cell_rows, drawing_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -187,16 +188,6 @@ def hypothesis_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     ]
 
 
-def drawing_rows(drawings: Drawings) -> list[dict[str, Any]]:
-    """Every number of every judged generator as a row of drawings.csv."""
-    return [
-        {"world": each.world, "generator": each.generator, "generator_seed": each.generator_seed}
-        | {"endpoint": name, "value": value, "n": each.counts[name], "machine": each.machine, "commit": each.commit}
-        for each in drawings.judged
-        for name, value in each.values.items()
-    ]
-
-
 def drawing_tables(drawings: Drawings) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Means of each generator, and what the first one changes against each of the others."""
     names = [name for name in DRAWN if any(name in each.values for each in drawings.judged)]
@@ -223,21 +214,6 @@ def share_rows(study: Study) -> list[list[str]]:
             bounds = "no bounds" if share.low is None else f"{share.low:.2f} to {share.high:.2f}"
             rows.append([str(study.at(arm, ratio)), f"{share.value:.2f}", bounds, str(share.worlds)])
     return rows
-
-
-def cell_rows(study: Study) -> list[dict[str, Any]]:
-    """Every cell as a row of results.csv."""
-    values = list(dict.fromkeys(name for cell in study.cells for name in cell.values))
-    counts = list(dict.fromkeys(name for cell in study.cells for name in cell.counts))
-    return [
-        {"world": cell.world, "arm": cell.treatment.arm, "ratio": cell.treatment.ratio}
-        | {"generator_seed": cell.generator_seed, "seed": cell.seed}
-        | {name: cell.values.get(name) for name in values}
-        | {name: cell.counts.get(name) for name in counts}
-        | {"n_train_diseased": cell.n_train_diseased, "converged": cell.converged}
-        | {"seconds": cell.seconds, "machine": cell.machine, "commit": cell.commit}
-        for cell in study.cells
-    ]
 
 
 def warnings(study: Study, outcomes: Sequence[Outcome] = ()) -> list[str]:
@@ -321,11 +297,11 @@ def write_study_report(
     rows: list[dict[str, Any]] = []
     if study.cells:
         rows = cell_rows(study)
-        write_csv(folder / "results.csv", rows)
+        write_csv(folder / RESULTS, rows)
         write_figure(folder / "dose_response.png", dose_figure(study), dpi=130)
         tables |= cell_tables(study)
     if study.drawings.judged:
-        write_csv(folder / "drawings.csv", drawing_rows(study.drawings))
+        write_csv(folder / DRAWINGS, drawing_rows(study.drawings))
         tables |= drawing_tables(study.drawings)
     tables = {title: table for title, table in tables.items() if table[1]}
     conclusion = paragraph(study, bool(outcomes), tested_by)

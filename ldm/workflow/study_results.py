@@ -19,6 +19,7 @@ from ldm.workflow.study_keys import Compared
 LEVEL = 0.95  # of every interval
 OPEN = "open"  # a verdict on convergence that nobody can give
 OLDER_RULE = " (older rule)"  # behind a verdict by the rule of versions that wrote no standard error
+COUNTS = ("n_synthetic_used", "n_duplicated")  # of metrics.json: images that joined the real ones
 CHOSEN_BY = ("auc", "dice")  # what the epoch is chosen by on validation, and so the ratio: the first that there is
 
 
@@ -34,6 +35,7 @@ class Treatment:
 
 
 Key = tuple[str, Treatment, int | None, int]  # world, treatment, generator seed, seed
+DrawingKey = tuple[str, str, int | None]  # world, generator, generator seed
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def read_cell(folder: Path, world: str, treatment: Treatment, seed: int) -> Cell
     try:
         values = {name: each["value"] for name, each in found["test"].items() if isinstance(each, dict)}
         values |= {f"validation_{name}": found["validation"][name] for name in CHOSEN_BY if name in found["validation"]}
-        counts = {name: found.get(name) for name in ("n_synthetic_used", "n_duplicated")}
+        counts = {name: found.get(name) for name in COUNTS}
         groups = {
             f"{each['lesion_type']}, {each['severity']}": next(each[name] for name in CHOSEN_BY if name in each)[
                 "value"
@@ -137,7 +139,7 @@ class Drawing:
     commit: str = ""
 
     @property
-    def key(self) -> tuple[str, str, int | None]:
+    def key(self) -> DrawingKey:
         """What no two of a study share."""
         return self.world, self.generator, self.generator_seed
 
@@ -165,7 +167,7 @@ class Drawings:
     """
 
     judged: list[Drawing] = field(default_factory=list)
-    planned: frozenset[tuple[str, str, int | None]] = frozenset()
+    planned: frozenset[DrawingKey] = frozenset()
     by_another_judge: int = 0
 
     @property

@@ -20,6 +20,7 @@ from ldm.workflow.study_hypotheses import outcomes
 from ldm.workflow.study_jobs import run_side_by_side
 from ldm.workflow.study_keys import Arm, check_hypothesis
 from ldm.workflow.study_results import Drawings, Study, Treatment, read_cell, read_drawing
+from ldm.workflow.study_rows import ELSEWHERE, read_rows, with_rows_from_elsewhere
 
 
 def run_study(
@@ -40,11 +41,7 @@ def run_study(
         return show_steps([once, *(group.plan for group in groups)])
     if collect:
         return report(design, groups)
-    known = dict.fromkeys(group.world.name for group in groups)
-    for name in worlds or ():
-        if name not in known:
-            raise UsageError(f"--worlds {name}: no such world in this study; it has {', '.join(known)}")
-    chosen = [name for name in known if not worlds or name in worlds]
+    chosen = chosen_worlds(design, groups, worlds)
     if jobs > 1 and len(chosen) > 1:
         return run_side_by_side(path, design.keys.output_dir, chosen, jobs, overwrite)
     mine = [group for group in groups if group.world.name in chosen]
@@ -59,6 +56,21 @@ def run_study(
         for group in mine:
             code = code or run_group(design, groups, group, run)
     return code or say_rejects(design, once, mine)
+
+
+def chosen_worlds(design: Design, groups: Sequence[Group], worlds: Sequence[str] | None) -> list[str]:
+    """The worlds to run: these, or all of which no other machine's rows are there; UsageError for any other name."""
+    folder = ROOT / design.keys.output_dir
+    brought = {each.world for found in read_rows(read_study(design, groups)[0], folder) for each in found}
+    known = dict.fromkeys(group.world.name for group in groups)
+    for name in worlds or ():
+        if name not in known:
+            raise UsageError(f"--worlds {name}: no such world in this study; it has {', '.join(known)}")
+        if name in brought:
+            raise UsageError(f"--worlds {name}: another machine's rows of it are in {folder / ELSEWHERE}; remove them")
+    if brought and not worlds:
+        print(f"not run here, as rows of them are in {folder / ELSEWHERE}: {', '.join(sorted(brought))}", flush=True)
+    return [name for name in known if (name in worlds if worlds else name not in brought)]
 
 
 def check_judge_exists(design: Design) -> None:
@@ -176,6 +188,9 @@ def report(design: Design, groups: list[Group]) -> int:
     if judged.by_another_judge:
         cure = "delete judged.json beside their pictures, then run the study again"
         parts.append(f"left out, as another judge has read them: {judged.by_another_judge} ({cure})")
+    cells, drawings = read_rows(study, ROOT / design.keys.output_dir)
+    if cells or drawings:
+        parts.append(f"of other machines ({ELSEWHERE}/*.csv): {len(cells)} cells, {len(drawings)} generators' drawings")
     state = "; ".join(parts)
     if not study.cells and not judged.judged:
         raise MedSoftError(f"{design.keys.output_dir}: {state}; run the study first")
@@ -189,7 +204,10 @@ def report(design: Design, groups: list[Group]) -> int:
 
 
 def read_study(design: Design, groups: Sequence[Group]) -> tuple[Study, int]:
-    """The finished cells and judged drawings of these settings, and how many others or older generators made."""
+    """The finished cells and judged drawings of these settings, and how many others or older generators made.
+
+    With those of other machines, whose rows are trusted to be of these settings.
+    """
     cells, planned, outdated = [], [], 0
     for group in groups:
         record = PlanRecord(group.plan)
@@ -206,7 +224,8 @@ def read_study(design: Design, groups: Sequence[Group]) -> tuple[Study, int]:
                 origin |= {"commit": known.get("commit", ""), "generator_seed": generated}
                 cells.append(replace(found, **origin))
     drawings, older = read_drawings(design, groups)
-    return Study(cells, design.keys.compare, frozenset(planned), drawings), outdated + older
+    study = Study(cells, design.keys.compare, frozenset(planned), drawings)
+    return with_rows_from_elsewhere(study, ROOT / design.keys.output_dir), outdated + older
 
 
 def read_drawings(design: Design, groups: Sequence[Group]) -> tuple[Drawings, int]:

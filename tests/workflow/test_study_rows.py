@@ -1,0 +1,176 @@
+"""Rows of a study that another machine has computed: they count as if they had been computed in here."""
+
+import csv
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import studies
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import write_json
+from ldm.core.tables import write_csv
+from ldm.workflow import study_design, study_run
+from ldm.workflow.study_results import Cell, Drawing, Drawings, Study, Treatment
+from ldm.workflow.study_rows import ELSEWHERE, cell_rows, drawing_rows, read_rows
+from tool import study
+
+HYPOTHESES = {"H": {"minus": ["duplicated", "real"]}}
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_size=8)
+NUMBERS = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+WHOLE = st.none() | st.integers(0, 10**6)
+
+
+@pytest.fixture
+def write_study(tmp_path: Path) -> Callable[..., Path]:
+    """``write_study(name)``: a study of two worlds with a hypothesis, whose output is ``name``/out."""
+
+    def write(name: str, **changes: object) -> Path:
+        (tmp_path / name).mkdir()
+        return studies.write(tmp_path / name, worlds=[3, 4], seeds=[0, 1], hypotheses=HYPOTHESES, **changes)
+
+    return write
+
+
+def finish(path: Path, *worlds: str) -> None:
+    """Leave the metrics that these worlds' classifiers would have."""
+    design = study_design.load_design(path)
+    for group in study_design.plan_groups(design):
+        for number, cell in enumerate(group.cells):
+            if cell.world.name in worlds:
+                value = 0.6 + 0.01 * number + 0.1 * (cell.arm.name == "duplicated") / int(cell.world.name[-1])
+                metrics = {"test": {"auc": {"value": value}, "brier": {"value": None}}, "validation": {"auc": 0.5}}
+                metrics |= {"n_duplicated": 2, "n_train_diseased": 4, "converged": None}
+                write_json(Path(cell.folder) / "metrics.json", metrics)
+
+
+def bring(path: Path, text: str, name: str = "node7.csv") -> Path:
+    """Put a file beside the study's own results."""
+    file = Path(study_design.load_design(path).keys.output_dir) / ELSEWHERE / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+def test_rows_of_other_machines_give_the_numbers_of_one(write_study, tmp_path: Path) -> None:
+    whole, first, second = write_study("whole"), write_study("first"), write_study("second")
+    finish(whole, "world_3", "world_4")
+    finish(first, "world_3")
+    finish(second, "world_4")
+    for path in (whole, first):
+        assert tiny.call(study, path, "--collect") == 0
+    assert "open: 4 cells" in (tmp_path / "first/out/hypotheses.csv").read_text()
+    bring(second, (tmp_path / "first/out/results.csv").read_text())
+    assert tiny.call(study, second, "--collect") == 0
+    assert (
+        "of other machines (elsewhere/*.csv): 4 cells, 0 generators'" in (tmp_path / "second/out/study.md").read_text()
+    )
+    for name in ("results.csv", "hypotheses.csv"):
+        rows = [list(csv.reader((tmp_path / each / "out" / name).open())) for each in ("whole", "second")]
+        assert sorted(rows[0]) == sorted(rows[1]), name
+
+
+def test_the_committed_rows_give_the_documented_hypotheses(tmp_path: Path) -> None:
+    """What docs/results.md says of H3a and H3d, from the raw rows beside it."""
+    design = study_design.load_design(tiny.ROOT / "configs/study_words_drawings_confirmation.yaml")
+    groups = list(study_design.plan_groups(design))
+    (tmp_path / ELSEWHERE).mkdir()
+    shutil.copy(tiny.ROOT / "docs/study_words_drawings_confirmation.csv", tmp_path / ELSEWHERE)
+    planned = study_run.read_drawings(design, groups)[0].planned
+    cells, judged = read_rows(Study([], None, drawings=Drawings([], planned)), tmp_path)
+    found = Drawings(judged, planned)
+    assert (cells, len(judged), found.unfinished(found.generators)) == ([], len(planned), 0)
+    said = " ".join((tiny.ROOT / "docs/results.md").read_text().split())
+    for pair in (("ours", "no_msc"), ("ours_heldout", "no_msc_heldout")):
+        change = found.difference(*pair, "agreement")
+        assert f"{change.mean:+.3f} ({change.low:+.3f} to {change.high:+.3f})" in said, pair
+
+
+def test_worlds_of_other_machines_are_not_run_here(write_study, tmp_path: Path, capsys, monkeypatch) -> None:
+    other, path = write_study("other"), write_study("here")
+    finish(other, "world_3")
+    tiny.call(study, other, "--collect")
+    bring(path, (tmp_path / "other/out/results.csv").read_text())
+    monkeypatch.setattr("ldm.workflow.plan_run._run_child", lambda words, step: 7)
+    assert tiny.call(study, path) == 7
+    said = capsys.readouterr().out
+    assert f"not run here, as rows of them are in {tmp_path / 'here/out/elsewhere'}: world_3" in said
+    assert "--- world_4" in said
+    assert "--- world_3" not in said
+    with pytest.raises(UsageError, match=r"--worlds world_3: another machine's rows of it are in .*elsewhere; remove"):
+        tiny.call(study, path, "--worlds", "world_3")
+
+
+def test_a_world_that_was_computed_here_too_is_refused(write_study, tmp_path: Path) -> None:
+    path = write_study("here")
+    finish(path, "world_3", "world_4")
+    tiny.call(study, path, "--collect")
+    bring(path, (tmp_path / "here/out/results.csv").read_text())
+    with pytest.raises(MedSoftError, match=r"world_3: has rows in .*elsewhere and results in .*remove either"):
+        tiny.call(study, path, "--collect")
+
+
+CELLS = "world,arm,ratio,generator_seed,seed,auc,n_train_diseased,converged,seconds,machine,commit\n"
+GOOD = "world_3,real,,,0,0.5,4,,1.5,EPYC,abc\n"
+JUDGED = "world,generator,generator_seed,endpoint,value,n,machine,commit\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected a header and at least one row"),
+        ("arm,seed\nreal,0\n", "expected a column world, found arm, seed"),
+        (CELLS.replace(",commit", "") + GOOD.replace(",abc", ""), "expected a column commit, found"),
+        ("world,name\nworld_3,a\n", "expected a column generator, found world, name"),
+        (
+            CELLS + GOOD.replace("world_3", "world_5"),
+            "line 2: the study plans no cell world_5, real, 0; is it a",
+        ),
+        (CELLS + GOOD.replace("real", "ours"), "line 2: the study plans no cell world_3, ours, 0"),
+        (CELLS + GOOD.replace("real,", "duplicated,2"), "line 2: the study plans no cell world_3, duplicated at 2, 0"),
+        (CELLS + GOOD + GOOD, "line 3: a second row of the cell world_3, real, 0; keep one"),
+        (CELLS + GOOD.replace("0.5", "good"), "line 2: auc: expected a number or nothing, found 'good'"),
+        (CELLS + GOOD.replace("0.5", "nan"), "line 2: auc: expected a number or nothing, found 'nan'"),
+        (CELLS + GOOD.replace(",0,", ",,", 1), "line 2: the study plans no cell world_3, real; is it"),
+        (CELLS + GOOD.replace(",0,", ",0.5,", 1), "line 2: seed: expected a whole number or nothing, found '0.5'"),
+        (CELLS + "world_3,real\n", "row 1 below the header ends before its column ratio"),
+        (JUDGED + "world_3,ours,0,agreement,0.5,9,EPYC,abc\n", "line 2: the study judges no drawings world_3, ours, 0"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_refused(write_study, text: str, said: str) -> None:
+    path = write_study("here")
+    file = bring(path, text)
+    for flags in (["--collect"], []):
+        with pytest.raises(MedSoftError) as caught:
+            tiny.call(study, path, *flags)
+        assert str(caught.value).startswith(str(file)), caught.value
+        assert said in str(caught.value)
+
+
+def test_a_second_number_of_the_same_drawings_is_refused(tmp_path: Path) -> None:
+    drawing = Drawing("w", "ours", 0, {"agreement": 0.5}, {"agreement": 9})
+    (tmp_path / ELSEWHERE).mkdir()
+    write_csv(tmp_path / ELSEWHERE / "a.csv", drawing_rows(Drawings([drawing, drawing])))
+    with pytest.raises(MedSoftError, match=r"a.csv, line 3: a second agreement of w, ours, 0; keep one"):
+        read_rows(Study([], None, drawings=Drawings([], frozenset([drawing.key]))), tmp_path)
+
+
+@given(st.data())
+def test_rows_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    treatment = Treatment(data.draw(TEXTS), data.draw(NUMBERS))
+    values = {name: data.draw(NUMBERS) for name in ("auc", "brier", "validation_auc")}
+    counts = {"n_synthetic_used": data.draw(WHOLE), "n_duplicated": data.draw(WHOLE)}
+    more = {"machine": data.draw(TEXTS), "commit": data.draw(TEXTS), "converged": data.draw(TEXTS)}
+    more |= {"n_train_diseased": data.draw(WHOLE), "seconds": data.draw(NUMBERS), "generator_seed": data.draw(WHOLE)}
+    cell = Cell(data.draw(TEXTS), treatment, data.draw(st.integers(0, 9)), values, counts, **more)
+    judged = Drawing(cell.world, data.draw(TEXTS), cell.generator_seed, {"seam": values["auc"]}, {"seam": 3})
+    folder = tmp_path_factory.mktemp("study")
+    (folder / ELSEWHERE).mkdir()
+    write_csv(folder / ELSEWHERE / "a.csv", cell_rows(Study([cell], None)))
+    write_csv(folder / ELSEWHERE / "b.csv", drawing_rows(Drawings([judged])))
+    planned = Study([], None, frozenset([cell.key]), Drawings([], frozenset([judged.key])))
+    assert read_rows(planned, folder) == ([cell], [judged])
