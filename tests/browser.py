@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = """--headless=new --no-sandbox --disable-gpu --no-first-run --disable-extensions --disable-background-networking
 --disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"""
+PATIENCE = 120  # seconds: no test waits for this long unless something is wrong
 NO_BUS = "unix:path=/dev/null"  # it would wait for a desktop's message bus
 
 
@@ -43,7 +45,7 @@ class Browser:
         )
         for each in (asked, heard):
             os.close(each)
-        self.out, self.back = os.fdopen(ask, "wb", buffering=0), os.fdopen(hear, "rb")
+        self.out, self.back, self.unread = os.fdopen(ask, "wb", buffering=0), hear, b""
         self.session: str | None = None
         (target,) = [each for each in self.call("Target.getTargets")["targetInfos"] if each["type"] == "page"]
         attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
@@ -57,7 +59,7 @@ class Browser:
         self.process.terminate()
         self.process.wait(30)
         self.out.close()
-        self.back.close()
+        os.close(self.back)
         self.profile.cleanup()
 
     def call(self, method: str, **given: Any) -> dict[str, Any]:
@@ -74,10 +76,12 @@ class Browser:
                 return heard["result"]
 
     def _hear(self) -> dict[str, Any]:
-        data = bytearray()
-        while (byte := self.back.read(1)) != b"\0":
-            assert byte, "Chromium has ended"
-            data += byte
+        while b"\0" not in self.unread:
+            assert select.select([self.back], [], [], PATIENCE)[0], f"Chromium has said nothing for {PATIENCE} seconds"
+            more = os.read(self.back, 1 << 16)
+            assert more, "Chromium has ended"
+            self.unread += more
+        data, _, self.unread = self.unread.partition(b"\0")
         heard = json.loads(data)
         if heard.get("method") == "Network.requestWillBeSent":
             self.requests.append(heard["params"]["request"]["url"])
@@ -105,7 +109,7 @@ class Browser:
 
     def wait(self, condition: str) -> None:
         """Wait until an expression is true in the page, which may be loading meanwhile."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             with suppress(LookupError):
                 given = {"expression": f"Boolean({condition})", "returnByValue": True}

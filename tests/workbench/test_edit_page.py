@@ -12,6 +12,7 @@ import children
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
+from made import AXIAL, grid, marked, write_series
 from tiny import ROOT
 
 from ldm.data.images import read_image
@@ -101,8 +102,7 @@ def test_first_use(browser: Browser, output_dir: Path) -> None:
     assert np.all(mask[suggested == 255] == 255)
     browser.wait("medsoft.placing.facts.pixels === medsoft.app.mask.count && medsoft.app.soft.includes(255)")
 
-    assert browser.run("document.getElementById('act').textContent") == "Draw"
-    click(browser, "act")
+    press_act(browser, "Draw")
     assert "act" in browser.run(HASTE)  # where Cancel stood is no button now
     browser.wait("!document.getElementById('act').disabled")
     assert browser.run("medsoft.app.shown.state") == "new"
@@ -180,6 +180,7 @@ def test_a_reload_while_drawing_loses_nothing(browser: Browser, server: str, out
     browser.run("void (document.getElementById('n').value = 3, document.getElementById('seed').value = 77)")
     browser.run("void document.getElementById('n').dispatchEvent(new Event('input'))")
     before, name = painted(browser), browser.run("medsoft.app.document.id")
+    browser.wait("!document.getElementById('act').disabled")
     browser.press("d")
     browser.wait("sessionStorage.getItem('medsoft.job')")
     headers = {"X-MedSoft": "1", "Content-Type": "application/json"}
@@ -220,6 +221,7 @@ def test_a_reload_while_drawing_loses_nothing(browser: Browser, server: str, out
     browser.press("Escape")
     browser.run("void (document.getElementById('n').value = 8)")
     browser.run("void document.getElementById('n').dispatchEvent(new Event('input'))")
+    browser.wait("!document.getElementById('act').disabled")
     browser.press("d")
     browser.wait("medsoft.drawing.job")
     click(browser, "cancel")
@@ -293,3 +295,30 @@ def test_a_fault_stands_in_the_status_line_and_nothing_is_lost(browser: Browser,
     assert browser.run("document.getElementById('status').textContent").startswith(
         f"Passed over: {tmp_path}/a/image.png"
     )
+
+
+def test_a_dicom_slice_is_painted_on_drawn_and_accepted(browser: Browser, output_dir: Path, tmp_path: Path) -> None:
+    values = marked((48, 40, 1))
+    write_series(tmp_path / "ct", values, grid(AXIAL, values.shape, (0.5, 0.5, 3.0)), RescaleIntercept="-1000")
+    before = set((output_dir / "accepted").iterdir())
+    browser.run(f"document.getElementById('path').value = '{tmp_path}/ct'")
+    click(browser, "open")
+    browser.wait("medsoft.app.document.width === 48 && !medsoft.app.opening")
+    assert browser.run("document.getElementById('about').textContent").endswith(": 48 x 40, 16 bit, 0.5 mm")
+    browser.run("document.getElementById('prompt').value = 'osteolytic lesion'")
+    browser.run("void document.getElementById('prompt').dispatchEvent(new Event('input'))")
+    browser.press("x")
+    browser.drag(place(browser, 12.2, 12.1), place(browser, 20, 20), place(browser, 25.9, 23.9))
+    mask = painted(browser)
+    assert mask[12:24, 12:26].all()
+    browser.wait("medsoft.placing.facts && medsoft.sentence.tokens")
+    press_act(browser, "Draw")
+    browser.wait("medsoft.app.shown && medsoft.app.shown.state === 'new' && !medsoft.drawing.job")
+    press_act(browser, "Accept")
+    browser.wait("medsoft.app.shown.state === 'accepted'")
+    (folder,) = set((output_dir / "accepted").iterdir()) - before
+    image, soft, stored = read_image(folder / "image.png"), read_image(folder / "soft_mask.png"), values[:, :, 0].T
+    assert image.dtype == np.uint16
+    assert np.array_equal(read_image(folder / "mask.png"), mask)
+    assert np.array_equal(image[soft == 0], stored[soft == 0])
+    assert not np.array_equal(image, stored)
