@@ -80,6 +80,7 @@ def agreement(judged: Judged, samples: Sequence[Sample]) -> dict[str, Any]:
     return {
         "samples": len(samples),
         "never_reviewed": sum(sample.image not in judged.reviews for sample in samples),
+        "renamed": judged.renamed,
         "changed": judged.changed,
         "unknown": judged.unknown,
         "reviewers": [_reviewer(name, [review for _, review in rows if review.reviewer == name]) for name in names],

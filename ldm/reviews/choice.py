@@ -1,15 +1,16 @@
 """Which drawn images are left out because somebody rejected them, and what a run's record says about it. No torch.
 
 Rows of several reviewers, and of several files, are joined: an image that any of them rejected is left out, one that
-somebody flagged and nobody rejected stays and is counted, and so does one that nobody has judged.
+somebody flagged and nobody rejected stays and is counted, and so does one that nobody has judged. A verdict is about a
+picture, by its SHA-256, and follows it to another name: a rejected one cannot come back in a folder that was renamed.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ldm.core.errors import FileError, MedSoftError
 from ldm.core.files import content_id, sha256_file
@@ -19,57 +20,91 @@ from ldm.reviews.table import FLAG, REJECT, Review, latest, one_spelling, read_r
 
 log = logging.getLogger("review")
 
+K = TypeVar("K")
+
 
 @dataclass(frozen=True)
 class Judged:
     """What review files say of drawn images.
 
-    ``reviews``: the ones that count, by the image's file. ``changed``: samples that were judged when their image was
-    another one. ``unknown``: sample_ids that are judged, but not among the samples.
+    ``reviews``: the ones that count, by the image's file. ``renamed``: sample_ids under which an image was judged that
+    has another one now. ``changed``: samples that were judged when their image was another one. ``unknown``:
+    sample_ids that are judged, but neither they nor their images are among the samples.
     """
 
     reviews: dict[Path, list[Review]]
+    renamed: list[str]
     changed: list[str]
     unknown: list[str]
 
 
+def verdicts_about(reviews: Sequence[Review], images: Mapping[K, tuple[str, str | None]]) -> dict[K, list[Review]]:
+    """The review of each reviewer that counts about each of ``images`` (sample_id, SHA-256), where there is one.
+
+    That is the last row with this SHA-256 under this name or under one that no image of this content has any more. A
+    copy beside the judged image is a sample of its own, with a sentence of its own; until its reviewer judges it, only
+    that the picture was rejected holds for it too.
+    """
+    names: dict[str | None, set[str]] = {}
+    for sample_id, digest in images.values():
+        names.setdefault(digest, set()).add(sample_id)
+    rows: dict[str | None, list[Review]] = {}
+    for each in reviews:
+        rows.setdefault(each.image_sha256, []).append(each)
+    found = {}
+    for key, (sample_id, digest) in images.items():
+        said = rows.get(digest, [])
+        copies = names[digest] - {sample_id}
+        beside = [each for each in latest(said).values() if each.sample_id in copies and each.verdict == REJECT]
+        counts = {each.reviewer: each for each in beside}
+        counts |= {each.reviewer: each for each in said if each.sample_id not in copies}
+        if counts:
+            found[key] = list(counts.values())
+    return found
+
+
 def match_reviews(files: Sequence[Path], samples: Sequence[Sample], redrawn: bool = False) -> Judged:
-    """Bring the rows of review files together with the samples: by sample_id and the SHA-256 of the image.
+    """Bring the rows of review files together with the samples: by the SHA-256 of the image, see ``verdicts_about``.
 
     Raises FileError for a file without a row, and for one of which no row is about an image of these samples (with
     ``redrawn`` one that names samples of which all images are others now is taken); what else cannot be used is logged.
     """
-    by_id: dict[str, dict[str | None, list[Path]]] = {}
-    for sample in samples:
-        digest = sample.image_sha256 or content_id(sample.image)
-        by_id.setdefault(sample.sample_id, {}).setdefault(digest, []).append(sample.image)
+    images = {
+        (each.sample_id, each.image): (each.sample_id, each.image_sha256 or content_id(each.image)) for each in samples
+    }
+    names = {sample_id for sample_id, _ in images}
+    places: dict[str | None, list[str]] = {}
+    for sample_id, digest in images.values():
+        places.setdefault(digest, []).append(sample_id)
     rows: list[Review] = []
     for path in files:
         found = read_reviews(path)
         if not found:
             raise FileError(path, "holds no verdict; review the images first (medsoft review RESULTS)")
-        known = [each for each in found if each.sample_id in by_id]
-        if not known:
+        usable = any(each.image_sha256 in places for each in found)
+        known = {each.sample_id for each in found} & names
+        if not usable and not known:
             rows_here = f"{counted(len(found), 'row')}, the first about {shown(found[0].sample_id)}"
             raise FileError(path, f"is the review of other images: has {rows_here}, none about these")
-        if not redrawn and not any(each.image_sha256 in by_id[each.sample_id] for each in known):
-            count = len({each.sample_id for each in known})
-            said = counted(count, "image that it judges has", "images that it judges have")
+        if not usable and not redrawn:
+            said = counted(len(known), "image that it judges has", "images that it judges have")
             raise FileError(path, f"{said} changed since, and no other is judged; review again")
         rows += found
+    rows = one_spelling(rows)
     reviews: dict[Path, list[Review]] = {}
-    before: set[str] = set()
-    for each in latest(one_spelling(rows)).values():
-        images = by_id.get(each.sample_id, {})
-        before |= {each.sample_id} if images and each.image_sha256 not in images else set()
-        for image in images.get(each.image_sha256, []):
-            reviews.setdefault(image, []).append(each)
-    judged = {sample.sample_id for sample in samples if sample.image in reviews}
-    changed = sorted(before - judged)
-    unknown = sorted({each.sample_id for each in rows} - by_id.keys())
+    judged = set()
+    for (sample_id, image), said in verdicts_about(rows, images).items():
+        judged.add(sample_id)
+        reviews[image] = list(dict.fromkeys([*reviews.get(image, []), *said]))
+    now = {each.sample_id: places[each.image_sha256] for each in rows if each.image_sha256 in places}
+    renamed = {name: others[0] for name, others in sorted(now.items()) if name not in others}
+    lost = {each.sample_id for each in rows if each.image_sha256 not in places}
+    changed, unknown = sorted(lost & names - judged), sorted(lost - names - renamed.keys())
+    pairs = [f"{name} (now {other})" for name, other in renamed.items()]
+    _warn("judged under another name, and the verdict counts", pairs)
     _warn("changed since the verdict, which no longer counts", changed)
     _warn("judged, but not among these samples", unknown)
-    return Judged(reviews, changed, unknown)
+    return Judged(reviews, list(renamed), changed, unknown)
 
 
 def _warn(what: str, names: Sequence[str]) -> None:
@@ -99,8 +134,8 @@ def apply_review(files: Sequence[str | Path], samples: Sequence[Sample]) -> Choi
     """Find the images that were rejected among the diseased ``samples``.
 
     The record: ``files`` with their SHA-256, ``reviewers`` with the number of images each has judged, ``samples``,
-    ``left_out``, ``flagged`` and ``never_reviewed`` as numbers, ``changed`` and ``unknown`` as sample_ids. Raises
-    MedSoftError where every image is rejected, and as ``match_reviews`` does.
+    ``left_out``, ``flagged`` and ``never_reviewed`` as numbers, ``renamed``, ``changed`` and ``unknown`` as sample_ids.
+    Raises MedSoftError where every image is rejected, and as ``match_reviews`` does.
     """
     drawn = [sample for sample in samples if not sample.healthy]
     found = match_reviews([Path(path) for path in files], drawn)
@@ -118,6 +153,7 @@ def apply_review(files: Sequence[str | Path], samples: Sequence[Sample]) -> Choi
         "left_out": sum(sample.image in rejected for sample in drawn),
         "flagged": sum(sample.image in flagged - rejected.keys() for sample in drawn),
         "never_reviewed": sum(sample.image not in found.reviews for sample in drawn),
+        "renamed": found.renamed,
         "changed": found.changed,
         "unknown": found.unknown,
     }

@@ -26,8 +26,8 @@ from ldm.data.folders import parent_image
 from ldm.data.images import open_image, read_image
 from ldm.data.masks import read_mask
 from ldm.data.samples import Sample
-from ldm.reviews.choice import match_reviews
-from ldm.reviews.table import REJECT, Review, add_review, check_value, latest, now, read_reviews
+from ldm.reviews.choice import match_reviews, verdicts_about
+from ldm.reviews.table import REJECT, Review, add_review, check_value, now, read_reviews
 from ldm.workbench.options import ReviewOptions
 from ldm.workbench.server import Address, make_app, raw, serve
 from ldm.workbench.sources import Document, open_sample
@@ -161,10 +161,10 @@ class Queue:
     def verdicts(self, reviewer: str) -> dict[str, Any]:
         """What this reviewer has said about the images as they are: {"verdicts": {item: [verdict, reason]}}."""
         with self._lock:
-            found = latest([row for row in self.rows() if row.reviewer == reviewer])
-            said = {(row.sample_id, row.image_sha256): [row.verdict, row.reason] for row in found.values()}
-            keys = {name: (sample.sample_id, self.digests[name]) for name, sample in self.samples.items()}
-            return {"verdicts": {name: said[key] for name, key in keys.items() if key in said}}
+            rows = [row for row in self.rows() if row.reviewer == reviewer]
+            images = {name: (sample.sample_id, self.digests[name]) for name, sample in self.samples.items()}
+            said = {name: found[-1] for name, found in verdicts_about(rows, images).items()}
+            return {"verdicts": {name: [row.verdict, row.reason] for name, row in said.items()}}
 
     def shown(self, name: str) -> Shown:
         """An image with its parent and its soft mask, read again where a file has changed."""

@@ -89,7 +89,7 @@ def test_tables_by_lesion_type_and_reason() -> None:
         images[1]: [said(1, "a", "reject", "seam", 4.0), said(1, "b", "accept")],
         images[2]: [said(2, "a", "flag", seconds=9.0), said(2, "c", "reject")],
     }
-    found = agreement(Judged(reviews, ["s9"], []), samples)
+    found = agreement(Judged(reviews, [], ["s9"], []), samples)
     assert (found["samples"], found["never_reviewed"], found["changed"]) == (4, 1, ["s9"])
     first = {"reviewer": "a", "judged": 3, "accept": 0, "reject": 2, "flag": 1, "median_seconds": 4.0}
     assert found["reviewers"][0] == first

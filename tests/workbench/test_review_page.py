@@ -269,6 +269,21 @@ def test_another_server_of_the_same_file_is_heard(few: Path) -> None:
     assert second.get("/api/review").json()["reviewer"] == "ann"
 
 
+def test_what_was_said_of_an_image_is_known_after_its_folder_was_renamed(few: Path) -> None:
+    add_review(
+        few / "review.csv", Review("p00__v0", "ann", "reject", sha256_file(few / "p00__v0" / "image.png"), "seam")
+    )
+    (few / "p00__v0").rename(few / "another")
+    asked = client(few)
+    state = asked.get("/api/review?reviewer=ann").json()
+    names = {item["sample_id"]: item["id"] for item in state["items"]}
+    assert state["verdicts"] == {names["another"]: ["reject", "seam"]}
+    about = asked.get(f"/api/items/{names['another']}").json()
+    content = {"reviewer": "ann", "sha256": about["sha256"], "verdict": "accept"}
+    answer = asked.post(f"/api/items/{names['another']}/verdict", json=content).json()
+    assert answer["verdicts"] == {names["another"]: ["accept", ""]}
+
+
 def test_folders_and_files_that_cannot_be_reviewed(few: Path, tmp_path: Path) -> None:
     file = few / "review.csv"
     add_review(file, Review("elsewhere", "ann", "accept", "0" * 64))
