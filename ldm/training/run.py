@@ -34,7 +34,7 @@ from ldm.training.estimates import check_disk, check_memory, memory_cures
 from ldm.training.loop import Training
 from ldm.training.previews import Previews
 from ldm.training.records import Records, Trackers, check_loggers
-from ldm.training.saving import LAST, Checkpoints, best_files
+from ldm.training.saving import LAST, Checkpoints, RunState, best_files, restarts
 from ldm.training.stage import STEP_PARTS, Stage, training_groups
 
 if TYPE_CHECKING:
@@ -104,17 +104,17 @@ class TrainingFolder(RunFolder):
         file = self.record if self.record.exists() else max(best, key=lambda path: path.name, default=None)
         if file is None:
             return None
-        cure = f"--ckpt {best[0]} and another --save_path start from the best kept weights" if best else ""
+        cures = restarts(self.path)
         try:
             found = read_checkpoint(file)
         except MedSoftError as error:
             if overwrite:
                 return {}
-            raise MedSoftError(f"{error}; {cure}{', ' * bool(best)}--overwrite starts this run again") from error
+            raise MedSoftError(f"{error}; {', '.join(cures)}") from error
         metadata = found.metadata
         if file != self.record and metadata.get("epoch"):
-            return {"fault": f"its {LAST} is gone; {cure}"}
-        if "inputs" not in metadata:
+            return {"fault": f"its {LAST} is gone; {cures[0]}"}
+        if not {"inputs", "config"} <= metadata.keys():
             return {"fault": "it does not say which, as in files of older versions"}
         try:
             theirs = config_from_dict(metadata["config"], str(file))
@@ -222,11 +222,7 @@ def _run(
     content = fingerprint([inputs.identities, sha256_file(options.ckpt)])
     found = folder.open(run_settings(config, content), options.overwrite)
     previous = found["checkpoint"] if found else None
-    if previous and previous.metadata.get("complete"):
-        if previous.metadata.get(TRAINED_ON, inputs.trained_on) != inputs.trained_on:
-            text = "warning: %s knows its patients by other ids than the data have now: later checks will not find them"
-            log.warning(f"{text}; --overwrite trains it again, under the new ones", previous.path)
-        log.info("%s: already complete (%d steps)", save_path, previous.metadata["step"])
+    if previous and _is_complete(previous, inputs):
         return cli.SOME_REJECTED if (save_path / REJECTS).exists() else cli.DONE
     fabric, precision = make_fabric(options, training)
     half = precision == "bf16-mixed"
@@ -257,21 +253,34 @@ def _run(
     wanted = skeleton(net.architecture, training.builds)
     frozen = {key: value for key, value in source.state.items() if key in wanted}
     stage = Stage(training, net, frozen, features.empty_text(), half)
+    state = RunState.of(previous, stage) if previous else None
     if is_first_process():
         folder.claim()
         write_text(save_path / "config.yaml", as_yaml(config))
         write_rejects(save_path / REJECTS, inputs.rejects)
-        if previous:
-            log.info("resuming after step %d", previous.metadata["step"])
+        if state:
+            log.info("resuming after step %d", state.progress.step)
     fabric.launch()
     stage.share_out(fabric.world_size)
-    checkpoints = Checkpoints(save_path, stage, metadata, fabric, precision, previous)
+    checkpoints = Checkpoints(save_path, stage, metadata, fabric, precision, state)
+    del found, previous, state  # as long as its tensors are mapped, the disk keeps the file that is replaced
     loop = _training(checkpoints, precision, inputs, features, previews)
     if code := _guarded(loop):
         return code
     log.info("%s: %d steps, complete", checkpoints.path, checkpoints.progress.step)
     # The launcher kills the first process when one that it started does not end with 0.
     return cli.SOME_REJECTED if inputs.rejects and fabric.is_global_zero else cli.DONE
+
+
+def _is_complete(previous: Checkpoint, inputs: TrainingInputs) -> bool:
+    """Whether the run of this ``last.ckpt`` has ended, which is said then."""
+    if not previous.metadata.get("complete"):
+        return False
+    if previous.metadata.get(TRAINED_ON, inputs.trained_on) != inputs.trained_on:
+        text = "warning: %s knows its patients by other ids than the data have now: later checks will not find them"
+        log.warning(f"{text}; --overwrite trains it again, under the new ones", previous.path)
+    log.info("%s: already complete (%s steps)", previous.path.parent, previous.step)
+    return True
 
 
 def _training(
@@ -286,6 +295,11 @@ def _training(
     sets = {name: StageData(items, features, training, name == "val") for name, items in inputs.items.items()}
     start = checkpoints.progress.batches * training.batch_size // world
     train_loader = loader(sets["train"], training, True, rank, world, start)
+    if checkpoints.progress.batches >= len(train_loader):
+        raise MedSoftError(
+            f"{checkpoints.path}: goes on after batch {checkpoints.progress.batches} of an epoch, which has "
+            f"{len(train_loader)} here; {', '.join(restarts(folder))}"
+        )
     loaders = (train_loader, loader(sets["val"], training, False, rank, world))
     trackers = Trackers(training.loggers, folder, checkpoints.metadata)
     records = Records(folder, training.stage, fabric.is_global_zero, trackers)

@@ -5,14 +5,16 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ldm.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from ldm.checkpoints.fitting import not_finite
+from ldm.checkpoints.unfinished import NUMBER, POSITIVE, WHOLE, Unfinished
 from ldm.core.errors import MedSoftError
 from ldm.networks.weight_average import laid_as
 from ldm.training.alignment import NAME as ALIGNMENT
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 LAST = "last.ckpt"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of the shape of their parameter
+SCALER = {"scale": POSITIVE, "growth_factor": POSITIVE, "backoff_factor": POSITIVE, "growth_interval": WHOLE}
+SCALER |= {"_growth_tracker": WHOLE}  # torch's, of the gradient scaler of 16-mixed
 BEST = re.compile(r"best_epoch(\d+)_loss([-+.e\d]+)\.ckpt")
 
 
@@ -48,8 +52,42 @@ class Progress:
         self.epoch, self.batches, self.loss_sum, self.items = self.epoch + 1, 0, 0.0, 0
 
 
+@dataclass(frozen=True)
+class RunState:
+    """What an unfinished ``last.ckpt`` has to go on from, each entry checked against the stage that does."""
+
+    progress: Progress
+    weights: dict[str, Tensor]  # all that is trained
+    average: dict[str, Tensor]
+    moments: dict[int, dict[str, Tensor]]  # AdamW's, by the number of the parameter
+    scaler: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, previous: Checkpoint, stage: Stage) -> "RunState":
+        """MedSoftError, naming file and entry, where one is missing, of another shape or type, or no number.
+
+        ``stage``: before its weights are shared out. Tensors stay where they are, in memory mapped from the file.
+        """
+        saved = Unfinished(previous.path, previous.rest, ", ".join(restarts(previous.path.parent)))
+        numbers = {item.name: NUMBER if item.name == "loss_sum" else WHOLE for item in fields(Progress)}
+        progress = Progress(**saved.entry("progress", numbers))
+        epochs = stage.training_config.max_epochs
+        if progress.epoch + (progress.batches > 0) > epochs or progress.items < progress.batches:
+            saved.refuse(f"progress: expected a place in one of {epochs} epochs, found {asdict(progress)}")
+        model = {key: value for key, value in stage.trained.items() if key not in stage.projection}
+        there = {key: previous.state[key] for key in model if key in previous.state}
+        weights = saved.fitting("state_dict", model, there) | (saved.entry(ALIGNMENT, stage.projection or None) or {})
+        averaged = stage.trained if stage.training_config.ema_decay else None
+        listed = previous.rest.get("optimizer_states")
+        kept = listed[0] if isinstance(listed, list) and listed else None
+        groups = {name: [*members.values()] for name, members in stage.groups.items()}
+        moments = saved.moments("optimizer_states[0]", kept, groups)
+        scaler = saved.entry("MixedPrecision", SCALER if "MixedPrecision" in previous.rest else None)
+        return cls(progress, weights, saved.entry("average", averaged) or {}, moments, scaler)
+
+
 class Checkpoints:
-    """Writes the checkpoints of one run, and puts the stage and its optimizer where ``previous`` ended.
+    """Writes the checkpoints of one run, and puts the stage and its optimizer where ``state`` says that it ended.
 
     All processes save together; the first one writes.
     """
@@ -61,34 +99,45 @@ class Checkpoints:
         metadata: dict[str, Any],
         fabric: "Fabric",
         precision: str,
-        previous: Checkpoint | None,
+        state: RunState | None,
     ) -> None:
-        """``metadata``: what every file says about itself, under ``medsoft``."""
+        """``metadata``: what every file says about itself, under ``medsoft``. ``state``: what to go on from, if any.
+
+        Raises MedSoftError, in all processes, where they are told different things of the run.
+        """
         self.folder, self.path, self.stage, self.fabric = folder, folder / LAST, stage, fabric
         self.metadata, self.training = metadata, stage.training_config
         # With a gradient scaler a fused step would hide the unscaled gradients.
         self.optimizer = stage.adamw(fused=precision != "16-mixed")
         self.scaler = torch.amp.GradScaler(stage.device.type, enabled=precision == "16-mixed")
         self.progress = Progress()
-        if previous:
-            self._resume(previous)
+        if state:
+            self._resume(state)
+        told = of_everyone((metadata["inputs"], asdict(self.progress)))
+        if told.count(told[0]) < len(told):
+            steps = ", ".join(str(progress["step"]) for _, progress in told)
+            raise MedSoftError(
+                f"{self.path}: the processes of this run do not see the same files (they would go on after step "
+                f"{steps}); --save_path, --ckpt and the data must lie on a disk that all machines share"
+            )
         self.saved = time.monotonic()
 
-    def _resume(self, previous: Checkpoint) -> None:
-        self.progress = Progress(**previous.rest["progress"])
-        saved = {**previous.state, **previous.rest.get(ALIGNMENT, {})}
-        with torch.no_grad():  # what is frozen is that of the first checkpoint already
-            for key, parameter in self.stage.trained.items():
-                parameter.copy_(laid_as(parameter, saved[key]))
-        self.stage.average.load(previous.rest.get("average") or {})
-        kept = previous.rest["optimizer_states"][0]
+    @torch.no_grad()
+    def _resume(self, state: RunState) -> None:
+        self.progress = state.progress
+        for key, parameter in self.stage.trained.items():  # what is frozen is that of the first checkpoint already
+            parameter.copy_(laid_as(parameter, state.weights[key]))
+        self.stage.average.load(state.average)
         # The moments come in the memory layout of the device that saved them, and whole; copy them into this one's.
+        # Nothing may stay that is mapped from the file: as long as it is, the disk keeps the file that is replaced.
+        moments = {number: dict(kept, step=kept["step"].clone()) for number, kept in state.moments.items()}
         for number, parameter in enumerate(self.stage.trained.values()):
-            moments = kept["state"].get(number, {})
-            moments |= {name: laid_as(parameter, moments[name]) for name in MOMENTS if name in moments}
-        self.optimizer.load_state_dict(kept)
-        if scaler := previous.rest.get("MixedPrecision"):
-            self.scaler.load_state_dict(scaler)
+            if number in moments:
+                moments[number] |= {name: laid_as(parameter, moments[number][name]) for name in MOMENTS}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        if state.scaler:
+            self.scaler.load_state_dict(state.scaler)
 
     def due(self) -> bool:
         """True when ``training.save_every_minutes`` have passed since the last file."""
@@ -155,6 +204,13 @@ class Checkpoints:
         if self.fabric.is_global_zero and self.training.keep_best:
             for path in best_files(self.folder)[self.training.keep_best :]:
                 path.unlink(missing_ok=True)
+
+
+def restarts(folder: Path) -> list[str]:
+    """What to do where ``last.ckpt`` in a run's folder is of no use, the best first."""
+    best = best_files(folder)
+    first = [f"--ckpt {best[0]} and another --save_path start from the best kept weights"] if best else []
+    return [*first, "--overwrite starts this run again"]
 
 
 def best_files(folder: Path, *more: Path) -> list[Path]:
