@@ -80,6 +80,17 @@ def load_parts(model: nn.Module, checkpoint: Checkpoint, parts: list[str], archi
     model.load_state_dict({**model.state_dict(), **offered}, strict=True)
 
 
+def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: str | Path, to: str, cure: str) -> None:
+    """Fill ``network`` with exactly the tensors of ``state``, read from ``path``; ``to``: what says what they must be.
+
+    MedSoftError, ending with ``cure``, where one is missing, left over or of another shape, or holds no numbers.
+    """
+    if problems := compare(network.state_dict(), state):
+        raise MedSoftError(f"{path}: does not fit {to}: {'; '.join(problems)}; {cure}")
+    check_finite(state, path)
+    network.load_state_dict(state)
+
+
 def check_architecture(checkpoint: Checkpoint, parts: Iterable[str], architecture: Architecture) -> None:
     """Refuse a checkpoint whose parts were made for other sizes, such as a number of heads, which no shape shows."""
     theirs = checkpoint.config

@@ -25,6 +25,11 @@ DICTIONARY = Rule(lambda value: isinstance(value, dict), "a dictionary")
 STEPS = torch.zeros(())  # what AdamW counts with
 
 
+def exactly(value: str | int) -> Rule:
+    """No other value will do."""
+    return Rule(lambda found: type(found) is type(value) and found == value, repr(value))
+
+
 @dataclass(frozen=True)
 class Unfinished:
     """The entries of a file; ``cure``: what to do about one that does not fit, the end of every message."""

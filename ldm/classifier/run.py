@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ldm.checkpoints.files import read_safetensors
+from ldm.checkpoints.fitting import load_exactly
 from ldm.classifier.config import SEGMENT, ClassifierConfig
 from ldm.classifier.convergence import convergence, convergence_note, read_history
 from ldm.classifier.data import ImageSet, class_separations, load_data, load_images, require_source
@@ -126,6 +127,7 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
             folder.claim()
         if not weights.exists():
             fit(config, data, run)
+        (config.output / "last.pt").unlink(missing_ok=True)  # also that of a run that was killed before it came here
         saved = load_classifier(weights, config.GPU)
         metrics = _test(config, saved, weights, data.real_sets, data.rejects, data.synthetic)
         if not complete:
@@ -173,13 +175,14 @@ def load_classifier(weights: str | Path, gpu: str | list[int] | list[str] = "") 
     state, metadata = read_safetensors(path)
     try:
         info = json.loads(metadata["classifier"])
-    except (KeyError, ValueError) as error:
+        saved, classes = {**info["config"]}, list(info["classes"])
+    except (KeyError, TypeError, ValueError) as error:
         raise MedSoftError(f"{path}: not a classifier saved by classifier.py (it lacks the metadata of one)") from error
     # Keys that classifiers saved before do not have stand for what was done then, which is their default.
-    saved = info["config"] = {**dataclasses.asdict(ClassifierConfig()), **info["config"]}
-    sizes = len(info["classes"]), saved["img_size"], saved["channels"]
-    network = build_for_task(saved["task"], saved["model"], *sizes)
-    network.load_state_dict(state)
+    saved = info["config"] = {**dataclasses.asdict(ClassifierConfig()), **saved}
+    network = build_for_task(saved["task"], saved["model"], len(classes), saved["img_size"], saved["channels"])
+    to = f"the model {saved['model']} as timm makes it here"
+    load_exactly(network, state, path, to, "take the timm it was trained with, or train it again")
     return Classifier(network.to(pick_device(gpu), memory_format=torch.channels_last).eval(), info)
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from ldm.checkpoints.files import save_pickle
+from ldm.checkpoints.unfinished import DICTIONARY, NUMBER, WHOLE, Unfinished, exactly
 from ldm.classifier.augmentation import augmented
 from ldm.classifier.config import PRETRAIN, SEGMENT, ClassifierConfig
 from ldm.classifier.convergence import SCORES, score_column
@@ -28,6 +29,7 @@ from ldm.classifier.segmentation import build_for_task, moved_masks, segmentatio
 from ldm.core.devices import autocast
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_file, named_seed
+from ldm.core.schema import Rule
 from ldm.core.tables import write_csv
 from ldm.data.checks import TRAINED_ON, drawn_by
 
@@ -113,12 +115,13 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
     sizes = len(data.classes), config.img_size, config.channels
     network = build_for_task(config.task, config.model, *sizes, config.pretrained)
     network = network.to(device).to(memory_format=torch.channels_last)
-    rows, best, moments = resume(folder / "last.pt", network, run)
+    before = resume(config, phases, network, run)
+    rows, best = before.rows, before.best
     saved = time.monotonic()
     for phase in phases:
         optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        if moments and rows[-1]["phase"] == phase.name:
-            optimizer.load_state_dict(moments)
+        if rows and rows[-1]["phase"] == phase.name:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": before.moments})
         for epoch in range(sum(row["phase"] == phase.name for row in rows) + 1, phase.epochs + 1):
             train_loss = train_epoch(network, optimizer, phase, epoch, config)
             validation = validate(network, data, phases[-1].shares)
@@ -154,7 +157,6 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
     chosen_by = chosen_by if config.test_epoch is None else "test_epoch"
     write_csv(folder / "history.csv", rows)
     save_classifier(folder / "classifier.safetensors", config, data, run, best, chosen_by)
-    (folder / "last.pt").unlink(missing_ok=True)
 
 
 def is_chosen(row: Mapping[str, Any], best: Mapping[str, Any] | None, test_epoch: int | None) -> bool:
@@ -290,24 +292,46 @@ def save_classifier(
         handle.write(save(chosen["weights"], metadata={"classifier": json.dumps(info)}))
 
 
-def resume(
-    path: Path, network: torch.nn.Module, run: str
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None, dict[str, Any] | None]:
-    """Take up the saved state, if there is one: its weights into ``network``.
+@dataclass(frozen=True)
+class Resumed:
+    """What an interrupted run goes on from: ``rows`` of history.csv, the chosen epoch among them, AdamW's moments."""
 
-    Returns the rows of history.csv so far, the chosen epoch among them and the optimizer's state. Raises MedSoftError
-    for a state that cannot be read, UsageError for one of another run.
+    rows: list[dict[str, Any]]
+    best: dict[str, Any] | None
+    moments: dict[int, dict[str, torch.Tensor]]
+
+
+def resume(config: ClassifierConfig, phases: Sequence[Phase], network: torch.nn.Module, run: str) -> Resumed:
+    """Take up ``last.pt``, if there is one: its weights into ``network``, the rest is returned.
+
+    Raises UsageError for a state of another run, MedSoftError for one that cannot be read or in which an entry is
+    missing, of another shape or type, or no number.
     """
+    path, cure = config.output / "last.pt", "delete it to train from the start"
     if not path.exists():
-        return [], None, None
+        return Resumed([], None, {})
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict(state["network"])
-        rows, best, saved_run = state["history"], state["best"], state["run"]
-    except Exception as error:
-        cure = "delete it to train from the start"
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # on damaged bytes torch raises whatever the bytes lead to
         raise MedSoftError(f"{path}: this state cannot be read ({type(error).__name__}); {cure}") from error
-    if saved_run != run:
+    if state.get("run") != run:
         raise UsageError(f"{path}: this state belongs to another run; set overwrite: true to train again")
+    saved, last = Unfinished(path, state, cure), phases[-1].name
+    order = [(phase.name, epoch) for phase in phases for epoch in range(1, phase.epochs + 1)]
+    begun = Rule(lambda rows: isinstance(rows, list) and 0 < len(rows) < len(order), f"1 to {len(order) - 1} epochs")
+    rows = saved.entry("history", begun)
+    number = Rule(lambda value: value is None or NUMBER.holds(value), "a number or nothing")
+    score = "val_dice" if config.task == SEGMENT else "val_auc"
+    for place, (row, (name, epoch)) in enumerate(zip(rows, order, strict=False)):
+        expected: dict[str, Any] = {"phase": exactly(name), "epoch": exactly(epoch), score: number}
+        expected |= {"train_loss": NUMBER, "val_loss": NUMBER} | ({} if config.steps is None else {"step": WHOLE})
+        saved.fitting(f"history[{place}]", expected, row)
+    chosen = [row for row in rows if row["phase"] == last and config.test_epoch in (None, row["epoch"])]
+    weights = network.state_dict()
+    one_of = Rule(lambda row: row in chosen, "a row of history.csv that may be chosen")
+    expected = {"row": one_of, "validation": DICTIONARY, "weights": weights}
+    best = saved.entry("best", expected if chosen else None)
+    moments = saved.moments("optimizer", state.get("optimizer"), {None: [*network.parameters()]})
+    network.load_state_dict(saved.entry("network", weights))
     log.info("going on after epoch %d of the phase %s", rows[-1]["epoch"], rows[-1]["phase"])
-    return rows, best, state["optimizer"]
+    return Resumed(rows, best, moments)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.checkpoints.fitting import NoRandomWeights, check_finite, compare
+from ldm.checkpoints.fitting import NoRandomWeights, load_exactly
 from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import sha256_file
 from ldm.networks.biomedclip_folder import BiomedClipFolder, read_folder, read_tokenizer
@@ -122,9 +122,5 @@ def _built(found: BiomedClipFolder) -> "CustomTextCLIP":
             f"{found.folder}: {found.model_cfg['vision_cfg']['timm_model_name']} has no patch tokens and one CLS "
             "token; expected a vision transformer, as BiomedCLIP's"
         )
-    problems = compare(made.state_dict(), found.state)
-    if problems:
-        raise MedSoftError(f"{found.weights_file}: does not fit open_clip_config.json beside it: {'; '.join(problems)}")
-    check_finite(found.state, found.weights_file)
-    made.load_state_dict(found.state, strict=True)
+    load_exactly(made, found.state, found.weights_file, "open_clip_config.json beside it", "download both again")
     return made

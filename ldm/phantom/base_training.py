@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.checkpoints.checkpoint import NEW_IN_UNET, read_checkpoint, write_checkpoint
+from ldm.checkpoints.fitting import load_exactly
 from ldm.config import Architecture, Config, DataConfig, DiffusionConfig
 from ldm.core.devices import autocast
 from ldm.core.errors import UsageError
@@ -137,7 +138,8 @@ def train_unet(sizes: Architecture, crops: DataConfig, output: Path, steps: int,
         raise UsageError(f"{autoencoder}: does not exist; train the autoencoder in the same command")
     torch.manual_seed(named_seed("unet", seed))
     model = MedSoftModel(sizes, ["unet", "autoencoder", "text"])
-    model.first_stage_model.load_state_dict(read_checkpoint(autoencoder).state)
+    cure = "give the --config that it was made with, or another --output_dir"
+    load_exactly(model.first_stage_model, read_checkpoint(autoencoder).state, autoencoder, "--config", cure)
     model.first_stage_model.requires_grad_(False)
     moments, masked, softs, prompts = latents(model, crops, steps * batch)
     for name, parameter in model.named_parameters():
@@ -250,9 +252,10 @@ def train_clip(
 
 def keep_image_tower(net: CustomTextCLIP, source: str) -> None:
     """Give ``net`` the image tower of the BiomedCLIP folder ``source``, frozen."""
-    state = torch.load(read_folder(source).weights_file, weights_only=True)
-    tower = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-    net.visual.load_state_dict(tower)
+    found = read_folder(source)
+    tower = {key.removeprefix("visual."): value for key, value in found.state.items() if key.startswith("visual.")}
+    cure = "name an encoder of these sizes in biomedclip.path"
+    load_exactly(net.visual, tower, found.weights_file, "the image tower that is trained beside", cure)
     net.visual.requires_grad_(False)
     net.visual.eval()
 

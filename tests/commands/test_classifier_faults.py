@@ -63,36 +63,6 @@ def test_wrong_configurations_are_refused(world: dict, change: dict, message: st
     assert not Path(world["output_dir"], "metrics.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "error", "message"),
-    [
-        (b"cut short", MedSoftError, r"last.pt: this state cannot be read .*delete it to train from the start"),
-        ("another", UsageError, r"last.pt: this state belongs to another run"),
-    ],
-)
-def test_state_that_cannot_be_taken_up_is_named(
-    world: dict, monkeypatch: pytest.MonkeyPatch, content: object, error: type, message: str
-) -> None:
-    import torch
-
-    from ldm.classifier import training as classifier_training
-
-    def stopped(network: torch.nn.Module, *_: object) -> None:
-        last = Path(world["output_dir"], "last.pt")
-        if isinstance(content, bytes):
-            last.write_bytes(content)
-            raise KeyboardInterrupt
-        torch.save({"run": content, "history": [], "best": None, "network": network.state_dict()}, last)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(classifier_training, "train_epoch", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run(world)
-    with pytest.raises(error, match=message):
-        run(world)
-
-
 def test_folder_that_another_run_is_writing_is_left_alone(world: dict) -> None:
     from ldm.core.run_folder import RunFolder
 

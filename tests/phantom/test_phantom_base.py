@@ -1,5 +1,6 @@
 """The small world's pretrained models: the shipped ones, and the command that makes them."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from tiny import ROOT
 
 from ldm.checkpoints.checkpoint import PREFIXES, read_checkpoint
 from ldm.config import load_config
-from ldm.core.errors import UsageError
+from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.run_folder import RunFolder
 from ldm.phantom.shapes import FILLS, SHAPES, generic_image
 from ldm.phantom.spines import LESION_TYPES
@@ -85,6 +86,31 @@ def test_a_second_process_is_refused_and_a_unet_needs_its_autoencoder(made: Path
         run(made)
     with pytest.raises(UsageError, match=r"autoencoder\.safetensors: does not exist; train the autoencoder"):
         run(tmp_path, "--parts", "unet")
+
+
+def test_parts_of_other_sizes_are_named(tmp_path: Path) -> None:
+    """An autoencoder that an interrupted command has left, and an image tower to train beside."""
+    from ldm.checkpoints.checkpoint import write_checkpoint
+    from ldm.networks.autoencoder import Autoencoder
+
+    state = Autoencoder(load_config(ROOT / "models/phantom.yaml", []).architecture.autoencoder).state_dict()
+    key = "quant_conv.bias"
+    write_checkpoint(tmp_path / "autoencoder.safetensors", state | {key: state[key][:1]}, {})
+    expected = (
+        r"autoencoder\.safetensors: does not fit --config: .*\(quant_conv\.bias \(1,\) instead of \(8,\)\); give the"
+    )
+    with pytest.raises(MedSoftError, match=expected):
+        run(tmp_path, "--parts", "unet")
+    folder = shutil.copytree(SHIPPED / "biomedclip", tmp_path / "encoder")
+    state = torch.load(folder / WEIGHTS, weights_only=True)
+    state["visual.trunk.cls_token"] = state["visual.trunk.cls_token"][..., :1]
+    torch.save(state, folder / WEIGHTS)
+    (tmp_path / "other.yaml").write_text(f"base: {ROOT}/models/phantom.yaml\nbiomedclip: {{path: {folder}}}\n")
+    expected = (
+        r"model\.bin: does not fit the image tower .*cls_token \(1, 1, 1\) instead of .*; name an encoder of these"
+    )
+    with pytest.raises(MedSoftError, match=expected):
+        run(tmp_path, "--parts", "clip", "--world", "words", "--config", str(tmp_path / "other.yaml"))
 
 
 def test_a_stand_in_that_knows_the_names_of_another_world_keeps_the_image_tower(made: Path, tmp_path: Path) -> None:
