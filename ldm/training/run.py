@@ -253,7 +253,8 @@ def _run(
     wanted = skeleton(net.architecture, training.builds)
     frozen = {key: value for key, value in source.state.items() if key in wanted}
     stage = Stage(training, net, frozen, features.empty_text(), half)
-    state = RunState.of(previous, stage) if previous else None
+    batches = len(loader(StageData(inputs.items["train"], features, training, fixed=False), training, shuffle=True))
+    state = _state_of(previous, stage, batches, folder, options.overwrite) if previous else None
     if is_first_process():
         folder.claim()
         write_text(save_path / "config.yaml", as_yaml(config))
@@ -283,6 +284,20 @@ def _is_complete(previous: Checkpoint, inputs: TrainingInputs) -> bool:
     return True
 
 
+def _state_of(
+    previous: Checkpoint, stage: Stage, batches: int, folder: TrainingFolder, overwrite: bool
+) -> RunState | None:
+    """What to go on from, see ``RunState.of``; None where that is of no use and may be overwritten: a new start."""
+    try:
+        return RunState.of(previous, stage, batches)
+    except MedSoftError as error:
+        if not overwrite:
+            raise
+        log.warning("warning: %s", error)
+        folder.same_run = False
+        return None
+
+
 def _training(
     checkpoints: Checkpoints,
     precision: str,
@@ -295,11 +310,6 @@ def _training(
     sets = {name: StageData(items, features, training, name == "val") for name, items in inputs.items.items()}
     start = checkpoints.progress.batches * training.batch_size // world
     train_loader = loader(sets["train"], training, True, rank, world, start)
-    if checkpoints.progress.batches >= len(train_loader):
-        raise MedSoftError(
-            f"{checkpoints.path}: goes on after batch {checkpoints.progress.batches} of an epoch, which has "
-            f"{len(train_loader)} here; {', '.join(restarts(folder))}"
-        )
     loaders = (train_loader, loader(sets["val"], training, False, rank, world))
     trackers = Trackers(training.loggers, folder, checkpoints.metadata)
     records = Records(folder, training.stage, fabric.is_global_zero, trackers)

@@ -63,17 +63,20 @@ class RunState:
     scaler: dict[str, Any] | None
 
     @classmethod
-    def of(cls, previous: Checkpoint, stage: Stage) -> "RunState":
+    def of(cls, previous: Checkpoint, stage: Stage, batches: int) -> "RunState":
         """MedSoftError, naming file and entry, where one is missing, of another shape or type, or no number.
 
-        ``stage``: before its weights are shared out. Tensors stay where they are, in memory mapped from the file.
+        ``stage``: before its weights are shared out; ``batches``: of an epoch. Tensors stay where they are, in memory
+        mapped from the file.
         """
         saved = Unfinished(previous.path, previous.rest, ", ".join(restarts(previous.path.parent)))
         numbers = {item.name: NUMBER if item.name == "loss_sum" else WHOLE for item in fields(Progress)}
         progress = Progress(**saved.entry("progress", numbers))
         epochs = stage.training_config.max_epochs
-        if progress.epoch + (progress.batches > 0) > epochs or progress.items < progress.batches:
-            saved.refuse(f"progress: expected a place in one of {epochs} epochs, found {asdict(progress)}")
+        inside = progress.batches < batches and progress.epoch + (progress.batches > 0) <= epochs
+        if not inside or progress.items < progress.batches:
+            place = f"a place in {epochs} epochs of {batches} batches"
+            saved.refuse(f"progress: expected {place}, found {asdict(progress)}")
         model = {key: value for key, value in stage.trained.items() if key not in stage.projection}
         there = {key: previous.state[key] for key in model if key in previous.state}
         weights = saved.fitting("state_dict", model, there) | (saved.entry(ALIGNMENT, stage.projection or None) or {})

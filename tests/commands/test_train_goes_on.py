@@ -145,10 +145,13 @@ FAULTS: dict[str, tuple[Callable[[dict], Any], str]] = {
     "half an epoch": (lambda c: c["progress"].update(epoch=0.5), r"progress\[epoch\]: .* from 0 on, found 0\.5"),
     "a truth as a number": (lambda c: c["progress"].update(batches=True), r"progress\[batches\]: .*, found True"),
     "no loss": (lambda c: c["progress"].update(loss_sum=float("nan")), r"progress\[loss_sum\]: expected a number, f"),
-    "an epoch after the last": (lambda c: c["progress"].update(epoch=2), r"progress: expected a place in one of 2 ep"),
+    "an epoch after the last": (
+        lambda c: c["progress"].update(epoch=2),
+        r"progress: expected a place in 2 epochs of 3 b",
+    ),
     "batches without items": (
         lambda c: c["progress"].update(items=0),
-        r"progress: expected a place in one of 2 epochs",
+        r"progress: expected a place in 2 epochs of 3 batches",
     ),
     "a scaler": (
         lambda c: c.update(MixedPrecision=SCALER | {"scale": 0.0}),
@@ -166,7 +169,7 @@ def test_an_entry_that_does_not_fit_is_named(unfinished: Path, stage: Stage, tmp
     change, message = FAULTS[fault]
     folder = edited(unfinished, tmp_path / "run", change)
     with pytest.raises(MedSoftError, match=message) as caught:
-        RunState.of(read_checkpoint(folder / "last.ckpt"), stage)
+        RunState.of(read_checkpoint(folder / "last.ckpt"), stage, 3)
     said = str(caught.value)
     assert said.startswith(f"{folder / 'last.ckpt'}: an interrupted run cannot go on from this file: ")
     assert "best_epoch0000_loss" in said
@@ -180,7 +183,7 @@ def test_a_whole_one_fits(unfinished: Path, stage: Stage, tmp_path: Path) -> Non
         content["MixedPrecision"] = SCALER
         del content["optimizer_states"][0]["state"][0]
 
-    found = RunState.of(read_checkpoint(edited(unfinished, tmp_path / "run", change) / "last.ckpt"), stage)
+    found = RunState.of(read_checkpoint(edited(unfinished, tmp_path / "run", change) / "last.ckpt"), stage, 3)
     assert (found.progress.step, found.progress.epoch, found.progress.batches) == (4, 1, 1)
     assert found.weights.keys() == found.average.keys() == stage.trained.keys()
     assert len(found.moments) == len(stage.trained) - 1
@@ -197,12 +200,15 @@ def test_the_command_refuses_it_in_one_line_and_leaves_the_folder_as_it_was(
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_place_behind_the_end_of_an_epoch_is_refused(
-    unfinished: Path, small: Any, world: Path, tmp_path: Path
-) -> None:
+def test_overwrite_starts_again_what_cannot_go_on(unfinished: Path, small: Any, world: Path, tmp_path: Path) -> None:
     folder = edited(unfinished, tmp_path / "run", lambda content: content["progress"].update(batches=3))
-    with pytest.raises(MedSoftError, match=r"last\.ckpt: goes on after batch 3 of an epoch, which has 3 here; --ckpt"):
+    with pytest.raises(
+        MedSoftError, match=r"progress: expected a place in 2 epochs of 3 batches, found .*'batches': 3"
+    ):
         train("stage2_2", small.last, folder, world, *small.sizes, **RUN)
+    assert train("stage2_2", small.last, folder, world, "--overwrite", *small.sizes, **RUN) == 0
+    steps = (folder / "steps.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in steps[1:]] == ["1", "2", "3", "4", "5", "6"]
 
 
 def test_a_file_that_says_its_data_but_not_its_configuration(
