@@ -54,6 +54,11 @@ class Checkpoint:
         return found if isinstance(found, int) else None
 
     @property
+    def unfinished(self) -> bool:
+        """Whether it is the ``last.ckpt`` of a training that has not ended."""
+        return "progress" in self.rest
+
+    @property
     def config(self) -> Config | None:
         """The configuration the file was made with, if it says."""
         return config_from_dict(self.metadata["config"], str(self.path)) if "config" in self.metadata else None

@@ -112,11 +112,15 @@ def check_preparation(checkpoint: Checkpoint, config: Config) -> None:
     """Refuse weights that were trained with another fit, feather or noise schedule than ``config`` asks for.
 
     Lesions would have another scale than the networks learned. A converted file was not trained: it agrees with
-    everything. Another setting of one of the soft mask's switches is a known ablation, and only said.
+    everything. Another setting of one of the soft mask's switches is a known ablation, and only said; so are weights of
+    a training that has not ended.
     """
     theirs = checkpoint.config
     if theirs is None or checkpoint.metadata.get("stage") == "converted":
         return
+    if checkpoint.unfinished:
+        text = "warning: %s: its training has not ended (step %s), and these are the weights of that moment; run that"
+        log.warning(f"{text} command again first, or give a best_*.ckpt beside it", checkpoint.path, checkpoint.step)
     made, here = (identity(each, "images") for each in (theirs, config))
     wanted = [(section, key) for section in ("data", "diffusion") for key in made[section] | here[section]]
     for section, key in [*wanted, ("biomedclip", "view")]:

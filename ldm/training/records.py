@@ -143,7 +143,10 @@ class Records:
 
         self.trackers.open()
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
-        kept = [row for row in read_whole_lines(self.folder / "steps.csv") if int(row["step"]) <= step]
+        _rows_until(
+            self.folder / "metrics.csv", "epoch", 0
+        )  # if it is of no use, that shows before an epoch is trained
+        kept = _rows_until(self.folder / "steps.csv", "step", step)
         write_csv(self.folder / "steps.csv", kept, STEPS)
         self.rows = open(self.folder / "steps.csv", "a", encoding="utf-8")  # noqa: SIM115 (closed when training ends)
         self.bar = tqdm(total=steps_in_all, initial=step, desc=f"training {self.stage}", unit="step", mininterval=1)
@@ -218,9 +221,23 @@ class Records:
 
 def append_metrics(path: Path, row: dict[str, float]) -> None:
     """Add one epoch to the CSV, replacing rows of that epoch or later ones (left by a run that was interrupted)."""
-    rows = [old for old in read_whole_lines(path) if int(old["epoch"]) < row["epoch"]]
+    rows = _rows_until(path, "epoch", int(row["epoch"]) - 1)
     shown = {
         key: str(value) if isinstance(value, int) else "" if math.isnan(value) else f"{value:.6g}"
         for key, value in row.items()
     }
     write_csv(path, [*rows, shown], METRICS)
+
+
+def _rows_until(path: Path, column: str, last: int) -> list[dict[str, str]]:
+    """The rows of a table that an earlier start has written, down to ``last`` in ``column``.
+
+    MedSoftError for a file in which that is no number: it is another one, or somebody has changed it.
+    """
+    try:
+        return [row for row in read_whole_lines(path) if int(row[column]) <= last]
+    except (KeyError, TypeError, ValueError) as error:
+        expected = f"rows as this command writes them, with a whole number under {column}"
+        raise MedSoftError(
+            f"{path}: expected {expected}, found others; move it away, then run the same command"
+        ) from error

@@ -171,9 +171,15 @@ class Checkpoints:
             return
         self._refuse_broken()
         mine = self.folder / f"best_epoch{self.progress.epoch:04d}_loss{loss:.6g}.ckpt"
-        wanted = mine in best_files(self.folder, mine)[: self.training.keep_best] and not mine.exists()
+        kept = best_files(self.folder, mine)
+        # Left by a start that was stopped before last.ckpt knew of this epoch; its loss may have been another one.
+        stale = [path for path in kept if path != mine and _epoch_of(path) >= self.progress.epoch]
+        wanted = mine in [path for path in kept if path not in stale][: self.training.keep_best] and not mine.exists()
         if of_everyone(wanted)[0]:  # the first process knows what it has written and deleted
             self._write(mine, self.progress.epoch)
+        if self.fabric.is_global_zero:
+            for path in stale:
+                path.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """The finished ``last.ckpt``: weights only (their moving average, if there is one), marked complete."""
@@ -221,3 +227,8 @@ def best_files(folder: Path, *more: Path) -> list[Path]:
     losses = {path: BEST.fullmatch(path.name) for path in (*folder.glob("best_*"), *more)}
     found = [(float(matched.group(2)), path.name, path) for path, matched in losses.items() if matched]
     return [path for *_, path in sorted(found)]
+
+
+def _epoch_of(best: Path) -> int:
+    matched = BEST.fullmatch(best.name)
+    return int(matched.group(1)) if matched else -1

@@ -17,7 +17,7 @@ from ldm.core.errors import MedSoftError
 from ldm.networks.model import MedSoftModel
 from ldm.training.dataset import Batch
 from ldm.training.loop import Training
-from ldm.training.saving import RunState
+from ldm.training.saving import RunState, best_files
 from ldm.training.stage import Stage
 
 # Two epochs of three steps, of which four are taken; with all that a last.ckpt may hold, but for a gradient scaler.
@@ -217,6 +217,39 @@ def test_a_file_that_says_its_data_but_not_its_configuration(
     folder = edited(unfinished, tmp_path / "run", lambda content: content["medsoft"].pop("config"))
     with pytest.raises(MedSoftError, match="it does not say which, as in files of older versions"):
         train("stage2_2", small.last, folder, world, *small.sizes, **RUN)
+
+
+@pytest.mark.parametrize("name", ["steps.csv", "metrics.csv"])
+def test_a_table_of_somebody_else_in_the_folder_is_named(
+    unfinished: Path, small: Any, world: Path, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(unfinished, tmp_path / "run")
+    (folder / name).write_text("patient,epoch,step\n7,first,second\n")
+    with pytest.raises(MedSoftError, match=rf"{name}: expected rows as this command writes them, .*; move it away"):
+        train("stage2_2", small.last, folder, world, *small.sizes, **RUN)
+    assert (folder / name).read_text().startswith("patient")
+
+
+def test_best_weights_of_an_epoch_that_is_trained_again_are_replaced(
+    unfinished: Path, small: Any, world: Path, tmp_path: Path
+) -> None:
+    """A start that was killed between the two files; on a GPU the loss is another one the next time."""
+    folder = shutil.copytree(unfinished, tmp_path / "run")
+    (first,) = best_files(folder)
+    stale = shutil.copy(first, folder / "best_epoch0001_loss0.0001.ckpt")
+    assert train("stage2_2", small.last, folder, world, *small.sizes, **RUN, keep_best=2) == 0
+    assert not stale.exists()
+    assert sorted(path.name[:14] for path in best_files(folder)) == ["best_epoch0000", "best_epoch0001"]
+
+
+def test_weights_of_a_training_that_has_not_ended_are_said(
+    unfinished: Path, small: Any, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "its training has not ended (step 4), and these are the weights of that moment"
+    for source, expected in ((unfinished / "last.ckpt", True), (best_files(unfinished)[0], False)):
+        caplog.clear()
+        assert train("stage2_2", source, tmp_path / "s", world, "--dry_run", *small.sizes) == 0
+        assert (f"{source}: {said}" in caplog.text) is expected
 
 
 @on_cpu
