@@ -14,7 +14,7 @@ from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.checkpoints.fitting import check_finite
 from ldm.classifier.config import PRETRAINED_HUB
 from ldm.classifier.data import ImageSet
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError, UsageError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ def build_network(
         with torch.inference_mode():
             network.eval()(torch.zeros(1, CHANNELS[channels], img_size, img_size))
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"model {model} does not work at img_size {img_size}: {reason}") from error
+        raise UsageError(f"model {model} does not work at img_size {img_size}: {first_line(error)}") from error
     if pretrained == PRETRAINED_HUB:
         return _fetch(model, options)
     if pretrained:

@@ -13,7 +13,7 @@ from ldm.classifier.augmentation import light_draws, move
 from ldm.classifier.data import HEALTHY, ImageSet
 from ldm.classifier.metrics import RESAMPLES, few_patients, patients_by_class, sample_groups, with_intervals
 from ldm.classifier.network import CHANNELS, build_network, normalise, to_input
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.data.checks import FEWEST_PATIENTS
 
 CUT = 0.5  # a pixel of at least this probability is called lesion
@@ -61,7 +61,7 @@ def build_for_task(
         with torch.inference_mode():
             network.eval()(torch.zeros(1, CHANNELS[channels], img_size, img_size))
     except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"model {model} makes no U-Net at img_size {img_size}: {reason}; try resnet18") from error
     return network
 

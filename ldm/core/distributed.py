@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ldm.core.devices import RANKS, is_first_process
-from ldm.core.errors import UsageError
+from ldm.core.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -114,7 +114,7 @@ def start_processes(device: str, devices: int, num_nodes: int) -> Processes:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {device}: {first_line(error)}") from error
     if kind == "cuda" and devices > torch.cuda.device_count():
         raise UsageError(f"--devices {devices}: this machine has {torch.cuda.device_count()} GPUs")
     if not several:

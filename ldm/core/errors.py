@@ -33,7 +33,7 @@ class FileError(MedSoftError):
         self.reason = reason
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of the error's text, or its kind if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 

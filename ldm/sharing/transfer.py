@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ldm.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from ldm.checkpoints.files import verify
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.core.files import atomic_folder, read_json, read_text, sha256_file, write_text
 from ldm.core.paths import confined, walk
 from ldm.data.checks import TRAINED_ON
@@ -142,8 +142,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the hub's package, of the connection, of its rights
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MedSoftError(f"{repo}: the hub failed ({reason}); `hf auth login` gives access") from error
+        raise MedSoftError(f"{repo}: the hub failed ({first_line(error)}); `hf auth login` gives access") from error
 
 
 def pull(source: Path | str, output_dir: Path, revision: str | None, overwrite: bool) -> None:

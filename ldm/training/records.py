@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.config import GROUPS, config_from_dict
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.core.files import fingerprint
 from ldm.core.schema import identity
 from ldm.core.tables import csv_lines, read_whole_lines, write_csv
@@ -117,9 +117,9 @@ class Trackers:
         """Whatever the block raises, a warning says so, and the tracker ``name`` is told no more."""
         try:
             yield
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            log.warning("warning: training.loggers: %s failed (%s); the run goes on without it", name, reason)
+        except Exception as error:  # of a package that is none of ours
+            text = "warning: training.loggers: %s failed (%s); the run goes on without it"
+            log.warning(text, name, first_line(error))
             self.open_ones.pop(name, None)
 
 

@@ -15,7 +15,7 @@ from ldm.config import Config, SamplingConfig, TrainingConfig, as_yaml, config_f
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory, resolve_precision
 from ldm.core.distributed import check_tasks, fabric_class
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.core.files import fingerprint, remove_partials, sha256_file, write_text
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
@@ -198,7 +198,7 @@ def make_fabric(options: TrainingOptions, training: TrainingConfig) -> tuple["Fa
     try:
         fabric = fabric_class()(accelerator="auto", devices=options.devices, num_nodes=options.num_nodes)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"{flags}: {str(error).strip().splitlines()[0]}") from error
+        raise UsageError(f"{flags}: {first_line(error)}") from error
     if training.batch_size % fabric.world_size:
         raise UsageError(
             f"training.batch_size is {training.batch_size}, the batch over all devices; {fabric.world_size} devices "
@@ -335,8 +335,8 @@ def _guarded(loop: Training) -> int:
             raise KeyboardInterrupt from error
         if out_of_memory(error):
             cures = memory_cures(loop.config, loop.precision == "bf16-mixed", loop.checkpoints.path.exists())
-            reason, step = (str(error) or type(error).__name__).splitlines()[0], loop.progress.step + 1
-            raise MedSoftError(f"out of memory in step {step} ({reason}); {cures}") from error
+            step = loop.progress.step + 1
+            raise MedSoftError(f"out of memory in step {step} ({first_line(error)}); {cures}") from error
         if isinstance(error, MedSoftError) and "\nOriginal Traceback" in str(error):  # from a data-loader process
             raise MedSoftError(str(error).strip().rsplit("\n", 1)[-1].split(": ", 1)[-1]) from error
         raise

@@ -10,6 +10,7 @@ from tiny import CLIP, PHANTOM, train
 
 from ldm.config import load_config
 from ldm.core.errors import UsageError
+from ldm.training.records import Trackers
 
 RECORDS_CALLS = """
 calls = []
@@ -61,6 +62,21 @@ def test_trackers_are_told_what_the_files_say(
     assert str(CLIP) not in repr(told)  # a path, which decides no weight
     assert "trackio failed (no room); the run goes on without it" in caplog.text
     assert [call[0] for call in told["trackio"]] == ["init"]
+
+
+class Fails:
+    """A tracker whose errors say nothing."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        raise RuntimeError("\n")
+
+
+def test_a_tracker_that_fails_without_a_word_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trackers = Trackers([], tmp_path, {})
+    trackers.open_ones["wandb"] = Fails()
+    trackers.log({"train/loss": 1.0}, 1)
+    assert "wandb failed (RuntimeError); the run goes on without it" in caplog.text
+    assert not trackers.open_ones
 
 
 def test_what_is_not_installed_is_refused_first(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
