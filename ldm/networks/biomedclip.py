@@ -96,17 +96,14 @@ class BiomedClip(ImageTextEncoder):
         found = wrapped.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
         offsets, unk = found["offset_mapping"], wrapped.tokenizer.unk_token_id
         unknown = [span for span, number in zip(offsets, found["input_ids"], strict=True) if number == unk]
-        return PromptReading(len(offsets), room, unknown, offsets[room][0] if len(offsets) > room else len(prompt))
+        return PromptReading.of(prompt, offsets, unknown, room)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Projected text embeddings (B, text_dim), not normalised. Warnings say once what is cut or unknown."""
-        wrapped, room = self._tokenizer, self._tokenizer.context_length - 2
         for prompt in prompts:
-            found = wrapped.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-            unknown = found["input_ids"].count(wrapped.tokenizer.unk_token_id)
-            self._warnings.report(prompt, room, found["offset_mapping"], unknown)
-        return self.clip.encode_text(wrapped(list(prompts)).to(self.device))
+            self._warnings.report(prompt, self.reading(prompt))
+        return self.clip.encode_text(self._tokenizer(list(prompts)).to(self.device))
 
 
 def _built(found: BiomedClipFolder) -> "CustomTextCLIP":

@@ -21,6 +21,9 @@ START, END = 49406, 49407  # CLIP's start and end of text; SD also pads with END
 SPECIAL = {START: "<|startoftext|>", END: "<|endoftext|>"}  # open_clip calls these two otherwise
 
 
+Span = tuple[int, int]  # (start, end) of a part of a prompt, letters
+
+
 class PromptReading(NamedTuple):
     """How an encoder reads a prompt: its tokens, how many of them it has room for, and what it has no token for.
 
@@ -29,29 +32,37 @@ class PromptReading(NamedTuple):
 
     tokens: int
     room: int
-    unknown: list[tuple[int, int]]
+    unknown: list[Span]
     read: int
+
+    @classmethod
+    def of(cls, prompt: str, offsets: Sequence[Span], unknown: list[Span], room: int) -> "PromptReading":
+        """The reading of a prompt whose tokens stand at ``offsets``, of which the first ``room`` are read."""
+        return cls(len(offsets), room, unknown, offsets[room][0] if len(offsets) > room else len(prompt))
 
 
 class PromptWarnings:
-    """Says what an encoder does not read of a prompt, once for each prompt: the tail, and what it has no token for."""
+    """Says what an encoder does not read of a prompt, once for each prompt: the tail, and what it has no token for.
 
-    def __init__(self, encoder: str, unknown_as: str) -> None:
-        self.encoder, self.unknown_as = encoder, unknown_as
+    ``unknown_as``: what the encoder reads in the place of the latter. It is said where their share of the tokens is
+    above ``tolerated``.
+    """
+
+    def __init__(self, encoder: str, unknown_as: str, tolerated: float = 0.0) -> None:
+        self.encoder, self.unknown_as, self.tolerated = encoder, unknown_as, tolerated
         self.said: set[str] = set()
 
-    def report(self, prompt: str, room: int, offsets: Sequence[tuple[int, int]], unknown: int) -> None:
-        """Warn if of the prompt's tokens, one (start, end) of ``offsets`` each, only ``room`` are read, or if some are
-        ``unknown``: how many of them the encoder reads as ``unknown_as``."""
+    def report(self, prompt: str, reading: PromptReading) -> None:
+        """Warn of what is lost of a prompt that is read like this."""
         if prompt in self.said:
             return
         self.said.add(prompt)
-        count = len(offsets)
-        if count > room:
-            lost = shortened(prompt[offsets[room][0] :])
+        count, unknown = reading.tokens, len(reading.unknown)
+        if count > reading.room:
             message = 'prompt cut: %s reads %d of the %d tokens of "%s"; lost is "%s"'
-            log.warning(message, self.encoder, room, count, shortened(prompt), lost)
-        if unknown:
+            lost = shortened(prompt[reading.read :])
+            log.warning(message, self.encoder, reading.room, count, shortened(prompt), lost)
+        if unknown > self.tolerated * count:
             share = f"{unknown} of the {count} tokens ({100 * unknown / count:.0f} %)"
             message = 'prompt unknown: %s reads %s of "%s" as %s; write it in English'
             log.warning(message, self.encoder, share, shortened(prompt), self.unknown_as)
@@ -103,7 +114,8 @@ class TextEncoder(nn.Module):
         from transformers import CLIPTextConfig, CLIPTextModel
 
         self.max_length = cfg.max_length
-        self._warnings = PromptWarnings("Stable Diffusion's text encoder", "bytes of letters it has no token for")
+        unknown_as = "bytes of letters it has no token for"
+        self._warnings = PromptWarnings("Stable Diffusion's text encoder", unknown_as, tolerated=0.25)
         clip = CLIPTextModel(CLIPTextConfig(**clip_settings(cfg)))
         self.transformer = nn.ModuleDict({"text_model": getattr(clip, "text_model", clip)})
 
@@ -113,14 +125,11 @@ class TextEncoder(nn.Module):
         Long prompts lose their tail; a warning (once a prompt) says which words. Letters without a token of their own
         are read byte by byte; a warning says how many tokens are such bytes where they are more than a quarter.
         """
-        room = self.max_length - 2
         rows = []
         for prompt in prompts:
-            found = clip_tokenizer()(prompt, add_special_tokens=False, return_offsets_mapping=True)
-            ids = found["input_ids"]
-            pieces = sum(_shared_letters(found["offset_mapping"]))
-            self._warnings.report(prompt, room, found["offset_mapping"], pieces if 4 * pieces > len(ids) else 0)
-            row = [START, *ids[:room], END]
+            ids, reading = _tokens_of(prompt, self.max_length)
+            self._warnings.report(prompt, reading)
+            row = [START, *ids[: reading.room], END]
             rows.append(row + [END] * (self.max_length - len(row)))
         return torch.tensor(rows)
 
@@ -136,13 +145,18 @@ def clip_reading(prompt: str, max_length: int) -> PromptReading:
 
     No network is needed for it.
     """
+    return _tokens_of(prompt, max_length)[1]
+
+
+def _tokens_of(prompt: str, max_length: int) -> tuple[list[int], PromptReading]:
+    """The ids of all tokens of a prompt, and how it is read."""
     found = clip_tokenizer()(prompt, add_special_tokens=False, return_offsets_mapping=True)
-    offsets, room = found["offset_mapping"], max_length - 2
+    offsets = found["offset_mapping"]
     unknown = [span for span, shared in zip(offsets, _shared_letters(offsets), strict=True) if shared]
-    return PromptReading(len(offsets), room, unknown, offsets[room][0] if len(offsets) > room else len(prompt))
+    return found["input_ids"], PromptReading.of(prompt, offsets, unknown, max_length - 2)
 
 
-def _shared_letters(offsets: Sequence[tuple[int, int]]) -> list[bool]:
+def _shared_letters(offsets: Sequence[Span]) -> list[bool]:
     """Which tokens, one (start, end) each, share a letter with a neighbour: they are parts of letters."""
     shared = [right[0] < left[1] for left, right in pairwise(offsets)]
     return [a or b for a, b in zip([False, *shared], [*shared, False], strict=True)] if offsets else []
