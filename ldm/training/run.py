@@ -79,7 +79,9 @@ def run_stage(options: TrainingOptions, config: Config) -> int:
     inputs.trained_on = trained_on(config.training.stage, patients, seen, behind)
     if options.dry_run:
         fabric, precision = make_fabric(options, config.training)
-        open_encoders(options, config, inputs, source, fabric, half=precision == "bf16-mixed")
+        check_needs(options, config, inputs, fabric, precision)
+        open_encoders(config, source)
+        log_groups(config, source)
         return cli.DONE
     folder = TrainingFolder(options.save_path)
     with folder.lock(first=is_first_process()):
@@ -150,8 +152,40 @@ def run_settings(config: Config, inputs: str, noise: int = NOISE) -> dict[str, A
 # What a run will take, said before it begins.
 
 
-def log_groups(net: MedSoftModel, training: TrainingConfig, source: Checkpoint) -> None:
+def check_needs(
+    options: TrainingOptions,
+    config: Config,
+    inputs: TrainingInputs,
+    fabric: "Fabric",
+    precision: str,
+    begun: bool = False,
+) -> None:
+    """Log what training takes of disk and memory, with a warning for what may not suffice.
+
+    ``begun``: the run goes on, so that what decides its weights cannot be made smaller. MedSoftError where it could not
+    even save, or where a step would not fit on the device.
+    """
+    training, architecture = config.training, config.architecture
+    half = precision == "bf16-mixed"
+    for lack in (
+        check_disk(options.save_path, architecture, training, inputs.all_items),
+        check_memory(architecture, training, fabric.world_size, fabric.device, half, begun),
+    ):
+        if lack:
+            log.warning("warning: %s", lack)
+
+
+def open_encoders(config: Config, source: Checkpoint) -> tuple[MedSoftModel, ImageTextEncoder]:
+    """The networks that make features; raises as ``open_model`` unless all that the stage builds fits too."""
+    builds = config.training.builds
+    return open_model(config, source, [part for part in builds if part in ENCODERS], builds)
+
+
+def log_groups(config: Config, source: Checkpoint) -> None:
     """What is trained, in a few lines; and a note where the published README trains something else than it says."""
+    training = config.training
+    with torch.device("meta"):
+        net = MedSoftModel(config.architecture, training.builds)
     for name, members in training_groups(net, training).items():
         count = sum(parameter.numel() for parameter in members.values())
         shown = (name, len(members), count / 1e6, training.rates[name])
@@ -164,26 +198,6 @@ def log_groups(net: MedSoftModel, training: TrainingConfig, source: Checkpoint) 
             "note: stage2_1 trains the MSC only, also for this checkpoint that it has trained before; "
             "the YAML that trains the full model is the one ending in _stage2_2.yaml"
         )
-
-
-def open_encoders(
-    options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint, fabric: "Fabric", **step: bool
-) -> tuple[MedSoftModel, ImageTextEncoder]:
-    """The networks that make features, after a look at what training will take and at all that the stage builds.
-
-    ``step``: whether matrices are multiplied in ``half`` precision, and the run has ``begun`` earlier.
-    """
-    training, architecture = config.training, config.architecture
-    for lack in (
-        check_disk(options.save_path, architecture, training, inputs.all_items),
-        check_memory(architecture, training, fabric.world_size, fabric.device, **step),
-    ):
-        if lack:
-            log.warning("warning: %s", lack)
-    net, encoder = open_model(config, source, [part for part in training.builds if part in ENCODERS], training.builds)
-    with torch.device("meta"):
-        log_groups(MedSoftModel(architecture, training.builds), training, source)
-    return net, encoder
 
 
 # Training.
@@ -225,12 +239,12 @@ def _run(
     if previous and _is_complete(previous, inputs):
         return cli.SOME_REJECTED if (save_path / REJECTS).exists() else cli.DONE
     fabric, precision = make_fabric(options, training)
-    half = precision == "bf16-mixed"
     previews = config.sampling if training.pictures > 0 and "unet" in training.builds else None
 
     torch.manual_seed(training.seed)
-    begun = previous is not None
-    encoders, clip = open_encoders(options, config, inputs, source, fabric, half=half, begun=begun)
+    check_needs(options, config, inputs, fabric, precision, begun=previous is not None)
+    encoders, clip = open_encoders(config, source)
+    log_groups(config, source)
     theirs = source.metadata
     metadata = {
         "config": dataclasses.asdict(config),
@@ -252,7 +266,7 @@ def _run(
     net.to(fabric.device)
     wanted = skeleton(net.architecture, training.builds)
     frozen = {key: value for key, value in source.state.items() if key in wanted}
-    stage = Stage(training, net, frozen, features.empty_text(), half)
+    stage = Stage(training, net, frozen, features.empty_text(), half_frozen=precision == "bf16-mixed")
     batches = len(loader(StageData(inputs.items["train"], features, training, fixed=False), training, shuffle=True))
     state = _state_of(previous, stage, batches, folder, options.overwrite) if previous else None
     if is_first_process():
