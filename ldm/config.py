@@ -174,7 +174,7 @@ class TrainingConfig:
     precision: Precision = setting("auto", ROUNDING)  # auto: bf16-mixed where the device multiplies it fast
     weight_decay: Amount = setting(0.01, WEIGHTS)
     warmup_steps: Whole = setting(50, WEIGHTS)
-    schedule: Literal["constant", "cosine"] = setting("cosine", WEIGHTS)  # or cosine (to zero at the last step)
+    schedule: Literal["constant", "cosine"] = setting("cosine", WEIGHTS)  # cosine: to zero at the last step
     clip_norm: Amount = setting(1.0, WEIGHTS)  # 0 = no clipping
     mask_weight: Amount = setting(2.0, WEIGHTS)  # w of the diffusion loss; 0 = Stable Diffusion's own
     # share of samples that lose text and MSC tokens together

@@ -26,7 +26,7 @@ from ldm.classifier.data import HEALTHY, ClassifierData, ImageSet
 from ldm.classifier.metrics import few_patients, label_indices, point_values
 from ldm.classifier.network import compute_outputs, normalise, pick_device
 from ldm.classifier.segmentation import build_for_task, moved_masks, segmentation_loss, validate_masks
-from ldm.core.devices import autocast
+from ldm.core.devices import autocast, out_of_memory
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_file, named_seed
 from ldm.core.schema import Rule
@@ -125,17 +125,9 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
         for epoch in range(sum(row["phase"] == phase.name for row in rows) + 1, phase.epochs + 1):
             train_loss = train_epoch(network, optimizer, phase, epoch, config)
             validation = validate(network, data, phases[-1].shares)
-            column = "val_dice" if config.task == SEGMENT else "val_auc"
-            # with lesion types the AUC is the mean over them
-            score = next(validation[name] for name in ("dice", "macro_auc", "auc") if name in validation)
-            row = {"phase": phase.name, "epoch": epoch, "train_loss": train_loss}
-            row |= {"val_loss": validation["loss"], column: score}
-            row |= {} if config.steps is None else {"step": phase.steps_of(epoch).stop}
+            row = history_row(config, phase, epoch, train_loss, validation)
             rows.append(row)
-            shown = "undefined" if score is None else f"{score:.3f}"
-            progress = phase.name, epoch, phase.epochs, phase.steps_of(epoch).stop, phase.steps
-            losses = train_loss, row["val_loss"], SCORES[column], shown
-            log.info("%s epoch %d/%d, step %d/%d: train %.4f, val %.4f, val %s %s", *progress, *losses)
+            _log_epoch(phase, row)
             chosen = phase is phases[-1] and is_chosen(row, best and best["row"], config.test_epoch)
             kept = phase is phases[-1] and config.save_epoch and epoch % config.save_epoch == 0
             if chosen or kept:
@@ -148,7 +140,7 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
             if not last and time.monotonic() - saved >= STATE_EVERY_SECONDS:
                 state = {"run": run, "history": rows, "best": best}
                 state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-                with atomic_file(folder / "last.pt") as handle:
+                with atomic_file(folder / "last.pt") as handle:  # what ``resume`` reads
                     save_pickle(state, handle)
                 saved = time.monotonic()
     assert best is not None  # the last phase has an epoch, and its first one is chosen or test_epoch is in it
@@ -157,6 +149,27 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
     chosen_by = chosen_by if config.test_epoch is None else "test_epoch"
     write_csv(folder / "history.csv", rows)
     save_classifier(folder / "classifier.safetensors", config, data, run, best, chosen_by)
+
+
+def history_row(
+    config: ClassifierConfig, phase: Phase, epoch: int, train_loss: float, validation: Mapping[str, float | None]
+) -> dict[str, Any]:
+    """The row of history.csv of an epoch; ``validation``: what ``validate`` found after it.
+
+    The score is the Dice of a segmentation, else the AUC, which with several lesion types is the mean over them.
+    """
+    score = next(validation[name] for name in ("dice", "macro_auc", "auc") if name in validation)
+    column = "val_dice" if config.task == SEGMENT else "val_auc"
+    row = {"phase": phase.name, "epoch": epoch, "train_loss": train_loss, "val_loss": validation["loss"], column: score}
+    return row if config.steps is None else row | {"step": phase.steps_of(epoch).stop}
+
+
+def _log_epoch(phase: Phase, row: Mapping[str, Any]) -> None:
+    column, epoch = score_column(row), row["epoch"]
+    shown = "undefined" if row[column] is None else f"{row[column]:.3f}"
+    progress = phase.name, epoch, phase.epochs, phase.steps_of(epoch).stop, phase.steps
+    losses = row["train_loss"], row["val_loss"], SCORES[column], shown
+    log.info("%s epoch %d/%d, step %d/%d: train %.4f, val %.4f, val %s %s", *progress, *losses)
 
 
 def is_chosen(row: Mapping[str, Any], best: Mapping[str, Any] | None, test_epoch: int | None) -> bool:
@@ -313,6 +326,8 @@ def resume(config: ClassifierConfig, phases: Sequence[Phase], network: torch.nn.
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # on damaged bytes torch raises whatever the bytes lead to
+        if out_of_memory(error):
+            raise  # the state is sound, and must not be deleted
         raise MedSoftError(f"{path}: this state cannot be read ({type(error).__name__}); {cure}") from error
     if state.get("run") != run:
         raise UsageError(f"{path}: this state belongs to another run; set overwrite: true to train again")

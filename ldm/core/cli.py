@@ -148,9 +148,7 @@ def run(
             for thread in set(threading.enumerate()) - {threading.current_thread()}:
                 if not thread.daemon:
                     thread.join()
-        except (
-            KeyboardInterrupt
-        ):  # once more: not waited for any longer, and temporary folders are deleted all the same
+        except KeyboardInterrupt:  # once more: nobody waits any longer, and temporary folders are deleted all the same
             raise SystemExit(INTERRUPTED) from None
     sys.stdout.flush()
     sys.stderr.flush()

@@ -334,7 +334,6 @@ def _with_parents(
     placed: dict[str, Sample] = {}
     unsure: list[str] = []
     waiting = {sample.sample_id: sample for sample in made}
-    parents = _Parents(real, digests)
     before = -1
     while before < len(placed):  # what was made from synthetic samples comes after these
         before = len(placed)

@@ -219,9 +219,8 @@ def _stored_samples(data: bytes, layout: TiffLayout) -> np.ndarray:
         part = slice(plane * strips, (plane + 1) * strips)
         rows = _as_grey(data, layout, across, layout.offsets[part], layout.counts[part])
         samples = rows.reshape(layout.height, layout.width, across)
-        if (
-            layout.predictor == 2 and layout.compression not in _WITHOUT_PREDICTOR
-        ):  # differences from the left neighbour
+        if layout.predictor == 2 and layout.compression not in _WITHOUT_PREDICTOR:
+            # Differences from the left neighbour, within a tile.
             for left in range(0, layout.width, layout.tile_width or layout.width):
                 tile = samples[:, left : left + (layout.tile_width or layout.width)]
                 np.cumsum(tile, axis=1, dtype=tile.dtype, out=tile)

@@ -1,4 +1,4 @@
-"""Noise schedule and diffusion loss (Stable Diffusion 1.x: scaled-linear betas, epsilon prediction), named noise."""
+"""Noise schedule and diffusion loss (Stable Diffusion 1.x: scaled-linear betas, epsilon prediction)."""
 
 import torch
 from torch import Tensor

@@ -20,10 +20,8 @@ from ldm.evaluation.metrics import correlation
 log = logging.getLogger("evaluate")
 
 CANDIDATES = 10  # nearest training lesions whose pixels are compared
-TURNS, SCALES = (
-    range(-36, 37, 6),
-    (0.8, 0.9, 1.0, 1.1, 1.25),
-)  # degrees and sizes in which a lesion's own source is tried
+# Degrees and sizes in which a lesion's own source is tried.
+TURNS, SCALES = range(-36, 37, 6), (0.8, 0.9, 1.0, 1.1, 1.25)
 TURNED = 20  # pairs of training lesions that are turned likewise, to know what that makes of chance
 REACH = 3  # pixels by which a lesion may have moved
 UNCALIBRATED = 0.95  # threshold without two training patients to compare
@@ -161,7 +159,7 @@ def copy_thresholds(train: Sequence[Lesion], turned: bool) -> tuple[float, float
 
     Both are halfway from those to 1. Without ``turned`` the second one is the first.
     """
-    between = nearest_of(train, train, "training lesions")
+    between = nearest_of(train, train, "training lesions", of_other_patients=True)
     closest = max(between, key=lambda each: each.correlation, default=None)
     threshold = UNCALIBRATED if closest is None else (1 + closest.correlation) / 2
     if not turned:
@@ -177,16 +175,22 @@ def reaches(each: Neighbour, threshold: float, source_threshold: float) -> bool:
     return turned or each.as_it_lies >= threshold
 
 
-def nearest_of(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) -> list[Neighbour]:
-    """Of each lesion its nearest training lesion; a training lesion's own patient does not count."""
-    same, by_pixels = lesions is train, defaultdict(list)
+def nearest_of(
+    lesions: Sequence[Lesion], train: Sequence[Lesion], name: str, of_other_patients: bool = False
+) -> list[Neighbour]:
+    """Of each lesion its nearest training lesion, with ``of_other_patients`` the nearest of another patient.
+
+    That is for the training lesions themselves; then no lesion is compared with a source. One without any training
+    lesion to compare with is left out.
+    """
+    by_pixels = defaultdict(list)
     for column, other in enumerate(train):
         for key in _pixel_keys(other):
             by_pixels[key].append(column)
     columns = {other.sample.sample_id: column for column, other in enumerate(train)}
     cosines, found = lesion_rows(lesions, "alone") @ lesion_rows(train, "alone").T, []
     for row, lesion in enumerate(tqdm(lesions, desc=name, leave=False, disable=None)):
-        patient = lesion.sample.patient_id if same else None
+        patient = lesion.sample.patient_id if of_other_patients else None
         allowed = [column for column, other in enumerate(train) if other.sample.patient_id != patient]
         if not allowed:
             continue
@@ -197,7 +201,8 @@ def nearest_of(lesions: Sequence[Lesion], train: Sequence[Lesion], name: str) ->
             found.append(Neighbour(lesion, train[min(equal)], 1.0, nearest, comparable=True, as_it_lies=1.0))
             continue
         scores = [correlation(*lesion.small, *train[column].small, REACH) for column in order]
-        best, source = int(np.argmax(scores)), columns.get(_source_of(lesion.sample)) if not same else None
+        best = int(np.argmax(scores))
+        source = None if of_other_patients else columns.get(_source_of(lesion.sample))
         likeness = None if source is None else _turned_correlation(lesion, train[source])
         as_it_lies, match = scores[best], train[order[best]]
         if source is not None and likeness is not None and likeness > as_it_lies:

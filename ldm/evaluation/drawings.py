@@ -25,7 +25,7 @@ Predict = Callable[[Path], tuple[list[dict[str, Any]], list[Reject]]]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JudgedImage:
     """What the judge says about one image.
 
     ``diseased``: of all its classes the most probable one is a lesion; ``lesion_type``: the most probable lesion,
@@ -37,11 +37,11 @@ class Verdict:
     probability: float
 
 
-def verdict_of(row: Mapping[str, Any]) -> Verdict:
+def verdict_of(row: Mapping[str, Any]) -> JudgedImage:
     """The verdict in a row of predictions_*.csv."""
     lesions = {key[2:]: float(value) for key, value in row.items() if key.startswith("p_") and key != f"p_{HEALTHY}"}
     likeliest = max(lesions, key=lambda name: lesions[name])
-    return Verdict(row["predicted"] != HEALTHY, likeliest, float(row["disease_probability"]))
+    return JudgedImage(row["predicted"] != HEALTHY, likeliest, float(row["disease_probability"]))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def judge_results(results: Path, judge: Path, predict: Predict, real: Path | Non
     return len(rejects)
 
 
-def _measure(sample: Sample, verdict: Verdict) -> Measured:
+def _measure(sample: Sample, verdict: JudgedImage) -> Measured:
     try:
         changed = read_result(sample).changed_outside
     except MedSoftError:  # real images and other programs' have no parent

@@ -62,9 +62,8 @@ def read_row(file: Path, row: int) -> dict[str, Tensor]:
     return found
 
 
-@lru_cache(
-    maxsize=16
-)  # prompts lie in few shards, and so do the items of small data sets: a third of the time is opening
+# Prompts lie in few shards, and so do the items of small data sets: a third of the time is opening.
+@lru_cache(maxsize=16)
 def _opened(file: Path, size: int, modified: int) -> tuple[Any, set[str]]:
     """A mapped shard and the names of its tensors. ``size`` and ``modified``: one that has changed is opened anew."""
     handle = safe_open(file, framework="pt")

@@ -21,7 +21,7 @@ from ldm.networks.encoder import ImageTextEncoder
 FURTHER = 1_000_000  # from the seed of one try to that of the next: runs with --seed 0, 1, ... share no image
 
 
-class Begins(Protocol):
+class BatchMaker(Protocol):
     """Makes a batch of images in two halves, as ``Inpainter`` does."""
 
     def begin(self, samples: Sequence[PreparedSample], jobs: Sequence[Job]) -> list[Callable[[], InpaintedImage]]:
@@ -86,7 +86,7 @@ class Drawing:
     not accepted is kept in the folder, so that a command that goes on with the run does not draw it once more.
     """
 
-    inpainter: Begins
+    inpainter: BatchMaker
     prepare: Preparation
     results: FolderResults | TarResults
     provenance: dict[str, Any]

@@ -163,16 +163,24 @@ class FolderResults:
 
     def summary(self, tasks: Sequence[Task], rejects: Sequence[Reject]) -> Summary:
         """What is there of ``tasks``; ``rejects``: what this command has found."""
-        there = [task for task in tasks if is_whole(self.path / task.name)]
-        records = [read_json(self.path / task.name / "meta.json") for task in there]
-        changed = sum(record["changed_outside_pixels"] for record in records)
-        about = {"clipped_pixels": sum(record.get("clipped_pixels", 0) for record in records)}
-        about |= {"masks": count_masks(records), "check": count_checks(records, rejects)}
-        return Summary(len(there), changed, rejects=list(dict.fromkeys(rejects)), **about)
+        return summary_of([self.path / task.name for task in tasks if is_whole(self.path / task.name)], rejects)
 
     def write_report(self) -> Path:
         """Write the report of all results in the folder; returns its first page."""
         return write_gallery(self.path)
+
+
+def summary_of(folders: Sequence[Path], rejects: Sequence[Reject]) -> Summary:
+    """What the meta.json of the results in these sample folders say together, beside the ``rejects``."""
+    records = [read_json(folder / "meta.json") for folder in folders]
+    return Summary(
+        pictures=len(records),
+        changed_outside_pixels=sum(record["changed_outside_pixels"] for record in records),
+        rejects=list(dict.fromkeys(rejects)),
+        masks=count_masks(records),
+        clipped_pixels=sum(record.get("clipped_pixels", 0) for record in records),
+        check=count_checks(records, rejects),
+    )
 
 
 def count_masks(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:

@@ -32,7 +32,7 @@ from ldm.data.images import to_unit
 from ldm.data.preparation import PreparedSample, described_identity, sample_identity
 from ldm.data.samples import Reject
 from ldm.diffusion.noise import NOISE
-from ldm.inference.drawing import Begins, Check, Checks, Drawing
+from ldm.inference.drawing import BatchMaker, Check, Checks, Drawing
 from ldm.inference.gallery import CHECK
 from ldm.inference.inpainter import InpaintedImage, Inpainter, Job, load_inpainter
 from ldm.inference.options import InferenceOptions, PasteOptions
@@ -106,7 +106,7 @@ class Method:
     config: Config
     provenance: dict[str, Any]
     settings: dict[str, Any]
-    load: Callable[[str], Begins]
+    load: Callable[[str], BatchMaker]
     paste: str = "paste"
     check: Callable[[Any], Check] | None = None
     tries: int = 1
@@ -134,7 +134,7 @@ def make_images(options: InferenceOptions, method: Method, plan: Plan, content: 
         before = folder.open({**method.settings, **known, "noise": NOISE}, images, options.overwrite)
         started = InferenceRun(folder, results, plan, method, content)
         if before and started.is_complete(before):
-            return started.again(before)
+            return started.finish_complete(before)
         processes = start_processes(options.device, options.devices, options.num_nodes)
         processes.barrier()
         if options.exact:
@@ -266,8 +266,8 @@ class InferenceRun:
             return False
         return before["pictures"] == self.results.count(self.plan.tasks)
 
-    def again(self, before: dict[str, Any]) -> int:
-        """What is left to do where all images are there: perhaps the last share was killed before its last step."""
+    def finish_complete(self, before: dict[str, Any]) -> int:
+        """The exit code where all images are there; the last share may have been killed before it published them."""
         log.info("%s: already complete (%s)", self.folder, counted(before["pictures"], "image"))
         if self.folder.is_shared:
             return self._finish(Summary.from_json(before))

@@ -24,7 +24,7 @@ from ldm.core.files import atomic_file, read_json, write_json
 from ldm.data.png import write_png
 from ldm.data.samples import Reject
 from ldm.inference.gallery import PAGE, TILE, card_of, write_pages, write_thumbnail
-from ldm.inference.results import Result, count_checks, count_masks, is_whole
+from ldm.inference.results import Result, is_whole, summary_of
 from ldm.inference.shares import Share, Summary
 from ldm.inference.tasks import Task
 from ldm.reports.html import files_folder
@@ -50,11 +50,9 @@ class TarResults:
 
     def missing(self, number: int, part: Sequence[Task]) -> list[int]:
         """The numbers of the tasks whose results are neither in the tar ``number`` nor waiting to be packed."""
-        return (
-            []
-            if self._is_closed(number)
-            else [k for k, task in enumerate(part) if not is_whole(self.unpacked / task.name)]
-        )
+        if self._is_closed(number):
+            return []
+        return [k for k, task in enumerate(part) if not is_whole(self.unpacked / task.name)]
 
     def _is_closed(self, number: int) -> bool:
         tar, index = self._files(number)
@@ -84,11 +82,7 @@ class TarResults:
             self._write_sheet(f"{tar.stem}_{first // SHEET:02d}.png", cards[first : first + SHEET])
         if tasks:
             self._write_tar(tar, tasks)
-        changed = sum(card["facts"]["changed outside"] for card in cards)
-        records = [read_json(self.unpacked / task.name / "meta.json") for task in tasks]
-        about = {"clipped_pixels": sum(record.get("clipped_pixels", 0) for record in records)}
-        about |= {"masks": count_masks(records), "check": count_checks(records, rejects)}
-        made = Summary(len(cards), changed, rejects=list(dict.fromkeys(rejects)), **about)
+        made = summary_of([self.unpacked / task.name for task in tasks], rejects)
         write_json(index, {"bytes": tar.stat().st_size if tasks else 0, **made.as_json(), "samples": cards})
         shutil.rmtree(self.unpacked, ignore_errors=True)  # which holds nothing else
 

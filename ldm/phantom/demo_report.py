@@ -22,7 +22,7 @@ from ldm.core.paths import SHIPPED
 from ldm.core.run_folder import RunFolder
 from ldm.core.tables import read_table
 from ldm.data.samples import Sample
-from ldm.evaluation.drawings import Verdict, verdict_of
+from ldm.evaluation.drawings import JudgedImage, verdict_of
 from ldm.evaluation.information import asked_drawn, information_text
 from ldm.reports.comparison import facts, interleave, read_all_results, read_result, write_cards, write_sheet
 from ldm.reports.figures import loss_figure, validation_figure
@@ -75,7 +75,7 @@ class Inpainted:
     """An image of the folder ``results`` with its twins in the two control folders, and what the judge says."""
 
     samples: dict[str, Sample]  # by folder
-    verdicts: dict[str, Verdict]  # by folder; PARENTS: of the original
+    verdicts: dict[str, JudgedImage]  # by folder; PARENTS: of the original
 
     @property
     def sample(self) -> Sample:

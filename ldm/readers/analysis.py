@@ -67,7 +67,7 @@ def analyse_study(options: AnalyseOptions) -> bool:
         measured["paragraph"] = paragraph(key, measured)
         folder.claim()
         write_csv(options.output_dir / "answers.csv", answer_rows(key, readers))
-        write_csv(options.output_dir / "readers.csv", reader_rows(key, readers, measured))
+        write_csv(options.output_dir / "readers.csv", reader_rows(readers, measured))
         write_rejects(options.output_dir / "rejects.json", rejects)
         write_report(options.output_dir, key, readers, measured)
         folder.finish(**measured, rejected=len(rejects))

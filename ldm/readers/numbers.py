@@ -17,8 +17,6 @@ from ldm.data.checks import FEWEST_PATIENTS
 from ldm.readers.answers import CALLED_DRAWN, STEPS, Readings
 
 RESAMPLES = 2000
-SINGLE = ("auc", "accuracy", "sensitivity", "specificity", "called_drawn")
-PAIRS = ("accuracy", "called_left")
 
 
 def case_draws(readings: Readings, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:

@@ -93,7 +93,7 @@ def _against_chance(bounds: Sequence[float]) -> str:
     )
 
 
-def reader_rows(key: Key, readers: Sequence[Reader], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+def reader_rows(readers: Sequence[Reader], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of readers.csv."""
     rows = []
     for place, reader in enumerate(readers):
@@ -118,7 +118,7 @@ def write_report(folder: Path, key: Key, readers: Sequence[Reader], measured: Ma
         figures |= {"steps.png": step_figure(measured["steps"]), "roc.png": roc_figure(key, readers)}
     for name, figure in figures.items():
         write_figure(folder / name, figure)
-    rows = reader_rows(key, readers, measured)
+    rows = reader_rows(readers, measured)
     columns = [name for name in rows[0] if name not in ("comment", "complete", "seen_before")]
     write_page(
         folder / "report.html",

@@ -171,7 +171,7 @@ def _captions(samples: Sequence[Sample], width: int) -> np.ndarray:
 
 def _with_directions(sample: Sample, tile: np.ndarray) -> np.ndarray:
     """A tile with the letters of ``_directions``, if there are any."""
-    letters = list(_directions(sample, (0, 0)))
+    letters = list(_directions(sample))
     if not letters:
         return tile
     shown_tile = Image.fromarray(tile)
@@ -186,7 +186,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(13)
 
 
-def _directions(sample: Sample, corner: tuple[int, int]) -> Iterator[tuple[str, tuple[int, int], str]]:
+def _directions(sample: Sample) -> Iterator[tuple[str, tuple[int, int], str]]:
     """Where left, right, top and bottom of an imported image lie in the patient: a letter, its place and its anchor.
 
     By ``affine`` of its meta.json, which takes (row, column) to the patient's left, posterior and head.
@@ -197,10 +197,8 @@ def _directions(sample: Sample, corner: tuple[int, int]) -> Iterator[tuple[str, 
         return
     if axes.shape != (3, 2) or not np.isfinite(axes).all():
         return
-    left, top = corner
     middle = TILE // 2
-    places = {1: (left + TILE - 4, top + middle, "rm"), -1: (left + 4, top + middle, "lm")}
-    places |= {2: (left + middle, top + TILE - 2, "mb"), -2: (left + middle, top + 2, "mt")}
+    places = {1: (TILE - 4, middle, "rm"), -1: (4, middle, "lm"), 2: (middle, TILE - 2, "mb"), -2: (middle, 2, "mt")}
     for sign, (x, y, anchor) in places.items():
         direction = np.sign(sign) * axes[:, 1 if abs(sign) == 1 else 0]
         axis = int(np.abs(direction).argmax())

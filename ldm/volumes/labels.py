@@ -28,7 +28,6 @@ LAST = {"C": 7, "T": 13, "L": 6, "S": 1}  # the last vertebra of each region, va
 LEVELS = tuple(f"{letter}{number}" for letter, last in LAST.items() for number in range(1, last + 1))  # from the head
 REGIONS = {"C": "cervical", "T": "thoracic", "L": "lumbar", "S": "sacral"}
 VERTEBRAE = (*LEVELS, "vertebra", "sacrum", "partial")  # names of what is bone of the spine
-OTHERS = ("disc", "canal", "ignore")
 
 _USUAL = [f"C{n}" for n in range(1, 8)] + [f"T{n}" for n in range(1, 13)] + [f"L{n}" for n in range(1, 6)]
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,3 +155,15 @@ def test_saved_weights_that_do_not_fit_are_named(world: dict, tmp_path: Path, ke
     save_file(state, saved, {"classifier": json.dumps(info)})
     with pytest.raises(MedSoftError, match=rf"classifier\.safetensors: {message}"):
         run(world | {"train": False})
+
+
+def test_a_full_memory_is_not_blamed_on_the_saved_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who follows the advice to delete a sound state loses the training."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (tmp_path / "last.pt").write_bytes(b"sound")
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        training.resume(SimpleNamespace(output=tmp_path), [], torch.nn.Linear(1, 1), "run")
