@@ -38,6 +38,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def reading_fault(error: Exception, otherwise: str) -> str:
+    """Why a file was not read: ``otherwise`` and the error's text, unless only the memory did not suffice.
+
+    Decoders raise whatever damaged bytes lead to; but nothing is known to be wrong with a file that found no memory.
+    """
+    what = "there is too little memory for what it says it holds" if isinstance(error, MemoryError) else otherwise
+    return f"{what} ({first_line(error)})"
+
+
 def require(package: str, extra: str) -> None:
     """MedSoftError with the line that installs ``package``, a part of one of our extras, where it is missing."""
     if find_spec(package) is None:

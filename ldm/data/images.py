@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ldm.core.errors import FileError, MedSoftError
+from ldm.core.errors import FileError, MedSoftError, reading_fault
 from ldm.data.png import PNG_SIGNATURE, check_png, check_size
 from ldm.data.tiff import TIFF_HEADS, read_tiff, tiff_is_lossy, tiff_orientation
 
@@ -264,7 +264,9 @@ def _visible(layers: np.ndarray) -> np.ndarray:
 
 
 def _decoding_error(kind: str, data: bytes, error: Exception) -> str:
-    """Why a file was not decoded: it is damaged, or of a kind that is not supported."""
+    """Why a file was not decoded: it is damaged, or of a kind that is not supported, or memory is short."""
+    if isinstance(error, MemoryError):
+        return reading_fault(error, "")
     reason = str(error) if "nsupported" in str(error) else None
     if kind == "TIFF" and isinstance(error, UnidentifiedImageError):  # its directory has been read before
         reason = "bits, photometric interpretation or byte order"

@@ -23,7 +23,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 from pydicom.valuerep import DSfloat
 
-from ldm.core.errors import FileError, MedSoftError, first_line
+from ldm.core.errors import FileError, MedSoftError, reading_fault
 from ldm.exchange.headers import (
     MAKER,
     NOT_CLINICAL,
@@ -120,7 +120,7 @@ def read_frame(path: Path, number: int | None = None) -> Frame:
     except FileNotFoundError as error:
         raise FileError(path, "does not exist any more; put it back, or import the series again") from error
     except Exception as error:  # decoders raise many kinds of error
-        raise FileError(path, f"its pixels cannot be read ({first_line(error)})") from error
+        raise FileError(path, reading_fault(error, "its pixels cannot be read")) from error
     if values.ndim != 2 or values.dtype.kind not in "iu" or int(dataset.BitsStored) > 16:
         found = f"{values.dtype} values of shape {values.shape}"
         raise FileError(path, f"expected one grey frame of integers of at most 16 bits, found {found}")

@@ -24,7 +24,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder, iter_pixels
 from pydicom.uid import UID
 
-from ldm.core.errors import FileError, MedSoftError, first_line
+from ldm.core.errors import FileError, MedSoftError, first_line, reading_fault
 
 PLUGINS = {
     **dict.fromkeys(pydicom.uid.JPEG2000TransferSyntaxes, "pylibjpeg"),
@@ -51,7 +51,7 @@ def told(path: Path, what: str) -> Iterator[None]:
     except OSError as error:
         raise FileError(path, error.strerror or f"{what} ({first_line(error)})") from error
     except Exception as error:
-        raise FileError(path, f"{what} ({first_line(error)})") from error
+        raise FileError(path, reading_fault(error, what)) from error
 
 
 def open_file(path: Path, *, pixels: bool) -> Dataset:
@@ -108,6 +108,8 @@ def decode(path: Path, indices: Sequence[int]) -> Iterator[np.ndarray]:
     for _ in indices:
         try:
             values = next(decoded)
+        except MemoryError as error:
+            raise FileError(path, reading_fault(error, "")) from error
         except Exception as error:  # decoders raise whatever they like
             raise FileError(path, _undecodable(uid, first_line(error))) from error
         yield values

@@ -14,7 +14,7 @@ import nibabel
 import nrrd
 import numpy as np
 
-from ldm.core.errors import FileError, first_line
+from ldm.core.errors import FileError, first_line, reading_fault
 from ldm.volumes.dicom import find_series, only_series, promises_dicom, read_series
 from ldm.volumes.metaimage import read_metaimage
 from ldm.volumes.volume import Volume, to_integers
@@ -121,7 +121,7 @@ def _nifti(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         header = image.header
         raw = np.array(image.dataobj.get_unscaled())
     except Exception as error:  # nibabel's own kinds, zlib's, NumPy's
-        raise FileError(path, f"it is no sound NIfTI file, it may be truncated ({first_line(error)})") from error
+        raise FileError(path, reading_fault(error, "it is no sound NIfTI file, it may be truncated")) from error
     if not isinstance(image, nibabel.Nifti1Pair):
         raise FileError(path, f"nibabel takes it for a {type(image).__name__}; expected a NIfTI image")
     if raw.dtype.kind not in "iuf":
@@ -172,7 +172,7 @@ def _nrrd(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     try:
         raw, header = nrrd.read(str(path))
     except Exception as error:  # pynrrd's own kind, zlib's, NumPy's
-        raise FileError(path, f"it is no sound NRRD file, it may be truncated ({first_line(error)})") from error
+        raise FileError(path, reading_fault(error, "it is no sound NRRD file, it may be truncated")) from error
     space, directions = str(header.get("space", "")).lower(), header.get("space directions")
     if space not in SPACES or directions is None:
         found = f"its space is {space or 'not given'}, its space directions are {'not ' * (directions is None)}given"

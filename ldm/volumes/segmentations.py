@@ -19,7 +19,7 @@ import nrrd
 import numpy as np
 import pydicom
 
-from ldm.core.errors import FileError, MedSoftError, first_line
+from ldm.core.errors import FileError, MedSoftError, reading_fault
 from ldm.data.samples import shown
 from ldm.volumes.dicom_files import told
 from ldm.volumes.formats import read_volume
@@ -294,15 +294,15 @@ def _segmentation(path: Path, dataset: pydicom.Dataset, grid: Volume) -> list[_S
         whole = pydicom.dcmread(path)
         segmentation = _opened(whole, grid)
     except Exception as error:  # highdicom and the decoders raise all kinds
-        raise FileError(path, f"is a DICOM segmentation that cannot be read ({first_line(error)})") from error
+        raise FileError(path, reading_fault(error, "is a DICOM segmentation that cannot be read")) from error
     fractional = whole.SegmentationType == "FRACTIONAL"
     notes = ("fractional segments are cut at 0.5",) if fractional else ()
 
     def load(number: int) -> tuple[np.ndarray, bool]:
         try:
             found = segmentation.get_volume(segment_numbers=[number], skip_overlap_checks=True)
-        except Exception as error:
-            raise FileError(path, f"its frames cannot be read as a volume ({first_line(error)})") from error
+        except Exception as error:  # as above
+            raise FileError(path, reading_fault(error, "its frames cannot be read as a volume")) from error
         mask = Volume((found.array[..., 0] >= 0.5).astype(np.uint8), found.affine, name=str(path))
         values, resampled = onto(mask, grid)
         if mask.values.any() and not values.any():

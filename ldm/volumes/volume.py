@@ -30,7 +30,7 @@ def require_extra() -> None:
     if missing:
         raise UsageError(
             f"the packages that read and write DICOM and NIfTI are not installed (missing: {', '.join(missing)}): "
-            "run pip install 'medsoft-diffusion[dicom]', or in a checkout pip install -e '.[dicom]'"
+            "in the repository's folder run python -m pip install -e '.[dicom]'"
         )
 
 

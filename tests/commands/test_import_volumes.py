@@ -283,7 +283,7 @@ def test_without_the_extra_one_line_says_what_to_install(archive: Path, tmp_path
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "pip install 'medsoft-diffusion[dicom]'" in done.stderr
+    assert "run python -m pip install -e '.[dicom]'" in done.stderr  # no registry has the package
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

@@ -380,6 +380,17 @@ def test_sound_jpeg_and_bmp_files_of_other_kinds_are_not_called_damaged(tmp_path
         assert ("damaged" in caught.value.reason) == ("damaged" in reason)
 
 
+def test_a_full_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(image: Image.Image) -> None:
+        raise MemoryError
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.bmp")
+    monkeypatch.setattr(Image.Image, "load", full)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", full)
+    with pytest.raises(FileError, match=r"there is too little memory for what it says it holds \(MemoryError\)"):
+        read_image(tmp_path / "a.bmp")
+
+
 def test_an_animation_is_refused(tmp_path: Path) -> None:
     pages = [Image.fromarray(GREY), Image.fromarray(GREY + 1)]
     pages[0].save(tmp_path / "image.png", save_all=True, append_images=pages[1:])

@@ -313,6 +313,17 @@ def test_a_truncated_file(tmp_path: Path, name: str) -> None:
     assert "truncated" in refusal(path)
 
 
+def test_a_full_memory_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError("Unable to allocate 4.00 GiB for an array")
+
+    made.write_nifti(tmp_path / "a.nii", *base())
+    monkeypatch.setattr(nibabel.arrayproxy.ArrayProxy, "get_unscaled", full)
+    said = refusal(tmp_path / "a.nii")
+    assert "too little memory for what it says it holds (Unable to allocate 4.00 GiB for an array)" in said
+    assert "truncated" not in said
+
+
 def test_a_nifti_that_does_not_say_where_left_is(tmp_path: Path) -> None:
     values, affine = base()
     path = made.write_nifti(tmp_path / "a.nii", values, affine, sform_code=0, qform_code=0)
