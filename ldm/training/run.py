@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from ldm.config import Config, SamplingConfig, TrainingConfig, as_yaml, config_from_dict
+from ldm.config import Architecture, Config, SamplingConfig, TrainingConfig, as_yaml, config_from_dict
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory, resolve_precision
 from ldm.core.distributed import check_tasks, fabric_class
@@ -79,9 +79,9 @@ def run_stage(options: TrainingOptions, config: Config) -> int:
     inputs.trained_on = trained_on(config.training.stage, patients, seen, behind)
     if options.dry_run:
         fabric, precision = make_fabric(options, config.training)
-        check_needs(options, config, inputs, fabric, precision)
+        check_needs(options.save_path, config.architecture, config.training, inputs, fabric, precision)
         open_encoders(config, source)
-        log_groups(config, source)
+        log_groups(config.architecture, config.training, source)
         return cli.DONE
     folder = TrainingFolder(options.save_path)
     with folder.lock(first=is_first_process()):
@@ -153,22 +153,22 @@ def run_settings(config: Config, inputs: str, noise: int = NOISE) -> dict[str, A
 
 
 def check_needs(
-    options: TrainingOptions,
-    config: Config,
+    folder: Path,
+    architecture: Architecture,
+    training: TrainingConfig,
     inputs: TrainingInputs,
     fabric: "Fabric",
     precision: str,
     begun: bool = False,
 ) -> None:
-    """Log what training takes of disk and memory, with a warning for what may not suffice.
+    """Log what training into ``folder`` takes of disk and memory, with a warning for what may not suffice.
 
     ``begun``: the run goes on, so that what decides its weights cannot be made smaller. MedSoftError where it could not
     even save, or where a step would not fit on the device.
     """
-    training, architecture = config.training, config.architecture
     half = precision == "bf16-mixed"
     for lack in (
-        check_disk(options.save_path, architecture, training, inputs.all_items),
+        check_disk(folder, architecture, training, inputs.all_items),
         check_memory(architecture, training, fabric.world_size, fabric.device, half, begun),
     ):
         if lack:
@@ -181,17 +181,16 @@ def open_encoders(config: Config, source: Checkpoint) -> tuple[MedSoftModel, Ima
     return open_model(config, source, [part for part in builds if part in ENCODERS], builds)
 
 
-def log_groups(config: Config, source: Checkpoint) -> None:
+def log_groups(architecture: Architecture, training: TrainingConfig, source: Checkpoint) -> None:
     """What is trained, in a few lines; and a note where the published README trains something else than it says."""
-    training = config.training
     with torch.device("meta"):
-        net = MedSoftModel(config.architecture, training.builds)
+        net = MedSoftModel(architecture, training.builds)
     for name, members in training_groups(net, training).items():
         count = sum(parameter.numel() for parameter in members.values())
         shown = (name, len(members), count / 1e6, training.rates[name])
         log.info("trains %s: %d tensors, %.2f M parameters, learning rate %g", *shown)
     if training.alignment_weight:
-        count = projection_values(net.architecture) / 1e6
+        count = projection_values(architecture) / 1e6
         log.info("and a projection of the middle block, %.2f M parameters, that no finished checkpoint holds", count)
     if training.stage == "stage2_1" and source.metadata.get("stage") == "stage2_1":
         log.info(
@@ -242,9 +241,9 @@ def _run(
     previews = config.sampling if training.pictures > 0 and "unet" in training.builds else None
 
     torch.manual_seed(training.seed)
-    check_needs(options, config, inputs, fabric, precision, begun=previous is not None)
+    check_needs(save_path, config.architecture, training, inputs, fabric, precision, begun=previous is not None)
     encoders, clip = open_encoders(config, source)
-    log_groups(config, source)
+    log_groups(config.architecture, training, source)
     theirs = source.metadata
     metadata = {
         "config": dataclasses.asdict(config),
