@@ -1,7 +1,7 @@
 """The shipped commands on phantoms, made small in time by flags; shared by the tests of the commands."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -14,9 +14,12 @@ import torch
 import dataset_infer
 import ver_train
 from ldm.core.errors import MedSoftError
+from ldm.data.crop import CropWindow
 from ldm.data.images import read_image
 from ldm.data.png import write_png
+from ldm.data.preparation import PreparedSample
 from ldm.data.samples import Sample
+from ldm.inference.inpainter import Inpainter, Job
 from tool import export_diffusers, inspect_checkpoint, model_convert, tool_merge_for_stage2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,3 +163,21 @@ def whole(folder: Path) -> None:
     for meta in folder.rglob("meta.json"):
         names = {file.name for file in meta.parent.iterdir()}
         assert names - {"anatomy.png"} == {"image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json"}
+
+
+def squares(inpainter: Inpainter, image: torch.Tensor, mask: torch.Tensor, jobs: Sequence[Job]) -> torch.Tensor:
+    """What ``inpainter`` draws into model squares, before it is composited: (B, 3, S, S) in [-1, 1], as ``image``.
+
+    ``mask``: (B, 1, S, S). The squares are whole images of the model's size, which no crop enlarges or reduces.
+    """
+    side = image.shape[-1]
+    original = np.zeros((side, side, 3), np.uint8)
+    original[..., 0] = 1  # a colour, since a grey original would make the result grey
+    window = CropWindow(0, 0, side, side, side)
+    samples = []
+    for pixels, own in zip(image, mask, strict=True):
+        soft = own[0].numpy()
+        samples.append(PreparedSample(original, (0.0, 255.0), soft >= 0.5, soft, window, pixels, own))
+    results = inpainter.inpaint(samples, jobs)
+    assert [result.error for result in results] == [None] * len(jobs)
+    return torch.from_numpy(np.stack([result.generated for result in results])).permute(0, 3, 1, 2) * 2 - 1

@@ -117,20 +117,6 @@ class Inpainter:
 
         return [partial(finish, row, sample) for row, sample in enumerate(samples)]
 
-    @torch.inference_mode()
-    def generate(self, image: Tensor, soft_mask: Tensor, jobs: Sequence[Job]) -> tuple[Tensor, list[str | None]]:
-        """The model's square before compositing: image (B, 3, S, S), soft_mask (B, 1, S, S) -> (B, 3, S, S).
-
-        With it, for each image, None or where its first value that is no number appeared. MedSoftError where sampling
-        reads more than these squares.
-        """
-        more = {"biomedclip.view=image": self.net.architecture.biomedclip.view == "image"}
-        more["sampling.init=paste"] = self.sampling.init == "paste"
-        for setting in [name for name, given in more.items() if given]:
-            raise MedSoftError(f"{setting} reads what squares alone do not hold; use inpaint")
-        generated, broken = self._generate(image, soft_mask, jobs)
-        return generated, [self._error(number) for number in broken.tolist()]
-
     def _generate(
         self,
         image: Tensor,
@@ -140,10 +126,12 @@ class Inpainter:
         start: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As ``generate``, with a number for each image: of the step at which the first value that is no number
-        appeared, -1 where none did, the number of steps where it was the decoder's.
+        """The model's squares before compositing: image (B, 3, S, S), soft_mask (B, 1, S, S) -> (B, 3, S, S).
 
-        ``start``: like ``image``, what sampling begins with where that is neither noise nor the image itself."""
+        And a number for each image: of the step at which the first value that is no number appeared, -1 where none did,
+        the number of steps where it was the decoder's. ``whole``: see ``condition``; ``start``: like ``image``, what
+        sampling begins with where that is neither noise nor the image itself.
+        """
         sampling, net = self.sampling, self.net
         dtype = DTYPES[sampling.precision]
         mask = net.latent_mask(soft_mask)

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 from test_attention import _no_gradients  # noqa: F401
-from tiny import CLIP, PHANTOM, TRAIN
+from tiny import CLIP, PHANTOM, TRAIN, squares
 from torch import Tensor
 
 from ldm.bench.common import diffusers_pipeline
 from ldm.config import load_config
-from ldm.core.errors import MedSoftError
 from ldm.data.annotations import load_samples
 from ldm.data.preparation import PreparedSample, prepare
 from ldm.diffusion.noise import image_noise
@@ -47,18 +46,11 @@ def hard_inputs() -> tuple[Tensor, Tensor]:
     return image, mask
 
 
-@pytest.mark.parametrize("setting", ["biomedclip.view=image", "sampling.init=paste"])
-def test_squares_alone_are_refused_where_more_has_to_be_seen(converted: Path, setting: str) -> None:
-    with pytest.raises(MedSoftError, match=rf"{setting} .* squares alone do not hold; use inpaint"):
-        inpainter(converted, [setting]).generate(*hard_inputs(), JOBS)
-
-
 def test_all_four_off_with_a_hard_mask_is_plain_inpainting(converted: Path) -> None:
     """A converted model, whose third attention is silent, against diffusers' StableDiffusionInpaintPipeline."""
     ours = inpainter(converted, [*OFF, "sampling.sampler=ddim", "sampling.spacing=leading"])
     image, mask = hard_inputs()
-    generated, faults = ours.generate(image, mask, JOBS)
-    assert faults == [None, None]
+    generated = squares(ours, image, mask, JOBS)
 
     theirs = diffusers_pipeline(ours.net)
     text = ours.net.cond_stage_model([job.prompt for job in JOBS])
@@ -80,9 +72,8 @@ def test_all_four_off_with_a_hard_mask_is_plain_inpainting(converted: Path) -> N
     ).images
     assert (generated / 2 + 0.5 - result).abs().max() < 2e-3
     assert result.std() > 0.05
-    soft = inpainter(converted, ["sampling.sampler=ddim", "sampling.spacing=leading"]).generate(image, mask, JOBS)[
-        0
-    ]  # a hard mask, but held cells outside it
+    # A hard mask, but held cells outside it.
+    soft = squares(inpainter(converted, ["sampling.sampler=ddim", "sampling.spacing=leading"]), image, mask, JOBS)
     assert (soft / 2 + 0.5 - result).abs().max() > 2e-2
 
 
@@ -103,11 +94,11 @@ def test_each_of_the_four_ways_can_be_switched_off(final: Path, soft_pictures: l
 def test_with_a_hard_mask_channel_and_mixing_change_nothing(final: Path) -> None:
     """They differ from plain only in how they treat values between 0 and 1."""
     image, mask = hard_inputs()
-    plain = inpainter(final).generate(image, mask, JOBS)[0]
-    assert torch.equal(plain, inpainter(final, OFF[0:1]).generate(image, mask, JOBS)[0])
+    plain = squares(inpainter(final), image, mask, JOBS)
+    assert torch.equal(plain, squares(inpainter(final, OFF[0:1]), image, mask, JOBS))
     grid = load_config(PHANTOM).biomedclip.grid
     assert set(torch.nn.functional.adaptive_max_pool2d(mask, grid).unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(plain, inpainter(final, OFF[2:3]).generate(image, mask, JOBS)[0])
+    assert torch.equal(plain, squares(inpainter(final, OFF[2:3]), image, mask, JOBS))
 
 
 def test_a_closed_gate_leaves_the_prompts_tokens_without_effect(final: Path) -> None:
@@ -115,7 +106,7 @@ def test_a_closed_gate_leaves_the_prompts_tokens_without_effect(final: Path) -> 
     made = inpainter(final, ["sampling.guidance_scale=1", "sampling.differential=false"])
     image, mask = hard_inputs()
     nothing = torch.zeros_like(mask)
-    plain = made.generate(image, nothing, JOBS)[0]
+    plain = squares(made, image, nothing, JOBS)
     made.net.msc.spatial_head.weight.data.normal_()
-    assert torch.equal(made.generate(image, nothing, JOBS)[0], plain)
-    assert not torch.equal(made.generate(image, mask, JOBS)[0], inpainter(final).generate(image, mask, JOBS)[0])
+    assert torch.equal(squares(made, image, nothing, JOBS), plain)
+    assert not torch.equal(squares(made, image, mask, JOBS), squares(inpainter(final), image, mask, JOBS))
