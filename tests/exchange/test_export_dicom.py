@@ -442,5 +442,5 @@ def test_paths_that_cannot_be_meant(world: World) -> None:
 
 def test_without_the_extra_one_line_says_how_to_install_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldm.volumes.volume.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'medsoft-diffusion\[dicom\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '.\[dicom\]'"):
         world.export()
