@@ -118,7 +118,7 @@ ITEMS = (
     Item(4, "aims and hypotheses", "the study's YAML: `hypotheses`"),
     Item(5, "prospective or retrospective", ""),
     Item(6, "goal of the study", "the study's YAML"),
-    Item(7, "data sources", "`dataset.json` of an import, `DATA.md`"),
+    Item(7, "data sources", "`site` and `scanner` in `meta.json`, `DATA.md`"),
     Item(8, "who is in and who is not", "`rejects.json` of every command"),
     Item(9, "preprocessing", "`config.yaml`: `data`", _preparation),
     Item(10, "selection of subsets", "annotation files of the split"),

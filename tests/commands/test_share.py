@@ -1,6 +1,7 @@
 """tool/card.py, tool/push.py and tool/pull.py: what a card says and does not say, what is shared, what is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -288,6 +289,14 @@ def test_by_the_hub(ckpt: Path, carded: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_the_page_of_the_checklist_has_the_items_of_the_command() -> None:
     assert where_table() in (ROOT / "docs" / "claim.md").read_text()
+
+
+def test_every_file_that_an_item_names_is_there_or_written() -> None:
+    written = "".join(path.read_text() for path in (ROOT / "ldm").rglob("*.py"))
+    pattern = r"`([\w/]+\.(?:csv|html|json|lock|md|py|yaml))`"
+    named = {name for item in ITEMS for name in re.findall(pattern, item.where)}
+    assert len(named) > 12
+    assert [name for name in sorted(named) if not (ROOT / name).exists() and f'"{name}"' not in written] == []
 
 
 def test_the_container_copies_files_that_are_there_and_not_ignored() -> None:
