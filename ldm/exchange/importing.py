@@ -33,10 +33,11 @@ from ldm.data.samples import Reject, Sample, shown
 from ldm.exchange.cases import Case, Problem, Wanted, find_cases
 from ldm.exchange.pairing import inside, pair
 from ldm.exchange.privacy import PrivateFolder, Pseudonyms, read_key
+from ldm.exchange.targets import check_asked
 from ldm.exchange.writing import CutOptions, LeftOutPart, OutputError, texts_of, texts_of_files, write_case
 from ldm.reports.overlays import write_overlays
 from ldm.volumes.intensity import window_asked
-from ldm.volumes.labels import LEVELS, scheme, structure_named
+from ldm.volumes.labels import scheme
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +72,7 @@ class ImportOptions:
     def cutting(self) -> CutOptions:
         """What is made of each volume; UsageError for values that cannot be."""
         slices = int(self.slices) if self.slices.isdecimal() else self.slices
-        if slices not in ("middle", "lesion", "all") and not (isinstance(slices, int) and slices > 0):
-            raise UsageError(f"--slices: expected middle, lesion, all or a number above 0, found {self.slices}")
-        for level in self.target:
-            if structure_named(level) not in (*LEVELS, "sacrum"):
-                raise UsageError(f"--target: expected levels such as L3, or sacrum, found {level}")
+        check_asked(slices, self.target)
         window = window_asked(self.window)
         return CutOptions(self.plane, tuple(self.target), slices, window, self.mm_per_pixel, self.modality, self.year)
 

@@ -176,8 +176,8 @@ def synthetic_image(frame: Frame, stored: np.ndarray, identity: Identity, deriva
     return image
 
 
-def placed(image: Dataset, affine: np.ndarray) -> Dataset:
-    """The image with the geometry of ``affine`` (row, column, 0, 1 -> LPS in mm) in place of its source's."""
+def place(image: Dataset, affine: np.ndarray) -> None:
+    """Give the image the geometry of ``affine`` (row, column, 0, 1 -> LPS in mm) instead of its source's."""
     steps = np.linalg.norm(affine[:3, :3], axis=0)
     directions = affine[:3, :3] / steps
     measures, orientation, position = (Dataset() for _ in range(3))
@@ -204,7 +204,6 @@ def placed(image: Dataset, affine: np.ndarray) -> Dataset:
             image.update(item)
         image.DerivationCodeSequence = [CodedConcept.from_code(codes.DCM.MultiplanarReformatting)]
         image.ImageType = list(image.ImageType)[:3]  # what else it says is of the acquired frames
-    return image
 
 
 def write_instance(path: Path, instance: Dataset) -> None:

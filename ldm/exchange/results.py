@@ -21,7 +21,7 @@ from ldm.exchange.instances import (
     SegmentIdentity,
     check_source,
     lesion_segmentation,
-    placed,
+    place,
     read_frame,
     reference_to,
     soft_mask_segmentation,
@@ -147,7 +147,7 @@ def write_dicom(
     how = how if origin.instance else f"A {origin.place[0]} slice was reformatted from its series. {how}"
     image = synthetic_image(frame, stored, identity, how)
     if origin.instance is None:
-        placed(image, origin.affine)
+        place(image, origin.affine)
     write_instance(folder / "image.dcm", image)
     back = read_frame(folder / "image.dcm", None if frame.number is None else 1)
     if not np.array_equal(back.values, stored):  # what is promised of the values is seen in the file

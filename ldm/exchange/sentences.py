@@ -47,7 +47,7 @@ def sentence(level: str | None, lesion: Lesion | None, rows: Sequence[Row], *, d
         _check_healthy(level, rows, diseased)
         return Sentence(HEALTHY, level)
     row = _row_for(level, lesion.name, [lesion.row] if lesion.row is not None else rows)
-    fields = {key: text_of(row.get(key) or "") for key in ("lesion_type", "severity")}
+    fields = {key: _field(row, key) for key in ("lesion_type", "severity")}
     known = level or _level_of(row)
     if _prompt(row):
         text, where = _prompt(row), "the prompt"
@@ -86,13 +86,18 @@ def read_sentences(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def _field(row: Row, name: str) -> str | None:
+    """What a row says in a column; None where nothing is known."""
+    return text_of(row.get(name) or "")
+
+
 def _prompt(row: Row) -> str:
-    return " ".join((text_of(row.get("prompt") or "") or "").split())
+    return " ".join((_field(row, "prompt") or "").split())
 
 
 def _level_of(row: Row) -> str | None:
     """The level of a row as the labels name it; MedSoftError for text that is none."""
-    text = text_of(row.get("level") or "")
+    text = _field(row, "level")
     if text is None:
         return None
     level = structure_named(text)
@@ -104,7 +109,7 @@ def _level_of(row: Row) -> str | None:
 
 
 def _describes_lesion(row: Row) -> bool:
-    kind = plain(text_of(row.get("lesion_type") or "") or "")
+    kind = plain(_field(row, "lesion_type") or "")
     prompt = prompt_of(_prompt(row))
     return prompt != HEALTHY if prompt else kind not in ("", HEALTHY, "normal")
 
@@ -120,7 +125,7 @@ def _row_for(level: str | None, name: str, rows: Sequence[Row]) -> Row:
     """The row that describes the lesion of a vertebra; an empty one if none says anything of a lesion."""
     telling = [row for row in rows if _describes_lesion(row)]
     if not telling:
-        if any(_prompt(row) or text_of(row.get("lesion_type") or "") for row in rows):
+        if any(_prompt(row) or _field(row, "lesion_type") for row in rows):
             raise MedSoftError(f"{shown(name)} has a mask, but its row says healthy")
         return rows[0] if len(rows) == 1 else {}
     about = [row for row in telling if level is None or level in _levels(row, level)]

@@ -76,6 +76,15 @@ class _Focus:
     notes: tuple[str, ...] = ()
 
 
+def check_asked(slices: str | int, target: Sequence[str]) -> None:
+    """UsageError for values of ``--slices`` and ``--target`` that no image can answer."""
+    if slices not in ("middle", "lesion", "all") and not (isinstance(slices, int) and slices > 0):
+        raise UsageError(f"--slices: expected middle, lesion, all or a number above 0, found {slices}")
+    for level in target:
+        if structure_named(level) not in (*LEVELS, "sacrum"):
+            raise UsageError(f"--target: expected levels such as L3, or sacrum, found {level}")
+
+
 def choose(
     volume: Volume,
     labels: Labels | None,
@@ -91,10 +100,9 @@ def choose(
     ``target``: levels; empty: every vertebra (the sacrum only with a lesion). ``slices`` of each vertebra: its "middle"
     one (with a lesion: where that is largest), those with a "lesion", "all", or this many, evenly spread. ``limit``:
     the most slices, those with lesions first and then one a vertebra in turn. Without labels a slice with a lesion is
-    cut with an unknown level, and without lesions too, ``slices`` of the volume. UsageError for flags that cannot be.
+    cut with an unknown level, and without lesions too, ``slices`` of the volume. ``check_asked`` refuses other values
+    of both. MedSoftError for labels that hold lesions which nobody reads, and for a ``target`` without labels.
     """
-    if slices not in ("middle", "lesion", "all") and not (isinstance(slices, int) and slices > 0):
-        raise UsageError(f"--slices: expected middle, lesion, all or a number above 0, found {slices}")
     if labels is not None and labels.lesions and not lesions:
         raise MedSoftError(
             f"{volume.name}: its labels hold lesions too ({shown(labels.lesions[0])}), which would count as healthy; "
@@ -115,14 +123,10 @@ def choose(
 
 
 def _targets(target: Sequence[str], case: "_Case", name: str) -> list[str]:
-    """The levels of --target as labels name them."""
-    levels = [structure_named(text) for text in target]
-    for text, level in zip(target, levels, strict=True):
-        if level not in (*LEVELS, "sacrum"):
-            raise UsageError(f"--target: expected levels such as L3, or sacrum, found {text}")
-    if levels and case.labels is None:
+    """The levels of --target as labels name them. MedSoftError where there are no labels."""
+    if target and case.labels is None:
         raise MedSoftError(f"{name}: --target needs to know where the vertebrae are; give --labels")
-    return [str(level) for level in levels]
+    return [str(structure_named(text)) for text in target]
 
 
 def _in_target(foci: Sequence[_Focus], wanted: Sequence[str], left_out: list[LeftOut]) -> list[_Focus]:

@@ -120,7 +120,7 @@ def write_case(
     left_out = [
         LeftOutPart(texts.hidden(each.what), each.reason, texts.hidden(each.reason), each.rejected) for each in left
     ]
-    writer = _Writer(case, volume, pseudonyms, texts, options, output)
+    writer = _Writer(case, volume, pseudonyms, texts, options)
     samples = []
     for cut in cuts:
         try:
@@ -168,10 +168,9 @@ class _Writer:
         pseudonyms: Pseudonyms,
         texts: IdentifyingTexts,
         options: CutOptions,
-        output: Path,
     ) -> None:
         self.case, self.volume, self.pseudonyms, self.texts = case, volume, pseudonyms, texts
-        self.options, self.output = options, output
+        self.options = options
         self.levels: Levels = levels_of(volume)
         self.window = window_for(volume, options.window)
         self.patient = pseudonyms.patient(case.patient)

@@ -49,7 +49,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Reader:
-    """One reader's answers: item -> step 1 to 6, or left or right; item -> seconds. ``order``: the items as shown."""
+    """One reader's answers: item -> step 1 to 6, or left or right; item -> seconds."""
 
     path: Path
     code: str

@@ -159,8 +159,11 @@ def scheme(preset: str | None, map_file: Path | None) -> Scheme | None:
 
 
 def read_map(path: Path) -> Scheme:
-    """The numbering of a JSON object {"27": "L5", ...} a CSV file of two columns, number (or segment) and
-    name, or nnU-Net's ``dataset.json``."""
+    """The numbering in a map file; FileError for one that cannot be used.
+
+    That is a JSON object {"27": "L5", ...}, nnU-Net's ``dataset.json``, or a CSV file of two columns: number (or name
+    of a segment) and structure.
+    """
     if path.suffix.lower() == ".json":
         found = read_json(path, "map file")
         if not isinstance(found, dict):

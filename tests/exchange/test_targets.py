@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from made import AXIAL, ORIENTATIONS, Spine, spine, turned
 
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.exchange.targets import BESIDE_IT, DISEASED, REACHED, Cut, LeftOut, choose
+from ldm.exchange.targets import BESIDE_IT, DISEASED, REACHED, Cut, LeftOut, check_asked, choose
 from ldm.volumes.labels import Labels, Lesion
 from ldm.volumes.volume import PLANES, Volume
 
@@ -279,7 +279,7 @@ def test_without_labels_and_lesions_slices_of_the_volume_are_cut() -> None:
 )
 def test_flags_that_cannot_be(given: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        choose(volume(), labels(), [], **given)
+        check_asked(**{"slices": "middle", "target": [], **given})
 
 
 def test_lesions_in_the_labels_that_nobody_reads_make_nothing_healthy() -> None:
