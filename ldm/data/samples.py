@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.core.schema import Rule
+from ldm.levels import without_mentions
 
 HEALTHY = "healthy"
 META_TEXTS = ("patient_id", "parent_id", "lesion_type", "level", "severity")
@@ -146,7 +147,7 @@ _ABSENT = _any("(?:not|never|nicht)_(?:seen|present|visible|found|identified|det
 _WITHOUT = re.compile(  # with what it denies, up to the next clause
     rf"\b{_NO}\b(?!-| {_any('other further additional more longer')})"
     rf"(?:(?!\b{_any('but with except aber mais pero')}\b)[^.,;:])*"
-    rf"|\b\w+[- ]free\b|[^.,;:]*\b{_ABSENT}\b|\b\w+ ?[:=] ?{_any('no none nil 0 absent negative')}\b"
+    rf"|\b\w+[- ]free\b|[^.,;:]*\b{_ABSENT}\b|\b\w+ ?[:=] ?{_any('no none nil 0 absent negative')}\b(?! \w)"
     r"|[无無没未].*|.*なし"
 )
 _NOTHING = re.compile(r"\W*(?:n/?a|nan|nat|null|0)?\W*")  # all of it: what tables write where there is nothing
@@ -160,7 +161,7 @@ _LESION = re.compile(
 )
 _NEUTRAL = _any(  # of these words alone nobody learns whether there is a lesion
     r"""an? the this of in on at and with there is are was were seen shows? shown found any findings? evidence signs?
-    vertebra\w* body bone level spine lumbar thoracic cervical [ctls]\d+ th\d+ image scan slice sagittal mri? ct x-?ray
+    vertebra\w* body bone level spine lumbar thoracic cervical image scan slice sagittal mri? ct x-?ray
     es gibt ist im am de[rs]? die das la le wirbel\w*"""
 )
 _ONLY_NEUTRAL = re.compile(rf"(?:\W|\b{_NEUTRAL}\b)*")
@@ -172,7 +173,7 @@ def probably_healthy(prompt: str) -> bool:
     if text == HEALTHY or _BESIDE.search(text):
         return False
     rest = _WITHOUT.sub(" ", text)
-    denied = rest != text and _ONLY_NEUTRAL.fullmatch(rest)
+    denied = rest != text and _ONLY_NEUTRAL.fullmatch(without_mentions(rest))
     return bool(_HEALTH.search(rest) or _NOTHING.fullmatch(text) or denied) and not _LESION.search(rest)
 
 

@@ -14,37 +14,24 @@ from typing import NamedTuple
 from ldm.core.errors import UsageError
 from ldm.core.tables import counted
 from ldm.data.samples import META_TEXTS, Sample, plain, text_of
+from ldm.levels import NAMES, REGIONS, SPINE, Mention, mentions
 
 log = logging.getLogger(__name__)
 
 MATCHES = ("level", "replace", "none")  # how the prompts of healthy images are made to agree, see ``PromptPool``
 DEFAULT_MATCH = ("level",)  # the words of --match where nothing is said
 
-REGIONS = {"C": "cervical", "T": "thoracic", "L": "lumbar", "S": "sacral"}
-LAST = {"C": 7, "T": 13, "L": 6, "S": 5}  # the last vertebra of each region, variants included
-LETTERS = {"TH": "T", "D": "T", "HWK": "C", "BWK": "T", "LWK": "L", "颈": "C", "胸": "T", "腰": "L", "骶": "S"}
-ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth"]
-ORDINALS += ["seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth"]
 MODALITIES = {
     "CT": r"CT|computed tomography",
     "MR": r"MRI?|magnetic resonance|T[12][\s-]?(?:wi?|weighted)|STIR",
     "XR": r"x-?rays?|XR|CR|DX|radiographs?",
 }
-_SPINE = "|".join(REGIONS.values())
 # Elsewhere in a prompt these words may mean other things: cervical carcinoma, the sacral promontory.
-_REGION = rf"\b({_SPINE})\b(?=\s+(?:spine|spinal|vertebra|body|level|segment|column|lesion))"
-_LEVEL = re.compile(
-    rf"""(?<![A-Za-z0-9])(?:
-        (?:(?P<letter>(?-i:TH|Th|[CTDLS]|[HBL]WK)[\s-]?|th|[ctls])|(?P<han>[颈胸腰骶])椎?)
-            (?P<number>\d{{1,2}})(?:[/–-](?P<until>\d{{1,2}})(?!\s?[mc]m))?
-        | (?P<ordinal>{"|".join(ORDINALS)}|\d{{1,2}}(?:st|nd|rd|th))\s+(?P<region>{_SPINE})
-        | (?P<spine>{_SPINE})\s+(?:vertebra\s+)?(?P<count>\d{{1,2}})(?!\s?[mc]m)
-    )(?![A-Za-z0-9])""",
-    re.VERBOSE | re.IGNORECASE,
-)
+_REGION = rf"\b({SPINE})\b(?=\s+(?:spine|spinal|vertebra|body|level|segment|column|lesion))"
 # T1 and T2 are also MR sequences: what follows them tells.
 _SEQUENCE = re.compile(r"[\s-]?(?:wi?\b|weight|image|signal|sequence|hyper|hypo|iso|bright|dark|relax)", re.IGNORECASE)
-_BONE = re.compile(r"\s*(?:vertebra|body|level|椎)", re.IGNORECASE)
+_BONE = re.compile(r"\s*(?:vertebra|bod(?:y|ies)\b|level|椎)", re.IGNORECASE)  # behind it, or before it:
+_BONE_BEFORE = re.compile(r"\b(?:vertebrae?|bod(?:y|ies)|levels?)\s+$", re.IGNORECASE)
 REMEMBERED = 1 << 17  # prompts whose names of vertebrae, regions and modalities are kept: each meets many images
 
 
@@ -101,19 +88,19 @@ def image_facts(sample: Sample) -> ImageFacts:
 
 
 def levels_named(prompt: str, level: str | None = None) -> list[str]:
-    """The vertebrae that a prompt names, as in ["L3"], in its order; ``level``: the image's own, if it is known.
+    """The vertebrae that a prompt names, as in ["L3"], in its order, see ``ldm.levels``; ``level``: the image's own.
 
     T1 and T2 count only before "vertebra" and the like, or where they are ``level``.
     """
-    return [name for _, names in _mentions(prompt, level) for name in names]
+    return [name for mention in _mentions(prompt, level) for name in mention.names]
 
 
 def contradiction(prompt: str, facts: ImageFacts) -> str | None:
     """What the prompt names otherwise than the image's ``meta.json``, in words; None if they agree."""
     levels, modalities, region = levels_named(prompt, facts.level), _modalities(prompt), _region(facts)
     regions = _spinal(prompt) | {REGIONS[name[0]] for name in levels}
-    canonical = facts.level and _LEVEL.fullmatch(facts.level)
-    if levels and facts.level not in (None, *levels) and (canonical or str(facts.level) not in prompt.casefold()):
+    own = levels_named(f"{facts.level} vertebra") if facts.level else []
+    if levels and facts.level and not {*own} & {*levels} and (own or facts.level not in prompt.casefold()):
         return f"the prompt names {levels[0]}, the image's level is {facts.level}"
     if region in REGIONS.values() and regions and region not in regions:
         return f"the prompt names the {min(regions)} spine, the image's region is {region}"
@@ -124,11 +111,13 @@ def contradiction(prompt: str, facts: ImageFacts) -> str | None:
 
 def agreeing(prompt: str, facts: ImageFacts) -> str | None:
     """The prompt with the names of its vertebra and region replaced by the image's; None if that cannot be done."""
-    mentions = _mentions(prompt, facts.level)
-    named = {name for _, names in mentions for name in names}
-    if facts.level and _LEVEL.fullmatch(facts.level) and len(named) == 1 and named != {facts.level}:
-        for match, _ in reversed(mentions):
-            prompt = prompt[: match.start()] + facts.level + prompt[match.end() :]
+    found = _mentions(prompt, facts.level)
+    named = {name for mention in found for name in mention.names}
+    if facts.level and not all(mention.names for mention in found):
+        return None  # nobody knows which vertebra it names
+    if facts.level in NAMES and len(named) == 1 and named != {facts.level}:
+        for mention in reversed(found):
+            prompt = prompt[: mention.start] + facts.level + prompt[mention.end :]
     region, words = _region(facts), _spinal(prompt)
     if region in REGIONS.values() and len(words) == 1 and words != {region}:
         prompt = re.sub(_REGION, lambda _: str(region), prompt, flags=re.IGNORECASE)
@@ -240,38 +229,28 @@ def _compatible(one: str | None, other: str | None) -> bool:
     return one is None or other is None or one == other
 
 
-def _mentions(prompt: str, level: str | None) -> Sequence[tuple[re.Match, list[str]]]:
-    """Each place where vertebrae are named, with their names."""
+def _mentions(prompt: str, level: str | None) -> Sequence[Mention]:
+    """Each place where vertebrae are named."""
     return _places(prompt, level if level in ("T1", "T2") else None)
 
 
 @lru_cache(REMEMBERED)
-def _places(prompt: str, level: str | None) -> Sequence[tuple[re.Match, list[str]]]:
-    found = []
-    for match in _LEVEL.finditer(prompt):
-        names = _names(match)
-        if names in (["T1"], ["T2"]):
-            bone = _BONE.match(prompt, match.end()) or (names == [level] and not _SEQUENCE.match(prompt, match.end()))
-            names = names if bone else []
-        if names:
-            found.append((match, names))
-    return tuple(found)
+def _places(prompt: str, level: str | None) -> Sequence[Mention]:
+    return tuple(each for each in mentions(prompt) if not _sequences(each, prompt, level))
 
 
-def _names(match: re.Match) -> list[str]:
-    parts = match.groupdict()
-    if parts["number"]:
-        given = (parts["letter"] or parts["han"]).strip(" -").upper()
-        letter, texts = LETTERS.get(given, given), [parts["number"], parts["until"]]
-    else:
-        letter, texts = (parts["region"] or parts["spine"])[0].upper(), [parts["ordinal"] or parts["count"]]
-    words = [text.lower() for text in texts if text]
-    numbers = [ORDINALS.index(word) + 1 if word in ORDINALS else int(re.sub(r"\D", "", word)) for word in words]
-    return [f"{letter}{number}" for number in numbers if 1 <= number <= LAST[letter]]
+def _sequences(mention: Mention, prompt: str, level: str | None) -> bool:
+    """Whether a mention of T1 or T2 means MR sequences, or may mean them and not the image's ``level``."""
+    if not mention.names or not {*mention.names} <= {"T1", "T2"}:
+        return False
+    if _BONE.match(prompt, mention.end):
+        return False
+    bone = level in mention.names or _BONE_BEFORE.search(prompt, 0, mention.start)
+    return not bone or bool(_SEQUENCE.match(prompt, mention.end))
 
 
 def _regions(text: str) -> set[str]:
-    return {word.lower() for word in re.findall(rf"\b(?:{_SPINE})\b", text, re.IGNORECASE)}
+    return {word.lower() for word in re.findall(rf"\b(?:{SPINE})\b", text, re.IGNORECASE)}
 
 
 @lru_cache(REMEMBERED)

@@ -23,13 +23,12 @@ import numpy as np
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import read_json, read_text
 from ldm.data.samples import shown
+from ldm.levels import NAMES, REGIONS, VARIANTS, are_neighbours, mentions
 
-LAST = {"C": 7, "T": 13, "L": 6, "S": 1}  # the last vertebra of each region, variants included
-LEVELS = tuple(f"{letter}{number}" for letter, last in LAST.items() for number in range(1, last + 1))  # from the head
-REGIONS = {"C": "cervical", "T": "thoracic", "L": "lumbar", "S": "sacral"}
+LEVELS = tuple(name for name in NAMES if name[0] != "S" or name == "S1")  # from the head; then the sacrum
 VERTEBRAE = (*LEVELS, "vertebra", "sacrum", "partial")  # names of what is bone of the spine
 
-_USUAL = [f"C{n}" for n in range(1, 8)] + [f"T{n}" for n in range(1, 13)] + [f"L{n}" for n in range(1, 6)]
+_USUAL = [name for name in LEVELS[:-1] if name not in VARIANTS]  # C1 to L5
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,7 @@ PRESETS: Mapping[str, Scheme] = {
     )
 }
 
-_LETTERS = {"TH": "T", "D": "T", "HWK": "C", "BWK": "T", "LWK": "L"}
-_LEVEL = re.compile(r"(?<![a-z0-9])(hwk|bwk|lwk|th|[ctdls])[ -]?(\d{1,2})(?![a-z0-9])")
-_DISC = re.compile(
-    r"\bdis[ck]s?\b|\bivds?\b|intervertebral|bandscheibe|[ctls]\d{1,2} ?[-/ ] ?(?:[ctls]\d{1,2}|[ctls]|\d)\b"
-)
+_DISC = re.compile(r"\bdis[ck]s?\b|\bivds?\b|intervertebral|bandscheibe|[ctl]\d{1,2} ?[-/ ] ?[ctls]\b")
 _WORDS = {
     "ignore": r"ignored?|background|other|coccyx|cocygis",
     "canal": r"(?:spinal )?(?:canal|cord)|myelon|thecal sac|csf|spinalkanal",
@@ -138,9 +133,11 @@ def structure_named(text: str) -> str | None:
         return None
     if _DISC.search(plain):
         return "disc"
-    found = {
-        _LETTERS.get(letter.upper(), letter.upper()) + str(int(number)) for letter, number in _LEVEL.findall(plain)
-    }
+    # Two numbers side by side are two vertebrae, as in L4_5 and L4_L5; small letters are as good as large ones.
+    text = re.sub(r"(\d) (?=(?:[ctdls]|th)?\d)", r"\1-", plain).upper()
+    found = {name for mention in mentions(text) for name in mention.names or ("?",)}
+    if len(found) == 2 and are_neighbours(*found):
+        return "disc"
     return found.pop() if len(found) == 1 and found <= {*LEVELS} else None
 
 

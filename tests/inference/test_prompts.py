@@ -27,7 +27,7 @@ from ldm.inference.tasks import Task, plan_tasks
         ("the third lumbar vertebra", ["L3"]),
         ("12th thoracic vertebra", ["T12"]),
         ("cervical vertebra 5", ["C5"]),
-        ("from L2 to L4", ["L2", "L4"]),
+        ("from L2 to L4", ["L2", "L3", "L4"]),
         ("the L3/4 disc", ["L3", "L4"]),
         ("L3-L4", ["L3", "L4"]),
         ("lesion of the T1 vertebra", ["T1"]),
