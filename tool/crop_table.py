@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 
 from ldm.core import cli
+from ldm.core.errors import warn_of_first
 from ldm.core.files import write_text
 
 log = logging.getLogger("crop_table")
@@ -38,8 +39,7 @@ def main(args: argparse.Namespace) -> int:
         table, rejects = data_table(args.data, config.data, grids, args.limit)
     else:
         table = geometry_table(config.data, grids)
-    for reject in rejects:
-        log.warning("cannot be cropped: %s", reject)
+    warn_of_first(log, (f"cannot be cropped: {reject}" for reject in rejects))
     if args.output:
         write_text(args.output, f"{table}\n")
     else:

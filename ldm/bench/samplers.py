@@ -18,7 +18,7 @@ from ldm.config import DataConfig, SamplingConfig, load_config
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_json
-from ldm.core.tables import write_csv
+from ldm.core.tables import counted, write_csv
 from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.checks import real_ones
 from ldm.data.masks import read_mask
@@ -86,7 +86,9 @@ def compare_samplers(
     samples = real_ones(options.data, load_samples(options.data)[0])
     real = [sample for sample in samples if not sample.healthy and sample.severity != "subtle"]
     if len(real) < 2:
-        raise MedSoftError(f"{options.data}: {len(real)} diseased samples that are not subtle; expected at least 2")
+        raise MedSoftError(
+            f"{options.data}: {counted(len(real), 'diseased sample')}, the subtle ones left out; expected at least 2"
+        )
     prompts = options.output_dir / "prompts.json"
     write_annotations(prompts, real)
     encoder, size = open_encoder(config.biomedclip), config.sampling.batch_size
@@ -152,7 +154,7 @@ def common_samples(folders: Sequence[Path]) -> list[list[Sample]]:
     if len(names) < 2:
         fewest = min(zip(map(len, found), folders, strict=True))[1]
         raise MedSoftError(
-            f"{fewest}: {len(names)} images in common with the others; expected at least 2; inpaint more"
+            f"{fewest}: {counted(len(names), 'image')} in common with the others; expected at least 2; inpaint more"
         )
     return [[sample for sample in samples if sample.sample_id in names] for samples in found]
 

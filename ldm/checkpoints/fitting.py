@@ -14,6 +14,7 @@ from ldm.checkpoints.checkpoint import Checkpoint, tensors_of
 from ldm.config import Architecture, Config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.schema import identity
+from ldm.core.tables import counted
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,9 @@ def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
     """MedSoftError naming ``path`` and the first tensor of its ``state`` that holds NaN or infinite values."""
     bad = not_finite(state)
     if bad:
-        raise MedSoftError(f"{path}: {len(bad)} tensors hold NaN or infinite values, first {bad[0]}")
+        raise MedSoftError(
+            f"{path}: {counted(len(bad), 'tensor holds', 'tensors hold')} NaN or infinite values, first {bad[0]}"
+        )
 
 
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:

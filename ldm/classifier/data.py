@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from ldm.classifier.config import DUPLICATE_REAL, PRETRAIN, SEGMENT, ClassifierConfig
 from ldm.classifier.square import lesion_square, square
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import MedSoftError, warn_of_first
 from ldm.core.files import JSON_LINES, content_id, fingerprint, named_seed
+from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import (
     Row,
@@ -102,8 +103,8 @@ def load_images(
     left_out = sum(sample.synthetic for sample in samples) if only_real else 0
     if left_out:
         samples = [sample for sample in samples if not sample.synthetic]
-        text = "%s: %d synthetic samples are left out of this set of real ones; name their folder in `synthetic`"
-        log.warning(text, name, left_out)
+        said = counted(left_out, "synthetic sample is", "synthetic samples are")
+        log.warning("%s: %s left out of this set of real ones; name their folder in `synthetic`", name, said)
     rows = []
     for sample in tqdm(samples, desc=f"reading {name}", leave=False, disable=None):
         label = label_of(sample, task)
@@ -119,8 +120,7 @@ def load_images(
             rejects.append(Reject(sample.sample_id, sample.image, error.cause(sample.image)))
             continue
         rows.append((sample, seen, mask, label, pixel_digest(pixels), sample_attributes(sample, pixels)))
-    for reject in rejects:
-        log.warning("%s: %s skipped: %s", name, reject.sample_id, reject.reason)
+    warn_of_first(log, (f"{name}: {reject.sample_id} skipped: {reject.reason}" for reject in rejects))
     if not rows:
         first = f"; the first: {rejects[0].sample_id}: {rejects[0].reason}" if rejects else ""
         counts = f"{len(rejects)} rejected, {left_out} synthetic{first}"
@@ -269,14 +269,16 @@ def pick_synthetic(
     choice = apply_review(config.review, pool.samples) if config.review else None
     diseased = pool.diseased
     if len(diseased) < len(pool):
-        log.info("%d healthy samples in the synthetic folders are left out", len(pool) - len(diseased))
+        said = counted(len(pool) - len(diseased), "healthy sample is", "healthy samples are")
+        log.info("%s left out of the synthetic folders", said)
     if choice:
         diseased = sorted({*choice.kept(pool.samples)} & {*diseased})
     if config.ratio is not None:
         wanted = round(config.ratio * len(train.diseased))
         if wanted > len(diseased):
-            counts = config.ratio, wanted, len(diseased)
-            log.warning("ratio %g asks for %d synthetic images, %d exist: all are used", *counts)
+            there = counted(len(diseased), "exists", "exist")
+            text = "ratio %g asks for %s, %s: all are used"
+            log.warning(text, config.ratio, counted(wanted, "synthetic image"), there)
         diseased = sorted(_shuffled(config.seed, "synthetic", pool, diseased)[:wanted])
     return pool.subset(diseased), choice and choice.record
 

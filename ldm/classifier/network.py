@@ -15,6 +15,7 @@ from ldm.checkpoints.fitting import check_finite
 from ldm.classifier.config import PRETRAINED_HUB
 from ldm.classifier.data import ImageSet
 from ldm.core.errors import MedSoftError, UsageError, first_line
+from ldm.core.tables import counted
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def compute_outputs(
     bad = (~torch.isfinite(logits).all(1)).nonzero().flatten().tolist()
     if bad:
         raise MedSoftError(
-            f"the classifier gives values that are not finite for {len(bad)} {images.name} samples (first: "
+            f"the classifier gives values that are not finite for {counted(len(bad), f'{images.name} sample')} (first: "
             f"{images.samples[bad[0]].sample_id}); lower lr, or train again"
         )
     return logits, pooled

@@ -30,7 +30,7 @@ from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id, fingerprint, read_json, sha256_file, write_json
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
-from ldm.core.tables import write_csv
+from ldm.core.tables import counted, write_csv
 from ldm.data.checks import TRAINED_ON, check_unseen, groups_of
 from ldm.data.samples import Reject, Sample
 from ldm.reviews.choice import sentence
@@ -114,7 +114,7 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
     check_model(config.model, config.pretrained)  # before minutes of reading
     data = load_data(config)
     for images in data.sets:
-        log.info("%s: %d samples %s", images.name, len(images), images.counts())
+        log.info("%s: %s %s", images.name, counted(len(images), "sample"), images.counts())
     settings, pretrained = identity(config, "weights"), content_id(config.pretrained)
     run = fingerprint([settings, pretrained, data.fingerprint()])  # in the saved state and weights
     settings |= {"pretrained_sha256": pretrained, "training_data": data.fingerprint()}
@@ -249,7 +249,7 @@ def _about_training(folder: Path, sets: Mapping[str, ImageSet], few: str | None)
         for each in found
     ]
     notes = [
-        f"{images.left_out} synthetic samples were left out of the {name} set."
+        f"{counted(images.left_out, 'synthetic sample was', 'synthetic samples were')} left out of the {name} set."
         for name, images in sets.items()
         if images.left_out
     ]
@@ -270,8 +270,8 @@ def _log_summary(folder: Path, metrics: dict[str, Any]) -> None:
         name, found = headline(metrics)
         value = "undefined" if found["value"] is None else f"{found['value']:.3f}"
         between = f"95 % {found['low']:.3f} to {found['high']:.3f}" if found["low"] is not None else "no interval"
-        counts = metrics["n_test"], metrics["n_test_diseased"]
-        log.info("test %s %s (%s), %d samples (%d diseased)", name, value, between, *counts)
+        counts = counted(metrics["n_test"], "sample"), metrics["n_test_diseased"]
+        log.info("test %s %s (%s), %s (%d diseased)", name, value, between, *counts)
     for note in metrics["notes"]:
         log.warning("%s", note)
     log.info("results in %s; look at report.html there", folder)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.checkpoints.checkpoint import NAMES, NEW_IN_UNET, PREFIXES, Checkpoint, plain_keys
 from ldm.config import UNetConfig
 from ldm.core.errors import MedSoftError
+from ldm.core.tables import counted
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def from_checkpoint(checkpoint: Checkpoint, expected: Iterable[str]) -> SourceCh
     state = plain_keys(checkpoint.path, checkpoint.state, lambda key: SHORT_TEXT.sub(PREFIXES["text"], key))
     renamed = len(state.keys() - checkpoint.state.keys())
     if renamed:
-        notes.append(f"{renamed} keys brought to the original layout (levels added by other programs)")
+        notes.append(f"{counted(renamed, 'key')} brought to the original layout (levels added by other programs)")
     # LDM's moving average keeps ``model.diffusion_model.*`` without its dots.
     needed = [key for key in expected if key.startswith(PREFIXES["unet"])]
     averages = {key: "model_ema." + key.removeprefix("model.").replace(".", "") for key in needed}
@@ -145,8 +146,10 @@ def check_quantised(source: SourceCheckpoint, taken: Mapping[str, Tensor]) -> No
     beside = [key for key in left if any(level in source.layers for level in _levels(key))]
     whole = [key for key, value in taken.items() if not value.is_floating_point()]
     if beside or whole:
-        scales = f"beside weights stand {_some(beside)}" if beside else "their scales are not there"
-        kind = f"{_some(whole)} are whole numbers ({taken[whole[0]].dtype}), and " if whole else ""
+        stand = "stands" if len(beside) == 1 else "stand"
+        scales = f"beside weights {stand} {_some(beside)}" if beside else "their scales are not there"
+        hold = "holds" if len(whole) == 1 else "hold"
+        kind = f"{_some(whole)} {hold} whole numbers ({taken[whole[0]].dtype}), and " if whole else ""
         raise MedSoftError(
             f"{path}: {kind}{scales}: its weights are quantised or scaled, which is not undone here. Take the model in "
             "float32, float16 or bfloat16"
@@ -168,7 +171,7 @@ def check_left_over(source: SourceCheckpoint, taken: Mapping[str, Tensor]) -> No
         )
     if lora:
         log.warning(
-            "warning: %s: %s belong to a LoRA that is not merged, and are left out; to have it in the model, merge "
+            "warning: %s: a LoRA that is not merged, %s, is left out; to have it in the model, merge "
             "it first, in the program that trained it",
             *(path, _some(lora)),
         )
@@ -181,7 +184,7 @@ def _levels(key: str) -> list[str]:
 
 
 def _some(keys: Sequence[str]) -> str:
-    return f"{len(keys)} tensors ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})"
+    return f"{counted(len(keys), 'tensor')} ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})"
 
 
 def left_behind(keys: list[str]) -> dict[str, list[str]]:

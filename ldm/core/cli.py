@@ -16,7 +16,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
 
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError, UsageError, say_the_rest
 
 T = TypeVar("T")
 program: str | None = None  # what usage lines name instead of the script's file: "medsoft train"
@@ -143,6 +143,7 @@ def run(
     # At its end the interpreter would look for garbage among all objects of torch and the like, for 1.6 s.
     atexit.register(gc.freeze)
     code = _guarded(main, args)
+    say_the_rest()
     if at_once:
         try:
             for thread in set(threading.enumerate()) - {threading.current_thread()}:

@@ -10,6 +10,7 @@ import torch
 
 from ldm.core.devices import RANKS, is_first_process
 from ldm.core.errors import UsageError, first_line
+from ldm.core.tables import counted
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -116,7 +117,7 @@ def start_processes(device: str, devices: int, num_nodes: int) -> Processes:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device}: {first_line(error)}") from error
     if kind == "cuda" and devices > torch.cuda.device_count():
-        raise UsageError(f"--devices {devices}: this machine has {torch.cuda.device_count()} GPUs")
+        raise UsageError(f"--devices {devices}: this machine has {counted(torch.cuda.device_count(), 'GPU')}")
     if not several:
         return Processes(device=device)
     if ":" in device:

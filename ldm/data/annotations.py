@@ -59,7 +59,8 @@ def read_samples(path: str | Path) -> tuple[list[Sample], list[Reject]]:
 def none_usable(path: Path, rejects: Sequence[Reject]) -> MedSoftError:
     """What to raise where all samples of a source are ``rejects``."""
     first = f"; the first: {rejects[0]}" if rejects else ""
-    return MedSoftError(f"{path}: none of its {len(rejects)} samples can be used{first}")
+    none = "its only sample cannot" if len(rejects) == 1 else f"none of its {len(rejects)} samples can"
+    return MedSoftError(f"{path}: {none} be used{first}")
 
 
 def write_annotations(path: str | Path, samples: Sequence[Sample]) -> None:

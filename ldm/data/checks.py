@@ -1,6 +1,7 @@
 """Checks of whole data sets, for preparation, training, tool/doctor.py and the classifier: leaks between splits,
 classes and prompts. No file is decoded here; no torch."""
 
+import itertools
 import logging
 import re
 from collections import Counter
@@ -9,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm.core.errors import FileError, MedSoftError
+from ldm.core.errors import FileError, MedSoftError, warn_of_first
 from ldm.core.files import fingerprint
-from ldm.core.tables import shortened
+from ldm.core.tables import counted, shortened
 from ldm.core.threads import thread_pool
 from ldm.data.images import check_ends
 from ldm.data.samples import Reject, Sample, contradicts_type, is_trained_on, plain, probably_healthy, shown
@@ -152,8 +153,8 @@ def real_ones(source: object, samples: Sequence[Sample]) -> list[Sample]:
     """Those of ``samples`` that are real, where real ones are measured; the others are counted in a warning."""
     real = [sample for sample in samples if not sample.synthetic]
     if len(real) < len(samples):
-        text = "warning: %s: %d synthetic samples are left out, as real ones are measured here"
-        log.warning(text, source, len(samples) - len(real))
+        said = counted(len(samples) - len(real), "synthetic sample is", "synthetic samples are")
+        log.warning("warning: %s: %s left out, as real ones are measured here", source, said)
     return real
 
 
@@ -182,8 +183,9 @@ def check_classes(source: str, samples: Sequence[Sample]) -> None:
     """A training set needs diseased samples (MedSoftError); one without healthy ones is warned about."""
     healthy = sum(sample.healthy for sample in samples)
     if healthy == len(samples):
+        said = "the only sample that can be used is" if healthy == 1 else f"all {healthy} samples that can be used are"
         raise MedSoftError(
-            f"{source}: all {healthy} samples that can be used are healthy; there is no lesion to learn from. Diseased "
+            f"{source}: {said} healthy; there is no lesion to learn from. Diseased "
             "samples need a mask and a prompt that is not `healthy`"
         )
     if healthy == 0:
@@ -297,8 +299,11 @@ def warn_of_texts(samples: Sequence[Sample]) -> None:
     """Warning lines for the doubtful texts of a data set, and for what was noted when its files were read."""
     for what, members in doubtful_texts(samples):
         _warn(what, members)
-    for note in dict.fromkeys(note for sample in samples for note in sample.notes):
-        _warn_of_first(note, [sample for sample in samples if note in sample.notes])
+    noted: dict[str, list[Sample]] = {}
+    for sample in samples:
+        for note in dict.fromkeys(sample.notes):
+            noted.setdefault(note, []).append(sample)
+    warn_of_first(log, itertools.starmap(_of_first, noted.items()), shown=SHOWN)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -306,18 +311,13 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _warn(what: str, members: Iterable[str]) -> None:
-    members = list(members)
-    for member in members[:SHOWN]:
-        log.warning("warning: %s: %s", what, member)
-    if len(members) > SHOWN:
-        log.warning("... and %d more like that", len(members) - SHOWN)
+    warn_of_first(log, (f"warning: {what}: {member}" for member in members), shown=SHOWN)
 
 
-def _warn_of_first(what: str, samples: Sequence[Sample]) -> None:
-    """One warning line for a fault that ``samples`` share, naming the first of them; none without any."""
-    if samples:
-        more = f" (and {len(samples) - 1} more samples)" if len(samples) > 1 else ""
-        log.warning("warning: %s%s: %s", shown(samples[0].sample_id), more, what)
+def _of_first(what: str, samples: Sequence[Sample]) -> str:
+    """One warning line for a fault that ``samples`` share, naming the first of them."""
+    more = f" (and {counted(len(samples) - 1, 'more sample')})" if len(samples) > 1 else ""
+    return f"warning: {shown(samples[0].sample_id)}{more}: {what}"
 
 
 class Separation(NamedTuple):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ldm.core.errors import FileError, MedSoftError
 from ldm.core.files import atomic_folder, content_id, read_json, read_text, sync, write_json, write_text
+from ldm.core.tables import counted
 from ldm.core.threads import side_by_side
 from ldm.data.images import (
     SUFFIXES,
@@ -141,11 +142,11 @@ def sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
         if not hidden and not name.endswith("_files"):  # the images of a report
             unread += [folder / file for file in files if _is_unread(file)]
     if left_out:
-        message = "%d sample folders are left out, as hidden or a system's own; the first: %s"
-        log.warning(message, len(left_out), shown(min(left_out)))
+        said = counted(len(left_out), "sample folder is", "sample folders are")
+        log.warning("%s left out, as hidden or a system's own; the first: %s", said, shown(min(left_out)))
     if unread:
-        message = "%d image files are not read, as they are not named image, mask, soft_mask or anatomy; the first: %s"
-        log.warning(message, len(unread), shown(min(unread)))
+        said = counted(len(unread), "image file is not read, as it is", "image files are not read, as they are")
+        log.warning("%s not named image, mask, soft_mask or anatomy; the first: %s", said, shown(min(unread)))
     first = (_identity(root, root), root)
     if first in folders and (first[0], root / first[0]) in folders:
         folders.remove(first)

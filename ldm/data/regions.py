@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from ldm.core.errors import FileError, MedSoftError
+from ldm.core.tables import counted
 from ldm.data.images import ImageFile, ImageSource, intensity_range_of, open_image, read_labels
 from ldm.data.masks import (
     MOSTLY,
@@ -148,7 +149,10 @@ def _lesion_notes(path: Path, hard: np.ndarray) -> list[Note]:
     filled = cv2.drawContours(np.zeros(hard.shape, np.uint8), outlines, -1, 1, cv2.FILLED)
     if np.count_nonzero(filled) > 1.8 * np.count_nonzero(hard):
         notes.append(Note(path, OUTLINE_NOTE))
-    parts = [f"{pixels} pixels from row {row}, column {column} on" for pixels, row, column in stray_parts(hard)[:3]]
+    parts = [
+        f"{counted(pixels, 'pixel')} from row {row}, column {column} on"
+        for pixels, row, column in stray_parts(hard)[:3]
+    ]
     return notes + [Note(path, STRAY_NOTE, part) for part in parts]
 
 

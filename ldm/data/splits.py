@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.core.errors import FileError, MedSoftError, UsageError
+from ldm.core.errors import FileError, MedSoftError, UsageError, warn_of_first
 from ldm.core.files import (
     JSON_LINES,
     content_id,
@@ -183,7 +183,8 @@ def _usable(
         log.warning("%d of %d samples %s", len(samples) - len(real), len(samples), words)
     _log_rejects(rejects)
     if not real:
-        raise MedSoftError(f"{root_dir}: all {len(samples)} usable samples are synthetic; nothing was written")
+        said = counted(len(samples), "usable sample is", "usable samples are")
+        raise MedSoftError(f"{root_dir}: {said} synthetic, none is real; nothing was written")
     if rejects and strict:
         raise MedSoftError(
             f"{root_dir}: {counted(len(rejects), 'sample')} cannot be used and --strict was given; nothing written"
@@ -310,16 +311,13 @@ def _by_samples(real: Sequence[Sample], known: EarlierSplit, digests: Mapping[st
             now, patient = sides[sample.patient_id], sample.patient_id
             moved.append(f"{sample.sample_id} from {side} to {now}, as a sample of {patient}")
     if moved:
-        text = "warning: %d samples changed sides with their patient's id, the first: %s; what was trained on the"
-        log.warning(f"{text} earlier split must not be judged on this split", len(moved), shown(moved[0]))
+        text = "warning: %s changed sides with their patient's id, the first: %s; what was trained on the earlier split"
+        log.warning(f"{text} must not be judged on this split", counted(len(moved), "sample"), shown(moved[0]))
     return sides
 
 
 def _log_rejects(rejects: Sequence[Reject]) -> None:
-    for reject in rejects[:SHOWN_REJECTS]:
-        log.warning("rejected: %s", reject)
-    if len(rejects) > SHOWN_REJECTS:
-        log.warning("... and %d more", len(rejects) - SHOWN_REJECTS)
+    warn_of_first(log, (f"rejected: {reject}" for reject in rejects), shown=SHOWN_REJECTS)
 
 
 def _with_parents(
@@ -347,8 +345,9 @@ def _with_parents(
                 unsure.append(name)
                 placed[name] = replace(waiting.pop(name), patient_id=patient)
     if unsure:
-        text = "warning: %d synthetic samples say of their parent no more than its name or patient, which decides here"
-        log.warning(f"{text}; the first: %s", len(unsure), shown(unsure[0]))
+        said = counted(len(unsure), "synthetic sample says", "synthetic samples say")
+        text = "warning: %s of the parent no more than its name or patient, which decides here; the first: %s"
+        log.warning(text, said, shown(unsure[0]))
     rejects = []
     for sample in waiting.values():
         reason = f"synthetic, and neither its parent_id {sample.parent_id!r} nor its patient is a real sample's"
@@ -399,10 +398,12 @@ def _log_moves(groups: Mapping[str, list[Sample]], known: EarlierSplit, kept: Ma
     if kept:
         gone = max(0, gone - len(old - set(known.sides)))  # these have another name now
         added = ", ".join(f"{new[name]} in {name}" for name in SPLITS)
-        message = "%d patients keep their sides, %d of the earlier split are gone, %d are new (%s)"
-        log.info(message, len(old), gone, new.total(), added)
+        stay = counted(len(old), "patient keeps a side", "patients keep their sides")
+        went = counted(gone, "of the earlier split is gone", "of the earlier split are gone")
+        log.info("%s, %s, %s (%s)", stay, went, counted(new.total(), "is new", "are new"), added)
         if returned:
-            log.info("%d patients are back on the sides that they had before", returned)
+            said = counted(returned, "patient is back on the side", "patients are back on the sides")
+            log.info("%s of before", said)
         if gone > len(old) and new:
             message = "warning: %d of %d patients of the earlier split are gone and %d are new: where only the names of"
             counts = gone, len(known.sides), new.total()
@@ -466,10 +467,11 @@ def _warn_of_problems(
         log.info("%s patient_id: each such sample counts as a patient of its own in the split", which)
     nowhere = sum(s.healthy and s.anatomy is None and not any(s.box) for s in samples)
     if nowhere:
-        log.info("%d healthy samples have neither a mask nor anatomy.png: for the classifier, not inpainted", nowhere)
+        said = counted(nowhere, "healthy sample has", "healthy samples have")
+        log.info("%s neither a mask nor anatomy.png: for the classifier, not inpainted", said)
     for name, share in zip(SPLITS, fractions, strict=True):
         if not groups[name] and share:
             log.warning("%s is empty: too few patients (%d)", shown(paths[name]), len({s.patient_id for s in samples}))
     warn_of_similar_prompts(samples)
-    for leak in leaks(row for name in SPLITS for row in annotation_rows(name, groups[name], digests)):
-        log.warning("warning: %s", leak)
+    shared = leaks(row for name in SPLITS for row in annotation_rows(name, groups[name], digests))
+    warn_of_first(log, (f"warning: {leak}" for leak in shared), shown=SHOWN_REJECTS)

@@ -17,6 +17,7 @@ from scipy.stats import t as student
 from ldm.config import DataConfig
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import fingerprint
+from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import salted_digest
 from ldm.data.masks import Mask
@@ -127,7 +128,7 @@ class LesionChecks:
             text = "warning: --check: %d of %d lesions of %s are of patients that %s has not learned from: left out"
             log.warning(text, others, len(lesions), self.train_json, source)
         if len(kept) < 2:
-            found = f"{len(kept)} real lesions of patients that {source} has learned from"
+            found = f"{counted(len(kept), 'real lesion')} of patients that {source} has learned from"
             raise MedSoftError(f"{self.train_json}: {found}, --check needs at least 2; give --train_json")
         return kept, rejects
 
@@ -148,11 +149,16 @@ class LesionChecks:
             except MedSoftError as error:
                 rejects.append(Reject(sample.sample_id, sample.image, str(error)))
         if rejects:
-            text = "warning: --check: %d entries of %s cannot be read and set no bounds (the first: %s); see check.json"
-            log.warning(text, len(rejects), self.train_json, rejects[0])
+            said = counted(len(rejects), "entry", "entries")
+            text = (
+                "warning: --check: %s of %s cannot be read, no bounds come from there (the first: %s); see check.json"
+            )
+            log.warning(text, said, self.train_json, rejects[0])
         if len(read) < 2:
-            raise MedSoftError(f"{self.train_json}: {len(read)} lesions can be read, --check needs at least 2")
-        log.info("checking by %d training lesions of %s", len(read), self.train_json)
+            raise MedSoftError(
+                f"{self.train_json}: {counted(len(read), 'lesion')} can be read, --check needs at least 2"
+            )
+        log.info("checking by %s of %s", counted(len(read), "training lesion"), self.train_json)
         check = LesionCheck(self, read, encoder, data)
         check.thresholds["left_out"] = [dataclasses.asdict(reject) | {"file": str(reject.file)} for reject in rejects]
         return check

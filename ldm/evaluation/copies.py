@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.core.errors import MedSoftError
+from ldm.core.tables import counted
 from ldm.data.samples import Sample
 from ldm.evaluation.lesions import Lesion, lesion_rows
 from ldm.evaluation.metrics import correlation
@@ -99,20 +100,23 @@ class CopyCheck:
             likeness = self.likeness_of_sources.get("pasted")
             median = "none of their sources is in the training set" if likeness is None else f"median {likeness:.3f}"
             found.append(
-                f"{len(begun)} synthetic lesions are, or began as, a real lesion (copy_paste.py, --init paste or image "
-                f"with a strength below 1): that patient's lesion shines through by construction, whether or not it "
-                f"counts as a copy here (correlation with it: {median}; copies from {self.source_threshold:.3f} on)."
+                f"{counted(len(begun), 'synthetic lesion is', 'synthetic lesions are')}, or began as, a real lesion "
+                "(copy_paste.py, --init paste or image with a strength below 1): that patient's lesion shines through "
+                "by construction, whether or not it counts as a copy here (correlation with it: "
+                f"{median}; copies from {self.source_threshold:.3f} on)."
             )
         if self.not_comparable:
             found.append(
-                f"{self.not_comparable} synthetic lesions are flat (saturated, for instance): their pixels cannot be "
-                "compared, and only an image that equals a training image is found to be a copy. Look at them."
+                f"{counted(self.not_comparable, 'synthetic lesion is', 'synthetic lesions are')} flat (saturated, for "
+                "instance): their pixels cannot be compared, and only an image that equals a training image is found "
+                "to be a copy. Look at them."
             )
         if self.without_patient:
+            nameless = counted(self.without_patient, "training sample has", "training samples have")
             found.append(
-                f"{self.without_patient} training samples have no patient_id of their own: slices of one patient count "
-                f"as those of several, which sets the threshold for copies ({self.threshold:.3f}) too near to 1, and "
-                "copies are missed. Give patient_id in meta.json."
+                f"{nameless} no patient_id of their own: slices of one patient count as those of several, which sets "
+                f"the threshold for copies ({self.threshold:.3f}) too near to 1, and copies are missed. Give "
+                "patient_id in meta.json."
             )
         elif closest and closest.correlation > ALIKE:
             pair = f"{closest.lesion.sample.sample_id} and {closest.match.sample.sample_id}"
@@ -123,11 +127,11 @@ class CopyCheck:
             )
         sources = sum(each.source is not None for each in self.neighbours)
         if sources and self.threshold <= (1 + ALIKE) / 2 < self.source_threshold:
+            repeat = counted(sources, "synthetic lesion repeats", "synthetic lesions repeat")
             found.append(
-                f"Turned and scaled as fits best, lesions of two training patients are nearly the same (correlation "
-                f"{2 * self.source_threshold - 1:.3f}): whether {sources} synthetic lesions repeat the lesion that "
-                f"they were made from, turned, cannot be told (copies from {self.source_threshold:.3f} on). Look at "
-                "closest_pairs.png."
+                "Turned and scaled as fits best, lesions of two training patients are nearly the same (correlation "
+                f"{2 * self.source_threshold - 1:.3f}): whether {repeat} what was its source, turned, cannot be told "
+                f"(copies from {self.source_threshold:.3f} on). Look at closest_pairs.png."
             )
         return found
 
@@ -267,4 +271,4 @@ def quarantine_copies(copies: Sequence[Neighbour], folder: Path) -> None:
             cause = error.strerror or error
             raise MedSoftError(f"{source}: could not be moved to {target / name} ({cause}); move it by hand") from error
     if copies:
-        log.warning("%d copies moved to %s", len(copies), target)
+        log.warning("%s moved to %s", counted(len(copies), "copy", "copies"), target)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ldm.config import DataConfig
 from ldm.core.errors import MedSoftError
+from ldm.core.tables import counted
 from ldm.data.checks import FEWEST_PATIENTS
 from ldm.data.images import pixel_digest, to_unit
 from ldm.data.masks import equivalent_diameter, spacing_of
@@ -175,12 +176,14 @@ def small_sample_warnings(real: int, synthetic: int, dimensions: int) -> list[st
     warnings, fewest = [], min(real, synthetic)
     if fewest <= dimensions:
         warnings.append(
-            f"The Frechet distance is that of {fewest} images in {dimensions} dimensions: their covariance is "
-            "singular, and the number depends on how many they are more than on what they show. Compare it only with "
-            f"one of as many images; more than {dimensions} in each set are needed for more."
+            f"The Frechet distance is that of {counted(fewest, 'image')} in {dimensions} dimensions: their covariance "
+            "is singular, and the number depends on how many they are more than on what they show. Compare it only "
+            f"with one of as many images; more than {dimensions} in each set are needed for more."
         )
     if fewest < 50:
-        warnings.append(f"{fewest} images in the smaller set: kernel distance, density and coverage are rough.")
+        warnings.append(
+            f"{counted(fewest, 'image')} in the smaller set: kernel distance, density and coverage are rough."
+        )
     if real <= 2 * (NEIGHBOURS + 1):
         needed = f"Density and coverage need more than {2 * (NEIGHBOURS + 1)} real images"
         warnings.append(f"{needed}, {real} were given: not measured.")

@@ -166,7 +166,7 @@ def _read_lesions(
     lesions.setdefault("train", lesions["real"])
     for name, least in (("real", 2), ("synthetic", 2), ("train", 1)):
         if len(lesions[name]) < least:
-            wanted = f"expected at least {least} diseased samples with a mask, found {len(lesions[name])}"
+            wanted = f"expected at least {counted(least, 'diseased sample')} with a mask, found {len(lesions[name])}"
             raise MedSoftError(f"{sources.by_name()[name]}: {wanted}")
     return lesions
 
@@ -183,7 +183,9 @@ def _measure(encoder: ImageTextEncoder, lesions: Mapping[str, list[Lesion]]) -> 
     for name in ("real", "synthetic"):
         if (count := len({each.sample.patient_id for each in lesions[name]})) < FEWEST_PATIENTS:
             why = f"an interval from fewer than {FEWEST_PATIENTS} is meaningless"
-            warnings.append(f"The {name} lesions are of {count} patients: no number of theirs has an interval, {why}.")
+            warnings.append(
+                f"The {name} lesions are of {counted(count, 'patient')}: no number of theirs has an interval, {why}."
+            )
     return {
         "pictures": {name: len(each) for name, each in lesions.items()},
         "extractor": {"name": EXTRACTOR, "folder": str(encoder.folder), **extractor},

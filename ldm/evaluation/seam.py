@@ -13,6 +13,7 @@ from ldm.config import Config, DataConfig
 from ldm.core.distributed import start_processes
 from ldm.core.errors import MedSoftError
 from ldm.core.files import sha256_file, write_json
+from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import FEWEST_PATIENTS, real_ones
 from ldm.data.images import border_gradient, to_unit
@@ -62,8 +63,8 @@ def measure_seam(
                 if known
                 else f"no interval: fewer than {FEWEST_PATIENTS} patients"
             )
-            shown = border, text, row["value"], interval, len(gradients)
-            log.info("%-8s %-25s %.3f of the real gradient, %s, %d images", *shown)
+            shown = border, text, row["value"], interval, counted(len(gradients), "image")
+            log.info("%-8s %-25s %.3f of the real gradient, %s, %s", *shown)
     write_json(output, {**rows, "data": str(source), "checkpoint_sha256": sha256_file(checkpoint)})
     log.info("%s", output)
 

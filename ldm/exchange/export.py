@@ -16,11 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ldm.core import cli
-from ldm.core.errors import FileError, MedSoftError, UsageError, first_line
+from ldm.core.errors import FewWarnings, FileError, MedSoftError, UsageError, first_line
 from ldm.core.files import atomic_folder, content_id, fingerprint, read_json, write_json
 from ldm.core.paths import confined
 from ldm.core.run_folder import RunFolder
-from ldm.core.tables import write_csv
+from ldm.core.tables import counted, write_csv
 from ldm.data.annotations import write_rejects
 from ldm.data.folders import scan_folder
 from ldm.data.samples import Reject, Sample
@@ -97,7 +97,7 @@ def export(options: ExportOptions) -> int:
         before = folder.open(settings, options.overwrite) or {}
         needed = {each.name: (ABOUT, *files_of(each, FORMATS[options.format])) for each in planned}
         if before.get("complete") and all(folder.has(name, *files) for name, files in needed.items()):
-            log.info("%s: already complete (%d results)", folder.path, before["exported"])
+            log.info("%s: already complete (%s)", folder.path, counted(before["exported"], "result"))
             return cli.SOME_REJECTED if before["rejected"] else cli.DONE
         started = before.get("started") or datetime.now().strftime("%Y%m%d %H%M%S")
         folder.claim(started=started)
@@ -161,11 +161,11 @@ def _write(
     folder: RunFolder, results: Sequence[ExportedResult], options: ExportOptions, pseudonyms: Pseudonyms, started: str
 ) -> list[Reject]:
     """Write the results that are missing; returns those that could not be."""
-    rejects = []
+    rejects, faults = [], FewWarnings(log, "results that could not be exported")
     for result in tqdm(results, "exporting", unit=" results", disable=None):
         try:
             with atomic_folder(folder.path / result.name) as partial:
-                with _odd_header(result):
+                with _odd_header(result, faults):
                     if options.format == "nifti":
                         about = write_nifti(partial, result)
                     else:
@@ -175,14 +175,15 @@ def _write(
         except FileError as error:
             own = error.path.is_relative_to(result.sample.image.parent)
             if not own:  # no path of a source is written below the output
-                log.warning("%s: its source %s", result.name, error)
+                faults.warn(f"{result.name}: its source {error}")
             file, reason = (error.path, error.reason) if own else (result.sample.image, f"its source {error.reason}")
             rejects.append(Reject(result.name, file, reason))
+    faults.close()
     return rejects
 
 
 @contextmanager
-def _odd_header(result: ExportedResult) -> Iterator[None]:
+def _odd_header(result: ExportedResult, faults: FewWarnings) -> Iterator[None]:
     """What pydicom and highdicom raise where a header holds what they do not expect rejects this result alone.
 
     Their words may repeat the header: only the console shows them. Any OSError (full disk) is the caller's.
@@ -193,7 +194,7 @@ def _odd_header(result: ExportedResult) -> Iterator[None]:
         raise
     except (MedSoftError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         kind = type(error).__name__
-        log.warning("%s: %s: %s", result.name, kind, first_line(error))
+        faults.warn(f"{result.name}: {kind}: {first_line(error)}")
         raise FileError(result.sample.image, f"cannot be written with its source's header ({kind})") from error
 
 
@@ -205,7 +206,8 @@ def _finish(
     for reject in rejects[:5]:
         log.warning("not exported: %s", reject)
     if rejects:
-        log.warning("%d results were not exported, listed in %s", len(rejects), folder.path / "rejects.json")
+        said = counted(len(rejects), "result was", "results were")
+        log.warning("%s not exported, listed in %s", said, folder.path / "rejects.json")
     rows = [read_json(folder.path / each.name / ABOUT) for each in planned if folder.has(each.name, ABOUT)]
     if not rows:
         raise MedSoftError(f"{folder.path}: no result could be exported; first: {rejects[0]}")
@@ -213,5 +215,5 @@ def _finish(
     frames = sum(row["kind"] == "frame" for row in rows)
     folder.finish(started=started, exported=len(rows), rejected=len(rejects), frames=frames, **about)
     kinds = f"{frames} as frames of their sources, changed inside the soft masks alone, {len(rows) - frames} as slices"
-    log.info("%s: %d results (%s)", folder.path, len(rows), f"{kinds} with a geometry of their own")
+    log.info("%s: %s (%s)", folder.path, counted(len(rows), "result"), f"{kinds} with a geometry of their own")
     return cli.SOME_REJECTED if rejects else cli.DONE

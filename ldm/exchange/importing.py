@@ -22,11 +22,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ldm.core import cli
-from ldm.core.errors import MedSoftError, UsageError, first_line
+from ldm.core.errors import MedSoftError, UsageError, first_line, warn_of_first
 from ldm.core.files import content_id, fingerprint, read_json, read_text
 from ldm.core.paths import confined
 from ldm.core.run_folder import RunFolder
-from ldm.core.tables import write_csv
+from ldm.core.tables import counted, write_csv
 from ldm.core.threads import in_processes
 from ldm.data.annotations import write_rejects
 from ldm.data.samples import Reject, Sample, shown
@@ -224,7 +224,8 @@ class _Run:
         made = {"samples": [], "left_out": [], "series": {}, "instances": {}}
         try:
             if left == 0:
-                reason = f"the patient's other images have given the {self.options.limit} samples of --limit"
+                most = counted(self.options.limit or 0, "sample")
+                reason = f"the patient's other images have given the {most} of --limit"
                 made["left_out"] = [LeftOutPart("image", reason, reason, False)]
             else:
                 written = write_case(
@@ -269,10 +270,8 @@ class _Run:
         rejects = [Reject(f"{row['case']}/{row['what']}", Path(row["case"]), row["public"]) for row in rejected]
         write_rejects(path / "rejects.json", rejects)
         samples = [_sample(path, sample_id) for record in records.values() for sample_id in record["samples"]]
-        for row in rejected[:SHOWN] if samples or len(rejected) > 1 else ():
-            log.warning("rejected: %s", _line(row))
-        if len(rejected) > SHOWN:
-            log.warning("... and %d more like that", len(rejected) - SHOWN)
+        if samples or len(rejected) > 1:
+            warn_of_first(log, (f"rejected: {_line(row)}" for row in rejected), path / "left_out.csv", SHOWN)
         if not samples:
             first = f"; the first of {len(left_out)}: {_line(left_out[0])}" if left_out else ""
             raise MedSoftError(f"{self.source}: nothing was imported{first}")
@@ -309,7 +308,7 @@ class _Run:
     def _summary(self, samples: Sequence[Sample], left_out: Sequence[Mapping[str, Any]], complete: bool) -> None:
         patients = len({sample.patient_id for sample in samples})
         diseased = sum(not sample.healthy for sample in samples)
-        text = f"{len(samples)} samples of {patients} patients, {diseased} with a lesion"
+        text = f"{counted(len(samples), 'sample')} of {counted(patients, 'patient')}, {diseased} with a lesion"
         path = self.folder.path
         if complete and not self.made:
             log.info("%s: already complete (%s)", path, text)

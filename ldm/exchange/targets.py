@@ -13,6 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.tables import counted
 from ldm.data.samples import shown
 from ldm.volumes.bodies import bodies
 from ldm.volumes.labels import LEVELS, VERTEBRAE, Labels, Lesion, structure_named
@@ -118,7 +119,7 @@ def choose(
     order = [(row[rank][0].lesion is None, rank, n) for n, row in enumerate(rows) for rank in range(len(row))]
     order.sort()
     if limit is not None and len(order) > limit:
-        left_out.append(LeftOut(f"{len(order) - limit} slices", f"beyond the limit of {limit}"))
+        left_out.append(LeftOut(counted(len(order) - limit, "slice"), f"beyond the limit of {limit}"))
     return [case.cut(*rows[n][rank], ill) for _, rank, n in sorted(order[:limit], key=lambda o: (o[2], o[1]))], left_out
 
 
@@ -206,7 +207,7 @@ class _Case:
         sizes = [np.count_nonzero(mask) for _, mask in parts]
         strays = [part for part, size in zip(parts, sizes, strict=True) if size < least and size < max(sizes)]
         if strays:
-            left_out.append(LeftOut(lesion.name, f"{_voxels(strays)} stray voxels"))
+            left_out.append(LeftOut(lesion.name, counted(_voxels(strays), "stray voxel")))
         for box, mask in strays if self.labels else ():
             self._suspect(self.values[box][mask], REACHED)
         return [part for part in parts if not any(part is stray for stray in strays)]
@@ -327,7 +328,7 @@ class _Case:
             chosen = enough[((np.arange(number) + 0.5) * len(enough) / number).astype(int)].tolist()
         small = np.count_nonzero(areas) - len(enough)
         if small and focus.lesion and slices in ("all", "lesion"):
-            left_out.append(LeftOut(f"{small} slices of {focus.name}", "the lesion is too small in them"))
+            left_out.append(LeftOut(f"{counted(small, 'slice')} of {focus.name}", "the lesion is too small in them"))
         return [focus.box[self.axis].start + position for position in chosen]
 
     def cut(self, focus: _Focus, position: int, ill: Sequence[_Focus]) -> Cut:

@@ -9,6 +9,7 @@ from typing import Any
 from ldm.config import DataConfig
 from ldm.core.files import fingerprint, named_seed
 from ldm.core.schema import identity
+from ldm.core.tables import counted
 from ldm.core.threads import thread_pool
 from ldm.data.preparation import distinct_crops
 from ldm.data.regions import inpainting_obstacle
@@ -69,8 +70,8 @@ def item_counts(items: Sequence[Item]) -> str:
     for item in items:
         kinds[item.sample.healthy].add(item.sample.sample_id)
     masks = sum(item.sample.healthy for item in items)
-    crops = f"{len(items) - masks} distinct crops of {len(kinds[False])} diseased images"
-    return f"{crops}, {masks} masks in {len(kinds[True])} healthy ones"
+    crops = f"{counted(len(items) - masks, 'distinct crop')} of {counted(len(kinds[False]), 'diseased image')}"
+    return f"{crops}, {counted(masks, 'mask')} in {counted(len(kinds[True]), 'healthy one')}"
 
 
 class FeatureNames:

@@ -19,6 +19,7 @@ from ldm.config import DataConfig
 from ldm.core.devices import is_first_process
 from ldm.core.errors import FileError, MedSoftError
 from ldm.core.files import read_json, remove_partials, write_json
+from ldm.core.tables import counted
 from ldm.core.threads import thread_pool
 from ldm.features.names import FORMAT, FeatureNames, Item
 from ldm.features.shards import fault_of, keys_of, read_row, write_shard
@@ -93,8 +94,8 @@ class FeatureStore(FeatureNames):
                 raise FileError(file, f"{damaged[file]}; could not be deleted ({error.strerror})") from error
         if damaged:
             file, fault = next(iter(damaged.items()))
-            text = "%s: %s; %d damaged files of features are deleted, what they held is computed again"
-            log.warning(text, file, fault, len(damaged))
+            said = counted(len(damaged), "damaged file of features is", "damaged files of features are")
+            log.warning("%s: %s; %s deleted, what is lost is computed again", file, fault, said)
         self._use([file.name for file in shards if file not in damaged])
 
     def write(self, kind: str, rows: Mapping[bytes, Mapping[str, Tensor]]) -> None:
@@ -110,11 +111,9 @@ class FeatureStore(FeatureNames):
         remove_partials(self.folder)
         old = [path.name for path in self.folder.iterdir() if _of_other_version(path)]
         if old and is_first_process():
-            log.warning(
-                "%s: %d files or folders in it (%s, ...) hold features of another version, which this one does not "
-                "read; delete them to have their space back",
-                *(self.folder, len(old), min(old)),
-            )
+            one, many = f"file or folder in it ({min(old)}) holds", f"files or folders in it ({min(old)}, ...) hold"
+            text = "%s: %s features of another version, which this one does not read; delete them to have their space"
+            log.warning(text, self.folder, counted(len(old), one, many))
 
     def _use(self, names: list[str]) -> None:
         """Index shards that are known to be sound, and remember them in the file."""

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ldm.config import DataConfig
-from ldm.core.errors import FileError, MedSoftError, UsageError
+from ldm.core.errors import FewWarnings, FileError, MedSoftError, UsageError
 from ldm.core.files import named_seed
 from ldm.data.folders import read_meta
 from ldm.data.images import ImageFile, ImageSource, composite, read_image
@@ -62,12 +63,14 @@ def prepare_one(
     return sample, prepared
 
 
-def warn_if_mostly_marked(mask: str | Path, prepared: PreparedSample) -> None:
+def warn_if_mostly_marked(
+    mask: str | Path, prepared: PreparedSample, warn: Callable[[str], None] = log.warning
+) -> None:
     """A warning for a mask that is probably of the wrong polarity."""
     marked = float(prepared.hard.mean())
     if marked > MOSTLY:
         advice = "white (1) is the lesion, the part to inpaint: if the lesion is black in this mask, invert it"
-        log.warning("warning: %s: %.0f %% of the image is marked; %s", mask, 100 * marked, advice)
+        warn(f"warning: {mask}: {100 * marked:.0f} % of the image is marked; {advice}")
 
 
 class PreparedTask(NamedTuple):
@@ -87,6 +90,7 @@ class Preparation:
     def __init__(self, data: DataConfig, masks: str, method: str = "paste") -> None:
         self.data, self.masks, self.method = data, masks, method
         self._donor = Donors()
+        self._marked = FewWarnings(log, "masks that mark most of their image")
         # By all of a sample's files, as ``Donors`` does.
         self._diameters = functools.cache(lambda files: lesion_diameter(self._samples[files]))
         self._samples: dict[tuple[Path | None, ...], Sample] = {}
@@ -104,7 +108,7 @@ class Preparation:
                 reason = f"{error.reason}; {task.name} is not made, as prompt and lesion come from this sample"
                 return Reject(lesion.sample_id, error.path, reason)
             return Reject(task.sample.sample_id, task.sample.image, str(error))
-        warn_if_mostly_marked(task.sample.mask or task.sample.sample_id, prepared.sample)
+        warn_if_mostly_marked(task.sample.mask or task.sample.sample_id, prepared.sample, self._marked.warn)
         return prepared
 
     def _masked(self, task: Task) -> PreparedTask:

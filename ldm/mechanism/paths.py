@@ -16,8 +16,9 @@ from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.classifier.network import pick_device
 from ldm.classifier.run import Classifier, load_classifier
 from ldm.config import DataConfig, load_config
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError, UsageError, warn_of_first
 from ldm.core.files import write_json
+from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import real_ones
 from ldm.data.preparation import PreparedSample, prepare, whole_pictures
@@ -84,7 +85,7 @@ def measure_paths(options: PathOptions) -> bool:
     lesions, lost = _cases(diseased[:limit], diseased, config.data, seed)
     healthy, unused = _cases([each for each in samples if each.healthy][:limit], diseased, config.data, seed)
     if not healthy or not lesions:
-        raise MedSoftError(f"{data}: {len(healthy)} healthy and {len(lesions)} diseased samples can be used")
+        raise MedSoftError(f"{data}: {len(healthy)} healthy and {counted(len(lesions), 'diseased sample')} can be used")
     found = {
         "ckpt": str(options.ckpt),
         "seed": seed,
@@ -119,7 +120,7 @@ def _cases(
     samples: Sequence[Sample], sources: Sequence[Sample], data: DataConfig, seed: int
 ) -> tuple[list[Case], list[Sample]]:
     """``samples`` with prompts, a healthy one's those of ``sources`` in turn; and those that cannot be prepared."""
-    cases, lost = [], []
+    cases, lost, faults = [], [], []
     for number, sample in enumerate(samples):
         own = sources[number % len(sources)] if sample.healthy else sample
         others = [each for each in sources if each.lesion_type != own.lesion_type]
@@ -131,11 +132,12 @@ def _cases(
                 raise MedSoftError(f"{sample.sample_id}: {reason}")
             prepared = prepare(sample, data, seed, 0)
         except MedSoftError as error:
-            log.warning("skipped %s", error)
+            faults.append(f"skipped {error}")
             lost.append(sample)
             continue
         texts = [prompt.prompt for prompt in prompts if prompt]
         cases.append(Case(sample, prepared, own.lesion_type or "", texts[0], other.lesion_type or "", texts[1]))
+    warn_of_first(log, faults)
     return cases, lost
 
 

@@ -14,6 +14,7 @@ from ldm.checkpoints.checkpoint import plain_keys, read_checkpoint
 from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import read_json
 from ldm.core.paths import shipped
+from ldm.core.tables import counted
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import HFTokenizer
@@ -60,8 +61,8 @@ def read_folder(source: str | Path) -> BiomedClipFolder:
         differing = _differing(state, _read_weights(other))
         if differing:
             raise MedSoftError(
-                f"{folder}: {found[0].name} and {other.name} hold different weights ({len(differing)} tensors, first "
-                f"{differing[0]}); keep the one that is meant"
+                f"{folder}: {found[0].name} and {other.name} hold different weights "
+                f"({counted(len(differing), 'tensor')}, first {differing[0]}); keep the one that is meant"
             )
     own = folder / "config.json"  # not in the download; kept by who has saved the text tower beside it
     try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import TextEncoderConfig
+from ldm.core.errors import FewWarnings
 from ldm.core.tables import shortened
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ class PromptReading(NamedTuple):
 
 
 class PromptWarnings:
-    """Says what an encoder does not read of a prompt, once for each prompt: the tail, and what it has no token for.
+    """Says what an encoder does not read of a prompt: the tail, and what it has no token for.
+
+    Once for each prompt, by name for the first few prompts; at the end of the command how many they were.
 
     ``unknown_as``: what the encoder reads in the place of the latter. It is said where their share of the tokens is
     above ``tolerated``.
@@ -51,6 +54,8 @@ class PromptWarnings:
     def __init__(self, encoder: str, unknown_as: str, tolerated: float = 0.0) -> None:
         self.encoder, self.unknown_as, self.tolerated = encoder, unknown_as, tolerated
         self.said: set[str] = set()
+        self._cut = FewWarnings(log, f"prompts cut by {encoder}")
+        self._unknown = FewWarnings(log, f"prompts with what {encoder} has no token for")
 
     def report(self, prompt: str, reading: PromptReading) -> None:
         """Warn of what is lost of a prompt that is read like this."""
@@ -59,13 +64,13 @@ class PromptWarnings:
         self.said.add(prompt)
         count, unknown = reading.tokens, len(reading.unknown)
         if count > reading.room:
-            message = 'prompt cut: %s reads %d of the %d tokens of "%s"; lost is "%s"'
             lost = shortened(prompt[reading.read :])
-            log.warning(message, self.encoder, reading.room, count, shortened(prompt), lost)
+            read = f'{self.encoder} reads {reading.room} of the {count} tokens of "{shortened(prompt)}"'
+            self._cut.warn(f'prompt cut: {read}; lost is "{lost}"')
         if unknown > self.tolerated * count:
             share = f"{unknown} of the {count} tokens ({100 * unknown / count:.0f} %)"
-            message = 'prompt unknown: %s reads %s of "%s" as %s; write it in English'
-            log.warning(message, self.encoder, share, shortened(prompt), self.unknown_as)
+            read = f'{self.encoder} reads {share} of "{shortened(prompt)}" as {self.unknown_as}'
+            self._unknown.warn(f"prompt unknown: {read}; write it in English")
 
 
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError, UsageError, warn_of_first
 from ldm.core.files import fingerprint, sha256_file
 from ldm.core.run_folder import RunFolder
-from ldm.core.tables import write_csv
+from ldm.core.tables import counted, write_csv
 from ldm.data.annotations import write_rejects
 from ldm.readers.agreement import (
     agreement_bounds,
@@ -57,11 +57,12 @@ def analyse_study(options: AnalyseOptions) -> bool:
             log.info("%s: already complete", options.output_dir)
             return not record["rejected"]
         readers, rejects, notes = read_readers(key, files, options.unfinished)
-        for reject in rejects:
-            log.warning("refused: %s", reject)
+        warn_of_first(log, (f"refused: {reject}" for reject in rejects))
         if not readers:
             first = f"; the first: {rejects[0]}" if rejects else f"; {notes[0]}"
-            raise MedSoftError(f"{options.paths[0]}: none of {len(files)} files of answers can be used{first}")
+            raise MedSoftError(
+                f"{options.paths[0]}: none of {counted(len(files), 'file')} of answers can be used{first}"
+            )
         measured = measure_all(key, readers)
         measured["notes"] = [*notes, *doubts(key, readers, measured), *key.notes]
         measured["paragraph"] = paragraph(key, measured)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import named_seed, read_json
+from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import TRAINED_ON, real_ones, salted_digest
 from ldm.data.samples import Reject, Sample, plain
@@ -123,9 +124,11 @@ def _check_results(path: Path, samples: Sequence[Sample], rejects: Sequence[Reje
     missing = path / "rejects.json"
     if missing.is_file():
         count = len(read_json(missing, "list of rejected samples"))
-        log.warning("warning: %s: %d pictures could not be drawn, so these patients are missing", missing, count)
+        said = counted(count, "picture")
+        log.warning("warning: %s: %s could not be drawn, so these patients are missing", missing, said)
     if rejects:
-        log.warning("warning: %s: %d samples cannot be read, so these patients are missing", path, len(rejects))
+        said = counted(len(rejects), "sample")
+        log.warning("warning: %s: %s cannot be read, so these patients are missing", path, said)
 
 
 def _leave_second_lesions_out(made: Candidates) -> None:

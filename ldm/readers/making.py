@@ -91,14 +91,14 @@ def _check_number(options: MakeOptions, pairs: int) -> None:
     """MedSoftError where there are too few pairs for what is asked."""
     if options.cases and pairs < options.cases:
         raise MedSoftError(
-            f"--cases {options.cases}: only {pairs} real and {pairs} drawn samples can be matched; draw more, give "
-            f"more --real samples, match fewer keys, or ask for --cases {pairs}"
+            f"--cases {options.cases}: only {pairs} real and {counted(pairs, 'drawn sample')} can be matched; draw "
+            f"more, give more --real samples, match fewer keys, or ask for --cases {pairs}"
         )
-    expected = half_width(options.readers, pairs, options.design)
+    expected, readers = half_width(options.readers, pairs, options.design), counted(options.readers, "reader")
     if options.half_width and expected > options.half_width:
         needs = what_it_needs(options.half_width, options.readers, pairs, options.design)
         raise MedSoftError(
-            f"--half_width {options.half_width:g}: {options.readers} readers and {pairs} drawn pictures beside as many "
+            f"--half_width {options.half_width:g}: {readers} and {counted(pairs, 'drawn picture')} beside as many "
             f"real ones are expected to give plus or minus {expected:.2f}; {needs}"
         )
 
@@ -110,12 +110,10 @@ def doubts(made: Candidates, pairs: Sequence[Pair], keys: Sequence[str], options
     first = [place % 2 == 0 for place in range(len(samples))]
     notes = [sentence(made.review)] if made.review else []
     if len(pairs) < FEW:
-        notes.append(f"{len(pairs)} pictures of each kind are few: every number will have a wide interval.")
-    expected = half_width(options.readers, len(pairs), options.design)
+        notes.append(f"{counted(len(pairs), 'picture')} of each kind: so few give every number a wide interval.")
+    expected, readers = half_width(options.readers, len(pairs), options.design), counted(options.readers, "reader")
     needs = what_it_needs(options.half_width or USUAL_WIDTH, options.readers, len(pairs), options.design)
-    notes.append(
-        f"With {options.readers} readers the interval is expected to be plus or minus {expected:.2f}; {needs}."
-    )
+    notes.append(f"With {readers} the interval is expected to be plus or minus {expected:.2f}; {needs}.")
     for each in separations(samples, [look.attributes for look in looks], first, (REAL, DRAWN)):
         if each.suspicious:
             notes.append(

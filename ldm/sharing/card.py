@@ -12,7 +12,7 @@ import yaml
 from ldm.config import as_yaml, config_from_dict
 from ldm.core.errors import UsageError
 from ldm.core.files import write_json, write_text
-from ldm.core.tables import markdown_table
+from ldm.core.tables import counted, markdown_table
 from ldm.sharing.claim import claim_text
 from ldm.sharing.facts import Facts, Partition, Record, gather
 
@@ -162,7 +162,7 @@ def _origin(origin: Any, level: int = 0) -> Iterator[tuple[str, str]]:
 
 def _trained_on(facts: Facts) -> Iterator[str]:
     for steps, count in facts.trained_on:
-        yield f"{steps}: {count} patients (the checkpoint's own record)."
+        yield f"{steps}: {counted(count, 'patient')} (the checkpoint's own record)."
     if not facts.trained_on:
         yield "The checkpoint does not say which patients are behind it."
     if "train" in facts.partitions:
@@ -226,7 +226,7 @@ def _classifier(metrics: Mapping[str, Any]) -> str:
     healthy, diseased, synthetic, tested, patients = (metrics.get(key, "an unknown number of") for key in keys)
     return (
         f"Trained on {healthy} healthy and {diseased} diseased real images and {synthetic} synthetic ones; tested on "
-        f"{tested} images of {patients} patients."
+        f"{counted(tested, 'image')} of {counted(patients, 'patient')}."
     )
 
 

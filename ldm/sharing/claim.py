@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from ldm.core.tables import markdown_table
-from ldm.sharing.facts import Facts
+from ldm.core.tables import counted, markdown_table
+from ldm.sharing.facts import Facts, Partition
 
 AUTHORS = "to be written by the authors"
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "open_clip_torch", "numpy", "scikit-learn")
@@ -63,7 +63,11 @@ def _origin(facts: Facts) -> str:
 
 
 def _partitions(facts: Facts) -> str:
-    return "; ".join(f"{p.name} {p.samples} samples of {p.patients} patients" for p in facts.partitions.values())
+    return "; ".join(f"{each.name} {_size(each)}" for each in facts.partitions.values())
+
+
+def _size(partition: Partition) -> str:
+    return f"{counted(partition.samples, 'sample')} of {counted(partition.patients, 'patient')}"
 
 
 def _disjoint(facts: Facts) -> str:
@@ -75,7 +79,7 @@ def _disjoint(facts: Facts) -> str:
 
 def _test_size(facts: Facts) -> str:
     test = facts.partitions.get("test")
-    return f"{test.samples} samples of {test.patients} patients; how the number was chosen is {AUTHORS}" if test else ""
+    return f"{_size(test)}; how the number was chosen is {AUTHORS}" if test else ""
 
 
 def _classes(facts: Facts) -> str:
@@ -92,7 +96,7 @@ def _excluded(facts: Facts) -> str:
 def _metrics(facts: Facts) -> str:
     names = [name for record in facts.records for name, *_ in record.numbers()]
     first = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    return f"{len(names)} numbers, {first} (README.md, Numbers)" if names else ""
+    return f"{counted(len(names), 'number')}, {first} (README.md, Numbers)" if names else ""
 
 
 def _intervals(facts: Facts) -> str:
@@ -108,7 +112,7 @@ def _confusion(facts: Facts) -> str:
 
 def _caveats(facts: Facts) -> str:
     count = sum(len(record.caveats()) for record in facts.records)
-    return f"{count} warnings of the evaluations, and the standing ones (README.md, Numbers and Limits)"
+    return f"{counted(count, 'warning')} of the evaluations, and the standing ones (README.md, Numbers and Limits)"
 
 
 ITEMS = (

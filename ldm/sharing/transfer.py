@@ -18,6 +18,7 @@ from ldm.checkpoints.files import verify
 from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.core.files import atomic_folder, read_json, read_text, sha256_file, write_text
 from ldm.core.paths import confined, walk
+from ldm.core.tables import counted
 from ldm.data.checks import TRAINED_ON
 from ldm.sharing.card import CARD_FILES, MODEL_CARD, RECORD, portable
 
@@ -92,8 +93,8 @@ def _check_card(options: PushOptions) -> list[Path]:
     more = [file for file in files if file.as_posix() not in HARMLESS]
     if more and not options.with_images:
         raise UsageError(
-            f"{card / more[0]}: one of {len(more)} files that are not a card's, and may hold images or names of "
-            "patients; take them out, or give --with_images if they may be shared"
+            f"{card / more[0]}: is no file of a card's, as {counted(len(more), 'file is', 'files are')} there, and may "
+            "hold images or names of patients; take out what is no card's, or give --with_images if it may be shared"
         )
     if taken := [file for file in files if file.as_posix() in (MODEL, SUMS)]:
         raise UsageError(f"{card / taken[0]}: has the name of a file that is written while sharing; rename it")
@@ -188,4 +189,4 @@ def _take(folder: Path, source: Path | str, output_dir: Path) -> None:
                 raise MedSoftError(f"{source}: {name} is damaged: SHA-256 {found}, in {SUMS} {digest}; get it again")
         shutil.copyfile(folder / SUMS, taken / SUMS)
         verify(taken / MODEL)
-    log.info("written: %s, %d files as %s says", output_dir, len(sums), SUMS)
+    log.info("written: %s, %s as %s says", output_dir, counted(len(sums), "file"), SUMS)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.config import Config, DataConfig, TrainingConfig
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import MedSoftError, warn_of_first
 from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import (
@@ -152,8 +152,9 @@ def _read_set(inputs: TrainingInputs, name: str, path: Path, data: DataConfig) -
     inputs.items[name] = items
     used = inputs.samples(name)
     diseased = sum(not sample.healthy for sample in used)
-    counts = (name, diseased, len(used) - diseased, len({sample.patient_id for sample in used}), path)
-    log.info("%s: %d diseased and %d healthy samples of %d patients (%s)", *counts)
+    patients = counted(len({sample.patient_id for sample in used}), "patient")
+    healthy = counted(len(used) - diseased, "healthy sample")
+    log.info("%s: %d diseased and %s of %s (%s)", name, diseased, healthy, patients, path)
     log.info("%s: %s", name, item_counts(items))
     if name == "val" and (made := sum(sample.synthetic for sample in used)):
         log.warning(
@@ -170,10 +171,7 @@ def _read_set(inputs: TrainingInputs, name: str, path: Path, data: DataConfig) -
 
 def log_skipped(rejects: list[Reject]) -> None:
     """One line for each of the first ``rejects``, and how many more there are."""
-    for reject in rejects[:SHOWN_REJECTS]:
-        log.warning("skipped %s", reject)
-    if len(rejects) > SHOWN_REJECTS:
-        log.warning("... %d more skipped", len(rejects) - SHOWN_REJECTS)
+    warn_of_first(log, (f"skipped {reject}" for reject in rejects), shown=SHOWN_REJECTS)
 
 
 class Batch(TypedDict, total=False):

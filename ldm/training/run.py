@@ -19,6 +19,7 @@ from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.core.files import fingerprint, remove_partials, sha256_file, write_text
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
+from ldm.core.tables import counted
 from ldm.data.annotations import write_rejects
 from ldm.data.checks import TRAINED_ON, check_unseen, groups_of, groups_of_samples, trained_on
 from ldm.diffusion.noise import NOISE
@@ -187,8 +188,8 @@ def log_groups(architecture: Architecture, training: TrainingConfig, source: Che
         net = MedSoftModel(architecture, training.builds)
     for name, members in training_groups(net, training).items():
         count = sum(parameter.numel() for parameter in members.values())
-        shown = (name, len(members), count / 1e6, training.rates[name])
-        log.info("trains %s: %d tensors, %.2f M parameters, learning rate %g", *shown)
+        shown = (name, counted(len(members), "tensor"), count / 1e6, training.rates[name])
+        log.info("trains %s: %s, %.2f M parameters, learning rate %g", *shown)
     if training.alignment_weight:
         count = projection_values(architecture) / 1e6
         log.info("and a projection of the middle block, %.2f M parameters, that no finished checkpoint holds", count)
@@ -281,7 +282,7 @@ def _run(
     loop = _training(checkpoints, precision, inputs, features, previews)
     if code := _guarded(loop):
         return code
-    log.info("%s: %d steps, complete", checkpoints.path, checkpoints.progress.step)
+    log.info("%s: %s, complete", checkpoints.path, counted(checkpoints.progress.step, "step"))
     # The launcher kills the first process when one that it started does not end with 0.
     return cli.SOME_REJECTED if inputs.rejects and fabric.is_global_zero else cli.DONE
 
@@ -293,7 +294,7 @@ def _is_complete(previous: Checkpoint, inputs: TrainingInputs) -> bool:
     if previous.metadata.get(TRAINED_ON, inputs.trained_on) != inputs.trained_on:
         text = "warning: %s knows its patients by other ids than the data have now: later checks will not find them"
         log.warning(f"{text}; --overwrite trains it again, under the new ones", previous.path)
-    log.info("%s: already complete (%s steps)", previous.path.parent, previous.step)
+    log.info("%s: already complete (%s)", previous.path.parent, counted(previous.step or 0, "step"))
     return True
 
 

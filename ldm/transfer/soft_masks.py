@@ -77,7 +77,7 @@ def make_soft_masks(data: Path, output_dir: Path, options: SoftMaskOptions, over
     with folder.lock(wait=True):
         record = folder.open(settings, overwrite, legacy=fingerprint([flags, boxes, identities]))
         if record and record["complete"] and _written(folder, samples) == record["masks"]:
-            log.info("%s: already complete (%d soft masks)", output_dir, record["masks"])
+            log.info("%s: already complete (%s)", output_dir, counted(record["masks"], "soft mask"))
             return cli.SOME_REJECTED if record["rejected"] else cli.DONE
         folder.claim()
         rejects += _write_missing(folder, samples, options, boxes)
@@ -86,7 +86,7 @@ def make_soft_masks(data: Path, output_dir: Path, options: SoftMaskOptions, over
         if not written:
             raise MedSoftError(f"{data}: no mask could be made; first: {rejects[0]}")
         folder.finish(masks=written, rejected=len(rejects), source=options.source)
-    log.info("%s: %d soft masks", output_dir, written)
+    log.info("%s: %s", output_dir, counted(written, "soft mask"))
     if rejects:
         log.warning("%s rejected, listed in %s", counted(len(rejects), "sample"), output_dir / "rejects.json")
     return cli.SOME_REJECTED if rejects else cli.DONE

@@ -19,6 +19,7 @@ from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.paths import walk
+from ldm.core.tables import counted
 from ldm.data.samples import shown
 from ldm.volumes.dicom_files import Decoder, open_file, told
 from ldm.volumes.dicom_frames import Frame, frames_of, is_projection, sop_uids, stored_values
@@ -115,7 +116,7 @@ def only_series(series: Sequence[Series], path: Path) -> Series:
     if len(images) == 1:
         return images[0]
     listed = "".join(
-        f"\n  {'?' if each.number is None else each.number}: {each.frames} slices, {each.modality}, "
+        f"\n  {'?' if each.number is None else each.number}: {counted(each.frames, 'slice')}, {each.modality}, "
         f"{shown(each.description) or 'no description'}, UID {each.uid}"
         for each in images
     )

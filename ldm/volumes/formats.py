@@ -15,6 +15,7 @@ import nrrd
 import numpy as np
 
 from ldm.core.errors import FileError, first_line, reading_fault
+from ldm.core.tables import counted
 from ldm.volumes.dicom import find_series, only_series, promises_dicom, read_series
 from ldm.volumes.metaimage import read_metaimage
 from ldm.volumes.volume import Volume, to_integers
@@ -92,7 +93,9 @@ def _volume(
         if not finite.any():
             raise FileError(path, "it holds no finite number")
         if not finite.all():
-            notes += (f"{(~finite).sum()} voxels hold no finite number: they are given the lowest value",)
+            notes += (
+                f"{counted((~finite).sum(), 'voxel holds', 'voxels hold')} no finite number: the lowest value is given",
+            )
             raw = np.where(finite, raw, raw[finite].min())
         values, offset, scale, rounded = to_integers(raw)
         intercept, slope = intercept + slope * offset, slope * scale

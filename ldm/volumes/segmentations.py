@@ -20,6 +20,7 @@ import numpy as np
 import pydicom
 
 from ldm.core.errors import FileError, MedSoftError, reading_fault
+from ldm.core.tables import counted
 from ldm.data.samples import shown
 from ldm.volumes.dicom_files import told
 from ldm.volumes.formats import read_volume
@@ -237,9 +238,9 @@ def _combined(
     if not values.any():
         raise MedSoftError(f"{path}: none of its labels lies in {grid.name}; is it of another patient or series?")
     if shared:
-        notes.add(f"{shared} voxels belong to two segments; the first one counts")
+        notes.add(f"{counted(shared, 'voxel belongs', 'voxels belong')} to two segments; the first one counts")
     if unnamed := len(segments) - len(wanted):
-        notes.add(f"{unnamed} segment{'s are' if unnamed > 1 else ' is'} no part of the spine and left out")
+        notes.add(f"{counted(unnamed, 'segment is', 'segments are')} no part of the spine and left out")
     present = np.unique(values)
     return values, {n: name for n, name in structures.items() if n in present}, resampled > 0, tuple(sorted(notes))
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import FewWarnings, MedSoftError
 from ldm.core.files import PARTIAL_PREFIX, check_target, fingerprint, json_text, read_json, sync, sync_folder
 from ldm.inference.results import is_whole
 
@@ -49,10 +49,12 @@ class Drafts:
         for folder in self.drafts.glob(f"{PARTIAL_PREFIX}*"):  # of a drawing that a crash has stopped
             if folder.suffix != ".before":
                 shutil.rmtree(folder, ignore_errors=True)
+        self._passed_over = FewWarnings(log, "what is passed over of earlier drawings")
         for record in self._records():
             self._items[record["id"]] = record
         for name in self._unlisted():
             self._adopt(name)
+        self._passed_over.close()
 
     def items(self, before: str | None = None) -> list[dict[str, Any]]:
         """What the page is told of the last PAGE drawings that are there, in the order in which they were drawn.
@@ -156,7 +158,7 @@ class Drafts:
             if (record := _record(line)) is not None:
                 yield record
             elif line.strip():
-                log.warning("warning: %s: line %d tells of no drawing and is passed over", self._file, number)
+                self._passed_over.warn(f"warning: {self._file}: line {number} tells of no drawing and is passed over")
 
     def _unlisted(self) -> list[str]:
         """The folders of whole drawings that the history does not know, because a crash came between the two."""
@@ -179,7 +181,8 @@ class Drafts:
             if _record(json_text(made, None).encode()) is None:
                 raise ValueError("of another form")
         except (MedSoftError, KeyError, TypeError, ValueError) as error:
-            log.warning("warning: %s: is not shown, its meta.json is not that of a drawing (%s)", place, error)
+            reason = f"its meta.json is not that of a drawing ({error})"
+            self._passed_over.warn(f"warning: {place}: is not shown, {reason}")
             return
         self.add(made)
 

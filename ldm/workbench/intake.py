@@ -19,6 +19,7 @@ from fastapi import HTTPException, Request
 from starlette.datastructures import FormData, UploadFile
 
 from ldm.core.errors import FileError, UsageError, first_line
+from ldm.core.tables import counted
 from ldm.data.images import header_shapes
 from ldm.inference.single import slice_name
 from ldm.volumes.volume import require_extra
@@ -194,13 +195,15 @@ class Turns:
     def taken(self, images: int) -> Iterator[None]:
         """Wait for the turn of a request of so many images. HTTPException 503 or 429, with when to ask again."""
         if images > self.per_minute:
-            raise UsageError(f"n: at most {self.per_minute} images a minute are drawn, {images} were asked for")
+            raise UsageError(
+                f"n: at most {counted(self.per_minute, 'image')} a minute are drawn, {images} were asked for"
+            )
         with self._state:
             if self._inside > self.waiting:
-                line = f"{self.waiting} requests are waiting already; ask again later"
+                line = f"{counted(self.waiting, 'request')} waiting already; ask again later"
                 raise HTTPException(503, line, {"Retry-After": "5"})
             if wait := self._rate.wait(images):
-                line = f"at most {self.per_minute} images a minute are drawn; ask again in {wait} s"
+                line = f"at most {counted(self.per_minute, 'image')} a minute are drawn; ask again in {wait} s"
                 raise HTTPException(429, line, {"Retry-After": str(wait)})
             self._rate.add(images)
             self._inside += 1

@@ -18,7 +18,7 @@ from fastapi import APIRouter, HTTPException
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
-from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.errors import MedSoftError, UsageError, warn_of_first
 from ldm.core.files import check_target, fingerprint, named_seed
 from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
@@ -109,8 +109,7 @@ class Queue:
     def __init__(self, results: Path, file: Path, reviewer: str | None = None) -> None:
         loaded, rejects = load_samples(results)
         drawn = [sample for sample in loaded if not sample.healthy]
-        for reject in rejects:
-            log.warning("skipped: %s", reject)
+        warn_of_first(log, (f"skipped: {reject}" for reject in rejects))
         if len(drawn) < len(loaded):
             log.info("%s not shown", counted(len(loaded) - len(drawn), "healthy sample is", "healthy samples are"))
         if not drawn:

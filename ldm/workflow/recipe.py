@@ -17,6 +17,7 @@ from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_folder, read_json, write_json, write_text
 from ldm.core.paths import shipped
+from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import Row, check_disjoint
 from ldm.data.samples import Sample
@@ -319,7 +320,9 @@ def readme(facts: Facts, rejected: int) -> str:
     """The commands in their order, and what the numbers of the data mean for them."""
     parts = [f"# {facts.data.name}", f"Written for {facts.said}. Everything here may be changed."]
     if rejected:
-        parts.append(f"{rejected} samples could not be used; `prepare` lists them in `work/annotations_rejects.json`.")
+        parts.append(
+            f"{counted(rejected, 'sample')} could not be used; `prepare` lists them in `work/annotations_rejects.json`."
+        )
     if facts.missing:
         parts.append(
             f"Not there yet, and needed first: {'; '.join(facts.missing)}. A trial without downloads: `{TRIAL}`."
@@ -366,6 +369,6 @@ def readme(facts: Facts, rejected: int) -> str:
         f"The classifiers take {facts.steps} steps in every arm, {PASSES} passes over the largest set. If "
         "`metrics.json` says `converged: false`, raise `steps` in the three JSONs (then add `--from classifier_real "
         "--overwrite` to the plan's command) and in `study.yaml`.",
-        f"{facts.added} images are made: {RATIO} for each real diseased training image.",
+        f"{counted(facts.added, 'image is', 'images are')} made: {RATIO} for each real diseased training image.",
     ]
     return "\n\n".join(parts) + "\n"

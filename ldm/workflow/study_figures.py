@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_text
-from ldm.core.tables import markdown_table, write_csv
+from ldm.core.tables import counted, markdown_table, write_csv
 from ldm.reports.figures import write_figure
 from ldm.workflow.study_design import load_design, plan_groups
 from ldm.workflow.study_report import mean_with_bounds
@@ -45,7 +45,8 @@ def write_figures(paths: Sequence[Path], folder: Path) -> int:
             write_csv(folder / f"kinds_{name}.csv", rows)
             parts.append(kind_table(study))
     write_text(folder / "figures.md", "\n\n".join(parts) + "\n")
-    print(f"{folder / 'figures.md'}: {len(studies)} studies, {sum(len(each.cells) for each in studies.values())} cells")
+    cells = sum(len(each.cells) for each in studies.values())
+    print(f"{folder / 'figures.md'}: {counted(len(studies), 'study', 'studies')}, {counted(cells, 'cell')}")
     return cli.DONE
 
 

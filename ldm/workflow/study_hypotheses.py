@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ldm.core.tables import counted
 from ldm.workflow.study_keys import Hypothesis
 from ldm.workflow.study_results import LEVEL, Interval, Study, interval
 
@@ -41,7 +42,7 @@ class Outcome:
     def verdict(self) -> str:
         """What the corrected test supports; nothing before all that it is about is finished."""
         if self.missing:
-            return f"open: {self.missing} {self.hypothesis.of} to come"
+            return f"open: {counted(self.missing, self.hypothesis.of.removesuffix('s'))} to come"
         if self.change is None or self.p is None:
             return "cannot be tested: two worlds at least"
         shown, margin = self.adjusted < 1 - LEVEL, self.hypothesis.equivalence

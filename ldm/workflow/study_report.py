@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.core.files import write_text
-from ldm.core.tables import markdown_table, write_csv
+from ldm.core.tables import counted, markdown_table, write_csv
 from ldm.reports.figures import write_figure
 from ldm.reports.html import write_page
 from ldm.workflow.study_hypotheses import Outcome, share_of_attainable
@@ -220,18 +220,19 @@ def warnings(study: Study, outcomes: Sequence[Outcome] = ()) -> list[str]:
     """What makes cells, drawings and the arms of hypotheses unfair to each other, in sentences."""
     found = []
     if undefined := sum(cell.values.get(study.comparison.endpoint) is None for cell in study.cells):
-        found.append(f"{undefined} cells have no {study.endpoint}: another task, or a test set of one class.")
+        cells = counted(undefined, "cell has", "cells have")
+        found.append(f"{cells} no {study.endpoint}: another task, or a test set of one class.")
     found += _warnings_of_convergence([cell.converged for cell in study.cells])
     if uneven := study.uneven():
         found.append(
-            f"In {len(uneven)} cells another number of images was added than in the control, which is unfair (the "
-            f"first: {uneven[0]}); give `draw` a larger --limit, or --variants."
+            f"In {counted(len(uneven), 'cell')} another number of images was added than in the control, which is "
+            f"unfair (the first: {uneven[0]}); give `draw` a larger --limit, or --variants."
         )
     compared = [(first, second) for first, second, _ in study.differences()] if study.cells else []
     if unequal := [said for pair in compared if (said := study.unequal_worlds(*pair))]:
         found.append(
-            f"{len(unequal)} comparisons are of arms that are finished in different worlds (the first: {unequal[0]}): "
-            "their means are of different worlds."
+            f"{counted(len(unequal), 'comparison is', 'comparisons are')} of arms that are finished in different "
+            f"worlds (the first: {unequal[0]}): their means are of different worlds."
         )
     found += [f"{each.name}: {each.unequal}." for each in outcomes if each.unequal]
     found += _warnings_of_drawings(study.drawings)

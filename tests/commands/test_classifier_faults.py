@@ -252,7 +252,7 @@ def test_synthetic_samples_never_count_as_real_ones(world: dict, tmp_path: Path,
     meta.write_text('{"patient_id": "someone", "lesion_type": "osteolytic", "synthetic": true}')
     assert run(world) == 0
     metrics = metrics_of(world)
-    assert f"1 synthetic samples were left out of the {name} set." in metrics["notes"]
+    assert f"1 synthetic sample was left out of the {name} set." in metrics["notes"]
     counts = metrics["n_train_healthy"], metrics["n_train_diseased"], metrics["n_test"] - metrics["n_test_diseased"]
     assert (*counts, metrics["n_test_diseased"]) == left
     assert metrics["n_val"] == (7 if name == "val" else 8)

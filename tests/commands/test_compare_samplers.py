@@ -90,7 +90,7 @@ def test_images_that_one_setting_could_not_make_are_left_out_of_all(
     assert found["pictures"] == 3 + 2
     assert found["settings"]["fast"][0] == "sampling.sampler=dpmpp_2m"
     lost = 2
-    with pytest.raises(MedSoftError, match=r"fast_seed1: 1 images in common with the others; expected at least 2"):
+    with pytest.raises(MedSoftError, match=r"fast_seed1: 1 image in common with the others; expected at least 2"):
         compare(final, world / "train", judge, out, "--seeds", 2, "--limit", 3)
 
 

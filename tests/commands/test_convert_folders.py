@@ -194,7 +194,7 @@ def test_quantised_folder(theirs: Path) -> None:
     state = load_file(file)
     key = next(key for key in state if key.endswith("attn2.to_q.weight"))
     save_file({**state, key + "_scale": torch.ones(1)}, file)
-    refused(theirs, rf"beside weights stand 1 tensors \(unet/{key}_scale\)")
+    refused(theirs, rf"beside weights stands 1 tensor \(unet/{key}_scale\)")
 
 
 # -------------------------------------------------------------------------------------------- as the hub has the model

@@ -294,7 +294,7 @@ def test_training_set_without_lesions(tmp_path: Path, write_sample: Any) -> None
     write_sample(tmp_path / "train" / "a", prompt="healthy", image=BODY, mask=None)
     code, found = findings(tmp_path, "--train_json", tmp_path / "train")
     assert code == 1
-    assert "all 1 samples that can be used are healthy" in texts(found, "error")
+    assert "the only sample that can be used is healthy" in texts(found, "error")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_checkpoint_with_a_value_that_is_not_a_number(world: Path, converted: Pa
     given = ("--data", world / "val", "--config", MODELS / "phantom_stage1.yaml", "--ckpt", tmp_path / "broken.ckpt")
     code, found = findings(tmp_path, *given)
     assert code == 1
-    assert "1 tensors hold NaN or infinite values, first msc.position" in texts(found, "error")
+    assert "1 tensor holds NaN or infinite values, first msc.position" in texts(found, "error")
 
 
 def test_too_little_disk_and_memory(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

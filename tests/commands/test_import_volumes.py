@@ -362,7 +362,7 @@ def test_what_is_faulty_is_named_and_the_rest_goes_on(tmp_path: Path, caplog: py
     lines = [line for line in caplog.messages if line.startswith("rejected: ")]
     assert len(lines) == 10
     assert all(sum(f"/{name}" in line for name in FAULTS) == 1 for line in lines)  # the console names the files
-    assert "... and 1 more like that" in caplog.messages
+    assert f"... and 1 more like that; all are listed in {out / 'left_out.csv'}" in caplog.messages
     for name, word in FAULTS.items():
         (row,) = [row for row in private if f"/{name}" in row["path"] and row["rejected"] == "True"]
         assert word.casefold() in row["reason"].casefold(), row
@@ -437,7 +437,7 @@ def test_the_same_command_again_finds_it_complete(
     caplog.set_level("INFO")
     before = {path: path.stat().st_mtime_ns for path in imported.rglob("*.png")}
     assert run(archive / "cases.csv", imported, "--preset", "totalsegmentator") == 0
-    assert "already complete (3 samples of 1 patients, 1 with a lesion)" in caplog.text
+    assert "already complete (3 samples of 1 patient, 1 with a lesion)" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in imported.rglob("*.png")} == before
 
 

@@ -406,7 +406,7 @@ def test_device_that_is_not_there(final: Path, one: Path, tmp_path: Path, device
 
 def test_weights_that_are_nan_are_refused(final: Path, one: Path, tmp_path: Path) -> None:
     bad = edit(final, tmp_path / "nan.ckpt", keep=lambda key, v: v / 0 if key == "msc.position" else v)
-    with pytest.raises(MedSoftError, match=r"nan\.ckpt: 1 tensors hold NaN"):
+    with pytest.raises(MedSoftError, match=r"nan\.ckpt: 1 tensor holds NaN"):
         infer(bad, tmp_path / "out", "--data", one)
 
 

@@ -185,4 +185,4 @@ def test_samples_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     folder = foreign(tmp_path / "data", 2, 2)
     (folder / "case 0" / "slice" / "image.jpg").write_bytes(b"no picture")
     assert made(folder, tmp_path / "recipe") == 3
-    assert "1 samples could not be used" in (tmp_path / "recipe" / "README.md").read_text()
+    assert "1 sample could not be used" in (tmp_path / "recipe" / "README.md").read_text()

@@ -116,6 +116,6 @@ def test_values_that_are_not_numbers(converted: Path, tmp_path: Path, caplog: py
     """Told after the description, which a user may still need."""
     caplog.set_level("INFO")
     bad = edit(converted, tmp_path / "nan.ckpt", keep=lambda k, v: v * float("nan") if k == "msc.position" else v)
-    with pytest.raises(MedSoftError, match=r"nan\.ckpt: 1 tensors hold NaN or infinite values, first msc\.position"):
+    with pytest.raises(MedSoftError, match=r"nan\.ckpt: 1 tensor holds NaN or infinite values, first msc\.position"):
         inspect(bad)
     assert f"fits: {FITS[0]}" in caplog.text

@@ -102,7 +102,7 @@ def test_strict_writes_nothing(tmp_path: Path, dataset: Path, write_sample: Writ
 
 def test_nothing_usable_is_an_error_and_writes_nothing(tmp_path: Path, write_sample: Write) -> None:
     write_sample(tmp_path / "data" / "a", mask=None)
-    with pytest.raises(MedSoftError, match="none of its 1 samples can be used"):
+    with pytest.raises(MedSoftError, match="its only sample cannot be used"):
         run("--root_dir", tmp_path / "data", "--output_file", tmp_path / "out" / "o.json")
     assert not (tmp_path / "out").exists()
 
@@ -128,7 +128,7 @@ def test_few_patients_and_missing_ids_are_said(
     write_sample(tmp_path / "data" / "a", prompt="healthy", mask=None)
     assert run("--root_dir", tmp_path / "data", "--output_file", tmp_path / "o.json") == 0
     assert "no meta.json names a patient_id" in caplog.text
-    assert "1 healthy samples have neither a mask nor anatomy.png" in caplog.text
+    assert "1 healthy sample has neither a mask nor anatomy.png" in caplog.text
     assert "o_val.json is empty: too few patients (1)" in caplog.text
     caplog.clear()
     output = tmp_path / "whole.json"

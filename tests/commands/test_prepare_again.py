@@ -58,7 +58,7 @@ def test_patients_keep_their_sides_when_others_come_and_go(
     assert run(data) == 3
     after = sides(data)
     assert {name: after[name] for name in before if name != "p0"} == {k: v for k, v in before.items() if k != "p0"}
-    assert "39 patients keep their sides, 1 of the earlier split are gone, 7 are new (" in caplog.text
+    assert "39 patients keep their sides, 1 of the earlier split is gone, 7 are new (" in caplog.text
     assert [len([n for n in after.values() if n == side]) for side in ("train", "val", "test")] == [32, 5, 9]
 
 
@@ -223,13 +223,13 @@ def test_a_parent_known_by_its_name_alone_is_said(
 ) -> None:
     synthetic(write_sample, data / "data" / "by_name", 0, patient_id=None)
     assert run(data, "--synthetic") == 0
-    assert "1 synthetic samples say of their parent no more than its name or patient" in caplog.text
+    assert "1 synthetic sample says of the parent no more than its name or patient" in caplog.text
 
 
 def test_nothing_but_synthetic_samples_is_an_error(tmp_path: Path, write_sample: Write) -> None:
     synthetic(write_sample, tmp_path / "data" / "a", 1)
     for more in ((), ("--synthetic",)):
-        with pytest.raises(MedSoftError, match="all 1 usable samples are synthetic; nothing was written"):
+        with pytest.raises(MedSoftError, match="1 usable sample is synthetic, none is real; nothing was written"):
             run(tmp_path, *more)
     assert not (tmp_path / "o.json").exists()
 
@@ -331,7 +331,7 @@ def test_patients_who_were_away_come_back_to_their_sides(
         write_sample(data / "data" / f"new{number}", meta={"patient_id": f"n{number}"})
     caplog.clear()
     assert run(data) == code
-    assert "3 patients are back on the sides that they had before" in caplog.text
+    assert "3 patients are back on the sides of before" in caplog.text
     first()
     assert run(data) == 0
     after = sides(data)
@@ -394,7 +394,7 @@ def test_a_sample_that_joins_a_patient_of_another_side_is_named(
     other = next(name for name in found if name[0] == "p" and found[name] == "test")
     (data / "data" / one / "meta.json").write_text(json.dumps({"patient_id": other}))
     assert run(data) == 0
-    assert "1 samples changed sides with their patient's id" in caplog.text
+    assert "1 sample changed sides with their patient's id" in caplog.text
     assert f"{one} from train to test, as a sample of {other}" in caplog.text
     assert "must not be judged on this split" in caplog.text
 

@@ -115,7 +115,7 @@ def test_checkpoint_with_a_value_that_is_not_a_number(converted: Path, world: Pa
     spoilt = edit(
         converted, tmp_path / "nan.ckpt", keep=lambda key, v: v * float("nan") if key == "msc.position" else v
     )
-    with pytest.raises(MedSoftError, match=r"nan\.ckpt: 1 tensors hold NaN .* msc\.position"):
+    with pytest.raises(MedSoftError, match=r"nan\.ckpt: 1 tensor holds NaN .* msc\.position"):
         train("stage1", spoilt, tmp_path / "s", world)
 
 

@@ -116,7 +116,7 @@ def test_healthy_in_decoration_is_healthy_and_that_is_said(
     write_sample(tmp_path / "b", prompt=text)
     samples, _ = load_samples(tmp_path)
     assert [sample.prompt for sample in samples] == ["healthy", "healthy"]
-    assert "warning: a (and 1 more samples): the prompt" in caplog.text
+    assert "warning: a (and 1 more sample): the prompt" in caplog.text
     records = json.dumps([{"image": "a/image.png", "label": text, "box": [0, 0, 0, 0]}])
     (tmp_path / "o.json").write_text(records, encoding="utf-8")
     assert load_samples(tmp_path / "o.json")[0][0].prompt == "healthy"  # no mask is asked of it

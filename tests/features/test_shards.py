@@ -147,7 +147,7 @@ def test_only_a_damaged_shard_is_computed_again(
         item.name for item in items if cache.builder(item).store.of_item(item)["clip"] in lost
     )
     assert {other for other in before if shards(cache)[other] != before[other]} == {file}
-    assert caplog.text.count("1 damaged files of features are deleted") == (damage is not Path.unlink)
+    assert caplog.text.count("1 damaged file of features is deleted") == (damage is not Path.unlink)
     for item, features in zip(items, good, strict=True):
         found = cache.load(item)
         assert all(torch.allclose(found[name], features[name], atol=0.01) for name in features)
@@ -179,7 +179,7 @@ def test_a_cache_of_an_older_version_is_named(
     old.write_bytes(b"features of format 4")
     item = items_of(world / "val", networks)[0]
     assert cache.build([item]) == []
-    expected = f"{cache.folder}: 1 files or folders in it (ab, ...) hold features of another version"
+    expected = f"{cache.folder}: 1 file or folder in it (ab) holds features of another version"
     assert caplog.text.count(expected) == 1
     assert "delete them" in caplog.text
     assert old.exists()

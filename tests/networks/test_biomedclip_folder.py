@@ -73,7 +73,7 @@ DIFFERENT: dict[str, Callable[[dict[str, Tensor]], dict]] = {
 def test_two_weight_files_that_differ(download: Path, name: str) -> None:
     save_file(DIFFERENT[name](weights(download)), download / SAFE)
     with pytest.raises(
-        MedSoftError, match=rf"clip: {SAFE} and {BIN} hold different weights \(1 tensors, first visual\.tr"
+        MedSoftError, match=rf"clip: {SAFE} and {BIN} hold different weights \(1 tensor, first visual\.tr"
     ):
         BiomedClip(download)
 

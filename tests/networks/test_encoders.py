@@ -393,7 +393,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "NaN": (
         lambda folder: change_weights(folder, lambda s: s["visual.trunk.cls_token"].fill_(torch.nan)),
-        r"1 tensors hold NaN or infinite values, first visual\.trunk\.cls_token",
+        r"1 tensor holds NaN or infinite values, first visual\.trunk\.cls_token",
     ),
     "LFS pointer": (
         lambda folder: (folder / "open_clip_pytorch_model.bin").write_text(LFS),

@@ -3,6 +3,7 @@
 import pytest
 
 from ldm.config import TextEncoderConfig
+from ldm.core.errors import say_the_rest
 from ldm.networks.text_encoder import TextEncoder
 
 
@@ -42,3 +43,15 @@ WRITTEN = [
 def test_written_with_known_tokens(text_encoder: TextEncoder, caplog: pytest.LogCaptureFixture, prompt: str) -> None:
     text_encoder.tokenize([prompt])
     assert not caplog.messages
+
+
+def test_of_many_prompts_the_first_are_named_and_all_counted(
+    text_encoder: TextEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [f"lesion {number} " * 80 for number in range(49)]
+    for _ in range(2):
+        text_encoder.tokenize(prompts)
+    say_the_rest()
+    *named, last = caplog.messages
+    assert [f'of the 240 tokens of "lesion {number} ' in text for number, text in enumerate(named)] == [True] * 3
+    assert last == "prompts cut by Stable Diffusion's text encoder: 49 in all, of which the first 3 are named above"

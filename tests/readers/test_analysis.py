@@ -170,9 +170,7 @@ def test_a_file_that_is_not_as_saved_is_refused(
     content = read(studies["single"] / "answers" / "SKILLED1.json")
     change(content)
     (tmp_path / "bad.json").write_text(json.dumps(content))
-    with pytest.raises(
-        MedSoftError, match=rf"none of 1 files of answers can be used; the first: .*bad.json: {message}"
-    ):
+    with pytest.raises(MedSoftError, match=rf"none of 1 file of answers can be used; the first: .*bad.json: {message}"):
         call("analyse", studies["single"], tmp_path / "bad.json", "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out" / "report.html").exists()
 

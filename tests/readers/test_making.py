@@ -163,7 +163,7 @@ def test_doubts_are_noted(few: Path) -> None:
     assert "Give --match scanner" in notes
     assert "1 real and 0 drawn images are JPEG" in notes
     assert "1 of 6 real pictures are of patients that the generator learned from" in notes
-    assert "6 pictures of each kind are few" in notes
+    assert "6 pictures of each kind: so few" in notes
     with pytest.raises(MedSoftError, match="no real and no drawn sample of two patients have the same"):
         make(few, "matched", "--match", "scanner")
     for number in range(3):

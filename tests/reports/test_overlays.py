@@ -103,7 +103,7 @@ def test_stray_pixels_noise_and_other_label_maps_are_named(tmp_path: Path, write
     code, found = warnings_of(tmp_path)
     assert code == 3
     assert (
-        "tiny, or far from the largest one (stray pixels?), which makes the crop wider: 1 pixels from row 190" in found
+        "tiny, or far from the largest one (stray pixels?), which makes the crop wider: 1 pixel from row 190" in found
     )
     assert "mask.jpg: its mask has compression noise" in found
     assert "anatomy.png: has the levels 0, 20; expected a label map of 0 background" in found

@@ -161,7 +161,7 @@ def test_voxels_that_are_no_number_are_the_lowest_and_it_is_said(tmp_path: Path)
     floats = values.astype(np.float32) + 5
     floats[0, 0, :2] = np.nan, np.inf
     volume = read_volume(made.write_nifti(tmp_path / "a.nii", floats, affine))
-    assert volume.notes == ("2 voxels hold no finite number: they are given the lowest value",)
+    assert volume.notes == ("2 voxels hold no finite number: the lowest value is given",)
     assert (volume.values[0, 0, :2] == floats[np.isfinite(floats)].min()).all()
 
 

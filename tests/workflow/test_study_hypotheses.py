@@ -154,7 +154,7 @@ def test_hypotheses_may_be_about_the_drawings(tmp_path: Path) -> None:
     (elsewhere,) = outcomes({"H": replace(hypotheses["H"], study="o.yaml")}, Study([], None), {"o.yaml": alone})
     assert elsewhere.p == pytest.approx(found["H"].p)
     open_ = replace(drawings, judged=[each for each in drawings.judged if each.key != ("w1", "ours", 1)])
-    assert outcomes(hypotheses, Study([], None, drawings=open_), {})[0].verdict == "open: 1 drawings to come"
+    assert outcomes(hypotheses, Study([], None, drawings=open_), {})[0].verdict == "open: 1 drawing to come"
 
     write_study_report(tmp_path, "s", alone, [], list(found.values()))
     said = (tmp_path / "study.md").read_text()

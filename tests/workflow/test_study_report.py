@@ -146,7 +146,7 @@ def test_cells_without_an_auc_are_left_out_and_counted(tmp_path: Path) -> None:
     found.cells[0] = Cell("w1", Treatment("real"), 0, {"auc": None, "validation_auc": None}, {})
     again = Study(found.cells, found.comparison)
     write_study_report(tmp_path, "s", again, [])
-    assert "1 cells have no test AUC: another task, or a test set of one class." in (tmp_path / "study.md").read_text()
+    assert "1 cell has no test AUC: another task, or a test set of one class." in (tmp_path / "study.md").read_text()
     assert again.mean(Treatment("real")).mean == pytest.approx(statistics.fmean([0.72, 0.805, 0.89]))
 
 
@@ -255,7 +255,7 @@ def test_another_number_of_added_images_than_in_the_control_is_said(tmp_path: Pa
     assert uneven.uneven() == ["w1, seed 0: 28 in ours at 3, 30 in duplicated at 3"]
     write_study_report(tmp_path, "s", uneven, [])
     said = (
-        "In 1 cells another number of images was added than in the control, which is unfair (the first: w1, seed 0: 28"
+        "In 1 cell another number of images was added than in the control, which is unfair (the first: w1, seed 0: 28"
     )
     assert said in (tmp_path / "study.md").read_text()
     assert not Study([each for each in found if each.treatment.arm != "ours"], uneven.comparison).uneven()
