@@ -111,6 +111,10 @@ def _add_masks(router: APIRouter, editor: Editor) -> None:
         facts = editor.facts(document, hard, feather_mm)
         return raw(editor.soft(document, hard, feather_mm), {"X-Facts": json.dumps(facts)})
 
+    @router.get("/sentences")
+    def sentences(lesion_type: str = "", severity: str = "", level: str = "") -> dict[str, Any]:
+        return editor.sentences.matching({"lesion_type": lesion_type, "severity": severity, "level": level})
+
     @router.post("/tokens")
     def tokens(asked: TokensRequest) -> dict[str, Any]:
         return editor.read(asked.prompt, asked.document)

@@ -155,7 +155,7 @@ def session(server: Editor, first: str, drawings: int) -> None:
     """
     print(f"{server.memory():6d} MiB with the model loaded")
     before, done = server.processor(), 0
-    prompts = [each["prompt"] for each in server.json("state")["sentences"]["prompts"]]
+    prompts = [each["prompt"] for each in server.json("sentences")["sentences"]]
     while done < drawings:
         place = server.json("go", {"index": done // VARIANTS, "document": first})["document"]["id"]
         sought = {"size": [0.35, 0.35], "side": None, "irregularity": None, "seed": done}

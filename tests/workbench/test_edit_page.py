@@ -91,9 +91,7 @@ def test_first_use(browser: Browser, output_dir: Path) -> None:
     """One button, pressed twice, leads to an accepted lesion; a stroke of the brush is in its mask."""
     suggested = painted(browser)
     assert 0 < np.count_nonzero(suggested) < suggested.size / 4
-    assert browser.run("document.getElementById('prompt').value") in browser.run(
-        "medsoft.app.state.sentences.prompts.map((each) => each.prompt.replace(each.level, medsoft.app.document.level))"
-    )
+    assert browser.run("document.getElementById('prompt').value === medsoft.sentence.found.prompts[0]")
     y, x = (int(each.mean()) for each in np.nonzero(suggested))
     browser.drag(place(browser, x, y), place(browser, x + 8, y), place(browser, x + 8, y + 6))
     browser.wait("medsoft.app.mask.done.length === 2 && !medsoft.app.mask.stroke")
@@ -228,6 +226,44 @@ def test_a_reload_while_drawing_loses_nothing(browser: Browser, server: str, out
     browser.wait("!medsoft.drawing.job && document.getElementById('status').textContent.startsWith('Cancelled')")
     assert browser.run("medsoft.app.shown") is None  # the first variants were there already, one of them accepted
     assert np.array_equal(painted(browser), before)
+
+
+def test_more_than_eight_variants_are_asked_about_first(browser: Browser) -> None:
+    """Whoever says no draws nothing; whoever says yes draws as many, and eight or fewer are drawn at once."""
+    browser.run("window.asked = [], window.confirm = (text) => { asked.push(text); return asked.length > 1; }, 1")
+    browser.run("void (document.getElementById('n').value = 9)")
+    browser.run("void document.getElementById('n').dispatchEvent(new Event('input'))")
+    press_act(browser, "Draw 9 variants")
+    assert browser.run("[asked, medsoft.drawing.job]") == [["Draw 9 variants?"], None]
+    press_act(browser, "Draw 9 variants")
+    browser.wait("medsoft.drawing.job")
+    assert browser.run("[asked.length, medsoft.drawing.job.images]") == [2, 9]
+    click(browser, "cancel")
+    browser.wait("!medsoft.drawing.job && document.getElementById('status').textContent.startsWith('Cancelled')")
+    browser.run("void (document.getElementById('n').value = 8)")
+    browser.run("void document.getElementById('n').dispatchEvent(new Event('input'))")
+    press_act(browser, "Draw 8 variants")
+    browser.wait("medsoft.drawing.job")
+    assert browser.run("[asked.length, medsoft.drawing.job.images]") == [2, 8]
+    click(browser, "cancel")
+    browser.wait("!medsoft.drawing.job && document.getElementById('status').textContent.startsWith('Cancelled')")
+
+
+def test_the_menus_find_sentences_that_the_server_has(browser: Browser) -> None:
+    """A vertebra of which no sentence is there gets the name put in; words of one's own stay while it is looked for."""
+    browser.press("Escape")
+    browser.run("void (medsoft.sentence.free = false)")
+    value, told = (f"document.getElementById('{name}')" for name in ("prompt", "tokens"))
+    levels = browser.run("Array.from(document.getElementById('vertebra').options, (each) => each.value)")
+    for level in ("", levels[-1]):
+        browser.run(f"void (document.getElementById('vertebra').value = '{level}')")
+        browser.run("void document.getElementById('vertebra').dispatchEvent(new Event('change'))")
+        browser.wait("!medsoft.sentence.picking && medsoft.sentence.said")
+        assert "a training sentence" in browser.run(f"{told}.textContent")
+        assert level in browser.run(f"{value}.value")
+    browser.run("medsoft.sentence.pick(), medsoft.sentence.take('my own words'), 1")
+    browser.wait("!medsoft.sentence.picking && medsoft.sentence.said")
+    assert browser.run(f"{value}.value") == "my own words"
 
 
 def test_an_old_result_is_named_and_drawn_again_from_there(browser: Browser) -> None:

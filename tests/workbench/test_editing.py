@@ -62,7 +62,7 @@ def test_a_mask_of_bits_is_the_same_mask(page: Page, deep: Path) -> None:
 
 
 def test_tokens_are_counted_and_unknown_words_named(page: Page) -> None:
-    known = page.post("tokens", prompt=page.get("state")["sentences"]["prompts"][0]["prompt"])
+    known = page.post("tokens", prompt=page.get("sentences")["sentences"][0]["prompt"])
     assert (known["unknown"], known["fault"], known["limit"]) == ([], None, 75)
     page.editor.queue.wait()  # for BiomedCLIP
     other = page.post("tokens", prompt="severe brontosaurus lesion 骨")
@@ -147,7 +147,7 @@ def test_a_dicom_slice_keeps_its_sixteen_bits_and_what_they_mean(page: Page, tmp
 
 def test_a_training_sentence_gives_its_type_also_for_another_vertebra(page: Page, world: Path) -> None:
     document = page.open(world)
-    known = page.get("state")["sentences"]["prompts"][0]
+    known = page.get("sentences")["sentences"][0]
     other = known["prompt"].replace(known["level"], "L5" if known["level"] != "L5" else "L4")
     for prompt, kind in ((known["prompt"], known["lesion_type"]), (other, known["lesion_type"]), ("odd lesion", None)):
         (result,) = page.draw(document, prompt=prompt)["results"]

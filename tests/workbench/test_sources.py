@@ -33,7 +33,8 @@ def test_the_output_of_a_plan_opens_with_its_healthy_images_and_the_training_sen
     assert (second["document"]["name"], second["collection"]["index"]) == (healthy[1], 1)
     assert "has no image" in page.fault("go", index=len(healthy))
     prompts = {sample.prompt for sample in samples if not sample.healthy}
-    assert {each["prompt"] for each in state["sentences"]["prompts"]} == prompts
+    assert {each["prompt"] for each in page.get("sentences")["sentences"]} == prompts
+    assert state["sentences"]["count"] == len(prompts)
     assert set(state["sentences"]["types"]) == {sample.lesion_type for sample in samples if not sample.healthy}
     known = {sample.severity for sample in samples if not sample.healthy}
     assert state["sentences"]["severities"] == [each for each in SEVERITIES if each in known]

@@ -405,7 +405,7 @@ listen({
     g: [tool("polygon"), "polygon"], x: [tool("box"), "box"], v: [tool("move"), "move the image"],
     "[": [() => resize(-SIZE_STEPS), "smaller brush"], "]": [() => resize(SIZE_STEPS), "larger brush"],
     l: [painting(() => placing.another()), "another suggestion"], Delete: [painting(clear), "empty mask"], Backspace: [painting(clear), null],
-    w: [painting(() => sentence.pick(true)), "another wording"], t: [painting(dice), "another seed"], d: [draw, "draw"],
+    w: [painting(() => sentence.pick({ another: true })), "another wording"], t: [painting(dice), "another seed"], d: [draw, "draw"],
     ArrowLeft: [() => guard(results.move(-1)), "result to the left"], ArrowRight: [() => guard(results.move(1)), "result to the right"],
     c: [() => app.shown && results.sideBySide(), "variants side by side"],
     Escape: [escape, "back to the mask"], o: [() => header.list(), "list of the images"], "Ctrl Z": [null, "undo; with Shift redo"],

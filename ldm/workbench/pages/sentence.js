@@ -1,7 +1,7 @@
-// What is to be drawn: a real training sentence that is found by type, severity and level, or a free one; its tokens are
-// counted by the server, with the tokenizer that the model has.
+// What is to be drawn: a real training sentence that the server finds by type, severity and level, or a free one; its tokens
+// are counted by the server, with the tokenizer that the model has.
 
-import { post } from "./api.js";
+import { get, post } from "./api.js";
 
 const find = (id) => document.getElementById(id);
 const MENUS = { lesion_type: "lesion_type", severity: "severity", vertebra: "level" }; // the menus' ids, and their keys
@@ -11,16 +11,17 @@ export class Sentence {
   /** ``onChange()``: after each change. ``guard(promise)`` reports what fails. */
   constructor(guard, onChange) {
     Object.assign(this, { guard, onChange });
-    this.prompts = [];
+    this.known = 0; // how many training sentences there are
+    this.found = { asked: null, prompts: [] }; // the first of those of the menus' values, and what the server says of them
+    this.picking = null; // the server looks for them
     this.tokens = null; // the server's answer for ``tokens.prompt``
     this.free = false; // written by hand: then no menu and no other image changes it
     this.written = null; // and the image that was shown then
     this.reading = false; // what the server says of it is on its way
     for (const id of Object.keys(MENUS)) find(id).addEventListener("change", () => this.pick());
-    find("wording").addEventListener("click", () => this.pick(true));
+    find("wording").addEventListener("click", () => this.pick({ another: true }));
     find("prompt").addEventListener("input", () => {
-      this.free = true;
-      this.written = this.image;
+      Object.assign(this, { free: true, written: this.image, picking: null });
       this.changed(PAUSE);
     });
   }
@@ -38,8 +39,9 @@ export class Sentence {
   /** ``sentences`` of the server's state, the open image, and an earlier ``state`` or null. */
   open(sentences, image, state) {
     Object.assign(this, { image: image.id, level: image.level });
-    this.prompts = sentences?.prompts ?? [];
-    find("menus").hidden = find("wording").hidden = this.prompts.length === 0;
+    this.known = sentences?.count ?? 0;
+    this.picking = null;
+    find("menus").hidden = find("wording").hidden = this.known === 0;
     const values = { lesion_type: sentences?.types, severity: sentences?.severities, vertebra: sentences?.levels };
     for (const id of Object.keys(MENUS)) {
       find(id).replaceChildren(new Option("any", ""), ...(values[id] ?? []).map((each) => new Option(each, each)));
@@ -48,54 +50,52 @@ export class Sentence {
       if (find(id).selectedIndex < 0) find(id).value = "";
     }
     if (!state) {
-      const often = (type) => this.prompts.filter((each) => each.lesion_type === type).length;
-      find("lesion_type").value = [...(values.lesion_type ?? [])].sort((a, b) => often(b) - often(a))[0] ?? "";
+      find("lesion_type").value = values.lesion_type?.[0] ?? ""; // the most frequent one
       if (values.severity?.includes("moderate")) find("severity").value = "moderate";
     }
     this.free = state?.free ?? false;
     this.written = state?.written ?? null;
-    if (this.free || (state?.text && this.prompts.length === 0)) {
+    if (this.free || (state?.text && this.known === 0)) {
       find("prompt").value = state.text;
       this.changed();
     } else {
       if (state?.image !== image.id && values.vertebra?.includes(image.level)) find("vertebra").value = image.level;
-      const kept = this.matching().some((each) => each.prompt === state?.text);
-      if (kept) find("prompt").value = state.text;
-      if (kept) this.changed();
-      else this.pick();
+      this.pick({ kept: state?.text });
     }
   }
 
   /** The sentence of an earlier drawing on the present image. */
   take(prompt) {
-    Object.assign(this, { free: true, written: this.image });
+    Object.assign(this, { free: true, written: this.image, picking: null });
     find("prompt").value = prompt;
     this.changed();
   }
 
-  /** The training sentences of the menus' values. */
-  matching(without = []) {
-    const asked = Object.entries(MENUS).filter(([id]) => find(id).value && !without.includes(id));
-    return this.prompts.filter((each) => asked.every(([id, key]) => each[key] === find(id).value));
+  /** Take a sentence of the menus' values: ``kept`` if it is one, else the first, or ``another``, the one after the present. */
+  pick({ another = false, kept = null } = {}) {
+    if (!this.known) return this.changed();
+    this.free = false;
+    const picking = (this.picking = this.search().then((found) => {
+      if (this.picking !== picking) return; // something else was asked for or written meanwhile
+      Object.assign(this, { found, picking: null });
+      const { prompts } = found, box = find("prompt");
+      if (prompts.includes(kept)) box.value = kept;
+      else if (prompts.length) box.value = prompts[another ? (prompts.indexOf(box.value) + 1) % prompts.length : 0];
+      this.changed();
+    }));
+    this.onChange();
+    this.guard(picking.finally(() => {
+      if (this.picking === picking) this.picking = null; // it has failed
+    }));
   }
 
-  /** Take a sentence of the menus' values: the first one, or with ``another`` the one after the present one. */
-  pick(another = false) {
-    if (!this.prompts.length) return;
-    this.free = false;
-    const level = find("vertebra").value;
-    let found = this.matching().map((each) => each.prompt);
-    this.borrowed = null;
-    if (!found.length && level) { // no such sentence about this vertebra: one about another, with this one's name in it
-      const named = new RegExp(`\\b${level}\\b`);
-      const others = this.matching(["vertebra"]).filter((each) => each.level);
-      found = others.map((each) => each.prompt.replace(new RegExp(`\\b${each.level}\\b`), level)).filter((text) => named.test(text));
-      this.borrowed = found.length ? level : null;
-    }
-    this.nothing = found.length === 0;
-    found = [...new Set(found)];
-    if (found.length) find("prompt").value = found[another ? (found.indexOf(find("prompt").value) + 1) % found.length : 0];
-    this.changed();
+  /** The training sentences of the menus' values: those that are there already, or those that the server finds. */
+  async search() {
+    const values = Object.entries(MENUS).map(([id, key]) => [key, find(id).value]);
+    const asked = new URLSearchParams(values.filter(([, value]) => value)).toString();
+    if (asked === this.found.asked) return this.found;
+    const level = find("vertebra").value, { count, sentences, borrowed } = await get(`/api/sentences?${asked}`);
+    return { asked, count, prompts: sentences.map((each) => each.prompt), borrowed: borrowed ? level : null };
   }
 
   changed(pause = 0) {
@@ -117,13 +117,15 @@ export class Sentence {
 
   /** Why this sentence cannot be drawn, and what to do, or null. */
   get fault() {
-    if (!this.text) return `There is no sentence: write one${this.prompts.length ? ", or press Other wording for a training sentence" : ""}.`;
+    if (this.picking) return null;
+    if (!this.text) return `There is no sentence: write one${this.known ? ", or press Other wording for a training sentence" : ""}.`;
     return this.said?.fault ? `The sentence cannot be drawn: ${this.said.fault}.` : null;
   }
 
   /** Whether what the server will say may be needed before it is drawn: not of a training sentence about this vertebra. */
   get awaited() {
-    return Boolean(this.reading) && (this.free || find("vertebra").value !== (this.level ?? find("vertebra").value));
+    const { value } = find("vertebra");
+    return Boolean(this.picking) || (Boolean(this.reading) && (this.free || value !== (this.level ?? value)));
   }
 
   /** In what it contradicts the image, or null. */
@@ -156,9 +158,15 @@ export class Sentence {
       }
     }
     if (this.free && this.written !== this.image) line.append("; you wrote it for another image");
-    else if (this.free || tokens.fault) return;
-    else if (this.nothing) line.append("; no training sentence has these values: write one");
-    else if (this.borrowed) line.append(`, a training sentence with ${this.borrowed} put in`);
-    else if (this.prompts.length) line.append(", a training sentence");
+    else if (this.free || tokens.fault || !this.known) return;
+    else line.append(this.origin);
+  }
+
+  /** Where a sentence that was picked comes from. */
+  get origin() {
+    const { count, prompts, borrowed } = this.found;
+    if (!prompts.length) return "; no training sentence has these values: write one";
+    if (borrowed) return `, a training sentence with ${borrowed} put in`;
+    return `, a training sentence${count > prompts.length ? `: W goes through the ${prompts.length} most frequent of ${count}` : ""}`;
   }
 }
