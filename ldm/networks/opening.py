@@ -25,13 +25,20 @@ def open_encoder(cfg: BiomedClipConfig, checkpoint: Checkpoint | None = None) ->
                 f"{encoder.folder}: biomedclip.{key} is {found}, the configuration expects {expected}; "
                 "use the YAML that belongs to this encoder"
             )
-    trained_with = checkpoint.metadata.get("biomedclip") if checkpoint else None
-    if checkpoint and trained_with and trained_with != encoder.fingerprint:
+    if checkpoint:
+        check_encoder(encoder, checkpoint)
+    return encoder
+
+
+def check_encoder(encoder: ImageTextEncoder, checkpoint: Checkpoint) -> Checkpoint:
+    """The ``checkpoint``; MedSoftError if it was trained on the tokens of another encoder."""
+    trained_with = checkpoint.metadata.get("biomedclip")
+    if trained_with and trained_with != encoder.fingerprint:
         raise MedSoftError(
             f"{encoder.folder}: is not the BiomedCLIP that {checkpoint.path} was trained with; give that folder with "
             "--biomedclip"
         )
-    return encoder
+    return checkpoint
 
 
 def open_model(

@@ -3,10 +3,11 @@
 import dataclasses
 import logging
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -28,7 +29,7 @@ from ldm.features.sizes import ENCODERS
 from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, skeleton
-from ldm.networks.opening import loaded, open_model
+from ldm.networks.opening import check_encoder, loaded, open_model
 from ldm.training.alignment import projection_values
 from ldm.training.dataset import StageData, TrainingInputs, loader, read_training_inputs
 from ldm.training.estimates import check_disk, check_memory, memory_cures
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ver_train")
 
+T = TypeVar("T")
 REJECTS = "rejects.json"
 
 
@@ -133,6 +135,17 @@ class TrainingFolder(RunFolder):
 
     def _work(self) -> list[Path]:
         return [path for path in (self.record, *best_files(self.path)) if path.exists()]
+
+    def of_use(self, overwrite: bool, checked: Callable[[], T]) -> T | None:
+        """What of the file to go on from was ``checked``; None where it raised and may be overwritten: a new start."""
+        try:
+            return checked()
+        except MedSoftError as error:
+            if not overwrite:
+                raise
+            log.warning("warning: %s; --overwrite: the run starts again", error)
+            self.same_run = False
+            return None
 
     def claim(self, **values: Any) -> None:
         """Make the folder this run's: another run's weights and previews go, and partials of runs that were killed.
@@ -244,6 +257,8 @@ def _run(
     torch.manual_seed(training.seed)
     check_needs(save_path, config.architecture, training, inputs, fabric, precision, begun=previous is not None)
     encoders, clip = open_encoders(config, source)
+    if previous:
+        previous = folder.of_use(options.overwrite, partial(check_encoder, clip, previous))
     log_groups(config.architecture, training, source)
     theirs = source.metadata
     metadata = {
@@ -268,7 +283,7 @@ def _run(
     frozen = {key: value for key, value in source.state.items() if key in wanted}
     stage = Stage(training, net, frozen, features.empty_text(), half_frozen=precision == "bf16-mixed")
     batches = len(loader(StageData(inputs.items["train"], features, training, fixed=False), training, shuffle=True))
-    state = _state_of(previous, stage, batches, folder, options.overwrite) if previous else None
+    state = folder.of_use(options.overwrite, partial(RunState.of, previous, stage, batches)) if previous else None
     if is_first_process():
         folder.claim()
         write_text(save_path / "config.yaml", as_yaml(config))
@@ -296,20 +311,6 @@ def _is_complete(previous: Checkpoint, inputs: TrainingInputs) -> bool:
         log.warning(f"{text}; --overwrite trains it again, under the new ones", previous.path)
     log.info("%s: already complete (%s)", previous.path.parent, counted(previous.step or 0, "step"))
     return True
-
-
-def _state_of(
-    previous: Checkpoint, stage: Stage, batches: int, folder: TrainingFolder, overwrite: bool
-) -> RunState | None:
-    """What to go on from, see ``RunState.of``; None where that is of no use and may be overwritten: a new start."""
-    try:
-        return RunState.of(previous, stage, batches)
-    except MedSoftError as error:
-        if not overwrite:
-            raise
-        log.warning("warning: %s", error)
-        folder.same_run = False
-        return None
 
 
 def _training(

@@ -9,7 +9,7 @@ import children
 import pytest
 import torch
 from test_never_lose_work import command
-from tiny import MODELS, call, changed, on_cpu, tensors, train, ver_train
+from tiny import CLIP, MODELS, call, changed, on_cpu, tensors, train, ver_train
 
 from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import load_config
@@ -217,6 +217,29 @@ def test_a_file_that_says_its_data_but_not_its_configuration(
     folder = edited(unfinished, tmp_path / "run", lambda content: content["medsoft"].pop("config"))
     with pytest.raises(MedSoftError, match="it does not say which, as in files of older versions"):
         train("stage2_2", small.last, folder, world, *small.sizes, **RUN)
+
+
+def test_a_run_does_not_go_on_with_the_tokens_of_another_encoder(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which no converted checkpoint, the start of stage 1, could tell."""
+    folder, given = tmp_path / "run", {"max_epochs": 2, "save_every_minutes": 0}
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 4)
+        with pytest.raises(OSError, match="power"):
+            train("stage1", converted, folder, world, **given)
+    other = shutil.copytree(CLIP, tmp_path / "clip")
+    weights = torch.load(other / "open_clip_pytorch_model.bin", weights_only=True)
+    weights["visual.trunk.cls_token"] += 1
+    torch.save(weights, other / "open_clip_pytorch_model.bin")
+    words = [*command(converted, world, folder, **given), "--cache_dir", str(tmp_path / "features")]
+    words[words.index("--biomedclip") + 1] = str(other)
+    with pytest.raises(MedSoftError, match=r"clip: is not the BiomedCLIP that .*run/last\.ckpt was trained with"):
+        call(ver_train, *words)
+    assert not (tmp_path / "features").exists()
+    assert call(ver_train, *words, "--overwrite") == 0
+    assert "--overwrite: the run starts again" in caplog.text
+    assert (folder / "steps.csv").read_text().count("\n") == 1 + 6
 
 
 @pytest.mark.parametrize("name", ["steps.csv", "metrics.csv"])
