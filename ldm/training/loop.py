@@ -212,6 +212,7 @@ class Training:
 
     def save_and_stop_if_requested(self, epoch_ended: bool = False) -> None:
         """Write ``last.ckpt``; Terminated if one of the processes was asked to stop."""
+        self.records.keep()
         self.checkpoints.save(epoch_ended)
         self.queue.save_requested = False
         if epoch_ended:  # also what came in during validation

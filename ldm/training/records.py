@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm.config import GROUPS, config_from_dict
 from ldm.core.errors import MedSoftError, UsageError, first_line
-from ldm.core.files import fingerprint
+from ldm.core.files import fingerprint, sync
 from ldm.core.schema import identity
 from ldm.core.tables import csv_lines, read_whole_lines, write_csv
 from ldm.training.saving import Progress
@@ -147,6 +147,11 @@ class Records:
             self.folder / "metrics.csv", "epoch", 0
         )  # if it is of no use, that shows before an epoch is trained
         kept = _rows_until(self.folder / "steps.csv", "step", step)
+        if len(kept) < step:
+            text = (
+                "warning: %s: has rows of %d of the %d steps that were taken; what is missing cannot be written again"
+            )
+            log.warning(text, self.folder / "steps.csv", len(kept), step)
         write_csv(self.folder / "steps.csv", kept, STEPS)
         self.rows = open(self.folder / "steps.csv", "a", encoding="utf-8")  # noqa: SIM115 (closed when training ends)
         self.bar = tqdm(total=steps_in_all, initial=step, desc=f"training {self.stage}", unit="step", mininterval=1)
@@ -172,16 +177,28 @@ class Records:
         row |= {f"lr_{name}": value for name, value in step.learning_rates.items()}
         row |= {f"grad_norm_{name}": value for name, value in step.grad_norms.items()}
         row["items_per_second"] = items_per_second
-        try:
+        with self._writing():
             self.rows.write(csv_lines([{key: repr(value) for key, value in row.items()}], STEPS))
             self.rows.flush()
+        self._tell({f"train/{name}": row[name] for name in STEPS[2:] if name in row}, step.step)
+        self.bar.set_postfix(epoch=step.epoch, loss=f"{loss:.4f}", refresh=False)
+
+    def keep(self) -> None:
+        """Have the disk keep the rows so far: after a power cut ``last.ckpt`` must not know of steps they lack."""
+        if self.bar is not None:
+            with self._writing():
+                sync(self.rows.fileno())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """An OSError in the block becomes a MedSoftError."""
+        try:
+            yield
         except OSError as error:
             raise MedSoftError(
                 f"{self.folder / 'steps.csv'}: could not be written ({error.strerror or error}); the last checkpoint "
                 "is kept, and the same command goes on from there"
             ) from error
-        self._tell({f"train/{name}": row[name] for name in STEPS[2:] if name in row}, step.step)
-        self.bar.set_postfix(epoch=step.epoch, loss=f"{loss:.4f}", refresh=False)
 
     def end_epoch(self, progress: Progress, validated: Mapping[str, float]) -> None:
         """The epoch's row in ``metrics.csv``; ``validated``: what ``Training.validate`` found."""

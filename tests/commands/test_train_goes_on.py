@@ -1,5 +1,6 @@
 """Going on from a last.ckpt that is not as it should be, or where the world around it is another one."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from ldm.core.errors import MedSoftError
 from ldm.networks.model import MedSoftModel
 from ldm.training.dataset import Batch
 from ldm.training.loop import Training
-from ldm.training.saving import RunState, best_files
+from ldm.training.saving import Checkpoints, RunState, best_files
 from ldm.training.stage import Stage
 
 # Two epochs of three steps, of which four are taken; with all that a last.ckpt may hold, but for a gradient scaler.
@@ -251,6 +252,33 @@ def test_a_table_of_somebody_else_in_the_folder_is_named(
     with pytest.raises(MedSoftError, match=rf"{name}: expected rows as this command writes them, .*; move it away"):
         train("stage2_2", small.last, folder, world, *small.sizes, **RUN)
     assert (folder / name).read_text().startswith("patient")
+
+
+def test_steps_that_steps_csv_lacks_are_said(
+    unfinished: Path, small: Any, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(unfinished, tmp_path / "run")
+    lines = (folder / "steps.csv").read_text().splitlines(keepends=True)
+    (folder / "steps.csv").write_text("".join(lines[:3]))
+    assert train("stage2_2", small.last, folder, world, *small.sizes, **RUN) == 0
+    assert "steps.csv: has rows of 2 of the 4 steps that were taken" in caplog.text
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_knows_of_their_steps(
+    world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a power cut, which leaves what was synced."""
+    folder, told = tmp_path / "run", []
+    monkeypatch.setattr("ldm.training.records.sync", lambda number: told.append(os.fstat(number).st_size))
+    plain = Checkpoints.save
+
+    def save(self: Checkpoints, epoch_ended: bool) -> None:
+        assert told[-1] == (folder / "steps.csv").stat().st_size
+        plain(self, epoch_ended)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert train("stage1", converted, folder, world, save_every_minutes=0) == 0
+    assert len(told) == 3
 
 
 def test_best_weights_of_an_epoch_that_is_trained_again_are_replaced(
