@@ -141,17 +141,14 @@ class Records:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.trackers.open()
-        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
-        _rows_until(
-            self.folder / "metrics.csv", "epoch", 0
-        )  # if it is of no use, that shows before an epoch is trained
+        # Before anything is opened: a table that is of no use is refused.
+        _rows_until(self.folder / "metrics.csv", "epoch", 0)
         kept = _rows_until(self.folder / "steps.csv", "step", step)
         if len(kept) < step:
-            text = (
-                "warning: %s: has rows of %d of the %d steps that were taken; what is missing cannot be written again"
-            )
+            text = "warning: %s: has rows of %d of the %d steps that were taken; the others are lost"
             log.warning(text, self.folder / "steps.csv", len(kept), step)
+        self.trackers.open()
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
         write_csv(self.folder / "steps.csv", kept, STEPS)
         self.rows = open(self.folder / "steps.csv", "a", encoding="utf-8")  # noqa: SIM115 (closed when training ends)
         self.bar = tqdm(total=steps_in_all, initial=step, desc=f"training {self.stage}", unit="step", mininterval=1)
