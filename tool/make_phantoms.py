@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ldm.core import cli
 from ldm.core.errors import UsageError
+from ldm.core.tables import counted
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
         diseased = args.lesions_per_type * len(types) if args.lesions_per_type else args.diseased
         counts = [default if n is None else n for n, default in ((args.healthy, 160), (diseased, 40))]
         made = write_dataset(output, seed, *counts, args.per_patient or 1, args.overwrite, args.size, args.world)
-        said = f"{counts[0]} healthy and {counts[1]} diseased images, seed {seed}"
+        said = f"{counts[0]} healthy and {counted(counts[1], 'diseased image')}, seed {seed}"
     for reject in rejects:
         print(f"no twin of {reject.sample_id}: {reject}")
     if output:

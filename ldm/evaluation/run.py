@@ -178,8 +178,8 @@ def _measure(encoder: ImageTextEncoder, lesions: Mapping[str, list[Lesion]]) -> 
     warnings = small_sample_warnings(len(real), len(synthetic), dimensions)
     trained, measured = ({each.sample.patient_id for each in lesions[name]} for name in ("train", "real"))
     if lesions["train"] is not real and (shared := trained & measured):
-        what = "patients of REAL are also in the training set: it is no yardstick for what was not seen."
-        warnings.append(f"{len(shared)} {what}")
+        said = counted(len(shared), "patient of REAL is", "patients of REAL are")
+        warnings.append(f"{said} also in the training set: it is no yardstick for what was not seen.")
     for name in ("real", "synthetic"):
         if (count := len({each.sample.patient_id for each in lesions[name]})) < FEWEST_PATIENTS:
             why = f"an interval from fewer than {FEWEST_PATIENTS} is meaningless"

@@ -190,7 +190,8 @@ def doubts(key: Key, readers: Sequence[Reader], measured: Mapping[str, Any]) -> 
         )
     elif count < 3:
         notes.append(
-            f"{count} readers are too few to speak of others: an interval over readers is little more than a guess."
+            f"{counted(count, 'reader is', 'readers are')} too few to speak of others: an interval over readers is "
+            "little more than a guess."
         )
     if (wide := interval_of(entry)) and (wide[1] - wide[0]) / 2 > 0.1:
         needs = what_it_needs(0.1, count, cases, key.design)

@@ -122,14 +122,16 @@ def doubts(made: Candidates, pairs: Sequence[Pair], keys: Sequence[str], options
             )
     shown = Counter(sample.patient_id for sample in samples)
     if again := sum(count > 1 for count in shown.values()):
-        notes.append(f"{again} patients are shown more than once; their pictures are resampled together.")
+        patients = counted(again, "patient is", "patients are")
+        notes.append(f"{patients} shown more than once; pictures of one are resampled together.")
     if unnamed := sum(sample.patient_id in (sample.sample_id, sample.parent_id) for sample in samples):
-        notes.append(f"{unnamed} samples name no patient of their own: each counts as one patient.")
+        notes.append(
+            f"{counted(unnamed, 'sample names', 'samples name')} no patient of their own: each counts as one patient."
+        )
     lossy = [sum(look.lossy for look in looks[place::2]) for place in (0, 1)]
     if any(lossy):
-        notes.append(
-            f"{lossy[0]} real and {lossy[1]} drawn images are JPEG: blocks inside real lesions, none inside drawn ones."
-        )
+        images = f"{lossy[0]} real and {counted(lossy[1], 'drawn image')}"
+        notes.append(f"JPEG are {images}: blocks inside real lesions, none inside drawn ones.")
     if len({look.deep for look in looks}) > 1:
         notes.append("Some images have 8 bits and others 16: all are shown with 8.")
     if met := seen_in_training(pairs):
@@ -227,6 +229,6 @@ def _log_summary(options: MakeOptions, pairs: int, items: int, made: Candidates,
         log.warning(
             "%s cannot be used, listed in %s", counted(len(made.rejects), "sample"), options.output_dir / "rejects.json"
         )
-    log.info("%d drawn and %d real pictures; a reader sees %d items", pairs, pairs, items)
+    log.info("%d drawn and %s; a reader sees %s", pairs, counted(pairs, "real picture"), counted(items, "item"))
     log.info("give readers %s (they open index.html)", options.output_dir / FOLDER)
     log.info("keep %s: it says which pictures are drawn", options.output_dir / KEY)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ldm.core.tables import counted
 from ldm.readers.answers import STEPS, Key, Reader, readings_of
 from ldm.reports.figures import write_figure
 from ldm.reports.html import number, write_page
@@ -54,11 +55,11 @@ def paragraph(key: Key, measured: Mapping[str, Any]) -> str:
     interval = f" (95 % interval {bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else ""
     who = f"{count} readers" if count > 1 else "One reader"
     if key.pairs:
-        text = [f"{who} saw {drawn} pairs of a real and a drawn picture and named the drawn one."]
+        text = [f"{who} saw {counted(drawn, 'pair')} of a real and a drawn picture and named the drawn one."]
         text.append(f"They were right in {entry['value']:.2f} of the pairs{interval}; chance is 0.50.")
     else:
         accuracy = measured["numbers"]["accuracy"]["value"]
-        shown = f"{measured['items'] - drawn} real and {drawn} drawn pictures"
+        shown = f"{measured['items'] - drawn} real and {counted(drawn, 'drawn picture')}"
         text = [f"{who} rated {shown} in six steps from certainly real to certainly drawn."]
         text.append(f"The mean AUC was {entry['value']:.2f}{interval}, the accuracy {accuracy:.2f}; chance is 0.50.")
     if bounds:

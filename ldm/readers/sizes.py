@@ -13,6 +13,8 @@ from functools import cache
 
 from scipy.stats import t as student
 
+from ldm.core.tables import counted
+
 READER_SD = 0.06
 CORRELATION = 0.4
 EXPECTED = 0.65  # AUC or accuracy that is expected: drawn pictures that readers can tell, but not easily
@@ -59,7 +61,7 @@ def what_it_needs(wanted: float, readers: int, cases: int, design: str) -> str:
     by_readers = fewest(wanted, ((each, cases) for each in range(2, MOST_READERS + 1)), design)
     by_cases = fewest(wanted, ((readers, each) for each in range(2, MOST_CASES + 1)), design)
     ways = [f"{by_readers[0]} readers with {cases} {what}"] if by_readers else []
-    ways += [f"{readers} readers with {by_cases[1]} {what}"] if by_cases else []
+    ways += [f"{counted(readers, 'reader')} with {by_cases[1]} {what}"] if by_cases else []
     if not ways:
         both = fewest(wanted, ((each, 10 * each) for each in range(2, MOST_CASES // 10)), design)
         ways = [f"{both[0]} readers with {both[1]} {what}"] if both else ["more than this can plan for"]

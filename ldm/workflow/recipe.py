@@ -110,9 +110,8 @@ class Facts:
         named = self.kinds | {"not named": self.diseased - sum(self.kinds.values())}
         kinds = ", ".join(f"{kind}: {count}" for kind, count in named.items() if count)
         kinds = kinds if self.kinds else "not named in meta.json"
-        return (
-            f"{self.healthy} healthy and {self.diseased} diseased images of {self.patients} patients; lesions: {kinds}"
-        )
+        diseased, patients = counted(self.diseased, "diseased image"), counted(self.patients, "patient")
+        return f"{self.healthy} healthy and {diseased} of {patients}; lesions: {kinds}"
 
 
 def write_recipe(data: Path, folder: Path, model: Path, ckpt: Path, test: Path | None = None) -> int:

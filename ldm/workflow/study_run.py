@@ -13,6 +13,7 @@ from ldm.core.files import content_id, fingerprint
 from ldm.core.paths import ROOT
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import Values
+from ldm.core.tables import counted
 from ldm.workflow.plan_run import hang_up_with_terminal, run_steps, show_steps
 from ldm.workflow.plans import Plan, PlanRecord, commit, growing_folder
 from ldm.workflow.study_design import Design, Group, World, added_path, load_design, plan_groups
@@ -190,7 +191,9 @@ def report(design: Design, groups: list[Group]) -> int:
         parts.append(f"left out, as another judge has read them: {judged.by_another_judge} ({cure})")
     cells, drawings = read_rows(study, ROOT / design.keys.output_dir)
     if cells or drawings:
-        parts.append(f"of other machines ({ELSEWHERE}/*.csv): {len(cells)} cells, {len(drawings)} generators' drawings")
+        drawn = counted(len(drawings), "generator's drawings", "generators' drawings")
+        said = f"{counted(len(cells), 'cell')}, {drawn}"
+        parts.append(f"of other machines ({ELSEWHERE}/*.csv): {said}")
     state = "; ".join(parts)
     if not study.cells and not judged.judged:
         raise MedSoftError(f"{design.keys.output_dir}: {state}; run the study first")
