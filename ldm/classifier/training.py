@@ -340,6 +340,8 @@ def resume(config: ClassifierConfig, phases: Sequence[Phase], network: torch.nn.
     for place, (row, (name, epoch)) in enumerate(zip(rows, order, strict=False)):
         expected: dict[str, Any] = {"phase": exactly(name), "epoch": exactly(epoch), score: number}
         expected |= {"train_loss": NUMBER, "val_loss": NUMBER} | ({} if config.steps is None else {"step": WHOLE})
+        scored = Rule(lambda row: isinstance(row, dict) and score in row, f"a dictionary with {score}")
+        saved.fitting(f"history[{place}]", scored, row)
         saved.fitting(f"history[{place}]", expected, row)
     chosen = [row for row in rows if row["phase"] == last and config.test_epoch in (None, row["epoch"])]
     weights = network.state_dict()

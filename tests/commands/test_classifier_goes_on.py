@@ -75,6 +75,10 @@ STATE_FAULTS: list[tuple[Callable[[dict], Any], str]] = [
     (lambda state: state["history"].pop(0), r"history\[0\]\[epoch\]: expected 1, found 2"),
     (lambda state: state["history"][1].update(epoch=-2), r"history\[1\]\[epoch\]: expected 2, found -2"),
     (lambda state: state["history"][1].pop("val_loss"), r"history\[1\]\[val_loss\]: expected a number, found nothing"),
+    (
+        lambda state: state["history"][0].pop("val_auc"),
+        r"history\[0\]: expected a dictionary with val_auc, found a dict",
+    ),
     (lambda state: state.update(best=None), r"best: expected a dictionary, found nothing"),
     (
         lambda state: state["best"]["weights"].update({"fc.bias": torch.zeros(1)}),
