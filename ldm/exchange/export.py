@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ldm.core import cli
-from ldm.core.errors import FewWarnings, FileError, MedSoftError, UsageError, first_line
+from ldm.core.errors import FewWarnings, FileError, MedSoftError, UsageError, first_line, warn_of_first
 from ldm.core.files import atomic_folder, content_id, fingerprint, read_json, write_json
 from ldm.core.paths import confined
 from ldm.core.run_folder import RunFolder
@@ -203,8 +203,7 @@ def _finish(
 ) -> int:
     """Write the table, the list of rejects and the record, with what it says ``about`` a review; the exit code."""
     write_rejects(folder.path / "rejects.json", rejects)
-    for reject in rejects[:5]:
-        log.warning("not exported: %s", reject)
+    warn_of_first(log, (f"not exported: {reject}" for reject in rejects), shown=5)
     if rejects:
         said = counted(len(rejects), "result was", "results were")
         log.warning("%s not exported, listed in %s", said, folder.path / "rejects.json")

@@ -20,7 +20,7 @@ from ldm.config import Config, DataConfig, SamplingConfig, load_config
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory
 from ldm.core.distributed import Processes, check_tasks, start_processes
-from ldm.core.errors import MedSoftError, UsageError, first_line
+from ldm.core.errors import MedSoftError, UsageError, first_line, warn_of_first
 from ldm.core.files import Contents, fingerprint_all, read_json, write_json
 from ldm.core.paths import shipped
 from ldm.core.run_folder import RunFolder
@@ -361,8 +361,7 @@ class InferenceRun:
 
     def _finish(self, summary: Summary) -> int:
         """Record what was made and, if all of the run is there, publish it; returns the exit code."""
-        for reject in summary.rejects[:5]:
-            log.warning("not inpainted: %s", reject)
+        warn_of_first(log, (f"not inpainted: {reject}" for reject in summary.rejects), shown=5)
         with self.folder.finished(summary) as whole:
             if whole:
                 self._publish(whole)
