@@ -25,8 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--lesions_per_type", type=cli.COUNT, help="instead of --diseased: so many lesions of each type")
     made.add_argument("--seed", type=cli.SEED, help="whose patients: two seeds share none (default: 0)")
     made.add_argument("--per_patient", type=cli.COUNT, help="images of each patient (default: 1)")
-    text = "pixels a side, 256 to 2048: a wide view with lesions as small as in CT (default: close up, 104 to 144)"
-    made.add_argument("--size", type=cli.COUNT, help=text)
+    made.add_argument("--size", type=cli.COUNT, help="pixels a side, 256 to 2048: a wide view (default: 104 to 144)")
     text = "standard, edge, elsewhere, words, shape, scanner or second_scanner: docs/worlds.md says what each changes"
     made.add_argument("--world", default="standard", help=text)
     text = "instead write a diseased twin, a synthetic sample, of each healthy phantom of a folder or annotation file"
