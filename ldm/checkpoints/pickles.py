@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ldm.core.devices import out_of_memory
 from ldm.core.errors import MedSoftError, first_line
 
 # What training programs leave in checkpoints beside the tensors; only the names are looked at.
@@ -75,6 +76,8 @@ def _load(path: Path, kind: str) -> Any:
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # on damaged bytes torch raises whatever the bytes lead to
+        if out_of_memory(error):
+            raise MedSoftError(f"{path}: there is too little memory to read it ({first_line(error)})") from error
         found = f"{path.stat().st_size} bytes; {first_line(error)}"
         raise MedSoftError(
             f"{path}: {_other_archive(path)}damaged or cut short ({found}); copy or download it again"

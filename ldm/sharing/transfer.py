@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 MODEL, SUMS = "model.safetensors", "SHA256SUMS"
 HARMLESS = {*CARD_FILES, "LICENSE", "LICENSE.md", "CITATION.cff"}  # files of a card that hold no image
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REFUSED = (401, 403, 404)  # of HTTP: what the hub answers who may not see a repository, or write into it
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -143,7 +144,9 @@ def _hub_errors(repo: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the hub's package, of the connection, of its rights
-        raise MedSoftError(f"{repo}: the hub failed ({first_line(error)}); `hf auth login` gives access") from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        cure = "; `hf auth login` gives access, if the repository exists" if status in REFUSED else ""
+        raise MedSoftError(f"{repo}: the hub failed ({first_line(error)}){cure}") from error
 
 
 def pull(source: Path | str, output_dir: Path, revision: str | None, overwrite: bool) -> None:

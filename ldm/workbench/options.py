@@ -22,7 +22,7 @@ def require_extra() -> None:
     if missing:
         raise UsageError(
             f"the packages that serve pages to a browser are not installed (missing: {', '.join(missing)}): "
-            "run pip install 'medsoft-diffusion[edit]', or in a checkout pip install -e '.[edit]'"
+            "in the repository's folder run python -m pip install -e '.[edit]'"
         )
 
 

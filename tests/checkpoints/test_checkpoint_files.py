@@ -57,6 +57,17 @@ def flip_in_record(path: Path, ending: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- damage
 
 
+def test_a_file_for_which_memory_is_short_is_not_called_damaged(tmp_path: Path, monkeypatch) -> None:
+    torch.save({"state_dict": {"a": torch.ones(3)}}, tmp_path / "whole.ckpt")
+
+    def load(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MedSoftError, match=r"whole\.ckpt: there is too little memory to read it \(\[enforce fail"):
+        read_checkpoint(tmp_path / "whole.ckpt")
+
+
 def test_record_marked_as_encrypted_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     torch.save({"state_dict": {"a": torch.ones(2)}}, path)

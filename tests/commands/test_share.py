@@ -266,7 +266,7 @@ def test_by_the_hub(ckpt: Path, carded: Path, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Client)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(MedSoftError, match=r"^a/b: the hub failed \(no way there\)"):
+    with pytest.raises(MedSoftError, match=r"^a/b: the hub failed \(no way there\)$"):
         call(pull, "--repo", "a/b", "--output_dir", tmp_path / "pulled")
     with pytest.raises(UsageError, match="--repo a/b: everybody can read it; nothing was shared, give --public"):
         call(push, ckpt, carded, "--repo", "a/b")
@@ -282,6 +282,22 @@ def test_by_the_hub(ckpt: Path, carded: Path, tmp_path: Path, monkeypatch: pytes
     for command, given in ((push, [ckpt, carded]), (pull, ["--output_dir", tmp_path / "no"])):
         with pytest.raises(UsageError, match="--repo nobody: expected OWNER/NAME"):
             call(command, *given, "--repo", "nobody")
+
+
+LOGIN = "; `hf auth login` gives access, if the repository exists"
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, LOGIN), (403, LOGIN), (404, LOGIN), (503, "")])
+def test_only_who_is_refused_is_told_to_log_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, said: str
+) -> None:
+    def download(*_: str, **__: str) -> None:
+        answer = SimpleNamespace(status_code=status, headers={}, request=None)
+        raise huggingface_hub.errors.HfHubHTTPError("no", response=answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(MedSoftError, match=rf"^a/b: the hub failed \(no.*\){re.escape(said)}$"):
+        call(pull, "--repo", "a/b", "--output_dir", tmp_path / "pulled")
 
 
 # ------------------------------------------------------------------------------------------------- pages, Dockerfile

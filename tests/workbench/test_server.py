@@ -280,5 +280,5 @@ def test_without_the_extra_one_line_says_how_to_install_it(
         cli.run(edit.build_parser(), edit.main, [])
     assert left.value.code == 2
     error = capsys.readouterr().err
-    assert "pip install 'medsoft-diffusion[edit]'" in error
+    assert "in the repository's folder run python -m pip install -e '.[edit]'" in error
     assert error.count("\n") == 1
