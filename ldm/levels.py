@@ -3,8 +3,8 @@
 A vertebra is a letter or a word for its region and a number: "L3", "l 3", "L-3", "Th12", "D12", "LWK 4", "lumbar
 vertebra 2", "third lumbar", "腰3椎". What is joined to it may leave the region out: a range ("L1-3", "T12-L1", "L2 to
 L4") names all that lies in it, a list ("L5/S1", "L2, 3 and 5") what it lists. After the last vertebra of a region comes
-the first of the next ("L5/1"). Any other number that is no larger than the one before it ("T12-3") may mean two things:
-then none is named.
+the first of the next ("L5/1"). A range to any other number that is no larger than the one before it ("T12-3") may mean
+two things, and so may a 1 that is listed after the last vertebra of a region ("T12 and 1"): then none is named.
 """
 
 import re
@@ -16,7 +16,8 @@ LAST = {"C": 7, "T": 13, "L": 6, "S": 5}  # the last vertebra of each region, va
 VARIANTS = ("T13", "L6")  # few people have them: a range from T12 to L1 does not name them
 NAMES = tuple(f"{letter}{number}" for letter, last in LAST.items() for number in range(1, last + 1))
 SPINE = "|".join(REGIONS.values())
-BORDERS = [{"C7", "T1"}, {"T12", "L1"}, {"T13", "L1"}, {"L5", "S1"}, {"L6", "S1"}]  # where one region follows another
+NEXT = {"C7": "T1", "T12": "L1", "T13": "L1", "L5": "S1", "L6": "S1"}  # where one region follows another
+BORDERS = [{*pair} for pair in NEXT.items()]
 
 _LETTERS = {"D": "T", "H": "C", "B": "T", "颈": "C", "胸": "T", "腰": "L", "骶": "S"}  # dorsal, HWK, BWK
 _ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth"]
@@ -30,8 +31,10 @@ _WORDS = r"(?:and/or|and|or|und|et|as\s+well\s+as)\s+(?:the\s+)?"
 _LIST = rf"\s*[,&+、和及]\s*(?:{_WORDS})?|\s+{_WORDS}"
 _JOINT = re.compile(rf"(?P<range>{_RANGE})|(?P<slash>\s*/\s*)|(?P<list>{_LIST})", re.IGNORECASE)
 # A number that measures something or counts something is none of a vertebra.
-_WHOLE = r"(?![A-Za-z0-9]|\.\d|\s?(?:(?:[mc]?m|hu|ml|cc)\b|%|[x×]\s?\d))"
-_COUNTS = r"""(?!\s+(?:(?!(?:with|shows?|are|is|and|have|has|in|of|or)\b)[\w-]+\s+){0,2}(?:lesions|metastases|
+_UNIT = r"(?:[mc]?m|hu|ml|cc)\b"
+_WHOLE = rf"(?![A-Za-z0-9]|\.\d|\s?(?:{_UNIT}|%|[x×]\s?\d))"
+_COUNTS = rf"(?!\s?(?:[-\u2010-\u2015]|(?:to|by)\b)\s?\d+(?:\.\d+)?\s?{_UNIT})"  # as in 3-5 mm
+_COUNTS += r"""(?!\s+(?:(?!(?:with|shows?|are|is|and|have|has|in|of|or)\b)[\w-]+\s+){0,2}(?:lesions|metastases|
     fractures|tumou?rs|foci|nodules|masses|cysts|defects|spots|areas|patients|images|slices|(?:year|month|week|day)s?)\b)"""
 _ORDINAL = rf"(?:{'|'.join(_ORDINALS)}|\d{{1,2}}(?:st|nd|rd|th))"
 _NAME = re.compile(
@@ -134,9 +137,11 @@ def _joined(text: str, start: int, end: int, before: str) -> tuple[list[_Part], 
     if number is None or not 1 <= int(number[1]) <= LAST[before[0]]:
         return None
     part = _Part(f"{before[0]}{int(number[1])}", kind)
-    if kind != "list" and int(number[1]) <= int(before[1:]):
-        border = [each for each in BORDERS if before in each] if int(number[1]) == 1 else []
-        part = _Part((border[0] - {before}).pop(), kind) if border else part._replace(clear=False)
+    next_one = NEXT.get(before) if int(number[1]) == 1 else None
+    if next_one and kind != "list":
+        part = _Part(next_one, kind)
+    elif next_one or (kind != "list" and int(number[1]) <= int(before[1:])):
+        part = part._replace(clear=False)
     return [part], number.end()
 
 
