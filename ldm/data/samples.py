@@ -147,7 +147,8 @@ _ABSENT = _any("(?:not|never|nicht)_(?:seen|present|visible|found|identified|det
 _WITHOUT = re.compile(  # with what it denies, up to the next clause
     rf"\b{_NO}\b(?!-| {_any('other further additional more longer')})"
     rf"(?:(?!\b{_any('but with except aber mais pero')}\b)[^.,;:])*"
-    rf"|\b\w+[- ]free\b|[^.,;:]*\b{_ABSENT}\b|\b\w+ ?[:=] ?{_any('no none nil 0 absent negative')}\b(?! \w)"
+    rf"|\b\w+[- ]free\b|[^.,;:]*\b{_ABSENT}\b"
+    rf"|\b\w+ ?[:=] ?(?:no(?: evidence| signs?)?\b(?! \w)|{_any('none nil 0 absent negative')}\b)"
     r"|[无無没未].*|.*なし"
 )
 _NOTHING = re.compile(r"\W*(?:n/?a|nan|nat|null|0)?\W*")  # all of it: what tables write where there is nothing

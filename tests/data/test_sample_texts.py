@@ -139,6 +139,8 @@ LIKELY = [
     *("healhty", "helthy", "Haelthy", "nromal", "lesion-free", "fracture free L4 vertebra", "negative for fracture"),
     *("NAD", "WNL", "within normal limits", "intact vertebra", "no abnormality detected", "nothing abnormal"),
     *("D12: no lesion", "T12-L1 without lesion", "LWK 4/5: no fracture", "lumbar vertebra 2: no fracture"),
+    *("fracture: none seen", "metastasis: absent in L3", "lesion: no", "fracture: no evidence"),
+    "lumbar vertebra 2: no evidence of fracture",
     *(
         "lesion: none",
         "lesion not seen",
