@@ -96,8 +96,8 @@ def match_reviews(files: Sequence[Path], samples: Sequence[Sample], redrawn: boo
     for (sample_id, image), said in verdicts_about(rows, images).items():
         judged.add(sample_id)
         reviews[image] = list(dict.fromkeys([*reviews.get(image, []), *said]))
-    now = {each.sample_id: places[each.image_sha256] for each in rows if each.image_sha256 in places}
-    renamed = {name: others[0] for name, others in sorted(now.items()) if name not in others}
+    now = sorted({(each.sample_id, *places[each.image_sha256]) for each in rows if each.image_sha256 in places})
+    renamed = {name: others[0] for name, *others in now if name not in others}
     lost = {each.sample_id for each in rows if each.image_sha256 not in places}
     changed, unknown = sorted(lost & names - judged), sorted(lost - names - renamed.keys())
     pairs = [f"{name} (now {other})" for name, other in renamed.items()]

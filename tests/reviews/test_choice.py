@@ -96,6 +96,13 @@ def test_folders_that_have_changed_names_with_each_other(tmp_path: Path, caplog:
     assert (choice.record["renamed"], choice.record["changed"]) == (["a", "b"], [])
 
 
+def test_a_renamed_drawing_whose_name_another_one_has_that_was_judged_too(tmp_path: Path) -> None:
+    rows = [("a", "ann", "reject", "x"), ("a", "ann", "accept", "y")]
+    choice, kept = chosen(tmp_path, rows, [drawn("b", digest=content("x")), drawn("a", digest=content("y"))])
+    assert kept == {"results/a"}
+    assert (choice.record["renamed"], choice.record["changed"], choice.record["unknown"]) == (["a"], [], [])
+
+
 def test_a_copy_of_a_rejected_drawing_is_left_out_until_it_is_judged_itself(tmp_path: Path) -> None:
     samples = [drawn("a"), drawn("copy", digest=content("a")), drawn("a", "others"), drawn("b"), drawn("c")]
     choice, kept = chosen(tmp_path, [("a", "ann", "reject", "a"), ("c", "ann", "accept", "c")], samples)
