@@ -87,7 +87,13 @@ class Unfinished:
 
 
 def _is_list_of_groups(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in value)
+    return isinstance(value, list) and all(isinstance(each, dict) and _is_group(each) for each in value)
+
+
+def _is_group(group: Mapping[str, Any]) -> bool:
+    params = group.get("params")
+    named = isinstance(group.get("name"), str | None)
+    return named and isinstance(params, list) and all(type(number) is int for number in params)
 
 
 def _faults(where: str, expected: Any, found: Any) -> Iterator[str]:

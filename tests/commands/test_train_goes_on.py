@@ -119,6 +119,14 @@ FAULTS: dict[str, tuple[Callable[[dict], Any], str]] = {
         lambda c: c["optimizer_states"][0]["param_groups"][0].update(name="other"),
         r"\[param_groups\]: expected tensors by group \{'msc': \d+, .*\}, found \{'other': \d+, ",
     ),
+    "a group whose name is none": (
+        lambda c: c["optimizer_states"][0]["param_groups"][0].update(name=["msc"]),
+        r"\[param_groups\]: expected a list of groups, found ",
+    ),
+    "a tensor whose number is none": (
+        lambda c: c["optimizer_states"][0]["param_groups"][0]["params"].insert(0, []),
+        r"\[param_groups\]: expected a list of groups, found ",
+    ),
     "a moment": (lambda c: kept(c).pop("exp_avg"), r"\[state\]\[0\]\[exp_avg\]: expected float32 .* found nothing"),
     "the shape of a moment": (
         lambda c: kept(c).update(exp_avg_sq=torch.zeros(1)),
