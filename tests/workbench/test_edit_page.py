@@ -261,6 +261,11 @@ def test_the_menus_find_sentences_that_the_server_has(browser: Browser) -> None:
         browser.wait("!medsoft.sentence.picking && medsoft.sentence.said")
         assert "a training sentence" in browser.run(f"{told}.textContent")
         assert level in browser.run(f"{value}.value")
+    browser.run("window.kept = window.fetch, window.fetch = () => Promise.reject(new TypeError('gone')), 1")
+    browser.run("void (medsoft.sentence.found = { asked: null, prompts: [] }, medsoft.sentence.pick())")
+    browser.wait("document.getElementById('status').textContent.startsWith('The server does not answer')")
+    browser.run("void (window.fetch = window.kept)")
+    assert not browser.run("document.getElementById('hint').textContent").startswith("The sentence is being read")
     browser.run("medsoft.sentence.pick(), medsoft.sentence.take('my own words'), 1")
     browser.wait("!medsoft.sentence.picking && medsoft.sentence.said")
     assert browser.run(f"{value}.value") == "my own words"

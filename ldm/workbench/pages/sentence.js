@@ -85,7 +85,9 @@ export class Sentence {
     }));
     this.onChange();
     this.guard(picking.finally(() => {
-      if (this.picking === picking) this.picking = null; // it has failed
+      if (this.picking !== picking) return;
+      this.picking = null; // it has failed
+      this.onChange();
     }));
   }
 
