@@ -398,12 +398,12 @@ def _log_moves(groups: Mapping[str, list[Sample]], known: EarlierSplit, kept: Ma
     if kept:
         gone = max(0, gone - len(old - set(known.sides)))  # these have another name now
         added = ", ".join(f"{new[name]} in {name}" for name in SPLITS)
-        stay = counted(len(old), "patient keeps a side", "patients keep their sides")
+        stay = counted(len(old), "patient keeps their side", "patients keep their sides")
         went = counted(gone, "of the earlier split is gone", "of the earlier split are gone")
         log.info("%s, %s, %s (%s)", stay, went, counted(new.total(), "is new", "are new"), added)
         if returned:
             said = counted(returned, "patient is back on the side", "patients are back on the sides")
-            log.info("%s of before", said)
+            log.info("%s that they had before", said)
         if gone > len(old) and new:
             message = "warning: %d of %d patients of the earlier split are gone and %d are new: where only the names of"
             counts = gone, len(known.sides), new.total()

@@ -127,11 +127,11 @@ class CopyCheck:
             )
         sources = sum(each.source is not None for each in self.neighbours)
         if sources and self.threshold <= (1 + ALIKE) / 2 < self.source_threshold:
-            repeat = counted(sources, "synthetic lesion repeats", "synthetic lesions repeat")
+            repeat = counted(sources, "synthetic lesion repeats its", "synthetic lesions repeat their")
             found.append(
                 "Turned and scaled as fits best, lesions of two training patients are nearly the same (correlation "
-                f"{2 * self.source_threshold - 1:.3f}): whether {repeat} what was its source, turned, cannot be told "
-                f"(copies from {self.source_threshold:.3f} on). Look at closest_pairs.png."
+                f"{2 * self.source_threshold - 1:.3f}): whether {repeat} source, turned, cannot be told (copies from "
+                f"{self.source_threshold:.3f} on). Look at closest_pairs.png."
             )
         return found
 

@@ -131,7 +131,7 @@ def doubts(made: Candidates, pairs: Sequence[Pair], keys: Sequence[str], options
     lossy = [sum(look.lossy for look in looks[place::2]) for place in (0, 1)]
     if any(lossy):
         images = f"{lossy[0]} real and {counted(lossy[1], 'drawn image')}"
-        notes.append(f"JPEG are {images}: blocks inside real lesions, none inside drawn ones.")
+        notes.append(f"JPEG: {images}, with blocks inside real lesions and none inside drawn ones.")
     if len({look.deep for look in looks}) > 1:
         notes.append("Some images have 8 bits and others 16: all are shown with 8.")
     if met := seen_in_training(pairs):

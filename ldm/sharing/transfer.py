@@ -94,8 +94,9 @@ def _check_card(options: PushOptions) -> list[Path]:
     more = [file for file in files if file.as_posix() not in HARMLESS]
     if more and not options.with_images:
         raise UsageError(
-            f"{card / more[0]}: is no file of a card's, as {counted(len(more), 'file is', 'files are')} there, and may "
-            "hold images or names of patients; take out what is no card's, or give --with_images if it may be shared"
+            f"{card / more[0]}: is not one of a card's files "
+            f"({counted(len(more), 'such file is', 'such files are')} there), and may hold images or names of "
+            "patients; take out what is none, or give --with_images if it may be shared"
         )
     if taken := [file for file in files if file.as_posix() in (MODEL, SUMS)]:
         raise UsageError(f"{card / taken[0]}: has the name of a file that is written while sharing; rename it")

@@ -189,21 +189,20 @@ class Turns:
     def __init__(self, per_minute: int, waiting: int = WAITING) -> None:
         self.per_minute, self.waiting = per_minute, waiting
         self._inside, self._rate = 0, Rate(per_minute)
+        self._most = f"at most {counted(per_minute, 'image a minute is', 'images a minute are')} drawn"
         self._state, self._turn = threading.Lock(), threading.Lock()
 
     @contextmanager
     def taken(self, images: int) -> Iterator[None]:
         """Wait for the turn of a request of so many images. HTTPException 503 or 429, with when to ask again."""
         if images > self.per_minute:
-            raise UsageError(
-                f"n: at most {counted(self.per_minute, 'image')} a minute are drawn, {images} were asked for"
-            )
+            raise UsageError(f"n: {self._most}, {images} were asked for")
         with self._state:
             if self._inside > self.waiting:
-                line = f"{counted(self.waiting, 'request')} waiting already; ask again later"
+                line = f"{counted(self.waiting, 'request is', 'requests are')} waiting already; ask again later"
                 raise HTTPException(503, line, {"Retry-After": "5"})
             if wait := self._rate.wait(images):
-                line = f"at most {counted(self.per_minute, 'image')} a minute are drawn; ask again in {wait} s"
+                line = f"{self._most}; ask again in {wait} s"
                 raise HTTPException(429, line, {"Retry-After": str(wait)})
             self._rate.add(images)
             self._inside += 1

@@ -331,7 +331,7 @@ def test_patients_who_were_away_come_back_to_their_sides(
         write_sample(data / "data" / f"new{number}", meta={"patient_id": f"n{number}"})
     caplog.clear()
     assert run(data) == code
-    assert "3 patients are back on the sides of before" in caplog.text
+    assert "3 patients are back on the sides that they had before" in caplog.text
     first()
     assert run(data) == 0
     after = sides(data)

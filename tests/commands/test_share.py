@@ -229,7 +229,7 @@ def test_nothing_is_shared_without_a_card_or_with_images(ckpt: Path, converted: 
     with pytest.raises(UsageError, match="is the card of another checkpoint"):
         shared(converted, carded)
     (carded / "sheet.png").write_bytes(b"pixels")
-    with pytest.raises(UsageError, match=r"sheet\.png: is no file of a card's, as 1 file is there, and may"):
+    with pytest.raises(UsageError, match=r"sheet\.png: is not one of a card's files \(1 such file is there\), and may"):
         shared(ckpt, carded)
     assert (shared(ckpt, carded, "--with_images") / "sheet.png").read_bytes() == b"pixels"
     with pytest.raises(UsageError, match="is there already"):

@@ -58,7 +58,7 @@ def test_a_threshold_for_turned_lesions_near_to_1_is_said() -> None:
     assert check.threshold < 0.98
     assert check.source_threshold > 0.99
     (said,) = check.warnings()
-    assert "whether 1 synthetic lesion repeats what was its source, turned, cannot be told" in said
+    assert "whether 1 synthetic lesion repeats its source, turned, cannot be told" in said
     assert not check_copies([ramp(100, 15)], train).warnings()
     others = [lesion(number, number) for number in range(12)]
     assert not check_copies([lesion(100, 100, mask_source="s3")], others).warnings()

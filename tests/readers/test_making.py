@@ -161,7 +161,7 @@ def test_doubts_are_noted(few: Path) -> None:
     notes = " ".join(read(make(few, "study") / "key.json")["notes"])
     assert "scanner alone tells drawn from real pictures (AUC 1.00; real: a (6 of 6), drawn: b (6 of 6))" in notes
     assert "Give --match scanner" in notes
-    assert "JPEG are 1 real and 0 drawn images" in notes
+    assert "JPEG: 1 real and 0 drawn images, with blocks" in notes
     assert "1 of 6 real pictures are of patients that the generator learned from" in notes
     assert "6 pictures of each kind: so few" in notes
     with pytest.raises(MedSoftError, match="no real and no drawn sample of two patients have the same"):

@@ -261,6 +261,7 @@ def test_one_at_a_time_and_not_too_many(
             time.sleep(0.001)
         answer = client.post("/draw", files=parts(), data={"prompt": "x"})
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert answer.json()["error"] == "1 request is waiting already; ask again later"
         assert not went.is_set()
     second.join(5)
     assert went.is_set()
