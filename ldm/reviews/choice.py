@@ -38,12 +38,14 @@ class Judged:
     unknown: list[str]
 
 
-def verdicts_about(reviews: Sequence[Review], images: Mapping[K, tuple[str, str | None]]) -> dict[K, list[Review]]:
+def verdicts_about(
+    reviews: Sequence[Review], images: Mapping[K, tuple[str, str | None]], copies_too: bool = True
+) -> dict[K, list[Review]]:
     """The review of each reviewer that counts about each of ``images`` (sample_id, SHA-256), where there is one.
 
     That is the last row with this SHA-256 under this name or under one that no image of this content has any more. A
     copy beside the judged image is a sample of its own, with a sentence of its own; until its reviewer judges it, only
-    that the picture was rejected holds for it too.
+    that the picture was rejected holds for it too; without ``copies_too`` nothing does.
     """
     names: dict[str | None, set[str]] = {}
     for sample_id, digest in images.values():
@@ -56,14 +58,16 @@ def verdicts_about(reviews: Sequence[Review], images: Mapping[K, tuple[str, str 
         said = rows.get(digest, [])
         copies = names[digest] - {sample_id}
         beside = [each for each in latest(said).values() if each.sample_id in copies and each.verdict == REJECT]
-        counts = {each.reviewer: each for each in beside}
+        counts = {each.reviewer: each for each in beside} if copies_too else {}
         counts |= {each.reviewer: each for each in said if each.sample_id not in copies}
         if counts:
             found[key] = list(counts.values())
     return found
 
 
-def match_reviews(files: Sequence[Path], samples: Sequence[Sample], redrawn: bool = False) -> Judged:
+def match_reviews(
+    files: Sequence[Path], samples: Sequence[Sample], redrawn: bool = False, copies_too: bool = True
+) -> Judged:
     """Bring the rows of review files together with the samples: by the SHA-256 of the image, see ``verdicts_about``.
 
     Raises FileError for a file without a row, and for one of which no row is about an image of these samples (with
@@ -93,7 +97,7 @@ def match_reviews(files: Sequence[Path], samples: Sequence[Sample], redrawn: boo
     rows = one_spelling(rows)
     reviews: dict[Path, list[Review]] = {}
     judged = set()
-    for (sample_id, image), said in verdicts_about(rows, images).items():
+    for (sample_id, image), said in verdicts_about(rows, images, copies_too).items():
         judged.add(sample_id)
         reviews[image] = list(dict.fromkeys([*reviews.get(image, []), *said]))
     now = sorted({(each.sample_id, *places[each.image_sha256]) for each in rows if each.image_sha256 in places})

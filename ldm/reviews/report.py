@@ -31,7 +31,7 @@ def write_agreement(results: Path, files: Sequence[Path]) -> bool:
     """
     loaded, rejects = load_samples(results)
     samples = [sample for sample in loaded if not sample.healthy]
-    found = agreement(match_reviews(files, samples), samples)
+    found = agreement(match_reviews(files, samples, copies_too=False), samples)
     if len(found["reviewers"]) < 2:
         (only,) = found["reviewers"]
         raise UsageError(

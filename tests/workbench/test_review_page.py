@@ -313,6 +313,19 @@ def test_folders_and_files_that_cannot_be_reviewed(few: Path, tmp_path: Path) ->
         tiny.call(review, few)
 
 
+def test_the_agreement_is_about_what_was_judged_and_no_copies_of_it(few: Path) -> None:
+    """Of three equal pictures one verdict would count three times, and only where it is that they are rejected."""
+    for folder, verdicts in (("p00__v0", ("reject", "reject")), ("p01__v0", ("accept", "reject"))):
+        for who, verdict in zip(("ann", "bob"), verdicts, strict=True):
+            add_review(few / "review.csv", Review(folder, who, verdict, sha256_file(few / folder / "image.png")))
+    for name in ("copy", "another"):
+        shutil.copytree(few / "p00__v0", few / name)
+    assert tiny.call(review, few, "--agreement") == 0
+    found = json.loads((few / "review_agreement.json").read_text())
+    assert [row["judged"] for row in found["reviewers"]] == [2, 2]
+    assert (found["pairs"][0]["both"], found["samples"], found["never_reviewed"]) == (2, 5, 3)
+
+
 def test_agreement_needs_two_reviewers_who_may_have_written_two_files(few: Path, tmp_path: Path) -> None:
     files = [tmp_path / "a.csv", tmp_path / "b.csv"]
     for file, who in zip(files, ("ann", "bob"), strict=True):
