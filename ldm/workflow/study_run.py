@@ -30,8 +30,8 @@ def run_study(
     """Run what is to do, report after every group; the code of the step that failed, 3 if one rejected inputs.
 
     Of ``worlds`` only, if given: other processes may run others at the same time, as this one lets ``jobs`` of them do.
-    ``collect`` reports what is finished and runs nothing, ``list_only`` shows the steps; ``overwrite`` lets a step
-    replace what other settings have left.
+    Where other machines have computed all of them there is the report alone. ``collect`` reports what is finished and
+    runs nothing, ``list_only`` shows the steps; ``overwrite`` lets a step replace what other settings have left.
     """
     hang_up_with_terminal()
     design = load_design(path)
@@ -43,6 +43,8 @@ def run_study(
     if collect:
         return report(design, groups)
     chosen = chosen_worlds(design, groups, worlds)
+    if not chosen:
+        return report(design, groups)
     if jobs > 1 and len(chosen) > 1:
         return run_side_by_side(path, design.keys.output_dir, chosen, jobs, overwrite)
     mine = [group for group in groups if group.world.name in chosen]

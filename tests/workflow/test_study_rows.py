@@ -105,6 +105,19 @@ def test_worlds_of_other_machines_are_not_run_here(write_study, tmp_path: Path, 
         tiny.call(study, path, "--worlds", "world_3")
 
 
+def test_where_all_worlds_are_of_other_machines_nothing_runs_and_the_report_is_written(
+    write_study, tmp_path: Path, monkeypatch
+) -> None:
+    """No judge is trained for it, either."""
+    other, path = write_study("other"), write_study("here")
+    finish(other, "world_3", "world_4")
+    tiny.call(study, other, "--collect")
+    bring(path, (tmp_path / "other/out/results.csv").read_text())
+    monkeypatch.setattr("ldm.workflow.plan_run._run_child", lambda words, step: 7)
+    assert tiny.call(study, path) == 0
+    assert "8 of 8 cells are finished" in (tmp_path / "here/out/study.md").read_text()
+
+
 def test_a_world_that_was_computed_here_too_is_refused(write_study, tmp_path: Path) -> None:
     path = write_study("here")
     finish(path, "world_3", "world_4")
