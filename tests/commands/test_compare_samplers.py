@@ -124,7 +124,7 @@ def test_what_cannot_be_compared_is_refused(final: Path, world: Path, one: Path,
         compare(final, world / "train", judge, tmp_path / "out", "--seeds", 1)
     with pytest.raises(UsageError, match=r"nowhere\.safetensors: does not exist"):
         compare(final, world / "train", tmp_path / "nowhere.safetensors", tmp_path / "out")
-    with pytest.raises(MedSoftError, match="diseased samples that are not subtle; expected at least 2"):
+    with pytest.raises(MedSoftError, match="1 diseased sample, the subtle ones left out; expected at least 2"):
         compare(final, one, judge, tmp_path / "out")
     for settings, message in (
         (["fast steps=2"], "--setting: expected at least two, of different names .*, found fast"),

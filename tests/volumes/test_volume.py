@@ -223,5 +223,5 @@ def test_real_values_become_integers_exactly_or_rounded_to_16_bits() -> None:
 def test_without_the_extra_one_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     volumes.require_extra()
     monkeypatch.setattr(volumes, "find_spec", lambda name: None if name in ("gdcm", "nrrd") else object())
-    with pytest.raises(UsageError, match=r"missing: gdcm, nrrd\): run pip install 'medsoft-diffusion\[dicom\]'"):
+    with pytest.raises(UsageError, match=r"missing: gdcm, nrrd\): in the repository.* install -e '\.\[dicom\]'"):
         volumes.require_extra()
