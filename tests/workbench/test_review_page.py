@@ -320,10 +320,13 @@ def test_the_agreement_is_about_what_was_judged_and_no_copies_of_it(few: Path) -
             add_review(few / "review.csv", Review(folder, who, verdict, sha256_file(few / folder / "image.png")))
     for name in ("copy", "another"):
         shutil.copytree(few / "p00__v0", few / name)
+    (few / "p01__v0").rename(few / "moved")
     assert tiny.call(review, few, "--agreement") == 0
     found = json.loads((few / "review_agreement.json").read_text())
     assert [row["judged"] for row in found["reviewers"]] == [2, 2]
     assert (found["pairs"][0]["both"], found["samples"], found["never_reviewed"]) == (2, 5, 3)
+    assert found["renamed"] == ["p01__v0"]
+    assert "judged under another name" in (few / "review_agreement.html").read_text()
 
 
 def test_agreement_needs_two_reviewers_who_may_have_written_two_files(few: Path, tmp_path: Path) -> None:
