@@ -35,7 +35,7 @@ _UNIT = r"(?:[mc]?m|hu|ml|cc)\b"
 _WHOLE = rf"(?![A-Za-z0-9]|\.\d|\s?(?:{_UNIT}|%|[x×]\s?\d))"
 _COUNTS = rf"(?!\s?(?:[-\u2010-\u2015]|(?:to|by)\b)\s?\d+(?:\.\d+)?\s?{_UNIT})"  # as in 3-5 mm
 _COUNTS += r"""(?!\s+(?:(?!(?:with|shows?|are|is|and|have|has|in|of|or)\b)[\w-]+\s+){0,2}(?:lesions|metastases|
-    fractures|tumou?rs|foci|nodules|masses|cysts|defects|spots|areas|patients|images|slices|(?:year|month|week|day)s?)\b)"""
+    fractures|tumou?rs|foci|nodules|masses|cysts|defects|spots|areas|others|patients|images|slices|(?:year|month|week|day)s?)\b)"""
 _ORDINAL = rf"(?:{'|'.join(_ORDINALS)}|\d{{1,2}}(?:st|nd|rd|th))"
 _NAME = re.compile(
     rf"""(?<![A-Za-z0-9])(?<!type\ )(?<!grade\ )(?<!class\ )(?<!stage\ )(?<!vitamin\ )(?:

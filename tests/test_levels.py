@@ -70,7 +70,7 @@ def read(text: str) -> list[str]:
         ("T3 and T5", "T3 T5"),
         # What is no vertebra, or cannot be told which:
         ("L2 and 3 lesions, L4, 12 mm, L1-3 mm", "L2 L4 L1"),
-        ("2 lesions in L2, 3 in L4; lesions of L5, 2 of them large", "L2 L4 L5"),
+        ("2 lesions in L2, 3 in L4; lesions of L5, 2 of them large; C2 and 3 others", "L2 L4 L5 C2"),
         ("L2 - 2 intraosseous lesions; L4, 1 lesion", "L2 L4"),
         ("L3, 3.5 cm and 40 HU; L5, 2 x 3 cm", "L3 L5"),
         ("L3, 3-5 mm wide; L4, 2 to 4 cm; lumbar 3-5 mm lesion; L5, 2.5 by 4 mm", "L3 L4 L5"),
