@@ -164,9 +164,10 @@ def test_without_a_checkpoint_one_line_says_what_to_do(tmp_path: Path, monkeypat
 
 
 def test_the_checkpoint_of_which_most_was_trained_is_found(
-    trained: dict, world: Path, monkeypatch: pytest.MonkeyPatch
+    trained: dict, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(world.parent)
+    (tmp_path / "demo_output").symlink_to(world)
+    monkeypatch.chdir(tmp_path)
     image = next((world / "train").glob("*/image.png"))
     for path in (world, world / TRAIN, image, None):
         found = find(EditOptions(path=path))
