@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from ldm.core.files import check_target, fingerprint, sha256_file
 from ldm.core.schema import identity
 from ldm.data.checks import TRAINED_ON, groups_of, trained_on
 from ldm.networks.model import skeleton
+from ldm.networks.opening import ENCODER_KEYS
 
 log = logging.getLogger(__name__)
 
@@ -55,20 +57,21 @@ def merge_files(
     if already_made(output_path, overwrite, run=run):
         log.info("%s: already complete", output_path)
         return
-    known = [c.metadata["biomedclip"] for c in (controller, rest) if c.metadata.get("biomedclip")]
-    if len(set(known)) > 1:
-        raise MedSoftError(
-            f"{stage1_path} and {input_path} were trained with different BiomedCLIP folders; train one of "
-            "the two stages again"
-        )
+    encoders: dict[str, Any] = {}
+    for key in ENCODER_KEYS:
+        for value in (each.metadata.get(key) for each in (controller, rest)):
+            if value and encoders.setdefault(key, value) != value:
+                raise MedSoftError(
+                    f"{stage1_path} and {input_path} were trained with different BiomedCLIP folders; train one of "
+                    "the two stages again"
+                )
     state: dict[str, Tensor] = {}
     for source, parts in ((controller, ["msc"]), (rest, [part for part in PREFIXES if part != "msc"])):
         log.info("checked: %s, %s", source.path, verify(source.path))
         state |= parts_of(source, parts, config.architecture, tensors_of(expected, parts))
     log_sources(controller, rest, state)
     metadata = {"config": dataclasses.asdict(config), "stage": "merged", "step": 0, "origin": sources}
-    metadata |= {"asked": asked, "run": run}
-    metadata |= {"biomedclip": known[0]} if known else {}
+    metadata |= {"asked": asked, "run": run, **encoders}
     metadata[TRAINED_ON] = trained_on("merged", (), *(groups_of(c.metadata, c.path) for c in (controller, rest)))
     write_checkpoint(output_path, {key: state[key] for key in expected}, metadata)
     log.info("written: %s", output_path)

@@ -60,7 +60,8 @@ class FeatureBuilder:
         that are computed at once, at most."""
         self.data, self.model, self.clip, self.batch = data, model, clip, batch
         self.whole = model.architecture.biomedclip.view == "image"
-        encoders = {"clip": clip.fingerprint + " of whole images" * self.whole, "clip_text": clip.fingerprint}
+        encoders = {"clip": clip.fingerprint + clip.preparation.get("images", "") + " of whole images" * self.whole}
+        encoders["clip_text"] = clip.fingerprint + clip.preparation.get("prompts", "")
         if "autoencoder" in model.parts:
             encoders["latents"] = _weights_fingerprint(model.first_stage_model)
         if "text" in model.parts:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,16 @@ from torch import Tensor
 
 from ldm.checkpoints.fitting import NoRandomWeights, load_exactly
 from ldm.core.errors import MedSoftError, first_line
-from ldm.core.files import sha256_file
+from ldm.core.files import fingerprint, sha256_file
 from ldm.networks.biomedclip_folder import BiomedClipFolder, read_folder, read_tokenizer
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.text_encoder import PromptReading, PromptWarnings
 
 if TYPE_CHECKING:
     from open_clip.model import CustomTextCLIP
+    from open_clip.tokenizer import HFTokenizer
+
+PROBE = "A Lytic lesion of L3, 1.5 cm (Müller)"  # capitals, signs and an accent: what tokenizers treat differently
 
 
 def build_clip(model_cfg: dict[str, Any], bert: dict[str, Any]) -> "CustomTextCLIP":
@@ -46,8 +49,6 @@ class BiomedClip(ImageTextEncoder):
 
     def __init__(self, source: str | Path) -> None:
         super().__init__()
-        from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
         found = read_folder(source)
         self.folder = found.folder
         self.clip = _built(found)
@@ -55,7 +56,8 @@ class BiomedClip(ImageTextEncoder):
         self._tokenizer = read_tokenizer(found.folder, length, self.clip.text.vocab_size)
         self._warnings = PromptWarnings("BiomedCLIP", "[UNK], a word that is not in its vocabulary")
         self.fingerprint = sha256_file(found.weights_file)
-        preprocess = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, **found.preprocess_cfg}
+        preprocess = {**_published_normalisation(), **found.preprocess_cfg}
+        self.preparation = {"images": _normalisation_id(preprocess), "prompts": _tokenizer_id(self._tokenizer)}
         self.register_buffer("image_mean", torch.tensor(preprocess["mean"])[:, None, None], False)
         self.register_buffer("image_std", torch.tensor(preprocess["std"])[:, None, None], False)
         trunk: Any = self.clip.visual.trunk
@@ -104,6 +106,24 @@ class BiomedClip(ImageTextEncoder):
         for prompt in prompts:
             self._warnings.report(prompt, self.reading(prompt))
         return self.clip.encode_text(self._tokenizer(list(prompts)).to(self.device))
+
+
+def _published_normalisation() -> dict[str, Any]:
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    return {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
+
+
+def _normalisation_id(preprocess: Mapping[str, Any]) -> str:
+    """Empty for the published mean and standard deviation, whose features need no name that tells them apart."""
+    values = {key: [float(value) for value in preprocess[key]] for key in _published_normalisation()}
+    return "" if values == {k: list(v) for k, v in _published_normalisation().items()} else fingerprint(values)
+
+
+def _tokenizer_id(tokenizer: "HFTokenizer") -> str:
+    """By what it does: the same words written into other files are the same tokenizer."""
+    words = sorted(tokenizer.tokenizer.get_vocab().items())
+    return fingerprint([words, tokenizer.context_length, tokenizer([PROBE])[0].tolist()])
 
 
 def _built(found: BiomedClipFolder) -> "CustomTextCLIP":

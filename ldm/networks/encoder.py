@@ -1,8 +1,9 @@
 """What the method needs of a frozen image-text encoder; BiomedCLIP is one, and nothing else is asked of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -14,12 +15,13 @@ from ldm.networks.text_encoder import PromptReading
 class ImageTextEncoder(nn.Module, ABC):
     """Encodes images to a grid of patch tokens and one global token, and prompts to one vector.
 
-    Frozen, in evaluation mode, never stored in a checkpoint: a checkpoint keeps its ``fingerprint``. The subclass's
-    constructor sets what is declared here and ends with ``self.freeze()``.
+    Frozen, in evaluation mode, never stored in a checkpoint: a checkpoint keeps its ``fingerprint`` and its
+    ``preparation``. The subclass's constructor sets what is declared here and ends with ``self.freeze()``.
     """
 
     folder: Path  # where its files lie; named in errors
     fingerprint: str  # of its weights
+    preparation: Mapping[str, str] = MappingProxyType({})  # how "images" and "prompts" become its input: fingerprints
     grid: int  # patches per side
     token_dim: int  # width of the tokens
     text_dim: int  # width of a prompt's vector

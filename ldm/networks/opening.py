@@ -1,6 +1,7 @@
 """The networks of a checkpoint, and the image-text encoder that their configuration names, checked together."""
 
 from collections.abc import Collection
+from typing import Any
 
 from ldm.checkpoints.checkpoint import PREFIXES, Checkpoint
 from ldm.checkpoints.fitting import NoRandomWeights, check_preparation, load_parts, parts_of
@@ -9,6 +10,9 @@ from ldm.core.errors import MedSoftError
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, skeleton
+
+PREPARATION = "biomedclip_preparation"
+ENCODER_KEYS = ("biomedclip", PREPARATION)  # in a checkpoint's metadata; older files lack the second
 
 
 def open_encoder(cfg: BiomedClipConfig, checkpoint: Checkpoint | None = None) -> ImageTextEncoder:
@@ -32,13 +36,20 @@ def open_encoder(cfg: BiomedClipConfig, checkpoint: Checkpoint | None = None) ->
 
 def check_encoder(encoder: ImageTextEncoder, checkpoint: Checkpoint) -> Checkpoint:
     """The ``checkpoint``; MedSoftError if it was trained on the tokens of another encoder."""
-    trained_with = checkpoint.metadata.get("biomedclip")
-    if trained_with and trained_with != encoder.fingerprint:
-        raise MedSoftError(
-            f"{encoder.folder}: is not the BiomedCLIP that {checkpoint.path} was trained with; give that folder with "
-            "--biomedclip"
-        )
+    here, theirs = encoder_record(encoder), {key: checkpoint.metadata.get(key) for key in ENCODER_KEYS}
+    for key, found in theirs.items():
+        if found and found != here[key]:
+            what = {PREPARATION: "prepares images or prompts otherwise than"}.get(key, "is not")
+            raise MedSoftError(
+                f"{encoder.folder}: {what} the BiomedCLIP that {checkpoint.path} was trained with; give that folder "
+                "with --biomedclip"
+            )
     return checkpoint
+
+
+def encoder_record(encoder: ImageTextEncoder) -> dict[str, Any]:
+    """What a checkpoint says of the encoder whose features it was trained on, by ``ENCODER_KEYS``."""
+    return {"biomedclip": encoder.fingerprint, PREPARATION: dict(encoder.preparation)}
 
 
 def open_model(

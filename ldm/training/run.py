@@ -29,7 +29,7 @@ from ldm.features.sizes import ENCODERS
 from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, skeleton
-from ldm.networks.opening import check_encoder, loaded, open_model
+from ldm.networks.opening import check_encoder, encoder_record, loaded, open_model
 from ldm.training.alignment import projection_values
 from ldm.training.dataset import StageData, TrainingInputs, loader, read_training_inputs
 from ldm.training.estimates import check_disk, check_memory, memory_cures
@@ -265,7 +265,7 @@ def _run(
         "config": dataclasses.asdict(config),
         "stage": training.stage,
         "inputs": content,
-        "biomedclip": clip.fingerprint,
+        **encoder_record(clip),
         TRAINED_ON: inputs.trained_on,
         "noise": NOISE,
         "origin": {"file": options.ckpt.name, "stage": theirs.get("stage"), "from": theirs.get("origin")},

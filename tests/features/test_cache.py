@@ -1,9 +1,11 @@
 """What the frozen encoders say about the training items: BiomedCLIP's folder, which features are computed when."""
 
+import json
 import shutil
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +67,39 @@ def test_stage_2_refuses_another_biomedclip(trained: dict, world: Path, tmp_path
     torch.save(state, weights)
     with pytest.raises(MedSoftError, match=r"clip: is not the BiomedCLIP that .*last\.ckpt was trained with"):
         train("stage2_2", trained["stage2_1"].last, tmp_path / "s", world, f"biomedclip.path={other}")
+
+
+def blurred(folder: Path) -> None:
+    """The same weights, another normalisation of images."""
+    path = folder / "open_clip_config.json"
+    path.write_text(path.read_text().replace("0.5", "0.25"))
+
+
+def other_words(folder: Path) -> None:
+    """The same weights, other ids of words."""
+    for name in ("vocab.txt", "tokenizer.json"):
+        path = folder / name
+        path.write_text(path.read_text().replace("lesion", "nothere"))
+
+
+@pytest.mark.parametrize(("change", "kind"), [(blurred, "images"), (other_words, "prompts")])
+def test_the_same_weights_with_another_preparation_are_another_biomedclip(
+    trained: dict, world: Path, tmp_path: Path, cache: FeatureCache, networks: tuple, change: Callable, kind: str
+) -> None:
+    other, before = clip_copy(tmp_path / "clip"), BiomedClip(CLIP).preparation
+    config = other / "open_clip_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text())))  # the same, written otherwise
+    assert BiomedClip(other).preparation == before
+    change(other)
+    here = BiomedClip(other)
+    assert [name for name in before if before[name] != here.preparation[name]] == [kind]
+    with pytest.raises(MedSoftError, match=r"clip: prepares images or prompts otherwise than the BiomedCLIP that "):
+        train("stage2_2", trained["stage2_1"].last, tmp_path / "s", world, f"biomedclip.path={other}")
+    items = items_of(world / "val", networks)
+    names = [replace(cache, clip=each).builder(*items).store.of_item(items[0])["clip"] for each in (cache.clip, here)]
+    assert (names[0] == names[1]) == (kind == "prompts")
+    texts = [replace(cache, clip=each).builder(*items).store.of_prompt("a")["clip_text"] for each in (cache.clip, here)]
+    assert (texts[0] == texts[1]) == (kind == "images")
 
 
 # ------------------------------------------------------------------------------------------------ cached features
