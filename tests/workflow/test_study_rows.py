@@ -90,6 +90,23 @@ def test_the_committed_rows_give_the_documented_hypotheses(tmp_path: Path) -> No
         assert f"{change.mean:+.3f} ({change.low:+.3f} to {change.high:+.3f})" in said, pair
 
 
+def test_the_committed_rows_of_edge_are_of_whole_worlds(tmp_path: Path) -> None:
+    design = study_design.load_design(tiny.ROOT / "configs/study_edge_confirmation.yaml")
+    groups = list(study_design.plan_groups(design))
+    planned = [
+        (c.world.name, Treatment(c.arm.name, c.ratio), c.made and c.made.seed, c.seed) for g in groups for c in g.cells
+    ]
+    judged = [(each.world.name, each.made.name, each.made.seed) for group in groups for each in group.judged]
+    study = Study([], None, frozenset(planned), Drawings([], frozenset(judged)))
+    (tmp_path / ELSEWHERE).mkdir()
+    for name in ("edge", "edge_drawings"):
+        shutil.copy(tiny.ROOT / f"docs/study_{name}_confirmation.csv", tmp_path / ELSEWHERE)
+    cells, drawings = read_rows(study, tmp_path)
+    worlds = {each.world for each in cells}
+    assert {each.key for each in cells} == {key for key in planned if key[0] in worlds}
+    assert {each.key for each in drawings} == {key for key in judged if key[0] in worlds}
+
+
 def test_worlds_of_other_machines_are_not_run_here(write_study, tmp_path: Path, capsys, monkeypatch) -> None:
     other, path = write_study("other"), write_study("here")
     finish(other, "world_3")
