@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_json
 from ldm.core.tables import write_csv
-from ldm.workflow import study_design, study_run
+from ldm.workflow import study_design
+from ldm.workflow.study_hypotheses import outcomes
 from ldm.workflow.study_results import Cell, Drawing, Drawings, Study, Treatment
-from ldm.workflow.study_rows import ELSEWHERE, cell_rows, drawing_rows, read_rows
+from ldm.workflow.study_rows import ELSEWHERE, cell_rows, drawing_rows, read_rows, with_rows_from_elsewhere
 from tool import study
 
+CONFIRMATION = "configs/study_controls_confirmation.yaml"
 HYPOTHESES = {"H": {"minus": ["duplicated", "real"]}}
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_size=8)
 NUMBERS = st.none() | st.floats(allow_nan=False, allow_infinity=False)
@@ -74,37 +76,35 @@ def test_rows_of_other_machines_give_the_numbers_of_one(write_study, tmp_path: P
         assert sorted(rows[0]) == sorted(rows[1]), name
 
 
-def test_the_committed_rows_give_the_documented_hypotheses(tmp_path: Path) -> None:
-    """What docs/results.md says of H3a and H3d, from the raw rows beside it."""
-    design = study_design.load_design(tiny.ROOT / "configs/study_words_drawings_confirmation.yaml")
+def committed(path: str, folder: Path) -> Study:
+    """A study of ``configs`` with the rows that are committed for it in ``docs``."""
+    design = study_design.load_design(tiny.ROOT / path)
     groups = list(study_design.plan_groups(design))
-    (tmp_path / ELSEWHERE).mkdir()
-    shutil.copy(tiny.ROOT / "docs/study_words_drawings_confirmation.csv", tmp_path / ELSEWHERE)
-    planned = study_run.read_drawings(design, groups)[0].planned
-    cells, judged = read_rows(Study([], None, drawings=Drawings([], planned)), tmp_path)
-    found = Drawings(judged, planned)
-    assert (cells, len(judged), found.unfinished(found.generators)) == ([], len(planned), 0)
-    said = " ".join((tiny.ROOT / "docs/results.md").read_text().split())
-    for pair in (("ours", "no_msc"), ("ours_heldout", "no_msc_heldout")):
-        change = found.difference(*pair, "agreement")
-        assert f"{change.mean:+.3f} ({change.low:+.3f} to {change.high:+.3f})" in said, pair
-
-
-def test_the_committed_rows_of_edge_are_of_whole_worlds(tmp_path: Path) -> None:
-    design = study_design.load_design(tiny.ROOT / "configs/study_edge_confirmation.yaml")
-    groups = list(study_design.plan_groups(design))
-    planned = [
-        (c.world.name, Treatment(c.arm.name, c.ratio), c.made and c.made.seed, c.seed) for g in groups for c in g.cells
-    ]
+    cells = [(each, each.made and each.made.seed) for group in groups for each in group.cells]
+    planned = [(each.world.name, Treatment(each.arm.name, each.ratio), seed, each.seed) for each, seed in cells]
     judged = [(each.world.name, each.made.name, each.made.seed) for group in groups for each in group.judged]
-    study = Study([], None, frozenset(planned), Drawings([], frozenset(judged)))
-    (tmp_path / ELSEWHERE).mkdir()
-    for name in ("edge", "edge_drawings"):
-        shutil.copy(tiny.ROOT / f"docs/study_{name}_confirmation.csv", tmp_path / ELSEWHERE)
-    cells, drawings = read_rows(study, tmp_path)
-    worlds = {each.world for each in cells}
-    assert {each.key for each in cells} == {key for key in planned if key[0] in worlds}
-    assert {each.key for each in drawings} == {key for key in judged if key[0] in worlds}
+    study = Study([], design.keys.compare, frozenset(planned), Drawings([], frozenset(judged)))
+    (folder / ELSEWHERE).mkdir(parents=True)
+    name = Path(path).stem.removeprefix("study_").removesuffix("_confirmation").removesuffix("_drawings")
+    for rows in (f"{name}_confirmation", f"{name}_drawings_confirmation"):
+        if (file := tiny.ROOT / f"docs/study_{rows}.csv").exists():
+            shutil.copy(file, folder / ELSEWHERE)
+    return with_rows_from_elsewhere(study, folder)
+
+
+def test_the_committed_rows_give_the_documented_hypotheses(tmp_path: Path) -> None:
+    """What docs/results.md says of each hypothesis that is not open, from the raw rows beside it."""
+    keys = study_design.load_design(tiny.ROOT / CONFIRMATION).keys
+    paths = {each.study or CONFIRMATION for each in keys.hypotheses.values()}
+    studies = {path: committed(path, tmp_path / Path(path).stem) for path in paths}
+    said = " ".join((tiny.ROOT / "docs/results.md").read_text().split())
+    found = {each.name: each for each in outcomes(keys.hypotheses, studies[CONFIRMATION], studies)}
+    assert [name for name, each in found.items() if not each.missing] == ["H3a", "H3b", "H3c", "H3d"]
+    for name in ("H3a", "H3b", "H3c", "H3d"):
+        change = found[name].change
+        assert change.worlds == 8
+        assert f"{change.mean:+.3f} ({change.low:+.3f} to {change.high:+.3f})" in said, name
+        assert found[name].unequal is None
 
 
 def test_worlds_of_other_machines_are_not_run_here(write_study, tmp_path: Path, capsys, monkeypatch) -> None:
