@@ -31,6 +31,15 @@ FACTS = (
     *("n_train_diseased", "n_synthetic_used", "n_duplicated", "n_val", "n_test", "n_test_diseased", "n_test_patients"),
     "threshold",
 )
+# What names of metrics.json are on a page; underscores of the others become spaces, "n" the number of something.
+NAMES = {"auc": "AUC", "f1": "F1", "brier": "Brier score", "dice": "Dice", "iou": "intersection over union"}
+NAMES |= {"sensitivity_at_95_specificity": "sensitivity at 95 % specificity", "macro_auc": "macro AUC"}
+NAMES |= {"macro_auc_by_type": "macro AUC by lesion type", "found": "share of lesions found"}
+NAMES |= {"false_alarms": "share of healthy images with a false alarm", "use_synthetic": "use of synthetic images"}
+NAMES |= {"n_train_healthy": "healthy images trained on", "n_train_diseased": "diseased images trained on"}
+NAMES |= {"n_synthetic_used": "synthetic images trained on", "n_duplicated": "repeated real images trained on"}
+NAMES |= {"n_val": "validation images", "n_test": "test images", "n_test_diseased": "diseased test images"}
+NAMES |= {"n_test_patients": "test patients"}
 GROUP_FACTS = ("lesion_type", "severity", "n", "n_patients")  # of the table by lesion type and severity
 GROUP_NUMBERS = ("auc", "sensitivity_at_95_specificity", "recall")
 
@@ -105,6 +114,11 @@ def write_test(
     )
 
 
+def shown_name(key: str) -> str:
+    """A name of metrics.json as a page says it."""
+    return NAMES.get(key, key.replace("_", " "))
+
+
 def number_text(entry: Mapping[str, Any]) -> str:
     """A number of metrics.json with its interval, if it has one."""
     value = number(entry["value"])
@@ -116,10 +130,10 @@ def number_tables(metrics: Mapping[str, Any], group_numbers: Sequence[str]) -> d
     return {
         "metrics": metrics,
         "number_rows": [
-            (name.replace("_", " "), entry["value"], interval_text(entry), metrics["validation"].get(name))
+            (shown_name(name), entry["value"], interval_text(entry), metrics["validation"].get(name))
             for name, entry in metrics["test"].items()
         ],
-        "fact_rows": [(key.replace("_", " "), _facts(metrics).get(key)) for key in FACTS],
+        "fact_rows": [(shown_name(key), _facts(metrics).get(key)) for key in FACTS],
         "group_rows": [
             [*(row[key] for key in GROUP_FACTS), *(number_text(row[key]) for key in group_numbers)]
             for row in metrics["groups"]
@@ -213,7 +227,9 @@ def _axes(width: float = 4.6, height: float = 4.6) -> Any:
 def score_figure(rows: Sequence[Mapping[str, str]], column: str, chosen: int, title: str) -> "Figure":
     """A score on validation by epoch, rows of history.csv where it is defined; the chosen epoch is marked."""
     axes = _axes(5, 3.2)
-    axes.plot([int(row["epoch"]) for row in rows], [float(row[column]) for row in rows], color="tab:orange")
+    epochs, marker = [int(row["epoch"]) for row in rows], "." if len(rows) < 40 else None
+    axes.plot(epochs, [float(row[column]) for row in rows], color="tab:orange", marker=marker)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.axvline(chosen, color="0.6", linestyle="--", linewidth=1, label=f"chosen: epoch {chosen}")
     axes.set(title=title, xlabel="epoch", ylabel=f"validation {SCORES[column]}")
     axes.legend(fontsize=8)

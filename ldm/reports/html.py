@@ -4,6 +4,8 @@ A page lies beside a folder ``<page>_files`` that holds its images, and opens fr
 else.
 """
 
+import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from ldm.reports.figures import write_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+NUMBER = re.compile(r"<?[+-]?\d+(\.\d+)?|[–-]")
 TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -25,7 +28,18 @@ def number(value: Any) -> str:
     """A value for a reader: floats with three decimals, None as a dash."""
     if value is None:
         return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def numeric_columns(count: int, rows: Sequence[Sequence[Any]]) -> list[bool]:
+    """Of each of ``count`` columns, whether it holds numbers, written ones too, and no other text."""
+    found = []
+    for place in range(count):
+        values = [row[place] for row in rows if place < len(row) and row[place] is not None]
+        found.append(bool(values) and all(NUMBER.fullmatch(number(each)) for each in values))
+    return found
 
 
 @cache
@@ -33,6 +47,7 @@ def _environment() -> Environment:
     loader = FileSystemLoader(TEMPLATES)
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters["number"] = number
+    made.globals["numeric_columns"] = numeric_columns
     return made
 
 

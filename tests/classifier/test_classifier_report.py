@@ -65,7 +65,10 @@ def test_page_opens_from_disk_with_every_section(tested: dict) -> None:
     assert "toy &amp; co" in page.text
     assert not re.search(r"(src|href)=\"(https?:)?//", page.text)
     auc = metrics_of(tested)["test"]["auc"]
-    assert f"<td>auc</td><td>{auc['value']:.3f}</td><td>{auc['low']:.3f} to {auc['high']:.3f}</td>" in page.text
+    value, interval = f"{auc['value']:.3f}", f"{auc['low']:.3f} to {auc['high']:.3f}"
+    assert f'<td>AUC</td><td class="number">{value}</td><td>{interval}</td>' in page.text
+    assert "sensitivity at 95 % specificity" in page.text
+    assert "n train" not in page.text
 
 
 def test_worst_mistakes_are_the_most_confident_wrong_ones(tested: dict) -> None:

@@ -11,6 +11,7 @@ STUDY = {
     "conclusion": "a < b",
     "tables": {"Means": (["<arm>"], [["x & y"]])},
     "cells": (["value"], [[0.25], [None]]),
+    "compared": {"endpoint": "test AUC", "main": "ours", "control": "copies", "baseline": "real"},
 }
 
 
@@ -25,8 +26,9 @@ def test_everything_that_a_page_is_given_is_escaped(tmp_path: Path) -> None:
         "5 &gt; 3",
     ):
         assert text in page
-    assert "<td>0.250</td>" in page
-    assert f"<td>{number(None)}</td>" in page
+    assert '<th class="number">value</th>' in page
+    assert '<td class="number">0.250</td>' in page
+    assert f'<td class="number">{number(None)}</td>' in page
 
 
 def test_a_value_that_a_template_names_and_nobody_gives_is_an_error(tmp_path: Path) -> None:
