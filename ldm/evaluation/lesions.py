@@ -253,8 +253,8 @@ def text_agreement(encoder: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict
 MEASURES = {
     "diameter": "equivalent diameter, pixels",
     "diameter_mm": "equivalent diameter, mm",
-    "contrast": "mean inside - ring around",
-    "texture": "std inside",
+    "contrast": "contrast: inside minus ring, of the grey range",
+    "texture": "standard deviation inside, of the grey range",
 }
 
 

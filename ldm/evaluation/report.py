@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ldm.core.files import write_json
-from ldm.core.tables import write_csv
+from ldm.core.tables import shortened, write_csv
 from ldm.data.annotations import write_rejects
 from ldm.data.png import write_png
 from ldm.data.samples import Reject
@@ -21,6 +21,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OWN_FILES = ("report.html", "closest_pairs.png", "lesions.png", "neighbours.csv", "copies.json", "rejects.json")
+DISTANCES = {"frechet": "Frechet distance", "kernel": "kernel distance"}  # as the page names them
+LIKENESS = {"ssim": "SSIM", "psnr": "PSNR, dB"}
+REGIONS = {"outside": "outside the soft mask", "inside": "on the lesion"}
+SETS = {"real": "real", "synthetic": "synthetic", "train": "of the training set"}
+COPIES = {
+    "count": "synthetic lesions that are copies",
+    "threshold": "correlation with a training lesion from which one is a copy",
+    "source_threshold": "the same of a lesion that is turned onto its own source",
+    "not_comparable": "flat ones, which cannot be compared",
+    "closest_pair_of_training_patients": "highest correlation of two training patients",
+    "training_samples_without_patient_id": "training samples without patient_id",
+    "nearer_than_95_percent_of_held_out": "share nearer to a training lesion than 95 % of the held-out real ones",
+}
+OF_SOURCES = {"pasted": "lesions that were pasted", "mask": "lesions in the mask of a training lesion"}
 SHOWN_PAIRS = 12
 TILE = 192  # pixels of a crop in the sheet of pairs
 
@@ -42,18 +56,19 @@ def write_files(
     write_page(
         folder / "report.html",
         "evaluation",
-        counts=measured["pictures"],
+        counts={SETS[name]: count for name, count in measured["pictures"].items()},
         warnings=measured["warnings"],
         extractor=measured["extractor"],
         parents=measured["parents"],
         distance_rows=[
-            [name, estimate_text(each), each["between_halves_of_real"]] for name, each in measured["distances"].items()
+            [DISTANCES.get(name, name), estimate_text(each), value_text(each["between_halves_of_real"])]
+            for name, each in measured["distances"].items()
         ],
         parent_rows=_parent_rows(measured["parents"]),
         text_rows=[[name, *map(estimate_text, (known or {}).values())] for name, known in measured["text"].items()],
         information_rows=_information_rows(measured.get("asked_drawn")),
         lesion_rows=list(_lesion_rows(measured["lesions"])),
-        copy_rows=[[name.replace("_", " "), value] for name, value in measured["copies"].items()],
+        copy_rows=list(_copy_rows(measured["copies"])),
     )
 
 
@@ -75,8 +90,17 @@ def estimate_text(estimate: Mapping[str, Any] | None) -> str:
     """A number of evaluation.json with its interval, if it has one, for a reader."""
     if estimate is None:
         return number(None)
-    value = f"{estimate['value']:.4g}"
-    return value if estimate["low"] is None else f"{value} ({estimate['low']:.4g} to {estimate['high']:.4g})"
+    value = value_text(estimate["value"])
+    return (
+        value
+        if estimate["low"] is None
+        else f"{value} ({value_text(estimate['low'])} to {value_text(estimate['high'])})"
+    )
+
+
+def value_text(value: float | None) -> str:
+    """A number with three decimals, or with two digits where these would show less of it."""
+    return f"{value:.2g}" if value and abs(value) < 0.01 else number(value if value is None else float(value))
 
 
 def _information_rows(found: Mapping[str, Any] | None) -> list[list[Any]]:
@@ -93,15 +117,22 @@ def _information_rows(found: Mapping[str, Any] | None) -> list[list[Any]]:
 
 def _parent_rows(parents: Mapping[str, Any]) -> list[list[Any]]:
     pairs = [(key, region) for region in ("outside", "inside") for key in ("ssim", "psnr")]
-    rows: list[list[Any]] = [[f"{key} {region}", estimate_text(parents[region][key])] for key, region in pairs]
-    return [*rows, ["unchanged outside, share of images", parents["outside"]["unchanged_pictures"]]]
+    rows = [[f"{LIKENESS[key]}, {REGIONS[region]}", estimate_text(parents[region][key])] for key, region in pairs]
+    return [*rows, ["share of images without a change outside", number(parents["outside"]["unchanged_pictures"])]]
+
+
+def _copy_rows(copies: Mapping[str, Any]) -> Iterator[list[Any]]:
+    yield from ([told, number(copies[name])] for name, told in COPIES.items())
+    for kind, correlation in (copies["median_correlation_with_the_source"] or {}).items():
+        yield [f"median correlation with the source, {OF_SOURCES[kind]}", number(correlation)]
 
 
 def _lesion_rows(measured: Mapping[str, Any]) -> Iterator[list[Any]]:
     for name, numbers in measured.items():
         both = (numbers[f"{source}_quartiles"] for source in ("real", "synthetic"))
-        quartiles = [", ".join(f"{value:.3f}" for value in each) for each in both]
-        yield [MEASURES[name], *quartiles, numbers["wasserstein"]]
+        digits = 1 if name.startswith("diameter") else 3
+        quartiles = [", ".join(f"{value:.{digits}f}" for value in each) for each in both]
+        yield [MEASURES[name], *quartiles, f"{numbers['wasserstein']:.{max(digits, 2)}f}"]
 
 
 def _neighbour_row(each: Neighbour, is_copy: bool) -> dict[str, Any]:
@@ -129,14 +160,16 @@ def lesion_figure(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> "Figur
         edges = np.histogram_bin_edges(np.concatenate(both), 20)
         for values, colour, who in zip(both, ("tab:green", "tab:blue"), ("real", "synthetic"), strict=True):
             axes.hist(values, edges, density=True, alpha=0.5, color=colour, label=who)
-        axes.set(xlabel=MEASURES[name], yticks=[])
+        axes.set_xlabel(MEASURES[name], fontsize=9)
+        axes.set(yticks=[])
     axes.legend(fontsize=8)
+    figure.supylabel("density", fontsize=9)
     return figure
 
 
 def pair_sheet(pairs: Sequence[Neighbour], is_copy: Callable[[Neighbour], bool]) -> np.ndarray:
     """HxWx3 uint8: a synthetic crop, its nearest training crop and both lesions alone, one row a pair in this order."""
-    gap, caption, head = 10, 24, 30
+    gap, caption, head = 10, 44, 36
     sheet = Image.new("RGB", (4 * TILE + 5 * gap, head + len(pairs) * (TILE + caption + gap)), "white")
     pen = ImageDraw.Draw(sheet)
     for column, name in enumerate(("synthetic", "nearest training image", "synthetic lesion", "training lesion")):
@@ -145,9 +178,12 @@ def pair_sheet(pairs: Sequence[Neighbour], is_copy: Callable[[Neighbour], bool])
         top = head + row * (TILE + caption + gap)
         verdict = "not a copy" if pair.comparable else "flat, cannot be compared"
         verdict = "COPY" if is_copy(pair) else verdict
-        numbers = f"correlation {pair.correlation:.3f}, cosine {pair.cosine:.3f}"
-        text = f"{verdict}: {numbers}; {pair.lesion.sample.sample_id}"
-        pen.text((gap, top), text, "#c62828" if verdict == "COPY" else "#1c2733", ImageFont.load_default(14))
+        numbers = f"{verdict}: correlation {pair.correlation:.3f}, cosine of the features {pair.cosine:.3f}"
+        names = shortened(f"{pair.lesion.sample.sample_id}; nearest: {pair.match.sample.sample_id}", 105)
+        for line, (text, colour) in enumerate(
+            ((numbers, "#c62828" if is_copy(pair) else "#1c2733"), (names, "#5d6b7a"))
+        ):
+            pen.text((gap, top + 19 * line), text, colour, ImageFont.load_default(14))
         crops = [pair.lesion.crop, pair.match.crop]
         alone = [np.where(each.inside, each.crop, 255) for each in (pair.lesion, pair.match)]
         for column, crop in enumerate([*crops, *alone]):

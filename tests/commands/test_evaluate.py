@@ -48,6 +48,7 @@ def test_honest_samples_are_no_copies_and_like_real_ones(
     assert numbers["text"]["synthetic"]["difference"]["low"] > 0
     assert numbers["parents"] == numbers["parents"] | {"compared": 0, "without_parent": 40}
     page = (out / "report.html").read_text()
+    assert "of none of the 40 synthetic images" in page  # instead of a table of dashes
     assert "Distances" in page
     assert "asked against drawn" in page
     assert numbers["extractor"]["fingerprint"][:16] in page
@@ -132,6 +133,11 @@ def test_drawn_results_are_compared_with_their_parents(world: Path, results: Pat
     assert any("not measured" in text for text in numbers["warnings"])
     assert any("no number of theirs has an interval" in text for text in numbers["warnings"])  # three patients
     assert "density" not in numbers["distances"]
+    page = (out / "report.html").read_text()
+    likeness = found(out)["copies"]["median_correlation_with_the_source"]["mask"]
+    name = "median correlation with the source, lesions in the mask of a training lesion"
+    assert f'<td>{name}</td><td class="number">{likeness:.3f}</td>' in page
+    assert "{" not in page.partition("<main>")[2]
 
 
 def test_synthetic_images_among_the_real_ones_are_left_out(
