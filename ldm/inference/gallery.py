@@ -135,11 +135,15 @@ def card_of(folder: Path, name: str) -> dict[str, Any]:
         "seed": record.get("seed"),
         "variant": record.get("variant"),
         "changed outside": numbers["outside"],
-        "seam": numbers["seam"],
-        "change inside": numbers["inside"],
+        "seam": _shown(numbers["seam"]),
+        "change inside": _shown(numbers["inside"]),
         "accepted at try": (record.get("check") or {}).get("try"),
     }
     known = {name: value for name, value in facts.items() if value is not None}
     prompt = read_text(folder / name / "prompt.txt").strip()
     source = f"{thumbnail.parent.name}/{thumbnail.name}"
     return {"sample_id": name, "prompt": prompt, "source": source, "top": None, "facts": known}
+
+
+def _shown(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, Browser
 from test_report import Page
 from tiny import TRAIN, infer, metas
 
 from ldm.data.images import read_image
 from ldm.data.png import write_png
 from ldm.inference.gallery import PANELS, TILE, measures, write_gallery
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
 class Cards(Page):
@@ -69,6 +68,18 @@ def test_every_name_has_an_image_that_a_browser_finds(tmp_path: Path) -> None:
     assert all((tmp_path / "out" / file).is_file() for file in files)
     write_gallery(tmp_path / "out")  # what is there is kept
     assert len(list((tmp_path / "out" / "report_files").glob("*.png"))) == len(names)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome")
+def test_a_long_name_makes_the_page_no_wider(tmp_path: Path) -> None:
+    write_png(tmp_path / "parent.png", np.random.default_rng(0).integers(0, 256, (30, 30), dtype=np.uint8))
+    drawn(tmp_path / "out" / f"{'1' * 200}__v0", 0, tmp_path / "parent.png", "osteolytic" * 40)
+    with Browser(tmp_path) as browser:
+        browser.open(write_gallery(tmp_path / "out").resolve().as_uri())
+        width, window = browser.run("[document.documentElement.scrollWidth, innerWidth]")
+        told = browser.run("document.getElementById('count').textContent")
+    assert width == window
+    assert told == "1 image"
 
 
 def test_every_run_leaves_a_report_of_its_pictures(results: Path) -> None:
