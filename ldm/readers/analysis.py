@@ -64,7 +64,8 @@ def analyse_study(options: AnalyseOptions) -> bool:
                 f"{options.paths[0]}: none of {counted(len(files), 'file')} of answers can be used{first}"
             )
         measured = measure_all(key, readers)
-        measured["notes"] = [*notes, *doubts(key, readers, measured), *key.notes]
+        measured["notes"] = [*notes, *doubts(key, readers, measured)]
+        measured["notes"] += [f"Said when the study was made: {note}" for note in key.notes]
         measured["paragraph"] = paragraph(key, measured)
         folder.claim()
         write_csv(options.output_dir / "answers.csv", answer_rows(key, readers))

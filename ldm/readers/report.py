@@ -33,6 +33,7 @@ NAMES = {
     "called_left": "left picture called drawn",
 }
 SCALE = ("certainly\nreal", "probably\nreal", "rather\nreal", "rather\ndrawn", "probably\ndrawn", "certainly\ndrawn")
+TICKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # seconds an item
 REAL_COLOUR, DRAWN_COLOUR = "tab:green", "tab:blue"
 
 
@@ -135,14 +136,26 @@ def write_report(folder: Path, key: Key, readers: Sequence[Reader], measured: Ma
         group_rows=list(_group_rows(measured)),
         main=NAMES[measured["main"]],
         second_rows=[
-            ["all", measured["seconds"]["median"]],
-            *([name, measured["seconds"][name]] for name in ("right", "wrong")),
+            [name, _cell("median_seconds", measured["seconds"][of])]
+            for name, of in (("all", "median"), ("right", "right"), ("wrong", "wrong"))
         ],
         halves=measured["halves"],
-        reader_head=[name.replace("_", " ") for name in columns],
-        reader_rows=[[row[name] for name in columns] for row in rows],
+        reader_head=[_heading(name, measured["main"]) for name in columns],
+        reader_rows=[[_cell(name, row[name]) for name in columns] for row in rows],
         comments={reader.code: reader.comment for reader in readers if reader.comment.strip()},
     )
+
+
+def _heading(column: str, main: str) -> str:
+    """A column of readers.csv as the page names it."""
+    known = {f"{main}_low": f"{NAMES[main]}: 95 % from", f"{main}_high": "to", "years": "years of experience"}
+    return (NAMES | known).get(column, column.replace("_", " "))
+
+
+def _cell(column: str, value: Any) -> Any:
+    """A value of readers.csv with the digits that it has; the rates have three."""
+    forms = {"years": "{:g}", "median_seconds": "{:.1f}"}
+    return forms[column].format(value) if column in forms and value is not None else value
 
 
 def _number_row(name: str, entry: Mapping[str, Any]) -> list[str]:
@@ -164,9 +177,10 @@ def _agreement_rows(key: Key, agreement: Mapping[str, Any]) -> list[list[str]]:
 
 def _group_rows(measured: Mapping[str, Any]) -> list[list[Any]]:
     main, rows = measured["main"], []
-    for title, what in (("by_type", "items"), ("by_severity", "items"), ("by_experience", "readers")):
+    for title, what in (("by_type", "item"), ("by_severity", "item"), ("by_experience", "reader")):
         for name, entry in measured[title].items():
-            rows.append([name, f"{entry[what]} {what}", with_bounds(entry[main]["value"], interval_of(entry[main]))])
+            count = counted(entry[f"{what}s"], what)
+            rows.append([name, count, with_bounds(entry[main]["value"], interval_of(entry[main]))])
     return rows
 
 
@@ -186,9 +200,11 @@ def reader_figure(measured: Mapping[str, Any]) -> "Figure":
         if low is not None:
             axes.plot([low, high], [place, place], **style)
         if value is not None:
-            axes.plot([value], [place], "D" if code == "mean" else "o", color=style["color"])
+            axes.plot([value], [place], "D" if code == "mean" else "o", color=style["color"], clip_on=False, zorder=3)
     axes.axvline(0.5, color="0.7", linestyle="--", linewidth=0.9)
-    axes.set(xlim=(0, 1), xlabel=f"{NAMES[measured['main']]} (dashed: chance)", ylim=(len(rows) - 0.5, -0.5))
+    axes.set(
+        xlim=(0, 1), xlabel=f"{NAMES[measured['main']]} (bars: 95 %; dashed: chance)", ylim=(len(rows) - 0.5, -0.5)
+    )
     axes.set_yticks(range(len(rows)), [row[0] for row in rows])
     return figure
 
@@ -221,9 +237,11 @@ def roc_figure(key: Key, readers: Sequence[Reader]) -> "Figure":
         ]
         if points:
             curves.append(points)
-            axes.plot(*np.transpose(points), color="0.65", linewidth=1, marker=".")
+            told = None if len(curves) > 1 else "a reader"
+            axes.plot(*np.transpose(points), color="0.65", linewidth=1, marker=".", label=told)
     if curves:
-        axes.plot(*np.mean(curves, axis=0).T, color="black", linewidth=2.2, marker="o", markersize=4)
+        axes.plot(*np.mean(curves, axis=0).T, color="black", linewidth=2.2, marker="o", markersize=4, label="mean")
+        axes.legend(loc="lower right", fontsize=9)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle="--")
     axes.set(xlabel="real pictures called drawn", ylabel="drawn pictures called drawn", aspect="equal")
     axes.set(xlim=(-0.01, 1), ylim=(0, 1.01))
@@ -233,14 +251,23 @@ def roc_figure(key: Key, readers: Sequence[Reader]) -> "Figure":
 def time_figure(key: Key, readers: Sequence[Reader]) -> "Figure":
     """Seconds an item by its position in each reader's order, the median over readers in black."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator
 
     figure = Figure(figsize=(5.4, 2.8), layout="constrained")
     axes = figure.add_subplot()
     rows = np.full((len(readers), len(key.items)), np.nan)
+    told: str | None = "a reader"
     for row, reader in zip(rows, readers, strict=True):
         row[: len(reader.order)] = [reader.seconds[item] for item in reader.order]
-        axes.plot(np.arange(1, len(row) + 1), row, color="0.8", linewidth=0.7)
+        axes.plot(np.arange(1, len(row) + 1), row, color="0.8", linewidth=0.7, label=told)
+        told = None  # the legend names one of them
     shown = ~np.isnan(rows).all(axis=0)
-    axes.plot(np.flatnonzero(shown) + 1, np.nanmedian(rows[:, shown], axis=0), color="black", linewidth=1.6)
+    axes.plot(
+        np.flatnonzero(shown) + 1, np.nanmedian(rows[:, shown], axis=0), color="black", linewidth=1.6, label="median"
+    )
     axes.set(xlabel="item in the order shown", ylabel="seconds", yscale="symlog")
+    axes.set_ylim(0, 1.5 * max(1.0, float(np.nanmax(rows, initial=0))))
+    axes.yaxis.set_major_locator(FixedLocator(TICKS))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize=8)
     return figure
