@@ -148,5 +148,5 @@ def kind_table(study: Study) -> str:
         kind, _, severity = name.rpartition(", ")
         means = [by_kind.mean(arm, name) for arm in arms]
         shown = ["-" if mean is None else f"{mean.mean:.3f}" for mean in means]
-        rows.append([kind, severity, *shown, mean_with_bounds(by_kind.difference(main, control, name), "{:+.3f}")])
+        rows.append([kind, severity, *shown, mean_with_bounds(by_kind.difference(main, control, name), "{:+z.3f}")])
     return markdown_table(["kind", "severity", *map(str, arms), f"{main} minus {control}"], rows)

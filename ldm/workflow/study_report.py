@@ -96,7 +96,7 @@ def mean_rows(study: Study, metrics: Sequence[str]) -> list[list[str]]:
 def difference_rows(study: Study) -> list[list[str]]:
     """One row a pair: both names, the difference of the endpoint with its interval, worlds, verdict."""
     return [
-        [str(first), str(second), mean_with_bounds(change, "{:+.3f}"), str(change.worlds), change.verdict]
+        [str(first), str(second), mean_with_bounds(change, "{:+z.3f}"), str(change.worlds), change.verdict]
         for first, second, change in study.differences()
     ]
 
@@ -140,6 +140,7 @@ def dose_figure(study: Study) -> "Figure":
             above = [0.0 if each.high is None else each.high - each.mean for each in shown.values()]
             axes.errorbar(list(shown), heights, [below, above], color=colour, marker="o", capsize=3, label=arm)
     axes.set_xticks(range(len(every)), [f"{ratio:g}" for ratio in every])
+    axes.set_xlim(-0.5, max(len(every), 1) - 0.5)
     label = f"{study.endpoint} minus that of {compared.baseline}\n(mean and 95 % over worlds)"
     axes.set(xlabel="images added per real diseased image", ylabel=label)
     axes.grid(alpha=0.25)
@@ -164,11 +165,15 @@ def outcome_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
     """One row a hypothesis."""
     return [
         [
-            *(each.name, each.asked, endpoint_text(each), mean_with_bounds(each.change, "{:+.3f}"), str(each.worlds)),
-            *("-" if each.p is None else f"{each.p:.4f}", f"{each.adjusted:.4f}", each.verdict),
+            *(each.name, each.asked, endpoint_text(each), mean_with_bounds(each.change, "{:+z.3f}"), str(each.worlds)),
+            *("-" if each.p is None else _p_text(each.p), _p_text(each.adjusted), each.verdict),
         ]
         for each in outcomes
     ]
+
+
+def _p_text(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
 
 
 def endpoint_text(outcome: Outcome) -> str:
@@ -197,7 +202,7 @@ def drawing_tables(drawings: Drawings) -> dict[str, tuple[list[str], list[list[s
         means.append([generator, *_with_worlds(found, "{:.3f}")])
     for other in drawings.generators[1:]:
         found = [drawings.difference(drawings.generators[0], other, name) for name in names]
-        changes.append([drawings.generators[0], other, *_with_worlds(found, "{:+.3f}")])
+        changes.append([drawings.generators[0], other, *_with_worlds(found, "{:+z.3f}")])
     titles = [DRAWN[name] for name in names]
     return {
         "Drawings, as the judge reads them": (["generator", "worlds", *titles], means),
@@ -310,10 +315,19 @@ def write_study_report(
     parts += [part for title, table in tables.items() for part in (f"## {title}", markdown_table(*table))]
     parts += [f"![{study.endpoint} by ratio](dose_response.png)"] if rows else []
     write_text(folder / "study.md", "\n\n".join(parts) + "\n")
-    cells = (list(rows[0]), [list(row.values()) for row in rows]) if rows else None
-    write_page(
-        folder / "study.html", "study", name=name, conclusion=conclusion, notes=notes, tables=tables, cells=cells
-    )
+    cells = ([SHOWN.get(key, key.replace("_", " ")) for key in rows[0]], list(map(_cell_texts, rows))) if rows else None
+    values: dict[str, Any] = {"conclusion": conclusion, "notes": notes, "tables": tables, "cells": cells}
+    if study.comparison is not None and rows:
+        compared = {arm: getattr(study.comparison, arm) for arm in ("main", "control", "baseline")}
+        values["compared"] = {"endpoint": study.endpoint, **compared}
+    write_page(folder / "study.html", "study", name=name, **values)
+
+
+def _cell_texts(row: Mapping[str, Any]) -> list[Any]:
+    """A row of results.csv for the page: ratio and seconds with the digits that they have, no empty cells."""
+    forms = {"ratio": "{:g}", "seconds": "{:.0f}"}
+    known = {key: None if value == "" else value for key, value in row.items()}
+    return [forms[key].format(value) if key in forms and value is not None else value for key, value in known.items()]
 
 
 def reading_notes(study: Study) -> list[str]:

@@ -82,8 +82,8 @@ class Interval:
     worlds: int
 
     def __str__(self) -> str:
-        bounds = "one world: no interval" if self.low is None else f"95 % {self.low:+.3f} to {self.high:+.3f}"
-        return f"{self.mean:+.3f} ({bounds})"
+        bounds = "one world: no interval" if self.low is None else f"95 % {self.low:+z.3f} to {self.high:+z.3f}"
+        return f"{self.mean:+z.3f} ({bounds})"
 
     @property
     def verdict(self) -> str:
