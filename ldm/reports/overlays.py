@@ -24,6 +24,7 @@ from ldm.reports.html import files_folder, write_image, write_page
 
 TILE, GAP, CAPTION, HEAD = 240, 10, 36, 30  # pixels
 COLUMNS, ROWS = 5, 4  # of a sheet
+WIDTH = GAP + COLUMNS * (TILE + GAP)  # of a sheet, pixels
 BACKGROUND = (12, 14, 18)
 MASK_COLOUR, LETTER_COLOUR = (255, 64, 64), (255, 210, 120)
 LABEL_COLOURS = {1: (80, 220, 100), 2: (90, 150, 255), 3: (245, 210, 70), 4: (90, 225, 230)}
@@ -58,7 +59,8 @@ class OverlayPage:
         for file in files_folder(self.page).glob("sheet_*.png"):
             if file.stem not in {Path(sheet["source"]).stem for sheet in self._sheets}:
                 file.unlink()
-        write_page(self.page, "overlays", sheets=self._sheets, count=self.count, legend=_legend())
+        values = {"sheets": self._sheets, "count": self.count, "legend": _legend(), "width": WIDTH}
+        write_page(self.page, "overlays", **values)
 
 
 def write_overlays(page: Path, samples: Sequence[Sample]) -> int:
@@ -134,16 +136,15 @@ def _legend() -> dict[str, tuple[int, int, int]]:
 def _sheet(tiles: Sequence[tuple[Sample, np.ndarray]]) -> np.ndarray:
     """The tiles under a legend, in rows, each over its caption. Only what text is on goes through Pillow."""
     rows = -(-len(tiles) // COLUMNS)
-    width = GAP + COLUMNS * (TILE + GAP)
-    sheet = np.empty((HEAD + rows * (TILE + CAPTION) + GAP, width, 3), np.uint8)
-    sheet[:] = np.tile(np.array(BACKGROUND, np.uint8), (width, 1))  # row by row, far faster than pixel by pixel
-    sheet[:HEAD] = _legend_strip(width)
+    sheet = np.empty((HEAD + rows * (TILE + CAPTION) + GAP, WIDTH, 3), np.uint8)
+    sheet[:] = np.tile(np.array(BACKGROUND, np.uint8), (WIDTH, 1))  # row by row, far faster than pixel by pixel
+    sheet[:HEAD] = _legend_strip(WIDTH)
     for row in range(rows):
         members, top = tiles[row * COLUMNS : (row + 1) * COLUMNS], HEAD + row * (TILE + CAPTION)
         for column, (sample, tile) in enumerate(members):
             left = GAP + column * (TILE + GAP)
             sheet[top : top + TILE, left : left + TILE] = _with_directions(sample, tile)
-        sheet[top + TILE : top + TILE + CAPTION] = _captions([sample for sample, _ in members], width)
+        sheet[top + TILE : top + TILE + CAPTION] = _captions([sample for sample, _ in members], WIDTH)
     return sheet
 
 

@@ -19,7 +19,15 @@ log = logging.getLogger("review")
 # What people tend to call a kappa, from its lower end on (Landis and Koch 1977).
 WORDS = ((0.8, "almost perfect"), (0.6, "substantial"), (0.4, "moderate"), (0.2, "fair"), (0.0, "slight"))
 SHOWN_REASONS = 8  # on the screen; the page has all
-PAIR_HEAD = ("reviewers", "both judged", "patients", "kappa", "equal verdicts", "kappa, rejected or not", "equal")
+PAIR_HEAD = (
+    "reviewers",
+    "both judged",
+    "patients",
+    "kappa",
+    "equal verdicts",
+    "kappa, rejected or not",
+    "equal, rejected or not",
+)
 MEASURES = ("kappa", "agreement", "kappa_rejected", "agreement_rejected")
 
 
@@ -47,7 +55,9 @@ def write_agreement(results: Path, files: Sequence[Path]) -> bool:
         found=found,
         pair_head=PAIR_HEAD,
         pair_rows=list(map(_pair_row, found["pairs"])),
-        reviewer_rows=[list(row.values()) for row in found["reviewers"]],
+        reviewer_rows=[
+            list((row | {"median_seconds": _tenths(row["median_seconds"])}).values()) for row in found["reviewers"]
+        ],
         verdict_rows=[list(row.values()) for row in found["verdicts"]],
         reason_rows=[list(row.values()) for row in found["reasons"]],
         tables={f"{p['first']} (rows) and {p['second']}": _table_rows(p) for p in found["pairs"] if p["both"]},
@@ -74,6 +84,10 @@ def word_for(kappa: float | None) -> str:
 def _pair_row(pair: Mapping[str, Any]) -> list[Any]:
     who = f"{pair['first']}, {pair['second']}"
     return [who, pair["both"], pair["patients"], *(estimate_text(pair.get(name)) for name in MEASURES)]
+
+
+def _tenths(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{seconds:.1f}"
 
 
 def _table_rows(pair: Mapping[str, Any]) -> list[list[Any]]:
