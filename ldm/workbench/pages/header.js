@@ -36,16 +36,17 @@ export class Header {
       find("next").disabled = !this.has(1);
     }
     find("volume").hidden = !volume;
-    find("about").textContent = find("about").title = "";
+    find("about-name").textContent = find("about-kind").textContent = find("about").title = "";
     if (!image) return;
     if (volume) {
       find("plane").replaceChildren(...volume.planes.map((plane) => new Option(plane, plane, false, plane === volume.plane)));
       Object.assign(find("slice"), { value: volume.index, max: volume.count - 1 });
-      find("slices").textContent = `of ${volume.count - 1}`;
+      find("slices").textContent = `0 to ${volume.count - 1}`;
     }
     const kind = `${image.width} x ${image.height}, ${image.bits} bit${image.channels === 3 ? " RGB" : ""}`;
     const millimetres = spacing ? `, ${Number(spacing[0].toPrecision(3))}${spacing[0] === spacing[1] ? "" : ` x ${Number(spacing[1].toPrecision(3))}`} mm` : "";
-    find("about").textContent = `${drawn ? "Drawn on " : ""}${image.name}: ${kind}${millimetres}`;
+    find("about-name").textContent = `${drawn ? "Drawn on " : ""}${image.name}`;
+    find("about-kind").textContent = `: ${kind}${millimetres}`;
     find("about").title = `${image.path}\n${image.prompt ? `its own sentence: ${image.prompt}` : ""}`;
     const what = drawn ? "with what was drawn on it" : "paint the lesion on it, or press L for a suggestion";
     find("canvas").setAttribute("aria-label", `Image ${image.name}, ${kind}; ${what}`);
@@ -102,7 +103,8 @@ export class Header {
       return new Option([`${index + 1}`, name, level, about].filter(Boolean).join(" \u00b7 "), index, false, index === collection.index);
     }));
     if (find("entries").selectedIndex < 0) find("entries").selectedIndex = 0;
-    find("found").textContent = `${count} of ${collection.count}${count > items.length ? `, the first ${items.length} are listed` : ""}. Enter or a click opens one.`;
+    const listed = count > items.length ? `, the first ${items.length} are listed` : "";
+    find("found").textContent = count ? `${count} of ${collection.count}${listed}. Enter or a click opens one.` : `None of the ${collection.count} has these words.`;
   }
 
   choose() {

@@ -31,10 +31,11 @@ const NAMES = { ArrowLeft: "\u2190", ArrowRight: "\u2192", Escape: "Esc", Delete
 /** Fill the dialog #keys, and have each dialog that can be left closed by a click beside it. */
 function explain(own) {
   const rows = [...Object.entries(own), ...Object.entries(SHARED)].map(([key, [, told]]) => [NAMES[key] ?? (key.length === 1 ? key.toUpperCase() : key), told]);
-  const terms = [...rows, ...MOUSE].filter(([, told]) => told).flatMap(([key, told]) => {
-    const name = document.createElement("dt");
+  const terms = [...rows, ...MOUSE].filter(([, told]) => told).map(([key, told]) => {
+    const row = document.createElement("div"), name = document.createElement("dt");
     name.append(term("kbd", key));
-    return [name, term("dd", told)];
+    row.append(name, term("dd", told));
+    return row;
   });
   document.querySelector("#keys dl").replaceChildren(...terms);
   for (const dialog of document.querySelectorAll("dialog.light")) {

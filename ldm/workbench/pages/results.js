@@ -189,7 +189,7 @@ export class Results {
     verdict.className = { accepted: "good", rejected: "fault", new: "hint" }[item.state];
     verdict.textContent = {
       new: "",
-      accepted: `Accepted: ${item.folder}. The same again, bit for bit, by:`,
+      accepted: "Accepted. The same again, bit for bit, by:",
       rejected: `Rejected${item.reason ? `: ${item.reason}` : ""}. It can still be accepted.`,
     }[item.state];
     const title = { new: "Not good? Reject it, because", accepted: "Reject it after all, because", rejected: "Rejected, because" };
@@ -258,7 +258,7 @@ export class Results {
   async undo() {
     if (this.app.shown.state === "new") return;
     this.judged(await post(`/api/results/${this.app.shown.id}/undo`));
-    this.app.say("It is neither accepted nor rejected again.");
+    this.app.say("Taken back: it is neither accepted nor rejected.");
   }
 
   judged(item) {
