@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.config import DataConfig, load_config
 from ldm.core.distributed import start_processes
 from ldm.core.errors import MedSoftError, UsageError
@@ -26,15 +27,20 @@ __all__ = ["LesionModel", "MedSoftError", "UsageError", "load"]
 
 
 def load(
-    ckpt: str | Path, config: str | Path | None = None, overrides: Sequence[str] = (), device: str = "auto"
+    ckpt: str | Path | Checkpoint,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
 ) -> "LesionModel":
     """The model of a final checkpoint, ready to draw.
 
-    config: a model YAML, by default the config.yaml that ver_train.py has written beside the checkpoint. overrides:
-    keys of it, as in ["sampling.steps=8", "biomedclip.path=..."]. device: auto, cpu, cuda, cuda:1, ... Raises
-    UsageError or MedSoftError, which say what is wrong and what to do.
+    ckpt: the file, or what ``read_checkpoint`` has read of it. config: a model YAML, by default the config.yaml that
+    ver_train.py has written beside the checkpoint. overrides: keys of it, as in ["sampling.steps=8",
+    "biomedclip.path=..."]. device: auto, cpu, cuda, cuda:1, ... Raises UsageError or MedSoftError, which say what is
+    wrong and what to do.
     """
-    found = Path(ckpt).with_name("config.yaml") if config is None else shipped(config)
+    path = ckpt.path if isinstance(ckpt, Checkpoint) else Path(ckpt)
+    found = path.with_name("config.yaml") if config is None else shipped(config)
     if config is None and not found.is_file():
         raise UsageError(
             f"{found}: does not exist; name a model YAML, as in medsoft.load(CKPT, 'models/mldm_v15.yaml')"

@@ -79,7 +79,7 @@ def compare_samplers(
     """
     for file in (options.ckpt, judge):
         if not file.is_file():
-            raise UsageError(f"{file}: does not exist")
+            raise UsageError(f"{file}: does not exist, or is no file")
     chosen = chosen_settings(settings, many)
     configs = [load_config(options.config, [*options.overrides, *each.overrides]) for each in chosen]
     config = load_config(options.config, options.overrides)

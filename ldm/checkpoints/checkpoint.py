@@ -18,7 +18,7 @@ from ldm.checkpoints.files import detect_format, read_safetensors, save_pickle, 
 from ldm.checkpoints.pickles import read_pickle
 from ldm.config import Config, config_from_dict
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import atomic_file
+from ldm.core.files import FileState, atomic_file, sha256_file, unchanged
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -42,10 +42,16 @@ class Checkpoint:
     rest: dict[str, Any] = field(default_factory=dict)
     external: list[str] = field(default_factory=list)  # classes of other programs that it names; never run
     header: dict[str, str] = field(default_factory=dict)  # text metadata of a .safetensors file
+    file: FileState | None = None  # of the file that was read
 
     def parts(self) -> list[str]:
         """Which of unet, autoencoder, text and msc have keys here."""
         return [part for part, prefix in PREFIXES.items() if any(key.startswith(prefix) for key in self.state)]
+
+    def sha256(self) -> str:
+        """Of the file that was read; MedSoftError if another one has its name by now."""
+        with unchanged(self.path, self.file):
+            return sha256_file(self.path)
 
     @property
     def step(self) -> int | None:
@@ -69,9 +75,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Tensors are memory-mapped (a legacy pickle's are not). Nothing of other programs is run; see
     ``ldm.checkpoints.pickles``.
-    Raises MedSoftError for a missing, empty, damaged, unknown or unsafe file, saying which.
+    Raises MedSoftError for a missing, empty, damaged, unknown or unsafe file, saying which, and for one that is
+    replaced meanwhile.
     """
     path = Path(path)
+    with unchanged(path) as file:
+        found = _read(path)
+    found.file = file
+    return found
+
+
+def _read(path: Path) -> Checkpoint:
     kind = detect_format(path)
     if kind == "safetensors":
         state, header = read_safetensors(path)

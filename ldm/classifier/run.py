@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.checkpoints.files import read_safetensors
+from ldm.checkpoints.files import detect_format, read_safetensors
 from ldm.checkpoints.fitting import load_exactly
 from ldm.classifier.config import SEGMENT, ClassifierConfig
 from ldm.classifier.convergence import convergence, convergence_note, read_history
@@ -27,7 +27,7 @@ from ldm.classifier.segmentation_report import write_segmentation
 from ldm.classifier.square import square
 from ldm.classifier.training import fit
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import content_id, fingerprint, read_json, sha256_file, write_json
+from ldm.core.files import content_id, fingerprint, read_json, sha256_file, unchanged, write_json
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.core.tables import counted, write_csv
@@ -85,10 +85,11 @@ class Judge:
 
 def load_judge(weights: Path, device: str) -> Judge:
     """A saved classifier as a judge, on ``cpu`` or else on the GPU, if there is one; UsageError for a segmentation."""
-    classifier = load_classifier(weights, "cpu" if device == "cpu" else "")
+    with unchanged(weights):
+        classifier, digest = load_classifier(weights, "cpu" if device == "cpu" else ""), sha256_file(weights)
     if classifier.info["config"]["task"] == SEGMENT:
         raise UsageError(f"--judge {weights}: was trained with task {SEGMENT}, which names no classes")
-    return Judge(classifier, str(weights), sha256_file(weights))
+    return Judge(classifier, str(weights), digest)
 
 
 def run_classifier(config: ClassifierConfig) -> dict[str, Any]:
@@ -170,8 +171,9 @@ def predict(
 def load_classifier(weights: str | Path, gpu: str | list[int] | list[str] = "") -> Classifier:
     """Read a .safetensors file that this module wrote; anything else is refused with a MedSoftError."""
     path = Path(weights)
-    if not path.is_file():
+    if not path.exists():
         raise MedSoftError(f"{path}: there is no saved classifier; run the same configuration with train: true first")
+    detect_format(path)  # which tells what else may have this name, a folder first of all
     state, metadata = read_safetensors(path)
     try:
         info = json.loads(metadata["classifier"])

@@ -33,7 +33,7 @@ from ldm.conversion.sd_layouts import (
     left_behind,
 )
 from ldm.core.errors import MedSoftError
-from ldm.core.files import check_target, fingerprint, named_seed, sha256_file
+from ldm.core.files import check_target, fingerprint, named_seed
 from ldm.core.schema import identity
 from ldm.networks.attention import CrossAttention, TransformerBlock
 from ldm.networks.model import skeleton
@@ -61,7 +61,7 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
     check_kind(source, config.unet)
     check_agreement(source, config.architecture)
     architecture = identity(config, "architecture")
-    asked = fingerprint(["convert", [file.stat().st_size for file in source.files], architecture, seed])
+    asked = fingerprint(["convert", [file.path.stat().st_size for file in source.files], architecture, seed])
     already_made(output_path, overwrite, asked=asked)
     origin = origin_of(source)
     run = fingerprint(["convert", origin["sha256"], architecture, seed])
@@ -69,7 +69,7 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
         log.info("%s: already complete", output_path)
         return
     for file in source.files:
-        log.info("checked: %s, %s", file, verify(file))
+        log.info("checked: %s, %s", file.path, verify(file.path))
     state, new = convert(source, config.architecture, expected, seed)
     log_origin(source, state, new)
     log_meaning(source, config.unet.semantic_dim)
@@ -81,11 +81,11 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
 
 def origin_of(source: SourceCheckpoint) -> dict[str, Any]:
     """Name and SHA-256 of the input; of a folder, those of its weight files and one over them all."""
-    path = source.path
-    if source.files == [path]:
+    path, digests = source.path, {file.path: file.sha256() for file in source.files}
+    if path in digests:
         published = {"layout": NAME} if source.aside else {}
-        return {"file": path.name, "sha256": sha256_file(path), **published}
-    files = {file.relative_to(path).as_posix(): sha256_file(file) for file in source.files}
+        return {"file": path.name, "sha256": digests[path], **published}
+    files = {file.relative_to(path).as_posix(): digest for file, digest in digests.items()}
     return {"file": path.resolve().name, "sha256": fingerprint(files), "files": files}
 
 

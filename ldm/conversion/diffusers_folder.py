@@ -142,9 +142,10 @@ def from_folder(folder: Path, architecture: Architecture, expected: Mapping[str,
     ours = {diffusers_name(key, architecture): key for key in base}
     state: dict[str, Tensor] = {}
     header: dict[str, str] = {}
-    files = files_of(folder)
+    files, read = files_of(folder), []
     for file in files:
         checkpoint, part = read_checkpoint(file), file.parent.name
+        read.append(checkpoint)
         header |= checkpoint.header
         for name, value in plain_keys(file, checkpoint.state, partial(_current, part)).items():
             key = name if part == OURS else ours.get((part, name), f"{part}/{name}")
@@ -162,7 +163,7 @@ def from_folder(folder: Path, architecture: Architecture, expected: Mapping[str,
         notes.append(f"other weights in the folder, not read: {', '.join(unread)}")
     layers = {f"{part}/{name}".rpartition(".")[0] for part, name in ours}
     own = _own_configuration(folder / OURS / "config.json")
-    return SourceCheckpoint(folder, state, files, layers, header, None, notes, own)
+    return SourceCheckpoint(folder, state, read, layers, header, None, notes, own)
 
 
 def _own_configuration(path: Path) -> dict[str, Any] | None:

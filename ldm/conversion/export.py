@@ -8,7 +8,7 @@ from ldm.checkpoints.files import verify
 from ldm.checkpoints.fitting import parts_of
 from ldm.conversion.diffusers_folder import OURS, write_folder
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import atomic_folder, check_target, read_json, sha256_file
+from ldm.core.files import atomic_folder, check_target, read_json
 from ldm.networks.model import skeleton
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def export_folder(ckpt: Path, output_dir: Path, overwrite: bool = False) -> None
     size = sum(row["bytes"] for row in summary(checkpoint.state).values())
     known = exported_from(output_dir)
     check_target(output_dir, size if overwrite or not known else 0, ckpt)
-    digest = sha256_file(ckpt)
+    digest = checkpoint.sha256()
     if known and not overwrite:
         if known != digest:
             raise UsageError(

@@ -23,7 +23,7 @@ from ldm.checkpoints.files import verify
 from ldm.checkpoints.fitting import check_preparation, parts_of
 from ldm.config import Config
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import check_target, fingerprint, sha256_file
+from ldm.core.files import check_target, fingerprint
 from ldm.core.schema import identity
 from ldm.data.checks import TRAINED_ON, groups_of, trained_on
 from ldm.networks.model import skeleton
@@ -50,7 +50,7 @@ def merge_files(
     architecture = identity(config, "architecture")
     asked = fingerprint(["merge", [c.path.stat().st_size for c in (controller, rest)], architecture])
     already_made(output_path, overwrite, asked=asked)
-    digests = [sha256_file(controller.path), sha256_file(rest.path)]
+    digests = [controller.sha256(), rest.sha256()]
     files = zip(("stage1_path", "input_path"), (controller, rest), digests, strict=True)
     sources = {flag: {"file": c.path.name, "sha256": digest} for flag, c, digest in files}
     run = fingerprint(["merge", digests, architecture])

@@ -42,7 +42,7 @@ PUBLISHED = ("fusion_model.", "cond_stage_model2.")  # where CAT-Diffusion and t
 class SourceCheckpoint:
     """What conversion starts from: tensors under the original layout's keys, and what was done to get there.
 
-    files:  hold the tensors of ``path``, a file or a folder.
+    files:  what was read of ``path``, a file or the files of a folder.
     layers: the modules whose weights are looked for, as the files spell them.
     header: the text metadata of ``.safetensors`` files.
     stage:  which stage left it, if a checkpoint of this method says so.
@@ -52,7 +52,7 @@ class SourceCheckpoint:
 
     path: Path
     state: dict[str, Tensor]
-    files: list[Path]
+    files: list[Checkpoint]
     layers: set[str]
     header: dict[str, str]
     stage: str | None = None
@@ -83,7 +83,7 @@ def from_checkpoint(checkpoint: Checkpoint, expected: Iterable[str]) -> SourceCh
         notes.append("U-Net taken from the moving averages (model_ema.*): the file has no plain U-Net")
     layers = {key.rpartition(".")[0] for key in expected}
     about = checkpoint.header, checkpoint.metadata.get("stage")
-    return SourceCheckpoint(checkpoint.path, state, [checkpoint.path], layers, *about, notes)
+    return SourceCheckpoint(checkpoint.path, state, [checkpoint], layers, *about, notes)
 
 
 def check_kind(source: SourceCheckpoint, unet: UNetConfig) -> None:

@@ -25,6 +25,8 @@ PARTIAL_PREFIX = ".partial-"
 NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)  # what mounts answer that cannot do it
 UNSURE = "it is there, but may not outlast a power cut"
 MOST_LEVELS = 64  # of a JSON file
+REPLACED = "was replaced or changed after it had been read; run the same command again when nobody writes it"
+FileState = tuple[int, int, int, int]  # tells a file from another one of its name, and from itself before a change
 
 
 @contextmanager
@@ -334,6 +336,29 @@ def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextmanager
+def unchanged(path: Path, since: FileState | None = None) -> Iterator[FileState | None]:
+    """FileError if the file is not the one that it was before the block, or when this gave its state: ``since``.
+
+    For what reads a file by its name more than once, so that all of it is of one and the same file.
+    """
+    before = _state_of(path)
+    if since is not None and before != since:
+        raise FileError(path, REPLACED)
+    yield before
+    if _state_of(path) != before:
+        raise FileError(path, REPLACED)
+
+
+def _state_of(path: Path) -> FileState | None:
+    """None for a file that is not there, or cannot be looked at; whoever reads it says so."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def content_id(path: str | Path | None) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.core.errors import MedSoftError
-from ldm.core.files import sha256_file, write_json
+from ldm.core.files import sha256_file, unchanged, write_json
 from ldm.data.annotations import load_samples
 from ldm.data.checks import real_ones
 from ldm.data.images import border_gradient, intensity_range_of, read_image, to_unit
@@ -65,7 +65,8 @@ def judge_results(results: Path, judge: Path, predict: Predict, real: Path | Non
     returned. ``real``: lesions whose border is that of a real one (None: no seam). MedSoftError where nothing was
     drawn, for a classifier that names no lesion types, and for one that does not know a type that was asked for.
     """
-    rows, rejects = predict(results)
+    with unchanged(judge):
+        (rows, rejects), digest = predict(results), sha256_file(judge)
     said = {row["sample_id"]: row for row in rows}
     samples = [each for each in load_samples(results)[0] if not each.healthy and each.sample_id in said]
     if not samples:
@@ -81,7 +82,7 @@ def judge_results(results: Path, judge: Path, predict: Predict, real: Path | Non
         )
     lesions = [each for each in real_ones(real, load_samples(real)[0]) if not each.healthy] if real else []
     borders = [each for each in map(contour_gradient, lesions) if each is not None]
-    content = {"results": str(results), "real": real and str(real), "judge_sha256": sha256_file(judge)}
+    content = {"results": str(results), "real": real and str(real), "judge_sha256": digest}
     content |= {"endpoints": endpoints(measured, borders), "rejected": [str(reject) for reject in rejects]}
     write_json(output, content | {"pictures": [asdict(each) for each in measured]})
     for name, entry in content["endpoints"].items():

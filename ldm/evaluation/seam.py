@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import Config, DataConfig
 from ldm.core.distributed import start_processes
 from ldm.core.errors import MedSoftError
-from ldm.core.files import sha256_file, write_json
+from ldm.core.files import write_json
 from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import FEWEST_PATIENTS, real_ones
@@ -48,7 +49,9 @@ def measure_seam(
     diseased = [sample for sample in real_ones(source, load_samples(source)[0]) if not sample.healthy][:limit]
     if not diseased:
         raise MedSoftError(f"{source}: has no diseased sample; they are inpainted again in their own masks")
-    inpainter = load_inpainter(checkpoint, config, start_processes(device, 1, 1).device)
+    opened = read_checkpoint(checkpoint)
+    digest = opened.sha256()
+    inpainter = load_inpainter(opened, config, start_processes(device, 1, 1).device)
     found = border_gradients(inpainter, diseased, config.data, seed)
     if not any(each.real for each in found["contour"]):
         raise MedSoftError(f"{source}: no mask has a border with a gradient in the real image")
@@ -65,7 +68,7 @@ def measure_seam(
             )
             shown = border, text, row["value"], interval, counted(len(gradients), "image")
             log.info("%-8s %-25s %.3f of the real gradient, %s, %s", *shown)
-    write_json(output, {**rows, "data": str(source), "checkpoint_sha256": sha256_file(checkpoint)})
+    write_json(output, {**rows, "data": str(source), "checkpoint_sha256": digest})
     log.info("%s", output)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.core.errors import MedSoftError
-from ldm.core.files import Contents, fingerprint, read_json, sha256_file, write_json
+from ldm.core.files import Contents, fingerprint, read_json, write_json
 from ldm.data.checks import TRAINED_ON, groups_of, trained_on
 from ldm.data.folders import write_sample
 from ldm.data.images import with_alpha
@@ -78,18 +78,17 @@ def read_refused(home: Path, name: str) -> list[dict[str, Any]]:
 
 
 def provenance_of(
-    ckpt: Path | Checkpoint, yaml: Path, settings: Mapping[str, Any], overrides: Sequence[str], exact: bool
+    checkpoint: Checkpoint, yaml: Path, settings: Mapping[str, Any], overrides: Sequence[str], exact: bool
 ) -> dict[str, Any]:
     """What meta.json of every result of a checkpoint says about how it was made, where sampling begins with noise.
 
-    ckpt: the file, or what was read of it; settings: the configuration's ``identity`` of images; overrides: with
-    ``yaml`` they give that configuration.
+    checkpoint: what is drawn with, as it was read; settings: the configuration's ``identity`` of images; overrides:
+    with ``yaml`` they give that configuration. MedSoftError if the checkpoint's file is another one by now.
     """
-    checkpoint = ckpt if isinstance(ckpt, Checkpoint) else read_checkpoint(ckpt)
     learned_from = groups_of(checkpoint.metadata, checkpoint.path)
     return {
         "checkpoint": str(checkpoint.path.resolve()),
-        "checkpoint_sha256": sha256_file(checkpoint.path),
+        "checkpoint_sha256": checkpoint.sha256(),
         "config": str(yaml.resolve()),
         "overrides": list(overrides),
         "config_sha256": fingerprint(settings),

@@ -69,7 +69,7 @@ def measure_paths(options: PathOptions) -> bool:
     what cannot be measured."""
     for file in (options.ckpt, options.judge):
         if not file.is_file():
-            raise UsageError(f"{file}: does not exist")
+            raise UsageError(f"{file}: does not exist, or is no file")
     config = load_config(options.config, options.overrides)
     data, limit, seed = options.data, options.limit, options.seed
     classifier = load_classifier(options.judge, "")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.checkpoints.fitting import NoRandomWeights, load_exactly
 from ldm.core.errors import MedSoftError, first_line
-from ldm.core.files import fingerprint, sha256_file
+from ldm.core.files import fingerprint
 from ldm.networks.biomedclip_folder import BiomedClipFolder, read_folder, read_tokenizer
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.text_encoder import PromptReading, PromptWarnings
@@ -55,7 +55,7 @@ class BiomedClip(ImageTextEncoder):
         length = found.model_cfg["text_cfg"].get("context_length", 256)
         self._tokenizer = read_tokenizer(found.folder, length, self.clip.text.vocab_size)
         self._warnings = PromptWarnings("BiomedCLIP", "[UNK], a word that is not in its vocabulary")
-        self.fingerprint = sha256_file(found.weights_file)
+        self.fingerprint = found.weights.sha256()
         preprocess = {**_published_normalisation(), **found.preprocess_cfg}
         self.preparation = {"images": _normalisation_id(preprocess), "prompts": _tokenizer_id(self._tokenizer)}
         self.register_buffer("image_mean", torch.tensor(preprocess["mean"])[:, None, None], False)
@@ -139,5 +139,5 @@ def _built(found: BiomedClipFolder) -> "CustomTextCLIP":
             f"{found.folder}: {found.model_cfg['vision_cfg']['timm_model_name']} has no patch tokens and one CLS "
             "token; expected a vision transformer, as BiomedCLIP's"
         )
-    load_exactly(made, found.state, found.weights_file, "open_clip_config.json beside it", "download both again")
+    load_exactly(made, found.state, found.weights.path, "open_clip_config.json beside it", "download both again")
     return made

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.checkpoint import plain_keys, read_checkpoint
+from ldm.checkpoints.checkpoint import Checkpoint, plain_keys, read_checkpoint
 from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import read_json
 from ldm.core.paths import shipped
@@ -31,8 +31,8 @@ class BiomedClipFolder(NamedTuple):
     folder: Path
     model_cfg: dict[str, Any]  # of open_clip_config.json
     preprocess_cfg: dict[str, Any]
-    weights_file: Path
-    state: dict[str, Tensor]
+    weights: Checkpoint  # the file as it was read
+    state: dict[str, Tensor]  # its tensors by plain names
     bert: dict[str, Any]  # sizes of the text tower, as in BERT's config.json
 
 
@@ -56,9 +56,10 @@ def read_folder(source: str | Path) -> BiomedClipFolder:
         raise MedSoftError(f"{folder}: no tokenizer_config.json; download it too")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise MedSoftError(f"{folder}: no tokenizer; expected tokenizer.json or vocab.txt")
-    state = _read_weights(found[0])
+    weights = read_checkpoint(found[0])
+    state = _plain_state(weights)
     for other in found[1:]:
-        differing = _differing(state, _read_weights(other))
+        differing = _differing(state, _plain_state(read_checkpoint(other)))
         if differing:
             raise MedSoftError(
                 f"{folder}: {found[0].name} and {other.name} hold different weights "
@@ -69,7 +70,7 @@ def read_folder(source: str | Path) -> BiomedClipFolder:
         bert = _own_config(own) if own.is_file() else bert_config(state)
     except KeyError as error:
         raise MedSoftError(f"{found[0]}: not BiomedCLIP's weights, there is no {error.args[0]}") from error
-    return BiomedClipFolder(folder, settings["model_cfg"], settings.get("preprocess_cfg", {}), found[0], state, bert)
+    return BiomedClipFolder(folder, settings["model_cfg"], settings.get("preprocess_cfg", {}), weights, state, bert)
 
 
 def read_tokenizer(folder: Path, length: int, rows: int) -> "HFTokenizer":
@@ -93,8 +94,8 @@ def read_tokenizer(folder: Path, length: int, rows: int) -> "HFTokenizer":
     return made
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    state = plain_keys(path, read_checkpoint(path).state)
+def _plain_state(weights: Checkpoint) -> dict[str, Tensor]:
+    state = plain_keys(weights.path, weights.state)
     state.pop("text.transformer.embeddings.position_ids", None)  # a buffer that newer transformers do not have
     return state
 

@@ -255,7 +255,7 @@ def keep_image_tower(net: CustomTextCLIP, source: str) -> None:
     found = read_folder(source)
     tower = {key.removeprefix("visual."): value for key, value in found.state.items() if key.startswith("visual.")}
     cure = "name an encoder of these sizes in biomedclip.path"
-    load_exactly(net.visual, tower, found.weights_file, "the image tower that is trained beside", cure)
+    load_exactly(net.visual, tower, found.weights.path, "the image tower that is trained beside", cure)
     net.visual.requires_grad_(False)
     net.visual.eval()
 

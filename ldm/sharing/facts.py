@@ -98,7 +98,7 @@ def gather(ckpt: Path, data: Mapping[str, Path], results: Sequence[Path]) -> Fac
             raise MedSoftError(f"--train {path}: none of its patients is among those that {ckpt} was trained on")
     behind = [(" and ".join(filter(None, group["steps"])) or "not said", len(group["patients"])) for group in groups]
     records = [record for path in results for record in _records(path)]
-    return Facts(checkpoint, config, sha256_file(ckpt), summary(checkpoint.state), behind, partitions, records)
+    return Facts(checkpoint, config, checkpoint.sha256(), summary(checkpoint.state), behind, partitions, records)
 
 
 def _partition(name: str, samples: Sequence[Sample], rejected: int, groups: Sequence[Mapping[str, Any]]) -> Partition:

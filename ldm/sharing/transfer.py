@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.checkpoints.files import verify
 from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.core.files import atomic_folder, read_json, read_text, sha256_file, write_text
@@ -52,20 +52,21 @@ def push(options: PushOptions) -> None:
     (unless ``with_images``), for a target folder that is there, and for a repository that everybody can read (unless
     ``public``); MedSoftError for a damaged checkpoint and for what the hub answers.
     """
-    extra = _check_card(options)
+    checkpoint = read_checkpoint(options.ckpt)
+    extra = _check_card(options.card, checkpoint, options.with_images)
     if options.to_folder is not None:
         _check_free(f"--to_folder {options.to_folder}", options.to_folder, options.overwrite)
         if options.public:
             raise UsageError("--public belongs to --repo")
         with atomic_folder(options.to_folder) as folder:
-            _fill(folder, options, extra)
+            _fill(folder, checkpoint, options, extra)
         log.info("written: %s", options.to_folder)
         return
     if not REPOSITORY.fullmatch(options.repo or ""):
         raise UsageError(f"--repo {options.repo}: expected OWNER/NAME")
     with tempfile.TemporaryDirectory(prefix=".push-", dir=options.card.parent) as place:
         folder = Path(place)
-        _fill(folder, options, extra)
+        _fill(folder, checkpoint, options, extra)
         _upload(folder, str(options.repo), options.public)
 
 
@@ -79,20 +80,21 @@ def _check_free(flag: str, folder: Path, overwrite: bool) -> None:
         raise UsageError(f"{flag}: holds no {SUMS}, so neither push nor pull wrote it: give another one")
 
 
-def _check_card(options: PushOptions) -> list[Path]:
+def _check_card(card: Path, checkpoint: Checkpoint, with_images: bool) -> list[Path]:
     """The files of the card's folder that go along, as they lie below it."""
-    card, ckpt = options.card, options.ckpt
     for name in (MODEL_CARD, RECORD):
         if not (card / name).is_file():
             raise UsageError(
                 f"{card / name}: is missing, and nothing is shared without a card; medsoft card writes one"
             )
     record = read_json(card / RECORD)
-    if not isinstance(record, dict) or record.get("ckpt_sha256") != sha256_file(ckpt):
-        raise UsageError(f"{card}: is the card of another checkpoint than {ckpt}; write this one's with medsoft card")
+    if not isinstance(record, dict) or record.get("ckpt_sha256") != checkpoint.sha256():
+        raise UsageError(
+            f"{card}: is the card of another checkpoint than {checkpoint.path}; write this one's with medsoft card"
+        )
     files = sorted((place / name).relative_to(card) for place, names in walk(card) for name in names)
     more = [file for file in files if file.as_posix() not in HARMLESS]
-    if more and not options.with_images:
+    if more and not with_images:
         raise UsageError(
             f"{card / more[0]}: is not one of a card's files "
             f"({counted(len(more), 'such file is', 'such files are')} there), and may hold images or names of "
@@ -103,9 +105,8 @@ def _check_card(options: PushOptions) -> list[Path]:
     return files
 
 
-def _fill(folder: Path, options: PushOptions, files: list[Path]) -> None:
+def _fill(folder: Path, checkpoint: Checkpoint, options: PushOptions, files: list[Path]) -> None:
     """Write all that is shared into ``folder``."""
-    checkpoint = read_checkpoint(options.ckpt)
     log.info("checked: %s, %s", options.ckpt, verify(options.ckpt))
     metadata = portable(checkpoint.metadata)
     if not options.with_patients and metadata.get(TRAINED_ON):

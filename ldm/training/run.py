@@ -17,7 +17,7 @@ from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory, resolve_precision
 from ldm.core.distributed import check_tasks, fabric_class
 from ldm.core.errors import MedSoftError, UsageError, first_line
-from ldm.core.files import fingerprint, remove_partials, sha256_file, write_text
+from ldm.core.files import fingerprint, remove_partials, write_text
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.core.tables import counted
@@ -106,6 +106,8 @@ class TrainingFolder(RunFolder):
         Those are of this same run if it was killed in its first epoch, else ``fault`` says that the file is gone.
         """
         best = best_files(self.path)
+        if folders := [each for each in (self.record, *best) if each.is_dir()]:
+            raise UsageError(f"{folders[0]}: is a folder, which no training writes; give another --save_path")
         file = self.record if self.record.exists() else max(best, key=lambda path: path.name, default=None)
         if file is None:
             return None
@@ -246,7 +248,7 @@ def _run(
     training, save_path = config.training, folder.path
     if options.ckpt.resolve() in [path.resolve() for path in (folder.record, *best_files(save_path))]:
         raise UsageError(f"--ckpt {options.ckpt}: lies in --save_path and would be replaced; give another --save_path")
-    content = fingerprint([inputs.identities, sha256_file(options.ckpt)])
+    content = fingerprint([inputs.identities, source.sha256()])
     found = folder.open(run_settings(config, content), options.overwrite)
     previous = found["checkpoint"] if found else None
     if previous and _is_complete(previous, inputs):

@@ -15,6 +15,7 @@ from fastapi import HTTPException
 from pydantic import BaseModel, Field
 
 import medsoft
+from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.core.errors import MedSoftError, UsageError, first_line
 from ldm.core.files import Contents, fingerprint, read_json
 from ldm.core.schema import identity
@@ -124,11 +125,12 @@ class Editor:
         found = self.found
         torch.set_num_threads(1)  # of this thread, which draws: only then --replay gives the same file everywhere
         settings = identity(self.config, "images")
-        self.provenance = provenance_of(found.ckpt, found.yaml, settings, found.overrides, exact=True)
+        checkpoint = read_checkpoint(found.ckpt)
+        self.provenance = provenance_of(checkpoint, found.yaml, settings, found.overrides, exact=True)
         sampling = self.config.sampling
         if sampling.init != "noise":
             self.provenance |= {"init": sampling.init, "strength": sampling.strength}
-        made = medsoft.load(found.ckpt, found.yaml, found.overrides, self.options.device)
+        made = medsoft.load(checkpoint, found.yaml, found.overrides, self.options.device)
         log.info("the model is loaded, on %s", made.inpainter.device)
         return made
 

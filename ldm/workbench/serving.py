@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 import medsoft
+from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import load_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import Contents
@@ -145,13 +146,14 @@ class Drawer:
         self.ckpt = options.ckpt
         self.yaml = shipped(options.config) if options.config else options.ckpt.with_name("config.yaml")
         self.overrides = list(options.overrides)
-        self.model = medsoft.load(self.ckpt, options.config, self.overrides, options.device)
+        checkpoint = read_checkpoint(self.ckpt)
+        self.model = medsoft.load(checkpoint, options.config, self.overrides, options.device)
         self.config = load_config(self.yaml, self.overrides)
         if self.config.sampling.init == "paste":
             raise UsageError(
                 "sampling.init=paste pastes the lesion that a prompt was written about; here there is none"
             )
-        about = provenance_of(self.ckpt, self.yaml, identity(self.config, "images"), self.overrides, exact=False)
+        about = provenance_of(checkpoint, self.yaml, identity(self.config, "images"), self.overrides, exact=False)
         self.provenance = about | {"command": "medsoft serve"}
         if self.config.sampling.init != "noise":
             self.provenance |= {"init": self.config.sampling.init, "strength": self.config.sampling.strength}

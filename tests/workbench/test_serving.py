@@ -27,6 +27,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 from tiny import CLIP, PHANTOM, Small, call, dataset_infer, infer, metas
 
+from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.masks import Feather, Mask, soft_mask_for
 from ldm.data.png import encode_png, write_png
@@ -434,7 +435,7 @@ def test_a_server_that_cannot_be(words: list[str], kind: type[Exception], messag
 def test_no_record_holds_the_token(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     for words in (["--token", "password1"], ["--tok=password1"]):
         monkeypatch.setattr("sys.argv", ["tool/edit.py", *words, "--port", "8000"])
-        command = provenance_of(small.last, PHANTOM, {}, [], False)["command"]
+        command = provenance_of(read_checkpoint(small.last), PHANTOM, {}, [], False)["command"]
         assert (
             command
             == f"python tool/edit.py {words[0].partition('=')[0]}{' ' if len(words) > 1 else '='}... --port 8000"
