@@ -16,7 +16,7 @@ from ldm.config import Architecture, Config, SamplingConfig, TrainingConfig, as_
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory, resolve_precision
 from ldm.core.distributed import check_tasks, fabric_class
-from ldm.core.errors import MedSoftError, UsageError, first_line
+from ldm.core.errors import FileError, MedSoftError, UsageError, first_line
 from ldm.core.files import fingerprint, remove_partials, write_text
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
@@ -29,7 +29,7 @@ from ldm.features.sizes import ENCODERS
 from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, skeleton
-from ldm.networks.opening import check_encoder, encoder_record, loaded, open_model
+from ldm.networks.opening import check_encoder, encoder_record, loaded, open_encoder, open_model
 from ldm.training.alignment import projection_values
 from ldm.training.dataset import StageData, TrainingInputs, loader, read_training_inputs
 from ldm.training.estimates import check_disk, check_memory, memory_cures
@@ -251,8 +251,11 @@ def _run(
     content = fingerprint([inputs.identities, source.sha256()])
     found = folder.open(run_settings(config, content), options.overwrite)
     previous = found["checkpoint"] if found else None
-    if previous and _is_complete(previous, inputs):
-        return cli.SOME_REJECTED if (save_path / REJECTS).exists() else cli.DONE
+    if previous and previous.metadata.get("complete"):
+        previous = folder.of_use(options.overwrite, partial(_complete, previous, inputs, config, options.overwrite))
+        if previous:
+            log.info("%s: already complete (%s)", save_path, counted(previous.step or 0, "step"))
+            return cli.SOME_REJECTED if (save_path / REJECTS).exists() else cli.DONE
     fabric, precision = make_fabric(options, training)
     previews = config.sampling if training.pictures > 0 and "unet" in training.builds else None
 
@@ -304,15 +307,18 @@ def _run(
     return cli.SOME_REJECTED if inputs.rejects and fabric.is_global_zero else cli.DONE
 
 
-def _is_complete(previous: Checkpoint, inputs: TrainingInputs) -> bool:
-    """Whether the run of this ``last.ckpt`` has ended, which is said then."""
-    if not previous.metadata.get("complete"):
-        return False
+def _complete(previous: Checkpoint, inputs: TrainingInputs, config: Config, overwrite: bool) -> Checkpoint:
+    """The ``last.ckpt`` of a run that has ended; MedSoftError if the encoder is another one than it was trained with.
+
+    With ``overwrite`` also if it knows its patients by other ids, of which it is only warned else.
+    """
+    open_encoder(config.biomedclip, previous)
     if previous.metadata.get(TRAINED_ON, inputs.trained_on) != inputs.trained_on:
-        text = "warning: %s knows its patients by other ids than the data have now: later checks will not find them"
-        log.warning(f"{text}; --overwrite trains it again, under the new ones", previous.path)
-    log.info("%s: already complete (%s)", previous.path.parent, counted(previous.step or 0, "step"))
-    return True
+        text = "knows its patients by other ids than the data have now: later checks will not find them"
+        if overwrite:
+            raise FileError(previous.path, text)
+        log.warning("warning: %s %s; --overwrite trains it again, under the new ones", previous.path, text)
+    return previous
 
 
 def _training(

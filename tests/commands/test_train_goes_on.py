@@ -249,6 +249,11 @@ def test_a_run_does_not_go_on_with_the_tokens_of_another_encoder(
     assert call(ver_train, *words, "--overwrite") == 0
     assert "--overwrite: the run starts again" in caplog.text
     assert (folder / "steps.csv").read_text().count("\n") == 1 + 6
+    words[words.index(str(other))] = str(CLIP)  # and nobody is told that a complete run was trained with this one
+    with pytest.raises(MedSoftError, match=r"clip: is not the BiomedCLIP that .*run/last\.ckpt was trained with"):
+        call(ver_train, *words)
+    assert call(ver_train, *words, "--overwrite") == 0
+    assert call(ver_train, *words) == 0
 
 
 @pytest.mark.parametrize("name", ["steps.csv", "metrics.csv"])

@@ -150,6 +150,10 @@ def test_patients_that_were_renamed_after_a_training_are_said(
     train_json.write_text(json.dumps([{**record, "patient_id": f"x{n}"} for n, record in enumerate(records)]))
     assert train("stage1", source, tmp_path / "s", world, *given) == 0
     assert "last.ckpt knows its patients by other ids than the data have now" in caplog.text
+    assert train("stage1", source, tmp_path / "s", world, *given, "--overwrite") == 0
+    caplog.clear()
+    assert train("stage1", source, tmp_path / "s", world, *given) == 0
+    assert "knows its patients by other ids" not in caplog.text
 
 
 @pytest.mark.parametrize(("key", "other"), [("val_json", None), ("test_json", VAL)])
