@@ -7,7 +7,10 @@
     OUTPUT/training_log.csv             part, step, mean loss since the row before, seconds, and the batch's
                                         PSNR (autoencoder) or share of hits (clip)
 
-It takes about 45 minutes on two cores. After an interruption it goes on with the part that was not finished.
+    OUTPUT/training.json                the settings of each part
+
+It takes about 45 minutes on two cores. After an interruption the command goes on, without --overwrite, with the part
+that was not finished.
 
     python tool/train_phantom_base.py --parts clip --world words --output_dir words_base
 

@@ -3,9 +3,10 @@
 import io
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,10 @@ from ldm.checkpoints.checkpoint import NEW_IN_UNET, read_checkpoint, write_check
 from ldm.checkpoints.fitting import load_exactly
 from ldm.config import Architecture, Config, DataConfig, DiffusionConfig
 from ldm.core.devices import autocast
-from ldm.core.errors import UsageError
-from ldm.core.files import atomic_file, named_seed, read_json, remove_partials
-from ldm.core.run_folder import RunFolder
+from ldm.core.errors import MedSoftError, UsageError
+from ldm.core.files import atomic_file, fingerprint, named_seed, read_json, remove_partials, write_json
+from ldm.core.run_folder import RunFolder, differences
+from ldm.core.schema import identity
 from ldm.core.tables import read_table, write_csv
 from ldm.diffusion.schedule import diffusion_loss
 from ldm.networks.autoencoder import Autoencoder
@@ -39,7 +41,8 @@ CPU = torch.device("cpu")
 CHECKPOINT_NAME = "sd-phantom-inpainting.ckpt"
 AUTOENCODER_NAME = "autoencoder.safetensors"  # until the whole checkpoint is written
 CLIP_NAME = "biomedclip/open_clip_pytorch_model.bin"
-LOG_NAME = "training_log.csv"
+FILES = {"autoencoder": (CHECKPOINT_NAME, AUTOENCODER_NAME), "clip": (CLIP_NAME,), "unet": (CHECKPOINT_NAME,)}
+LOG_NAME, RECORD = "training_log.csv", "training.json"
 COLUMNS = ("part", "step", "loss", "seconds", "psnr_or_hits")
 Rows = list[dict[str, str]]  # of one part in the log
 Loss = tuple[Tensor, Tensor | None]  # what is minimised, and another number of the same batch for the log
@@ -55,34 +58,72 @@ def train_base(
 ) -> None:
     """Train the parts that ``steps`` names (autoencoder, clip, unet; in this order) and write them into ``output``.
 
-    A part that is there already is kept unless ``overwrite``: an interrupted run goes on with the part that it was in.
+    A part that is there already is kept: an interrupted run goes on with the part that it was in. With ``overwrite``
+    they all go first, so that the start after an interruption takes none of them for a new one.
     ``world``: of the pairs that clip learns from; the other parts know no lesion, and are the same for every world.
-    Raises UsageError while another process trains there, for a U-Net without an autoencoder, and for other parts than
-    clip, or a clip trained on another world, with a ``world``.
+    Raises UsageError while another process trains there, for a U-Net without an autoencoder, for a part that was
+    trained with other settings, for one that the U-Net of the same file was trained on, and for other parts than clip
+    with a ``world``.
     """
     if world != STANDARD and set(steps) != {"clip"}:
         raise UsageError(f"--world {world}: only clip is trained on lesions; give --parts clip")
     clip = partial(train_clip, world=world_of(world).name)
-    parts = {
-        "autoencoder": (train_autoencoder, CHECKPOINT_NAME, AUTOENCODER_NAME),
-        "clip": (clip, CLIP_NAME),
-        "unet": (train_unet, CHECKPOINT_NAME),
-    }
+    trainers = {"autoencoder": train_autoencoder, "clip": clip, "unet": train_unet}
+    parts = [part for part in trainers if part in steps]
+    sizes = fingerprint([identity(config.architecture, "architecture"), identity(config.data, "features")])
     with RunFolder(output, LOG_NAME, what="models").lock():
-        if "clip" in steps and (output / CLIP_NAME).exists() and not overwrite:
+        _check_together(output, steps, overwrite)
+        known = _read_record(output / RECORD)
+        if not overwrite and "clip" in steps and (output / CLIP_NAME).exists():
             _check_world(output, world)
         for folder in (output, output / "biomedclip"):
             remove_partials(folder)
-        for part, (train, *files) in parts.items():
-            found = [output / name for name in files if (output / name).exists()]
-            if part in steps and found and not overwrite:
-                log.info("%s: already trained (in %s)", part, found[0])
-            elif part in steps:
-                made = train(config.architecture, config.data, output, steps[part], seed)
-                rows = [{"part": part, **row} for row in made]
-                path = output / LOG_NAME
-                before = read_table(path, COLUMNS, "training log") if path.exists() else []
-                write_csv(path, [*(row for row in before if row["part"] != part), *rows], COLUMNS)
+        asked = {part: {"steps": steps[part], "seed": seed, "config": sizes} for part in parts}
+        there = {part: [output / name for name in FILES[part] if (output / name).exists()] for part in parts}
+        for part in parts:
+            if overwrite:
+                known.pop(part, None)
+                while there[part]:
+                    there[part].pop().unlink(missing_ok=True)  # the autoencoder's is the U-Net's too
+            elif there[part] and (changed := differences(known.get(part, {}), asked[part])):
+                cure = "give another --output_dir, or --overwrite"
+                raise UsageError(f"{there[part][0]}: {part} was trained otherwise ({', '.join(changed)}); {cure}")
+        for part in parts:
+            if there[part]:
+                log.info("%s: already trained (in %s)", part, there[part][0])
+                continue
+            made = trainers[part](config.architecture, config.data, output, steps[part], seed)
+            known[part] = asked[part]
+            write_json(output / RECORD, known)
+            _write_log(output / LOG_NAME, part, made)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """By part, the settings that it was trained with; nothing of parts that older versions have trained."""
+    found = read_json(path, "record of the phantom base") if path.exists() else {}
+    if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+        raise MedSoftError(
+            f"{path}: expected an object of objects, one for each part; delete it to keep the parts as they are"
+        )
+    return found
+
+
+def _write_log(path: Path, part: str, made: Rows) -> None:
+    """Put the rows of a part in the place of those that the log has of it."""
+    before = read_table(path, COLUMNS, "training log") if path.exists() else []
+    rows = [{"part": part, **row} for row in made]
+    write_csv(path, [*(row for row in before if row["part"] != part), *rows], COLUMNS)
+
+
+def _check_together(output: Path, steps: Collection[str], overwrite: bool) -> None:
+    """UsageError for an autoencoder or a U-Net that would be trained without the other one of their file."""
+    whole, alone = output / CHECKPOINT_NAME, output / AUTOENCODER_NAME
+    if whole.exists() and not overwrite:
+        return
+    if "unet" in steps and "autoencoder" not in steps and not alone.exists():
+        raise UsageError(f"{alone}: does not exist; train the autoencoder in the same command")
+    if whole.exists() and "autoencoder" in steps and "unet" not in steps:
+        raise UsageError(f"{whole}: holds a U-Net that was trained on its autoencoder; give --parts autoencoder unet")
 
 
 def _check_world(output: Path, world: str) -> None:
@@ -134,8 +175,6 @@ def rescale(net: Autoencoder, images: Tensor, config: DiffusionConfig) -> None:
 def train_unet(sizes: Architecture, crops: DataConfig, output: Path, steps: int, seed: int, batch: int = 32) -> Rows:
     """Inpainting with plain words; the third attention does not exist here, as it does not in Stable Diffusion."""
     autoencoder = output / AUTOENCODER_NAME
-    if not autoencoder.exists():
-        raise UsageError(f"{autoencoder}: does not exist; train the autoencoder in the same command")
     torch.manual_seed(named_seed("unet", seed))
     model = MedSoftModel(sizes, ["unet", "autoencoder", "text"])
     cure = "give the --config that it was made with, or another --output_dir"

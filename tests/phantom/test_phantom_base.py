@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,43 @@ def test_finished_parts_are_not_trained_again(made: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()}
     assert run(made) == 0
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_overwritten_is_not_called_trained_after_an_interruption(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder = shutil.copytree(made, tmp_path / "base")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ldm.phantom.base_training.train_clip", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, "--overwrite", "--seed", "1")
+    with pytest.raises(UsageError, match=r"autoencoder was trained otherwise \(seed: 1 -> 0\); give another --output"):
+        run(folder)
+    assert run(folder, "--seed", "1") == 0
+    assert caplog.messages.count(f"autoencoder: already trained (in {folder / 'autoencoder.safetensors'})") == 1
+    assert "clip: already" not in caplog.text
+    assert "unet: already" not in caplog.text
+    for name in ("sd-phantom-inpainting.ckpt", f"biomedclip/{WEIGHTS}"):
+        assert (folder / name).read_bytes() != (made / name).read_bytes()
+
+
+def test_parts_of_other_settings_and_halves_of_a_file_are_refused(made: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=r"model\.bin: clip was trained otherwise \(steps: 1 -> 2\); give another"):
+        run(made, "--clip_steps", "2")
+    with pytest.raises(UsageError, match=r"inpainting\.ckpt: holds a U-Net that was trained on its autoencoder; give"):
+        run(made, "--parts", "autoencoder", "--overwrite")
+    with pytest.raises(UsageError, match=r"autoencoder\.safetensors: does not exist; train the autoencoder"):
+        run(made, "--parts", "unet", "--overwrite")
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()} == before
+    (tmp_path / "training.json").write_text("[]")
+    with pytest.raises(MedSoftError, match=r"training\.json: expected an object of objects"):
+        run(tmp_path)
 
 
 def test_a_second_process_is_refused_and_a_unet_needs_its_autoencoder(made: Path, tmp_path: Path) -> None:
