@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 REGIONS = {"C": "cervical", "T": "thoracic", "L": "lumbar", "S": "sacral"}  # from the head down
 LAST = {"C": 7, "T": 13, "L": 6, "S": 5}  # the last vertebra of each region, variants included
-VARIANTS = ("T13", "L6")  # few people have them: a range from T12 to L1 does not name them
+VARIANTS = ("T13", "L6")  # few people have them: a range from T12 to L1 names none, but in an image of one
 NAMES = tuple(f"{letter}{number}" for letter, last in LAST.items() for number in range(1, last + 1))
 SPINE = "|".join(REGIONS.values())
 NEXT = {"C7": "T1", "T12": "L1", "T13": "L1", "L5": "S1", "L6": "S1"}  # where one region follows another
@@ -72,8 +72,11 @@ class _Part(NamedTuple):
     clear: bool = True
 
 
-def mentions(text: str) -> list[Mention]:
-    """The places that name vertebrae, in their order. T1 and T2 may also be MR sequences."""
+def mentions(text: str, own: str | None = None) -> list[Mention]:
+    """The places that name vertebrae, in their order. T1 and T2 may also be MR sequences.
+
+    ``own``: the vertebra that the text is about; one of VARIANTS is then named by a range that it lies in.
+    """
     found, place = [], 0
     while name := _NAME.search(text, place):
         parts, place = list(_named(name)), name.end()
@@ -81,7 +84,7 @@ def mentions(text: str) -> list[Mention]:
             more, place = joined
             parts += more
         if parts:
-            found.append(Mention(name.start(), place, _names(parts)))
+            found.append(Mention(name.start(), place, _names(parts, own)))
     return found
 
 
@@ -145,18 +148,18 @@ def _joined(text: str, start: int, end: int, before: str) -> tuple[list[_Part], 
     return [part], number.end()
 
 
-def _names(parts: list[_Part]) -> tuple[str, ...]:
+def _names(parts: list[_Part], own: str | None) -> tuple[str, ...]:
     if not all(part.clear for part in parts):
         return ()
     found: dict[str, None] = {}
     for before, part in zip([parts[0], *parts], parts, strict=False):
-        found |= dict.fromkeys(_between(before.name, part.name) if part.joint == "range" else [part.name])
+        found |= dict.fromkeys(_between(before.name, part.name, own) if part.joint == "range" else [part.name])
     return tuple(found)
 
 
-def _between(first: str, last: str) -> list[str]:
+def _between(first: str, last: str, own: str | None) -> list[str]:
     """The vertebrae from one to another, both of them included."""
     one, other = NAMES.index(first), NAMES.index(last)
     step = 1 if one <= other else -1
     inside = [NAMES[rank] for rank in range(one, other + step, step)]
-    return [name for name in inside if name not in VARIANTS or name in (first, last)]
+    return [name for name in inside if name not in VARIANTS or name in (first, last, own)]

@@ -63,7 +63,7 @@ def sentence(level: str | None, lesion: Lesion | None, rows: Sequence[Row], *, d
         )
     if text == HEALTHY:
         raise MedSoftError(f"{shown(lesion.name)} has a mask, but {where} says healthy")
-    if wrong := contradiction(text, ImageFacts(None if known == "sacrum" else known, region_of(known), None)):
+    if wrong := contradiction(text, ImageFacts(known, region_of(known), None)):
         raise MedSoftError(f"{shown(lesion.name)}: {wrong} (the labels' or the table's)")
     notes = ("its sentence reads as if there were no lesion",) if probably_healthy(text) else ()
     return Sentence(text, known, fields["lesion_type"], fields["severity"], notes)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ldm.core.errors import UsageError
 from ldm.core.tables import counted
 from ldm.data.samples import META_TEXTS, Sample, plain, text_of
-from ldm.levels import NAMES, REGIONS, SPINE, Mention, mentions
+from ldm.levels import NAMES, REGIONS, SPINE, VARIANTS, Mention, mentions
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ MODALITIES = {
 }
 # Elsewhere in a prompt these words may mean other things: cervical carcinoma, the sacral promontory.
 _REGION = rf"\b({SPINE})\b(?=\s+(?:spine|spinal|vertebra|body|level|segment|column|lesion))"
+STEMS = {"C": "cervic", "T": "thorac", "L": "lumb", "S": "sacr"}  # also of thoracolumbar, and of sacrum
 # T1 and T2 are also MR sequences: what follows them tells.
 _SEQUENCE = re.compile(r"[\s-]?(?:wi?\b|weight|image|signal|sequence|hyper|hypo|iso|bright|dark|relax)", re.IGNORECASE)
 _BONE = re.compile(r"\s*(?:vertebra|bod(?:y|ies)\b|level|椎)", re.IGNORECASE)  # behind it, or before it:
@@ -90,7 +91,7 @@ def image_facts(sample: Sample) -> ImageFacts:
 def levels_named(prompt: str, level: str | None = None) -> list[str]:
     """The vertebrae that a prompt names, as in ["L3"], in its order, see ``ldm.levels``; ``level``: the image's own.
 
-    T1 and T2 count only before "vertebra" and the like, or where they are ``level``.
+    T1 and T2 count only before "vertebra" and the like, or where they are ``level``; T13 and L6 of a range only there.
     """
     return [name for mention in _mentions(prompt, level) for name in mention.names]
 
@@ -99,8 +100,8 @@ def contradiction(prompt: str, facts: ImageFacts) -> str | None:
     """What the prompt names otherwise than the image's ``meta.json``, in words; None if they agree."""
     levels, modalities, region = levels_named(prompt, facts.level), _modalities(prompt), _region(facts)
     regions = _spinal(prompt) | {REGIONS[name[0]] for name in levels}
-    own = levels_named(f"{facts.level} vertebra") if facts.level else []
-    if levels and facts.level and not {*own} & {*levels} and (own or facts.level not in prompt.casefold()):
+    own = _bones(facts.level)
+    if levels and facts.level and not own & {*levels} and (own or facts.level not in prompt.casefold()):
         return f"the prompt names {levels[0]}, the image's level is {facts.level}"
     if region in REGIONS.values() and regions and region not in regions:
         return f"the prompt names the {min(regions)} spine, the image's region is {region}"
@@ -211,7 +212,7 @@ def matched(prompt: str, sample: Sample, source: Sample | None = None) -> Matche
     if agreed != prompt:
         named = [name for name in (*levels, *sorted(_spinal(prompt))) if name not in (facts.level, _region(facts))]
         how = f"{named[0]} replaced by {facts.level or facts.region}"
-    elif not facts.level:
+    elif not facts.level or (levels and not {*levels} & {*levels_named(f"{facts.level} vertebra")}):
         how = "level unknown"
     else:
         how = "same level" if levels or (source and image_facts(source).level == facts.level) else "no level named"
@@ -231,12 +232,12 @@ def _compatible(one: str | None, other: str | None) -> bool:
 
 def _mentions(prompt: str, level: str | None) -> Sequence[Mention]:
     """Each place where vertebrae are named."""
-    return _places(prompt, level if level in ("T1", "T2") else None)
+    return _places(prompt, level if level in ("T1", "T2", *VARIANTS) else None)
 
 
 @lru_cache(REMEMBERED)
 def _places(prompt: str, level: str | None) -> Sequence[Mention]:
-    return tuple(each for each in mentions(prompt) if not _sequences(each, prompt, level))
+    return tuple(each for each in mentions(prompt, level) if not _sequences(each, prompt, level))
 
 
 def _sequences(mention: Mention, prompt: str, level: str | None) -> bool:
@@ -259,8 +260,16 @@ def _spinal(prompt: str) -> frozenset[str]:
     return frozenset(word.lower() for word in re.findall(_REGION, prompt, re.IGNORECASE))
 
 
+@lru_cache(REMEMBERED)
+def _bones(level: str | None) -> frozenset[str]:
+    """The vertebrae that a level may mean: those that it names, else all of its regions ("lumbar spine", "sacrum")."""
+    named = levels_named(f"{level} vertebra") if level else []
+    return frozenset(named or [name for name in NAMES if level and STEMS[name[0]] in level.casefold()])
+
+
 def _region(facts: ImageFacts) -> str | None:
-    return REGIONS.get(facts.level[0], facts.region) if facts.level else facts.region
+    regions = {REGIONS[name[0]] for name in _bones(facts.level)}
+    return regions.pop() if len(regions) == 1 else facts.region
 
 
 @lru_cache(REMEMBERED)

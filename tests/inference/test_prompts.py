@@ -75,6 +75,19 @@ def test_t2_is_a_vertebra_where_the_image_says_so() -> None:
         ("near the sacral promontory", "L5", "lumbar", None, None, "near the sacral promontory"),
         ("lesion of L3", "vertebra 20", None, None, "names L3", None),
         ("disc lesion at L3-L4", "l3-l4", None, None, None, "disc lesion at L3-L4"),
+        # A region contradicts no vertebra of it, and is the image's where meta.json says no other one.
+        ("lesion of L3", "lumbar", None, None, None, "lesion of L3"),
+        ("lesion of T3", "lumbar spine", None, None, "names T3, the image's level is lumbar spine", None),
+        ("lesion of the thoracic spine", "lumbar", None, None, "thoracic", "lesion of the lumbar spine"),
+        ("lesion of L1", "thoracolumbar junction", None, None, None, "lesion of L1"),
+        ("lesion of C2", "thoracolumbar junction", None, None, "names C2", None),
+        ("lesion of S2", "sacrum", None, None, None, "lesion of S2"),
+        ("lesion of L5", "sacrum", None, None, "names L5", None),
+        # A variant is named by a range that it lies in where the image is of one.
+        ("lesion of T12-L1", "T13", None, None, None, "lesion of T12-L1"),
+        ("lesion of T12 to L1", "L1", None, None, None, "lesion of T12 to L1"),
+        ("lesion of L5-S1", "L6", None, None, None, "lesion of L5-S1"),
+        ("lesion of T12/L1", "T13", None, None, "names T12", None),
     ],
 )
 def test_contradictions_are_named_and_replaced_where_that_is_certain(
