@@ -17,6 +17,7 @@ from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.paths import walk
 from ldm.exchange.cases import ROWS_DIFFER, Case, Problem, Row, is_volume, read_rows, stem, with_row_files
 from ldm.exchange.sentences import read_sentences
+from ldm.levels import mentions
 from ldm.volumes.labels import structure_named
 from ldm.volumes.segmentations import references
 
@@ -27,10 +28,10 @@ SHOWN = 3  # names in a message
 _WORDS = (
     r"lesions?|labels?|labelmap|seg(mentations?)?|segm|totalseg(mentator)?|masks?|msk|tumou?rs?|metastas[ie]s|mets?|"
     r"findings?|roi|gt|groundtruth|truth|annotations?|contours?|rtstruct|rtss|vert(ebrae?)?|spine|subreg|body|bodies|"
-    r"lytic|blastic|sclerotic|left|right|manual|pred|image|img|ct|mri?|t1w?|t2w?|stir|text|report|prompts?|sentences?|"
-    r"(th|[ctls])\d{1,2}"
+    r"lytic|blastic|sclerotic|left|right|manual|pred|image|img|ct|mri?|t1w?|t2w?|stir|text|report|prompts?|sentences?"
 )
-_REST = re.compile(rf"(_0000)?([\W_]+({_WORDS})([\W_]?\d{{1,3}})?)*[\W_]*")
+_REST = re.compile(rf"([_ ]0000)?([\W_]+({_WORDS})([\W_]?\d{{1,3}})?)*[\W_]*")
+_APART = re.compile(r"[A-Z][\s-]\d")  # "T 2" names a vertebra in a sentence; P1_T_2 may be another image than P1
 UNCLEAR = "a lesion file, row or text that may be its own is unclear: it is not taken for healthy"
 
 
@@ -222,7 +223,16 @@ def _perhaps(entry: _Entry, cases: Sequence[Case]) -> set[int]:
 def _fits(key: str, name: str) -> int:
     """How many letters of ``key`` are ``name``: all, or its beginning before words that say what a file holds."""
     rest = _rest(key, name)
-    return len(name) if rest is not None and _REST.fullmatch(rest) else 0
+    return len(name) if rest is not None and _REST.fullmatch(_without_levels(rest)) else 0
+
+
+def _without_levels(rest: str) -> str:
+    """``rest`` with one of the words in the place of each vertebra that it names; ``_`` is a space there."""
+    text = rest.replace("_", " ").upper()  # small letters are as good as large ones
+    for mention in reversed(mentions(text)):
+        if not _APART.match(text, mention.start):
+            text = f"{text[: mention.start]}VERT{text[mention.end :]}"
+    return text.casefold()
 
 
 def _rest(key: str, name: str) -> str | None:

@@ -158,6 +158,29 @@ def test_lesions_several_for_one_image_and_none_for_another(
     assert "1 of 2 images have no file of --lesions" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["D12", "LWK3", "lwk_3", "Th12", "t2", "L3-5", "T12-L1", "lumbar_2", "L5_2"])
+def test_a_vertebra_in_the_name_of_a_file_is_read_as_in_a_sentence(
+    tmp_path: Path, volume: Callable[[str], Path], name: str
+) -> None:
+    for each in ("images/P1", "images/P2", f"lesions/P1_{name}_lesion", f"lesions/P2-lesion_2-{name}"):
+        volume(f"{each}.nii.gz")
+    cases, problems = paired(tmp_path / "images", lesions=tmp_path / "lesions")
+    assert [path.name for case in cases for path, _ in case.lesions] == [
+        f"P1_{name}_lesion.nii.gz",
+        f"P2-lesion_2-{name}.nii.gz",
+    ]
+    assert not problems
+
+
+@pytest.mark.parametrize("name", ["D14", "T_2", "L9", "-2", "S_1", "visit2"])
+def test_what_names_no_vertebra_may_be_another_image(tmp_path: Path, volume: Callable[[str], Path], name: str) -> None:
+    for each in ("images/P1", f"lesions/P1_{name}_lesion"):
+        volume(f"{each}.nii.gz")
+    cases, problems = paired(tmp_path / "images", lesions=tmp_path / "lesions")
+    assert not cases
+    assert "begins as that of P1.nii.gz" in problems[0].reason
+
+
 def test_images_to_which_one_lesion_file_may_belong_are_not_healthy(
     tmp_path: Path, volume: Callable[[str], Path]
 ) -> None:
