@@ -4,7 +4,9 @@ What is shared is a folder: model.safetensors (weights and what they say of them
 the card, SHA256SUMS. The checksums find damage; they are no signature.
 """
 
+import errno
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -15,10 +17,10 @@ from pathlib import Path
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.checkpoints.files import verify
-from ldm.core.errors import MedSoftError, UsageError, first_line
+from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import atomic_folder, read_json, read_text, sha256_file, write_text
 from ldm.core.paths import confined, walk
-from ldm.core.tables import counted
+from ldm.core.tables import counted, shortened
 from ldm.data.checks import TRAINED_ON
 from ldm.sharing.card import CARD_FILES, MODEL_CARD, RECORD, portable
 
@@ -27,7 +29,11 @@ log = logging.getLogger(__name__)
 MODEL, SUMS = "model.safetensors", "SHA256SUMS"
 HARMLESS = {*CARD_FILES, "LICENSE", "LICENSE.md", "CITATION.cff"}  # files of a card that hold no image
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-REFUSED = (401, 403, 404)  # of HTTP: what the hub answers who may not see a repository, or write into it
+MOST_WORDS = 300  # of what the hub's package says, which may be several lines
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# What Python, httpx (by whatever name it is installed) and the hub's package raise where there is no way to the hub.
+UNREACHED = {"ConnectionError", "TimeoutError", "gaierror", "TransportError"}
+UNREACHED |= {"LocalEntryNotFoundError", "RevisionResolutionError"}
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -142,13 +148,37 @@ def _upload(folder: Path, repo: str, public: bool) -> None:
 
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
-    """What goes wrong between here and the hub, as one line."""
+    """What goes wrong between here and the hub, as one line: of which kind it is, the package's own words, a cure."""
     try:
         yield
-    except Exception as error:  # of the hub's package, of the connection, of its rights
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        cure = "; `hf auth login` gives access, if the repository exists" if status in REFUSED else ""
-        raise MedSoftError(f"{repo}: the hub failed ({first_line(error)}){cure}") from error
+    except Exception as error:  # of the hub's package, of the connection, of the disk
+        what, cure = _fault(error)
+        words = shortened(" ".join(str(error).split()), MOST_WORDS) or type(error).__name__
+        raise MedSoftError(f"{repo}: {what} ({words}){cure and '; '}{cure}") from error
+
+
+def _fault(error: Exception) -> tuple[str, str]:
+    """What has failed, and what to do about it, where the error tells."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL):
+        return "the disk is full", "make room, there or where TMPDIR and HF_HOME lie, and run the same command again"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision", "give another --revision, or none"
+    if isinstance(error, errors.GatedRepoError):
+        return "its owner admits readers one by one", "ask for access on its page, then `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError) or (status == 404 and "EntryNotFoundError" not in kinds):
+        cure = "look at the name; `hf auth login` gives access to a private one"
+        return "there is no such repository, or you may not see it", cure
+    if isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
+        return "you are not logged in, or your token is no longer valid", "`hf auth login`"
+    if status == 403:
+        return "your login may not do that", "`hf auth login` with a token that may write there, or ask its owner"
+    if kinds & UNREACHED:
+        return "the hub cannot be reached", "look at the network, and that HF_HUB_OFFLINE is not set"
+    return "the hub failed", ""
 
 
 def pull(source: Path | str, output_dir: Path, revision: str | None, overwrite: bool) -> None:
