@@ -1,7 +1,6 @@
 """Checks of whole data sets, for preparation, training, tool/doctor.py and the classifier: leaks between splits,
 classes and prompts. No file is decoded here; no torch."""
 
-import itertools
 import logging
 import re
 from collections import Counter
@@ -296,14 +295,15 @@ def doubtful_texts(samples: Sequence[Sample]) -> Iterator[tuple[str, list[str]]]
 
 
 def warn_of_texts(samples: Sequence[Sample]) -> None:
-    """Warning lines for the doubtful texts of a data set, and for what was noted when its files were read."""
+    """Warning lines for the doubtful texts of a data set, and one for each thing noted when its files were read."""
     for what, members in doubtful_texts(samples):
         _warn(what, members)
     noted: dict[str, list[Sample]] = {}
     for sample in samples:
         for note in dict.fromkeys(sample.notes):
             noted.setdefault(note, []).append(sample)
-    warn_of_first(log, itertools.starmap(_of_first, noted.items()), shown=SHOWN)
+    for what, those in noted.items():  # however many: each is another fault, and none stands for the others
+        log.warning("%s", _of_first(what, those))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -490,3 +490,15 @@ def test_an_annotation_file_that_somebody_else_wrote_makes_no_result_real(tmp_pa
     assert {s.sample_id: s.synthetic for s in samples} == {"tag": True, "parent": True, "real": False, "none": False}
     write_annotations(tmp_path / "again.json", samples)
     assert load_samples(tmp_path / "again.json") == (samples, [])
+
+
+def test_every_kind_of_note_has_a_line(tmp_path: Path, write_sample: Write, caplog: pytest.LogCaptureFixture) -> None:
+    spelled = [f"{before}healthy{after}" for before in ('"', "'", "(", " [", "`") for after in (".", ";", "!")]
+    for number, prompt in enumerate(spelled):
+        for copy in range(2):
+            write_sample(tmp_path / f"s{number:02d}{copy}", prompt, anatomy=np.ones((20, 24), np.uint8), mask=None)
+    load_samples(tmp_path)
+    said = [message for message in caplog.messages if "is read as `healthy`" in message]
+    assert len(said) == len(spelled)
+    assert all("(and 1 more sample)" in message for message in said)
+    assert "more like that" not in caplog.text
