@@ -5,6 +5,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ldm.core.errors import MedSoftError, UsageError
@@ -26,6 +27,7 @@ from ldm.phantom.worlds import STANDARD, named, world_of
 INDEX_FILE = "phantoms.json"
 META = ("sample_id", "patient_id", "lesion_type", "level", "severity", "spacing_mm", "seed")  # of meta.json
 TILE = 148  # pixels of a contact sheet; no phantom of the default world is larger
+CAPTION = 22  # pixels of the line above a row of a contact sheet
 
 
 def write_dataset(
@@ -105,7 +107,8 @@ def _png(array: np.ndarray) -> bytes:
 
 
 def write_sheet(path: Path, seed: int, size: int | None = None, world: str = STANDARD) -> None:
-    """A PNG: one row of healthy phantoms, one row for each lesion type from subtle (left) to severe (right).
+    """A PNG: one row of healthy phantoms, one row for each lesion type from subtle (left) to severe (right), each under
+    a line that says so.
 
     In another world than the standard one each lesion stands there twice, the second time with the outline of its mask.
     A ``path`` that ends in .jpg becomes a JPEG.
@@ -121,10 +124,20 @@ def write_sheet(path: Path, seed: int, size: int | None = None, world: str = STA
             phantom = render_phantom(seed, patient, lesion_type, severity, size=size, world=world)
             image = phantom.image if shown == column else _outlined(phantom)
             tiles.append(np.pad(image, [((tile - side) // 2, (tile - side + 1) // 2) for side in image.shape]))
-        rows.append(np.hstack(tiles))
+        rows += [_caption(lesion_type, columns, tile), np.hstack(tiles)]
     suffix = path.suffix if path.suffix.lower() in (".jpg", ".jpeg") else ".png"
     with atomic_file(path) as handle:
         handle.write(cv2.imencode(suffix, np.vstack(rows), [cv2.IMWRITE_JPEG_QUALITY, 75])[1].tobytes())
+
+
+def _caption(lesion_type: str | None, columns: int, tile: int) -> np.ndarray:
+    """What the ``columns`` tiles of a row are, CAPTION x (columns * tile) uint8."""
+    line = Image.new("L", (columns * tile, CAPTION))
+    pen, font = ImageDraw.Draw(line), ImageFont.load_default(14)
+    told = [f"{lesion_type}, {severity}" for severity in SEVERITIES] if lesion_type else ["healthy"]
+    for place, text in enumerate(told):
+        pen.text((place * (columns // len(SEVERITIES)) * tile + 6, 3), text, 220, font)
+    return np.asarray(line)
 
 
 def _outlined(phantom: Phantom) -> np.ndarray:

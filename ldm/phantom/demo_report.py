@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from ldm.classifier.report import shown_name
 from ldm.config import stage_configs
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_json, write_json
@@ -381,8 +382,9 @@ def _classifiers(summary: Mapping[str, Any], path: Path) -> dict[str, Any]:
     arms = summary["classifiers"]
     if not arms:
         return {}
-    rows = [[n, *(_shown_interval(each[n]) if n in each else None for each in arms.values())] for n in CLASSIFIER_ROWS]
-    rows += [[name, *(each[name] for each in arms.values())] for name in COUNTS]
+    shown = {n: [_shown_interval(each[n]) if n in each else None for each in arms.values()] for n in CLASSIFIER_ROWS}
+    shown |= {name: [each[name] for each in arms.values()] for name in COUNTS}
+    rows = [[shown_name(name), *values] for name, values in shown.items()]
     return {
         "classifier_head": ["", *(ARMS[arm] for arm in arms)],
         "classifier_rows": rows,

@@ -133,7 +133,7 @@ def test_a_sheet_shows_the_images_of_that_size(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr("ldm.phantom.dataset.render_phantom", small)
     assert _run("--sheet", tmp_path / "sheet.png", "--size", 256) == 0
     assert sizes == [256] * 45
-    assert read_image(tmp_path / "sheet.png").shape == (5 * 260, 9 * 260)
+    assert read_image(tmp_path / "sheet.png").shape == (5 * (22 + 260), 9 * 260)
 
 
 @pytest.mark.parametrize("size", [255, 2049])

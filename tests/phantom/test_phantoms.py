@@ -264,7 +264,8 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
 def test_contact_sheet(tmp_path):
     assert make_phantoms.main(make_phantoms.build_parser().parse_args(["--sheet", str(tmp_path / "sheet.png")])) == 0
     sheet = cv2.imread(str(tmp_path / "sheet.png"), cv2.IMREAD_GRAYSCALE)
-    assert sheet.shape[0] == 5 * 148
+    assert sheet.shape[0] == 5 * (22 + 148)
+    assert all(line[4:18, :80].any() for line in sheet.reshape(5, 170, -1))  # a row says what it shows
     assert sheet.std() > 20
 
 

@@ -242,8 +242,9 @@ def test_a_sheet_shows_the_kinds_of_a_world_with_their_masks(world: str, tmp_pat
         assert _run("--sheet", tmp_path / name, "--world", world) == 0
     assert set(kinds) == {(kind, world) for kind in (None, *WORLDS[world].lesion_types)}
     sheet = read_image(tmp_path / "sheet.png")
-    assert sheet.shape == read_image(tmp_path / "sheet.jpg").shape == (5 * 148, 6 * 148)
-    plain, outlined = sheet[148:, :148], sheet[148:, 148:296]
+    assert sheet.shape == read_image(tmp_path / "sheet.jpg").shape == (5 * (22 + 148), 6 * 148)
+    rows = sheet.reshape(5, 170, -1)[1:, 22:]  # without the lines that say what they show
+    plain, outlined = rows[..., :148], rows[..., 148:296]
     assert 20 < (plain != outlined).sum() < 0.1 * plain.size
     assert (outlined[plain != outlined] == 255).all()
 
