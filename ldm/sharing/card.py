@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ldm import levels
 from ldm.config import as_yaml, config_from_dict
 from ldm.core.errors import UsageError
 from ldm.core.files import write_json, write_text
@@ -175,9 +176,10 @@ def _trained_on(facts: Facts) -> Iterator[str]:
 
 
 def _counts(partitions: Mapping[str, Partition]) -> str:
-    rows = []
+    rows, spine = [], {name: place for place, name in enumerate(levels.NAMES)}
     for what in ("class", "lesion type", "severity", "level"):
-        values = sorted({value for each in partitions.values() for value in each.counts[what]})
+        found = {value for each in partitions.values() for value in each.counts[what]}
+        values = sorted(found, key=lambda value: (spine.get(value, len(spine)), value))  # vertebrae from the head down
         for value in values:
             rows.append((what, value, *(each.counts[what].get(value, 0) for each in partitions.values())))
     return markdown_table(("", "", *partitions), rows)

@@ -91,6 +91,7 @@ def test_card_says_what_the_records_say(world: Path, ckpt: Path, tmp_path: Path)
     assert "| patients | 9 | 3 | 4 |" in data
     assert "| patients behind the weights | 9 | 0 | 0 |" in data
     assert "| class | healthy | 5 | 1 | 2 |" in data
+    assert data.index("| level | T10 |") < data.index("| level | L1 |")  # from the head down
     claim = (folder / "CLAIM.md").read_text()
     assert claim.count("\n| ") - 2 == len(ITEMS) == 44  # a head and its rule
     assert "none of val and test is among those" in claim
