@@ -172,7 +172,13 @@ def _agreement_rows(key: Key, agreement: Mapping[str, Any]) -> list[list[str]]:
         rows.append(["Fleiss' kappa, six steps", with_bounds(steps["value"], steps["interval"])])
     rows.append(["weighted kappa of two readers, mean", number(agreement["weighted_mean"])])
     rows.append([f"weighted kappa with oneself, {agreement['repeats_answered']} repeats", number(agreement["intra"])])
-    return [*rows, *([f"weighted kappa of {codes}", number(value)] for codes, value in agreement["weighted"].items())]
+    return [
+        *rows,
+        *(
+            [f"weighted kappa of {codes.replace(' ', ' and ')}", number(value)]
+            for codes, value in agreement["weighted"].items()
+        ),
+    ]
 
 
 def _group_rows(measured: Mapping[str, Any]) -> list[list[Any]]:
