@@ -148,7 +148,7 @@ def write_report(folder: Path, key: Key, readers: Sequence[Reader], measured: Ma
 
 def _heading(column: str, main: str) -> str:
     """A column of readers.csv as the page names it."""
-    known = {f"{main}_low": f"{NAMES[main]}: 95 % from", f"{main}_high": "to", "years": "years of experience"}
+    known = {f"{main}_low": f"{NAMES[main]}: 95 % from", f"{main}_high": "to"}
     return (NAMES | known).get(column, column.replace("_", " "))
 
 
