@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,49 +219,69 @@ def decode_sample(sample_id: str, folder: Path) -> tuple[Sample, Decoded]:
         raise FileError(folder / "image.png", "does not exist")
     opened = {"image": open_image(files["image"])}
     image = read_image(opened["image"])
-    prompt_file = files.get("prompt.txt") or folder / "prompt.txt"
-    raw = read_text(prompt_file, "prompt file")
-    prompt = prompt_of(raw)
-    if fault := prompt_fault(prompt):
-        raise FileError(prompt_file, fault)
-    diseased = prompt.lower() != HEALTHY
+    prompt, prompt_notes = _read_prompt(files.get("prompt.txt") or folder / "prompt.txt")
     meta_file = files.get("meta.json") or folder / "meta.json"
     meta = read_meta(meta_file)
-    if diseased and "mask" not in files:
+    if prompt != HEALTHY and "mask" not in files:
         raise FileError(folder / "mask.png", "does not exist; a sample that is not healthy needs its lesion's mask")
     for stem in [stem for stem in STEMS[1:] if stem in files]:
         opened[stem] = open_image(files[stem])
         if opened[stem].data == opened["image"].data:
             raise FileError(files[stem], f"is a copy of {files['image'].name}; put the right file in its place")
-    marked = read_regions(image, opened)
-    found = region_notes(image, marked, not diseased)
-    regions = {} if marked.anatomy is None else {"vertebra": marked.anatomy == TARGET_LABEL}
-    if marked.mask is not None:
-        regions["lesion" if diseased else "vertebra"] = marked.mask.hard
-    try:
-        notes = [*intensity_notes(image, meta.get("window"), regions)]
-    except MedSoftError as error:
-        raise FileError(meta_file, str(error)) from error
-    notes += dict.fromkeys(note.text for note in found)
-    if orientations_differ(opened.values()):
-        notes.append(ORIENTATION_NOTE)
-    if prompt == HEALTHY and raw.strip().lower() != HEALTHY:
-        notes.append(f"the prompt {raw.strip()!r} is read as `healthy`")
+    decoded = Decoded(opened["image"], image, read_regions(image, opened))
+    absolute = os.path.abspath(folder)
+    paths = {stem: Path(absolute, files[stem].name) if stem in files else None for stem in STEMS}
+    sample = _sample_of(sample_id, paths, prompt, meta, decoded)
+    return replace(sample, notes=(*_notes(sample, decoded, meta_file), *prompt_notes)), decoded
+
+
+def _read_prompt(file: Path) -> tuple[str, list[str]]:
+    """The prompt in a file, and what a person should know of it; FileError for a text that cannot be one."""
+    raw = read_text(file, "prompt file")
+    prompt = prompt_of(raw)
+    if fault := prompt_fault(prompt):
+        raise FileError(file, fault)
+    other = prompt == HEALTHY and raw.strip().lower() != HEALTHY
+    return prompt, [f"the prompt {raw.strip()!r} is read as `healthy`"] if other else []
+
+
+def _sample_of(sample_id: str, paths: Mapping[str, Any], prompt: str, meta: dict[str, Any], decoded: Decoded) -> Sample:
+    """The sample that the files say it is; ``paths``: of the images, by their stems. ``meta`` keeps what is left."""
     texts: dict[str, Any] = {key: text_of(meta.pop(key, None)) for key in META_TEXTS}
     texts["patient_id"] = texts["patient_id"] or sample_id
-    absolute = os.path.abspath(folder)
-    paths: dict[str, Any] = {stem: files.get(stem) for stem in STEMS}
-    if absolute != str(folder):
-        paths = {stem: path and Path(absolute, path.name) for stem, path in paths.items()}
     meta.pop("sample_id", None)  # the folder's path is the identity
-    synthetic = meta.pop("synthetic", texts["parent_id"] is not None) or SYNTHETIC_MARK in opened["image"].data[:1024]
-    planned = diseased or synthetic or "soft_mask" in files  # made to be inpainted, it may be any part of the vertebra
-    if not planned and _is_part(marked.mask, marked.anatomy):
+    pixels = decoded.file.data
+    return Sample(
+        sample_id,
+        prompt=prompt,
+        box=mask_box(decoded.regions.mask),
+        synthetic=meta.pop("synthetic", texts["parent_id"] is not None) or SYNTHETIC_MARK in pixels[:1024],
+        meta=meta,
+        image_sha256=hashlib.sha256(pixels).hexdigest(),
+        **paths,
+        **texts,
+    )
+
+
+def _notes(sample: Sample, decoded: Decoded, meta_file: Path) -> list[str]:
+    """What a person should know of a sample's files; FileError for what is certainly a mistake in them."""
+    image, regions = decoded.image, decoded.regions
+    of_regions = region_notes(image, regions, sample.healthy)
+    marked = {} if regions.anatomy is None else {"vertebra": regions.anatomy == TARGET_LABEL}
+    if regions.mask is not None:
+        marked["vertebra" if sample.healthy else "lesion"] = regions.mask.hard
+    try:
+        notes = [*intensity_notes(image, sample.meta.get("window"), marked)]
+    except MedSoftError as error:
+        raise FileError(meta_file, str(error)) from error
+    notes += dict.fromkeys(note.text for note in of_regions)
+    if orientations_differ([decoded.file, *regions.files.values()]):
+        notes.append(ORIENTATION_NOTE)
+    # A region to inpaint may be any part of the vertebra.
+    to_inpaint = sample.synthetic or sample.soft_mask is not None
+    if sample.healthy and not to_inpaint and _is_part(regions.mask, regions.anatomy):
         notes.append(PART_NOTE)
-    box = mask_box(marked.mask)
-    known: dict[str, Any] = {"notes": tuple(notes), "image_sha256": hashlib.sha256(opened["image"].data).hexdigest()}
-    sample = Sample(sample_id, prompt=prompt, box=box, synthetic=synthetic, meta=meta, **known, **paths, **texts)
-    return sample, Decoded(opened["image"], image, marked)
+    return notes
 
 
 def _is_part(mask: Mask | None, labels: np.ndarray | None) -> bool:
