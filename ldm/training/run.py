@@ -245,8 +245,8 @@ def make_fabric(options: TrainingOptions, training: TrainingConfig) -> tuple["Fa
 def _run(
     folder: TrainingFolder, options: TrainingOptions, config: Config, inputs: TrainingInputs, source: Checkpoint
 ) -> int:
-    training, save_path = config.training, folder.path
-    if options.ckpt.resolve() in [path.resolve() for path in (folder.record, *best_files(save_path))]:
+    training = config.training
+    if options.ckpt.resolve() in [path.resolve() for path in (folder.record, *best_files(folder.path))]:
         raise UsageError(f"--ckpt {options.ckpt}: lies in --save_path and would be replaced; give another --save_path")
     content = fingerprint([inputs.identities, source.sha256()])
     found = folder.open(run_settings(config, content), options.overwrite)
@@ -254,57 +254,86 @@ def _run(
     if previous and previous.metadata.get("complete"):
         previous = folder.of_use(options.overwrite, partial(_complete, previous, inputs, config, options.overwrite))
         if previous:
-            log.info("%s: already complete (%s)", save_path, counted(previous.step or 0, "step"))
-            return cli.SOME_REJECTED if (save_path / REJECTS).exists() else cli.DONE
+            log.info("%s: already complete (%s)", folder.path, counted(previous.step or 0, "step"))
+            return cli.SOME_REJECTED if (folder.path / REJECTS).exists() else cli.DONE
     fabric, precision = make_fabric(options, training)
-    previews = config.sampling if training.pictures > 0 and "unet" in training.builds else None
-
     torch.manual_seed(training.seed)
-    check_needs(save_path, config.architecture, training, inputs, fabric, precision, begun=previous is not None)
-    encoders, clip = open_encoders(config, source)
+    check_needs(folder.path, config.architecture, training, inputs, fabric, precision, begun=previous is not None)
+    encoders = open_encoders(config, source)
     if previous:
-        previous = folder.of_use(options.overwrite, partial(check_encoder, clip, previous))
+        previous = folder.of_use(options.overwrite, partial(check_encoder, encoders[1], previous))
     log_groups(config.architecture, training, source)
-    theirs = source.metadata
-    metadata = {
-        "config": dataclasses.asdict(config),
-        "stage": training.stage,
-        "inputs": content,
-        **encoder_record(clip),
-        TRAINED_ON: inputs.trained_on,
-        "noise": NOISE,
-        "origin": {"file": options.ckpt.name, "stage": theirs.get("stage"), "from": theirs.get("origin")},
-    }
-    networks = encoders.to(fabric.device), clip.to(fabric.device)
-    cache = options.cache_dir or save_path.parent / "feature_cache"
-    builder = FeatureBuilder(cache, config.data, *networks, inputs.digests, training.feature_batch)
-    inputs.leave_out(builder.build(inputs.all_items), training.max_rejected)
-    features = builder.store
-    del builder, networks, encoders, clip  # their memory is free before the networks of a step take theirs
-    kept = [*STEP_PARTS, *(["autoencoder"] if previews else [])]
-    net = loaded(config.architecture, source, [part for part in training.builds if part in kept])
-    net.to(fabric.device)
-    wanted = skeleton(net.architecture, training.builds)
-    frozen = {key: value for key, value in source.state.items() if key in wanted}
-    stage = Stage(training, net, frozen, features.empty_text(), half_frozen=precision == "bf16-mixed")
+    metadata = _metadata(config, content, inputs, source, encoders[1])
+    features = _features(options, config, inputs, encoders, fabric.device)
+    del encoders  # their memory is free before the networks of a step take theirs
+    previews = config.sampling if training.pictures > 0 and "unet" in training.builds else None
+    stage = _stage(config, source, features, fabric.device, precision, with_autoencoder=previews is not None)
     batches = len(loader(StageData(inputs.items["train"], features, training, fixed=False), training, shuffle=True))
     state = folder.of_use(options.overwrite, partial(RunState.of, previous, stage, batches)) if previous else None
     if is_first_process():
         folder.claim()
-        write_text(save_path / "config.yaml", as_yaml(config))
-        write_rejects(save_path / REJECTS, inputs.rejects)
+        write_text(folder.path / "config.yaml", as_yaml(config))
+        write_rejects(folder.path / REJECTS, inputs.rejects)
         if state:
             log.info("resuming after step %d", state.progress.step)
     fabric.launch()
     stage.share_out(fabric.world_size)
-    checkpoints = Checkpoints(save_path, stage, metadata, fabric, precision, state)
+    checkpoints = Checkpoints(folder.path, stage, metadata, fabric, precision, state)
     del found, previous, state  # as long as its tensors are mapped, the disk keeps the file that is replaced
-    loop = _training(checkpoints, precision, inputs, features, previews)
-    if code := _guarded(loop):
+    if code := _guarded(_training(checkpoints, precision, inputs, features, previews)):
         return code
     log.info("%s: %s, complete", checkpoints.path, counted(checkpoints.progress.step, "step"))
     # The launcher kills the first process when one that it started does not end with 0.
     return cli.SOME_REJECTED if inputs.rejects and fabric.is_global_zero else cli.DONE
+
+
+def _metadata(
+    config: Config, content: str, inputs: TrainingInputs, source: Checkpoint, encoder: ImageTextEncoder
+) -> dict[str, Any]:
+    """What every checkpoint of the run says of itself; ``content``: a fingerprint of the data and of ``source``."""
+    theirs = source.metadata
+    return {
+        "config": dataclasses.asdict(config),
+        "stage": config.training.stage,
+        "inputs": content,
+        **encoder_record(encoder),
+        TRAINED_ON: inputs.trained_on,
+        "noise": NOISE,
+        "origin": {"file": source.path.name, "stage": theirs.get("stage"), "from": theirs.get("origin")},
+    }
+
+
+def _features(
+    options: TrainingOptions,
+    config: Config,
+    inputs: TrainingInputs,
+    encoders: tuple[MedSoftModel, ImageTextEncoder],
+    device: torch.device,
+) -> FeatureStore:
+    """The features of all items; samples that cannot be read any more leave ``inputs``."""
+    cache = options.cache_dir or options.save_path.parent / "feature_cache"
+    model, encoder = encoders[0].to(device), encoders[1].to(device)
+    builder = FeatureBuilder(cache, config.data, model, encoder, inputs.digests, config.training.feature_batch)
+    inputs.leave_out(builder.build(inputs.all_items), config.training.max_rejected)
+    return builder.store
+
+
+def _stage(
+    config: Config,
+    source: Checkpoint,
+    features: FeatureStore,
+    device: torch.device,
+    precision: str,
+    with_autoencoder: bool,
+) -> Stage:
+    """What a step runs, and for previews the autoencoder, on ``device`` with the weights of ``source``."""
+    training = config.training
+    kept = [*STEP_PARTS, *(["autoencoder"] if with_autoencoder else [])]
+    net = loaded(config.architecture, source, [part for part in training.builds if part in kept])
+    net.to(device)
+    wanted = skeleton(net.architecture, training.builds)
+    frozen = {key: value for key, value in source.state.items() if key in wanted}
+    return Stage(training, net, frozen, features.empty_text(), half_frozen=precision == "bf16-mixed")
 
 
 def _complete(previous: Checkpoint, inputs: TrainingInputs, config: Config, overwrite: bool) -> Checkpoint:
