@@ -40,9 +40,8 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, [*given, *args.overrides])
     from ldm.evaluation.run import Sources, evaluate
 
-    sources = Sources(args.real, args.synthetic, args.train_json)
-    how = {name: getattr(args, name) for name in ("quarantine", "overwrite", "predictions", "review")}
-    clean = evaluate(sources, args.output_dir, config.data, config.biomedclip, **how)
+    sources = Sources(args.real, args.synthetic, args.train_json, args.predictions, args.review)
+    clean = evaluate(sources, args.output_dir, config.data, config.biomedclip, args.quarantine, args.overwrite)
     return cli.DONE if clean else cli.SOME_REJECTED
 
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.config import BiomedClipConfig, DataConfig
 from ldm.core.errors import MedSoftError, UsageError
@@ -19,7 +19,7 @@ from ldm.data.checks import FEWEST_PATIENTS, check_unseen, drawn_by, groups_of_s
 from ldm.data.folders import parent_image
 from ldm.data.preparation import described_identity
 from ldm.data.samples import Reject, Sample
-from ldm.evaluation.copies import check_copies, quarantine_copies
+from ldm.evaluation.copies import CopyCheck, check_copies, quarantine_copies
 from ldm.evaluation.information import asked_drawn, information_text, judged_types
 from ldm.evaluation.lesions import (
     Lesion,
@@ -42,11 +42,17 @@ EXTRACTOR = "BiomedCLIP, CLS token after the trunk's final norm, of the model's 
 
 @dataclass(frozen=True)
 class Sources:
-    """Dataset folders or annotation files; ``train``: what the generator learned from, ``real`` where it is None."""
+    """What is compared: dataset folders or annotation files, and what others say of the synthetic images.
+
+    ``train``: what the generator learned from, ``real`` where it is None. ``predictions``: what a judge says of the
+    synthetic images, see ``judged_types``. ``review``: files whose rejected images are left out, see ``apply_review``.
+    """
 
     real: Path
     synthetic: Path
     train: Path | None = None
+    predictions: Path | None = None
+    review: Sequence[Path] = ()
 
     @property
     def held_out(self) -> bool:
@@ -68,6 +74,28 @@ class Sources:
             raise UsageError(f"{self.real}: {same}")
 
 
+class Inputs(NamedTuple):
+    """What is read of the sources before anything is measured."""
+
+    samples: dict[str, list[Sample]]  # of each source, without images that a review rejects
+    rejects: list[Reject]
+    judged: tuple[list[str], list[str], list[str]] | None  # see ``judged_types``
+    review: dict[str, Any] | None  # the record of ``apply_review``
+
+    def settings(self, encoder: ImageTextEncoder, data: DataConfig) -> dict[str, Any]:
+        """All that decides the numbers."""
+        found: dict[str, Any] = {
+            name: fingerprint([described_identity(sample) for sample in each]) for name, each in self.samples.items()
+        }
+        found["parents"] = _parents(self.samples["synthetic"])
+        found |= {"biomedclip": encoder.fingerprint, "data": identity(data, "features")}
+        if self.judged:
+            found["predictions"] = fingerprint(self.judged)
+        if self.review:
+            found["review_sha256"] = [each["sha256"] for each in self.review["files"]]
+        return found
+
+
 def evaluate(
     sources: Sources,
     output_dir: Path,
@@ -75,14 +103,10 @@ def evaluate(
     biomedclip: BiomedClipConfig,
     quarantine: bool = False,
     overwrite: bool = False,
-    predictions: Path | None = None,
-    review: Sequence[Path] = (),
 ) -> bool:
     """Measure and write everything; whether there are neither copies nor samples that cannot be read.
 
-    ``predictions``: what a judge says of the synthetic images, see ``judged_types``. ``review``: files whose rejected
-    images are left out of them, see ``apply_review``. ``quarantine`` moves the copies out of the synthetic folder. The
-    output folder is changed only when all is measured.
+    ``quarantine`` moves the copies out of the synthetic folder. The output folder is changed only when all is measured.
     Raises UsageError for sources and output folders that cannot be meant, MedSoftError for too few lesions.
     """
     sources.check()
@@ -90,44 +114,38 @@ def evaluate(
         raise UsageError(f"--quarantine: {sources.synthetic} is a file; copies are moved out of a results folder")
     folder = RunFolder(output_dir, "evaluation.json", own=OWN_FILES, shared=True)
     with folder.lock():
-        samples, rejects = _read_sources(sources)
-        if sources.held_out:
-            behind = groups_of_samples("SYNTHETIC", samples["synthetic"])
-            check_unseen(f"REAL {sources.real}", samples["real"], behind, sources.synthetic)
-        choice = apply_review(review, samples["synthetic"]) if review else None
-        if choice:
-            samples["synthetic"] = [samples["synthetic"][place] for place in choice.kept(samples["synthetic"])]
-        judged = judged_types(predictions, samples["synthetic"]) if predictions else None
+        inputs = _read_inputs(sources)
         encoder = open_encoder(biomedclip)
-        settings = {name: fingerprint([described_identity(s) for s in each]) for name, each in samples.items()}
-        settings["parents"] = _parents(samples["synthetic"])
-        settings |= {"biomedclip": encoder.fingerprint, "data": identity(data, "features")}
-        settings |= {"predictions": fingerprint(judged)} if judged else {}
-        settings |= {"review_sha256": [each["sha256"] for each in choice.record["files"]]} if choice else {}
-        record = folder.open(settings, overwrite, anew=overwrite)
+        record = folder.open(inputs.settings(encoder, data), overwrite, anew=overwrite)
         if record and record["complete"] and not (quarantine and record["copies"]["count"]):
             log.info("%s: already complete", output_dir)
             return not (record["copies"]["count"] or record["rejected"])
-        lesions = _read_lesions(sources, samples, data, encoder, rejects)
-        measured = _measure(encoder, lesions)
-        measured |= {"asked_drawn": asked_drawn(*judged)} if judged else {}
+        lesions = _read_lesions(sources, inputs, data, encoder)
         copies = check_copies(lesions["synthetic"], lesions["train"], lesions["real"] if sources.held_out else None)
-        measured |= {"copies": copy_numbers(copies), "rejected": len(rejects)}
-        measured["warnings"] += copies.warnings()
-        if choice:
-            measured |= {"review": choice.record, "warnings": [sentence(choice.record), *measured["warnings"]]}
-        measured["sources"] = {name: str(path) for name, path in sources.by_name().items()}
-        measured["drawn_by"] = drawn_by(samples["synthetic"])
+        measured = _measure(sources, inputs, lesions, copies, encoder)
         folder.claim()
-        write_files(output_dir, measured, copies, lesions, rejects)
+        write_files(output_dir, measured, copies, lesions, inputs.rejects)
         folder.finish(**measured)
         if quarantine:
             quarantine_copies(copies.copies, sources.synthetic)
-    _log_summary(output_dir, measured, rejects)
-    return not (copies.copies or rejects)
+    _log_summary(output_dir, measured, inputs.rejects)
+    return not (copies.copies or inputs.rejects)
 
 
-def _read_sources(sources: Sources) -> tuple[dict[str, list[Sample]], list[Reject]]:
+def _read_inputs(sources: Sources) -> Inputs:
+    samples, rejects = _read_samples(sources)
+    if sources.held_out:
+        behind = groups_of_samples("SYNTHETIC", samples["synthetic"])
+        check_unseen(f"REAL {sources.real}", samples["real"], behind, sources.synthetic)
+    synthetic, review = samples["synthetic"], None
+    if sources.review:
+        choice = apply_review(sources.review, synthetic)
+        synthetic, review = [synthetic[place] for place in choice.kept(synthetic)], choice.record
+    judged = judged_types(sources.predictions, synthetic) if sources.predictions else None
+    return Inputs(samples | {"synthetic": synthetic}, rejects, judged, review)
+
+
+def _read_samples(sources: Sources) -> tuple[dict[str, list[Sample]], list[Reject]]:
     """The samples of each source, diseased or not, and what cannot be read; one that stands for two is read once."""
     paths = sources.by_name()
     read = {path: load_samples(path) for path in dict.fromkeys(paths.values())}
@@ -149,20 +167,16 @@ def _parents(results: list[Sample]) -> str:
 
 
 def _read_lesions(
-    sources: Sources,
-    samples: Mapping[str, list[Sample]],
-    data: DataConfig,
-    encoder: ImageTextEncoder,
-    rejects: list[Reject],
+    sources: Sources, inputs: Inputs, data: DataConfig, encoder: ImageTextEncoder
 ) -> dict[str, list[Lesion]]:
-    """The lesions of each source; what cannot be read joins ``rejects``.
+    """The lesions of each source; what cannot be read joins the rejects of ``inputs``.
 
     Raises MedSoftError unless every source has enough diseased samples for a covariance, the training one for a match.
     """
     lesions: dict[str, list[Lesion]] = {}
     for name in ("real", "synthetic", *(["train"] if sources.held_out else [])):
-        lesions[name], more = read_lesions(samples[name], data, encoder, name)
-        rejects += [reject for reject in more if reject not in rejects]
+        lesions[name], more = read_lesions(inputs.samples[name], data, encoder, name)
+        inputs.rejects.extend([reject for reject in more if reject not in inputs.rejects])
     lesions.setdefault("train", lesions["real"])
     for name, least in (("real", 2), ("synthetic", 2), ("train", 1)):
         if len(lesions[name]) < least:
@@ -171,30 +185,48 @@ def _read_lesions(
     return lesions
 
 
-def _measure(encoder: ImageTextEncoder, lesions: Mapping[str, list[Lesion]]) -> dict[str, Any]:
-    """Everything but copies."""
-    real, synthetic, dimensions = lesions["real"], lesions["synthetic"], encoder.token_dim
-    extractor = {"fingerprint": encoder.fingerprint, "dimensions": dimensions}
-    warnings = small_sample_warnings(len(real), len(synthetic), dimensions)
-    trained, measured = ({each.sample.patient_id for each in lesions[name]} for name in ("train", "real"))
-    if lesions["train"] is not real and (shared := trained & measured):
-        said = counted(len(shared), "patient of REAL is", "patients of REAL are")
-        warnings.append(f"{said} also in the training set: it is no yardstick for what was not seen.")
-    for name in ("real", "synthetic"):
-        if (count := len({each.sample.patient_id for each in lesions[name]})) < FEWEST_PATIENTS:
-            why = f"an interval from fewer than {FEWEST_PATIENTS} is meaningless"
-            warnings.append(
-                f"The {name} lesions are of {counted(count, 'patient')}: no number of theirs has an interval, {why}."
-            )
+def _measure(
+    sources: Sources,
+    inputs: Inputs,
+    lesions: Mapping[str, list[Lesion]],
+    copies: CopyCheck,
+    encoder: ImageTextEncoder,
+) -> dict[str, Any]:
+    """All that evaluation.json says."""
+    real, synthetic = lesions["real"], lesions["synthetic"]
+    extractor = {"fingerprint": encoder.fingerprint, "dimensions": encoder.token_dim}
+    reviewed = [sentence(inputs.review)] if inputs.review else []
     return {
         "pictures": {name: len(each) for name, each in lesions.items()},
         "extractor": {"name": EXTRACTOR, "folder": str(encoder.folder), **extractor},
-        "warnings": warnings,
+        "warnings": [*reviewed, *_sample_warnings(lesions, encoder.token_dim), *copies.warnings()],
         "distances": set_distances(real, synthetic),
         "parents": parent_likeness(synthetic),
         "text": {"real": text_agreement(encoder, real), "synthetic": text_agreement(encoder, synthetic)},
         "lesions": distributions(real, synthetic),
+        **({"asked_drawn": asked_drawn(*inputs.judged)} if inputs.judged else {}),
+        "copies": copy_numbers(copies),
+        "rejected": len(inputs.rejects),
+        **({"review": inputs.review} if inputs.review else {}),
+        "sources": {name: str(path) for name, path in sources.by_name().items()},
+        "drawn_by": drawn_by(inputs.samples["synthetic"]),
     }
+
+
+def _sample_warnings(lesions: Mapping[str, list[Lesion]], dimensions: int) -> list[str]:
+    """What the choice of samples does to the numbers, ``dimensions`` of features behind them."""
+    warnings = small_sample_warnings(len(lesions["real"]), len(lesions["synthetic"]), dimensions)
+    patients = {name: {lesion.sample.patient_id for lesion in each} for name, each in lesions.items()}
+    if lesions["train"] is not lesions["real"] and (shared := patients["train"] & patients["real"]):
+        said = counted(len(shared), "patient of REAL is", "patients of REAL are")
+        warnings.append(f"{said} also in the training set: it is no yardstick for what was not seen.")
+    for name in ("real", "synthetic"):
+        if (count := len(patients[name])) < FEWEST_PATIENTS:
+            why = f"an interval from fewer than {FEWEST_PATIENTS} is meaningless"
+            warnings.append(
+                f"The {name} lesions are of {counted(count, 'patient')}: no number of theirs has an interval, {why}."
+            )
+    return warnings
 
 
 def _log_summary(folder: Path, measured: Mapping[str, Any], rejects: list[Reject]) -> None:
