@@ -103,18 +103,10 @@ def write_case(
 
     What is wrong with one of them leaves the others; what is wrong with the whole image is a MedSoftError.
     """
-    texts = texts_of(case, source)
-    volume = _with_modality(read_series(case.series) if case.series else read_volume(case.image), case, options)
-    if case.series is None:
-        _check_is_image(volume)
+    volume = _read_image(case, options)
     labels = read_labels(case.labels, volume, scheme) if case.labels else None
-    rows_of: dict[int, tuple[Row, ...]] = {}
-    lesions: list[Lesion] = []
-    for path, rows in case.lesions:
-        found = read_lesions(path, volume)
-        rows_of |= {id(lesion): rows for lesion in found if rows}
-        lesions += found
-    texts = texts.and_others(lesion.name for lesion in lesions)  # a segment may be called anything
+    lesions, rows_of = _read_lesions(case, volume)
+    texts = texts_of(case, source).and_others(lesion.name for lesion in lesions)  # a segment may be called anything
     flags = {"plane": only_plane(volume) or options.plane, "target": options.target, "slices": options.slices}
     cuts, left = choose(volume, labels, lesions, **flags, limit=limit)
     left_out = [
@@ -123,8 +115,8 @@ def write_case(
     writer = _Writer(case, volume, pseudonyms, texts, options)
     samples = []
     for cut in cuts:
+        rows = rows_of.get(id(cut.lesion_of), case.rows)
         try:
-            rows = rows_of.get(id(cut.lesion_of), case.rows)
             told = sentence(cut.level, cut.lesion_of, rows, diseased=bool(lesions))
             files, meta = writer.sample(cut, told)
         except MedSoftError as error:
@@ -138,6 +130,29 @@ def write_case(
     return Written(tuple(samples), tuple(left_out), writer.series, writer.instances)
 
 
+def _read_image(case: Case, options: CutOptions) -> Volume:
+    """The volume of a case, with the modality that the table or ``--modality`` gives to a file that does not say it."""
+    volume = read_series(case.series) if case.series else read_volume(case.image)
+    given = (case.value("modality") or options.modality or "").upper()
+    if given and not volume.modality:
+        unit = "HU" if given == "CT" and volume.unit is None else volume.unit
+        volume = replace(volume, modality=given, unit=unit)
+    if case.series is None:
+        _check_is_image(volume)
+    return volume
+
+
+def _read_lesions(case: Case, volume: Volume) -> tuple[list[Lesion], dict[int, tuple[Row, ...]]]:
+    """The lesions of a case, and the rows of the table about those that have rows of their own, by the lesion's id."""
+    lesions: list[Lesion] = []
+    rows_of: dict[int, tuple[Row, ...]] = {}
+    for path, rows in case.lesions:
+        found = read_lesions(path, volume)
+        rows_of |= {id(lesion): rows for lesion in found if rows}
+        lesions += found
+    return lesions, rows_of
+
+
 def _check_is_image(volume: Volume) -> None:
     """MedSoftError for a label map: most neighbours are equal there, beside the background."""
     values = volume.values
@@ -147,15 +162,6 @@ def _check_is_image(volume: Volume) -> None:
         raise MedSoftError(
             f"{volume.name}: looks like a label map; name it with --labels or --lesions, or move it away"
         )
-
-
-def _with_modality(volume: Volume, case: Case, options: CutOptions) -> Volume:
-    """The volume with the modality that the table or ``--modality`` gives to a file that does not say it."""
-    given = (case.value("modality") or options.modality or "").upper()
-    if not given or volume.modality:
-        return volume
-    unit = "HU" if given == "CT" and volume.unit is None else volume.unit
-    return replace(volume, modality=given, unit=unit)
 
 
 class _Writer:

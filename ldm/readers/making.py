@@ -7,7 +7,8 @@ for anything. Names are random, files are written in their order, and nothing in
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,40 +46,65 @@ FOLDER, KEY = "for_readers", "key.json"
 REAL, DRAWN = "real", "drawn"
 
 
+@dataclass(frozen=True)
+class Study:
+    """What a study shows, and what is known of it."""
+
+    name: str
+    design: str
+    keys: list[str]  # by which the pairs are matched
+    pairs: list[Pair]
+    side: int  # of every picture, in native pixels
+    deep: bool  # 16 bits instead of 8
+    pictures: dict[str, tuple[str, Sample]]  # by their random names: real or drawn, and of what
+    items: dict[str, dict[str, Any]]  # by their random names, see ``_layout``
+    notes: list[str]
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What both the key and the folder's record say of its pictures."""
+        strata, bits = strata_counts(self.pairs, self.keys), 16 if self.deep else 8
+        return {"pairs": len(self.pairs), "strata": strata, "side": self.side, "bits": bits}
+
+
 def make_study(options: MakeOptions) -> bool:
     """Write the study; whether every sample could be read. Raises MedSoftError or UsageError, before it writes."""
     folder = RunFolder(options.output_dir, "make.json", what="a study", own=(FOLDER, KEY, "rejects.json"))
     with folder.lock():
         made = read_candidates(options.paths, options.real, options.review or [])
-        settings: dict[str, Any] = {
-            name: fingerprint([_identity(sample) for sample in samples])
-            for name, samples in ((REAL, made.real), (DRAWN, made.drawn))
-        }
-        names = ("design", "cases", "match", "crop", "readers", "half_width", "seed")
-        settings |= {name: getattr(options, name) for name in names}
-        record = folder.open(settings, options.overwrite, anew=options.overwrite)
+        record = folder.open(_settings(made, options), options.overwrite, anew=options.overwrite)
         if record and record["complete"]:
             log.info("%s: already complete", options.output_dir)
             return not record["rejected"]
-        keys = matched_keys(made, options.match or [])
-        pairs, side = choose_shown(made, keys, options.cases, options.seed, options.crop)
-        _check_number(options, len(pairs))
-        notes = doubts(made, pairs, keys, options)
-        deep = all(made.looks[sample.image].deep for pair in pairs for sample in pair)
-        pictures, items = _layout(pairs, keys, options.design, options.seed)
-        study = fingerprint([items, [_identity(sample) for pair in pairs for sample in pair], side])[:12]
+        study = _study(made, options)
         folder.claim()
-        _write_folder(options.output_dir / FOLDER, study, options.design, pictures, items, side, deep)
-        about = {name: _about(kind, sample) for name, (kind, sample) in pictures.items()}
-        counts = {"pairs": len(pairs), "strata": strata_counts(pairs, keys), "side": side, "bits": 16 if deep else 8}
-        left_out = [{"sample_id": each.sample.sample_id, "why": each.why} for each in made.left_out]
-        key = {"study": study, "design": options.design, "matched": keys, **counts, "notes": notes}
-        key |= {"review": made.review} if made.review else {}
-        write_json(options.output_dir / KEY, key | {"pictures": about, "items": items, "left_out": left_out})
+        _write_folder(options.output_dir / FOLDER, study)
+        write_json(options.output_dir / KEY, _key(study, made))
         write_rejects(options.output_dir / "rejects.json", made.rejects)
-        folder.finish(study=study, **counts, notes=notes, left_out=len(left_out), rejected=len(made.rejects))
-    _log_summary(options, len(pairs), len(items), made, notes)
+        numbers = {"left_out": len(made.left_out), "rejected": len(made.rejects)}
+        folder.finish(study=study.name, **study.counts, notes=study.notes, **numbers)
+    _log_summary(options, study, made)
     return not made.rejects
+
+
+def _settings(made: Candidates, options: MakeOptions) -> dict[str, Any]:
+    """All that decides the study."""
+    sides = (REAL, made.real), (DRAWN, made.drawn)
+    files = {name: fingerprint([_identity(sample) for sample in samples]) for name, samples in sides}
+    flags = ("design", "cases", "match", "crop", "readers", "half_width", "seed")
+    return files | {name: getattr(options, name) for name in flags}
+
+
+def _study(made: Candidates, options: MakeOptions) -> Study:
+    """What of the candidates is shown, and how; MedSoftError where that is too little."""
+    keys = matched_keys(made, options.match or [])
+    pairs, side = choose_shown(made, keys, options.cases, options.seed, options.crop)
+    _check_number(options, len(pairs))
+    notes = doubts(made, pairs, keys, options)
+    deep = all(made.looks[sample.image].deep for pair in pairs for sample in pair)
+    pictures, items = _layout(pairs, keys, options.design, options.seed)
+    name = fingerprint([items, [_identity(sample) for pair in pairs for sample in pair], side])[:12]
+    return Study(name, options.design, keys, pairs, side, deep, pictures, items, notes)
 
 
 def _identity(sample: Sample) -> list[Any]:
@@ -184,51 +210,53 @@ def _layout(
     return pictures, items
 
 
+def _key(study: Study, made: Candidates) -> dict[str, Any]:
+    """What tells the pictures apart, for whoever runs the study."""
+    key = {"study": study.name, "design": study.design, "matched": study.keys, **study.counts, "notes": study.notes}
+    if made.review:
+        key["review"] = made.review
+    pictures = {name: _about(kind, sample) for name, (kind, sample) in study.pictures.items()}
+    left_out = [{"sample_id": each.sample.sample_id, "why": each.why} for each in made.left_out]
+    return key | {"pictures": pictures, "items": study.items, "left_out": left_out}
+
+
 def _about(kind: str, sample: Sample) -> dict[str, Any]:
     """What the key says of a picture."""
     known = {"kind": kind, "sample_id": sample.sample_id, "image": str(sample.image), "patient_id": sample.patient_id}
     return known | {name: getattr(sample, name) for name in ("parent_id", "lesion_type", "severity", "level")}
 
 
-def _write_folder(
-    folder: Path,
-    study: str,
-    design: str,
-    pictures: Mapping[str, tuple[str, Sample]],
-    items: Mapping[str, Mapping[str, Any]],
-    side: int,
-    deep: bool,
-) -> None:
+def _write_folder(folder: Path, study: Study) -> None:
     """The folder for readers, whole or not at all. Everything in it is in the order of its random names."""
-    repeats = {name for name, item in items.items() if item["repeat_of"]}
-    sources = {item["repeat_of"] for item in items.values()} - {None}
+    repeats = {name for name, item in study.items.items() if item["repeat_of"]}
+    sources = {item["repeat_of"] for item in study.items.values()} - {None}
     told = {
-        "study": study,
-        "design": design,
-        "side": side,
-        "levels": 65536 if deep else 256,
-        "items": {name: items[name]["pictures"] for name in sorted(items)},
+        "study": study.name,
+        "design": study.design,
+        "side": study.side,
+        "levels": 65536 if study.deep else 256,
+        "items": {name: study.items[name]["pictures"] for name in sorted(study.items)},
         # An item that comes again stands in the first half, its repeat in the last third; which is whose is not told.
         "early": sorted(sources),
         "late": sorted(repeats),
     }
     with atomic_folder(folder) as partial:
-        for name in sorted(pictures):
-            write_text(partial / "pictures" / f"{name}.js", as_script(name, crop_of(pictures[name][1], side, deep)))
+        for name, (_, sample) in sorted(study.pictures.items()):
+            script = as_script(name, crop_of(sample, study.side, study.deep))
+            write_text(partial / "pictures" / f"{name}.js", script)
         write_page(partial / "index.html", "reader_study", study=told)
 
 
-def _log_summary(options: MakeOptions, pairs: int, items: int, made: Candidates, notes: Sequence[str]) -> None:
-    for note in notes:
+def _log_summary(options: MakeOptions, study: Study, made: Candidates) -> None:
+    for note in study.notes:
         log.warning("note: %s", note)
-    if made.left_out:
-        reasons = Counter(each.why for each in made.left_out)
-        for why, count in reasons.items():
-            log.info("left out, %s: %s", counted(count, "sample"), why)
+    for why, count in Counter(each.why for each in made.left_out).items():
+        log.info("left out, %s: %s", counted(count, "sample"), why)
     if made.rejects:
         log.warning(
             "%s cannot be used, listed in %s", counted(len(made.rejects), "sample"), options.output_dir / "rejects.json"
         )
-    log.info("%d drawn and %s; a reader sees %s", pairs, counted(pairs, "real picture"), counted(items, "item"))
+    pairs, items = len(study.pairs), counted(len(study.items), "item")
+    log.info("%d drawn and %s; a reader sees %s", pairs, counted(pairs, "real picture"), items)
     log.info("give readers %s (they open index.html)", options.output_dir / FOLDER)
     log.info("keep %s: it says which pictures are drawn", options.output_dir / KEY)
