@@ -272,7 +272,7 @@ def pick_synthetic(
         said = counted(len(pool) - len(diseased), "healthy sample is", "healthy samples are")
         log.info("%s left out of the synthetic folders", said)
     if choice:
-        diseased = sorted({*choice.kept(pool.samples)} & {*diseased})
+        diseased = [place for place in diseased if pool.samples[place].image not in choice.rejected]
     if config.ratio is not None:
         wanted = round(config.ratio * len(train.diseased))
         if wanted > len(diseased):

@@ -33,7 +33,7 @@ from ldm.core.schema import identity
 from ldm.core.tables import counted, write_csv
 from ldm.data.checks import TRAINED_ON, check_unseen, groups_of
 from ldm.data.samples import Reject, Sample
-from ldm.reviews.choice import sentence
+from ldm.reviews.choice import review_settings, sentence
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
     settings, pretrained = identity(config, "weights"), content_id(config.pretrained)
     run = fingerprint([settings, pretrained, data.fingerprint()])  # in the saved state and weights
     settings |= {"pretrained_sha256": pretrained, "training_data": data.fingerprint()}
-    settings |= {"review_sha256": [each["sha256"] for each in data.review["files"]]} if data.review else {}
+    settings |= review_settings(data.review)
     folder, weights = _run_folder(config.output), config.output / "classifier.safetensors"
     with folder.lock():
         record = folder.open(settings, config.overwrite, legacy=run, anew=config.overwrite)

@@ -157,6 +157,13 @@ def real_ones(source: object, samples: Sequence[Sample]) -> list[Sample]:
     return real
 
 
+def check_synthetic(source: object, samples: Sequence[Sample]) -> None:
+    """MedSoftError if some of ``samples`` are real, where only inpainted ones are meant."""
+    if real := [sample for sample in samples if not sample.synthetic]:
+        count = f"{len(real)} of {len(samples)} samples do not say that they are synthetic"
+        raise MedSoftError(f"{source}: {count} (the first: {real[0].sample_id}); give results of dataset_infer.py")
+
+
 def check_unseen(held_out: str, samples: Iterable[Sample], groups: Sequence[Mapping[str, Any]], source: object) -> None:
     """MedSoftError, by name, if patients of a validation or test set, ``held_out``, are among ``groups``."""
     patients = {sample.patient_id: sample for sample in samples}

@@ -20,13 +20,14 @@ from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.core.tables import write_csv
 from ldm.data.annotations import load_samples, write_annotations, write_rejects
+from ldm.data.checks import check_synthetic
 from ldm.data.preparation import described_identity
 from ldm.data.samples import HEALTHY, Sample
 from ldm.evaluation.lesions import Lesion, read_lesions
 from ldm.evaluation.metrics import text_embeddings
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.opening import open_encoder
-from ldm.reviews.choice import apply_review
+from ldm.reviews.choice import review_settings, without_rejected
 
 log = logging.getLogger("choose")
 
@@ -55,16 +56,18 @@ def choose_results(
     folder = RunFolder(output_dir, "choice.json", own=OWN_FILES, shared=True)
     with folder.lock():
         samples, rejects = load_samples(results)
-        if real := [sample for sample in samples if not sample.synthetic]:
-            count = f"{len(real)} of {len(samples)} samples do not say that they are synthetic"
-            raise MedSoftError(f"{results}: {count} (the first: {real[0].sample_id}); give results of dataset_infer.py")
-        choice = apply_review(review, samples) if review else None
-        samples = [samples[place] for place in choice.kept(samples)] if choice else samples
+        check_synthetic(results, samples)
+        samples, reviewed = without_rejected(review, samples)
         encoder = open_encoder(biomedclip)
-        settings = {"results": fingerprint([described_identity(sample) for sample in samples])}
-        settings |= {"biomedclip": encoder.fingerprint, "data": identity(data, "features"), "best": best}
-        settings |= {"review_sha256": [each["sha256"] for each in choice.record["files"]]} if choice else {}
-        record = folder.open(settings | {"least": least}, overwrite, anew=overwrite)
+        settings = {
+            "results": fingerprint([described_identity(sample) for sample in samples]),
+            "biomedclip": encoder.fingerprint,
+            "data": identity(data, "features"),
+            "best": best,
+            **review_settings(reviewed),
+            "least": least,
+        }
+        record = folder.open(settings, overwrite, anew=overwrite)
         if record and record["complete"]:
             log.info("%s: already complete", output_dir)
             return not record["rejected"]
@@ -84,7 +87,7 @@ def choose_results(
         chosen = [lesion.sample for lesion, each in zip(lesions, kept, strict=True) if each]
         write_annotations(output_dir / "kept.json", chosen)
         counts = {"scored": len(lesions), "kept": len(chosen), "without_type": len(samples) - len(asked)}
-        folder.finish(**counts, **({"review": choice.record} if choice else {}), rejected=len(rejects))
+        folder.finish(**counts, **({"review": reviewed} if reviewed else {}), rejected=len(rejects))
     log.info("%d of %d kept: %s", len(chosen), len(lesions), output_dir / "kept.json")
     return not rejects
 

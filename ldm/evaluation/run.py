@@ -33,7 +33,7 @@ from ldm.evaluation.lesions import (
 from ldm.evaluation.report import OWN_FILES, copy_numbers, estimate_text, write_files
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.opening import open_encoder
-from ldm.reviews.choice import apply_review, sentence
+from ldm.reviews.choice import review_settings, sentence, without_rejected
 
 log = logging.getLogger("evaluate")
 
@@ -80,7 +80,7 @@ class Inputs(NamedTuple):
     samples: dict[str, list[Sample]]  # of each source, without images that a review rejects
     rejects: list[Reject]
     judged: tuple[list[str], list[str], list[str]] | None  # see ``judged_types``
-    review: dict[str, Any] | None  # the record of ``apply_review``
+    review: dict[str, Any]  # the record of ``apply_review``; empty without one
 
     def settings(self, encoder: ImageTextEncoder, data: DataConfig) -> dict[str, Any]:
         """All that decides the numbers."""
@@ -91,9 +91,7 @@ class Inputs(NamedTuple):
         found |= {"biomedclip": encoder.fingerprint, "data": identity(data, "features")}
         if self.judged:
             found["predictions"] = fingerprint(self.judged)
-        if self.review:
-            found["review_sha256"] = [each["sha256"] for each in self.review["files"]]
-        return found
+        return found | review_settings(self.review)
 
 
 def evaluate(
@@ -137,10 +135,7 @@ def _read_inputs(sources: Sources) -> Inputs:
     if sources.held_out:
         behind = groups_of_samples("SYNTHETIC", samples["synthetic"])
         check_unseen(f"REAL {sources.real}", samples["real"], behind, sources.synthetic)
-    synthetic, review = samples["synthetic"], None
-    if sources.review:
-        choice = apply_review(sources.review, synthetic)
-        synthetic, review = [synthetic[place] for place in choice.kept(synthetic)], choice.record
+    synthetic, review = without_rejected(sources.review, samples["synthetic"])
     judged = judged_types(sources.predictions, synthetic) if sources.predictions else None
     return Inputs(samples | {"synthetic": synthetic}, rejects, judged, review)
 

@@ -6,10 +6,11 @@ the way back; nothing of it is written but to those who ask for it (``--same_stu
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ldm.data.samples import Reject, Sample
 from ldm.exchange.origins import MAPPING, PrivateMapping
 from ldm.exchange.privacy import Pseudonyms, read_key
 from ldm.exchange.results import ExportedResult, files_of, write_dicom, write_nifti
-from ldm.reviews.choice import apply_review
+from ldm.reviews.choice import review_settings, without_rejected
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,7 @@ def export(options: ExportOptions) -> int:
     mapping = PrivateMapping(options.private / MAPPING)
     pseudonyms = Pseudonyms(read_key(options.key_file))
     samples, rejects = scan_folder(options.results)
-    choice = apply_review(options.review, samples) if options.review else None
-    samples = [samples[place] for place in choice.kept(samples)] if choice else samples
+    samples, reviewed = without_rejected(options.review, samples)
     planned, more = plan(samples, mapping, options)
     rejects += more
     if not planned:
@@ -91,8 +91,7 @@ def export(options: ExportOptions) -> int:
         log.warning("warning: --link_source names the real images, by which their patients can be found")
     folder = RunFolder(options.output_dir, "export.json", own=("rejects.json", "export.csv"), samples=ABOUT)
     flags = {"format": options.format, "same_study": options.same_study, "link_source": options.link_source}
-    settings = {"results": fingerprint([_identity(each) for each in planned]), **flags}
-    settings |= {"review_sha256": [each["sha256"] for each in choice.record["files"]]} if choice else {}
+    settings = {"results": fingerprint([_identity(each) for each in planned]), **flags, **review_settings(reviewed)}
     with folder.lock():
         before = folder.open(settings, options.overwrite) or {}
         needed = {each.name: (ABOUT, *files_of(each, FORMATS[options.format])) for each in planned}
@@ -103,7 +102,7 @@ def export(options: ExportOptions) -> int:
         folder.claim(started=started)
         missing = [each for each in planned if not folder.has(each.name, *needed[each.name])]
         rejects += _write(folder, missing, options, pseudonyms, started)
-        return _finish(folder, planned, rejects, started, {"review": choice.record} if choice else {})
+        return _finish(folder, planned, rejects, started, {"review": reviewed} if reviewed else {})
 
 
 def plan(
@@ -162,16 +161,16 @@ def _write(
 ) -> list[Reject]:
     """Write the results that are missing; returns those that could not be."""
     rejects, faults = [], FewWarnings(log, "results that could not be exported")
+    write: Callable[[Path, ExportedResult], dict[str, Any]] = write_nifti
+    if options.format == "dicom":
+        said = {"same_study": options.same_study, "link_source": options.link_source}
+        write = partial(write_dicom, pseudonyms=pseudonyms, run=folder.run, started=started, **said)
     for result in tqdm(results, "exporting", unit=" results", disable=None):
         try:
-            with atomic_folder(folder.path / result.name) as partial:
+            with atomic_folder(folder.path / result.name) as unfinished:
                 with _odd_header(result, faults):
-                    if options.format == "nifti":
-                        about = write_nifti(partial, result)
-                    else:
-                        said = {"same_study": options.same_study, "link_source": options.link_source}
-                        about = write_dicom(partial, result, pseudonyms, folder.run, started, **said)
-                write_json(partial / ABOUT, {"sample_id": result.name, **about})
+                    about = write(unfinished, result)
+                write_json(unfinished / ABOUT, {"sample_id": result.name, **about})
         except FileError as error:
             own = error.path.is_relative_to(result.sample.image.parent)
             if not own:  # no path of a source is written below the output

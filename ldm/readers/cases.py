@@ -16,7 +16,7 @@ from ldm.core.errors import MedSoftError
 from ldm.core.files import named_seed, read_json
 from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
-from ldm.data.checks import TRAINED_ON, real_ones, salted_digest
+from ldm.data.checks import TRAINED_ON, check_synthetic, real_ones, salted_digest
 from ldm.data.samples import Reject, Sample, plain
 from ldm.readers.pictures import CONTEXT, LEAST_CROP, Look, look_at
 from ldm.reviews.choice import apply_review
@@ -110,9 +110,7 @@ def read_candidates(results: Sequence[Path], real: Sequence[Path], review: Seque
 
 def _check_results(path: Path, samples: Sequence[Sample], rejects: Sequence[Reject]) -> None:
     """MedSoftError for real samples among results and for a run that is not finished; a warning for what it lacks."""
-    if real := [sample for sample in samples if not sample.synthetic]:
-        count = f"{len(real)} of {len(samples)} samples do not say that they are synthetic"
-        raise MedSoftError(f"{path}: {count} (the first: {real[0].sample_id}); give results of dataset_infer.py")
+    check_synthetic(path, samples)
     record = path / "inference.json"
     if record.is_file():
         known = read_json(record, "record of results")

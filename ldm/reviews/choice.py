@@ -129,9 +129,9 @@ class Choice:
     rejected: dict[Path, str]
     record: dict[str, Any]
 
-    def kept(self, samples: Sequence[Sample]) -> list[int]:
-        """The positions of the samples that stay."""
-        return [place for place, sample in enumerate(samples) if sample.image not in self.rejected]
+    def kept(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples that stay."""
+        return [sample for sample in samples if sample.image not in self.rejected]
 
 
 def apply_review(files: Sequence[str | Path], samples: Sequence[Sample]) -> Choice:
@@ -163,6 +163,19 @@ def apply_review(files: Sequence[str | Path], samples: Sequence[Sample]) -> Choi
     }
     log.info("%s", sentence(record))
     return Choice(rejected, record)
+
+
+def without_rejected(files: Sequence[Path], samples: Sequence[Sample]) -> tuple[list[Sample], dict[str, Any]]:
+    """The samples that no review among ``files`` rejects, and its record, see ``apply_review``; empty without files."""
+    if not files:
+        return list(samples), {}
+    choice = apply_review(files, samples)
+    return choice.kept(samples), choice.record
+
+
+def review_settings(record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What of a review's record, if there is one, decides a run: the content of its files."""
+    return {"review_sha256": [each["sha256"] for each in record["files"]]} if record else {}
 
 
 def sentence(record: dict[str, Any]) -> str:
