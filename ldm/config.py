@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -330,49 +331,48 @@ def _checked(values: Values) -> Config:
     """The configuration; UsageError where a key is wrong in itself, or does not agree with another one."""
     config = build(Config, values)
     config.training.rates = {group: rate for group, rate in config.training.rates.items() if rate}  # 0: frozen
-    data, unet, sampling = config.data, config.unet, config.sampling
-
-    def agree(holds: bool, key: str, value: Any, expected: str) -> None:
-        if not holds:
-            raise values.error(key, expected, value)
-
-    last = config.diffusion.timesteps - 1  # the first time step of the leading spacing must exist
-    agree(sampling.steps <= last, "sampling.steps", sampling.steps, f"at most {last}")
-    fits = not sampling.eta or sampling.sampler == "ddim"
-    agree(fits, "sampling.eta", sampling.eta, f"0 with sampling.sampler={sampling.sampler}")
-    strength, least = sampling.strength, math.ceil(1000 / sampling.steps) / 1000
-    fits = sampling.init != "noise" or strength == 1
-    agree(fits, "sampling.strength", strength, "1 with sampling.init=noise, which begins with nothing else")
-    visits = strength == 0 or int(sampling.steps * strength) > 0
-    agree(visits, "sampling.strength", strength, f"0, or at least {least:g} with {sampling.steps} steps: one of them")
-    multiple = config.autoencoder.factor * 2 ** (len(unet.channel_mult) - 1)
-    agree(data.image_size % multiple == 0, "data.image_size", data.image_size, f"a multiple of {multiple}")
-    cropped = data.fit == "crop" or not data.mm_per_pixel
-    agree(cropped, "data.mm_per_pixel", data.mm_per_pixel, f"0 with data.fit={data.fit}")
-    cropped, view = data.fit == "crop", config.biomedclip.view
-    agree(cropped or view == "crop", "biomedclip.view", view, f"crop with data.fit={data.fit}, which cuts nothing off")
-    channels = 2 * config.autoencoder.latent_channels + 1
-    what = f"{channels} (noisy latent + mask + masked-image latent)"
-    agree(unet.in_channels == channels, "unet.in_channels", unet.in_channels, what)
-    training = config.training
-    fits = not (training.compile and training.strategy == "fsdp")
-    agree(fits, "training.compile", training.compile, "false with training.strategy=fsdp")
-    table = unet.third_attention == "table"
-    fits = not (table and training.strategy == "fsdp")
-    agree(fits, "training.strategy", training.strategy, "auto with unet.third_attention=table")
-    fits = not (table and training.stage and training.objective == "diffusion" and training.inside == "msc")
-    agree(fits, "training.inside", training.inside, "true with unet.third_attention=table, which reads no MSC")
-    fits = training.coins == "joint" or training.condition_dropout <= 1 / 3
-    agree(fits, "training.condition_dropout", training.condition_dropout, "at most 1/3 with training.coins=separate")
-    beside = training.objective == "diffusion" and training.inside == "msc" and "msc" in training.rates
-    fits = beside or not training.msc_weight or not training.stage
-    agree(fits, "training.msc_weight", training.msc_weight, "0 in a stage that does not train an MSC by its diffusion")
-    fits = training.objective == "diffusion" and not {"attn3", "unet"}.isdisjoint(training.rates)
-    fits, weight = fits or not training.alignment_weight or not training.stage, training.alignment_weight
-    agree(fits, "training.alignment_weight", weight, "0 in a stage that trains no part of the U-Net by its diffusion")
-    for key, value, other, wanted in (
-        ("unet.context_dim", unet.context_dim, "text_encoder.width", config.text_encoder.width),
-        ("unet.semantic_dim", unet.semantic_dim, "biomedclip.token_dim", config.biomedclip.token_dim),
-    ):
-        agree(value == wanted, key, value, f"{other}, which is {wanted}")
+    for key, agrees, expected in _agreements(config):
+        if not agrees:
+            raise values.error(key, expected, attrgetter(key)(config))
     return config
+
+
+def _agreements(config: Config) -> Iterator[tuple[str, bool, str]]:
+    """Every key whose value depends on others: whether it agrees with them, and what is expected of it."""
+    data, unet, sampling, training = config.data, config.unet, config.sampling, config.training
+    last = config.diffusion.timesteps - 1  # the first time step of the leading spacing must exist
+    yield "sampling.steps", sampling.steps <= last, f"at most {last}"
+    deterministic = not sampling.eta or sampling.sampler == "ddim"
+    yield "sampling.eta", deterministic, f"0 with sampling.sampler={sampling.sampler}"
+    whole = sampling.init != "noise" or sampling.strength == 1
+    yield "sampling.strength", whole, "1 with sampling.init=noise, which begins with nothing else"
+    visits = sampling.strength == 0 or int(sampling.steps * sampling.strength) > 0
+    least = f"{math.ceil(1000 / sampling.steps) / 1000:g} with {sampling.steps} steps"
+    yield "sampling.strength", visits, f"0, or at least {least}: one of them"
+    multiple = config.autoencoder.factor * 2 ** (len(unet.channel_mult) - 1)
+    yield "data.image_size", data.image_size % multiple == 0, f"a multiple of {multiple}"
+    cropped = data.fit == "crop"
+    yield "data.mm_per_pixel", cropped or not data.mm_per_pixel, f"0 with data.fit={data.fit}"
+    views = cropped or config.biomedclip.view == "crop"
+    yield "biomedclip.view", views, f"crop with data.fit={data.fit}, which cuts nothing off"
+    channels = 2 * config.autoencoder.latent_channels + 1
+    inputs = f"{channels} (noisy latent + mask + masked-image latent)"
+    yield "unet.in_channels", unet.in_channels == channels, inputs
+    whole_weights, table = training.strategy != "fsdp", unet.third_attention == "table"
+    yield "training.compile", whole_weights or not training.compile, "false with training.strategy=fsdp"
+    yield "training.strategy", whole_weights or not table, "auto with unet.third_attention=table"
+    by_diffusion = training.objective == "diffusion"
+    reads_msc = by_diffusion and training.inside == "msc"
+    reads_one = not (table and training.stage and reads_msc)
+    yield "training.inside", reads_one, "true with unet.third_attention=table, which reads no MSC"
+    dropped = training.coins == "joint" or training.condition_dropout <= 1 / 3
+    yield "training.condition_dropout", dropped, "at most 1/3 with training.coins=separate"
+    unstaged = not training.stage  # a file that stages are based on: nothing is trained with it alone
+    by_msc = unstaged or not training.msc_weight or (reads_msc and "msc" in training.rates)
+    yield "training.msc_weight", by_msc, "0 in a stage that does not train an MSC by its diffusion"
+    by_unet = by_diffusion and not {"attn3", "unet"}.isdisjoint(training.rates)
+    aligned = unstaged or not training.alignment_weight or by_unet
+    yield "training.alignment_weight", aligned, "0 in a stage that trains no part of the U-Net by its diffusion"
+    width, token_dim = config.text_encoder.width, config.biomedclip.token_dim
+    yield "unet.context_dim", unet.context_dim == width, f"text_encoder.width, which is {width}"
+    yield "unet.semantic_dim", unet.semantic_dim == token_dim, f"biomedclip.token_dim, which is {token_dim}"

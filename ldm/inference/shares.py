@@ -10,10 +10,10 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
 from ldm.core.errors import MedSoftError, UsageError
@@ -239,6 +239,23 @@ class SharedRun:
         if not isinstance(record, dict) or "images" not in record:
             raise MedSoftError(f"{path}: is no record of a share; delete it and run that share again")
         return record
+
+
+def check_apart(results: Iterable[tuple[PurePath, str, Path]]) -> None:
+    """MedSoftError for two results, each (folder, name, image that it is about), one of which would be lost.
+
+    It would be written over the other, or into its folder.
+    """
+    seen: dict[PurePath, tuple[str, Path]] = {}
+    for folder, name, image in results:
+        if folder in seen:
+            both = f"{seen[folder][1].parent} and {image.parent}"
+            raise MedSoftError(f"{both}: both results would be written as {name}; keep one of them")
+        seen[folder] = name, image
+    for folder, (name, image) in seen.items():
+        above = next((seen[each][0] for each in folder.parents if each in seen), None)
+        if above:
+            raise MedSoftError(f"{image}: its result {name} would lie in {above}; rename it")
 
 
 def at_most(limit: int | None, items: Sequence[T], counts: Callable[[T], bool]) -> Sequence[T]:

@@ -33,7 +33,7 @@ from ldm.inference.prompts import (
     matched,
     warn_of_unmatched,
 )
-from ldm.inference.shares import Share, at_most
+from ldm.inference.shares import Share, at_most, check_apart
 from ldm.inference.single import single_sample
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,12 @@ class Task:
     def name(self) -> str:
         """The result's folder."""
         return self.folder or f"{self.sample.sample_id}__v{self.variant}"
+
+    @property
+    def about(self) -> Sample:
+        """What a message names: with --like and --replay the result that is made again, else the sample."""
+        source = self.source  # prompts come from real samples
+        return source if source and source.synthetic else self.sample
 
     @property
     def inputs(self) -> list[Sample]:
@@ -221,17 +227,8 @@ def _shared(
     written over the other or into its folder.
     """
     pairs = sorted(((s, k) for s in samples for k in range(variants)), key=lambda pair: (pair[0].sample_id, pair[1]))
-    seen: dict[str, Sample] = {}
-    for sample, variant in pairs:
-        name = name_of(sample, variant)
-        if name in seen:
-            one, two = seen[name].image.parent, sample.image.parent
-            raise MedSoftError(f"{one} and {two}: both results would be written as {name}; keep one of them")
-        seen[name] = sample
-    for name, sample in seen.items():
-        above = next((str(path) for path in PurePosixPath(name).parents if str(path) in seen), None)
-        if above:
-            raise MedSoftError(f"{sample.image}: its result {name} would lie in {above}; rename it")
+    named = [(sample, name_of(sample, variant)) for sample, variant in pairs]
+    check_apart((PurePosixPath(name), name, sample.image) for sample, name in named)
     ordered = [*sorted(samples, key=lambda each: each.sample_id), None, *sources]
     texts = (sample and described_identity(sample, lambda path: path and path.name) for sample in ordered)
     return share.of(pairs), fingerprint_all(texts)
@@ -240,28 +237,19 @@ def _shared(
 def _nameable(tasks: Sequence[Task], output_dir: Path) -> tuple[list[Task], list[Reject]]:
     """The tasks whose result can have its name, and rejects for names that are too long or lead out of the folder.
 
-    MedSoftError for two results that would be written into one folder, or one into the other's: some would be lost.
+    MedSoftError as ``check_apart``.
     """
-    found: dict[Path, Task] = {}
+    found: list[tuple[Path, Task]] = []
     rejects: dict[str, Reject] = {}
     for task in tasks:
-        file = (task.source or task.sample).image.parent  # of --like and --replay, the result's
         try:
             if reason := too_long(output_dir / task.name):
                 raise MedSoftError(reason)
-            path = confined(output_dir, task.name).resolve()
+            found.append((confined(output_dir, task.name).resolve(), task))
         except MedSoftError as error:
-            rejects[task.sample.sample_id] = Reject(task.sample.sample_id, file, str(error))
-            continue
-        if path in found:
-            other = (found[path].source or found[path].sample).image.parent
-            raise MedSoftError(f"{other} and {file}: both results would be written as {task.name}; keep one of them")
-        found[path] = task
-    for path, task in found.items():
-        above = next((found[each] for each in path.parents if each in found), None)
-        if above:
-            raise MedSoftError(f"{task.sample.image}: its result {task.name} would lie in {above.name}; rename it")
-    return list(found.values()), list(rejects.values())
+            rejects[task.sample.sample_id] = Reject(task.sample.sample_id, task.about.image.parent, str(error))
+    check_apart((path, task.name, task.about.image) for path, task in found)
+    return [task for _, task in found], list(rejects.values())
 
 
 def _warn_of_contradictions(tasks: Sequence[Task]) -> None:
@@ -299,15 +287,7 @@ def _dataset(options: InferenceOptions) -> Plan:
     chosen, adjective = choose(samples, options.choose)
     if not chosen:
         raise MedSoftError(f"{data}: no sample was chosen; synthetic ones only if --choose lists them in a file")
-    sources: list[Sample] = []
-    if options.prompt is None and any(sample.healthy for sample in chosen):
-        pool = samples if options.data is None else _prompt_samples(options.train_json)
-        sources = sorted((s for s in pool if not s.healthy and not s.synthetic), key=lambda s: s.sample_id)
-        if not sources:
-            raise MedSoftError(
-                f"{options.train_json}: has no diseased sample to take prompts from; give --prompt, or --train_json"
-            )
-    match = Match.read(options.match)
+    sources, match = _sources(options, samples, chosen), Match.read(options.match)
     if match.keys:
         healthy = [sample for sample in chosen if sample.healthy]
         check_keys(match, (options.data or options.train_json, healthy), (options.train_json, sources))
@@ -316,33 +296,28 @@ def _dataset(options: InferenceOptions) -> Plan:
     if not share.alone:
         pairs, whole = _shared(share, chosen, options.variants, sources, lambda sample, k: f"{sample.sample_id}__v{k}")
         rejects = rejects if share.number == 1 else []  # what no share can inpaint is the first one's to report
-    variants: dict[str, list[int]] = {}
-    for sample, k in pairs:
-        variants.setdefault(sample.sample_id, []).append(k)
-    own = list({sample.sample_id: sample for sample, _ in pairs}.values())
-    with thread_pool() as threads:
-        obstacles = list(threads.map(_obstacle, own))
-    tasks: list[Task] = []
-    prompts = PromptPool(sources, match)
-    for sample, obstacle in zip(own, obstacles, strict=True):
-        made = Reject(sample.sample_id, sample.image, obstacle) if obstacle else None
-        made = made or _tasks_of(sample, variants[sample.sample_id], options, prompts if sources else None)
-        if isinstance(made, Reject):
-            rejects.append(made)
-        else:
-            tasks += made
-    if options.prompt is not None:
-        said = f"the prompt {options.prompt!r}"
-    elif sources:
-        said = f"prompts of {counted(len(sources), 'diseased sample')} of {options.train_json}"
-    else:
-        said = "their own prompts"
+    tasks, more = _tasks_of(pairs, options, PromptPool(sources, match) if sources else None)
     warn_of_unmatched(match, [(task.sample, task.source) for task in tasks if task.sample.healthy])
-    names = {task.sample.sample_id for task in tasks}
-    log.info("inpainting %s of %s, with %s", counted(len(names), f"{adjective} sample"), data, said)
+    said = f"prompts of {counted(len(sources), 'diseased sample')} of {options.train_json}" if sources else ""
+    said = f"the prompt {options.prompt!r}" if options.prompt is not None else said or "their own prompts"
+    images = counted(len({task.sample.sample_id for task in tasks}), f"{adjective} sample")
+    log.info("inpainting %s of %s, with %s", images, data, said)
     carried = options.masks != "blob" and bool(sources) and any(s.healthy and not _is_marked_healthy(s) for s in chosen)
     givers = frozenset(sample.patient_id for sample in sources)
-    return Plan(tasks, rejects, whole, options.masks if carried else "blob", givers)
+    return Plan(tasks, [*rejects, *more], whole, options.masks if carried else "blob", givers)
+
+
+def _sources(options: InferenceOptions, samples: Sequence[Sample], chosen: Sequence[Sample]) -> list[Sample]:
+    """The samples whose prompts the healthy ones of ``chosen`` may get, by name; none where they need no prompt."""
+    if options.prompt is not None or not any(sample.healthy for sample in chosen):
+        return []
+    pool = samples if options.data is None else _prompt_samples(options.train_json)
+    sources = sorted((s for s in pool if not s.healthy and not s.synthetic), key=lambda s: s.sample_id)
+    if not sources:
+        raise MedSoftError(
+            f"{options.train_json}: has no diseased sample to take prompts from; give --prompt, or --train_json"
+        )
+    return sources
 
 
 def _is_marked_healthy(sample: Sample) -> bool:
@@ -355,12 +330,34 @@ def _obstacle(sample: Sample) -> str | None:
 
 
 def _tasks_of(
+    pairs: Sequence[tuple[Sample, int]], options: InferenceOptions, pool: PromptPool | None
+) -> tuple[list[Task], list[Reject]]:
+    """The tasks of (sample, variant) pairs, and the samples that have none; ``pool``: the prompts for healthy ones."""
+    variants: dict[str, list[int]] = {}
+    for sample, k in pairs:
+        variants.setdefault(sample.sample_id, []).append(k)
+    own = list({sample.sample_id: sample for sample, _ in pairs}.values())
+    with thread_pool() as threads:
+        obstacles = list(threads.map(_obstacle, own))
+    tasks: list[Task] = []
+    rejects: list[Reject] = []
+    for sample, obstacle in zip(own, obstacles, strict=True):
+        try:
+            if obstacle:
+                raise FileError(sample.image, obstacle)
+            tasks += _tasks_of_sample(sample, variants[sample.sample_id], options, pool)
+        except FileError as error:
+            rejects.append(Reject(sample.sample_id, error.path, error.reason))
+    return tasks, rejects
+
+
+def _tasks_of_sample(
     sample: Sample, variants: Sequence[int], options: InferenceOptions, pool: PromptPool | None
-) -> list[Task] | Reject:
-    """The tasks of one sample, or why there are none; ``pool``: the prompts for healthy ones, if they have any."""
+) -> list[Task]:
+    """FileError where its mask is to be its own and it has none, or where no prompt agrees with it."""
     marked, tasks = _is_marked_healthy(sample), []
     if sample.healthy and not marked and options.masks == "own":
-        return Reject(sample.sample_id, sample.image, "healthy, without a soft_mask.png, which --masks own takes")
+        raise FileError(sample.image, "healthy, without a soft_mask.png, which --masks own takes")
     if marked:
         sample = dataclasses.replace(sample, mask=sample.soft_mask)
     for k in variants:
@@ -371,8 +368,7 @@ def _tasks_of(
         else:
             given = MatchedPrompt(options.prompt or sample.prompt, None if options.prompt else sample, None)
         if given is None:
-            reason = _disagreement(sample, options.prompt)
-            return Reject(sample.sample_id, sample.image.with_name("meta.json"), reason)
+            raise FileError(sample.image.with_name("meta.json"), _disagreement(sample, options.prompt))
         own = MaskOrigin("own") if marked or not sample.healthy else None
         tasks.append(Task(sample, k, given.prompt, options.seed, given.source, given.how, marked, mask=own))
     return tasks

@@ -137,13 +137,23 @@ def read_reader(key: Key, path: Path) -> Reader:
     years = about.get("years")
     if not is_number(years) or not 0 <= years <= 70:
         raise FileError(path, f"reader.years: expected a number from 0 to 70, found {years!r}")
+    answers, seconds = _read_answers(key, path, content["answers"])
+    complete = len(answers) == len(key.items)
+    if content.get("complete") is True and not complete:
+        missing = next(item for item in key.items if item not in answers)
+        raise FileError(path, f"answers: says it is complete, but lacks {missing}; the file was edited")
+    texts = [str(about.get(name) or "") for name in ("speciality", "seen")]
+    return Reader(path, code, float(years), *texts, complete, str(content.get("comment") or ""), answers, seconds)
+
+
+def _read_answers(key: Key, path: Path, rows: list[Any]) -> tuple[dict[str, int | str], dict[str, float]]:
+    """The answer to each item that has one, and the seconds it took. FileError naming the key at fault."""
     answers: dict[str, int | str] = {}
     seconds: dict[str, float] = {}
     allowed = SIDES if key.pairs else STEPS
-    for place, row in enumerate(content["answers"]):
-        item, answer, spent = (
-            (row.get(name) for name in ("item", "answer", "seconds")) if isinstance(row, dict) else [None] * 3
-        )
+    for place, row in enumerate(rows):
+        known = row if isinstance(row, dict) else {}
+        item, answer, spent = (known.get(name) for name in ("item", "answer", "seconds"))
         if not isinstance(item, str) or item not in key.items:
             raise FileError(path, f"answers[{place}].item: {item!r} is none of this study; the file was edited")
         if item in answers:
@@ -156,12 +166,7 @@ def read_reader(key: Key, path: Path) -> Reader:
         answers[item], seconds[item] = answer, float(spent)
     if not answers:
         raise FileError(path, "answers: holds none")
-    complete = len(answers) == len(key.items)
-    if content.get("complete") is True and not complete:
-        missing = next(item for item in key.items if item not in answers)
-        raise FileError(path, f"answers: says it is complete, but lacks {missing}; the file was edited")
-    texts = [str(about.get(name) or "") for name in ("speciality", "seen")]
-    return Reader(path, code, float(years), *texts, complete, str(content.get("comment") or ""), answers, seconds)
+    return answers, seconds
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,12 @@ def find_series(path: Path) -> tuple[list[Series], list[FileError]]:
         warnings.simplefilter("ignore")  # pydicom's, about values that are odd and no matter here
         for file in [path] if single else _files(path if path.is_dir() else path.parent):
             try:
-                if single or promises_dicom(file):
-                    with told(file, "its header is damaged"):
-                        header = open_file(file, pixels=False)
-                        if sop_uids(header)[0] != MediaStorageDirectoryStorage:
-                            found.setdefault(_key(file, header), []).append(_series(file, header))
+                if not single and not promises_dicom(file):
+                    continue
+                with told(file, "its header is damaged"):
+                    header = open_file(file, pixels=False)
+                    if sop_uids(header)[0] != MediaStorageDirectoryStorage:
+                        found.setdefault(_key(file, header), []).append(_series(file, header))
             except FileError as error:
                 if single:
                     raise

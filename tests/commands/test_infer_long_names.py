@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_nothing_but_too_long_names_is_an_error(final: Path, one: Path, tmp_path
     next(one.iterdir()).rename(one / TOO_LONG)
     with pytest.raises(MedSoftError, match=r"no sample can be inpainted .*longer than 239 bytes; shorten its name"):
         infer(final, tmp_path / "out", "--data", one)
+
+
+def test_the_image_with_too_long_a_name_is_named_and_not_the_sample_of_its_prompt(
+    final: Path, write_sample: Callable, tmp_path: Path
+) -> None:
+    write_sample(tmp_path / "data" / TOO_LONG, "healthy")
+    write_sample(tmp_path / "data" / "lesion", "lytic lesion of the L3 vertebra")
+    with pytest.raises(MedSoftError, match=rf"data/{TOO_LONG}: its result's folder would be called"):
+        infer(final, tmp_path / "out", "--train_json", tmp_path / "data")
 
 
 def test_soft_masks_are_made_for_every_name_that_there_can_be(one: Path, tmp_path: Path) -> None:
