@@ -83,12 +83,7 @@ def compare_samplers(
     chosen = chosen_settings(settings, many)
     configs = [load_config(options.config, [*options.overrides, *each.overrides]) for each in chosen]
     config = load_config(options.config, options.overrides)
-    samples = real_ones(options.data, load_samples(options.data)[0])
-    real = [sample for sample in samples if not sample.healthy and sample.severity != "subtle"]
-    if len(real) < 2:
-        raise MedSoftError(
-            f"{options.data}: {counted(len(real), 'diseased sample')}, the subtle ones left out; expected at least 2"
-        )
+    real = _real_lesions(options.data)
     prompts = options.output_dir / "prompts.json"
     write_annotations(prompts, real)
     encoder, size = open_encoder(config.biomedclip), config.sampling.batch_size
@@ -103,11 +98,12 @@ def compare_samplers(
             given = {"train_json": prompts, "seed": seed, "overrides": (*options.overrides, *setting.overrides)}
             complete &= run(replace(options, output_dir=folder, **given)) != cli.SOME_REJECTED
         *found, truth = common_samples(folders)
-        apart = {name: distances(each, truth) for name, each in zip(compared, found, strict=True)}
+        drawn = dict(zip(compared, found, strict=True))
+        apart = {name: distances(each, truth) for name, each in drawn.items()}
         for sample in truth:
             of_sample = {name: apart[name][sample.sample_id] for name in compared}
             images.append({"seed": seed, "sample_id": sample.sample_id, **of_sample})
-        for name, folder, samples in zip(compared, folders, found, strict=False):
+        for folder, (name, samples) in zip(folders, drawn.items(), strict=False):
             distance = frechet_distance(of_real, features(samples, encoder, config.data, size))
             runs[name].append({"frechet_distance": distance, **judged(judge, folder, samples)})
             log.info("%s, seed %d: %s", name, seed, {key: round(value, 4) for key, value in runs[name][-1].items()})
@@ -125,6 +121,17 @@ def compare_samplers(
     if not complete:
         log.warning("not every image could be inpainted; rejects.json in the folders says why")
     return complete
+
+
+def _real_lesions(data: Path) -> list[Sample]:
+    """The real diseased samples of ``data`` whose lesion a judge may see: all but the subtle ones."""
+    samples = real_ones(data, load_samples(data)[0])
+    real = [sample for sample in samples if not sample.healthy and sample.severity != "subtle"]
+    if len(real) < 2:
+        raise MedSoftError(
+            f"{data}: {counted(len(real), 'diseased sample')}, the subtle ones left out; expected at least 2"
+        )
+    return real
 
 
 def chosen_settings(texts: Sequence[str], many: int) -> list[Setting]:

@@ -193,6 +193,31 @@ def check_image_sets_disjoint(sets: Sequence[ImageSet]) -> None:
                 )
 
 
+class _HeldOut:
+    """What tells that an image descends from a validation or test sample, or is one."""
+
+    def __init__(self, sets: Sequence[ImageSet]) -> None:
+        self.ids = {s.sample_id: other.name for other in sets for s in other.samples}
+        self.patients = {s.patient_id: other.name for other in sets for s in other.samples}
+        self.hashes = {h: (o.name, s.sample_id) for o in sets for h, s in zip(o.hashes, o.samples, strict=True)}
+        self.files = {content_id(s.image): (other.name, s.sample_id) for other in sets for s in other.samples}
+
+    def fault(self, sample: Sample, digest: str, ours: bool) -> str | None:
+        """Why a synthetic sample, its pixels' ``digest`` and perhaps of ``ours`` by its name, may not be trained on."""
+        cure = "only children of training patients may be added: inpaint training samples"
+        parent, patient = sample.parent_id, sample.patient_id
+        side = self.patients.get(patient) or self.patients.get(parent) or self.ids.get(parent)
+        if side and (patient in self.patients or not ours):
+            return f"was inpainted into {parent or 'an unknown parent'}, patient {patient} in the {side} set; {cure}"
+        if (made_from := str(sample.meta.get("parent_sha256") or "")) in self.files:
+            name, other_id = self.files[made_from]
+            return f"was inpainted into {other_id} of the {name} set, says the SHA-256 in its meta.json; {cure}"
+        if digest in self.hashes:
+            name, other_id = self.hashes[digest]
+            return f"is pixel for pixel sample {other_id} of the {name} set"
+        return None
+
+
 def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[ImageSet]) -> None:
     """Raise MedSoftError for a synthetic set of which an image descends from, or equals, a validation or test sample,
     and for one without any child of a training sample: nobody could tell whose children its images are.
@@ -201,32 +226,11 @@ def check_children(synthetic: ImageSet, train: ImageSet, held_out: Sequence[Imag
     folder names) is decided by the patient.
     """
     own_ids, own_patients = {s.sample_id for s in train.samples}, {s.patient_id for s in train.samples}
-    held_ids = {s.sample_id: other.name for other in held_out for s in other.samples}
-    held_patients = {s.patient_id: other.name for other in held_out for s in other.samples}
-    held_hashes = {h: (o.name, s.sample_id) for o in held_out for h, s in zip(o.hashes, o.samples, strict=True)}
-    held_files = {content_id(s.image): (other.name, s.sample_id) for other in held_out for s in other.samples}
-    strangers = []
+    others, strangers = _HeldOut(held_out), []
     for sample, digest in zip(synthetic.samples, synthetic.hashes, strict=True):
-        parent, patient = sample.parent_id, sample.patient_id
-        ours = parent in own_ids and patient in own_patients
-        side = held_patients.get(patient) or held_patients.get(parent) or held_ids.get(parent)
-        if side and (patient in held_patients or not ours):
-            raise MedSoftError(
-                f"synthetic sample {sample.sample_id} was inpainted into {parent or 'an unknown parent'}, patient "
-                f"{patient} in the {side} set; only children of training patients may be added: inpaint training "
-                "samples"
-            )
-        if (made_from := str(sample.meta.get("parent_sha256") or "")) in held_files:
-            name, other_id = held_files[made_from]
-            raise MedSoftError(
-                f"synthetic sample {sample.sample_id} was inpainted into {other_id} of the {name} set, says the "
-                "SHA-256 in its meta.json; only children of training patients may be added: inpaint training samples"
-            )
-        if digest in held_hashes:
-            name, other_id = held_hashes[digest]
-            raise MedSoftError(
-                f"synthetic sample {sample.sample_id} is pixel for pixel sample {other_id} of the {name} set"
-            )
+        ours = sample.parent_id in own_ids and sample.patient_id in own_patients
+        if fault := others.fault(sample, digest, ours):
+            raise MedSoftError(f"synthetic sample {sample.sample_id} {fault}")
         if not ours:
             strangers.append(sample)
     if len(strangers) == len(synthetic):

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from ldm.config import DataConfig
 from ldm.core.devices import free_memory, out_of_memory
 from ldm.core.errors import MedSoftError, first_line
-from ldm.core.files import named_seed, nearest_existing
+from ldm.core.files import nearest_existing
 from ldm.core.locks import exclusive
 from ldm.core.threads import thread_pool
 from ldm.data.images import read_image
-from ldm.data.masks import Mask, region_for
+from ldm.data.masks import Mask
 from ldm.data.preparation import PreparedSample, fit_sample, prepare, whole_pictures
 from ldm.data.samples import Reject, Sample
 from ldm.features.names import Item
@@ -34,7 +34,7 @@ from ldm.features.sizes import image_memory
 from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, context_features, hide
-from ldm.transfer.carrying import Donors, NotCarried, carry
+from ldm.transfer.carrying import Donors, NotCarried
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class FeatureBuilder:
         if "text" in model.parts:
             encoders["text"] = _weights_fingerprint(model.cond_stage_model)
         self.store = FeatureStore(folder, data, encoders, digests)
-        self._donor = Donors()
+        self._donors = Donors()
         self._not_carried: list[str] = []  # why masks were not carried over, one for each
         self._only_form: list[str] = []  # why no more than their form was
         self._computed: dict[str, dict[bytes, dict[str, Tensor]]] = {}  # by kind and key, not yet written
@@ -145,7 +145,7 @@ class FeatureBuilder:
                     "out of memory with %d items (%s): computing features %d at a time", *(2 * batch, reason, batch)
                 )
                 if self.clip.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                    torch.cuda.empty_cache()  # here, where the error does not hold on to the batch's tensors any more
         return rejects
 
     def _fitting_batch(self) -> int:
@@ -187,9 +187,7 @@ class FeatureBuilder:
 
     def _with_carried_mask(self, item: Item, donor: Sample) -> PreparedSample:
         original = read_image(item.sample.image)
-        seed = named_seed("carried", MASK_SEED, item.sample.sample_id, item.variant)
-        region, spacing = region_for(item.sample, original.shape), item.sample.meta.get("spacing_mm")
-        found = carry(self._donor(donor), region, original.shape, seed, spacing)
+        found = self._donors.carry(donor, item.sample, original.shape, MASK_SEED, item.variant)
         if found.only_form:
             self._only_form.append(found.only_form)
         return fit_sample(item.sample, original, Mask(found.hard.astype(np.float32)), self.data, soft=found.soft)

@@ -11,15 +11,14 @@ import numpy as np
 
 from ldm.config import DataConfig
 from ldm.core.errors import FewWarnings, FileError, MedSoftError, UsageError
-from ldm.core.files import named_seed
 from ldm.data.folders import read_meta
 from ldm.data.images import ImageFile, ImageSource, composite, read_image
-from ldm.data.masks import TARGET_LABEL, Mask, read_anatomy, read_mask, region_for
+from ldm.data.masks import TARGET_LABEL, Mask, read_anatomy, read_mask
 from ldm.data.preparation import PreparedSample, fit_sample, lesion_diameter, prepare
 from ldm.data.samples import META_RULES, Reject, Sample, prompt_fault, wrong_value
 from ldm.inference.single import one_sample
 from ldm.inference.tasks import MaskOrigin, Task
-from ldm.transfer.carrying import CarriedMask, Donor, Donors, NotCarried, carry, map_by_shape
+from ldm.transfer.carrying import Donors, NotCarried, map_by_shape
 from ldm.transfer.pasting import paste
 
 log = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ class Preparation:
 
     def __init__(self, data: DataConfig, masks: str, method: str = "paste") -> None:
         self.data, self.masks, self.method = data, masks, method
-        self._donor = Donors()
+        self._donors = Donors()
         self._marked = FewWarnings(log, "masks that mark most of their image")
         # By all of a sample's files, as ``Donors`` does.
         self._diameters = functools.cache(lambda files: lesion_diameter(self._samples[files]))
@@ -133,23 +132,18 @@ class Preparation:
         return PreparedTask(dataclasses.replace(task, mask=origin), sample)
 
     def _with_carried_mask(self, task: Task, source: Sample) -> PreparedTask:
-        donor, original = self._donor(source), read_image(task.sample.image)
-        found = self._carry(task, donor, original)
+        original = read_image(task.sample.image)
+        found = self._donors.carry(source, task.sample, original.shape, task.seed, task.variant)
         mask = Mask(found.hard.astype(np.float32))
         sample = fit_sample(task.sample, original, mask, self.data, soft=found.soft)
         origin = MaskOrigin("carry", source.sample_id, found.only_form)
         return PreparedTask(dataclasses.replace(task, mask=origin, pasted_by=found.matrix.tolist()), sample)
 
-    def _carry(self, task: Task, donor: Donor, original: np.ndarray) -> CarriedMask:
-        seed = named_seed("carried", task.seed, task.sample.sample_id, task.variant)
-        region, spacing = region_for(task.sample, original.shape), task.sample.meta.get("spacing_mm")
-        return carry(donor, region, original.shape, seed, spacing)
-
     def _pasted(self, prepared: PreparedTask) -> PreparedTask:
         """With the donor's lesion pasted; where its mask was not carried over, brought to the mask by their boxes."""
         task, sample = prepared
         assert task.donor is not None
-        donor, anatomy = self._donor(task.donor), task.sample.anatomy
+        donor, anatomy = self._donors(task.donor), task.sample.anatomy
         body = read_anatomy(anatomy, sample.original.shape) == TARGET_LABEL if anatomy is not None else None
         matrix = np.array(task.pasted_by) if task.pasted_by else map_by_shape(donor, sample.hard)
         levels = paste(donor, sample.original, body, sample.soft, matrix, self.method)

@@ -337,27 +337,35 @@ class InferenceRun:
         total = sum(map(len, own))
         with tqdm(total=total, desc=label, mininterval=1, bar_format=BAR, disable=processes.rank > 0) as bar:
             for number, part in enumerate(parts):
-                found: list[Reject] = []
-                error: MedSoftError | None = None
-                try:
-                    with advice_on_memory(self.method.config.sampling):
-                        if drawing and own[number]:
-                            found = drawing([part[k] for k in own[number]], bar.update)
-                except MedSoftError as caught:
-                    error = caught
-                outcomes = processes.gather((found, error))
+                tasks = [part[k] for k in own[number]]
+                outcomes = processes.gather(self._drawn(drawing, tasks, bar.update) if drawing else ([], None))
                 error = next((each for _, each in outcomes if each), None)
                 found = [reject for each, _ in outcomes for reject in each]
                 if processes.rank == 0 and not error:
-                    try:
-                        self.results.close(number, part, found)
-                    except MedSoftError as caught:
-                        error = caught
+                    error = self._closed(number, part, found)
                 error = processes.share(error)
                 rejects += found
                 if error:
                     return rejects, error
         return rejects, None
+
+    def _drawn(
+        self, drawing: Drawing, tasks: Sequence[Task], done: Callable[[int], object]
+    ) -> tuple[list[Reject], MedSoftError | None]:
+        """The rejects of ``tasks``, or the error that ended their drawing."""
+        try:
+            with advice_on_memory(self.method.config.sampling):
+                return drawing(tasks, done), None
+        except MedSoftError as error:
+            return [], error
+
+    def _closed(self, number: int, part: Sequence[Task], rejects: list[Reject]) -> MedSoftError | None:
+        """The error that kept part ``number`` from being closed, if any."""
+        try:
+            self.results.close(number, part, rejects)
+        except MedSoftError as error:
+            return error
+        return None
 
     def _finish(self, summary: Summary) -> int:
         """Record what was made and, if all of the run is there, publish it; returns the exit code."""

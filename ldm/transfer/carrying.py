@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 
 from ldm.core.errors import MedSoftError
+from ldm.core.files import named_seed
 from ldm.data.images import read_image
-from ldm.data.masks import TARGET_LABEL, extents, read_anatomy, read_mask, soften, spacing_of
+from ldm.data.masks import TARGET_LABEL, extents, read_anatomy, read_mask, region_for, soften, spacing_of
 from ldm.data.samples import Sample
 from ldm.transfer.frames import Frame, Jitter, frame_of, map_between, warped
 
@@ -96,6 +97,14 @@ class Donors:
         """The lesion of a diseased sample; raises what ``read_donor`` does."""
         self._samples[sample.files] = sample
         return self._read(sample.files)
+
+    def carry(self, donor: Sample, target: Sample, shape: tuple[int, ...], seed: int, variant: int) -> CarriedMask:
+        """The lesion of ``donor`` in the vertebra of ``target``, whose image has ``shape``; raises as ``carry`` too.
+
+        Its jitter is a function of (seed, name of the target, variant).
+        """
+        own_seed = named_seed("carried", seed, target.sample_id, variant)
+        return carry(self(donor), region_for(target, shape), shape, own_seed, target.meta.get("spacing_mm"))
 
 
 def carry(
