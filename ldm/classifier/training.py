@@ -228,7 +228,7 @@ Names = list[tuple[int | str, str]]  # what the augmentation of a sample depends
 
 
 def epoch_batches(phase: Phase, epoch: int, config: ClassifierConfig) -> list[tuple[np.ndarray, Names]]:
-    """The rows of each batch of an epoch, and their names in it.
+    """The rows (batch,) of each batch of an epoch, and their names in it.
 
     An epoch is a pass over the images in batches of equal size. With ``steps`` every batch has exactly ``Batch_Size``
     images, one pass follows the other, and the epochs divide the steps: then every arm sees equally many images.

@@ -460,7 +460,8 @@ def dimensions(image: np.ndarray) -> str:
 
 
 def match_channels(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Bring float ``values`` to the channels of ``reference``: mean to grey, repeat to RGB; colour only for colour."""
+    """Float ``values``, HxW or HxWx3, with the channels of ``reference``: mean to grey, repeat to RGB; colour only for
+    colour."""
     if reference.ndim == 2 and values.ndim == 3:
         return values.mean(axis=2)
     if reference.ndim == 3 and (values.ndim == 2 or is_grey(reference)):

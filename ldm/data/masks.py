@@ -37,12 +37,9 @@ RIM_WIDTH = 2  # pixels: a transition up to this wide is a resampled edge, a wid
 MAX_LABELS = 16  # a file with more levels is noisy or soft
 MIN_REGION = 4  # pixels: the smallest side of a region that a lesion-shaped mask fits into
 _PROFILE_POINTS = 4097
-
-
 MOST_BORDER = 0.6  # share of the image that the border of a soft mask takes at most
 MAX_HUMPS = 10  # of a soft mask: parts that stay below its maximum
 MOSTLY = 0.5  # share of the image or of its border: more than that is hardly a lesion
-
 
 NOISE_NOTE = "its mask has compression noise or a rim from resampling: it is read as hard, cut at half of its maximum"
 PARTS_NOTE = (
@@ -360,7 +357,7 @@ def spacing_of(spacing: float | Sequence[float]) -> tuple[float, float]:
 
 
 def equivalent_diameter(hard: np.ndarray) -> float:
-    """Diameter in pixels of the disc that has the area of the lesion."""
+    """Diameter in pixels of the disc that has the area of the lesion ``hard`` (bool HxW)."""
     return 2.0 * math.sqrt(np.count_nonzero(hard) / math.pi)
 
 

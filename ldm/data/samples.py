@@ -14,8 +14,6 @@ from ldm.levels import without_mentions
 
 HEALTHY = "healthy"
 META_TEXTS = ("patient_id", "parent_id", "lesion_type", "level", "severity")
-
-
 NO_META: dict[str, Any] = {}  # of all samples that have none: a hundred thousand of them share it, nobody fills it
 
 

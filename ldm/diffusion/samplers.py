@@ -96,12 +96,13 @@ class DifferentialMask:
         return self.soft >= 1 - progress - 1e-6
 
     def held(self, x: Tensor, alpha: float, progress: float) -> Tensor:
-        """``x`` with the cells that are not yet released put back on the input's path."""
+        """``x`` (B, C, h, w) with the cells that are not yet released put back on the input's path."""
         path = alpha**0.5 * self.original + (1 - alpha) ** 0.5 * self.noise
         return torch.where(self.released(progress), x, path)
 
     def finished(self, x: Tensor, progress: float) -> Tensor:
-        """``x`` with the cells that no step up to ``progress``, the last one's, could inpaint put on the input."""
+        """``x`` (B, C, h, w) with the cells that no step up to ``progress``, the last one's, could inpaint put on the
+        input."""
         return torch.where(self.released(progress), x, self.original)
 
 

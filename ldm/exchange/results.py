@@ -170,7 +170,7 @@ def write_dicom(
 
 
 def changed_values(frame: Frame, pixels: Pixels, origin: Origin, path: Path) -> np.ndarray:
-    """The stored values of ``frame`` with those of a result where it differs from it inside the soft mask.
+    """The stored values of ``frame`` (HxW) with those of a result where it differs from it inside the soft mask.
 
     Padding stays padding. FileError for ``path`` if the result is not one of this frame.
     """
@@ -195,7 +195,7 @@ def changed_values(frame: Frame, pixels: Pixels, origin: Origin, path: Path) -> 
 
 
 def derived_values(frame: Frame, pixels: Pixels, origin: Origin, path: Path) -> np.ndarray:
-    """Stored values for a whole slice, as ``frame`` (any one of its series) stores them.
+    """Stored values (HxW) for a whole slice, as ``frame`` (any one of its series) stores them.
 
     FileError for ``path`` if the slice holds values that the series cannot store.
     """

@@ -44,7 +44,7 @@ class Conditioning:
         return self._gates[height, width]
 
     def keep_keys_values(self, attention: "CrossAttention", tokens: Tensor) -> None:
-        """Compute the keys and values of ``tokens`` in ``attention`` now, for all calls that follow."""
+        """Compute the keys and values of ``tokens`` (B, N, D) in ``attention`` now, for all calls that follow."""
         self._kept[attention] = attention.keys_values(tokens)
 
     def keep_open(self, height: int, width: int) -> None:
@@ -60,16 +60,16 @@ class Conditioning:
             self._open[gate.shape[1]] = found
 
     def open(self, tokens: int) -> Tensor | slice:
-        """Index of the ``tokens`` at which the third attention acts: those that ``keep_open`` found, else all."""
+        """Index of those of ``tokens`` cells at which the third attention acts: what ``keep_open`` found, else all."""
         return self._open.get(tokens, slice(None))
 
     def keys_values(self, attention: "CrossAttention", tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of ``tokens`` in ``attention``: those that are kept, if any are."""
+        """Keys and values, (B, heads, N, d) each, of ``tokens`` (B, N, D): those that are kept, if any are."""
         kept = self._kept.get(attention)
         return attention.keys_values(tokens) if kept is None else kept
 
     def spread(self, x: Tensor) -> Tensor:
-        """``x`` with one row per row of the text: images whose rows were equal so far are repeated."""
+        """``x`` with one row per row of the text, (B, ...): images whose rows were equal so far are repeated."""
         return x if len(x) == len(self.text) else torch.cat([x] * (len(self.text) // len(x)))
 
 

@@ -27,7 +27,7 @@ def hidden_region(soft_mask: Tensor) -> Tensor:
 
 
 def hide(image: Tensor, soft_mask: Tensor) -> Tensor:
-    """The image with the lesion region replaced by mid-grey, 0 in [-1, 1] (SD's training convention)."""
+    """The image (B, 3, S, S) with the lesion region replaced by mid-grey, 0 in [-1, 1] (SD's training convention)."""
     return image * (~hidden_region(soft_mask))
 
 
@@ -121,17 +121,18 @@ class MedSoftModel(nn.Module):
         return Conditioning(text, semantic, mask if self.architecture.unet.soft_mask_attention else None)
 
     def denoise(self, noisy: Tensor, t: Tensor, mask: Tensor, masked_latent: Tensor, cond: Conditioning) -> Tensor:
-        """``predict_noise`` with a conditioning made before."""
-        return self.unet(self._unet_input(noisy, mask, masked_latent), t, cond)  # (B, 9, s, s) -> (B, 4, s, s)
+        """``predict_noise`` with a conditioning made before: (B, 4, s, s), or k rows an image (see ``UNet``)."""
+        return self.unet(self._unet_input(noisy, mask, masked_latent), t, cond)
 
     def noise_and_middle(
         self, noisy: Tensor, t: Tensor, mask: Tensor, masked_latent: Tensor, text: Tensor, semantic: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """``predict_noise``, and the features that leave the U-Net's middle block."""
+        """``predict_noise``, and the features (B, C, h, w) that leave the U-Net's middle block."""
         cond = self.conditioning(mask, text, semantic)
         return self.unet(self._unet_input(noisy, mask, masked_latent), t, cond, with_middle=True)
 
     def _unet_input(self, noisy: Tensor, mask: Tensor, masked_latent: Tensor) -> Tensor:
+        """(B, 9, s, s), its channels in the order of Stable Diffusion inpainting."""
         channel = mask if self.architecture.unet.soft_mask_channel else hidden_region(mask).to(mask.dtype)
         return torch.cat([noisy, channel, masked_latent], dim=1)
 

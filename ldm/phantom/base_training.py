@@ -163,7 +163,8 @@ def train_autoencoder(
 
 @torch.no_grad()
 def rescale(net: Autoencoder, images: Tensor, config: DiffusionConfig) -> None:
-    """Scale the latent so that, times SD's latent scale, it has unit spread: SD's constant then fits as it is."""
+    """Scale the latent of ``images`` (N, 3, S, S) in [-1, 1] so that, times SD's latent scale, it has unit spread: SD's
+    constant then fits as it is."""
     spread = net.encode(images).mean.std() * config.latent_scale
     half = len(net.quant_conv.weight) // 2
     net.quant_conv.weight[:half] /= spread
@@ -215,7 +216,8 @@ def train_unet(sizes: Architecture, crops: DataConfig, output: Path, steps: int,
 def latents(
     model: MedSoftModel, config: DataConfig, most: int
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, list[tuple[str, ...]]]:
-    """Moments, scaled masked-image latents, latent masks and possible prompts of all the U-Net learns from."""
+    """Of the N images that the U-Net learns from: mean and log-variance of their latents, scaled latents of the masked
+    images, all (N, 4, s, s), latent masks (N, 1, s, s), and the prompts that each may have."""
     spines, spine_masks = healthy_crops(config, min(700, most), 3)
     generic, generic_masks, plain = generic_images(config, min(3000, most))
     images, softs = torch.cat([spines, generic]), torch.cat([spine_masks, generic_masks])

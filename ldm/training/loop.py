@@ -234,7 +234,7 @@ class Training:
         return torch.autocast(self.stage.device.type, half) if half else nullcontext()
 
     def summed(self, values: Tensor) -> Tensor:
-        """The sum of every process's ``values``. Fabric's own would wait for the device."""
+        """The sum of every process's ``values``, of any shape. Fabric's own would wait for the device."""
         if self.fabric.world_size > 1:
             torch.distributed.all_reduce(values)
         return values

@@ -32,7 +32,7 @@ Objective = Callable[[MedSoftModel, Batch, TrainingConfig, float, Tensor | None]
 def msc_objective(
     net: MedSoftModel, batch: Batch, training: TrainingConfig, dropout: float, empty_text: Tensor | None
 ) -> Losses:
-    """The MSC's prediction against the tokens of the image with its lesion. Nothing is dropped."""
+    """The MSC's tokens, (B, N, D) and (B, D), against those of the image with its lesion. Nothing is dropped."""
     tokens, global_token = net.msc(ControllerInputs.of(batch))
     soft = net.patch_mask(batch["mask"])
     loss = msc_loss(tokens, batch["target_tokens"], global_token, batch["target_global"], soft)
