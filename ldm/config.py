@@ -211,6 +211,11 @@ class TrainingConfig:
     max_rejected: Share = setting(0.01, NOTHING)  # training stops when a larger share of the samples cannot be read
     seed: Seed = setting(0, WEIGHTS)
 
+    @property
+    def previews(self) -> bool:
+        """Whether images are inpainted while it trains, which takes a U-Net."""
+        return self.pictures > 0 and "unet" in self.builds
+
 
 @dataclass
 class SamplingConfig:
@@ -278,6 +283,46 @@ class Config:
         sections = self.unet, self.autoencoder, self.text_encoder, self.biomedclip, self.msc, self.diffusion
         return Architecture(*sections, image_size=self.data.image_size)
 
+    def agreements(self) -> Iterator[tuple[str, bool, str]]:
+        """Every key whose value depends on others: whether it agrees with them, and what is expected of it."""
+        data, unet, sampling, training = self.data, self.unet, self.sampling, self.training
+        last = self.diffusion.timesteps - 1  # the first time step of the leading spacing must exist
+        yield "sampling.steps", sampling.steps <= last, f"at most {last}"
+        deterministic = not sampling.eta or sampling.sampler == "ddim"
+        yield "sampling.eta", deterministic, f"0 with sampling.sampler={sampling.sampler}"
+        whole = sampling.init != "noise" or sampling.strength == 1
+        yield "sampling.strength", whole, "1 with sampling.init=noise, which begins with nothing else"
+        visits = sampling.strength == 0 or int(sampling.steps * sampling.strength) > 0
+        least = f"{math.ceil(1000 / sampling.steps) / 1000:g} with {sampling.steps} steps"
+        yield "sampling.strength", visits, f"0, or at least {least}: one of them"
+        multiple = self.autoencoder.factor * 2 ** (len(unet.channel_mult) - 1)
+        yield "data.image_size", data.image_size % multiple == 0, f"a multiple of {multiple}"
+        cropped = data.fit == "crop"
+        yield "data.mm_per_pixel", cropped or not data.mm_per_pixel, f"0 with data.fit={data.fit}"
+        views = cropped or self.biomedclip.view == "crop"
+        yield "biomedclip.view", views, f"crop with data.fit={data.fit}, which cuts nothing off"
+        channels = 2 * self.autoencoder.latent_channels + 1
+        inputs = f"{channels} (noisy latent + mask + masked-image latent)"
+        yield "unet.in_channels", unet.in_channels == channels, inputs
+        whole_weights, table = training.strategy != "fsdp", unet.third_attention == "table"
+        yield "training.compile", whole_weights or not training.compile, "false with training.strategy=fsdp"
+        yield "training.strategy", whole_weights or not table, "auto with unet.third_attention=table"
+        by_diffusion = training.objective == "diffusion"
+        reads_msc = by_diffusion and training.inside == "msc"
+        reads_one = not (table and training.stage and reads_msc)
+        yield "training.inside", reads_one, "true with unet.third_attention=table, which reads no MSC"
+        dropped = training.coins == "joint" or training.condition_dropout <= 1 / 3
+        yield "training.condition_dropout", dropped, "at most 1/3 with training.coins=separate"
+        unstaged = not training.stage  # a file that stages are based on: nothing is trained with it alone
+        by_msc = unstaged or not training.msc_weight or (reads_msc and "msc" in training.rates)
+        yield "training.msc_weight", by_msc, "0 in a stage that does not train an MSC by its diffusion"
+        by_unet = by_diffusion and not {"attn3", "unet"}.isdisjoint(training.rates)
+        aligned = unstaged or not training.alignment_weight or by_unet
+        yield "training.alignment_weight", aligned, "0 in a stage that trains no part of the U-Net by its diffusion"
+        width, token_dim = self.text_encoder.width, self.biomedclip.token_dim
+        yield "unet.context_dim", unet.context_dim == width, f"text_encoder.width, which is {width}"
+        yield "unet.semantic_dim", unet.semantic_dim == token_dim, f"biomedclip.token_dim, which is {token_dim}"
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), spelled: Mapping[str, str] | None = None) -> Config:
     """Read a YAML file, its ``base:`` files first, then ``overrides`` such as ``training.batch_size=4``.
@@ -331,48 +376,7 @@ def _checked(values: Values) -> Config:
     """The configuration; UsageError where a key is wrong in itself, or does not agree with another one."""
     config = build(Config, values)
     config.training.rates = {group: rate for group, rate in config.training.rates.items() if rate}  # 0: frozen
-    for key, agrees, expected in _agreements(config):
+    for key, agrees, expected in config.agreements():
         if not agrees:
             raise values.error(key, expected, attrgetter(key)(config))
     return config
-
-
-def _agreements(config: Config) -> Iterator[tuple[str, bool, str]]:
-    """Every key whose value depends on others: whether it agrees with them, and what is expected of it."""
-    data, unet, sampling, training = config.data, config.unet, config.sampling, config.training
-    last = config.diffusion.timesteps - 1  # the first time step of the leading spacing must exist
-    yield "sampling.steps", sampling.steps <= last, f"at most {last}"
-    deterministic = not sampling.eta or sampling.sampler == "ddim"
-    yield "sampling.eta", deterministic, f"0 with sampling.sampler={sampling.sampler}"
-    whole = sampling.init != "noise" or sampling.strength == 1
-    yield "sampling.strength", whole, "1 with sampling.init=noise, which begins with nothing else"
-    visits = sampling.strength == 0 or int(sampling.steps * sampling.strength) > 0
-    least = f"{math.ceil(1000 / sampling.steps) / 1000:g} with {sampling.steps} steps"
-    yield "sampling.strength", visits, f"0, or at least {least}: one of them"
-    multiple = config.autoencoder.factor * 2 ** (len(unet.channel_mult) - 1)
-    yield "data.image_size", data.image_size % multiple == 0, f"a multiple of {multiple}"
-    cropped = data.fit == "crop"
-    yield "data.mm_per_pixel", cropped or not data.mm_per_pixel, f"0 with data.fit={data.fit}"
-    views = cropped or config.biomedclip.view == "crop"
-    yield "biomedclip.view", views, f"crop with data.fit={data.fit}, which cuts nothing off"
-    channels = 2 * config.autoencoder.latent_channels + 1
-    inputs = f"{channels} (noisy latent + mask + masked-image latent)"
-    yield "unet.in_channels", unet.in_channels == channels, inputs
-    whole_weights, table = training.strategy != "fsdp", unet.third_attention == "table"
-    yield "training.compile", whole_weights or not training.compile, "false with training.strategy=fsdp"
-    yield "training.strategy", whole_weights or not table, "auto with unet.third_attention=table"
-    by_diffusion = training.objective == "diffusion"
-    reads_msc = by_diffusion and training.inside == "msc"
-    reads_one = not (table and training.stage and reads_msc)
-    yield "training.inside", reads_one, "true with unet.third_attention=table, which reads no MSC"
-    dropped = training.coins == "joint" or training.condition_dropout <= 1 / 3
-    yield "training.condition_dropout", dropped, "at most 1/3 with training.coins=separate"
-    unstaged = not training.stage  # a file that stages are based on: nothing is trained with it alone
-    by_msc = unstaged or not training.msc_weight or (reads_msc and "msc" in training.rates)
-    yield "training.msc_weight", by_msc, "0 in a stage that does not train an MSC by its diffusion"
-    by_unet = by_diffusion and not {"attn3", "unet"}.isdisjoint(training.rates)
-    aligned = unstaged or not training.alignment_weight or by_unet
-    yield "training.alignment_weight", aligned, "0 in a stage that trains no part of the U-Net by its diffusion"
-    width, token_dim = config.text_encoder.width, config.biomedclip.token_dim
-    yield "unet.context_dim", unet.context_dim == width, f"text_encoder.width, which is {width}"
-    yield "unet.semantic_dim", unet.semantic_dim == token_dim, f"biomedclip.token_dim, which is {token_dim}"

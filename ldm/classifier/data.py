@@ -64,6 +64,17 @@ class ImageSet:
         masks = None if self.masks is None else self.masks[list(kept)]
         return replace(self, images=self.images[list(kept)], masks=masks, **lists)
 
+    @classmethod
+    def joined(cls, name: str, parts: Sequence["ImageSet"]) -> "ImageSet":
+        """The samples and the rejects of all ``parts``, of which there is at least one."""
+        lists = {
+            key: [each for part in parts for each in getattr(part, key)]
+            for key in ("samples", "labels", "hashes", "attributes", "rejects")
+        }
+        masks = [part.masks for part in parts if part.masks is not None]
+        images = np.concatenate([part.images for part in parts])
+        return cls(name, images=images, masks=np.concatenate(masks) if masks else None, **lists)
+
     @property
     def diseased(self) -> list[int]:
         """Positions of the samples that are not healthy."""
@@ -260,16 +271,7 @@ def pick_synthetic(
         return None, None
     for part in parts:
         check_children(part, train, held_out)
-    pool = ImageSet(
-        "synthetic",
-        [sample for part in parts for sample in part.samples],
-        np.concatenate([part.images for part in parts]),
-        [label for part in parts for label in part.labels],
-        [digest for part in parts for digest in part.hashes],
-        [attributes for part in parts for attributes in part.attributes],
-        [reject for part in parts for reject in part.rejects],
-        masks=np.concatenate([part.masks for part in parts]) if config.task == SEGMENT else None,
-    )
+    pool = ImageSet.joined("synthetic", parts)
     choice = apply_review(config.review, pool.samples) if config.review else None
     diseased = pool.diseased
     if len(diseased) < len(pool):

@@ -144,11 +144,16 @@ def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
                     save_pickle(state, handle)
                 saved = time.monotonic()
     assert best is not None  # the last phase has an epoch, and its first one is chosen or test_epoch is in it
-    column = score_column(rows[0])
-    chosen_by = "validation loss" if rows[0][column] is None else f"validation {SCORES[column]}"
-    chosen_by = chosen_by if config.test_epoch is None else "test_epoch"
     write_csv(folder / "history.csv", rows)
-    save_classifier(folder / "classifier.safetensors", config, data, run, best, chosen_by)
+    save_classifier(folder / "classifier.safetensors", config, data, run, best, _chosen_by(rows[0], config.test_epoch))
+
+
+def _chosen_by(row: Mapping[str, Any], test_epoch: int | None) -> str:
+    """By what the epoch was chosen, for a reader; ``row``: any of history.csv."""
+    if test_epoch is not None:
+        return "test_epoch"
+    column = score_column(row)
+    return "validation loss" if row[column] is None else f"validation {SCORES[column]}"
 
 
 def history_row(

@@ -128,6 +128,25 @@ def run(
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(USAGE) from None
+    _set_environment()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger().handlers[0].addFilter(_worth_saying)
+    signal.signal(signal.SIGTERM, _terminate)
+    # At its end the interpreter would look for garbage among all objects of torch and the like, for 1.6 s.
+    atexit.register(gc.freeze)
+    code = _guarded(main, args)
+    say_the_rest()
+    if at_once:
+        _join_threads()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if at_once:
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def _set_environment() -> None:
+    """What libraries read of the environment when they are loaded; what the user has set stays."""
     # Threads that wait for each other spin for some microseconds and then sleep; read when torch loads. Two of them
     # then train phantoms at 100 to 115 items a second, where those that sleep at once reach 92; beside a busy process
     # it is 55 to 60 instead of 66 to 78. Spinning for long makes two programs on one machine many times slower.
@@ -137,25 +156,16 @@ def run(
     # Each of several threads or processes looks at an image of its own; OpenCV's own threads gain nothing beside them.
     os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns of the processes that read data
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    logging.getLogger().handlers[0].addFilter(_worth_saying)
-    signal.signal(signal.SIGTERM, _terminate)
-    # At its end the interpreter would look for garbage among all objects of torch and the like, for 1.6 s.
-    atexit.register(gc.freeze)
-    code = _guarded(main, args)
-    say_the_rest()
-    if at_once:
-        try:
-            for thread in set(threading.enumerate()) - {threading.current_thread()}:
-                if not thread.daemon:
-                    thread.join()
-        except KeyboardInterrupt:  # once more: nobody waits any longer, and temporary folders are deleted all the same
-            raise SystemExit(INTERRUPTED) from None
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if at_once:
-        os._exit(code)
-    raise SystemExit(code)
+
+
+def _join_threads() -> None:
+    """Wait for threads that have something to end."""
+    try:
+        for thread in set(threading.enumerate()) - {threading.current_thread()}:
+            if not thread.daemon:
+                thread.join()
+    except KeyboardInterrupt:  # once more: nobody waits any longer, and temporary folders are deleted all the same
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _check_encoding(args: argparse.Namespace) -> None:

@@ -195,32 +195,18 @@ def _doubts(name: str, samples: list[Sample], inspections: list[DatasetInspectio
 
 
 def _about(name: str, samples: list[Sample], inspections: list[DatasetInspection]) -> Iterator[Finding]:
-    """What can only be judged over a whole set: classes, depths, sizes, polarity, where lesions may be inpainted."""
+    """What can only be judged over a whole set."""
     if name == "train":
         try:
             check_classes(name, samples)
         except MedSoftError as error:
             yield Finding("error", name, str(error))
-    pairs = zip(samples, inspections, strict=True)
-    reasons = (inpainting_obstacle(sample, inspection.marked) for sample, inspection in pairs)
-    obstacles = [(sample, why) for sample, why in zip(samples, reasons, strict=True) if sample.healthy and why]
-    if obstacles:
-        healthy, (first, reason) = sum(sample.healthy for sample in samples), obstacles[0]
-        said = f"{len(obstacles)} of {counted(healthy, 'healthy sample')} cannot be inpainted"
-        text = f"{said}, so training leaves out the same"
-        yield Finding("warning", name, f"{text}; the first, {first.sample_id}: {reason}")
+    yield from _obstacles(name, samples, inspections)
     if nameless := sum(sample.patient_id == sample.sample_id for sample in samples):
         said = f"{nameless} of {counted(len(samples), 'sample')} without patient_id in meta.json"
         text = f"{said}: each counts as a patient of its own"
         yield Finding("warning", name, f"{text}, so that slices of one patient may lie on both sides of a split")
-    depths = {inspection.depth for inspection in inspections if inspection.depth}
-    if len(depths) > 1:
-        yield Finding("warning", name, "8- and 16-bit images are mixed; check that `window` in meta.json fits")
-    sizes = {inspection.shape[:2] for inspection in inspections if inspection.shape}
-    small, large = min(sizes, key=np.prod, default=(1, 1)), max(sizes, key=np.prod, default=(1, 1))
-    if np.prod(large) > 16 * np.prod(small):
-        words = f"{small[1]} x {small[0]} to {large[1]} x {large[0]} pixels"
-        yield Finding("warning", name, f"sizes from {words}: lesions differ in scale; see `fit` in the YAML")
+    yield from _mixed(name, inspections)
     attributes = ((sample, each.attributes) for sample, each in zip(samples, inspections, strict=True))
     decoded = [pair for pair in attributes if pair[1]]
     for each in separations([sample for sample, _ in decoded], [attributes for _, attributes in decoded]):
@@ -232,6 +218,30 @@ def _about(name: str, samples: list[Sample], inspections: list[DatasetInspection
         yield Finding(
             "error", name, f"probably inverted: {inverted} of {counted(diseased, 'mask')}; 1 (white) must be the lesion"
         )
+
+
+def _obstacles(name: str, samples: list[Sample], inspections: list[DatasetInspection]) -> Iterator[Finding]:
+    """Healthy samples that cannot be inpainted."""
+    pairs = zip(samples, inspections, strict=True)
+    reasons = (inpainting_obstacle(sample, inspection.marked) for sample, inspection in pairs)
+    obstacles = [(sample, why) for sample, why in zip(samples, reasons, strict=True) if sample.healthy and why]
+    if obstacles:
+        healthy, (first, reason) = sum(sample.healthy for sample in samples), obstacles[0]
+        said = f"{len(obstacles)} of {counted(healthy, 'healthy sample')} cannot be inpainted"
+        text = f"{said}, so training leaves out the same"
+        yield Finding("warning", name, f"{text}; the first, {first.sample_id}: {reason}")
+
+
+def _mixed(name: str, inspections: list[DatasetInspection]) -> Iterator[Finding]:
+    """Depths and sizes that hardly go together."""
+    depths = {inspection.depth for inspection in inspections if inspection.depth}
+    if len(depths) > 1:
+        yield Finding("warning", name, "8- and 16-bit images are mixed; check that `window` in meta.json fits")
+    sizes = {inspection.shape[:2] for inspection in inspections if inspection.shape}
+    small, large = min(sizes, key=np.prod, default=(1, 1)), max(sizes, key=np.prod, default=(1, 1))
+    if np.prod(large) > 16 * np.prod(small):
+        words = f"{small[1]} x {small[0]} to {large[1]} x {large[0]} pixels"
+        yield Finding("warning", name, f"sizes from {words}: lesions differ in scale; see `fit` in the YAML")
 
 
 def _repeated(name: str, inspections: list[DatasetInspection]) -> Iterator[Finding]:

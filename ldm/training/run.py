@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from ldm.config import Architecture, Config, SamplingConfig, TrainingConfig, as_yaml, config_from_dict
+from ldm.config import Architecture, Config, DataConfig, SamplingConfig, TrainingConfig, as_yaml, config_from_dict
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory, resolve_precision
 from ldm.core.distributed import check_tasks, fabric_class
@@ -263,11 +263,12 @@ def _run(
     if previous:
         previous = folder.of_use(options.overwrite, partial(check_encoder, encoders[1], previous))
     log_groups(config.architecture, training, source)
-    metadata = _metadata(config, content, inputs, source, encoders[1])
-    features = _features(options, config, inputs, encoders, fabric.device)
+    metadata = {"config": dataclasses.asdict(config), "stage": training.stage, "inputs": content}
+    metadata |= _provenance(inputs, source, encoders[1])
+    cache = options.cache_dir or folder.path.parent / "feature_cache"
+    features = _features(cache, config.data, training, inputs, encoders, fabric.device)
     del encoders  # their memory is free before the networks of a step take theirs
-    previews = config.sampling if training.pictures > 0 and "unet" in training.builds else None
-    stage = _stage(config, source, features, fabric.device, precision, with_autoencoder=previews is not None)
+    stage = _stage(config.architecture, training, source, features, fabric.device, precision)
     batches = len(loader(StageData(inputs.items["train"], features, training, fixed=False), training, shuffle=True))
     state = folder.of_use(options.overwrite, partial(RunState.of, previous, stage, batches)) if previous else None
     if is_first_process():
@@ -280,22 +281,17 @@ def _run(
     stage.share_out(fabric.world_size)
     checkpoints = Checkpoints(folder.path, stage, metadata, fabric, precision, state)
     del found, previous, state  # as long as its tensors are mapped, the disk keeps the file that is replaced
-    if code := _guarded(_training(checkpoints, precision, inputs, features, previews)):
+    if code := _guarded(_training(checkpoints, precision, inputs, features, config.sampling)):
         return code
     log.info("%s: %s, complete", checkpoints.path, counted(checkpoints.progress.step, "step"))
     # The launcher kills the first process when one that it started does not end with 0.
     return cli.SOME_REJECTED if inputs.rejects and fabric.is_global_zero else cli.DONE
 
 
-def _metadata(
-    config: Config, content: str, inputs: TrainingInputs, source: Checkpoint, encoder: ImageTextEncoder
-) -> dict[str, Any]:
-    """What every checkpoint of the run says of itself; ``content``: a fingerprint of the data and of ``source``."""
+def _provenance(inputs: TrainingInputs, source: Checkpoint, encoder: ImageTextEncoder) -> dict[str, Any]:
+    """What a checkpoint of the run says of what it is made from."""
     theirs = source.metadata
     return {
-        "config": dataclasses.asdict(config),
-        "stage": config.training.stage,
-        "inputs": content,
         **encoder_record(encoder),
         TRAINED_ON: inputs.trained_on,
         "noise": NOISE,
@@ -304,34 +300,33 @@ def _metadata(
 
 
 def _features(
-    options: TrainingOptions,
-    config: Config,
+    cache: Path,
+    data: DataConfig,
+    training: TrainingConfig,
     inputs: TrainingInputs,
     encoders: tuple[MedSoftModel, ImageTextEncoder],
     device: torch.device,
 ) -> FeatureStore:
     """The features of all items; samples that cannot be read any more leave ``inputs``."""
-    cache = options.cache_dir or options.save_path.parent / "feature_cache"
     model, encoder = encoders[0].to(device), encoders[1].to(device)
-    builder = FeatureBuilder(cache, config.data, model, encoder, inputs.digests, config.training.feature_batch)
-    inputs.leave_out(builder.build(inputs.all_items), config.training.max_rejected)
+    builder = FeatureBuilder(cache, data, model, encoder, inputs.digests, training.feature_batch)
+    inputs.leave_out(builder.build(inputs.all_items), training.max_rejected)
     return builder.store
 
 
 def _stage(
-    config: Config,
+    architecture: Architecture,
+    training: TrainingConfig,
     source: Checkpoint,
     features: FeatureStore,
     device: torch.device,
     precision: str,
-    with_autoencoder: bool,
 ) -> Stage:
     """What a step runs, and for previews the autoencoder, on ``device`` with the weights of ``source``."""
-    training = config.training
-    kept = [*STEP_PARTS, *(["autoencoder"] if with_autoencoder else [])]
-    net = loaded(config.architecture, source, [part for part in training.builds if part in kept])
+    kept = [*STEP_PARTS, *(["autoencoder"] if training.previews else [])]
+    net = loaded(architecture, source, [part for part in training.builds if part in kept])
     net.to(device)
-    wanted = skeleton(net.architecture, training.builds)
+    wanted = skeleton(architecture, training.builds)
     frozen = {key: value for key, value in source.state.items() if key in wanted}
     return Stage(training, net, frozen, features.empty_text(), half_frozen=precision == "bf16-mixed")
 
@@ -355,7 +350,7 @@ def _training(
     precision: str,
     inputs: TrainingInputs,
     features: FeatureStore,
-    previews: SamplingConfig | None,
+    sampling: SamplingConfig,
 ) -> Training:
     folder, stage, fabric = checkpoints.folder, checkpoints.stage, checkpoints.fabric
     world, rank, training = fabric.world_size, fabric.global_rank, stage.training_config
@@ -365,8 +360,8 @@ def _training(
     loaders = (train_loader, loader(sets["val"], training, False, rank, world))
     trackers = Trackers(training.loggers, folder, checkpoints.metadata)
     records = Records(folder, training.stage, fabric.is_global_zero, trackers)
-    draws = previews and (stage.sharded or fabric.is_global_zero)  # parts of the weights draw nothing
-    shown = Previews(folder, stage, previews, sets["val"], records) if draws else None
+    draws = training.previews and (stage.sharded or fabric.is_global_zero)  # parts of the weights draw nothing
+    shown = Previews(folder, stage, sampling, sets["val"], records) if draws else None
     return Training(stage, fabric, precision, loaders, checkpoints, records, shown)
 
 
