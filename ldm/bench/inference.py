@@ -6,7 +6,7 @@ import functools
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -62,10 +62,39 @@ def configuration(options: BenchOptions) -> Config:
     return load_config(options.config, [*options.overrides, f"sampling.precision={options.precision}"])
 
 
+class Comparisons:
+    """Seconds of ours and of theirs, and their ratio (above 1: ours is faster), one row per comparison."""
+
+    def __init__(self, repeats: int, device: torch.device) -> None:
+        self.repeats, self.device = repeats, device
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, name: str, mine: float, other: float) -> None:
+        """Log and keep both seconds."""
+        self.rows.append({"what": name, "ours_s": mine, "theirs_s": other, "ratio": other / mine})
+        log.info("%-52s ours %.4f s, diffusers %.4f s, ratio %.2f", name, mine, other, other / mine)
+
+    def calls(self, name: str, ours: Callable, theirs: Callable) -> tuple[float, float]:
+        """Measure two calls; returns their seconds."""
+        mine, other = measure_alternately((ours, theirs), self.repeats, self.device)
+        self.add(name, mine, other)
+        return mine, other
+
+    def images(self, ours: Mapping[str, Callable], theirs: Callable) -> None:
+        """Measure whole images, by name, against one of theirs. Every kind of call in them should be warm.
+
+        Theirs is measured once, beside all of ours: on a CPU it takes minutes.
+        """
+        repeats = max(1, self.repeats // 4)
+        *mine, other = measure_alternately([*ours.values(), theirs], repeats, self.device, warm_up=0)
+        for name, seconds in zip(ours, mine, strict=True):
+            self.add(name, seconds, other)
+
+
 def measure(
     architecture: Architecture, sampling: SamplingConfig, device: torch.device, options: BenchOptions
 ) -> list[dict[str, Any]]:
-    """Seconds of ours, of theirs and their ratio (above 1: ours is faster), one row per comparison."""
+    """The rows of ``Comparisons``: single calls, whole images if ``options.steps`` says so, and sums of the calls."""
     torch.manual_seed(0)
     model = MedSoftModel(architecture, ["unet", "autoencoder"]).to(device).eval()
     pipeline = diffusers_pipeline(model)
@@ -73,54 +102,37 @@ def measure(
     for part in (pipeline.unet, pipeline.vae):
         part.to(dtype)
     for_inference(model, dtype)
-    calls = Calls(model, options.batch_size, pipeline)
+    calls, compared = Calls(model, options.batch_size, pipeline), Comparisons(options.repeats, device)
     conditions = calls.conditions(sampling)
-    rows: list[dict[str, Any]] = []
-
-    def add(name: str, mine: float, other: float) -> tuple[float, float]:
-        """Log and keep both seconds; returns them."""
-        rows.append({"what": name, "ours_s": mine, "theirs_s": other, "ratio": other / mine})
-        log.info("%-52s ours %.4f s, diffusers %.4f s, ratio %.2f", name, mine, other, other / mine)
-        return mine, other
-
-    def compare(name: str, ours: Callable, theirs: Callable) -> Any:
-        """Measure two calls; returns their seconds."""
-        return add(name, *measure_alternately((ours, theirs), options.repeats, device))
-
     vae, image, noise = pipeline.vae, calls.image.to(dtype), calls.noise.to(dtype)
-    guided = compare(
+    guided = compared.calls(
         "U-Net call with guidance", lambda: calls.ours(conditions.both), lambda: calls.theirs(calls.empty, calls.text)
     )
-    prompted = compare(
+    prompted = compared.calls(
         "U-Net call with the prompt alone", lambda: calls.ours(conditions.prompted), lambda: calls.theirs(calls.text)
     )
-    encoding = compare(
+    encoding = compared.calls(
         "encoded image", lambda: latent_of(model, calls.image, dtype), lambda: vae.encode(image).latent_dist.mode()
     )
     scale = architecture.diffusion.latent_scale
-    decoding = compare("decoded image", lambda: model.decode(noise), lambda: vae.decode(noise / scale).sample)
-    ours, guidance = dataclasses.replace(sampling, **FAST), sampling.guidance_scale
-    steps, reference = ours.steps, REFERENCE["steps"]
-    both, name = len(guided_steps(steps, ours.guidance_interval)), SHORT[ours.sampler]
-    if options.steps:
-        given = options.steps
+    decoding = compared.calls("decoded image", lambda: model.decode(noise), lambda: vae.decode(noise / scale).sample)
+    fast, given, reference = dataclasses.replace(sampling, **FAST), options.steps, REFERENCE["steps"]
+    both = len(guided_steps(fast.steps, fast.guidance_interval))
+    name = f"{fast.steps} steps of {SHORT[fast.sampler]}, {both} guided / {reference} of DDIM"
+    if given:
         plain = dataclasses.replace(sampling, **REFERENCE | {"steps": given})
-        pairs = {f"image, {given} steps of DDIM with guidance": plain}
+        pairs = {f"image, {given} steps of DDIM with guidance": functools.partial(calls.our_image, plain)}
         if given == reference:
-            pairs[f"image, {steps} steps of {name}, {both} guided / {given} of DDIM"] = ours
-        images = [functools.partial(calls.our_image, own) for own in pairs.values()]
-        images.append(functools.partial(calls.their_image, given, guidance))
-        # Every kind of call is warm by now. Theirs is measured once, beside all of ours: on a CPU it takes minutes.
-        *mine, other = measure_alternately(images, max(1, options.repeats // 4), device, warm_up=0)
-        for what, seconds in zip(pairs, mine, strict=True):
-            add(what, seconds, other)
+            pairs[f"image, {name}"] = functools.partial(calls.our_image, fast)
+        compared.images(pairs, functools.partial(calls.their_image, given, sampling.guidance_scale))
     # Ours encodes the image and the masked image, diffusers the masked one alone.
     ends, other_ends = 2 * encoding[0] + decoding[0], encoding[1] + decoding[1]
     theirs = reference * guided[1] + other_ends
-    add(f"{reference} steps of DDIM with guidance (sum of the calls)", reference * guided[0] + ends, theirs)
-    fast = both * guided[0] + (steps - both) * prompted[0] + ends
-    add(f"{steps} steps of {name}, {both} guided / {reference} of DDIM (sum of the calls)", fast, theirs)
-    return rows
+    ours = reference * guided[0] + ends
+    compared.add(f"{reference} steps of DDIM with guidance (sum of the calls)", ours, theirs)
+    ours = both * guided[0] + (fast.steps - both) * prompted[0] + ends
+    compared.add(f"{name} (sum of the calls)", ours, theirs)
+    return compared.rows
 
 
 def measure_drawing(device: torch.device, options: BenchOptions) -> list[dict[str, Any]]:

@@ -97,6 +97,12 @@ def prediction_bound(values: Sequence[float], sides: tuple[bool, bool], logarith
     return Bound(*(round(end, DIGITS) if given else None for end, given in zip(ends, sides, strict=True)))
 
 
+def bound_of(name: str, rows: Sequence[Mapping[str, float | None]]) -> Bound:
+    """``prediction_bound`` of the number ``name`` of SIDES, by the rows in which it could be measured."""
+    values = [value for row in rows if (value := row[name]) is not None]
+    return prediction_bound(values, SIDES[name], name in LOGARITHMIC)
+
+
 @dataclasses.dataclass(frozen=True)
 class LesionChecks:
     """What ``--check`` asks for: at most ``tries`` drawings of each task, judged by lesions of ``train_json``."""
@@ -185,17 +191,9 @@ class LesionCheck:
         }
         self.healthy = text_embeddings(encoder, [HEALTHY])[0]
         rows = [self._numbers(lesion, image) for lesion, (_, image) in zip(self.lesions, read, strict=True)]
-        of = {kind: each for kind, each in sorted(places.items()) if len(each) >= FEWEST}
-        of[ALL] = list(range(len(rows)))
-        self.bounds = {
-            name: {
-                kind: prediction_bound(
-                    [v for k in each if (v := rows[k][name]) is not None], sides, name in LOGARITHMIC
-                )
-                for kind, each in of.items()
-            }
-            for name, sides in SIDES.items()
-        }
+        of = {kind: [rows[k] for k in each] for kind, each in sorted(places.items()) if len(each) >= FEWEST}
+        of[ALL] = rows
+        self.bounds = {name: {kind: bound_of(name, each) for kind, each in of.items()} for name in SIDES}
         lying, turned, _ = copy_thresholds(self.lesions, turned=True)
         self.copy = round(lying, DIGITS), round(turned, DIGITS)
         self.thresholds: dict[str, Any] = {
