@@ -88,6 +88,15 @@ def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
+def write_tables(folder: Path, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], suffix: str) -> Path:
+    """predictions_test.csv and metrics.csv; returns where the report belongs, whose earlier pictures are deleted."""
+    write_csv(folder / f"predictions_test{suffix}.csv", rows)
+    write_csv(folder / f"metrics{suffix}.csv", [flat_metrics(metrics)])
+    path = folder / f"report{suffix}.html"
+    shutil.rmtree(files_folder(path), ignore_errors=True)
+    return path
+
+
 def write_test(
     folder: Path, metrics: dict[str, Any], test: Scored, synthetic: Scored | None = None, suffix: str = ""
 ) -> None:
@@ -96,10 +105,7 @@ def write_test(
     ``synthetic``: the synthetic images of the training, shown in the map of features only.
     """
     rows = prediction_rows(test.images, test.probabilities, metrics["classes"])
-    write_csv(folder / f"predictions_test{suffix}.csv", rows)
-    write_csv(folder / f"metrics{suffix}.csv", [flat_metrics(metrics)])
-    path = folder / f"report{suffix}.html"
-    shutil.rmtree(files_folder(path), ignore_errors=True)
+    path = write_tables(folder, rows, metrics, suffix)
     count, mistakes = _mistakes(path, rows, test.images)
     write_page(
         path,

@@ -1,6 +1,5 @@
 """Tables and the page of a segmentation's test: numbers, losses, pictures of the outlines. No torch."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ import cv2
 import numpy as np
 
 from ldm.classifier.data import HEALTHY, ImageSet
-from ldm.classifier.report import flat_metrics, number_tables, training_plots
-from ldm.core.tables import write_csv
-from ldm.reports.html import files_folder, write_image, write_page
+from ldm.classifier.report import number_tables, training_plots, write_tables
+from ldm.reports.html import write_image, write_page
 
 SHOWN, ALARMS = 24, 8  # pictures of lesions, evenly from the worst to the best, and of false alarms
 SCALE = 4  # of the pictures on the page
@@ -22,10 +20,7 @@ def write_segmentation(
     folder: Path, metrics: Mapping[str, Any], images: ImageSet, found: np.ndarray, rows: list, suffix: str = ""
 ) -> None:
     """predictions_test.csv, metrics.csv and report.html; ``found`` bool (N, S, S), ``rows``: see ``mask_rows``."""
-    write_csv(folder / f"predictions_test{suffix}.csv", rows)
-    write_csv(folder / f"metrics{suffix}.csv", [flat_metrics(metrics)])
-    path = folder / f"report{suffix}.html"
-    shutil.rmtree(files_folder(path), ignore_errors=True)
+    path = write_tables(folder, rows, metrics, suffix)
     lesions = sorted((i for i, row in enumerate(rows) if row["dice"] is not None), key=lambda i: rows[i]["dice"])
     places = np.linspace(0, len(lesions) - 1, min(SHOWN, len(lesions))).round().astype(int)
     alarms = [i for i, row in enumerate(rows) if row["label"] == HEALTHY and row["found_pixels"]]

@@ -8,7 +8,7 @@ that they would be, so that the same rules and refusals hold for them.
 import dataclasses
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +201,14 @@ def _written(output: Path, name: str, files: dict[str, Any], prompt: str, meta: 
     content = [[key, pixel_digest(pixels)] for key, pixels in files.items()]
     above = output.resolve().with_name(f"{output.resolve().name}.input")
     folder = above / f"{name}_{fingerprint([content, meta])[:8]}"
+    write_once(folder, files, prompt, meta)
+    return folder
+
+
+def write_once(folder: Path, files: Mapping[str, Any], prompt: str, meta: Mapping[str, Any]) -> None:
+    """``write_sample`` into a folder whose name follows from its content, unless another process has done that."""
+    above = folder.parent
     above.mkdir(parents=True, exist_ok=True)
     with exclusive(above / ".lock", f"{above}: another run is writing here at this moment", wait=True):
         if not (folder / "meta.json").exists():
             write_sample(folder, files, prompt, meta)
-    return folder

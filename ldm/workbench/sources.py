@@ -16,15 +16,14 @@ import numpy as np
 
 from ldm.core.errors import FileError, MedSoftError, UsageError, first_line
 from ldm.core.files import fingerprint
-from ldm.core.locks import exclusive
 from ldm.core.tables import counted, shortened
 from ldm.data.annotations import read_annotations
-from ldm.data.folders import read_meta, read_sample, sample_folders, write_sample
+from ldm.data.folders import read_meta, read_sample, sample_folders
 from ldm.data.images import SUFFIXES, intensity_range_of, open_image, pixel_digest, read_image
 from ldm.data.masks import TARGET_LABEL, Mask, read_anatomy, read_mask, region_for
 from ldm.data.regions import STEMS
 from ldm.data.samples import Sample
-from ldm.inference.single import is_volume, one_sample, slice_image, slice_name
+from ldm.inference.single import is_volume, one_sample, slice_image, slice_name, write_once
 from ldm.volumes.volume import PLANES, Volume, count, cut, only_plane, require_extra
 from ldm.workbench.drafts import document_id
 
@@ -135,10 +134,7 @@ class Document:
             return self.sample
         meta = self.sample.meta
         home = folder / f"{self.sample.sample_id}_{fingerprint([self.digest, meta])[:8]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder / ".lock", f"{folder}: another run is writing here at this moment", wait=True):
-            if not (home / "meta.json").exists():
-                write_sample(home, {"image.png": self.pixels}, "healthy", meta)
+        write_once(home, {"image.png": self.pixels}, "healthy", meta)
         return dataclasses.replace(self.sample, image=home.resolve() / "image.png")
 
 
