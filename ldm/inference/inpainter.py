@@ -105,10 +105,10 @@ class Inpainter:
         soft_mask = on_device(torch.stack([sample.mask for sample in filled]), self.device)
         image_view = self.net.architecture.biomedclip.view == "image"
         whole = whole_pictures(filled, self.device) if image_view else None
-        start = None
+        pasted = None
         if self.sampling.init == "paste":
-            start = on_device(torch.stack([_with_pasted_lesion(sample) for sample in filled]), self.device)
-        generated, broken = self._generate(image, soft_mask, names, whole, start, on_step)  # (B, 3, S, S) in [-1, 1]
+            pasted = on_device(torch.stack([_with_pasted_lesion(sample) for sample in filled]), self.device)
+        generated, broken = self._generate(image, soft_mask, names, whole, pasted, on_step)  # (B, 3, S, S) in [-1, 1]
         generated_there, broken_there = on_host(generated), on_host(broken)
 
         def finish(row: int, sample: PreparedSample) -> InpaintedImage:
@@ -123,21 +123,21 @@ class Inpainter:
         soft_mask: Tensor,
         jobs: Sequence[Job],
         whole: tuple[Tensor, Tensor] | None = None,
-        start: Tensor | None = None,
+        pasted: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The model's squares before compositing: image (B, 3, S, S), soft_mask (B, 1, S, S) -> (B, 3, S, S).
 
         And a number for each image: of the step at which the first value that is no number appeared, -1 where none did,
-        the number of steps where it was the decoder's. ``whole``: see ``condition``; ``start``: like ``image``, what
-        sampling begins with where that is neither noise nor the image itself.
+        the number of steps where it was the decoder's. ``whole``: see ``condition``; ``pasted``: like ``image``, with
+        the lesion that ``sampling.init`` paste begins with.
         """
         sampling, net = self.sampling, self.net
         dtype = DTYPES[sampling.precision]
         mask = net.latent_mask(soft_mask)
         masked = latent_of(net, hide(image, soft_mask), dtype)
-        begins = sampling.init != "noise"
-        original = latent_of(net, image, dtype) if sampling.differential or (begins and start is None) else None
+        original = latent_of(net, image, dtype) if sampling.differential or sampling.init == "image" else None
+        start = original if sampling.init == "image" else None if pasted is None else latent_of(net, pasted, dtype)
         text, semantic = self.condition(image, soft_mask, [job.prompt for job in jobs], whole)
         conditions = guidance_conditions(
             net, mask, text.to(dtype), self.empty_text, semantic, fixed_shapes=sampling.compile
@@ -164,7 +164,7 @@ class Inpainter:
             *(net, sampling, noise, mask, masked, original, conditions),
             step_noise=lambda index: step_noise(index, names, noise),
             on_step=after_step,
-            start=(original if start is None else latent_of(net, start, dtype)) if begins else None,
+            start=start,
         )
         # The latent was looked at before decoding: that clamps, and would hide infinity as white.
         decoded = net.decode(latent.to(dtype)).float()

@@ -165,7 +165,7 @@ def test_beginning_with_the_image_agrees_with_diffusers(
     def drawn(strength: float, start: torch.Tensor | None = None) -> np.ndarray:
         init = "image" if start is None else "paste"
         sampling = dataclasses.replace(config.sampling, init=init, strength=strength)
-        square, _ = Inpainter(net, BiomedClip(CLIP), sampling)._generate(image, mask, jobs, start=start)
+        square, _ = Inpainter(net, BiomedClip(CLIP), sampling)._generate(image, mask, jobs, pasted=start)
         return (square / 2 + 0.5).permute(0, 2, 3, 1).numpy()
 
     assert np.abs(drawn(0.5) - expected).max() < 1e-4
