@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,11 +49,8 @@ class Browser:
         self.out, self.back, self.unread = os.fdopen(ask, "wb", buffering=0), hear, b""
         self.session: str | None = None
         (target,) = [each for each in self.call("Target.getTargets")["targetInfos"] if each["type"] == "page"]
-        attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
-        self.session = attached["sessionId"]
-        for domain in ("Page", "Network", "Runtime"):
-            self.call(f"{domain}.enable")
+        self._attach(target["targetId"])
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -61,6 +59,22 @@ class Browser:
         self.out.close()
         os.close(self.back)
         self.profile.cleanup()
+
+    def _attach(self, target: str) -> None:
+        """All commands from here on are for this page."""
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Runtime"):
+            self.call(f"{domain}.enable")
+
+    @contextmanager
+    def tab(self) -> Iterator[None]:
+        """A second page of the same browser, in a window of its own: inside, all commands are for it."""
+        first, self.session = self.session, None
+        target = self.call("Target.createTarget", url="about:blank", newWindow=True)["targetId"]
+        self._attach(target)
+        yield
+        self.session = first
+        self.call("Target.closeTarget", targetId=target)
 
     def call(self, method: str, **given: Any) -> dict[str, Any]:
         """One command of the protocol, and what it answers; LookupError for what is not there (any more)."""

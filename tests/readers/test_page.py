@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         assert made.errors == []
 
 
+def click(browser: Browser, name: str) -> None:
+    browser.run(f"document.getElementById('{name}').click()")
+
+
 def enter(browser: Browser, code: str, years: int) -> None:
     """Fill the form in and begin."""
     browser.wait("!document.getElementById('welcome').hidden")
     values = {"code": code, "years": years, "speciality": "radiology", "seen": "never"}
     for name, value in values.items():
         browser.run(f"document.getElementById('{name}').value = {json.dumps(str(value))}")
-    browser.run("document.getElementById('start').click()")
+    click(browser, "start")
 
 
 def answer(browser: Browser, key: str, place: int) -> None:
@@ -52,12 +57,49 @@ def shown_item(browser: Browser, place: int) -> str:
 
 def save(browser: Browser, study: dict[str, Any], code: str) -> Path:
     """Press the button, and the file that comes of it."""
-    browser.run("document.getElementById('save').click()")
+    click(browser, "save")
     path = browser.downloads / f"answers_{code}_{study['study']}.json"
     end = time.monotonic() + 60
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.02)
     return path
+
+
+def pause(browser: Browser) -> None:
+    click(browser, "pause")
+    browser.wait("!document.getElementById('end').hidden")
+
+
+def given(browser: Browser) -> list[int]:
+    """The answers of this reader that the page knows."""
+    return browser.run("state.answers.map(each => each.answer)")
+
+
+def note(browser: Browser) -> str:
+    return browser.run("document.getElementById('note').textContent")
+
+
+@contextmanager
+def at_start(browser: Browser, script: str) -> Iterator[None]:
+    """Pages that are opened inside run this before anything of their own."""
+    number = browser.call("Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"]
+    yield
+    browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=number)
+
+
+def small(world: Path, browser: Browser, seed: int) -> tuple[dict[str, Any], str]:
+    """A study of nine pictures, another one with each seed, and its page opened: the key, and the page's address."""
+    study = make(world, f"small{seed}", "--cases", 4, "--seed", seed)
+    address = (study / "for_readers" / "index.html").as_uri()
+    browser.open(address)
+    return read(study / "key.json"), address
+
+
+def begun(world: Path, browser: Browser, seed: int) -> tuple[dict[str, Any], str]:
+    """The same, and R1 has begun to read."""
+    key, address = small(world, browser, seed)
+    enter(browser, "R1", 2)
+    return key, address
 
 
 def test_scripted_readers_read_single_pictures(world: Path, browser: Browser, tmp_path: Path) -> None:
@@ -86,7 +128,7 @@ def test_scripted_readers_read_single_pictures(world: Path, browser: Browser, tm
             answer(browser, str(answers[item]), place)
         browser.wait("!document.getElementById('end').hidden")
         files.append(save(browser, key, code))
-        browser.load("Runtime.evaluate", expression="document.getElementById('other').click()")
+        click(browser, "other")
     for path, (code, answers) in zip(files, given.items(), strict=True):
         content = read(path)
         assert (content["reader"]["code"], content["complete"]) == (code, True)
@@ -121,11 +163,11 @@ def test_a_reader_of_pairs_uses_the_arrows_and_pauses(world: Path, browser: Brow
     browser.press("Enter")  # nothing is chosen, so nothing is answered
     browser.press("+")
     assert browser.run("[state.answers.length, view.zoom]") == [3, 1.25]
-    browser.run("document.getElementById('pause').click()")
+    pause(browser)
     content = read(save(browser, key, "R1"))
     assert (content["complete"], content["finished"], len(content["answers"])) == (False, None, 3)
     assert all(row["answer"] == truths(key)[row["item"]] for row in content["answers"])
-    browser.run("document.getElementById('back').click()")
+    click(browser, "back")
     answer(browser, "ArrowLeft", 3)
     browser.wait("state.answers.length === 4")
 
@@ -142,3 +184,148 @@ def test_the_order_follows_the_code_and_keeps_repeats_apart(world: Path, browser
         for name, item in key["items"].items():
             if item["repeat_of"]:
                 assert order.index(name) - order.index(item["repeat_of"]) >= len(order) // 6
+
+
+def test_an_answer_is_kept_before_the_next_item_is_shown(world: Path, browser: Browser) -> None:
+    """A page that is loaded again at once has it; Enter twice answers once; a pause waits for the answer before it."""
+    key, address = begun(world, browser, 1)
+    total = len(key["items"])
+    for place in range(total):
+        answer(browser, str(1 + place % 6), place)
+        browser.wait(f"state && state.answers.length === {place + 1}")
+        browser.open(address)
+    browser.wait("!document.getElementById('end').hidden")
+    content = read(save(browser, key, "R1"))
+    assert [row["answer"] for row in content["answers"]] == [1 + place % 6 for place in range(total)]
+    assert (content["complete"], note(browser)) == (True, "")
+
+    click(browser, "other")
+    enter(browser, "R2", 2)
+    shown_item(browser, 0)
+    browser.press("4")
+    enter_key = "document.dispatchEvent(new KeyboardEvent('keydown', { key: 'Enter' }))"
+    browser.run(f"{enter_key}, {enter_key}")
+    shown_item(browser, 1)
+    browser.press("2")
+    browser.run(f"{enter_key}, document.getElementById('pause').click()")
+    browser.wait("document.getElementById('state').textContent.startsWith('2 of')")
+    assert given(browser) == [4, 2]
+    assert not browser.run("document.getElementById('end').hidden")
+
+
+def test_two_tabs_lose_no_answer(world: Path, browser: Browser) -> None:
+    """A tab that is behind goes on from where the other one is; another reader's answers stay as they are."""
+    key, address = begun(world, browser, 2)
+    for place in range(2):
+        answer(browser, "2", place)
+    shown_item(browser, 2)
+    with browser.tab():
+        browser.open(address)
+        for place in (2, 3):
+            answer(browser, "5", place)
+        shown_item(browser, 4)
+        pause(browser)
+        click(browser, "other")
+        enter(browser, "R2", 2)
+        answer(browser, "6", 0)
+        shown_item(browser, 1)
+    assert given(browser) == [2, 2]
+    answer(browser, "1", 2)
+    shown_item(browser, 4)
+    assert "another tab" in note(browser)
+    answer(browser, "3", 4)
+    shown_item(browser, 5)
+    assert (given(browser), note(browser)) == ([2, 2, 5, 5, 3], "")
+    with browser.tab():
+        browser.open(address)  # R2 was the last to begin
+        pause(browser)
+        click(browser, "other")
+        enter(browser, "R1", 2)
+        answer(browser, "4", 5)
+        shown_item(browser, 6)
+    shown_item(browser, 6)  # found when the clock was kept, without an answer
+    assert "another tab" in note(browser)
+    pause(browser)
+    assert [row["answer"] for row in read(save(browser, key, "R1"))["answers"]] == [2, 2, 5, 5, 3, 4]
+    click(browser, "other")
+    enter(browser, "R2", 2)
+    shown_item(browser, 1)
+    assert given(browser) == [6]
+
+
+def test_a_browser_that_keeps_nothing_is_named_and_the_study_goes_on(world: Path, browser: Browser) -> None:
+    with at_start(browser, "Object.defineProperty(window, 'indexedDB', { value: undefined })"):
+        key, _ = begun(world, browser, 3)
+        for place in range(len(key["items"])):
+            answer(browser, "3", place)
+            assert "keeps nothing" in note(browser)
+        browser.wait("!document.getElementById('end').hidden")
+        content = read(save(browser, key, "R1"))
+        assert (content["complete"], {row["answer"] for row in content["answers"]}) == (True, {3})
+        click(browser, "other")
+        enter(browser, "R2", 2)
+        answer(browser, "6", 0)
+        shown_item(browser, 1)
+        pause(browser)
+        click(browser, "other")
+        enter(browser, "R1", 2)
+        browser.wait("!document.getElementById('end').hidden")
+        assert browser.run("document.getElementById('state').textContent") == "All are answered."
+
+
+def test_answers_that_could_not_be_kept_are_kept_with_the_next_one(world: Path, browser: Browser) -> None:
+    """As on a disk that is full for a while."""
+    _, address = begun(world, browser, 4)
+    answer(browser, "1", 0)
+    shown_item(browser, 1)
+    browser.run("""void (IDBObjectStore.prototype.original = IDBObjectStore.prototype.put,
+        IDBObjectStore.prototype.put = function () { this.transaction.abort(); })""")
+    answer(browser, "2", 1)
+    shown_item(browser, 2)
+    assert "keeps nothing" in note(browser)
+    browser.run("void (IDBObjectStore.prototype.put = IDBObjectStore.prototype.original)")
+    answer(browser, "3", 2)
+    shown_item(browser, 3)
+    assert note(browser) == ""
+    browser.open(address)
+    shown_item(browser, 3)
+    assert given(browser) == [1, 2, 3]
+
+
+def test_a_study_begun_with_an_earlier_page_goes_on(world: Path, browser: Browser) -> None:
+    """It kept all readers in one entry of the local storage, which stays as it is."""
+    key, address = small(world, browser, 5)
+    entry = f"reader-study {key['study']}"
+    readers = {}
+    for code, answers in {"R1": [5, 4, 3], "R2": [1]}.items():
+        order = browser.run(f"orderFor('{code}')")
+        about = {"code": code, "years": 2, "speciality": "radiology", "seen": "never"}
+        rows = [{"item": item, "answer": given, "seconds": 2} for item, given in zip(order, answers, strict=False)]
+        more = {"started": "2026-01-01T00:00:00.000Z", "finished": None, "comment": "", "spent": 1.5}
+        readers[code] = {"format": 1, "reader": about, "order": order, "answers": rows} | more
+    before = json.dumps({"current": "R1", "readers": readers})
+    # Set in each page before its script: Chromium may show a page the storage as it was before the last one wrote.
+    with at_start(browser, f"localStorage.setItem('{entry}', {json.dumps(before)})"):
+        browser.open(address)
+        answer(browser, "6", 3)
+        shown_item(browser, 4)
+        browser.open(address)
+        shown_item(browser, 4)
+        assert given(browser) == [5, 4, 3, 6]
+        pause(browser)
+        click(browser, "other")
+        browser.wait("!document.getElementById('welcome').hidden")
+        browser.open(address)
+        enter(browser, "R2", 2)
+        shown_item(browser, 1)
+        assert given(browser) == [1]
+        assert browser.run(f"localStorage.getItem('{entry}')") == before
+
+
+def test_a_damaged_picture_is_named_and_the_reader_can_pause(world: Path, browser: Browser) -> None:
+    small(world, browser, 6)
+    name = browser.run("study.items[orderFor('R1')[0]][0]")
+    (world / "small6" / "for_readers" / "pictures" / f"{name}.js").write_text("")
+    enter(browser, "R1", 2)
+    browser.wait(f"document.getElementById('stage').textContent.includes('pictures/{name}.js cannot be read')")
+    pause(browser)

@@ -6,10 +6,14 @@ const pairs = study.design === "pairs";
 const STEPS = ["certainly real", "probably real", "rather real", "rather drawn", "probably drawn", "certainly drawn"];
 const CHOICES = pairs ? { left: "left is drawn", right: "right is drawn" }
   : Object.fromEntries(STEPS.map((words, place) => [place + 1, words]));
-const KEEP = `reader-study ${study.study}`;  // where the browser keeps the answers
+const KEEP = `reader-study ${study.study}`;  // the database of this study's answers in the browser
+const CURRENT = "current reader";  // a key in it, beside the readers' codes, which have no space
+const NOTHING = "This browser keeps nothing: do not close or reload this page before you have saved your answers.";
+const AHEAD = "This study was read further in another tab or window. This page goes on from there; please close the other one.";
 const FIRST = { zoom: 1, x: 0, y: 0, level: 0.5, width: 1 };  // the view of a new item; level and width: shares of the range
 
 let state = null;  // what is kept and saved: see begin()
+let turn = Promise.resolve();  // see inTurn()
 let view = { ...FIRST };
 let chosen = null;
 let shown = [];  // the pictures of the item on the screen
@@ -56,28 +60,72 @@ function orderFor(code) {
 
 // ------------------------------------------------------------------------------------------------------------ keeping answers
 
-function kept() {
+// One transaction on the database: the promise is kept, with what the request of `work` found, once all is on the disk.
+function stored(work) {
+  return new Promise((resolve, reject) => {
+    const opening = indexedDB.open(KEEP, 1);
+    opening.onupgradeneeded = () => opening.result.createObjectStore("readers");
+    opening.onerror = () => reject(opening.error);
+    opening.onsuccess = () => {
+      const transaction = opening.result.transaction("readers", "readwrite", { durability: "strict" });
+      const request = work(transaction.objectStore("readers"));
+      transaction.oncomplete = () => resolve(request.result);
+      transaction.onabort = () => reject(transaction.error);
+      opening.result.close();  // after this transaction; a page holds no connection that others would have to wait for
+    };
+  });
+}
+
+// What this page knows besides: the answers of a browser that keeps nothing, and at first what earlier versions of this page
+// have kept in another place. There it stays, untouched.
+const known = (() => {
   try {
     return JSON.parse(localStorage.getItem(KEEP)) || { current: null, readers: {} };
   } catch {
     return { current: null, readers: {} };
   }
+})();
+
+const unkept = () => say(NOTHING);
+const isAhead = (one, other) => one && (!other || one.answers.length > other.answers.length);
+
+async function recordOf(code) {
+  const here = known.readers[code], there = await stored(store => store.get(code)).catch(unkept);
+  return isAhead(here, there) ? here : there;
 }
 
-function keep(current = state.reader.code) {
-  const all = kept();
-  all.current = current;
-  all.readers[state.reader.code] = state;
+// Keeps this reader's record with these changes. No record is replaced that has more answers, such as another tab's: this
+// page goes on from that one instead, without the changes, and the promise is true.
+async function keep(changes = {}) {
+  const { code } = state.reader;
   try {
-    localStorage.setItem(KEEP, JSON.stringify(all));
-    return true;
+    const there = await stored(store => {
+      const found = store.get(code);
+      found.onsuccess = () => {
+        if (!isAhead(found.result, state)) store.put({ ...state, ...changes }, code);
+      };
+      return found;
+    });
+    if (isAhead(there, state)) {
+      state = known.readers[code] = there;
+      say(AHEAD);
+      return true;
+    }
+    if (changes.answers || part("note").textContent === NOTHING) say("");
   } catch {
-    return false;
+    unkept();
   }
+  known.readers[code] = Object.assign(state, changes);  // the clock may have changed it meanwhile
+  return false;
+}
+
+// What changes the record happens in turn: each action begins once the one before has been kept.
+function inTurn(action) {
+  turn = turn.then(action, action);
 }
 
 function begin(about) {
-  state = { format: 1, study: study.study, design: study.design, reader: about, started: new Date().toISOString(),
+  return { format: 1, study: study.study, design: study.design, reader: about, started: new Date().toISOString(),
     finished: null, comment: "", order: orderFor(about.code), answers: [], spent: 0 };
 }
 
@@ -95,10 +143,10 @@ const opened = new Map();
 function picture(name) {
   if (!opened.has(name)) {
     opened.set(name, new Promise((resolve, reject) => {
-      waiting[name] = text => decoded(text).then(resolve, reject);
+      waiting[name] = text => resolve(decoded(text));
       const script = document.createElement("script");
-      script.src = `pictures/${name}.js`;
-      script.onerror = () => reject(new Error(`pictures/${name}.js cannot be read: copy the whole folder again`));
+      script.src = `pictures/${name}.js`;  // a damaged one is loaded without having called received()
+      script.onload = script.onerror = () => reject(new Error(`pictures/${name}.js cannot be read: copy the whole folder again`));
       document.head.append(script);
     }));
   }
@@ -187,19 +235,28 @@ function show(section) {
   for (const name of ["welcome", "reading", "end"]) part(name).hidden = name !== section;
 }
 
+function say(text) {
+  part("note").textContent = text;
+  requestAnimationFrame(paint);  // the line takes room from the pictures
+}
+
 // Only time during which the page can be seen counts.
 function clock(running) {
   if (since !== null) state.spent += (performance.now() - since) / 1000;
   since = running ? performance.now() : null;
 }
 
+// From here on the item on the screen takes no answer.
+function leave() {
+  clock(false);
+  shown = [];
+}
+
 async function next() {
   const place = state.answers.length;
-  if (place === state.order.length) {
-    finish();
-    return;
-  }
+  if (place === state.order.length) return finish();
   show("reading");
+  since = null;  // where another tab has answered this item its time does not count
   shown = [];
   choose(null);
   part("who").textContent = state.reader.code;
@@ -236,17 +293,25 @@ function choose(answer) {
 
 function answer() {
   if (chosen === null || !shown.length) return;
-  clock(false);
-  state.answers.push({ item: state.order[state.answers.length], answer: chosen, seconds: Math.round(state.spent * 1000) / 1000 });
-  state.spent = 0;
-  if (state.answers.length === state.order.length) state.finished = new Date().toISOString();
-  if (!keep()) part("who").textContent = "this browser keeps nothing: do not reload before you have saved";
-  next();
+  const place = state.answers.length, given = chosen;
+  leave();
+  inTurn(async () => {
+    if (state.answers.length > place) return;  // by another tab, meanwhile
+    const row = { item: state.order[place], answer: given, seconds: Math.round(state.spent * 1000) / 1000 };
+    const finished = place + 1 === state.order.length ? new Date().toISOString() : null;
+    await keep({ answers: [...state.answers, row], spent: 0, finished });
+    await next();
+  });
 }
 
-function finish() {
-  clock(false);
-  keep();
+function pause() {
+  leave();
+  inTurn(finish);
+}
+
+async function finish() {
+  leave();
+  await keep();
   show("end");
   const left = state.order.length - state.answers.length;
   part("thanks").textContent = left ? "Paused." : "Thank you.";
@@ -258,7 +323,8 @@ function finish() {
   part("answers").value = saved();
 }
 
-function download() {
+async function download() {
+  await finish();  // another tab may have gone further
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([saved()], { type: "application/json" }));
   link.download = part("file").textContent;
@@ -277,27 +343,34 @@ for (const [value, words] of Object.entries(CHOICES)) {
 }
 part("next").onclick = answer;
 part("reset").onclick = () => look(FIRST);
-part("pause").onclick = finish;
-part("back").onclick = next;
-part("save").onclick = download;
-part("other").onclick = () => {
-  keep(null);
-  location.reload();
-};
+part("pause").onclick = pause;
+part("back").onclick = () => inTurn(next);
+part("save").onclick = () => inTurn(download);
+part("other").onclick = () => inTurn(async () => {
+  await stored(store => store.put(null, CURRENT)).catch(unkept);
+  state = null;
+  part("about").reset();
+  show("welcome");
+});
 part("level").oninput = event => look({ level: Number(event.target.value) });
 part("width").oninput = event => look({ width: 1 - Number(event.target.value) });
 part("comment").oninput = event => {
   state.comment = event.target.value;
-  keep();
   part("answers").value = saved();
+  inTurn(async () => {
+    if (await keep()) await finish();
+  });
 };
 part("about").onsubmit = event => {
   event.preventDefault();
-  const code = part("code").value.trim().toUpperCase();
-  state = kept().readers[code];
-  location.hash = "";
-  if (!state) begin({ code, years: Number(part("years").value), speciality: part("speciality").value, seen: part("seen").value });
-  next();
+  inTurn(async () => {
+    const code = part("code").value.trim().toUpperCase();
+    state = await recordOf(code)
+      || begin({ code, years: Number(part("years").value), speciality: part("speciality").value, seen: part("seen").value });
+    await keep();
+    await stored(store => store.put(code, CURRENT)).catch(unkept);
+    await next();
+  });
 };
 document.addEventListener("keydown", event => {
   if (part("reading").hidden || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
@@ -314,12 +387,13 @@ document.addEventListener("keydown", event => {
 document.addEventListener("visibilitychange", () => {
   if (state && !part("reading").hidden && shown.length) clock(!document.hidden);
 });
-// Kept while the page is read, not when it is left: see the end.
+// Time is kept while the page is read, not when it is left: no browser lets a page that goes wait for a transaction.
 setInterval(() => {
-  if (since !== null) {
-    clock(true);
-    keep();
-  }
+  if (since === null) return;
+  clock(true);
+  inTurn(async () => {
+    if (await keep()) await next();
+  });
 }, 5000);
 window.addEventListener("resize", () => requestAnimationFrame(paint));
 
@@ -327,12 +401,11 @@ if (typeof DecompressionStream === "undefined") {
   show("welcome");
   part("problem").textContent = "This browser is too old for this page; one from 2023 or later is needed (Chrome, Edge, Firefox, Safari).";
   part("start").disabled = true;
-} else if ((state = kept().readers[kept().current])) {
-  next();
-} else if (!Object.keys(kept().readers).length && location.hash !== "#new") {
-  // Chromium now and then shows a page an empty storage when the one before has written a moment ago: look a second time.
-  location.hash = "new";
-  location.reload();
 } else {
-  show("welcome");
+  inTurn(async () => {
+    const last = await stored(store => store.get(CURRENT)).catch(unkept), code = last === undefined ? known.current : last;
+    state = code && await recordOf(code);
+    if (state) await next();
+    else show("welcome");
+  });
 }
