@@ -28,7 +28,8 @@ class Browser:
         self.downloads, self.size = downloads, (width, height)
         self.requests: list[str] = []
         self.errors: list[str] = []
-        self.number = self.loads = 0
+        self.loaded: set[str] = set()  # every load that has come to its end
+        self.number = 0
 
     def __enter__(self) -> "Browser":
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -65,6 +66,7 @@ class Browser:
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     @contextmanager
     def tab(self) -> Iterator[None]:
@@ -99,7 +101,8 @@ class Browser:
         heard = json.loads(data)
         if heard.get("method") == "Network.requestWillBeSent":
             self.requests.append(heard["params"]["request"]["url"])
-        self.loads += heard.get("method") == "Page.loadEventFired"
+        if heard.get("method") == "Page.lifecycleEvent" and heard["params"]["name"] == "load":
+            self.loaded.add(heard["params"]["loaderId"])
         if heard.get("method") == "Runtime.exceptionThrown":
             self.errors.append(json.dumps(heard["params"]["exceptionDetails"]))
         return heard
@@ -111,26 +114,25 @@ class Browser:
         return found["result"].get("value")
 
     def open(self, address: str) -> None:
-        """Load a page, or this one again, and wait until it is there."""
-        self.load("Page.navigate", url=address)
-
-    def load(self, method: str, **given: Any) -> None:
-        """A command of the protocol that loads a page, and the wait for it."""
-        before = self.loads
-        self.call(method, **given)
-        while self.loads == before:
+        """Load a page, or this one again, and wait until it is there: this load, not one that was asked for earlier."""
+        found = self.call("Page.navigate", url=address)
+        assert "errorText" not in found, (address, found)
+        while found["loaderId"] not in self.loaded:
             self._hear()
 
     def wait(self, condition: str) -> None:
         """Wait until an expression is true in the page, which may be loading meanwhile."""
-        end = time.monotonic() + PATIENCE
+        end, found = time.monotonic() + PATIENCE, None
         while time.monotonic() < end:
             with suppress(LookupError):
                 given = {"expression": f"Boolean({condition})", "returnByValue": True}
-                if self.call("Runtime.evaluate", **given)["result"].get("value") is True:
+                answer = self.call("Runtime.evaluate", **given)
+                found = answer.get("exceptionDetails", {}).get("exception", {}).get("description", "it is false")
+                if answer["result"].get("value") is True:
                     return
             time.sleep(0.01)
-        raise AssertionError(f"waited too long for {condition}")
+        shown = self.run("`${location.href} shows:\\n${document.body.innerText.slice(0, 500)}`")
+        raise AssertionError(f"waited too long for {condition}: {found}\n{shown}\nerrors: {self.errors}")
 
     def drag(self, *places: tuple[float, float], button: str = "left") -> None:
         """Press a button of the mouse at the first place (CSS pixels of the window), move through the others, release.

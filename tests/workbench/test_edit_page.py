@@ -185,7 +185,7 @@ def test_a_reload_while_drawing_loses_nothing(browser: Browser, server: str, out
     other = urllib.request.Request(f"{server}/api/go", b'{"index": 1}', headers)
     state: dict[str, Any] = json.load(urllib.request.urlopen(other))
     assert state["document"]["id"] != name
-    browser.load("Page.reload")
+    browser.open(server)
     browser.wait("window.medsoft && medsoft.app.shown && !medsoft.drawing.job && medsoft.results.items.length === 4")
     assert browser.run("medsoft.app.document.id") == name
     assert np.array_equal(painted(browser), before)
