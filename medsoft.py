@@ -27,17 +27,13 @@ __all__ = ["LesionModel", "MedSoftError", "UsageError", "load"]
 
 
 def load(
-    ckpt: str | Path | Checkpoint,
-    config: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    device: str = "auto",
+    ckpt: str | Path | Checkpoint, config: str | Path | None = None, overrides: Sequence[str] = (), device: str = "auto"
 ) -> "LesionModel":
     """The model of a final checkpoint, ready to draw.
 
-    ckpt: the file, or what ``read_checkpoint`` has read of it. config: a model YAML, by default the config.yaml that
-    ver_train.py has written beside the checkpoint. overrides: keys of it, as in ["sampling.steps=8",
-    "biomedclip.path=..."]. device: auto, cpu, cuda, cuda:1, ... Raises UsageError or MedSoftError, which say what is
-    wrong and what to do.
+    ckpt: the file, or what was read of it. config: a model YAML, by default the config.yaml that ver_train.py has
+    written beside the checkpoint. overrides: keys of it, as in ["sampling.steps=8", "biomedclip.path=..."]. device:
+    auto, cpu, cuda, cuda:1, ... Raises UsageError or MedSoftError, which say what is wrong and what to do.
     """
     path = ckpt.path if isinstance(ckpt, Checkpoint) else Path(ckpt)
     found = path.with_name("config.yaml") if config is None else shipped(config)

@@ -374,18 +374,31 @@ class Contents:
 
     def __init__(self) -> None:
         self.known: dict[Path | None, str | None] = {None: None}
+        self.states: dict[Path | None, FileState | None] = {}
 
     def __call__(self, path: Path | None) -> str | None:
         """SHA-256 of the file's bytes; None for no file or an unreadable one."""
         if path not in self.known:
-            self.known[path] = content_id(path)
+            self.known[path], self.states[path] = self._read(path)
         return self.known[path]
+
+    def check(self, paths: Iterable[Path | None]) -> None:
+        """FileError for one of ``paths`` that is another file by now than the one whose SHA-256 is known."""
+        for path in paths:
+            if path and path in self.states and _state_of(path) != self.states[path]:
+                raise FileError(path, REPLACED)
+
+    @staticmethod
+    def _read(path: Path | None) -> tuple[str | None, FileState | None]:
+        state = _state_of(path) if path else None  # before the bytes: what is written meanwhile is seen by ``check``
+        return content_id(path), state
 
     def read(self, paths: Iterable[Path | None]) -> None:
         """Read those of ``paths`` that are not known yet, several at a time."""
         new = [path for path in dict.fromkeys(paths) if path not in self.known]
         with thread_pool() as pool:
-            self.known.update(zip(new, pool.map(content_id, new), strict=True))
+            for path, (digest, state) in zip(new, pool.map(self._read, new), strict=True):
+                self.known[path], self.states[path] = digest, state
 
 
 def fingerprint(value: Any) -> str:

@@ -26,7 +26,7 @@ from ldm.data.samples import HEALTHY, Sample
 from ldm.evaluation.lesions import Lesion, read_lesions
 from ldm.evaluation.metrics import text_embeddings
 from ldm.networks.encoder import ImageTextEncoder
-from ldm.networks.opening import open_encoder
+from ldm.networks.opening import encoder_record, open_encoder
 from ldm.reviews.choice import review_settings, without_rejected
 
 log = logging.getLogger("choose")
@@ -61,7 +61,7 @@ def choose_results(
         encoder = open_encoder(biomedclip)
         settings = {
             "results": fingerprint([described_identity(sample) for sample in samples]),
-            "biomedclip": encoder.fingerprint,
+            **encoder_record(encoder),
             "data": identity(data, "features"),
             "best": best,
             **review_settings(reviewed),

@@ -32,7 +32,7 @@ from ldm.evaluation.lesions import (
 )
 from ldm.evaluation.report import OWN_FILES, copy_numbers, estimate_text, write_files
 from ldm.networks.encoder import ImageTextEncoder
-from ldm.networks.opening import open_encoder
+from ldm.networks.opening import encoder_record, open_encoder
 from ldm.reviews.choice import review_settings, sentence, without_rejected
 
 log = logging.getLogger("evaluate")
@@ -88,7 +88,7 @@ class Inputs(NamedTuple):
             name: fingerprint([described_identity(sample) for sample in each]) for name, each in self.samples.items()
         }
         found["parents"] = _parents(self.samples["synthetic"])
-        found |= {"biomedclip": encoder.fingerprint, "data": identity(data, "features")}
+        found |= {**encoder_record(encoder), "data": identity(data, "features")}
         if self.judged:
             found["predictions"] = fingerprint(self.judged)
         return found | review_settings(self.review)

@@ -27,7 +27,7 @@ from ldm.data.folders import scan_folder
 from ldm.data.samples import Reject, Sample
 from ldm.exchange.origins import MAPPING, PrivateMapping
 from ldm.exchange.privacy import Pseudonyms, read_key
-from ldm.exchange.results import ExportedResult, files_of, write_dicom, write_nifti
+from ldm.exchange.results import ExportedResult, files_of, known, write_dicom, write_nifti
 from ldm.reviews.choice import review_settings, without_rejected
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _identity(result: ExportedResult) -> list:
     files = [content_id(path) for path in (sample.image, sample.mask, sample.soft_mask)]
     instance = origin.instance and (origin.instance.sop_uid, origin.instance.frame, origin.instance.turn)
     place = [origin.series, origin.affine.tolist(), origin.value_offset, origin.value_scale, instance]
-    return [result.name, sample.prompt, files, place, result.series, result.series_number, result.number]
+    return [result.name, known(result), files, place, result.series, result.series_number, result.number]
 
 
 def _write(

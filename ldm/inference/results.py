@@ -116,8 +116,10 @@ def result_of(
 
     home: the folder of all results, from which its paths are seen; pixels: the composited image, like
     ``prepared.original``; provenance: what its meta.json says about how it was made, enough for --replay to make it
-    again; content: the digests of the files that it was made from.
+    again; content: the digests of the files that it was made from. MedSoftError if one of them is another one by now.
     """
+    for sample in task.inputs:
+        content.check(sample.files)
     image = ResultImage(prepared.original, pixels, prepared.soft, prepared.intensity_range)
     files: dict[str, np.ndarray | Path | bytes] = {
         "image.png": with_alpha(pixels, task.sample.image, prepared.soft > 0),

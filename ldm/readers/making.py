@@ -35,7 +35,7 @@ from ldm.readers.options import MakeOptions
 from ldm.readers.pictures import as_script, crop_of
 from ldm.readers.sizes import half_width, what_it_needs
 from ldm.reports.html import write_page
-from ldm.reviews.choice import sentence
+from ldm.reviews.choice import review_settings, sentence
 
 log = logging.getLogger("reader_study")
 
@@ -92,7 +92,7 @@ def _settings(made: Candidates, options: MakeOptions) -> dict[str, Any]:
     sides = (REAL, made.real), (DRAWN, made.drawn)
     files = {name: fingerprint([_identity(sample) for sample in samples]) for name, samples in sides}
     flags = ("design", "cases", "match", "crop", "readers", "half_width", "seed")
-    return files | {name: getattr(options, name) for name in flags}
+    return files | {name: getattr(options, name) for name in flags} | review_settings(made.review)
 
 
 def _study(made: Candidates, options: MakeOptions) -> Study:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from ldm.config import Architecture, Config, DataConfig, SamplingConfig, TrainingConfig, as_yaml, config_from_dict
+from ldm.config import (
+    Architecture,
+    BiomedClipConfig,
+    Config,
+    DataConfig,
+    SamplingConfig,
+    TrainingConfig,
+    as_yaml,
+    config_from_dict,
+)
 from ldm.core import cli
 from ldm.core.devices import is_first_process, out_of_memory, resolve_precision
 from ldm.core.distributed import check_tasks, fabric_class
@@ -252,7 +261,8 @@ def _run(
     found = folder.open(run_settings(config, content), options.overwrite)
     previous = found["checkpoint"] if found else None
     if previous and previous.metadata.get("complete"):
-        previous = folder.of_use(options.overwrite, partial(_complete, previous, inputs, config, options.overwrite))
+        check = partial(_complete, previous, inputs, config.biomedclip, options.overwrite)
+        previous = folder.of_use(options.overwrite, check)
         if previous:
             log.info("%s: already complete (%s)", folder.path, counted(previous.step or 0, "step"))
             return cli.SOME_REJECTED if (folder.path / REJECTS).exists() else cli.DONE
@@ -331,12 +341,12 @@ def _stage(
     return Stage(training, net, frozen, features.empty_text(), half_frozen=precision == "bf16-mixed")
 
 
-def _complete(previous: Checkpoint, inputs: TrainingInputs, config: Config, overwrite: bool) -> Checkpoint:
+def _complete(previous: Checkpoint, inputs: TrainingInputs, encoder: BiomedClipConfig, overwrite: bool) -> Checkpoint:
     """The ``last.ckpt`` of a run that has ended; MedSoftError if the encoder is another one than it was trained with.
 
     With ``overwrite`` also if it knows its patients by other ids, of which it is only warned else.
     """
-    open_encoder(config.biomedclip, previous)
+    open_encoder(encoder, previous)
     if previous.metadata.get(TRAINED_ON, inputs.trained_on) != inputs.trained_on:
         text = "knows its patients by other ids than the data have now: later checks will not find them"
         if overwrite:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ def test_the_best_variant_of_each_parent_is_kept_for_the_classifier(results: Pat
     before = (out / "scores.csv").stat().st_mtime_ns
     assert run(results, out, "--best", 1) == 0
     assert (out / "scores.csv").stat().st_mtime_ns == before  # already complete
+    other = shutil.copytree(tiny.CLIP, tmp_path / "clip")
+    settings = other / "open_clip_config.json"
+    settings.write_text(settings.read_text().replace("0.5", "0.25"))  # the same weights see other images
+    with pytest.raises(UsageError, match=r"another run \(biomedclip_preparation\.images: "):
+        run(results, out, "--best", 1, "--biomedclip", other)
 
     best = next(each for each in load_samples(results)[0] if each.sample_id == kept[0]["sample_id"])
     review = tmp_path / "review.csv"

@@ -186,6 +186,11 @@ def test_the_same_again_is_complete_and_others_need_overwrite(
     assert run(real, few, out) == 0
     assert "already complete" in caplog.text
     assert (out / "evaluation.json").stat().st_mtime_ns == made
+    other = shutil.copytree(tiny.CLIP, tmp_path / "clip")
+    settings = other / "open_clip_config.json"
+    settings.write_text(settings.read_text().replace("0.5", "0.25"))  # the same weights see other images
+    with pytest.raises(UsageError, match=r"holds results of another run \(biomedclip_preparation\.images: "):
+        run(real, few, out, "--biomedclip", other)
     shutil.rmtree(few / diseased(few)[0].name)
     with pytest.raises(UsageError, match=r"holds results of another run \(synthetic: \w+… -> \w+…\).*--overwrite"):
         run(real, few, out)

@@ -13,6 +13,9 @@ from tiny import PHANTOM, SD, call, convert, export, infer, merge, train
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import sha256_file
+from ldm.data.images import read_image
+from ldm.data.png import write_png
+from ldm.inference.inpainter import Inpainter
 from tool import card, compare_samplers, judge_results, measure_paths, push
 
 Run = Callable[[Path, Path, Path], int]  # of a checkpoint, the world, and a folder of this test's own
@@ -49,6 +52,21 @@ def test_a_record_names_no_other_checkpoint_than_the_one_that_was_read(
     with pytest.raises(MedSoftError, match=r"x\.ckpt: was replaced or changed after it had been read; run the same"):
         run(ckpt, world, tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_drawing_names_another_image_than_the_one_that_was_seen(
+    final: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, image = Inpainter.begin, next(one.glob("*/image.png"))
+
+    def begin(self: Inpainter, samples: Any, jobs: Any) -> Any:
+        write_png(image, 255 - read_image(image))  # exported once more, while the model draws
+        return plain(self, samples, jobs)
+
+    monkeypatch.setattr(Inpainter, "begin", begin)
+    with pytest.raises(MedSoftError, match=r"image\.png: was replaced or changed after it had been read; run the same"):
+        infer(final, tmp_path / "out", "--data", one)
+    assert not list((tmp_path / "out").glob("*__v*"))
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_refused(

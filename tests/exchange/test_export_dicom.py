@@ -319,6 +319,10 @@ def test_again_is_complete_and_what_is_missing_is_written(world: World, caplog: 
     assert (world.out / "case/axial_003__v1/image.dcm").stat().st_mtime_ns == kept
     with pytest.raises(UsageError, match=r"holds results of another run \(same_study: false -> true\)"):
         world.export("--same_study")
+    about = world.root / "results" / name / "meta.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"severity": "corrected"}))
+    with pytest.raises(UsageError, match=r"holds results of another run \(results: "):
+        world.export()
     assert world.export("--format", "nifti", "--overwrite") == 0
     assert not list(world.out.rglob("*.dcm"))
     assert len(list(world.out.rglob("image.nii.gz"))) == 2

@@ -25,7 +25,7 @@ from fastapi import HTTPException
 from made import spine, write_nifti
 from PIL import Image
 from starlette.testclient import TestClient
-from tiny import CLIP, PHANTOM, Small, call, dataset_infer, infer, metas
+from tiny import CLIP, PHANTOM, SD, Small, call, dataset_infer, infer, metas
 
 from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.core.errors import MedSoftError, UsageError
@@ -420,7 +420,7 @@ def test_a_real_server_answers_and_ends_with_ctrl_c(small: Small, tmp_path: Path
         (["--ckpt", "none.ckpt"], UsageError, r"--ckpt none\.ckpt: does not exist"),
         (["--ckpt", str(PHANTOM), "--token", "no"], UsageError, "--token: expected 8 to 128"),
         (
-            ["--ckpt", str(CLIP / "open_clip_config.json")],
+            ["--ckpt", str(SD)],
             UsageError,
             r"config\.yaml: does not exist; name a model YAML",
         ),
