@@ -77,7 +77,9 @@ def scan_folder(root: str | Path) -> tuple[list[Sample], list[Reject]]:
     """Find and check every sample folder below ``root``, in the order of their ids; see ``scan_each``."""
     found = [sample for sample, _ in scan_each(root)]
     rejects = [each for each in found if isinstance(each, Reject)]
-    return [each for each in found if isinstance(each, Sample)], sorted(rejects, key=_place_of)
+    return [each for each in found if isinstance(each, Sample)], sorted(
+        rejects, key=lambda each: (each.sample_id, str(each.file))
+    )
 
 
 def scan_each(
@@ -104,18 +106,12 @@ def scan_each(
     yield from tqdm(checked, "checking", len(folders), unit=" samples", disable=None)
 
 
-def _place_of(reject: Reject) -> tuple[str, str]:
-    return reject.sample_id, str(reject.file)
-
-
 def sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
     """(sample_id, folder) of every sample folder, sorted, and the folders that could not be listed."""
     folders: list[tuple[str, Path]] = []
     left_out: list[Path] = []
     unread: list[Path] = []
     rejects = []
-    top = os.path.realpath(root)
-    above = {str(root): (top, {top})}  # each one's real path, and those on the way: a link back up is not followed
 
     def unreadable(error: OSError) -> None:
         """What os.walk calls for a folder that cannot be listed."""
@@ -123,24 +119,15 @@ def sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
         if not _is_hidden(root, folder):
             rejects.append(Reject(_identity(root, folder), folder, f"could not be listed ({error.strerror})"))
 
-    for name, children, files in os.walk(root, onerror=unreadable, followlinks=True):
-        own, passed = above.pop(name)
-        children.sort()
-        inner = {child: os.path.join(name, child) for child in children}
-        real = {
-            child: os.path.realpath(path) if os.path.islink(path) else os.path.join(own, child)
-            for child, path in inner.items()
-        }
-        children[:] = [child for child in children if real[child] not in passed]
-        above.update({inner[child]: (real[child], passed | {real[child]}) for child in children})
-        folder, named = Path(name), [*files, *(child for child in children if "." in child)]
+    for folder, children, files in _walk(root, unreadable):
+        named = [*files, *(child for child in children if "." in child)]
         hidden, keys = _is_hidden(root, folder), {_key_of(each) for each in named}
         if keys - {None, "meta.json"}:
             if hidden:
                 left_out.append(folder)
             else:
                 folders.append((_identity(root, folder), folder))
-        if not hidden and not name.endswith("_files"):  # the images of a report
+        if not hidden and not folder.name.endswith("_files"):  # the images of a report
             unread += [folder / file for file in files if _is_unread(file)]
     if left_out:
         said = counted(len(left_out), "sample folder is", "sample folders are")
@@ -154,6 +141,23 @@ def sample_folders(root: Path) -> tuple[list[tuple[str, Path]], list[Reject]]:
         reason = f"is a sample, as is {first[0]} in it, and both have this name; rename one"
         rejects.append(Reject(first[0], root, reason))
     return sorted(folders), rejects
+
+
+def _walk(root: Path, unreadable: Callable[[OSError], None]) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """``os.walk`` in order and through links, of which one that leads back up is passed over."""
+    top = os.path.realpath(root)
+    above = {str(root): (top, {top})}  # each one's real path, and those on the way
+    for name, children, files in os.walk(root, onerror=unreadable, followlinks=True):
+        own, passed = above.pop(name)
+        children.sort()
+        inner = {child: os.path.join(name, child) for child in children}
+        real = {
+            child: os.path.realpath(path) if os.path.islink(path) else os.path.join(own, child)
+            for child, path in inner.items()
+        }
+        children[:] = [child for child in children if real[child] not in passed]
+        above.update({inner[child]: (real[child], passed | {real[child]}) for child in children})
+        yield Path(name), children, files
 
 
 def _is_hidden(root: Path, folder: Path) -> bool:

@@ -1,7 +1,6 @@
 """One result of dataset_infer.py as DICOM or NIfTI files in a folder of its own."""
 
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -141,8 +140,8 @@ def write_dicom(
         frame = _template(origin.paths[0], origin.series_uid)
         stored = derived_values(frame, pixels, origin, sample.image)
     names = _Names(pseudonyms, run, result)
-    sources = _references(origin.paths if origin.instance is None else [origin.instance.path]) if link_source else ()
-    identity = names.identity(frame, started, same_study, tuple(sources))
+    linked = [] if not link_source else origin.paths if origin.instance is None else [origin.instance.path]
+    identity = names.identity(frame, started, same_study, tuple(map(_reference, linked)))
     how = f"A lesion was inpainted by {MAKER} inside the soft mask; prompt: {sample.prompt}"
     how = how if origin.instance else f"A {origin.place[0]} slice was reformatted from its series. {how}"
     image = synthetic_image(frame, stored, identity, how)
@@ -219,10 +218,6 @@ def _template(path: Path, series_uid: str | None) -> Frame:
 @cache
 def _reference(path: Path) -> tuple[str, str]:
     return reference_to(open_file(path, pixels=False))
-
-
-def _references(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    return [_reference(path) for path in paths]
 
 
 @dataclass(frozen=True)

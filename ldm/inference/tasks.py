@@ -298,8 +298,9 @@ def _dataset(options: InferenceOptions) -> Plan:
         rejects = rejects if share.number == 1 else []  # what no share can inpaint is the first one's to report
     tasks, more = _tasks_of(pairs, options, PromptPool(sources, match) if sources else None)
     warn_of_unmatched(match, [(task.sample, task.source) for task in tasks if task.sample.healthy])
-    said = f"prompts of {counted(len(sources), 'diseased sample')} of {options.train_json}" if sources else ""
-    said = f"the prompt {options.prompt!r}" if options.prompt is not None else said or "their own prompts"
+    said = "their own prompts" if options.prompt is None else f"the prompt {options.prompt!r}"
+    if sources:  # of which there are none with a prompt for all
+        said = f"prompts of {counted(len(sources), 'diseased sample')} of {options.train_json}"
     images = counted(len({task.sample.sample_id for task in tasks}), f"{adjective} sample")
     log.info("inpainting %s of %s, with %s", images, data, said)
     carried = options.masks != "blob" and bool(sources) and any(s.healthy and not _is_marked_healthy(s) for s in chosen)

@@ -227,15 +227,11 @@ def choose_shown(
         looks = [made.looks[sample.image] for sample in samples]
         wanted = max(LEAST_CROP, round(CONTEXT * max(look.lesion for look in looks)))
         side = crop or min(wanted, *(min(look.shape) for look in looks))
-        unfit = [sample for sample in samples if not _fits(made.looks[sample.image], side)]
+        unfit = [each for each, look in zip(samples, looks, strict=True) if not min(look.shape) >= side > look.lesion]
         if not unfit:
             return pairs, side
         for sample in unfit:
             made.drop(sample, f"its image or lesion does not fit into a picture of {side} pixels")
-
-
-def _fits(look: Look, side: int) -> bool:
-    return min(look.shape) >= side > look.lesion
 
 
 def seen_in_training(pairs: Sequence[Pair]) -> int:
