@@ -75,6 +75,13 @@ def given(browser: Browser) -> list[int]:
     return browser.run("state.answers.map(each => each.answer)")
 
 
+def comment(browser: Browser, text: str) -> None:
+    """Type it, and wait until it is kept."""
+    field = "document.getElementById('comment')"
+    browser.run(f"{field}.value = {json.dumps(text)}, {field}.dispatchEvent(new Event('input')), turn")
+    assert browser.run(f"{field}.value") == text
+
+
 def note(browser: Browser) -> str:
     return browser.run("document.getElementById('note').textContent")
 
@@ -251,6 +258,36 @@ def test_two_tabs_lose_no_answer(world: Path, browser: Browser) -> None:
     enter(browser, "R2", 2)
     shown_item(browser, 1)
     assert given(browser) == [6]
+
+
+def test_two_tabs_lose_no_comment(world: Path, browser: Browser) -> None:
+    """The one typed last stays, beside the answers of the tab that is ahead; another reader's is another one."""
+    key, address = begun(world, browser, 7)
+    answer(browser, "2", 0)
+    shown_item(browser, 1)
+    first = browser.session
+    with browser.tab():
+        browser.open(address)
+        shown_item(browser, 1)  # it knows of no comment
+        second, browser.session = browser.session, first
+        pause(browser)
+        comment(browser, "seams")
+        browser.session = second
+        answer(browser, "5", 1)
+        shown_item(browser, 2)
+        assert browser.run("state.comment") == "seams"
+        browser.session = first
+        comment(browser, "seams, and noise")
+        assert "another tab" in note(browser)
+        browser.session = second
+        pause(browser)
+        content = read(save(browser, key, "R1"))
+        assert (content["comment"], [row["answer"] for row in content["answers"]]) == ("seams, and noise", [2, 5])
+        click(browser, "other")
+        enter(browser, "R2", 2)
+        shown_item(browser, 0)
+        pause(browser)
+        assert browser.run("[state.comment, document.getElementById('comment').value]") == ["", ""]
 
 
 def test_a_browser_that_keeps_nothing_is_named_and_the_study_goes_on(world: Path, browser: Browser) -> None:

@@ -14,6 +14,7 @@ const FIRST = { zoom: 1, x: 0, y: 0, level: 0.5, width: 1 };  // the view of a n
 
 let state = null;  // what is kept and saved: see begin()
 let turn = Promise.resolve();  // see inTurn()
+let typed = null;  // a comment that has been typed in this page and is not kept yet
 let view = { ...FIRST };
 let chosen = null;
 let shown = [];  // the pictures of the item on the screen
@@ -95,22 +96,26 @@ async function recordOf(code) {
 }
 
 // Keeps this reader's record with these changes. No record is replaced that has more answers, such as another tab's: this
-// page goes on from that one instead, without the changes, and the promise is true.
+// page goes on from that one instead, without the changes, and the promise is true. The comment is the one typed last.
 async function keep(changes = {}) {
-  const { code } = state.reader;
+  const { code } = state.reader, said = typed;
   try {
     const there = await stored(store => {
       const found = store.get(code);
       found.onsuccess = () => {
-        if (!isAhead(found.result, state)) store.put({ ...state, ...changes }, code);
+        const newest = isAhead(found.result, state) ? found.result : { ...state, ...changes };
+        store.put({ ...newest, comment: said ?? (found.result ?? state).comment }, code);
       };
       return found;
     });
-    if (isAhead(there, state)) {
-      state = known.readers[code] = there;
+    const ahead = isAhead(there, state), comment = typed ?? (there ?? state).comment;  // more may have been typed meanwhile
+    if (typed === said) typed = null;
+    if (ahead) {
+      state = known.readers[code] = { ...there, comment };
       say(AHEAD);
       return true;
     }
+    state.comment = comment;
     if (changes.answers || part("note").textContent === NOTHING) say("");
   } catch {
     unkept();
@@ -348,14 +353,14 @@ part("back").onclick = () => inTurn(next);
 part("save").onclick = () => inTurn(download);
 part("other").onclick = () => inTurn(async () => {
   await stored(store => store.put(null, CURRENT)).catch(unkept);
-  state = null;
+  state = typed = null;
   part("about").reset();
   show("welcome");
 });
 part("level").oninput = event => look({ level: Number(event.target.value) });
 part("width").oninput = event => look({ width: 1 - Number(event.target.value) });
 part("comment").oninput = event => {
-  state.comment = event.target.value;
+  state.comment = typed = event.target.value;
   part("answers").value = saved();
   inTurn(async () => {
     if (await keep()) await finish();
