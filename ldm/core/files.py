@@ -385,8 +385,10 @@ class Contents:
     def check(self, paths: Iterable[Path | None]) -> None:
         """FileError for one of ``paths`` that is another file by now than the one whose SHA-256 is known."""
         for path in paths:
-            if path and path in self.states and _state_of(path) != self.states[path]:
-                raise FileError(path, REPLACED)
+            if path and path in self.states and (now := _state_of(path)) != self.states[path]:
+                if content_id(path) != self.known[path]:
+                    raise FileError(path, REPLACED)
+                self.states[path] = now  # only touched, or on a mount that numbers files anew
 
     @staticmethod
     def _read(path: Path | None) -> tuple[str | None, FileState | None]:

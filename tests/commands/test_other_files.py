@@ -69,6 +69,22 @@ def test_no_drawing_names_another_image_than_the_one_that_was_seen(
     assert not list((tmp_path / "out").glob("*__v*"))
 
 
+def test_an_image_that_is_only_touched_meanwhile_is_the_same_one(
+    final: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, image = Inpainter.begin, next(one.glob("*/image.png"))
+
+    def begin(self: Inpainter, samples: Any, jobs: Any) -> Any:
+        os.replace(
+            shutil.copy(image, tmp_path / "copy.png"), image
+        )  # a backup that came back, a mount that numbers anew
+        return plain(self, samples, jobs)
+
+    monkeypatch.setattr(Inpainter, "begin", begin)
+    assert infer(final, tmp_path / "out", "--data", one) == 0
+    assert len(list((tmp_path / "out").glob("*__v*"))) == 1
+
+
 def test_a_file_that_is_replaced_while_it_is_read_is_refused(
     final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
