@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm.core.errors import FileError, MedSoftError
-from ldm.core.files import content_id, sha256_file
+from ldm.core.files import content_id, sha256_file, unchanged
 from ldm.core.tables import counted
 from ldm.data.samples import Sample, shown
 from ldm.reviews.table import FLAG, REJECT, Review, latest, one_spelling, read_reviews
@@ -29,13 +29,15 @@ class Judged:
 
     ``reviews``: the ones that count, by the image's file. ``renamed``: sample_ids under which an image was judged that
     has another one now. ``changed``: samples that were judged when their image was another one. ``unknown``:
-    sample_ids that are judged, but neither they nor their images are among the samples.
+    sample_ids that are judged, but neither they nor their images are among the samples. ``files``: what was read,
+    with the SHA-256 of each, for a record.
     """
 
     reviews: dict[Path, list[Review]]
     renamed: list[str]
     changed: list[str]
     unknown: list[str]
+    files: Sequence[Mapping[str, str]] = ()
 
 
 def verdicts_about(
@@ -71,7 +73,8 @@ def match_reviews(
     """Bring the rows of review files together with the samples: by the SHA-256 of the image, see ``verdicts_about``.
 
     Raises FileError for a file without a row, and for one of which no row is about an image of these samples (with
-    ``redrawn`` one that names samples of which all images are others now is taken); what else cannot be used is logged.
+    ``redrawn`` one that names samples of which all images are others now is taken), and for one that is written
+    meanwhile; what else cannot be used is logged.
     """
     images = {
         (each.sample_id, each.image): (each.sample_id, each.image_sha256 or content_id(each.image)) for each in samples
@@ -81,8 +84,11 @@ def match_reviews(
     for sample_id, digest in images.values():
         places.setdefault(digest, []).append(sample_id)
     rows: list[Review] = []
+    digests = []
     for path in files:
-        found = read_reviews(path)
+        with unchanged(path):  # somebody may be reviewing at this moment
+            found = read_reviews(path)
+            digests.append({"file": str(path), "sha256": sha256_file(path)})
         if not found:
             raise FileError(path, "holds no verdict; review the images first (medsoft review RESULTS)")
         usable = any(each.image_sha256 in places for each in found)
@@ -108,7 +114,7 @@ def match_reviews(
     _warn("judged under another name, and the verdict counts", pairs)
     _warn("changed since the verdict, which no longer counts", changed)
     _warn("judged, but not among these samples", unknown)
-    return Judged(reviews, list(renamed), changed, unknown)
+    return Judged(reviews, list(renamed), changed, unknown, digests)
 
 
 def _warn(what: str, names: Sequence[str]) -> None:
@@ -151,7 +157,7 @@ def apply_review(files: Sequence[str | Path], samples: Sequence[Sample]) -> Choi
         raise MedSoftError(f"{files[0]}: every image ({len(rejected)}) is rejected; nothing is left to use")
     flagged = {image for image, reviews in found.reviews.items() if any(r.verdict == FLAG for r in reviews)}
     record = {
-        "files": [{"file": str(path), "sha256": sha256_file(path)} for path in files],
+        "files": list(found.files),
         "reviewers": dict(sorted(Counter(r.reviewer for each in found.reviews.values() for r in each).items())),
         "samples": len(drawn),
         "left_out": sum(sample.image in rejected for sample in drawn),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.core.errors import UsageError
-from ldm.core.files import sha256_file, write_json
+from ldm.core.files import write_json
 from ldm.core.tables import counted, shortened
 from ldm.data.annotations import load_samples
 from ldm.reports.html import number, write_page
@@ -39,14 +39,15 @@ def write_agreement(results: Path, files: Sequence[Path]) -> bool:
     """
     loaded, rejects = load_samples(results)
     samples = [sample for sample in loaded if not sample.healthy]
-    found = agreement(match_reviews(files, samples, copies_too=False), samples)
+    judged = match_reviews(files, samples, copies_too=False)
+    found = agreement(judged, samples)
     if len(found["reviewers"]) < 2:
         (only,) = found["reviewers"]
         raise UsageError(
             f"{files[0]}: holds the verdicts of one reviewer ({only['reviewer']}); a second one has to review the same "
             "images: medsoft review RESULTS --reviewer ANOTHER (a file of theirs is joined by a second --review)"
         )
-    found = {"review": [{"file": str(path), "sha256": sha256_file(path)} for path in files], **found}
+    found = {"review": list(judged.files), **found}
     base = files[0].with_name(f"{files[0].stem}_agreement")
     write_json(base.with_suffix(".json"), found)
     write_page(

@@ -9,7 +9,7 @@ import pytest
 from ldm.core.errors import FileError, MedSoftError
 from ldm.data.samples import Sample
 from ldm.reviews.choice import Choice, apply_review
-from ldm.reviews.table import Review, add_review
+from ldm.reviews.table import Review, add_review, read_reviews
 
 
 def content(name: str) -> str:
@@ -87,6 +87,20 @@ def test_of_one_reviewers_verdicts_about_a_picture_the_last_counts_whatever_its_
     tmp_path: Path, rows: list[ROWS], kept: set[str]
 ) -> None:
     assert chosen(tmp_path, rows, [drawn("new", digest=content("x")), drawn("b")])[1] == kept
+
+
+def test_a_review_that_is_written_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "review.csv"
+    add_review(file, Review("a", "ann", "accept", content("a")))
+
+    def read(path: Path) -> list[Review]:
+        found = read_reviews(path)
+        add_review(path, Review("b", "ann", "reject", content("b")))
+        return found
+
+    monkeypatch.setattr("ldm.reviews.choice.read_reviews", read)
+    with pytest.raises(MedSoftError, match=r"review\.csv: was replaced or changed after it had been read"):
+        apply_review([file], [drawn("a"), drawn("b")])
 
 
 def test_folders_that_have_changed_names_with_each_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
