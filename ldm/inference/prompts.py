@@ -98,13 +98,13 @@ def levels_named(prompt: str, level: str | None = None) -> list[str]:
 
 def contradiction(prompt: str, facts: ImageFacts) -> str | None:
     """What the prompt names otherwise than the image's ``meta.json``, in words; None if they agree."""
-    levels, modalities, region = levels_named(prompt, facts.level), _modalities(prompt), _region(facts)
+    levels, modalities, here = levels_named(prompt, facts.level), _modalities(prompt), _regions_of(facts)
     regions = _spinal(prompt) | {REGIONS[name[0]] for name in levels}
     own = _bones(facts.level)
     if levels and facts.level and not own & {*levels} and (own or facts.level not in prompt.casefold()):
         return f"the prompt names {levels[0]}, the image's level is {facts.level}"
-    if region in REGIONS.values() and regions and region not in regions:
-        return f"the prompt names the {min(regions)} spine, the image's region is {region}"
+    if here and regions and not here & regions:
+        return f"the prompt names the {min(regions)} spine, the image's region is {' or '.join(sorted(here))}"
     if facts.modality in MODALITIES and modalities and facts.modality not in modalities:
         return f"the prompt names {modalities[0]}, the image's modality is {facts.modality}"
     return None
@@ -119,9 +119,9 @@ def agreeing(prompt: str, facts: ImageFacts) -> str | None:
     if facts.level in NAMES and len(named) == 1 and named != {facts.level}:
         for mention in reversed(found):
             prompt = prompt[: mention.start] + facts.level + prompt[mention.end :]
-    region, words = _region(facts), _spinal(prompt)
-    if region in REGIONS.values() and len(words) == 1 and words != {region}:
-        prompt = re.sub(_REGION, lambda _: str(region), prompt, flags=re.IGNORECASE)
+    here, words = _regions_of(facts), _spinal(prompt)
+    if len(here) == 1 and len(words) == 1 and words != here:
+        prompt = re.sub(_REGION, lambda _: min(here), prompt, flags=re.IGNORECASE)
     return prompt if contradiction(prompt, facts) is None else None
 
 
@@ -210,7 +210,7 @@ def matched(prompt: str, sample: Sample, source: Sample | None = None) -> Matche
     if agreed is None:
         return None
     if agreed != prompt:
-        named = [name for name in (*levels, *sorted(_spinal(prompt))) if name not in (facts.level, _region(facts))]
+        named = [name for name in (*levels, *sorted(_spinal(prompt))) if name not in {facts.level, *_regions_of(facts)}]
         how = f"{named[0]} replaced by {facts.level or facts.region}"
     elif not facts.level or (levels and not {*levels} & {*levels_named(f"{facts.level} vertebra")}):
         how = "level unknown"
@@ -267,9 +267,9 @@ def _bones(level: str | None) -> frozenset[str]:
     return frozenset(named or [name for name in NAMES if level and STEMS[name[0]] in level.casefold()])
 
 
-def _region(facts: ImageFacts) -> str | None:
-    regions = {REGIONS[name[0]] for name in _bones(facts.level)}
-    return regions.pop() if len(regions) == 1 else facts.region
+def _regions_of(facts: ImageFacts) -> set[str]:
+    """The regions of the spine that the image may show: those of its level, else its own; none where nobody knows."""
+    return {REGIONS[name[0]] for name in _bones(facts.level)} or {*REGIONS.values()} & {facts.region}
 
 
 @lru_cache(REMEMBERED)

@@ -83,6 +83,10 @@ def test_t2_is_a_vertebra_where_the_image_says_so() -> None:
         ("lesion of C2", "thoracolumbar junction", None, None, "names C2", None),
         ("lesion of S2", "sacrum", None, None, None, "lesion of S2"),
         ("lesion of L5", "sacrum", None, None, "names L5", None),
+        # A level in two regions says more than the one that meta.json names.
+        ("lesion of L1", "t12-l1", "thoracic", None, None, "lesion of L1"),
+        ("lesion of the lumbar spine", "t12-l1", "thoracic", None, None, "lesion of the lumbar spine"),
+        ("lesion of the sacral spine", "t12-l1", "thoracic", None, "region is lumbar or thoracic", None),
         # A variant is named by a range that it lies in where the image is of one.
         ("lesion of T12-L1", "T13", None, None, None, "lesion of T12-L1"),
         ("lesion of T12 to L1", "L1", None, None, None, "lesion of T12 to L1"),
