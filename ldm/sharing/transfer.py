@@ -175,7 +175,7 @@ def _fault(error: Exception) -> tuple[str, str]:
     if isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
         return "you are not logged in, or your token is no longer valid", "`hf auth login`"
     if status == 403:
-        return "your login may not do that", "`hf auth login` with a token that may write there, or ask its owner"
+        return "your login may not do that", "`hf auth login` with a token that may, or ask the repository's owner"
     if kinds & UNREACHED:
         return "the hub cannot be reached", "look at the network, and that HF_HUB_OFFLINE is not set"
     return "the hub failed", ""
