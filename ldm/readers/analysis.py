@@ -51,8 +51,13 @@ def analyse_study(options: AnalyseOptions) -> bool:
     folder = RunFolder(options.output_dir, "analysis.json", what="an analysis", own=OWN_FILES, shared=True)
     with folder.lock():
         files = answer_files(options.paths[1:])
-        settings = {"study": key.study, "answers": fingerprint(sorted(map(sha256_file, files)))}
-        record = folder.open(settings | {"unfinished": options.unfinished}, options.overwrite, anew=options.overwrite)
+        settings = {
+            "study": key.study,
+            "key": fingerprint([key.design, key.pictures, key.items, key.notes]),  # somebody may have corrected it
+            "answers": fingerprint(sorted(map(sha256_file, files))),
+            "unfinished": options.unfinished,
+        }
+        record = folder.open(settings, options.overwrite, anew=options.overwrite)
         if record and record["complete"]:
             log.info("%s: already complete", options.output_dir)
             return not record["rejected"]

@@ -202,6 +202,23 @@ def test_bad_files_do_not_stop_the_others_and_unfinished_readers_are_used_by_rul
     assert any("2 readers are too few to speak of others" in note for note in found["notes"])
 
 
+def test_the_same_again_is_complete_and_a_corrected_key_is_not(
+    studies: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    key = read(studies["pairs"] / "key.json")
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    words = ["analyse", tmp_path, studies["pairs"] / "answers" / "PERFECT.json", "--output_dir", tmp_path / "out"]
+    for _ in range(2):
+        assert call(*words) == 0
+    assert caplog.messages.count(f"{tmp_path / 'out'}: already complete") == 1
+    first = next(iter(key["pictures"].values()))
+    first["lesion_type"] = "mixed"
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    with pytest.raises(UsageError, match=r"holds an analysis of another run \(key: "):
+        call(*words)
+
+
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
