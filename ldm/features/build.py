@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from ldm.config import DataConfig
 from ldm.core.devices import free_memory, out_of_memory
-from ldm.core.errors import MedSoftError, first_line
-from ldm.core.files import nearest_existing
+from ldm.core.errors import FileError, MedSoftError, first_line
+from ldm.core.files import REPLACED, content_id, nearest_existing
 from ldm.core.locks import exclusive
 from ldm.core.threads import thread_pool
 from ldm.data.images import read_image
@@ -76,7 +76,8 @@ class FeatureBuilder:
     def build(self, items: Sequence[Item]) -> list[Reject]:
         """Compute what is missing or damaged, with a progress bar; items that cannot be prepared are returned.
 
-        Raises MedSoftError if the disk is full, or if the memory does not even suffice for one item.
+        Raises MedSoftError if the disk is full, if the memory does not even suffice for one item, and for a file that
+        is another one by now than that of its digest.
         """
         self.store.refresh()
         if not any(self._missing(items)):
@@ -176,14 +177,22 @@ class FeatureBuilder:
 
     def _prepared(self, item: Item) -> PreparedSample | Reject:
         try:
-            if item.donor is not None:
-                try:
-                    return self._with_carried_mask(item, item.donor)
-                except NotCarried as reason:
-                    self._not_carried.append(str(reason))
-            return prepare(item.sample, self.data, MASK_SEED, item.variant, training=True)
+            prepared = self._read(item)
         except MedSoftError as error:
             return Reject(item.sample.sample_id, item.sample.image, error.cause(item.sample.image))
+        for sample in filter(None, (item.sample, item.donor)):
+            for path in filter(None, sample.files):  # else its features would be kept under the name of another one's
+                if content_id(path) != self.store.digests[path]:
+                    raise FileError(path, REPLACED)
+        return prepared
+
+    def _read(self, item: Item) -> PreparedSample:
+        if item.donor is not None:
+            try:
+                return self._with_carried_mask(item, item.donor)
+            except NotCarried as reason:
+                self._not_carried.append(str(reason))
+        return prepare(item.sample, self.data, MASK_SEED, item.variant, training=True)
 
     def _with_carried_mask(self, item: Item, donor: Sample) -> PreparedSample:
         original = read_image(item.sample.image)

@@ -157,6 +157,21 @@ def test_changed_file_is_computed_again(
     assert not torch.equal(before["context_tokens"], again.load(item)["context_tokens"])
 
 
+@pytest.mark.parametrize("name", ["image.png", "mask.png"])
+def test_a_file_that_is_replaced_before_its_features_are_computed_has_none_under_its_old_name(
+    cache: FeatureCache, world: Path, tmp_path: Path, networks: tuple, name: str
+) -> None:
+    diseased = next(path.parent for path in sorted((world / "val").glob("*/mask.png")))
+    shutil.copytree(diseased, tmp_path / "data" / diseased.name)
+    (item, *_) = items_of(tmp_path / "data", networks)
+    builder, path = cache.builder(item), item.sample.image.with_name(name)
+    write_png(path, np.flip(read_image(path), axis=0))
+    with pytest.raises(MedSoftError, match=rf"{name}: was replaced or changed after it had been read; run the same"):
+        builder.build([item])
+    assert not shards(cache)
+    assert not cache.build([item])
+
+
 def test_sample_that_turns_healthy_is_computed_again(cache: FeatureCache, world: Path, networks: tuple) -> None:
     """Its files stay, but a healthy one has lesion-shaped masks, a diseased one shifted crops: none may be mixed up."""
     diseased = [item for item in items_of(world / "val", networks) if not item.sample.healthy][:4]
