@@ -17,7 +17,7 @@ from ldm.classifier.run import predict
 from ldm.config import DataConfig, SamplingConfig, load_config
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import write_json
+from ldm.core.files import unchanged, write_json
 from ldm.core.tables import counted, write_csv
 from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.checks import real_ones
@@ -75,7 +75,7 @@ def compare_samplers(
     ``options``: what all runs have in common; their folders lie in its ``output_dir``, which keeps what it holds of the
     same comparison. ``judge``: classifier.safetensors; ``settings``: texts that ``parsed`` reads, the first is what the
     others are compared with; ``many``: steps of DDIM of the run to which distances are measured. Raises UsageError or
-    MedSoftError for what cannot be compared.
+    MedSoftError for what cannot be compared, and for a checkpoint or judge that is replaced meanwhile.
     """
     for file in (options.ckpt, judge):
         if not file.is_file():
@@ -92,26 +92,28 @@ def compare_samplers(
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
     images: list[dict[str, Any]] = []
     complete = True
-    for seed in range(seeds):
-        folders = [options.output_dir / f"{each.name}_seed{seed}" for each in chosen]
-        for folder, setting in zip(folders, chosen, strict=True):
-            given = {"train_json": prompts, "seed": seed, "overrides": (*options.overrides, *setting.overrides)}
-            complete &= run(replace(options, output_dir=folder, **given)) != cli.SOME_REJECTED
-        *found, truth = common_samples(folders)
-        drawn = dict(zip(compared, found, strict=True))
-        apart = {name: distances(each, truth) for name, each in drawn.items()}
-        for sample in truth:
-            of_sample = {name: apart[name][sample.sample_id] for name in compared}
-            images.append({"seed": seed, "sample_id": sample.sample_id, **of_sample})
-        for folder, (name, samples) in zip(folders, drawn.items(), strict=False):
-            distance = frechet_distance(of_real, features(samples, encoder, config.data, size))
-            runs[name].append({"frechet_distance": distance, **judged(judge, folder, samples)})
-            log.info("%s, seed %d: %s", name, seed, {key: round(value, 4) for key, value in runs[name][-1].items()})
+    with unchanged(options.ckpt), unchanged(judge):  # each of them is opened again for every folder
+        on_real = judged(judge, prompts, real)
+        for seed in range(seeds):
+            folders = [options.output_dir / f"{each.name}_seed{seed}" for each in chosen]
+            for folder, setting in zip(folders, chosen, strict=True):
+                given = {"train_json": prompts, "seed": seed, "overrides": (*options.overrides, *setting.overrides)}
+                complete &= run(replace(options, output_dir=folder, **given)) != cli.SOME_REJECTED
+            *found, truth = common_samples(folders)
+            drawn = dict(zip(compared, found, strict=True))
+            apart = {name: distances(each, truth) for name, each in drawn.items()}
+            for sample in truth:
+                of_sample = {name: apart[name][sample.sample_id] for name in compared}
+                images.append({"seed": seed, "sample_id": sample.sample_id, **of_sample})
+            for folder, (name, samples) in zip(folders, drawn.items(), strict=False):
+                distance = frechet_distance(of_real, features(samples, encoder, config.data, size))
+                runs[name].append({"frechet_distance": distance, **judged(judge, folder, samples)})
+                log.info("%s, seed %d: %s", name, seed, {key: round(value, 4) for key, value in runs[name][-1].items()})
     measured = {
         "settings": {each.name: list(each.overrides) for each in chosen} | {"overrides": list(options.overrides)},
         "half_calls": {name: half_calls(each.sampling) for name, each in zip(compared, configs, strict=False)},
         "pictures": len(images),
-        "real": {"pictures": len(real), **judged(judge, prompts, real)},
+        "real": {"pictures": len(real), **on_real},
         "seeds": runs,
         "measures": differences(runs, images),
     }

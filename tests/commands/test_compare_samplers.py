@@ -2,9 +2,11 @@
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +70,25 @@ def test_same_images_with_all_settings(final: Path, world: Path, judge: Path, co
     before = (out / "comparison.json").read_text()
     assert compare(final, world / "train", judge, out, "--seeds", 2, "--limit", 3) == 0
     assert (out / "comparison.json").read_text() == before  # nothing was inpainted again
+
+
+@pytest.mark.parametrize("which", ["ckpt", "judge"])
+def test_one_checkpoint_and_one_judge_for_all_settings_or_no_comparison(
+    final: Path, world: Path, judge: Path, compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    out, plain = shutil.copytree(compared, tmp_path / "out"), samplers.judged
+    (out / "comparison.json").unlink()
+    files = {"ckpt": shutil.copy(final, tmp_path / "x.ckpt"), "judge": shutil.copy(judge, tmp_path / "x.safetensors")}
+
+    def judged(*given: Any) -> dict[str, float]:
+        found = plain(*given)
+        os.replace(shutil.copy(files[which], tmp_path / "new"), files[which])
+        return found
+
+    monkeypatch.setattr(samplers, "judged", judged)
+    with pytest.raises(MedSoftError, match=rf"{files[which].name}: was replaced or changed after it had been read"):
+        compare(files["ckpt"], world / "train", files["judge"], out, "--seeds", 2, "--limit", 3)
+    assert not (out / "comparison.json").exists()
 
 
 def test_images_that_one_setting_could_not_make_are_left_out_of_all(
