@@ -64,8 +64,9 @@ help: ## Show this list
 demo: $(INSTALLED) ## Run the whole method on phantoms; report in demo_output/report.html
 	$(PYTHON) tool/run_stages.py configs/demo.yaml
 
+# A file's tests stay together and in order: those that drive a browser are one session of it.
 test: lint ## Check style, layers and types, and run the tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadfile
 
 test-full: lint ## Run all tests, the true-size ones too (24 GB of memory, 40 GB of disk)
 	$(PYTHON) -m pytest -m "" --ignore $(ALL_STAGES)

@@ -414,11 +414,19 @@ def test_foreign_file_as_saved_classifier_is_refused(world: dict) -> None:
 
     with pytest.raises(MedSoftError, match="there is no saved classifier"):
         run(world | {"train": False})
-    Path(world["output_dir"]).mkdir()
-    Path(world["output_dir"], "classifier.safetensors").write_bytes(b"\x10" + bytes(40))
-    with pytest.raises(MedSoftError, match=r"classifier.safetensors: damaged safetensors file"):
+    saved = Path(world["output_dir"], "classifier.safetensors")
+    saved.mkdir(parents=True)
+    with pytest.raises(MedSoftError, match=r"classifier.safetensors: .*found a folder"):
         run(world | {"train": False})
-    save_file({"weight": torch.zeros(2)}, Path(world["output_dir"], "classifier.safetensors"))
+    saved.rmdir()
+    for content, message in (
+        (bytes(40), "expected a checkpoint .*found bytes that start with"),
+        (b"\x10" + bytes(7) + b"{" + bytes(31), "damaged safetensors file"),
+    ):
+        saved.write_bytes(content)
+        with pytest.raises(MedSoftError, match=rf"classifier.safetensors: {message}"):
+            run(world | {"train": False})
+    save_file({"weight": torch.zeros(2)}, saved)
     with pytest.raises(MedSoftError, match=r"not a classifier saved by classifier.py"):
         run(world | {"train": False})
 
