@@ -113,10 +113,11 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
     leaking data and for non-finite numbers, UsageError when the folder holds another run and ``overwrite`` is false.
     """
     check_model(config.model, config.pretrained)  # before minutes of reading
+    pretrained = content_id(config.pretrained)
     data = load_data(config)
     for images in data.sets:
         log.info("%s: %s %s", images.name, counted(len(images), "sample"), images.counts())
-    settings, pretrained = identity(config, "weights"), content_id(config.pretrained)
+    settings = identity(config, "weights")
     run = fingerprint([settings, pretrained, data.fingerprint()])  # in the saved state and weights
     settings |= {"pretrained_sha256": pretrained, "training_data": data.fingerprint()}
     settings |= review_settings(data.review)
@@ -127,7 +128,7 @@ def train_classifier(config: ClassifierConfig) -> dict[str, Any]:
         if not complete:
             folder.claim()
         if not weights.exists():
-            fit(config, data, run)
+            fit(config, data, run, pretrained)
         (config.output / "last.pt").unlink(missing_ok=True)  # also that of a run that was killed before it came here
         saved = load_classifier(weights, config.GPU)
         metrics = _test(config, saved, weights, data.real_sets, data.rejects, data.synthetic)
@@ -173,7 +174,11 @@ def load_classifier(weights: str | Path, gpu: str | list[int] | list[str] = "") 
     path = Path(weights)
     if not path.exists():
         raise MedSoftError(f"{path}: there is no saved classifier; run the same configuration with train: true first")
-    detect_format(path)  # which tells what else may have this name, a folder first of all
+    if detect_format(path) != "safetensors":  # which also tells what else may have this name, a folder first of all
+        cure = "give the classifier.safetensors of its output_dir"
+        raise MedSoftError(
+            f"{path}: expected a classifier that classifier.py has saved, found a checkpoint of torch; {cure}"
+        )
     state, metadata = read_safetensors(path)
     try:
         info = json.loads(metadata["classifier"])

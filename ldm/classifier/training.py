@@ -27,8 +27,8 @@ from ldm.classifier.metrics import few_patients, label_indices, point_values
 from ldm.classifier.network import compute_outputs, normalise, pick_device
 from ldm.classifier.segmentation import build_for_task, moved_masks, segmentation_loss, validate_masks
 from ldm.core.devices import autocast, out_of_memory
-from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import atomic_file, named_seed
+from ldm.core.errors import FileError, MedSoftError, UsageError
+from ldm.core.files import REPLACED, atomic_file, content_id, named_seed
 from ldm.core.schema import Rule
 from ldm.core.tables import write_csv
 from ldm.data.checks import TRAINED_ON, drawn_by
@@ -102,18 +102,21 @@ def class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
     return torch.cat([torch.tensor([0.5]), shares]) * len(labels) / counts.clamp(min=1)
 
 
-def fit(config: ClassifierConfig, data: ClassifierData, run: str) -> None:
+def fit(config: ClassifierConfig, data: ClassifierData, run: str, pretrained: str | None) -> None:
     """Train what is missing, then write history.csv and classifier.safetensors (last: the sign of completion).
 
     Order, sampling, augmentation and initial weights are functions of (seed, epoch, sample or position), so a resumed
     run computes what an unbroken one would; for that, torch's global generator is seeded and cuDNN made deterministic.
-    ``run`` names the run in what is saved.
+    ``run`` names the run in what is saved; ``pretrained``: SHA-256 of the file that it begins with, if that is one.
+    MedSoftError if another one has its name by now.
     """
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     folder, device, phases = config.output, pick_device(config.GPU), make_phases(config, data)
     torch.manual_seed(named_seed(config.seed, "weights"))
     sizes = len(data.classes), config.img_size, config.channels
     network = build_for_task(config.task, config.model, *sizes, config.pretrained)
+    if content_id(config.pretrained) != pretrained:
+        raise FileError(Path(str(config.pretrained)), REPLACED)
     network = network.to(device).to(memory_format=torch.channels_last)
     before = resume(config, phases, network, run)
     rows, best = before.rows, before.best

@@ -397,6 +397,30 @@ def test_foreign_pretrained_weights_are_refused(world: dict, tmp_path: Path, con
         run(world | {"pretrained": str(path)})
 
 
+def test_pretrained_weights_that_are_replaced_before_they_are_read_are_refused(
+    world: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+    import torch
+
+    from ldm.classifier.run import load_data
+
+    path, weights = tmp_path / "weights.pth", timm.create_model("test_resnet").state_dict()
+    torch.save(weights, path)
+
+    def loaded(*given: object) -> object:
+        found = load_data(*given)
+        torch.save({name: value + 1 for name, value in weights.items()}, path)
+        return found
+
+    monkeypatch.setattr("ldm.classifier.run.load_data", loaded)
+    with pytest.raises(
+        MedSoftError, match=r"weights\.pth: was replaced or changed after it had been read; run the same"
+    ):
+        run(world | {"pretrained": str(path), "model": "test_resnet"})
+    assert not Path(world["output_dir"], "classifier.safetensors").exists()
+
+
 def test_hub_weights_without_a_network_say_what_to_do(world: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
@@ -422,6 +446,7 @@ def test_foreign_file_as_saved_classifier_is_refused(world: dict) -> None:
     for content, message in (
         (bytes(40), "expected a checkpoint .*found bytes that start with"),
         (b"\x10" + bytes(7) + b"{" + bytes(31), "damaged safetensors file"),
+        (b"PK\x03\x04" + bytes(36), "expected a classifier that classifier.py has saved, found a checkpoint of torch"),
     ):
         saved.write_bytes(content)
         with pytest.raises(MedSoftError, match=rf"classifier.safetensors: {message}"):
