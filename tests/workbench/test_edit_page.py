@@ -196,8 +196,12 @@ def test_a_reload_while_drawing_loses_nothing(browser: Browser, server: str, out
     for key in "r4":
         browser.press(key)
     browser.wait("medsoft.app.shown.state === 'rejected' && medsoft.app.shown.reason === 'seam'")
+    for key in "  ":
+        browser.press(key)
+    assert browser.run("[medsoft.viewer.mode, medsoft.viewer.position]") == ["flicker", 0]  # what was there before
     press_act(browser, "Next result")
     browser.wait("medsoft.app.shown.variant === 1 && medsoft.app.shown.state === 'new' && medsoft.results.ready")
+    assert browser.run("[medsoft.viewer.mode, medsoft.viewer.position]") == ["flicker", 1]  # not so of another one
     browser.press("a")
     browser.wait("medsoft.app.shown.state === 'accepted'")
     assert len(list((output_dir / "accepted").iterdir())) == 2

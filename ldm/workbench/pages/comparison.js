@@ -24,7 +24,7 @@ export class Comparison {
   /** ``levels``: of what was drawn on the viewer's image, or null; ``position``: of the slider, 0 (left) to 1. */
   open(levels, position = this.position) {
     Object.assign(this, { levels, position });
-    this.setMode(this.mode);
+    this.setMode(this.mode === "before" ? "after" : this.mode); // nobody is asked about what they cannot see
   }
 
   setMode(mode) {
