@@ -6,7 +6,7 @@ A mask is float32 in [0, 1]; 1 is the lesion region, the part to be inpainted. E
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def read_mask(source: ImageSource, shape: tuple[int, ...] | None = None, soft: b
     if shape is not None:
         _check_same_size(path, layers, shape)
     levels = _grey_levels(path, layers, lossy)
-    present = np.unique(levels)
+    present = _present(levels)
     top = int(present[-1])
     span = 255 if top <= 255 else 65535  # files of 16 bits often hold 8
     if lossy and 0 < top < span / 2:
@@ -138,7 +138,7 @@ def _labels_between(levels: np.ndarray, unit: np.ndarray) -> list[int]:
     between; with compression noise, those of nearly constant areas between RIM, if two levels hold most of these areas:
     a wide smooth border has more of them.
     """
-    kernel, present = np.ones((3, 3), np.uint8), np.unique(levels)
+    kernel, present = np.ones((3, 3), np.uint8), _present(levels)
     if len(present) <= MAX_LABELS:
         flat = (cv2.erode(levels, kernel) == cv2.dilate(levels, kernel)) & (levels > 0) & (unit < 1)
         inner = levels[flat]
@@ -206,6 +206,11 @@ def _check_same_size(path: str | Path, found: np.ndarray, shape: tuple[int, ...]
             f"has {found.shape[1]} x {found.shape[0]} pixels, its image {shape[1]} x {shape[0]} "
             "(after EXIF orientation); export both at the same size",
         )
+
+
+def _present(levels: np.ndarray) -> np.ndarray:
+    """The levels of 8 or 16 bits that occur, ascending: counted, which takes half of the time of sorting them."""
+    return np.flatnonzero(np.bincount(levels.ravel()))
 
 
 def _grey_levels(path: str | Path, layers: np.ndarray, lossy: bool) -> np.ndarray:
@@ -389,6 +394,7 @@ def soften(hard: np.ndarray, feather: float | tuple[float, float]) -> np.ndarray
     return soft
 
 
+@cache
 def _edge_profile() -> np.ndarray:
     """Falls from 1 to 0: the share of a Gaussian (sigma = r/2, truncated at r) that lies over the dilated mask."""
     positions = np.linspace(2.0, -2.0, _PROFILE_POINTS)  # (r - distance) / sigma
