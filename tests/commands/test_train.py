@@ -1,12 +1,14 @@
 """ver_train.py through its command line, with the shipped YAMLs on phantoms."""
 
 import csv
+import gc
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
 from ldm.data.png import write_png
+from ldm.features.build import FeatureBuilder
 from ldm.networks.model import MedSoftModel
+from ldm.training import run as training_run
 from ldm.training.dataset import Batch
 from ldm.training.loop import Training
 from ldm.training.saving import Checkpoints
@@ -92,6 +96,35 @@ def test_what_a_stage_leaves(trained: dict, stage: str) -> None:
     assert set(torch.load(best, weights_only=True)) == set(torch.load(folder / "last.ckpt", weights_only=True))
     left = {"config.yaml", "last.ckpt", "metrics.csv", "steps.csv", "tensorboard", best.name}
     assert {file.name for file in folder.iterdir()} == left | ({"pictures"} if stage != "stage1" else set())
+
+
+def test_networks_are_in_memory_only_while_they_are_needed(
+    trained: dict, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While features are computed neither U-Net nor MSC is there; before these two come the encoders are gone."""
+    build, loaded = FeatureBuilder.build, training_run.loaded
+    others, encoders = weakref.WeakSet(models()), []
+
+    def building(self: FeatureBuilder, items: Any) -> Any:
+        assert [net.parts for net in models() if net not in others] == [["autoencoder", "text"]]
+        encoders.extend([weakref.ref(self.model), weakref.ref(self.clip)])
+        return build(self, items)
+
+    def loading(*given: Any) -> MedSoftModel:
+        assert [each() for each in encoders] == [None, None]
+        return loaded(*given)
+
+    monkeypatch.setattr(FeatureBuilder, "build", building)
+    monkeypatch.setattr(training_run, "loaded", loading)
+    assert train("stage2_2", trained["stage2_1"].last, tmp_path / "s", world, batch_size=9) == 0
+    assert encoders
+
+
+def models() -> list[MedSoftModel]:
+    """All models that this process holds, those without content left out."""
+    gc.collect()
+    found = [each for each in gc.get_objects() if type(each) is MedSoftModel]
+    return [net for net in found if not next(net.parameters()).is_meta]
 
 
 def test_same_command_again_is_complete(

@@ -171,19 +171,22 @@ def test_another_kind_is_computed_without_the_first(world: Path, cache: FeatureC
     assert all(shards(cache)[file] == before[file] for file in before)
 
 
+@pytest.mark.parametrize("name", [f"ab/ab{'0' * 62}.clip.safetensors", f"v4-clip-{'0' * 8}-{'0' * 16}.safetensors"])
 def test_a_cache_of_an_older_version_is_named(
-    world: Path, cache: FeatureCache, networks: tuple, caplog: pytest.LogCaptureFixture
+    world: Path, cache: FeatureCache, networks: tuple, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    old = cache.folder / "ab" / f"ab{'0' * 62}.clip.safetensors"
+    """Files of one item in folders, as before there were shards; and shards of another format."""
+    old = cache.folder / name
     old.parent.mkdir(parents=True)
     old.write_bytes(b"features of format 4")
     item = items_of(world / "val", networks)[0]
     assert cache.build([item]) == []
-    expected = f"{cache.folder}: 1 file or folder in it (ab) holds features of another version"
+    entry = cache.folder / Path(name).parts[0]
+    expected = f"{cache.folder}: 1 file or folder in it ({entry.name}) holds features of another version"
     assert caplog.text.count(expected) == 1
     assert "delete them" in caplog.text
-    assert old.exists()
-    shutil.rmtree(old.parent)
+    assert old.read_bytes() == b"features of format 4"
+    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     caplog.clear()
     (cache.folder / VERIFIED).unlink()
     assert cache.build([item]) == []
