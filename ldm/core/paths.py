@@ -1,10 +1,11 @@
-"""Where the files that come with the code lie: models/, configs/, the phantom base and the scripts.
+"""Where the files that come with the code lie: models/, configs/, the phantom base and the scripts; and its version.
 
 In a checkout that is its root. The wheel holds the same tree in a folder of the package.
 """
 
 import os
 from collections.abc import Collection, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ldm.core.errors import MedSoftError
@@ -16,6 +17,14 @@ SHIPPED = _PACKAGE / "shipped" if INSTALLED else _PACKAGE.parent
 # Relative paths of plans and studies begin here: at the checkout's root, wherever the runner is called from; without a
 # checkout, at the working directory.
 ROOT = Path.cwd() if INSTALLED else SHIPPED
+
+
+def software_version() -> str:
+    """The installed version of this package; ``unknown`` in a checkout that is not installed."""
+    try:
+        return version("medsoft-diffusion")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def shipped(path: Path | str) -> Path:

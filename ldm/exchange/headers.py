@@ -7,13 +7,13 @@ signatures and references to other images.
 """
 
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import pydicom
 from highdicom import ContributingEquipment
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
+from ldm.core.paths import software_version
 from ldm.volumes.dicom_files import readable
 
 MAKER = "MedSoft-Diffusion"
@@ -156,11 +156,3 @@ def equipment() -> ContributingEquipment:
         software_versions=software_version(),
         contribution_description="A lesion was inpainted by a diffusion model",
     )
-
-
-def software_version() -> str:
-    """The installed version of this package; ``unknown`` in a checkout that is not installed."""
-    try:
-        return version("medsoft-diffusion")
-    except PackageNotFoundError:
-        return "unknown"

@@ -24,13 +24,13 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGExtended12
 from pydicom.valuerep import DSfloat
 
 from ldm.core.errors import FileError, MedSoftError, reading_fault
+from ldm.core.paths import software_version
 from ldm.exchange.headers import (
     MAKER,
     NOT_CLINICAL,
     keywords,
     mark_synthetic,
     of_the_study,
-    software_version,
     sop_class,
     sop_instance,
     technical,

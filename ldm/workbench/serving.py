@@ -17,7 +17,6 @@ import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -31,7 +30,7 @@ from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.config import load_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import Contents
-from ldm.core.paths import shipped
+from ldm.core.paths import shipped, software_version
 from ldm.core.schema import identity
 from ldm.data.images import read_image
 from ldm.data.masks import read_mask
@@ -270,7 +269,7 @@ class Drawer:
         return {
             "name": "MedSoft-Diffusion",
             "description": "Synthetic vertebral lesions; not for clinical use",
-            "version": _version(),
+            "version": software_version(),
             "labels": [],
             "models": {MODEL: model},
             **{name: {} for name in ("trainers", "strategies", "scoring", "train_stats", "datastore")},
@@ -290,13 +289,6 @@ def _length(text: str) -> float:
     if not 0.001 <= value <= 1000:
         raise UsageError(f"spacing_mm: expected one or two numbers of mm from 0.001 to 1000, found {text[:40]}")
     return value
-
-
-def _version() -> str:
-    try:
-        return version("medsoft-diffusion")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _schema(kind: type[BaseModel], files: Mapping[str, str], required: tuple[str, ...]) -> dict[str, Any]:
@@ -428,7 +420,7 @@ def application(drawer: Drawer, address: Address, debug: bool = False) -> FastAP
     """All calls, and their description in /openapi.json."""
     routers = own_routes(drawer), monai_routes(drawer)
     app = make_app(*routers, page=None, address=address, for_programs=True, debug=debug)
-    app.title, app.version = "MedSoft-Diffusion", _version()
+    app.title, app.version = "MedSoft-Diffusion", software_version()
     app.add_api_route("/openapi.json", app.openapi, include_in_schema=False)
     return app
 
