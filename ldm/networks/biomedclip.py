@@ -1,6 +1,7 @@
 """BiomedCLIP, the frozen image-text encoder of the method."""
 
 import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from ldm.checkpoints.fitting import NoRandomWeights, load_exactly
 from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import fingerprint
 from ldm.networks.biomedclip_folder import BiomedClipFolder, read_folder, read_tokenizer
-from ldm.networks.encoder import ImageTextEncoder
+from ldm.networks.encoder import EncoderIdentity, ImageTextEncoder
 from ldm.networks.text_encoder import PromptReading, PromptWarnings
 
 if TYPE_CHECKING:
@@ -52,12 +53,10 @@ class BiomedClip(ImageTextEncoder):
         found = read_folder(source)
         self.folder = found.folder
         self.clip = _built(found)
-        length = found.model_cfg["text_cfg"].get("context_length", 256)
-        self._tokenizer = read_tokenizer(found.folder, length, self.clip.text.vocab_size)
+        self._tokenizer = read_tokenizer(found.folder, found.context_length, self.clip.text.vocab_size)
         self._warnings = PromptWarnings("BiomedCLIP", "[UNK], a word that is not in its vocabulary")
-        self.fingerprint = found.weights.sha256()
-        preprocess = {**_published_normalisation(), **found.preprocess_cfg}
-        self.preparation = {"images": _normalisation_id(preprocess), "prompts": _tokenizer_id(self._tokenizer)}
+        _, self.fingerprint, self.preparation = _identity(found, self._tokenizer)
+        preprocess = _preprocess(found)
         self.register_buffer("image_mean", torch.tensor(preprocess["mean"])[:, None, None], False)
         self.register_buffer("image_std", torch.tensor(preprocess["std"])[:, None, None], False)
         trunk: Any = self.clip.visual.trunk
@@ -65,6 +64,13 @@ class BiomedClip(ImageTextEncoder):
         self.grid = self.image_size // trunk.patch_embed.patch_size[0]
         self.token_dim, self.text_dim = trunk.num_features, self.clip.text.output_dim
         self.freeze()
+
+    @classmethod
+    def identify(cls, source: str | Path) -> EncoderIdentity:
+        """By the bytes of the weights and by how images and prompts are prepared. Raises as ``read_folder`` does."""
+        found = read_folder(source)
+        rows = found.bert.get("vocab_size", sys.maxsize)
+        return _identity(found, read_tokenizer(found.folder, found.context_length, rows))
 
     def normalise(self, image: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Image (B, 3, S, S) in [-1, 1] -> encoder input; ``hidden`` (B, 1, S, S) > 0 becomes 0 after normalisation.
@@ -106,6 +112,15 @@ class BiomedClip(ImageTextEncoder):
         for prompt in prompts:
             self._warnings.report(prompt, self.reading(prompt))
         return self.clip.encode_text(self._tokenizer(list(prompts)).to(self.device))
+
+
+def _identity(found: BiomedClipFolder, tokenizer: "HFTokenizer") -> EncoderIdentity:
+    preparation = {"images": _normalisation_id(_preprocess(found)), "prompts": _tokenizer_id(tokenizer)}
+    return EncoderIdentity(found.folder, found.weights.sha256(), preparation)
+
+
+def _preprocess(found: BiomedClipFolder) -> dict[str, Any]:
+    return {**_published_normalisation(), **found.preprocess_cfg}
 
 
 def _published_normalisation() -> dict[str, Any]:

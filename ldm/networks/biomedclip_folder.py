@@ -35,6 +35,11 @@ class BiomedClipFolder(NamedTuple):
     state: dict[str, Tensor]  # its tensors by plain names
     bert: dict[str, Any]  # sizes of the text tower, as in BERT's config.json
 
+    @property
+    def context_length(self) -> int:
+        """How many ids of a prompt the text tower reads."""
+        return self.model_cfg["text_cfg"].get("context_length", 256)
+
 
 def read_folder(source: str | Path) -> BiomedClipFolder:
     """The folder ``source``, or the one into which ``hf-hub:OWNER/NAME`` is downloaded.

@@ -4,12 +4,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from ldm.networks.text_encoder import PromptReading
+
+
+class EncoderIdentity(NamedTuple):
+    """What tells an encoder from another one; the same three stand in an ``ImageTextEncoder``."""
+
+    folder: Path
+    fingerprint: str
+    preparation: Mapping[str, str]
 
 
 class ImageTextEncoder(nn.Module, ABC):
@@ -25,6 +33,12 @@ class ImageTextEncoder(nn.Module, ABC):
     grid: int  # patches per side
     token_dim: int  # width of the tokens
     text_dim: int  # width of a prompt's vector
+
+    @classmethod
+    def identify(cls, source: str) -> EncoderIdentity:
+        """Which encoder lies in ``source``; a subclass that can tell without building its network overrides this."""
+        made = cls(source)
+        return EncoderIdentity(made.folder, made.fingerprint, made.preparation)
 
     def freeze(self) -> None:
         """No gradients, evaluation mode."""

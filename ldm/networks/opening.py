@@ -8,7 +8,7 @@ from ldm.checkpoints.fitting import NoRandomWeights, check_preparation, load_par
 from ldm.config import Architecture, BiomedClipConfig, Config
 from ldm.core.errors import MedSoftError
 from ldm.networks.biomedclip import BiomedClip
-from ldm.networks.encoder import ImageTextEncoder
+from ldm.networks.encoder import EncoderIdentity, ImageTextEncoder
 from ldm.networks.model import MedSoftModel, skeleton
 
 PREPARATION = "biomedclip_preparation"
@@ -34,7 +34,12 @@ def open_encoder(cfg: BiomedClipConfig, checkpoint: Checkpoint | None = None) ->
     return encoder
 
 
-def check_encoder(encoder: ImageTextEncoder, checkpoint: Checkpoint) -> Checkpoint:
+def identify_encoder(cfg: BiomedClipConfig) -> EncoderIdentity:
+    """Which encoder ``open_encoder`` would open, for ``check_encoder``; its network is not built."""
+    return BiomedClip.identify(cfg.path)
+
+
+def check_encoder(encoder: ImageTextEncoder | EncoderIdentity, checkpoint: Checkpoint) -> Checkpoint:
     """The ``checkpoint``; MedSoftError if it was trained on the tokens of another encoder."""
     here, theirs = encoder_record(encoder), {key: checkpoint.metadata.get(key) for key in ENCODER_KEYS}
     for key, found in theirs.items():
@@ -47,7 +52,7 @@ def check_encoder(encoder: ImageTextEncoder, checkpoint: Checkpoint) -> Checkpoi
     return checkpoint
 
 
-def encoder_record(encoder: ImageTextEncoder) -> dict[str, Any]:
+def encoder_record(encoder: ImageTextEncoder | EncoderIdentity) -> dict[str, Any]:
     """What a checkpoint says of the encoder whose features it was trained on, by ``ENCODER_KEYS``."""
     return {"biomedclip": encoder.fingerprint, PREPARATION: dict(encoder.preparation)}
 

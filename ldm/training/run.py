@@ -38,7 +38,7 @@ from ldm.features.sizes import ENCODERS
 from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.model import MedSoftModel, skeleton
-from ldm.networks.opening import check_encoder, encoder_record, loaded, open_encoder, open_model
+from ldm.networks.opening import check_encoder, encoder_record, identify_encoder, loaded, open_model
 from ldm.training.alignment import projection_values
 from ldm.training.dataset import StageData, TrainingInputs, loader, read_training_inputs
 from ldm.training.estimates import check_disk, check_memory, memory_cures
@@ -346,7 +346,7 @@ def _complete(previous: Checkpoint, inputs: TrainingInputs, encoder: BiomedClipC
 
     With ``overwrite`` also if it knows its patients by other ids, of which it is only warned else.
     """
-    open_encoder(encoder, previous)
+    check_encoder(identify_encoder(encoder), previous)
     if previous.metadata.get(TRAINED_ON, inputs.trained_on) != inputs.trained_on:
         text = "knows its patients by other ids than the data have now: later checks will not find them"
         if overwrite:

@@ -26,6 +26,7 @@ from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
 from ldm.data.png import write_png
 from ldm.features.build import FeatureBuilder
+from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel
 from ldm.training import run as training_run
 from ldm.training.dataset import Batch
@@ -135,6 +136,13 @@ def test_same_command_again_is_complete(
     assert train("stage1", converted, trained["stage1"].folder, world) == 0
     assert "already complete (3 steps)" in caplog.text
     assert trained["stage1"].last.read_bytes() == before
+
+
+def test_that_a_run_is_complete_is_said_before_biomedclip_is_built(
+    trained: dict, world: Path, converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BiomedClip, "__init__", lambda *given: pytest.fail("it takes a gigabyte"))
+    assert train("stage1", converted, trained["stage1"].folder, world) == 0
 
 
 def test_other_settings_in_the_same_folder_are_refused(trained: dict, world: Path, converted: Path) -> None:
