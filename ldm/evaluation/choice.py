@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.config import BiomedClipConfig, DataConfig
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import fingerprint
+from ldm.core.files import Contents, fingerprint
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.core.tables import write_csv
@@ -53,14 +53,14 @@ def choose_results(
     """
     if best is None and least is None:
         raise UsageError("expected --best N, --least MARGIN or both: without a limit every image would be kept")
-    folder = RunFolder(output_dir, "choice.json", own=OWN_FILES, shared=True)
+    folder, content = RunFolder(output_dir, "choice.json", own=OWN_FILES, shared=True), Contents()
     with folder.lock():
         samples, rejects = load_samples(results)
         check_synthetic(results, samples)
         samples, reviewed = without_rejected(review, samples)
         encoder = open_encoder(biomedclip)
         settings = {
-            "results": fingerprint([described_identity(sample) for sample in samples]),
+            "results": fingerprint([described_identity(sample, content) for sample in samples]),
             **encoder_record(encoder),
             "data": identity(data, "features"),
             "best": best,
@@ -73,6 +73,7 @@ def choose_results(
             return not record["rejected"]
         asked = [sample for sample in samples if not sample.healthy and kind_of(sample)]
         lesions, more = read_lesions(asked, data, encoder, "results")
+        content.check(content.known)
         rejects += more
         if not lesions:
             raise MedSoftError(f"{results}: no diseased sample with a lesion_type and a mask that can be read")

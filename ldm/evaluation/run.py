@@ -4,13 +4,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.config import BiomedClipConfig, DataConfig
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import content_id, fingerprint
+from ldm.core.files import Contents, fingerprint
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.core.tables import counted
@@ -82,12 +81,13 @@ class Inputs(NamedTuple):
     judged: tuple[list[str], list[str], list[str]] | None  # see ``judged_types``
     review: dict[str, Any]  # the record of ``apply_review``; empty without one
 
-    def settings(self, encoder: ImageTextEncoder, data: DataConfig) -> dict[str, Any]:
-        """All that decides the numbers."""
+    def settings(self, encoder: ImageTextEncoder, data: DataConfig, content: Contents) -> dict[str, Any]:
+        """All that decides the numbers; ``content`` reads the files."""
         found: dict[str, Any] = {
-            name: fingerprint([described_identity(sample) for sample in each]) for name, each in self.samples.items()
+            name: fingerprint([described_identity(sample, content) for sample in each])
+            for name, each in self.samples.items()
         }
-        found["parents"] = _parents(self.samples["synthetic"])
+        found["parents"] = _parents(self.samples["synthetic"], content)
         found |= {**encoder_record(encoder), "data": identity(data, "features")}
         if self.judged:
             found["predictions"] = fingerprint(self.judged)
@@ -110,17 +110,18 @@ def evaluate(
     sources.check()
     if quarantine and not sources.synthetic.is_dir():
         raise UsageError(f"--quarantine: {sources.synthetic} is a file; copies are moved out of a results folder")
-    folder = RunFolder(output_dir, "evaluation.json", own=OWN_FILES, shared=True)
+    folder, content = RunFolder(output_dir, "evaluation.json", own=OWN_FILES, shared=True), Contents()
     with folder.lock():
         inputs = _read_inputs(sources)
         encoder = open_encoder(biomedclip)
-        record = folder.open(inputs.settings(encoder, data), overwrite, anew=overwrite)
+        record = folder.open(inputs.settings(encoder, data, content), overwrite, anew=overwrite)
         if record and record["complete"] and not (quarantine and record["copies"]["count"]):
             log.info("%s: already complete", output_dir)
             return not (record["copies"]["count"] or record["rejected"])
         lesions = _read_lesions(sources, inputs, data, encoder)
         copies = check_copies(lesions["synthetic"], lesions["train"], lesions["real"] if sources.held_out else None)
         measured = _measure(sources, inputs, lesions, copies, encoder)
+        content.check(content.known)
         folder.claim()
         write_files(output_dir, measured, copies, lesions, inputs.rejects)
         folder.finish(**measured)
@@ -152,9 +153,9 @@ def _read_samples(sources: Sources) -> tuple[dict[str, list[Sample]], list[Rejec
     return samples | {"real": real_ones(f"REAL {sources.real}", samples["real"])}, rejects
 
 
-def _parents(results: list[Sample]) -> str:
+def _parents(results: list[Sample], content: Contents) -> str:
     """A digest of the images that the results were made from; some may be put back between two evaluations."""
-    content, found = cache(content_id), set()
+    found = set()
     for result in results:
         with suppress(MedSoftError):  # not there, or another one
             found.add(content(parent_image(result, content)))

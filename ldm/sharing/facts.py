@@ -13,7 +13,7 @@ from typing import Any
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint, summary
 from ldm.config import Config
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import read_json, sha256_file
+from ldm.core.files import read_json, sha256_file, unchanged
 from ldm.data.annotations import load_samples
 from ldm.data.checks import check_unseen, groups_of, salted_digest
 from ldm.data.masks import spacing_of
@@ -132,10 +132,11 @@ def _records(path: Path) -> list[Record]:
         raise UsageError(f"--results {path}: expected {' or '.join(RECORDS)}, or a folder that holds one of them")
     found = []
     for file in files:
-        content = read_json(file)
+        with unchanged(file):  # somebody may be evaluating at this moment
+            content, digest = read_json(file), sha256_file(file)
         if not isinstance(content, dict) or (file.name == "metrics.json" and not isinstance(content.get("test"), dict)):
             raise MedSoftError(f"{file}: holds no numbers of a test; was it written by evaluate.py or classifier.py?")
-        found.append(Record(file.name, sha256_file(file), content))
+        found.append(Record(file.name, digest, content))
     return found
 
 

@@ -13,7 +13,10 @@ import tiny
 from ldm.classifier.data import load_images
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples
+from ldm.data.images import read_image
+from ldm.data.png import write_png
 from ldm.evaluation.choice import keep
+from ldm.evaluation.lesions import read_lesions
 from ldm.phantom.dataset import write_dataset
 from ldm.reviews.table import Review, add_review
 from tool import choose_results
@@ -100,6 +103,21 @@ def test_the_best_variant_of_each_parent_is_kept_for_the_classifier(results: Pat
     assert sum(row["kept"] == "True" for row in rows_of(out)) == 5
     with pytest.raises(MedSoftError, match=r"no margin is at least 1.5 \(the highest: "):
         run(results, tmp_path / "none", "--least", 1.5)
+
+
+def test_a_result_that_is_drawn_again_meanwhile_is_not_chosen_as_the_one_before(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = shutil.copytree(results, tmp_path / "results")
+
+    def read(samples: Any, *given: Any) -> Any:
+        write_png(samples[0].image, 255 - read_image(samples[0].image))
+        return read_lesions(samples, *given)
+
+    monkeypatch.setattr("ldm.evaluation.choice.read_lesions", read)
+    with pytest.raises(MedSoftError, match=r"image\.png: was replaced or changed after it had been read; run the same"):
+        run(images, tmp_path / "out", "--best", 1)
+    assert not (tmp_path / "out" / "choice.json").exists()
 
 
 def test_limits_work_together() -> None:

@@ -16,6 +16,7 @@ from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.run_folder import RunFolder
 from ldm.data.images import read_image
 from ldm.data.png import write_png
+from ldm.evaluation.lesions import read_lesions
 from ldm.phantom.dataset import write_dataset
 from ldm.reports.figures import write_figure
 
@@ -92,6 +93,22 @@ def test_other_pictures_are_farther_away(real: Path, honest: Path, tmp_path: Pat
     assert far["coverage"]["value"] < near["coverage"]["value"]
     numbers = [found(tmp_path / name)["lesions"]["texture"] for name in "ab"]
     assert numbers[1]["wasserstein"] > numbers[0]["wasserstein"]
+
+
+def test_an_image_that_is_drawn_again_meanwhile_is_not_recorded_as_the_one_before(
+    real: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = shutil.copytree(few, tmp_path / "images")
+
+    def read(samples: Any, *given: Any) -> Any:
+        if given[-1] == "synthetic":
+            write_png(samples[0].image, 255 - read_image(samples[0].image))
+        return read_lesions(samples, *given)
+
+    monkeypatch.setattr("ldm.evaluation.run.read_lesions", read)
+    with pytest.raises(MedSoftError, match=r"image\.png: was replaced or changed after it had been read; run the same"):
+        run(real, images, tmp_path / "out")
+    assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
 def test_few_patients_give_no_interval(real: Path, honest: Path, tmp_path: Path) -> None:

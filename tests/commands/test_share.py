@@ -17,7 +17,7 @@ from tiny import TEST, TRAIN, VAL, call
 
 from ldm.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import sha256_file
+from ldm.core.files import read_json, sha256_file, write_json
 from ldm.data.annotations import load_samples
 from ldm.data.checks import trained_on
 from ldm.sharing.claim import ITEMS, where_table
@@ -129,6 +129,20 @@ def test_a_card_says_whether_its_checkpoint_drew_what_a_record_is_about(
     (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
     folder = write_card(ckpt, tmp_path / "card", "--results", tmp_path / "metrics.json")
     assert "It does not say which checkpoint drew its images" in (folder / "README.md").read_text()
+
+
+def test_a_card_names_the_record_that_was_read(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "metrics.json"
+    record.write_text(json.dumps(METRICS))
+
+    def read(path: Path) -> Any:
+        found = read_json(path)
+        write_json(path, METRICS | {"n_test": 7})  # classifier.py has ended once more
+        return found
+
+    monkeypatch.setattr("ldm.sharing.facts.read_json", read)
+    with pytest.raises(MedSoftError, match=r"metrics\.json: was replaced or changed after it had been read"):
+        write_card(ckpt, tmp_path / "card", "--results", record)
 
 
 def test_spacing_of_two_numbers_is_counted(world: Path, ckpt: Path, tmp_path: Path) -> None:
