@@ -29,7 +29,7 @@ from ldm.reports.comparison import facts, interleave, read_all_results, read_res
 from ldm.reports.figures import loss_figure, validation_figure
 from ldm.reports.html import number, write_image, write_page
 from ldm.workflow.plans import load_plan
-from ldm.workflow.study_results import interval
+from ldm.workflow.study_results import SHARE, interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -283,7 +283,7 @@ def _over_seeds(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
     A number that is undefined for one of the seeds is left out.
     """
     values = {name: [each.get(name) for each in metrics] for name in CLASSIFIER_ROWS}
-    found = {name: _mean(every) for name, every in values.items() if None not in every}
+    found = {name: _mean(every, *SHARE) for name, every in values.items() if None not in every}
     return found | {name: metrics[0].get(name) for name in COUNTS}
 
 
@@ -296,9 +296,9 @@ def _auc_differences(classifiers: Mapping[str, list[dict[str, Any]]]) -> dict[st
     }
 
 
-def _mean(values: list[float]) -> dict[str, Any]:
-    """Mean and 95 % interval (Student's t), and the values."""
-    found = interval(values)
+def _mean(values: list[float], *within: float) -> dict[str, Any]:
+    """Mean and 95 % interval (Student's t), which ends where ``within`` does, and the values."""
+    found = interval(values, *within)
     return {"mean": found.mean, "low": found.low, "high": found.high, "values": values}
 
 
@@ -403,7 +403,7 @@ def auc_figure(arms: Mapping[str, Mapping[str, Any]]) -> "Figure":
         axes.scatter([place] * len(found["values"]), found["values"], color="tab:blue", alpha=0.7, zorder=3)
         axes.hlines(found["mean"], place - 0.2, place + 0.2, color="black", zorder=4)
         if found["low"] is not None:
-            axes.vlines(place + 0.12, found["low"], min(1, found["high"]), color="0.6", linewidth=4)
+            axes.vlines(place + 0.12, found["low"], found["high"], color="0.6", linewidth=4)
     axes.set_xticks(range(len(arms)), [title.replace(" ", "\n", 1) for title in arms])
     axes.set(ylabel="test AUC", xlim=(-0.5, len(arms) - 0.5))
     axes.grid(alpha=0.25, axis="y")

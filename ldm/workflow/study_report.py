@@ -334,7 +334,8 @@ def reading_notes(study: Study) -> list[str]:
     """How the tables are to be read."""
     notes = [
         "Means over worlds, the seeds of generators and classifiers averaged first; in brackets 95 % intervals, "
-        "Student's t over worlds. Differences are paired by world and seed."
+        "Student's t over worlds. Differences are paired by world and seed. Where the interval of a mean would leave "
+        "the values that its number can have, it ends there."
     ]
     if study.drawings.judged:
         notes.append(

@@ -20,6 +20,10 @@ LEVEL = 0.95  # of every interval
 OPEN = "open"  # a verdict on convergence that nobody can give
 OLDER_RULE = " (older rule)"  # behind a verdict by the rule of versions that wrote no standard error
 COUNTS = ("n_synthetic_used", "n_duplicated")  # of metrics.json: images that joined the real ones
+SHARE = (0.0, 1.0)  # between which every number of a classifier lies
+# Of the drawings' numbers. The asked type in the drawn one is corrected for chance, and may be below 0.
+DRAWN_WITHIN = {"detection": SHARE, "agreement": SHARE}
+DRAWN_WITHIN |= dict.fromkeys(("seam", "seam_error", "changed_outside"), (0.0, math.inf))
 CHOSEN_BY = ("auc", "dice")  # what the epoch is chosen by on validation, and so the ratio: the first that there is
 
 
@@ -187,7 +191,7 @@ class Drawings:
     def mean(self, generator: str, endpoint: str) -> Interval | None:
         """Over worlds; None if nothing is defined."""
         found = self.by_world(generator, endpoint)
-        return interval(list(found.values())) if found else None
+        return interval(list(found.values()), *DRAWN_WITHIN.get(endpoint, ())) if found else None
 
     def paired(self, first: str, second: str, endpoint: str) -> dict[str, float]:
         """``first`` - ``second`` by world, of worlds that have both."""
@@ -220,15 +224,15 @@ class Drawings:
         return sum(key[1] in generators and key not in done for key in self.planned)
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and Student's t interval of independent values, one for each world."""
+def interval(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> Interval:
+    """Mean and Student's t interval of independent values, one for each world; it ends at ``least`` and ``most``."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, None, None, len(values))
     from scipy.stats import t
 
     half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half, len(values))
+    return Interval(mean, max(mean - half, min(least, mean)), min(mean + half, max(most, mean)), len(values))
 
 
 @dataclass
@@ -400,4 +404,4 @@ def _by_world(runs: dict[tuple[str, int], float]) -> dict[str, float]:
 
 
 def _over_worlds(runs: dict[tuple[str, int], float]) -> Interval | None:
-    return interval(list(_by_world(runs).values())) if runs else None
+    return interval(list(_by_world(runs).values()), *SHARE) if runs else None

@@ -183,6 +183,7 @@ def test_the_summary_holds_exactly_the_known_numbers(demo: Path) -> None:
     assert change["values"] == pytest.approx([0.02, 0.04])
     half = 12.706 * 0.01  # Student's t for two values: 12.706 times their standard error
     assert [change[key] for key in ("mean", "low", "high")] == pytest.approx([0.03, 0.03 - half, 0.03 + half], abs=1e-4)
+    assert arms["augmented"]["auc"]["high"] == 1  # not 0.87 + 12.706 * 0.02
     assert set(summary["auc_differences"]) == {
         "duplicated - real",
         "augmented - real",

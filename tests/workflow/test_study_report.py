@@ -14,7 +14,7 @@ from ldm.core.errors import MedSoftError
 from ldm.core.files import write_json
 from ldm.workflow.study_keys import Compared
 from ldm.workflow.study_report import paragraph, write_study_report
-from ldm.workflow.study_results import Cell, Study, Treatment, interval, read_cell
+from ldm.workflow.study_results import Cell, Drawing, Drawings, Study, Treatment, interval, read_cell
 
 SEEDS, WORLDS = (0, 1), ("w1", "w2", "w3")
 
@@ -44,6 +44,26 @@ def test_interval_is_students_t_over_worlds() -> None:
     low, high = stats.t.interval(0.95, len(values) - 1, statistics.fmean(values), stats.sem(values))
     assert (found.mean, found.low, found.high) == pytest.approx((statistics.fmean(values), low, high))
     assert interval([0.3]).low is None
+
+
+def test_an_interval_ends_where_its_quantity_does_and_that_is_said(tmp_path: Path) -> None:
+    """Differences are of another quantity; what the corrected bits could be at least, nobody knows."""
+    study_ = Study(cells({("a", None): [[1.0], [0.9]], ("b", None): [[0.0], [0.1]]}), Compared("b", "b", "a", None))
+    assert (study_.mean(Treatment("a")).low, study_.mean(Treatment("a")).high) == (pytest.approx(0.315, abs=1e-3), 1)
+    assert study_.mean(Treatment("b")).low == 0
+    assert study_.difference(Treatment("a"), Treatment("b")).high == pytest.approx(0.9 + 12.706 * 0.1, abs=1e-3)
+    values = {"detection": 1.0, "seam": 0.2, "asked_drawn": 0.1}, {"detection": 0.9, "seam": 2.0, "asked_drawn": 1.0}
+    judged = [Drawing(f"w{n}", "ours", None, each, dict.fromkeys(each, 9)) for n, each in enumerate(values)]
+    study_.drawings = Drawings(judged)
+    assert study_.drawings.mean("ours", "detection").high == 1
+    assert (study_.drawings.mean("ours", "seam").low, study_.drawings.mean("ours", "seam").high > 2) == (0, True)
+    assert study_.drawings.mean("ours", "asked_drawn").low < 0
+    write_study_report(tmp_path, "s", study_, [])
+    page = (tmp_path / "study.md").read_text()
+    assert "| a | 2 | 0.950 (0.315 to 1.000) |" in page
+    assert (
+        page.count("Where the interval of a mean would leave the values that its number can have, it ends there.") == 1
+    )
 
 
 def test_differences_are_paired_by_world_and_seed_then_averaged_by_world() -> None:
