@@ -7,7 +7,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,13 @@ class PlanStep:
     @cached_property  # what it was before the step ran, even if a file is edited meanwhile
     def fingerprint(self) -> str:
         """Changes with the command and with the repository's files that it names, and with nothing else."""
+        return fingerprint(self.settings)
+
+    @cached_property
+    def settings(self) -> tuple[list[str], dict[str, str]]:
+        """The words of the command, and the SHA-256 of the repository's files that it names."""
         words = shlex.split(self.run)
-        return fingerprint([words, _named_files(words)])
+        return words, _named_files(words)
 
     @property
     def missing(self) -> list[str]:
@@ -63,8 +68,14 @@ def _named_files(words: list[str]) -> dict[str, str]:
         found[name] = sha256_file(path)
         if path.endswith((".yaml", ".yml")):
             with suppress(MedSoftError):  # a faulty one is for its reader to refuse
-                waiting += map(os.path.realpath, read_yaml(Path(path), "configuration").files)
+                waiting += _base_of(path, found[name])
     return found
+
+
+@lru_cache
+def _base_of(path: str, digest: str) -> list[str]:
+    """The file that this YAML, of this SHA-256, is based on, if any: the steps of a study name the same few."""
+    return [os.path.realpath(file) for file in read_yaml(Path(path), "configuration").files[-2:-1]]
 
 
 def machine() -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.core.files import fingerprint
 from ldm.core.schema import Values, build, read_yaml
 from ldm.workflow.plans import Plan, PlanStep, checked_steps
 from ldm.workflow.study_keys import Arm, Phantoms, StudyKeys, check_keys
@@ -131,6 +132,21 @@ class Group:
     def drawing(self) -> tuple[PlanStep, ...]:
         """The steps that make the generators."""
         return self.plan.steps[len(self.world.steps) : len(self.plan.steps) - len(self.cells) - len(self.judged)]
+
+
+def settings_of(design: Design, each: CellStep | JudgeStep) -> str:
+    """Changes with all commands behind a cell or a judgement and with the repository's files that they name.
+
+    It does not with the place of the output folder, which another machine may have elsewhere.
+    """
+    steps, added = (*each.before, each.step), str(each.arm.add or "") if isinstance(each, CellStep) else ""
+    said = " ".join([added, *(step.run for step in steps)])
+    for step in reversed(design.steps):  # of what is made once, that which they name, and what that is made from
+        if any(str(Path(path).parent) in said for path in step.makes):
+            steps, said = (step, *steps), f"{step.run} {said}"
+    home = f"{design.keys.output_dir}/"
+    words = [[word.replace(home, "") for word in [added, *step.settings[0]]] for step in steps]
+    return fingerprint([words, [step.settings[1] for step in steps]])[:16]
 
 
 def plan_groups(design: Design) -> Iterator[Group]:

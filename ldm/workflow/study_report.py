@@ -244,9 +244,14 @@ def warnings(study: Study, outcomes: Sequence[Outcome] = ()) -> list[str]:
     found += [
         f"Cells of {world} come from several machines ({'; '.join(names)}), whose classifiers differ by more than arms "
         "do: compute the whole world on one of them."
-        for world, names in study.machines().items()
+        for world, names in study.several("machine").items()
     ]
-    return found
+    return found + [
+        f"{what} of {world} were made by the code of several commits ({'; '.join(names)}): whether it does the same in "
+        "all of them was not checked."
+        for what, rows in (("Cells", study), ("Drawings", study.drawings))
+        for world, names in rows.several("commit").items()
+    ]
 
 
 def _warnings_of_convergence(verdicts: Sequence[str]) -> list[str]:
@@ -278,7 +283,7 @@ def _warnings_of_drawings(drawings: Drawings) -> list[str]:
     return found + [
         f"Drawings of {world} come from several machines ({'; '.join(names)}), whose networks draw and judge "
         "differently: compute the whole world on one of them."
-        for world, names in drawings.machines().items()
+        for world, names in drawings.several("machine").items()
     ]
 
 

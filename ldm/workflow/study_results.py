@@ -60,6 +60,7 @@ class Cell:
     seconds: float | None = None
     machine: str = ""  # empty where the record does not say
     commit: str = ""
+    settings: str = ""  # a fingerprint of what it was made with, see ``settings_of``
     n_train_diseased: int | None = None
     converged: str = ""
     groups: dict[str, float | None] = field(default_factory=dict)
@@ -141,6 +142,7 @@ class Drawing:
     counts: dict[str, int]
     machine: str = ""
     commit: str = ""
+    settings: str = ""  # as a cell's
 
     @property
     def key(self) -> DrawingKey:
@@ -214,9 +216,9 @@ class Drawings:
         means = {name: {w: statistics.fmean(n) for w, n in worlds.items()} for name, worlds in counts.items()}
         return _joined(found, _unequal_counts(means, "of drawings was read", "of"))
 
-    def machines(self) -> dict[str, list[str]]:
-        """The machines on which a world's drawings were read, of worlds with several."""
-        return _several_machines(self.judged)
+    def several(self, what: str) -> dict[str, list[str]]:
+        """The machines on which a world's drawings were read, or the commits, of worlds with several."""
+        return _several(self.judged, what)
 
     def unfinished(self, generators: Iterable[str]) -> int:
         """How many planned drawings of these generators are not judged."""
@@ -239,13 +241,15 @@ def interval(values: Sequence[float], least: float = -math.inf, most: float = ma
 class Study:
     """All finished cells, looked at together; ``planned``: the keys of all that are to be.
 
-    ``drawings``: what the judge says. A study of nothing else has no cells, and no comparison of arms.
+    ``drawings``: what the judge says. A study of nothing else has no cells, and no comparison of arms. ``settings``:
+    what each planned cell and drawing is made with, as ``Cell.settings``.
     """
 
     cells: list[Cell]
     comparison: Compared | None
     planned: frozenset[Key] = frozenset()
     drawings: Drawings = field(default_factory=Drawings)
+    settings: Mapping[Key | DrawingKey, str] = field(default_factory=dict)
 
     @property
     def treatments(self) -> list[Treatment]:
@@ -309,9 +313,9 @@ class Study:
         done = {cell.key for cell in self.cells}
         return sum(key[1] in treatments and key not in done for key in self.planned)
 
-    def machines(self) -> dict[str, list[str]]:
-        """The machines on which a world's cells were computed, of worlds with several."""
-        return _several_machines(self.cells)
+    def several(self, what: str) -> dict[str, list[str]]:
+        """The machines on which a world's cells were computed, or the commits, of worlds with several."""
+        return _several(self.cells, what)
 
     def by_kind(self) -> "Study":
         """The same cells with the numbers of their kinds and severities as values."""
@@ -362,12 +366,12 @@ class Study:
         return found
 
 
-def _several_machines(rows: Iterable[Cell | Drawing]) -> dict[str, list[str]]:
-    """The machines of each world's rows, of worlds with several; rows that do not say theirs are left out."""
+def _several(rows: Iterable[Cell | Drawing], what: str) -> dict[str, list[str]]:
+    """What each world's rows say of ``what``, of worlds with several; rows that do not say it are left out."""
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:
-        if row.machine:
-            found[row.world][row.machine] = None
+        if getattr(row, what):
+            found[row.world][getattr(row, what)] = None
     return {world: list(names) for world, names in found.items() if len(names) > 1}
 
 

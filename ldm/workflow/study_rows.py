@@ -5,13 +5,14 @@ A row holds what tables and hypotheses need. The numbers by kind and severity st
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ldm.core.errors import MedSoftError
-from ldm.core.tables import read_table
+from ldm.core.tables import counted, read_table
 from ldm.workflow.study_results import COUNTS, Cell, Drawing, DrawingKey, Drawings, Key, Study, Treatment
 
 RESULTS, DRAWINGS = "results.csv", "drawings.csv"
@@ -19,6 +20,7 @@ WHAT = "rows of a study"
 ELSEWHERE = "elsewhere"  # in a study's folder: such files of other machines, under any names
 CELL_FIRST = ("world", "arm", "ratio", "generator_seed", "seed")  # columns before a cell's numbers
 CELL_LAST = ("n_train_diseased", "converged", "seconds", "machine", "commit")  # and behind them
+SETTINGS = "settings"  # the last column; rows of older versions have none
 DRAWING_COLUMNS = ("world", "generator", "generator_seed", "endpoint", "value", "n", "machine", "commit")
 
 
@@ -30,7 +32,7 @@ def cell_rows(study: Study) -> list[dict[str, Any]]:
         | {"generator_seed": cell.generator_seed, "seed": cell.seed}
         | {name: cell.values.get(name) for name in values}
         | {name: cell.counts.get(name) for name in COUNTS}
-        | {name: getattr(cell, name) for name in CELL_LAST}
+        | {name: getattr(cell, name) for name in (*CELL_LAST, SETTINGS)}
         for cell in study.cells
     ]
 
@@ -40,6 +42,7 @@ def drawing_rows(drawings: Drawings) -> list[dict[str, Any]]:
     return [
         {"world": each.world, "generator": each.generator, "generator_seed": each.generator_seed}
         | {"endpoint": name, "value": value, "n": each.counts[name], "machine": each.machine, "commit": each.commit}
+        | {SETTINGS: each.settings}
         for each in drawings.judged
         for name, value in each.values.items()
     ]
@@ -65,8 +68,8 @@ def with_rows_from_elsewhere(study: Study, folder: Path) -> Study:
 def read_rows(study: Study, folder: Path) -> tuple[list[Cell], list[Drawing]]:
     """What the rows of all CSV files in ``folder``/elsewhere say.
 
-    MedSoftError for a file that is neither a results.csv nor a drawings.csv, a row that the study does not plan, one
-    without a number where one is due, and two rows of one cell or number.
+    MedSoftError for a file that is neither a results.csv nor a drawings.csv, a row that the study does not plan, one of
+    other settings than the study's, one without a number where one is due, and two rows of one cell or number.
     """
     cells: dict[Key, Cell] = {}
     drawings: dict[DrawingKey, Drawing] = {}
@@ -76,17 +79,40 @@ def read_rows(study: Study, folder: Path) -> tuple[list[Cell], list[Drawing]]:
         for line, row in enumerate(read_table(path, columns, WHAT), 2):  # the first line is the header
             try:
                 if of_cells:
-                    _add_cell(cells, row, study.planned)
+                    _add_cell(cells, row, study)
                 else:
-                    _add_drawing(drawings, row, study.drawings.planned)
+                    _add_drawing(drawings, row, study)
             except ValueError as error:
                 raise MedSoftError(f"{path}, line {line}: {error}") from error
     return list(cells.values()), list(drawings.values())
 
 
-def _add_cell(known: dict[Key, Cell], row: dict[str, str], planned: Collection[Key]) -> None:
-    """Add the row's cell to those known; ValueError where it is none that is planned, or known already."""
-    names = [name for name in row if name not in (*CELL_FIRST, *COUNTS, *CELL_LAST)]
+def what_rows_say(study: Study, cells: Sequence[Cell], drawings: Sequence[Drawing], commit: str) -> str:
+    """How many rows of other machines there are, what of them could not be checked, and what their worlds still lack.
+
+    ``commit``: that of the code that reads them.
+    """
+    rows, unchecked = [*cells, *drawings], []
+    if silent := sum(not row.settings for row in rows):
+        unchecked.append(f"the settings of {silent} of them, which do not say theirs")
+    ours = commit if commit.isalnum() and commit != "unknown" else None  # else nobody knows which code that is
+    if others := dict.fromkeys(row.commit or "unknown" for row in rows if row.commit != ours):
+        unchecked.append(f"whether code of another commit does the same ({', '.join(others)})")
+    worlds = {row.world for row in rows}
+    planned = {*study.planned, *study.drawings.planned}
+    missing = Counter(key[0] for key in planned - {row.key for row in rows} if key[0] in worlds)
+    drawn = counted(len(drawings), "generator's drawings", "generators' drawings")
+    said = f"of other machines ({ELSEWHERE}/*.csv): {counted(len(cells), 'cell')}, {drawn}"
+    if unchecked:
+        said += f"; not checked: {', and '.join(unchecked)}"
+    if missing:
+        said += f"; not there, and not run here: {', '.join(f'{missing[name]} of {name}' for name in sorted(missing))}"
+    return said
+
+
+def _add_cell(known: dict[Key, Cell], row: dict[str, str], study: Study) -> None:
+    """Add the row's cell to those known; ValueError where it is none that is planned so, or known already."""
+    names = [name for name in row if name not in (*CELL_FIRST, *COUNTS, *CELL_LAST, SETTINGS)]
     found = Cell(
         row["world"],
         Treatment(row["arm"], _number(row, "ratio")),
@@ -97,26 +123,42 @@ def _add_cell(known: dict[Key, Cell], row: dict[str, str], planned: Collection[K
         _number(row, "seconds"),
         row["machine"],
         row["commit"],
+        row.get(SETTINGS) or "",
         _whole(row, "n_train_diseased"),
         row["converged"],
     )
-    if found.key not in planned:
+    if found.key not in study.planned:
         raise ValueError(f"the study plans no cell {_words(found.key)}; is it a row of another study?")
+    _check_settings(found, study)
     if found.key in known:
         raise ValueError(f"a second row of the cell {_words(found.key)}; keep one")
     known[found.key] = found
 
 
-def _add_drawing(known: dict[DrawingKey, Drawing], row: dict[str, str], planned: Collection[DrawingKey]) -> None:
-    """Add the row's number to those of its drawings; ValueError where they are not planned, or it is known already."""
+def _add_drawing(known: dict[DrawingKey, Drawing], row: dict[str, str], study: Study) -> None:
+    """Add the row's number to those of its drawings; ValueError where they are none that are planned so, or it is known
+    already."""
     key = row["world"], row["generator"], _whole(row, "generator_seed")
-    if key not in planned:
+    if key not in study.drawings.planned:
         raise ValueError(f"the study judges no drawings {_words(key)}; is it a row of another study?")
-    found = known.setdefault(key, Drawing(*key, {}, {}, row["machine"], row["commit"]))
+    new = Drawing(*key, {}, {}, row["machine"], row["commit"], row.get(SETTINGS) or "")
+    _check_settings(new, study)
+    found = known.setdefault(key, new)
     if row["endpoint"] in found.values:
         raise ValueError(f"a second {row['endpoint']} of {_words(key)}; keep one")
     found.values[row["endpoint"]] = _number(row, "value")
     found.counts[row["endpoint"]] = _whole(row, "n") or 0
+
+
+def _check_settings(row: Cell | Drawing, study: Study) -> None:
+    """ValueError where the row says that it was made with other settings than the study's."""
+    ours = study.settings.get(row.key, row.settings)
+    if row.settings not in ("", ours):
+        raise ValueError(
+            f"{_words(row.key)} was made with other settings (expected {ours}, found {row.settings}, commit "
+            f"{row.commit or 'unknown'}): another study YAML, or other files of models/ and configs/; compute it again "
+            "with these, or take the row out"
+        )
 
 
 def _words(key: Sequence[object]) -> str:

@@ -13,15 +13,14 @@ from ldm.core.files import content_id, fingerprint
 from ldm.core.paths import ROOT
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import Values
-from ldm.core.tables import counted
 from ldm.workflow.plan_run import hang_up_with_terminal, run_steps, show_steps
-from ldm.workflow.plans import Plan, PlanRecord, commit, growing_folder
-from ldm.workflow.study_design import Design, Group, World, added_path, load_design, plan_groups
+from ldm.workflow.plans import Plan, PlanRecord, PlanStep, commit, growing_folder
+from ldm.workflow.study_design import Design, Group, World, added_path, load_design, plan_groups, settings_of
 from ldm.workflow.study_hypotheses import outcomes
 from ldm.workflow.study_jobs import run_side_by_side
 from ldm.workflow.study_keys import Arm, check_hypothesis
-from ldm.workflow.study_results import Drawings, Study, Treatment, read_cell, read_drawing
-from ldm.workflow.study_rows import ELSEWHERE, read_rows, with_rows_from_elsewhere
+from ldm.workflow.study_results import DrawingKey, Drawings, Key, Study, Treatment, read_cell, read_drawing
+from ldm.workflow.study_rows import ELSEWHERE, read_rows, what_rows_say, with_rows_from_elsewhere
 
 
 def run_study(
@@ -193,9 +192,7 @@ def report(design: Design, groups: list[Group]) -> int:
         parts.append(f"left out, as another judge has read them: {judged.by_another_judge} ({cure})")
     cells, drawings = read_rows(study, ROOT / design.keys.output_dir)
     if cells or drawings:
-        drawn = counted(len(drawings), "generator's drawings", "generators' drawings")
-        said = f"{counted(len(cells), 'cell')}, {drawn}"
-        parts.append(f"of other machines ({ELSEWHERE}/*.csv): {said}")
+        parts.append(what_rows_say(study, cells, drawings, commit()))
     state = "; ".join(parts)
     if not study.cells and not judged.judged:
         raise MedSoftError(f"{design.keys.output_dir}: {state}; run the study first")
@@ -211,46 +208,54 @@ def report(design: Design, groups: list[Group]) -> int:
 def read_study(design: Design, groups: Sequence[Group]) -> tuple[Study, int]:
     """The finished cells and judged drawings of these settings, and how many others or older generators made.
 
-    With those of other machines, whose rows are trusted to be of these settings.
+    With those of other machines, see ``read_rows``.
     """
+    drawings, settings, older = read_drawings(design, groups)
     cells, planned, outdated = [], [], 0
     for group in groups:
         record = PlanRecord(group.plan)
         for each in group.cells:
             treatment, generated = Treatment(each.arm.name, each.ratio), each.made and each.made.seed
             planned.append((each.world.name, treatment, generated, each.seed))
+            settings[planned[-1]] = settings_of(design, each)
             if record.outdated(each.step, each.before):
                 outdated += 1
                 continue
             found = read_cell(ROOT / each.folder, each.world.name, treatment, each.seed)
             if found is not None:
-                known = record.known(each.step)
-                origin = {"seconds": known.get("seconds"), "machine": known.get("machine", "")}
-                origin |= {"commit": known.get("commit", ""), "generator_seed": generated}
-                cells.append(replace(found, **origin))
-    drawings, older = read_drawings(design, groups)
-    study = Study(cells, design.keys.compare, frozenset(planned), drawings)
+                found = replace(found, generator_seed=generated, seconds=record.known(each.step).get("seconds"))
+                cells.append(replace(found, **origin(record, each.step, settings[found.key])))
+    study = Study(cells, design.keys.compare, frozenset(planned), drawings, settings)
     return with_rows_from_elsewhere(study, ROOT / design.keys.output_dir), outdated + older
 
 
-def read_drawings(design: Design, groups: Sequence[Group]) -> tuple[Drawings, int]:
-    """What this judge says of drawings, and how many judgements are of other settings or older generators."""
+def origin(record: PlanRecord, step: PlanStep, settings: str) -> dict[str, str]:
+    """Where, by which code and with which settings a step was run; empty where the record does not say it."""
+    known = record.known(step)
+    found = {name: known.get(name, "") for name in ("machine", "commit")}
+    return found | {"settings": settings if known else ""}
+
+
+def read_drawings(design: Design, groups: Sequence[Group]) -> tuple[Drawings, dict[Key | DrawingKey, str], int]:
+    """What this judge says of drawings, the settings of all that are planned, and how many judgements are of other
+    settings or older generators."""
     drawings, planned, outdated, others = [], [], 0, 0
+    settings: dict[Key | DrawingKey, str] = {}
     judge = content_id(ROOT / design.keys.judge.weights) if design.keys.read_by_judge else None
     for group in groups:
         record = PlanRecord(group.plan)
         for each in group.judged:
             made = each.world.name, each.made.name, each.made.seed
             planned.append(made)
+            settings[made] = settings_of(design, each)
             if record.outdated(each.step, each.before):
                 outdated += 1
                 continue
             found = read_drawing(ROOT / each.file, *made, judge)
             others += found is None and (ROOT / each.file).exists()
             if found is not None:
-                known = record.known(each.step)
-                drawings.append(replace(found, machine=known.get("machine", ""), commit=known.get("commit", "")))
-    return Drawings(drawings, frozenset(planned), others), outdated
+                drawings.append(replace(found, **origin(record, each.step, settings[made])))
+    return Drawings(drawings, frozenset(planned), others), settings, outdated
 
 
 def other_studies(design: Design) -> dict[str, Study]:

@@ -164,7 +164,7 @@ def test_hypotheses_may_be_about_the_drawings(tmp_path: Path) -> None:
     assert "| ours | oracle | 5 | -0.369 (" in said
     assert "dose_response" not in said + (tmp_path / "study.html").read_text()
     rows = (tmp_path / "drawings.csv").read_text().splitlines()
-    assert rows[0] == "world,generator,generator_seed,endpoint,value,n,machine,commit"
+    assert rows[0] == "world,generator,generator_seed,endpoint,value,n,machine,commit,settings"
     assert len(rows) == 1 + 5 * (2 + 2 + 1)
 
 

@@ -198,6 +198,16 @@ def test_generator_seeds_are_averaged_within_a_world() -> None:
     assert study_.mean(Treatment("ours", 1.0)).worlds == 2
 
 
+def test_a_world_that_the_code_of_two_commits_has_made_is_named(tmp_path: Path) -> None:
+    found = [replace(each, commit="ab1" if each.world == "w2" and each.seed else "ab2") for each in made(0.01).cells]
+    judged = [Drawing("w3", name, None, {"seam": 1.0}, {"seam": 9}, commit=name) for name in ("ours", "no_msc")]
+    write_study_report(tmp_path, "s", Study(found, made(0.01).comparison, drawings=Drawings(judged)), [])
+    said = (tmp_path / "study.md").read_text()
+    assert "Cells of w2 were made by the code of several commits (ab2; ab1): whether it does the same in all" in said
+    assert "Drawings of w3 were made by the code of several commits (ours; no_msc)" in said
+    assert said.count("several commits") == 2
+
+
 def test_a_world_whose_cells_come_from_two_machines_is_named(tmp_path: Path) -> None:
     found = made(0.01).cells
     found = [

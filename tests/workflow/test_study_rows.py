@@ -15,6 +15,7 @@ from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_json
 from ldm.core.tables import write_csv
 from ldm.workflow import study_design
+from ldm.workflow.plans import PlanRecord
 from ldm.workflow.study_hypotheses import outcomes
 from ldm.workflow.study_results import Cell, Drawing, Drawings, Study, Treatment
 from ldm.workflow.study_rows import ELSEWHERE, cell_rows, drawing_rows, read_rows, with_rows_from_elsewhere
@@ -50,6 +51,22 @@ def finish(path: Path, *worlds: str) -> None:
                 write_json(Path(cell.folder) / "metrics.json", metrics)
 
 
+def record(path: Path, *worlds: str) -> None:
+    """Leave those metrics, and in the plans' records that their cells have been run."""
+    finish(path, *worlds)
+    for group in study_design.plan_groups(study_design.load_design(path)):
+        for cell in group.cells:
+            if cell.world.name in worlds:
+                PlanRecord(group.plan).add(cell.step, 1.0, 0)
+
+
+@pytest.fixture
+def _same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the checkout of these tests looks like."""
+    for module in ("plans", "study_run"):
+        monkeypatch.setattr(f"ldm.workflow.{module}.commit", lambda: "abc1")
+
+
 def bring(path: Path, text: str, name: str = "node7.csv") -> Path:
     """Put a file beside the study's own results."""
     file = Path(study_design.load_design(path).keys.output_dir) / ELSEWHERE / name
@@ -74,6 +91,66 @@ def test_rows_of_other_machines_give_the_numbers_of_one(write_study, tmp_path: P
     for name in ("results.csv", "hypotheses.csv"):
         rows = [list(csv.reader((tmp_path / each / "out" / name).open())) for each in ("whole", "second")]
         assert sorted(rows[0]) == sorted(rows[1]), name
+
+
+@pytest.mark.usefixtures("_same_code")
+def test_rows_of_other_settings_are_refused_wherever_the_folder_was(write_study, tmp_path: Path) -> None:
+    first, same = write_study("first"), write_study("same")
+    record(first, "world_3")
+    tiny.call(study, first, "--collect")
+    rows = (tmp_path / "first/out/results.csv").read_text()
+    bring(same, rows)
+    tiny.call(study, same, "--collect")
+    assert "not checked" not in (tmp_path / "same/out/study.md").read_text()
+    assert (tmp_path / "same/out/results.csv").read_text() == rows
+    other = write_study("other", set=["EPOCHS=2", "img_size=32", "Batch_Size=8"])
+    file = bring(other, rows)
+    said = (
+        r"world_3, real, 0 was made with other settings \(expected \w{16}, found \w{16}, commit abc1\): .* compute it"
+    )
+    for flags in (["--collect"], []):
+        with pytest.raises(MedSoftError, match=rf"{file}, line 2: {said}"):
+            tiny.call(study, other, *flags)
+
+
+@pytest.mark.usefixtures("_same_code")
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            "world_3,real,,,0,0.5,4,,1.5,EPYC,abc1\n",
+            "not checked: the settings of 1 of them, which do not say theirs; not t",
+        ),
+        (
+            "world_3,real,,,0,0.5,4,,1.5,EPYC,7c1bd90\n",
+            "and whether code of another commit does the same (7c1bd90); not t",
+        ),
+        (
+            "world_3,real,,,0,0.5,4,,1.5,EPYC,\n",
+            "and whether code of another commit does the same (unknown); not there",
+        ),
+        ("world_3,real,,,0,0.5,4,,1.5,EPYC,abc1\n", "; not there, and not run here: 3 of world_3. Reported at"),
+    ],
+)
+def test_what_cannot_be_checked_of_rows_is_said(write_study, tmp_path: Path, row: str, said: str) -> None:
+    path = write_study("here")
+    bring(path, CELLS + row)
+    tiny.call(study, path, "--collect")
+    assert said in (tmp_path / "here/out/study.md").read_text()
+
+
+def test_settings_are_those_of_what_is_made_once_too_where_it_is_used(tmp_path: Path) -> None:
+    made = {}
+    for seed in (1, 2):
+        run = f"python classifier.py configs/classifier/phantom.json --set seed={seed} output_dir={{output_dir}}/back"
+        steps = [{"name": "back", "run": run, "makes": ["{output_dir}/back/classifier.safetensors"]}]
+        arms = {"real": {}, "duplicated": {"use": "duplicate_real", "ratios": [1]}}
+        arms["begun"] = {"set": ["pretrained={output_dir}/back/classifier.safetensors"]}
+        design = study_design.load_design(studies.write(tmp_path, steps=steps, arms=arms))
+        cells = [each for group in study_design.plan_groups(design) for each in group.cells]
+        made[seed] = {each.arm.name: study_design.settings_of(design, each) for each in cells}
+    assert [name for name in made[1] if made[1][name] != made[2][name]] == ["begun"]
+    assert len(set(made[1].values())) == 3
 
 
 def committed(path: str, folder: Path) -> Study:
@@ -189,12 +266,24 @@ def test_a_second_number_of_the_same_drawings_is_refused(tmp_path: Path) -> None
         read_rows(Study([], None, drawings=Drawings([], frozenset([drawing.key]))), tmp_path)
 
 
+def test_drawings_of_other_settings_are_refused(tmp_path: Path) -> None:
+    drawing = Drawing("w", "ours", 0, {"agreement": 0.5}, {"agreement": 9}, commit="abc", settings="12ab")
+    (tmp_path / ELSEWHERE).mkdir()
+    write_csv(tmp_path / ELSEWHERE / "a.csv", drawing_rows(Drawings([drawing])))
+    planned = Study([], None, drawings=Drawings([], frozenset([drawing.key])), settings={drawing.key: "34cd"})
+    with pytest.raises(
+        MedSoftError, match=r"a.csv, line 2: w, ours, 0 was made .*expected 34cd, found 12ab, commit abc"
+    ):
+        read_rows(planned, tmp_path)
+
+
 @given(st.data())
 def test_rows_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     treatment = Treatment(data.draw(TEXTS), data.draw(NUMBERS))
     values = {name: data.draw(NUMBERS) for name in ("auc", "brier", "validation_auc")}
     counts = {"n_synthetic_used": data.draw(WHOLE), "n_duplicated": data.draw(WHOLE)}
     more = {"machine": data.draw(TEXTS), "commit": data.draw(TEXTS), "converged": data.draw(TEXTS)}
+    more |= {"settings": data.draw(TEXTS)}
     more |= {"n_train_diseased": data.draw(WHOLE), "seconds": data.draw(NUMBERS), "generator_seed": data.draw(WHOLE)}
     cell = Cell(data.draw(TEXTS), treatment, data.draw(st.integers(0, 9)), values, counts, **more)
     judged = Drawing(cell.world, data.draw(TEXTS), cell.generator_seed, {"seam": values["auc"]}, {"seam": 3})
