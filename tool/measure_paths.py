@@ -4,12 +4,16 @@
         --judge classifier_judge/classifier.safetensors --output paths.json
 
 --data holds healthy and diseased samples that no stage was trained on, the diseased ones with lesion types; those
-that are `subtle` are left out. Two parts:
+that are `subtle` are left out. Three parts:
 
 drawings: lesions are drawn into the healthy samples, each four times with the same mask and noise: by text and tokens
 of one prompt (both), by the text alone (tokens zero), by the tokens alone (empty text), and crossed, by the text of one
 prompt and the tokens of another, of a different type. The judge (a saved classifier that knows lesion types) says how
 often a lesion is seen, and how often its type is that of the prompt and that of the other one.
+
+redrawn: the diseased samples' lesions are drawn anew in their own masks, by what the MSC predicts (both) and by the
+tokens of the image with its lesion (true_tokens); the judge reads these and the lesions themselves. Where true tokens
+draw no better, it is not the MSC that limits the drawings.
 
 held_out: on the diseased samples, the cosine of the predicted tokens to those of the image with its lesion, inside the
 mask, beside that of the mean token of the other samples of the type; and the diffusion loss inside the mask with the

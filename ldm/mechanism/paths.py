@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,13 +29,14 @@ from ldm.diffusion.schedule import loss_inside
 from ldm.features.build import compute_features
 from ldm.inference.inpainter import Inpainter, Job
 from ldm.inference.prompts import matched
-from ldm.networks.model import MedSoftModel
+from ldm.networks.model import MedSoftModel, context_features
 from ldm.networks.msc import ControllerInputs, masked_cosine
 from ldm.networks.opening import open_model
 
 log = logging.getLogger("measure_paths")
 
 PATHS = ("both", "text", "tokens", "crossed")  # what draws: see tool/measure_paths.py
+REDRAWN = ("both", "true_tokens")  # what draws held-out lesions again
 TIMES = (0.25, 0.5, 0.75)  # shares of the noise schedule at which losses are measured
 
 
@@ -90,12 +91,14 @@ def measure_paths(options: PathOptions) -> bool:
         "ckpt": str(options.ckpt),
         "seed": seed,
         "samples": {"healthy": len(healthy), "diseased": len(lesions)},
-        "drawings": _drawings(inpainter, classifier, healthy, seed),
+        "drawings": {path: _judged(classifier, healthy, _drawn(inpainter, path, healthy, seed)) for path in PATHS},
+        "redrawn": _redrawn(inpainter, classifier, lesions, seed),
         "held_out": _held_out(inpainter, lesions, seed),
     }
     write_json(options.output, found)
-    for name, row in found["drawings"].items():
-        log.info("%-8s %s", name, {key: round(value, 3) for key, value in row.items()})
+    for part in ("drawings", "redrawn"):
+        for name, row in found[part].items():
+            log.info("%-8s %-11s %s", part, name, {key: round(value, 3) for key, value in row.items()})
     log.info("held out %s", {key: round(row["mean"], 4) for key, row in found["held_out"].items()})
     return not (rejects or lost or unused)
 
@@ -149,7 +152,8 @@ def _batches(cases: Sequence[Case], size: int) -> list[Sequence[Case]]:
 
 
 class PathInpainter(Inpainter):
-    """Draws with ``path``, one of PATHS; ``others``: the prompts of a batch whose tokens are taken when crossed."""
+    """Draws with ``path``, one of PATHS or REDRAWN; ``others``: the prompts of a batch whose tokens are taken when
+    crossed."""
 
     path = "both"
     others: list[str]
@@ -165,23 +169,38 @@ class PathInpainter(Inpainter):
             text = self.empty_text.expand_as(text)
         elif self.path == "crossed":
             semantic = super().condition(image, soft_mask, self.others, whole)[1]
+        elif self.path == "true_tokens":
+            context, _ = context_features(self.encoder, image, soft_mask, whole)
+            semantic = self.net.semantic(context, self.encoder.encode_image(image)[0], soft_mask)
         return text, semantic
 
 
-def _drawings(inpainter: PathInpainter, judge: Classifier, cases: Sequence[Case], seed: int) -> dict[str, Any]:
-    """By path: share called diseased, share whose likeliest type is the text's and is that of the other tokens."""
-    found = {}
-    for inpainter.path in PATHS:
-        images = []
-        for batch in _batches(cases, inpainter.sampling.batch_size):
-            inpainter.others = [case.other_prompt for case in batch]
-            jobs = [Job(seed, case.sample.sample_id, 0, case.prompt) for case in batch]
-            images += inpainter.inpaint([case.prepared for case in batch], jobs)
-        bad = [case.sample.sample_id for case, image in zip(cases, images, strict=True) if image.pixels is None]
-        if bad:
-            raise MedSoftError(f"{bad[0]}: the model produced values that are no numbers")
-        found[inpainter.path] = _judged(judge, cases, [image.pixels for image in images if image.pixels is not None])
-    return found
+def _drawn(inpainter: PathInpainter, path: str, cases: Sequence[Case], seed: int) -> list[np.ndarray]:
+    """The pixels of all cases, drawn by ``path``."""
+    inpainter.path = path
+    images = []
+    for batch in _batches(cases, inpainter.sampling.batch_size):
+        inpainter.others = [case.other_prompt for case in batch]
+        jobs = [Job(seed, case.sample.sample_id, 0, case.prompt) for case in batch]
+        images += inpainter.inpaint([case.prepared for case in batch], jobs)
+    bad = [case.sample.sample_id for case, image in zip(cases, images, strict=True) if image.pixels is None]
+    if bad:
+        raise MedSoftError(f"{bad[0]}: the model produced values that are no numbers")
+    return [image.pixels for image in images if image.pixels is not None]
+
+
+def _redrawn(
+    inpainter: PathInpainter, judge: Classifier, cases: Sequence[Case], seed: int
+) -> dict[str, dict[str, float]]:
+    """The held-out lesions themselves, and drawn anew in their own masks by each of REDRAWN.
+
+    With true tokens nothing is lost by the MSC: what is then still wrong is the U-Net's doing, or that of tokens which
+    do not tell types apart.
+    """
+    paths = REDRAWN if "msc" in inpainter.net.parts else REDRAWN[:1]  # a learned table hears no tokens
+    drawn = {path: _drawn(inpainter, path, cases, seed) for path in paths}
+    drawn["themselves"] = [case.prepared.original for case in cases]
+    return {name: _judged(judge, cases, pixels) for name, pixels in drawn.items()}
 
 
 def _judged(judge: Classifier, cases: Sequence[Case], pixels: Sequence[np.ndarray]) -> dict[str, float]:

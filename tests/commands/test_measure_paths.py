@@ -14,7 +14,7 @@ from ldm.config import load_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.preparation import prepare
-from ldm.mechanism.paths import PATHS, cosines_of_type_means
+from ldm.mechanism.paths import PATHS, REDRAWN, PathInpainter, cosines_of_type_means
 from ldm.networks.model import hidden_region
 from ldm.networks.msc import ControllerInputs
 from ldm.networks.opening import open_model
@@ -33,6 +33,7 @@ def test_a_trained_model_depends_on_its_tokens(final: Path, world: Path, judge: 
     found = measured(final, world / "data", judge, tmp_path / "a.json")
     assert found["samples"] == {"healthy": LIMIT, "diseased": LIMIT}
     assert tuple(found["drawings"]) == PATHS
+    assert tuple(found["redrawn"]) == (*REDRAWN, "themselves")
     held_out = found["held_out"]
     for name in ("zero_tokens", "other_tokens", "true_tokens", "other_text", "empty_text"):
         assert abs(held_out[f"added_by_{name}"]["mean"]) > 1e-7
@@ -68,6 +69,26 @@ def test_cosine_of_the_tokens_by_hand(final: Path, world: Path, judge: Path, tmp
     assert held_out["cosine"]["mean"] == pytest.approx(np.mean(values), abs=1e-4)
 
 
+def test_true_tokens_are_those_of_the_image_with_its_lesion(final: Path, world: Path) -> None:
+    config = load_config(PHANTOM, [f"biomedclip.path={CLIP}"])
+    net, clip = open_model(config, read_checkpoint(final))
+    sample = next(each for each in load_samples(world / "data")[0] if not each.healthy)
+    prepared = prepare(sample, config.data, 0, 0)
+    image, mask = prepared.image[None], prepared.mask[None]
+    inpainter = PathInpainter(net, clip, config.sampling)
+    given = {}
+    with torch.no_grad():
+        for inpainter.path in REDRAWN:
+            given[inpainter.path] = inpainter.condition(image, mask, [sample.prompt])
+        seen, hidden = clip.encode_image(image)[0], clip.encode_image(image, hidden_region(mask))[0]
+    soft = torch.nn.functional.adaptive_max_pool2d(mask, 10).flatten()[:, None]
+    mixed = (soft * seen[0] + (1 - soft) * hidden[0]).unflatten(0, (10, 10)).permute(2, 0, 1)
+    expected = torch.nn.functional.avg_pool2d(mixed, 2).flatten(1).T
+    assert torch.allclose(given["true_tokens"][1][0], expected, atol=1e-5)
+    assert not torch.allclose(given["both"][1][0], expected, atol=1e-2)
+    assert torch.equal(given["both"][0], given["true_tokens"][0])
+
+
 def test_a_lesion_has_no_part_in_the_mean_of_its_type_that_it_is_compared_with() -> None:
     true = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[3.0, 4.0]]])  # a lesion a row, one patch each
     found = cosines_of_type_means(["a", "a", "b"], true, torch.ones(3, 1))
@@ -81,6 +102,7 @@ def test_where_the_third_attention_is_silent_tokens_do_nothing(
     for name in ("zero_tokens", "other_tokens", "true_tokens"):
         assert found["held_out"][f"added_by_{name}"] == {"mean": 0.0, "error": 0.0}
     assert found["drawings"]["both"] == found["drawings"]["text"] == found["drawings"]["crossed"]
+    assert found["redrawn"]["both"] == found["redrawn"]["true_tokens"]
 
 
 def test_what_cannot_be_measured_is_refused(final: Path, world: Path, judge: Path, tmp_path: Path) -> None:
