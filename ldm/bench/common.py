@@ -1,13 +1,13 @@
 """What the speed measurements share: the same networks in diffusers, and two calls that take turns."""
 
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ldm.checkpoints.checkpoint import NEW_IN_UNET
@@ -94,18 +94,21 @@ def diffusers_pipeline(model: MedSoftModel) -> Any:
 
 def measure_alternately(
     calls: Sequence[Callable], repeats: int, device: torch.device, warm_up: int = 2
-) -> tuple[float, ...]:
-    """Median seconds of each of the ``calls``, which take turns, after ``warm_up`` rounds that are not counted."""
-    times: list[list[float]] = [[] for _ in calls]
+) -> tuple[np.ndarray, ...]:
+    """(seconds, seconds of all cores) of each of the ``calls``, medians of what is counted after ``warm_up`` rounds.
+
+    They take turns. The cores' own time, which other programs disturb less, says nothing where a GPU does the work.
+    """
+    times: list[list[tuple[float, float]]] = [[] for _ in calls]
     for index in range(repeats + warm_up):
         for call, kept in zip(calls, times, strict=True):
-            start = time.perf_counter()
+            start, cores = time.perf_counter(), time.process_time()
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if index >= warm_up:
-                kept.append(time.perf_counter() - start)
-    return tuple(map(statistics.median, times))
+                kept.append((time.perf_counter() - start, time.process_time() - cores))
+    return tuple(np.median(each, axis=0) for each in times)
 
 
 def random_biomedclip(sizes: BiomedClipConfig, scratch: Path) -> Path:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,19 +64,24 @@ def configuration(options: BenchOptions) -> Config:
 
 
 class Comparisons:
-    """Seconds of ours and of theirs, and their ratio (above 1: ours is faster), one row per comparison."""
+    """What ours and theirs take, (seconds, seconds of all cores) each, and their ratios (above 1: ours is faster)."""
 
     def __init__(self, repeats: int, device: torch.device) -> None:
         self.repeats, self.device = repeats, device
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, name: str, mine: float, other: float) -> None:
-        """Log and keep both seconds."""
-        self.rows.append({"what": name, "ours_s": mine, "theirs_s": other, "ratio": other / mine})
-        log.info("%-52s ours %.4f s, diffusers %.4f s, ratio %.2f", name, mine, other, other / mine)
+    def add(self, name: str, mine: np.ndarray, other: np.ndarray) -> None:
+        """Log and keep one comparison."""
+        seconds, ratios = (float(mine[0]), float(other[0])), (other / mine).tolist()
+        row = {"what": name, "ours_s": seconds[0], "theirs_s": seconds[1], "ratio": ratios[0]}
+        cores = ""
+        if self.device.type == "cpu":
+            row["ratio_of_core_time"], cores = ratios[1], f" ({ratios[1]:.2f} in core time)"
+        self.rows.append(row)
+        log.info("%-52s ours %.4f s, diffusers %.4f s, ratio %.2f%s", name, *seconds, ratios[0], cores)
 
-    def calls(self, name: str, ours: Callable, theirs: Callable) -> tuple[float, float]:
-        """Measure two calls; returns their seconds."""
+    def calls(self, name: str, ours: Callable, theirs: Callable) -> tuple[np.ndarray, np.ndarray]:
+        """Measure two calls; returns what ``measure_alternately`` says of them."""
         mine, other = measure_alternately((ours, theirs), self.repeats, self.device)
         self.add(name, mine, other)
         return mine, other
@@ -87,8 +93,8 @@ class Comparisons:
         """
         repeats = max(1, self.repeats // 4)
         *mine, other = measure_alternately([*ours.values(), theirs], repeats, self.device, warm_up=0)
-        for name, seconds in zip(ours, mine, strict=True):
-            self.add(name, seconds, other)
+        for name, taken in zip(ours, mine, strict=True):
+            self.add(name, taken, other)
 
 
 def measure(

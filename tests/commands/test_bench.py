@@ -48,6 +48,7 @@ def test_inference_measures_both_sides(tmp_path: Path, caplog: pytest.LogCapture
     for row in found["measured"]:
         assert row["ratio"] == pytest.approx(row["theirs_s"] / row["ours_s"])
         assert row["ours_s"] > 0
+        assert row["ratio_of_core_time"] > 0
         assert any(line.startswith(row["what"]) for line in caplog.messages)
 
 
