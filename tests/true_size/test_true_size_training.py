@@ -26,10 +26,10 @@ SMALL = ["data.healthy_masks=1", "data.diseased_crops=1", "training.max_epochs=1
 SMALL += ["training.keep_best=0", "training.activation_checkpointing=true"]
 
 
-def samples(folder: Path) -> None:
-    """Four patients with images larger than 512 pixels, two of them with a lesion."""
+def samples(folder: Path, count: int = 4) -> None:
+    """So many patients with images larger than 512 pixels, every second one with a lesion."""
     rng = np.random.default_rng(0)
-    for number in range(4):
+    for number in range(count):
         sample = folder / f"sample_{number}"
         mask = np.zeros((700, 620), np.uint8)
         if number % 2:
