@@ -142,7 +142,9 @@ class Training:
         self.optimizer.zero_grad()
         if fault := next(filter(None, of_everyone(fault)), ""):
             self.stage.compiled = False
-            log.warning("warning: the networks of a step cannot be compiled (%s); the run goes on uncompiled", fault)
+            if self.fabric.is_global_zero:
+                text = "warning: the networks of a step cannot be compiled (%s); the run goes on uncompiled"
+                log.warning(text, fault)
 
     def optimizer_step(self) -> None:
         """Clip, step, average. Raises MedSoftError for a loss or gradient that is not finite (see StepQueue)."""

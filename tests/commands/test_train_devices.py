@@ -121,6 +121,32 @@ def test_weights_that_are_shared_out_train_as_whole_ones_do(small: Any, world: P
     assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-4
 
 
+FAILING = """
+import os
+import torch
+import ver_train
+from ldm.core import cli
+plain = torch.nn.Module.compile
+def backend(graph, inputs):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("no compiler is installed")
+    return graph.forward
+torch.nn.Module.compile = lambda self, dynamic: plain(self, dynamic=dynamic, backend=backend)
+cli.run(ver_train.build_parser(), ver_train.main)
+"""
+
+
+def test_where_one_process_cannot_compile_none_does(world: Path, converted: Path, tmp_path: Path) -> None:
+    given = {"batch_size": 4, "rates.msc": 0.001}
+    assert train("stage1", converted, tmp_path / "one", world, **given) == 0
+    words = command(converted, world, tmp_path / "two", **given)
+    found = children.run_two("-c", FAILING, *words, "training.compile=true", "--devices", 2)
+    assert not any(one.returncode for one in found), found
+    (said,) = [line for one in found for line in one.stdout.splitlines() if "uncompiled" in line]
+    assert "no compiler is installed" in said
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+
+
 # Its processes are forked, so that they need not import torch again.
 TORCHRUN = "import sys, torch.distributed.run; sys.argv[0] = 'torchrun'; torch.distributed.run.main()"
 
