@@ -28,7 +28,7 @@ from ldm.data.masks import (
     soft_mask_for,
 )
 from ldm.data.regions import inpainting_obstacle
-from ldm.data.samples import META_TEXTS, Sample
+from ldm.data.samples import META_TEXTS, Reject, Sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +79,31 @@ def digests_of(samples: Iterable[Sample]) -> dict[Path | None, str]:
         return {path: digest for path, digest in found if digest is not None}
 
 
-def scale_obstacle(sample: Sample, data: DataConfig) -> str | None:
-    """Why lengths in mm that ``data`` asks for cannot be had in this sample, or None if they can."""
+def without_scale(samples: Sequence[Sample], data: DataConfig) -> list[Reject]:
+    """The samples that lack a spacing for lengths in mm that ``data`` asks for, or have a lesion wider than its window.
+
+    Only a window in mm (``data.mm_per_pixel``) may be too small; masks are decoded for that.
+    """
+    with thread_pool() as pool:
+        reasons = pool.map(lambda sample: _scale_obstacle(sample, data), samples)
+        return [Reject(each.sample_id, each.image, why) for each, why in zip(samples, reasons, strict=True) if why]
+
+
+def _scale_obstacle(sample: Sample, data: DataConfig) -> str | None:
+    fit, spacing = Fit.of(data), sample.meta.get("spacing_mm")
     try:
-        if sample.meta.get("spacing_mm") is None:
-            Fit.of(data).check_spacing(None)
-            Feather(data.feather, data.feather_unit).check_spacing(None)
+        fit.check_spacing(spacing)
+        Feather(data.feather, data.feather_unit).check_spacing(spacing)
+    except MedSoftError as error:
+        return str(error)
+    if not data.mm_per_pixel or sample.healthy or sample.mask is None:
+        return None
+    try:
+        soft = _soft_mask_of(sample, read_mask(sample.mask), data)
+    except MedSoftError:
+        return None  # preparing it will say what is wrong
+    try:
+        fit.places(soft, spacing)
     except MedSoftError as error:
         return str(error)
     return None

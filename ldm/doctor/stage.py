@@ -12,7 +12,7 @@ from ldm.config import Config
 from ldm.core.devices import resolve_precision
 from ldm.core.errors import MedSoftError
 from ldm.data.checks import groups_of
-from ldm.data.preparation import scale_obstacle
+from ldm.data.preparation import without_scale
 from ldm.data.samples import Sample
 from ldm.doctor.datasets import seen_before
 from ldm.doctor.samples import Finding
@@ -79,12 +79,13 @@ def check_checkpoint(config: Config, ckpt: Path | None, sets: Mapping[str, list[
 def check_disk_and_memory(
     config: Config, sets: Sequence[list[Sample]], save_path: Path, devices: int
 ) -> Iterator[Finding]:
-    """Items that the stage has, samples that lack a scale, free disk and memory against what the stage will take."""
+    """Items of the stage, samples that a scale in mm leaves out, free disk and memory against what the stage takes."""
     items, training = [], config.training
     for samples in sets:
-        obstacles = [scale_obstacle(sample, config.data) for sample in samples]
-        yield from (Finding("sample", str(s.image), why) for s, why in zip(samples, obstacles, strict=True) if why)
-        scaled = [sample for sample, why in zip(samples, obstacles, strict=True) if not why]
+        unscaled = without_scale(samples, config.data)
+        yield from (Finding("sample", str(reject.file), reject.reason) for reject in unscaled)
+        left_out = {reject.sample_id for reject in unscaled}
+        scaled = [sample for sample in samples if sample.sample_id not in left_out]
         items += training_items(scaled, config.data)[0]
     log.info("to learn from and to validate on: %s", item_counts(items))
     try:

@@ -25,7 +25,7 @@ from ldm.data.checks import (
     damaged_files,
     warn_of_similar_prompts,
 )
-from ldm.data.preparation import digests_of, sample_identity, scale_obstacle
+from ldm.data.preparation import digests_of, sample_identity, without_scale
 from ldm.data.samples import Reject, Sample
 from ldm.diffusion.noise import named_generator, normal
 from ldm.features.names import Item, item_counts, training_items, with_donors
@@ -141,7 +141,7 @@ def _read_set(inputs: TrainingInputs, name: str, path: Path, data: DataConfig) -
     inputs.total += len(samples) + len(missing)
     names = {reject.sample_id for reject in damaged}
     samples = [sample for sample in samples if sample.sample_id not in names]
-    unscaled = [Reject(each.sample_id, each.image, why) for each in samples if (why := scale_obstacle(each, data))]
+    unscaled = without_scale(samples, data)
     damaged += unscaled
     names = {reject.sample_id for reject in unscaled}
     items, undrawable = training_items([sample for sample in samples if sample.sample_id not in names], data)

@@ -55,7 +55,7 @@ def test_sound_data_and_checkpoint(
     assert rate * low - 1 <= 60 * count <= (rate + 1) * high
 
 
-def test_samples_without_spacing_where_lengths_are_in_mm(
+def test_samples_without_spacing_or_too_wide_where_lengths_are_in_mm(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They are named; what is left to learn from is counted in crops and masks."""
@@ -63,15 +63,19 @@ def test_samples_without_spacing_where_lengths_are_in_mm(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world / "train", tmp_path / "data")
     metas = {path: json.loads(path.read_text()) for path in (tmp_path / "data").glob("*/meta.json")}
-    changed = next(path for path, meta in metas.items() if meta["lesion_type"])
+    changed, wide, *_ = (path for path, meta in metas.items() if meta["lesion_type"])
     del metas[changed]["spacing_mm"]
-    changed.write_text(json.dumps(metas[changed]))
+    metas[wide]["spacing_mm"] = [1.0, 90.0]  # the window would have three or four columns
+    for path in (changed, wide):
+        path.write_text(json.dumps(metas[path]))
     config = ("--config", MODELS / "phantom_stage1.yaml", "--biomedclip", CLIP, "data.mm_per_pixel=5")
     code, found = findings(tmp_path, "--data", tmp_path / "data", *config)
     assert code == 3
     (line,) = [line for line in texts(found, "sample").splitlines() if "spacing_mm" in line]
     assert line.startswith(f"{changed.with_name('image.png')}: data.mm_per_pixel=5: the sample's meta.json has no")
-    assert "3 distinct crops of 3 diseased images, 20 masks in 5 healthy ones" in caplog.text
+    (line,) = [line for line in texts(found, "sample").splitlines() if "is wide enough" in line]
+    assert line.startswith(f"{wide.with_name('image.png')}: the lesion with its soft border has")
+    assert "2 distinct crops of 2 diseased images, 20 masks in 5 healthy ones" in caplog.text
 
 
 def test_masks_that_cannot_be_carried_over(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,13 +97,29 @@ def test_samples_without_spacing_where_lengths_are_in_mm(
     meta = json.loads(changed.read_text())
     del meta["spacing_mm"]
     changed.write_text(json.dumps(meta))
-    given = ("--train_json", tmp_path / "data", "--dry_run", "data.mm_per_pixel=0.4")
-    reason = r"data\.mm_per_pixel=0\.4: the sample's meta\.json has no spacing_mm; add it"
+    given = ("--train_json", tmp_path / "data", "--dry_run", "data.mm_per_pixel=0.8")
+    reason = r"data\.mm_per_pixel=0\.8: the sample's meta\.json has no spacing_mm; add it"
     with pytest.raises(MedSoftError, match=rf"1 of 12 samples cannot be read, .*max_rejected=0\.01 .*{reason}"):
         train("stage1", converted, tmp_path / "s", world, *given)
     with caplog.at_level("INFO"):
         train("stage1", converted, tmp_path / "s", world, *given, "training.max_rejected=0.1")
-    assert f"skipped {changed.with_name('image.png')}: data.mm_per_pixel=0.4" in caplog.text
+    assert f"skipped {changed.with_name('image.png')}: data.mm_per_pixel=0.8" in caplog.text
+
+
+def test_lesion_wider_than_a_window_in_mm(
+    world: Path, converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It counts as a sample that cannot be read, before anything is built, as one without a spacing does."""
+    shutil.copytree(world / "train", tmp_path / "data")
+    metas = {path: json.loads(path.read_text()) for path in (tmp_path / "data").glob("*/meta.json")}
+    changed = next(path for path, meta in metas.items() if meta["lesion_type"])
+    changed.write_text(json.dumps(metas[changed] | {"spacing_mm": 9.0}))
+    given = ("--train_json", tmp_path / "data", "--dry_run", "data.mm_per_pixel=0.8")
+    reason = r"the window of data\.mm_per_pixel=0\.8 has 51\.2 mm; data\.mm_per_pixel=\S+ is wide enough"
+    with pytest.raises(MedSoftError, match=rf"1 of 12 samples cannot be read, .*max_rejected=0\.01 .*{reason}"):
+        train("stage1", converted, tmp_path / "s", world, *given)
+    assert train("stage1", converted, tmp_path / "s", world, *given, "training.max_rejected=0.1") == 0
+    assert f"skipped {changed.with_name('image.png')}: the lesion with its soft border has" in caplog.text
 
 
 def test_checkpoint_for_another_configuration(converted: Path, world: Path, tmp_path: Path) -> None:
