@@ -131,16 +131,10 @@ def write_dicom(
     """
     sample, origin = result.sample, result.origin
     pixels = read_pixels(sample).on(origin)
-    if origin.instance:
-        path, number = origin.instance.path, origin.instance.frame
-        frame = read_frame(path, number)
-        check_source(frame, path, origin.instance.sop_uid)
-        stored = changed_values(frame, pixels, origin, sample.image)
-    else:
-        frame = _template(origin.paths[0], origin.series_uid)
-        stored = derived_values(frame, pixels, origin, sample.image)
+    frame, stored = _as_stored(result, pixels)
     names = _Names(pseudonyms, run, result)
-    linked = [] if not link_source else origin.paths if origin.instance is None else [origin.instance.path]
+    sources = [origin.instance.path] if origin.instance else origin.paths
+    linked = sources if link_source else []
     identity = names.identity(frame, started, same_study, tuple(map(_reference, linked)))
     how = f"A lesion was inpainted by {MAKER} inside the soft mask; prompt: {sample.prompt}"
     how = how if origin.instance else f"A {origin.place[0]} slice was reformatted from its series. {how}"
@@ -166,6 +160,17 @@ def write_dicom(
         "instance": identity.instance,
         "changed_values": int(np.count_nonzero(stored != frame.values)) if origin.instance else None,
     }
+
+
+def _as_stored(result: ExportedResult, pixels: Pixels) -> tuple[Frame, np.ndarray]:
+    """The frame in whose place a result is stored, or one of its series, and the result's stored values (HxW)."""
+    origin, path = result.origin, result.sample.image
+    if origin.instance is None:
+        frame = _template(origin.paths[0], origin.series_uid)
+        return frame, derived_values(frame, pixels, origin, path)
+    frame = read_frame(origin.instance.path, origin.instance.frame)
+    check_source(frame, origin.instance.path, origin.instance.sop_uid)
+    return frame, changed_values(frame, pixels, origin, path)
 
 
 def changed_values(frame: Frame, pixels: Pixels, origin: Origin, path: Path) -> np.ndarray:

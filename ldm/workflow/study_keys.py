@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -201,14 +201,24 @@ def check_generator(name: str, generator: Generator, keys: StudyKeys, values: Va
     if generator.choose is not None and keys.model is None:
         raise values.error("model", f"a path, since the generator {name} needs it", None)
     if generator.run is not None:
-        if generator.draw is not None or generator.set:
-            key = "set" if generator.draw is None else "draw"
+        check_run(here, generator, generator.run, values)
+    else:
+        check_drawing(here, name, generator, keys, values)
+        check_stages(here, generator.stages or (), values)
+
+
+def check_run(here: str, generator: Generator, run: str, values: Values) -> None:
+    """UsageError unless the command ``run`` says where to write, and says all."""
+    for key in ("draw", "set"):
+        if getattr(generator, key):
             raise values.error(f"{here}.{key}", "nothing beside run, whose words say all", getattr(generator, key))
-        wrong = [place for place in PLACE.findall(generator.run) if place not in PLACES]
-        if wrong or "{pictures}" not in generator.run:
-            expected = f"{{pictures}}, the folder to write, and no other braces than {', '.join(PLACES)}"
-            raise values.error(f"{here}.run", expected, generator.run)
-        return
+    if "pictures" not in PLACE.findall(run) or not set(PLACE.findall(run)) <= set(PLACES):
+        expected = f"{{pictures}}, the folder to write, and no other braces than {', '.join(PLACES)}"
+        raise values.error(f"{here}.run", expected, run)
+
+
+def check_drawing(here: str, name: str, generator: Generator, keys: StudyKeys, values: Values) -> None:
+    """UsageError unless its words for drawing can be filled, and there is what it draws with."""
     draw = generator.draw or keys.draw or ""
     if not set(PLACE.findall(draw)) <= set(DRAW_PLACES):
         key = f"{here}.draw" if generator.draw else "draw"
@@ -221,7 +231,10 @@ def check_generator(name: str, generator: Generator, keys: StudyKeys, values: Va
     for key in ("checkpoint", "model"):
         if getattr(keys, key) is None:
             raise values.error(key, f"a path, since the generator {name} needs it", None)
-    stages = generator.stages or ()
+
+
+def check_stages(here: str, stages: Sequence[str], values: Values) -> None:
+    """UsageError unless they merge where there are two to merge, and write into folders of their own."""
     if "merge" in stages and (stages.index("merge") != 2 or stages.count("merge") > 1):
         raise values.error(
             f"{here}.stages", "merge once, as the third, since it joins the two stages before it", stages
