@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ldm.core import cli
 from ldm.core.errors import FewWarnings, FileError, MedSoftError, UsageError, first_line, warn_of_first
-from ldm.core.files import atomic_folder, content_id, fingerprint, read_json, write_json
+from ldm.core.files import Contents, atomic_folder, fingerprint, read_json, write_json
 from ldm.core.paths import confined
 from ldm.core.run_folder import RunFolder
 from ldm.core.tables import counted, write_csv
@@ -91,7 +91,9 @@ def export(options: ExportOptions) -> int:
         log.warning("warning: --link_source names the real images, by which their patients can be found")
     folder = RunFolder(options.output_dir, "export.json", own=("rejects.json", "export.csv"), samples=ABOUT)
     flags = {"format": options.format, "same_study": options.same_study, "link_source": options.link_source}
-    settings = {"results": fingerprint([_identity(each) for each in planned]), **flags, **review_settings(reviewed)}
+    content = Contents()
+    identities = [_identity(each, content) for each in planned]
+    settings = {"results": fingerprint(identities), **flags, **review_settings(reviewed)}
     with folder.lock():
         before = folder.open(settings, options.overwrite) or {}
         needed = {each.name: (ABOUT, *files_of(each, FORMATS[options.format])) for each in planned}
@@ -101,7 +103,7 @@ def export(options: ExportOptions) -> int:
         started = before.get("started") or datetime.now().strftime("%Y%m%d %H%M%S")
         folder.claim(started=started)
         missing = [each for each in planned if not folder.has(each.name, *needed[each.name])]
-        rejects += _write(folder, missing, options, pseudonyms, started)
+        rejects += _write(folder, missing, options, pseudonyms, started, content)
         return _finish(folder, planned, rejects, started, {"review": reviewed} if reviewed else {})
 
 
@@ -148,18 +150,27 @@ def plan(
     return planned, rejects
 
 
-def _identity(result: ExportedResult) -> list:
-    sample, origin = result.sample, result.origin
-    files = [content_id(path) for path in (sample.image, sample.mask, sample.soft_mask)]
+def _identity(result: ExportedResult, content: Contents) -> list:
+    origin, files = result.origin, [content(path) for path in _files(result)]
     instance = origin.instance and (origin.instance.sop_uid, origin.instance.frame, origin.instance.turn)
     place = [origin.series, origin.affine.tolist(), origin.value_offset, origin.value_scale, instance]
     return [result.name, known(result), files, place, result.series, result.series_number, result.number]
 
 
+def _files(result: ExportedResult) -> list[Path | None]:
+    """What is read of a result."""
+    return [result.sample.image, result.sample.mask, result.sample.soft_mask]
+
+
 def _write(
-    folder: RunFolder, results: Sequence[ExportedResult], options: ExportOptions, pseudonyms: Pseudonyms, started: str
+    folder: RunFolder,
+    results: Sequence[ExportedResult],
+    options: ExportOptions,
+    pseudonyms: Pseudonyms,
+    started: str,
+    content: Contents,
 ) -> list[Reject]:
-    """Write the results that are missing; returns those that could not be."""
+    """Write the results that are missing; returns those that could not be, or are others by now than in ``content``."""
     rejects, faults = [], FewWarnings(log, "results that could not be exported")
     write: Callable[[Path, ExportedResult], dict[str, Any]] = write_nifti
     if options.format == "dicom":
@@ -170,6 +181,7 @@ def _write(
             with atomic_folder(folder.path / result.name) as unfinished:
                 with _odd_header(result, faults):
                     about = write(unfinished, result)
+                content.check(_files(result))
                 write_json(unfinished / ABOUT, {"sample_id": result.name, **about})
         except FileError as error:
             own = error.path.is_relative_to(result.sample.image.parent)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ldm.core.errors import MedSoftError
-from ldm.core.files import atomic_folder, content_id, fingerprint, named_seed, write_json, write_text
+from ldm.core.files import Contents, atomic_folder, fingerprint, named_seed, write_json, write_text
 from ldm.core.run_folder import RunFolder
 from ldm.core.tables import counted
 from ldm.data.annotations import write_rejects
@@ -72,13 +72,14 @@ def make_study(options: MakeOptions) -> bool:
     folder = RunFolder(options.output_dir, "make.json", what="a study", own=(FOLDER, KEY, "rejects.json"))
     with folder.lock():
         made = read_candidates(options.paths, options.real, options.review or [])
-        record = folder.open(_settings(made, options), options.overwrite, anew=options.overwrite)
+        content = Contents()
+        record = folder.open(_settings(made, options, content), options.overwrite, anew=options.overwrite)
         if record and record["complete"]:
             log.info("%s: already complete", options.output_dir)
             return not record["rejected"]
-        study = _study(made, options)
+        study = _study(made, options, content)
         folder.claim()
-        _write_folder(options.output_dir / FOLDER, study)
+        _write_folder(options.output_dir / FOLDER, study, content)
         write_json(options.output_dir / KEY, _key(study, made))
         write_rejects(options.output_dir / "rejects.json", made.rejects)
         numbers = {"left_out": len(made.left_out), "rejected": len(made.rejects)}
@@ -87,15 +88,15 @@ def make_study(options: MakeOptions) -> bool:
     return not made.rejects
 
 
-def _settings(made: Candidates, options: MakeOptions) -> dict[str, Any]:
+def _settings(made: Candidates, options: MakeOptions, content: Contents) -> dict[str, Any]:
     """All that decides the study."""
     sides = (REAL, made.real), (DRAWN, made.drawn)
-    files = {name: fingerprint([_identity(sample) for sample in samples]) for name, samples in sides}
+    files = {name: fingerprint([_identity(sample, content) for sample in samples]) for name, samples in sides}
     flags = ("design", "cases", "match", "crop", "readers", "half_width", "seed")
     return files | {name: getattr(options, name) for name in flags} | review_settings(made.review)
 
 
-def _study(made: Candidates, options: MakeOptions) -> Study:
+def _study(made: Candidates, options: MakeOptions, content: Contents) -> Study:
     """What of the candidates is shown, and how; MedSoftError where that is too little."""
     keys = matched_keys(made, options.match or [])
     pairs, side = choose_shown(made, keys, options.cases, options.seed, options.crop)
@@ -103,14 +104,14 @@ def _study(made: Candidates, options: MakeOptions) -> Study:
     notes = doubts(made, pairs, keys, options)
     deep = all(made.looks[sample.image].deep for pair in pairs for sample in pair)
     pictures, items = _layout(pairs, keys, options.design, options.seed)
-    name = fingerprint([items, [_identity(sample) for pair in pairs for sample in pair], side])[:12]
+    name = fingerprint([items, [_identity(sample, content) for pair in pairs for sample in pair], side])[:12]
     return Study(name, options.design, keys, pairs, side, deep, pictures, items, notes)
 
 
-def _identity(sample: Sample) -> list[Any]:
+def _identity(sample: Sample, content: Contents) -> list[Any]:
     """All of a sample that decides what is shown and what the key says."""
     texts = [getattr(sample, name) for name in META_TEXTS]
-    return [sample.sample_id, sample.prompt, texts, sample.meta, content_id(sample.image), content_id(sample.mask)]
+    return [sample.sample_id, sample.prompt, texts, sample.meta, content(sample.image), content(sample.mask)]
 
 
 def _check_number(options: MakeOptions, pairs: int) -> None:
@@ -226,8 +227,11 @@ def _about(kind: str, sample: Sample) -> dict[str, Any]:
     return known | {name: getattr(sample, name) for name in ("parent_id", "lesion_type", "severity", "level")}
 
 
-def _write_folder(folder: Path, study: Study) -> None:
-    """The folder for readers, whole or not at all. Everything in it is in the order of its random names."""
+def _write_folder(folder: Path, study: Study, content: Contents) -> None:
+    """The folder for readers, whole or not at all. Everything in it is in the order of its random names.
+
+    FileError if a sample is another one by now than the one that ``content`` knows.
+    """
     repeats = {name for name, item in study.items.items() if item["repeat_of"]}
     sources = {item["repeat_of"] for item in study.items.values()} - {None}
     told = {
@@ -245,6 +249,7 @@ def _write_folder(folder: Path, study: Study) -> None:
             script = as_script(name, crop_of(sample, study.side, study.deep))
             write_text(partial / "pictures" / f"{name}.js", script)
         write_page(partial / "index.html", "reader_study", study=told)
+        content.check(content.known)
 
 
 def _log_summary(options: MakeOptions, study: Study, made: Candidates) -> None:

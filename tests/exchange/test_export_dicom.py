@@ -16,6 +16,9 @@ from roundtrip import PROMPT, World, lesion_in, volume_of
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import sha256_file
 from ldm.data.images import read_image
+from ldm.data.png import write_png
+from ldm.data.samples import Sample
+from ldm.exchange.results import Pixels, read_pixels
 from ldm.reviews.table import Review, add_review
 
 SHAPE, SPACING = (40, 36, 5), (0.75, 0.75, 3.0)
@@ -95,6 +98,24 @@ def made_result(world: World, case: str) -> tuple[str, Path]:
     name = world.import_and_inpaint(volume_of(values, affine, plane, **read), plane, 3, paths)
     meta = json.loads((world.root / "results" / name / "meta.json").read_text())
     return name, Path(world.mapping["instances"][meta["instance"]]["path"])
+
+
+def test_a_result_that_is_replaced_meanwhile_is_not_exported_as_the_one_before(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _ = made_result(world, "axial")
+
+    def read(sample: Sample) -> Pixels:
+        found = read_pixels(sample)
+        write_png(sample.image, found.image, {"Comment": "drawn again"})
+        return found
+
+    monkeypatch.setattr("ldm.exchange.results.read_pixels", read)
+    with pytest.raises(
+        MedSoftError, match=r"no result could be .*image\.png: was replaced or changed after it had been"
+    ):
+        world.export()
+    assert not (world.out / name).exists()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,6 +15,8 @@ from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.checks import trained_on
 from ldm.data.folders import read_sample
 from ldm.data.images import read_image
+from ldm.data.png import write_png
+from ldm.data.samples import Sample
 from ldm.readers.pictures import crop_of
 from ldm.readers.sizes import half_width, what_it_needs
 from ldm.reviews.table import Review, add_review
@@ -52,6 +54,20 @@ def test_what_was_rejected_in_review_is_not_shown(few: Path) -> None:
     told = key["review"]
     assert (told["left_out"], told["never_reviewed"], told["reviewers"]) == (1, told["samples"] - 1, {"ann": 1})
     assert any(note.startswith("Review by ann (1): of 6 synthetic images, 1 rejected") for note in key["notes"])
+
+
+def test_a_picture_that_is_replaced_meanwhile_is_not_shown_as_the_one_before(
+    few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crop(sample: Sample, side: int, deep: bool) -> Any:
+        write_png(sample.image, 255 - read_image(sample.image))
+        return crop_of(sample, side, deep)
+
+    monkeypatch.setattr("ldm.readers.making.crop_of", crop)
+    with pytest.raises(MedSoftError, match=r"image\.png: was replaced or changed after it had been read; run the same"):
+        make(few, "study")
+    assert [path.name for path in (few / "study").iterdir()] == ["make.json"]
+    assert not read(few / "study" / "make.json")["complete"]
 
 
 def test_a_study_of_single_pictures_gives_nothing_away(world: Path, tmp_path: Path) -> None:
