@@ -139,14 +139,25 @@ def settings_of(design: Design, each: CellStep | JudgeStep) -> str:
 
     It does not with the place of the output folder, which another machine may have elsewhere.
     """
-    steps, added = (*each.before, each.step), str(each.arm.add or "") if isinstance(each, CellStep) else ""
-    said = " ".join([added, *(step.run for step in steps)])
-    for step in reversed(design.steps):  # of what is made once, that which they name, and what that is made from
-        if any(str(Path(path).parent) in said for path in step.makes):
-            steps, said = (step, *steps), f"{step.run} {said}"
-    home = f"{design.keys.output_dir}/"
-    words = [[word.replace(home, "") for word in [added, *step.settings[0]]] for step in steps]
-    return fingerprint([words, [step.settings[1] for step in steps]])[:16]
+    steps, home = (*once_for(design, each), *each.before, each.step), f"{design.keys.output_dir}/"
+    words = [[word.replace(home, "") for word in step.settings[0]] for step in steps]
+    return fingerprint([words, added_by(each).replace(home, ""), [step.settings[1] for step in steps]])[:16]
+
+
+def once_for(design: Design, each: CellStep | JudgeStep) -> tuple[PlanStep, ...]:
+    """Of the steps that run once, those that a cell or a judgement comes from: it names what they make, or they do."""
+    said = " ".join([added_by(each), *(step.run for step in (*each.before, each.step))])
+    found: tuple[PlanStep, ...] = ()
+    for step in reversed(design.steps):
+        folders = {str(Path(path).parent) for path in step.makes} - {design.keys.output_dir}
+        if any(path in said for path in (*step.makes, *folders)):
+            found, said = (step, *found), f"{step.run} {said}"
+    return found
+
+
+def added_by(each: CellStep | JudgeStep) -> str:
+    """The real images that the arm of a cell adds, which are not among the words of its command."""
+    return str(each.arm.add or "") if isinstance(each, CellStep) else ""
 
 
 def plan_groups(design: Design) -> Iterator[Group]:

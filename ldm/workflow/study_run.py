@@ -15,7 +15,17 @@ from ldm.core.run_folder import RunFolder
 from ldm.core.schema import Values
 from ldm.workflow.plan_run import hang_up_with_terminal, run_steps, show_steps
 from ldm.workflow.plans import Plan, PlanRecord, PlanStep, commit, growing_folder
-from ldm.workflow.study_design import Design, Group, World, added_path, load_design, plan_groups, settings_of
+from ldm.workflow.study_design import (
+    CellStep,
+    Design,
+    Group,
+    World,
+    added_path,
+    load_design,
+    once_for,
+    plan_groups,
+    settings_of,
+)
 from ldm.workflow.study_hypotheses import outcomes
 from ldm.workflow.study_jobs import run_side_by_side
 from ldm.workflow.study_keys import Arm, check_hypothesis
@@ -36,7 +46,7 @@ def run_study(
     design = load_design(path)
     other_studies(design)  # refused before anything runs
     groups = list(plan_groups(design))
-    once = Plan("study", design.keys.output_dir, design.steps)
+    once = once_plan(design)
     if list_only:
         return show_steps([once, *(group.plan for group in groups)])
     if collect:
@@ -58,6 +68,19 @@ def run_study(
         for group in mine:
             code = code or run_group(design, groups, group, run)
     return code or say_rejects(design, once, mine)
+
+
+def once_plan(design: Design) -> Plan:
+    """What is made once for all worlds."""
+    return Plan("study", design.keys.output_dir, design.steps)
+
+
+def came_first(design: Design, once: PlanRecord, record: PlanRecord, each: CellStep) -> bool:
+    """Whether a cell is older than what it comes from of that which is made ``once``."""
+    finished = [once.entries[step.name]["finished"] for step in once_for(design, each) if step.name in once.entries]
+    return each.step.name in record.entries and any(
+        moment > record.entries[each.step.name]["finished"] for moment in finished
+    )
 
 
 def chosen_worlds(design: Design, groups: Sequence[Group], worlds: Sequence[str] | None) -> list[str]:
@@ -117,6 +140,9 @@ def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[
     check_unchanged(design, group.world, adding(group))
     for arm in adding(group):
         add_real(design, group.world, arm)
+    once = PlanRecord(once_plan(design))
+    if older := [each.step for each in group.cells if came_first(design, once, record, each)]:
+        record.begin(older[0])
     code = run(record, names[made:])
     if not code:
         with whole_study(design):
@@ -211,14 +237,14 @@ def read_study(design: Design, groups: Sequence[Group]) -> tuple[Study, int]:
     With those of other machines, see ``read_rows``.
     """
     drawings, settings, older = read_drawings(design, groups)
-    cells, planned, outdated = [], [], 0
+    cells, planned, outdated, once = [], [], 0, PlanRecord(once_plan(design))
     for group in groups:
         record = PlanRecord(group.plan)
         for each in group.cells:
             treatment, generated = Treatment(each.arm.name, each.ratio), each.made and each.made.seed
             planned.append((each.world.name, treatment, generated, each.seed))
             settings[planned[-1]] = settings_of(design, each)
-            if record.outdated(each.step, each.before):
+            if record.outdated(each.step, each.before) or came_first(design, once, record, each):
                 outdated += 1
                 continue
             found = read_cell(ROOT / each.folder, each.world.name, treatment, each.seed)

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import children
 import numpy as np
@@ -210,6 +212,33 @@ def test_cells_of_other_settings_are_left_out_and_counted(write_study, tmp_path:
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+
+
+def test_a_cell_that_is_older_than_what_it_begins_with_is_left_out_and_run_again(
+    write_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back = "{output_dir}/back/classifier.safetensors"
+    steps = [{"name": "back", "run": "python classifier.py a.json", "makes": [back]}]
+    arms = {**SMALL["arms"], "begun": {"set": [f"pretrained={back}"]}}
+    path = write_study(steps=steps, arms=arms)
+    design = study_design.load_design(path)
+    (group,) = study_design.plan_groups(design)
+    record = plans.PlanRecord(group.plan)
+    for step in group.plan.steps:
+        record.add(step, 1.0, 0)
+    made = [file for step in (*group.plan.steps, *design.steps) for file in step.makes]
+    for file in (*made, design.worlds[0].val):
+        write_json(Path(file), {"test": {"auc": {"value": 0.6}}, "validation": {"auc": 0.5}})
+    later = SimpleNamespace(now=lambda zone: datetime(2100, 1, 1, tzinfo=zone))
+    monkeypatch.setattr("ldm.workflow.plans.datetime", later)
+    plans.PlanRecord(plans.Plan("study", design.keys.output_dir, design.steps)).add(design.steps[0], 1.0, 0)
+    assert tiny.call(study, path, "--collect") == 0
+    said = (tmp_path / "out" / "study.md").read_text()
+    assert "2 of 3 cells are finished; left out, as other settings or an older generator made them: 1." in said
+    ran = []
+    monkeypatch.setattr("ldm.workflow.plan_run._run_child", lambda words, step: ran.append(step) or 7)
+    assert tiny.call(study, path) == 7
+    assert ["begun" in step.run for step in ran] == [True]
 
 
 def test_collecting_before_anything_ran_says_so(write_study) -> None:
