@@ -34,7 +34,7 @@ FitMode = Literal["crop", "pad", "resize"]
 FeatherUnit = Literal["diameter", "pixels", "mm"]
 CropUnit = Literal["pixels", "mm"]
 Sampler = Literal["ddim", "dpmpp_2m"]
-Spacing = Literal["leading", "trailing", "polynomial"]
+Spacing = Literal["leading", "trailing", "polynomial", "fitted"]
 Init = Literal["noise", "image", "paste"]
 Logger = Literal["wandb", "mlflow", "trackio"]  # packages that are installed and imported only where they are named
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights and optimizer stay float32 in all of them
@@ -223,7 +223,7 @@ class SamplingConfig:
 
     sampler: Sampler = setting("ddim", IMAGES)  # ddim or dpmpp_2m (DPM-Solver++ 2M)
     steps: Count = setting(50, IMAGES)
-    # of the time steps; trailing: from the noisiest on; polynomial: also denser towards the clean end
+    # of the time steps; trailing: from the noisiest on; polynomial, fitted: also denser towards the clean end
     spacing: Spacing = setting("leading", IMAGES, before="leading")
     # what sampling begins with: noise, the image itself, or the image with a pasted lesion
     init: Init = setting("noise", IMAGES, before="noise")

@@ -162,7 +162,7 @@ def test_fault_in_one_of_two_processes_is_one_line(final: Path, world: Path, tmp
         (["--devices", "0"], "--devices: expected a whole number from 1 to 1024, found 0"),
         (["--exact", "--batch_size", "8"], "--exact takes one image at a time; --batch_size does not go with it"),
         (["--sampler", "euler"], r'sampling\.sampler: expected one of ddim, dpmpp_2m, found "euler"'),
-        (["--step_spacing", "even"], r'sampling\.spacing: expected one of leading, trailing, polynomial, found "even"'),
+        (["--step_spacing", "even"], r'spacing: expected one of leading, trailing, polynomial, fitted, found "even"'),
         (["--precision", "fp8"], r"sampling\.precision: expected one of 32-true, bf16-true"),
         (
             ["--guidance_interval", "0.8", "0.2"],

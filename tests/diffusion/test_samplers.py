@@ -24,6 +24,7 @@ from ldm.diffusion.samplers import (
     DifferentialMask,
     ddim,
     dpmpp_2m,
+    fitted,
     leading,
     polynomial,
     steps_left_out,
@@ -90,11 +91,17 @@ def test_time_steps_are_those_of_diffusers(spacing: str) -> None:
         assert samplers.SPACINGS[spacing](1000, steps) == expected, steps
 
 
-def test_polynomial_time_steps_are_denser_at_the_clean_end_and_none_is_visited_twice() -> None:
+def test_time_steps_denser_at_the_clean_end() -> None:
     assert polynomial(1000, 6) == [999, 760, 544, 353, 192, 68]  # 999 times (k / 6) to the power of 1.5
     assert polynomial(1000, 4) == [999, 649, 353, 125]
+    assert fitted(1000, 5) == [999, 741, 469, 226, 59]  # 999 times u to the power of 1.9 - 0.7 u, with u = k / 5
+    assert fitted(1000, 4) == [999, 673, 341, 91]
+
+
+@pytest.mark.parametrize("spacing", [polynomial, fitted])
+def test_no_time_step_is_visited_twice(spacing: Any) -> None:
     for steps in range(1, 1000):
-        times = polynomial(1000, steps)
+        times = spacing(1000, steps)
         assert len(times) == steps
         assert times[0] == 999
         assert times[-1] >= 0
