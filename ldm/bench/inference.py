@@ -26,7 +26,7 @@ from ldm.networks.sampling import GuidanceConditions, guidance_conditions, laten
 
 log = logging.getLogger(__name__)
 
-# Diffusers' default with guidance, and the default of models/*.yaml; docs/inference.md says why.
+# Diffusers' default with guidance, and the default of models/*.yaml; docs/sampling.md says why.
 REFERENCE: dict[str, Any] = {
     "sampler": "ddim",
     "spacing": "leading",

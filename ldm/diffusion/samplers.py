@@ -42,7 +42,7 @@ def trailing(total: int, steps: int) -> list[int]:
 def polynomial(total: int, steps: int) -> list[int]:
     """The noisiest time step times (k / steps) ** 1.5: denser towards the clean end.
 
-    Between trailing (exponent 1) and the quadratic steps of Song et al. 2021 (2): docs/inference.md has figures.
+    Between trailing (exponent 1) and the quadratic steps of Song et al. 2021 (2): docs/sampling.md has figures.
     """
     return _by_power(total, steps, lambda share: 1.5)
 
@@ -50,7 +50,7 @@ def polynomial(total: int, steps: int) -> list[int]:
 def fitted(total: int, steps: int) -> list[int]:
     """As ``polynomial``, its exponent 1.9 at the clean end and falling to 1.2: almost even where it is noisy.
 
-    The two numbers were fitted to time steps that a search found best for 4 and 5 steps: docs/inference.md.
+    The two numbers were fitted to time steps that a search found best for 4 and 5 steps: docs/sampling.md.
     """
     return _by_power(total, steps, lambda share: 1.9 - 0.7 * share)
 
