@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.core.devices import on_device
 from ldm.core.files import named_seed
 
 NOISE = 2  # which noise names stand for, in records of what was drawn or trained with it; 1: 32 bits of the seed
@@ -34,4 +35,4 @@ def step_noise(index: int, names: Sequence[tuple[int, str, int]], like: Tensor) 
     """The noise that step ``index`` adds to images named (seed, sample_id, variant): of shape and device of ``like``,
     one row for each image."""
     rows = [normal(named_generator("step", index, *name), like.shape[1:]) for name in names]
-    return torch.stack(rows).to(like.device)
+    return on_device(torch.stack(rows), like.device)

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from test_networks import AUTOENCODER, TEXT, UNET
+from test_train_without_waiting import Waits
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.config import Config, SamplingConfig
+from ldm.diffusion.noise import step_noise
 from ldm.networks.model import MedSoftModel
 from ldm.networks.sampling import guidance_conditions, sample_latent
 
@@ -80,6 +83,15 @@ def sample(sampling: SamplingConfig) -> None:
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 def test_the_host_never_waits_for_the_device_while_sampling(sampler: Any) -> None:
     sample(replace(GUIDED, sampler=sampler))
+
+
+def test_the_noise_of_a_step_is_handed_over_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a GPU that is not there, on tensors without content."""
+    monkeypatch.setattr(Tensor, "pin_memory", lambda values: values)  # needs the driver
+    with FakeTensorMode(allow_non_fake_inputs=True), Waits() as waits:
+        noise = step_noise(0, [(1, "a", 0), (1, "b", 0)], torch.empty(2, 4, 8, 8, device="cuda"))
+    assert (noise.device.type, tuple(noise.shape)) == ("cuda", (2, 4, 8, 8))
+    assert not waits.found
 
 
 @pytest.mark.parametrize(
