@@ -19,7 +19,7 @@ from ldm.data.images import read_image
 from ldm.data.png import write_png
 from ldm.data.preparation import PreparedSample
 from ldm.data.samples import Sample
-from ldm.inference.inpainter import Inpainter, Job
+from ldm.inference.inpainter import InpaintedImage, Inpainter, Job
 from tool import export_diffusers, inspect_checkpoint, model_convert, tool_merge_for_stage2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,11 +165,9 @@ def whole(folder: Path) -> None:
         assert names - {"anatomy.png"} == {"image.png", "mask.png", "soft_mask.png", "prompt.txt", "meta.json"}
 
 
-def squares(inpainter: Inpainter, image: torch.Tensor, mask: torch.Tensor, jobs: Sequence[Job]) -> torch.Tensor:
-    """What ``inpainter`` draws into model squares, before it is composited: (B, 3, S, S) in [-1, 1], as ``image``.
-
-    ``mask``: (B, 1, S, S). The squares are whole images of the model's size, which no crop enlarges or reduces.
-    """
+def whole_samples(image: torch.Tensor, mask: torch.Tensor) -> list[PreparedSample]:
+    """Images (B, 3, S, S) in [-1, 1] and soft masks (B, 1, S, S) as samples of the model's size, which no crop enlarges
+    or reduces."""
     side = image.shape[-1]
     original = np.zeros((side, side, 3), np.uint8)
     original[..., 0] = 1  # a colour, since a grey original would make the result grey
@@ -178,6 +176,15 @@ def squares(inpainter: Inpainter, image: torch.Tensor, mask: torch.Tensor, jobs:
     for pixels, own in zip(image, mask, strict=True):
         soft = own[0].numpy()
         samples.append(PreparedSample(original, (0.0, 255.0), soft >= 0.5, soft, window, pixels, own))
-    results = inpainter.inpaint(samples, jobs)
-    assert [result.error for result in results] == [None] * len(jobs)
+    return samples
+
+
+def stacked(results: Sequence[InpaintedImage]) -> torch.Tensor:
+    """What was drawn, before it was composited: (B, 3, S, S) in [-1, 1]."""
+    assert [result.error for result in results] == [None] * len(results)
     return torch.from_numpy(np.stack([result.generated for result in results])).permute(0, 3, 1, 2) * 2 - 1
+
+
+def squares(inpainter: Inpainter, image: torch.Tensor, mask: torch.Tensor, jobs: Sequence[Job]) -> torch.Tensor:
+    """What ``inpainter`` draws into model squares, before it is composited: as ``whole_samples`` and ``stacked``."""
+    return stacked(inpainter.inpaint(whole_samples(image, mask), jobs))
