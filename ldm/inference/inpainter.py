@@ -92,10 +92,11 @@ class Inpainter:
     def begin(
         self, samples: Sequence[PreparedSample], jobs: Sequence[Job], on_step: OnStep | None = None
     ) -> list[Callable[[], InpaintedImage]]:
-        """``inpaint`` in two halves: this one hands a batch to the device, and does not wait for a GPU to be done.
+        """``inpaint`` in two halves: this one hands a batch to the device not waiting until a GPU is done with it.
 
-        What comes back waits for that and composites, one call for each image, in any thread. ``on_step``: told after
-        each sampling step how many are done, for which a GPU is waited for; what it raises ends the drawing.
+        While prompts are encoded it waits for the batch before: transformers reads the values of BERT's padding mask.
+        What comes back waits for this batch and composites, one call for each image, in any thread. ``on_step``: told
+        after each sampling step how many are done, for which a GPU is waited for; what it raises ends the drawing.
         """
         self._rows = max(self._rows, len(samples))
         # Compiled networks know the largest batch: a smaller one is filled up, which changes no other image's noise.
@@ -279,8 +280,8 @@ class CompiledForward:
 def compile_networks(net: MedSoftModel) -> None:
     """Let U-Net and autoencoder compile themselves at their first calls; names and weights stay as they are.
 
-    The whole U-Net is one graph: compiling its blocks one by one is done sooner, but leaves the host some sixty calls
-    to make in each step, and batches of one image are bound by that.
+    The whole U-Net is one graph: few of its blocks are equal, so that compiling them one by one saves little, and the
+    host would have some sixty calls to make in each step, by which batches of one image are bound.
     """
     coder = net.first_stage_model
     for name, network in (("the U-Net", net.unet), ("the encoder", coder.encoder), ("the decoder", coder.decoder)):
