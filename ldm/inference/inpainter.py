@@ -280,8 +280,8 @@ class CompiledForward:
 def compile_networks(net: MedSoftModel) -> None:
     """Let U-Net and autoencoder compile themselves at their first calls; names and weights stay as they are.
 
-    The whole U-Net is one graph: few of its blocks are equal, so that compiling them one by one saves little, and the
-    host would have some sixty calls to make in each step, by which batches of one image are bound.
+    The whole U-Net is one graph: few of its blocks are equal, so that compiling them one by one saves nothing and makes
+    calls slower (docs/inference.md), and the host would have some sixty calls to make in each step.
     """
     coder = net.first_stage_model
     for name, network in (("the U-Net", net.unet), ("the encoder", coder.encoder), ("the decoder", coder.decoder)):
