@@ -8,8 +8,8 @@ import torch
 
 from ldm.config import Config
 from ldm.data.annotations import load_samples
-from ldm.data.preparation import digests_of
 from ldm.features.build import FeatureBuilder
+from ldm.features.known import KnownFiles
 from ldm.features.names import Item, training_items
 from ldm.networks.model import MedSoftModel
 
@@ -25,7 +25,7 @@ class FeatureCache:
 
     def builder(self, *items: Item) -> FeatureBuilder:
         samples = (sample for item in items for sample in (item.sample, item.donor) if sample)
-        return FeatureBuilder(self.folder, self.config.data, self.model, self.clip, digests_of(samples))
+        return FeatureBuilder(self.folder, self.config.data, self.model, self.clip, KnownFiles().read(samples))
 
     def build(self, items: list[Item]) -> list:
         return self.builder(*items).build(items)

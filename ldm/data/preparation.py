@@ -1,6 +1,6 @@
 """From samples to what the networks see."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import DataConfig
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import FileError, MedSoftError
 from ldm.core.files import content_id, named_seed
 from ldm.core.threads import thread_pool
 from ldm.data.crop import CropWindow, Fit
@@ -27,7 +27,7 @@ from ldm.data.masks import (
     region_for,
     soft_mask_for,
 )
-from ldm.data.regions import inpainting_obstacle
+from ldm.data.regions import Recall, computed, inpainting_obstacle
 from ldm.data.samples import META_TEXTS, Reject, Sample
 
 
@@ -71,25 +71,17 @@ def described_identity(sample: Sample, content: Callable[[Path | None], str | No
     return [*sample_identity(sample, content), texts, sample.synthetic, sample.meta]
 
 
-def digests_of(samples: Iterable[Sample]) -> dict[Path | None, str]:
-    """SHA-256 of every file of ``samples`` that can be read, each read once, by several threads."""
-    paths = list({path for sample in samples for path in sample.files if path})
-    with thread_pool() as pool:
-        found = zip(paths, pool.map(content_id, paths), strict=True)
-        return {path: digest for path, digest in found if digest is not None}
-
-
-def without_scale(samples: Sequence[Sample], data: DataConfig) -> list[Reject]:
+def without_scale(samples: Sequence[Sample], data: DataConfig, recall: Recall = computed) -> list[Reject]:
     """The samples that lack a spacing for lengths in mm that ``data`` asks for, or have a lesion wider than its window.
 
-    Only a window in mm (``data.mm_per_pixel``) may be too small; masks are decoded for that.
+    Only a window in mm (``data.mm_per_pixel``) may be too small; masks are decoded for that, unless ``recall`` knows.
     """
     with thread_pool() as pool:
-        reasons = pool.map(lambda sample: _scale_obstacle(sample, data), samples)
+        reasons = pool.map(lambda sample: _scale_obstacle(sample, data, recall), samples)
         return [Reject(each.sample_id, each.image, why) for each, why in zip(samples, reasons, strict=True) if why]
 
 
-def _scale_obstacle(sample: Sample, data: DataConfig) -> str | None:
+def _scale_obstacle(sample: Sample, data: DataConfig, recall: Recall) -> str | None:
     fit, spacing = Fit.of(data), sample.meta.get("spacing_mm")
     try:
         fit.check_spacing(spacing)
@@ -99,30 +91,40 @@ def _scale_obstacle(sample: Sample, data: DataConfig) -> str | None:
     if not data.mm_per_pixel or sample.healthy or sample.mask is None:
         return None
     try:
-        soft = _soft_mask_of(sample, read_mask(sample.mask), data)
-    except MedSoftError:
+        _places(sample, data, recall)
+    except FileError:
         return None  # preparing it will say what is wrong
-    try:
-        fit.places(soft, spacing)
     except MedSoftError as error:
         return str(error)
     return None
 
 
-def distinct_crops(sample: Sample, data: DataConfig) -> int:
+def distinct_crops(sample: Sample, data: DataConfig, recall: Recall = computed) -> int:
     """How many of the ``data.diseased_crops`` of a diseased sample differ.
 
-    Its mask is decoded, as only that says where a window can begin: an annotation's box may be smaller than the mask,
-    and the soft border reaches beyond both.
+    Its mask is decoded, unless ``recall`` knows, as only that says where a window can begin: an annotation's box may be
+    smaller than the mask, and the soft border reaches beyond both.
     """
     if data.fit != "crop" or data.diseased_crops == 1:
         return 1
     try:
-        assert sample.mask is not None  # a diseased one without has no crop
-        soft = _soft_mask_of(sample, read_mask(sample.mask), data)
-        return min(Fit.of(data).places(soft, sample.meta.get("spacing_mm")), data.diseased_crops)
+        return min(_places(sample, data, recall), data.diseased_crops)
     except MedSoftError:
         return data.diseased_crops  # preparing it will say what is wrong
+
+
+def _places(sample: Sample, data: DataConfig, recall: Recall) -> int:
+    """How many different windows there are for the lesion of a diseased sample.
+
+    FileError for a mask that cannot be read, another MedSoftError for a lesion that fits into no window.
+    """
+    fit, feather, spacing = Fit.of(data), Feather(data.feather, data.feather_unit), sample.meta.get("spacing_mm")
+
+    def count() -> int:
+        assert sample.mask is not None  # a diseased one without has no crop
+        return fit.places(_soft_mask_of(sample, read_mask(sample.mask), data), spacing)
+
+    return recall(f"places {fit} {feather} {spacing}", (sample.mask, sample.soft_mask), count)
 
 
 def _soft_mask_of(sample: Sample, mask: Mask, data: DataConfig) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 No torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,18 +207,31 @@ def _spread(image: np.ndarray) -> float:
     return float(np.subtract(*(low + (high - low) * (places % 1))[::-1]))
 
 
-def inpainting_obstacle(sample: Sample, marked: bool | None = None) -> str | None:
+Recall = Callable[[str, Sequence[Path | None], Callable[[], int]], int]  # as ldm.features.known.KnownFiles.recall
+
+
+def computed(what: str, files: Sequence[Path | None], compute: Callable[[], int]) -> int:
+    """A Recall that remembers nothing."""
+    return compute()
+
+
+def inpainting_obstacle(sample: Sample, marked: bool | None = None, recall: Recall = computed) -> str | None:
     """Why this sample cannot be inpainted, or None if it can.
 
     Of a healthy one without a box the label map and the mask are read, and must mark something: a black mask is sound,
     but says of no place where a lesion may be. A file that cannot be read is no obstacle here; whoever uses it says so.
-    ``marked``: whether they do, where that is known already.
+    ``marked``: whether they do, where that is known already; ``recall`` may remember it.
     """
     if not sample.healthy:
         return None if sample.mask else "a diseased sample without a mask"
     if any(sample.box):
         return None
-    if _marks(sample) if marked is None else marked:
+    if marked is None:
+        try:
+            marked = bool(recall("marks", (sample.anatomy, sample.mask), lambda: _marks(sample)))
+        except MedSoftError:
+            marked = True
+    if marked:
         return None
     files = " and ".join(path.name for path in (sample.anatomy, sample.mask) if path)
     reason = f"nothing is marked in {files}" if files else "neither anatomy.png nor a mask nor a box says where it is"
@@ -226,10 +239,7 @@ def inpainting_obstacle(sample: Sample, marked: bool | None = None) -> str | Non
 
 
 def _marks(sample: Sample) -> bool:
-    """Whether the label map or the mask marks something, or cannot be read."""
-    try:
-        if sample.anatomy and (read_labels(sample.anatomy) == TARGET_LABEL).any():
-            return True
-        return sample.mask is not None and not read_mask(sample.mask).empty
-    except MedSoftError:
+    """Whether the label map or the mask marks something. MedSoftError if one that is looked at cannot be read."""
+    if sample.anatomy and (read_labels(sample.anatomy) == TARGET_LABEL).any():
         return True
+    return sample.mask is not None and not read_mask(sample.mask).empty

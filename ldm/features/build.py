@@ -56,7 +56,7 @@ class FeatureBuilder:
         digests: Mapping[Path | None, str],
         batch: int = 2,
     ) -> None:
-        """``digests``: SHA-256 of every file of the items (see ``ldm.data.preparation.digests_of``); ``batch``: items
+        """``digests``: SHA-256 of every file of the items (see KnownFiles); ``batch``: items
         that are computed at once, at most."""
         self.data, self.model, self.clip, self.batch = data, model, clip, batch
         self.whole = model.architecture.biomedclip.view == "image"

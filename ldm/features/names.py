@@ -12,7 +12,7 @@ from ldm.core.schema import identity
 from ldm.core.tables import counted
 from ldm.core.threads import thread_pool
 from ldm.data.preparation import distinct_crops
-from ldm.data.regions import inpainting_obstacle
+from ldm.data.regions import Recall, computed, inpainting_obstacle
 from ldm.data.samples import Reject, Sample
 from ldm.networks.msc import ControllerInputs
 
@@ -37,15 +37,17 @@ class Item:
         return f"{self.sample.sample_id}#{self.variant}"
 
 
-def training_items(samples: Sequence[Sample], data: DataConfig) -> tuple[list[Item], list[Reject]]:
+def training_items(
+    samples: Sequence[Sample], data: DataConfig, recall: Recall = computed
+) -> tuple[list[Item], list[Reject]]:
     """Every mask or distinct crop of every sample that can be drawn on, and the samples that cannot, with the reason.
 
-    No image is decoded, but every diseased sample's mask: see ``distinct_crops``.
+    No image is decoded, but masks and label maps of which ``recall`` knows nothing: see ``distinct_crops``.
     """
 
     def variants(sample: Sample) -> int | str:
-        reason = inpainting_obstacle(sample)
-        return reason or (data.healthy_masks if sample.healthy else distinct_crops(sample, data))
+        reason = inpainting_obstacle(sample, recall=recall)
+        return reason or (data.healthy_masks if sample.healthy else distinct_crops(sample, data, recall))
 
     with thread_pool() as pool:
         found = list(zip(samples, pool.map(variants, samples), strict=True))

@@ -25,9 +25,10 @@ from ldm.data.checks import (
     damaged_files,
     warn_of_similar_prompts,
 )
-from ldm.data.preparation import digests_of, sample_identity, without_scale
+from ldm.data.preparation import sample_identity, without_scale
 from ldm.data.samples import Reject, Sample
 from ldm.diffusion.noise import named_generator, normal
+from ldm.features.known import KnownFiles
 from ldm.features.names import Item, item_counts, training_items, with_donors
 from ldm.features.store import FeatureStore
 from ldm.transfer.carrying import read_donor
@@ -46,9 +47,14 @@ class TrainingInputs:
     unreadable: list[Reject] = field(default_factory=list)  # counts against training.max_rejected
     undrawable: list[Reject] = field(default_factory=list)  # sound, but nothing says where a lesion would be
     total: int = 0  # samples that the annotation files name
-    digests: Mapping[Path | None, str] = field(default_factory=dict)  # SHA-256 of every file of the items
+    known: KnownFiles = field(default_factory=KnownFiles)  # what was found of the files of all samples
     identities: list = field(default_factory=list)  # (set, identity of a sample), all that decides what is learned
     trained_on: list = field(default_factory=list)  # what the run's files say of their patients (data.checks)
+
+    @property
+    def digests(self) -> Mapping[Path | None, str]:
+        """SHA-256 of every file of the items, and of samples that were left out."""
+        return self.known.digests
 
     @property
     def rejects(self) -> list[Reject]:
@@ -77,20 +83,20 @@ class TrainingInputs:
             raise MedSoftError("nothing left to train or validate on; every sample was skipped (see above)")
 
 
-def read_training_inputs(paths: Mapping[str, Path], config: Config) -> TrainingInputs:
+def read_training_inputs(paths: Mapping[str, Path], config: Config, cache: Path | None = None) -> TrainingInputs:
     """The items of the annotation files (or dataset folders) ``train`` and ``val``, each file hashed once.
 
-    Raises MedSoftError for damaged data, for more rejects than ``training.max_rejected`` allows, for sets without
-    lesions, and for patients or images that are in both sets.
+    A file that has not changed since the last run that kept its features in ``cache`` is not: see KnownFiles. Raises
+    MedSoftError for damaged data, for more rejects than ``training.max_rejected`` allows, for sets without lesions, and
+    for patients or images that are in both sets.
     """
-    inputs, allowed = TrainingInputs(), config.training.max_rejected
+    inputs, allowed = TrainingInputs(known=KnownFiles(cache)), config.training.max_rejected
     for name, path in paths.items():
         _read_set(inputs, name, path, config.data)
     check_rejected(inputs.unreadable, inputs.total, allowed)
     check_classes(str(paths["train"]), inputs.samples("train"))
     warn_of_similar_prompts(inputs.samples("train"))
     used = [sample for name in paths for sample in inputs.samples(name)]
-    inputs.digests = digests_of(used)
     lost = [(sample, path) for sample in used for path in sample.files if path and path not in inputs.digests]
     reason = "could not be read any more"
     inputs.leave_out([Reject(sample.sample_id, sample.image, f"{path}: {reason}") for sample, path in lost], allowed)
@@ -141,10 +147,12 @@ def _read_set(inputs: TrainingInputs, name: str, path: Path, data: DataConfig) -
     inputs.total += len(samples) + len(missing)
     names = {reject.sample_id for reject in damaged}
     samples = [sample for sample in samples if sample.sample_id not in names]
-    unscaled = without_scale(samples, data)
+    inputs.known.read(samples)
+    unscaled = without_scale(samples, data, inputs.known.recall)
     damaged += unscaled
     names = {reject.sample_id for reject in unscaled}
-    items, undrawable = training_items([sample for sample in samples if sample.sample_id not in names], data)
+    scaled = [sample for sample in samples if sample.sample_id not in names]
+    items, undrawable = training_items(scaled, data, inputs.known.recall)
     if not items:
         rejects = [*undrawable, *damaged, *missing]
         first = f"; the first, {rejects[0].sample_id}: {rejects[0].reason}" if rejects else ""

@@ -71,6 +71,11 @@ class TrainingOptions:
     overwrite: bool
     dry_run: bool
 
+    @property
+    def cache(self) -> Path:
+        """Where features are kept, and what is known of the data's files."""
+        return self.cache_dir or self.save_path.parent / "feature_cache"
+
 
 def run_stage(options: TrainingOptions, config: Config) -> int:
     """Train the stage that ``config`` describes; the exit code."""
@@ -81,7 +86,7 @@ def run_stage(options: TrainingOptions, config: Config) -> int:
     log.info("%s", as_yaml(config))
     if config.sampling.init != "noise" and config.training.pictures > 0:
         log.warning("warning: sampling.init=%s is not for previews; they begin with noise", config.sampling.init)
-    inputs = read_training_inputs({"train": options.train_json, "val": options.val_json}, config)
+    inputs = read_training_inputs({"train": options.train_json, "val": options.val_json}, config, options.cache)
     source = read_checkpoint(options.ckpt)
     seen = groups_of(source.metadata, source.path)
     check_unseen(f"--val_json {options.val_json}", inputs.samples("val"), seen, source.path)
@@ -275,8 +280,7 @@ def _run(
     log_groups(config.architecture, training, source)
     metadata = {"config": dataclasses.asdict(config), "stage": training.stage, "inputs": content}
     metadata |= _provenance(inputs, source, encoders[1])
-    cache = options.cache_dir or folder.path.parent / "feature_cache"
-    features = _features(cache, config.data, training, inputs, encoders, fabric.device)
+    features = _features(options.cache, config.data, training, inputs, encoders, fabric.device)
     del encoders  # their memory is free before the networks of a step take theirs
     stage = _stage(config.architecture, training, source, features, fabric.device, precision)
     batches = len(loader(StageData(inputs.items["train"], features, training, fixed=False), training, shuffle=True))
@@ -318,6 +322,7 @@ def _features(
     device: torch.device,
 ) -> FeatureStore:
     """The features of all items; samples that cannot be read any more leave ``inputs``."""
+    inputs.known.write()
     model, encoder = encoders[0].to(device), encoders[1].to(device)
     builder = FeatureBuilder(cache, data, model, encoder, inputs.digests, training.feature_batch)
     inputs.leave_out(builder.build(inputs.all_items), training.max_rejected)

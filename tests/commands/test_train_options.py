@@ -15,8 +15,9 @@ from ldm.config import load_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.data.annotations import load_samples, write_annotations
 from ldm.data.images import to_unit
-from ldm.data.preparation import digests_of, prepare, whole_pictures
+from ldm.data.preparation import prepare, whole_pictures
 from ldm.features.build import MASK_SEED, FeatureBuilder
+from ldm.features.known import KnownFiles
 from ldm.features.names import training_items
 from ldm.inference.inpainter import Inpainter
 from ldm.networks.biomedclip import BiomedClip
@@ -151,7 +152,7 @@ def test_the_global_token_may_be_of_the_whole_image(trained: dict, of_whole_imag
     config = load_config(MODELS / "phantom_stage1.yaml", ["biomedclip.view=image"])
     samples = load_samples(world / VAL)[0]
     items, _ = training_items(samples, config.data)
-    digests, clip = digests_of(samples), BiomedClip(CLIP)
+    digests, clip = KnownFiles().read(samples), BiomedClip(CLIP)
     found = {}
     for view in ("crop", "image"):
         config.biomedclip.view = view
@@ -190,7 +191,7 @@ def test_training_and_drawing_see_the_same_whole_image(converted: Path, of_whole
     config = load_config(MODELS / "phantom.yaml", ["biomedclip.view=image", f"biomedclip.path={CLIP}"])
     net, clip = open_model(config, read_checkpoint(converted))
     items, _ = training_items([each for each in load_samples(world / VAL)[0] if not each.healthy], config.data)
-    digests = digests_of(item.sample for item in items)
+    digests = KnownFiles().read(item.sample for item in items)
     builder = FeatureBuilder(world / "features", config.data, net, clip, digests)
     assert not builder.build(items[:1])
     batch = {name: value[None] for name, value in builder.store.load(items[0]).items()}

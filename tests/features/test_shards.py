@@ -242,7 +242,7 @@ from ldm.checkpoints.checkpoint import read_checkpoint
 from ldm.checkpoints.fitting import load_parts
 from ldm.config import load_config
 from ldm.data.annotations import load_samples
-from ldm.data.preparation import digests_of
+from ldm.features.known import KnownFiles
 from ldm.features import build, names, store
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel
@@ -257,7 +257,8 @@ class Builder(build.FeatureBuilder):
         global computed
         computed += len(members)
         return super().compute(members)
-builder = Builder({folder!r}, config.data, model, BiomedClip({clip!r}), digests_of(i.sample for i in items), batch=1)
+digests = KnownFiles().read(item.sample for item in items)
+builder = Builder({folder!r}, config.data, model, BiomedClip({clip!r}), digests, batch=1)
 {before}
 builder.build(items)
 print(computed)

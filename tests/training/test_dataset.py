@@ -232,10 +232,18 @@ def test_no_crop_is_counted_twice_where_the_box_does_not_show_it(
     assert len(training_items([sample], data)[0]) == len(windows) == 1
 
 
-def test_every_file_is_hashed_once_at_a_start(
+def test_every_file_is_hashed_once_at_a_first_start_and_not_again(
     world: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the run's identity, the check that the sets are disjoint, and the names of the features."""
+    given = ("--train_json", world / "train", "--val_json", world / "val")
+
+    def start(name: str) -> None:
+        assert train("stage1", converted, tmp_path / name, world, *given, batch_size=9) == 0
+
+    monkeypatch.setattr("ldm.features.known.SETTLED", 0)
+    start("computes the features")
+    (world / "features" / "data" / "verified.jsonl").unlink()
     plain, hashed = ldm.core.files.sha256_file, Counter()
 
     def counted(path: Path) -> str:
@@ -245,11 +253,15 @@ def test_every_file_is_hashed_once_at_a_start(
     for name, module in sys.modules.items():
         if name.startswith("ldm.") and hasattr(module, "sha256_file"):
             monkeypatch.setattr(module, "sha256_file", counted)
-    given = ("--train_json", world / "train", "--val_json", world / "val")
-    assert train("stage1", converted, tmp_path / "s", world, *given, batch_size=9) == 0
-    images = {sample.image for split in ("train", "val") for sample in load_samples(world / split)[0]}
-    assert {path: hashed[path] for path in images} == dict.fromkeys(images, 1)
+    start("first")
+    files = {file for split in ("train", "val") for sample in load_samples(world / split)[0] for file in sample.files}
+    files -= {None}
+    assert files <= hashed.keys()
     assert set(hashed.values()) == {1}
+    hashed.clear()
+    start("second")
+    assert hashed  # weights
+    assert not hashed.keys() & files
 
 
 def test_inputs_carry_their_digests(world: Path) -> None:
@@ -264,7 +276,7 @@ def test_a_file_that_vanishes_while_a_run_starts_is_skipped_by_name(
 ) -> None:
     lost = next((world / "train").glob("*/mask.png"))
     plain = ldm.core.files.content_id
-    monkeypatch.setattr("ldm.data.preparation.content_id", lambda path: None if path == lost else plain(path))
+    monkeypatch.setattr("ldm.features.known.content_id", lambda path: None if path == lost else plain(path))
     paths = {"train": world / "train", "val": world / "val"}
     config = load_config(MODELS / "phantom_stage1.yaml", ["training.balance=false", "training.max_rejected=0.1"])
     inputs = read_training_inputs(paths, config)

@@ -13,8 +13,9 @@ from ldm.config import load_config
 from ldm.core.devices import kernel_layout, on_host
 from ldm.core.errors import UsageError
 from ldm.data.annotations import load_samples
-from ldm.data.preparation import digests_of, prepare
+from ldm.data.preparation import prepare
 from ldm.features.build import MASK_SEED, FeatureBuilder
+from ldm.features.known import KnownFiles
 from ldm.features.names import training_items
 from ldm.inference.inpainter import Inpainter, Job
 from ldm.networks.attention import Conditioning
@@ -238,7 +239,8 @@ def test_previews_are_what_inference_generates(trained: dict, world: Path, more:
     config = load_config(MODELS / "phantom_stage2_2.yaml", [*overrides, f"biomedclip.path={CLIP}"])
     net, clip = open_model(config, read_checkpoint(trained["stage2_2"].last))
     items, _ = training_items(load_samples(world / "val")[0], config.data)
-    builder = FeatureBuilder(world / "features", config.data, net, clip, digests_of(item.sample for item in items))
+    digests = KnownFiles().read(item.sample for item in items)
+    builder = FeatureBuilder(world / "features", config.data, net, clip, digests)
     assert not builder.build(items)
     stage = Stage(config.training, net, {}, builder.store.empty_text())
     data = StageData(items, builder.store, config.training, fixed=True)
