@@ -1,4 +1,4 @@
-"""The sets of the classifier: small images in memory, synthetic or repeated ones among them, leak guards. No torch."""
+"""The sets of the classifier: small images, synthetic or repeated ones among them, leak guards. No torch."""
 
 import json
 import logging
@@ -13,10 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.classifier.config import DUPLICATE_REAL, PRETRAIN, SEGMENT, ClassifierConfig
-from ldm.classifier.square import lesion_square, square
+from ldm.classifier.square import Squares, lesion_square, square
 from ldm.core.errors import MedSoftError, warn_of_first
-from ldm.core.files import JSON_LINES, content_id, fingerprint, named_seed
-from ldm.core.tables import counted
+from ldm.core.files import JSON_LINES, content_id, fingerprint, fingerprint_all, named_seed
+from ldm.core.tables import RowFile, counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import (
     Row,
@@ -41,19 +41,19 @@ HEALTHY, DISEASED = "healthy", "diseased"
 
 @dataclass
 class ImageSet:
-    """One set in memory: ``images`` uint8 (N, S, S), or (N, S, S, 3) in colour; ``labels`` class names ("" = unknown);
+    """One set: ``images`` uint8 (N, S, S), or (N, S, S, 3) in colour; ``labels`` class names ("" = unknown);
     ``hashes`` of pixels; ``attributes``: see ``sample_attributes``; ``left_out``: how many were synthetic; ``masks`` of
     the lesions, bool (N, S, S), where the task is to find them."""
 
     name: str
     samples: list[Sample]
-    images: np.ndarray
+    images: Squares
     labels: list[str]
     hashes: list[str]
     attributes: list[dict[str, Any]]
     rejects: list[Reject]
     left_out: int = 0
-    masks: np.ndarray | None = None
+    masks: Squares | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -61,8 +61,8 @@ class ImageSet:
     def subset(self, kept: Sequence[int]) -> "ImageSet":
         """The samples at these positions, in this order, repeated where a position is."""
         lists = {name: [getattr(self, name)[i] for i in kept] for name in ("samples", "labels", "hashes", "attributes")}
-        masks = None if self.masks is None else self.masks[list(kept)]
-        return replace(self, images=self.images[list(kept)], masks=masks, **lists)
+        masks = None if self.masks is None else self.masks.subset(kept)
+        return replace(self, images=self.images.subset(kept), masks=masks, **lists)
 
     @classmethod
     def joined(cls, name: str, parts: Sequence["ImageSet"]) -> "ImageSet":
@@ -72,8 +72,8 @@ class ImageSet:
             for key in ("samples", "labels", "hashes", "attributes", "rejects")
         }
         masks = [part.masks for part in parts if part.masks is not None]
-        images = np.concatenate([part.images for part in parts])
-        return cls(name, images=images, masks=np.concatenate(masks) if masks else None, **lists)
+        images = Squares.joined([part.images for part in parts])
+        return cls(name, images=images, masks=Squares.joined(masks) if masks else None, **lists)
 
     @property
     def diseased(self) -> list[int]:
@@ -83,9 +83,9 @@ class ImageSet:
     def fingerprint(self) -> str:
         """What this set holds: names, labels, patients, pixels, and what the network sees of them, in which `window`,
         `spacing_mm` and the label map have a part."""
-        masks = [] if self.masks is None else [map(pixel_digest, self.masks.astype(np.uint8))]
+        masks = [] if self.masks is None else [(pixel_digest(mask.astype(np.uint8)) for mask in self.masks)]
         rows = zip(self.samples, self.labels, self.hashes, map(pixel_digest, self.images), *masks, strict=True)
-        return fingerprint([[s.sample_id, s.patient_id, label, *digests] for s, label, *digests in rows])
+        return fingerprint_all([s.sample_id, s.patient_id, label, *digests] for s, label, *digests in rows)
 
     def counts(self) -> dict[str, int]:
         """Samples of each class, by its name."""
@@ -101,13 +101,14 @@ def load_images(
     crop: float | None = None,
     need_label: bool = True,
     only_real: bool = False,
+    folder: Path | None = None,
 ) -> ImageSet:
     """Read every sample of a dataset folder or annotation JSON as a ``size`` x ``size`` image, grey or rgb.
 
     ``crop``: the part around the vertebra, see ``vertebra_square``; None for the whole image. Samples that cannot be
     read, or that have no lesion type where ``task`` is "type" and ``need_label``, are listed in ``rejects`` and left
-    out. With ``only_real`` synthetic ones are left out and counted. Raises MedSoftError when
-    the dataset is missing or nothing is left of it.
+    out. With ``only_real`` synthetic ones are left out and counted. What is read lies on the disk of ``folder``, see
+    ``RowFile``. Raises MedSoftError when the dataset is missing, nothing is left of it, or the disk is full.
     """
     require_source(name, source)
     samples, rejects = load_samples(Path(source))
@@ -116,6 +117,9 @@ def load_images(
         samples = [sample for sample in samples if not sample.synthetic]
         said = counted(left_out, "synthetic sample is", "synthetic samples are")
         log.warning("%s: %s left out of this set of real ones; name their folder in `synthetic`", name, said)
+    shape = (size, size, 3) if channels == "rgb" else (size, size)
+    squares = RowFile(folder, shape, "uint8", len(samples), f"images of the {name} set")
+    masks = RowFile(folder, shape[:2], "bool", len(samples), f"masks of the {name} set") if task == SEGMENT else None
     rows = []
     for sample in tqdm(samples, desc=f"reading {name}", leave=False, disable=None):
         label = label_of(sample, task)
@@ -126,19 +130,22 @@ def load_images(
         try:
             pixels = read_image(sample.image)
             seen = square(pixels, sample, size, channels, crop)
-            mask = lesion_square(pixels.shape, sample, size, crop) if task == SEGMENT else None
+            mask = lesion_square(pixels.shape, sample, size, crop) if masks else None
         except MedSoftError as error:
             rejects.append(Reject(sample.sample_id, sample.image, error.cause(sample.image)))
             continue
-        rows.append((sample, seen, mask, label, pixel_digest(pixels), sample_attributes(sample, pixels)))
+        squares.append(seen)
+        if masks and mask is not None:
+            masks.append(mask)
+        rows.append((sample, label, pixel_digest(pixels), sample_attributes(sample, pixels)))
     warn_of_first(log, (f"{name}: {reject.sample_id} skipped: {reject.reason}" for reject in rejects))
     if not rows:
         first = f"; the first: {rejects[0].sample_id}: {rejects[0].reason}" if rejects else ""
         counts = f"{len(rejects)} rejected, {left_out} synthetic{first}"
         raise MedSoftError(f"{source}: the {name} set has no usable sample ({counts})")
-    kept, squares, masks, labels, hashes, attributes = map(list, zip(*rows, strict=True))
-    found = np.stack(masks) if task == SEGMENT else None
-    return ImageSet(name, kept, np.stack(squares), labels, hashes, attributes, rejects, left_out, found)
+    kept, labels, hashes, attributes = map(list, zip(*rows, strict=True))
+    found = Squares([masks.array()]) if masks else None
+    return ImageSet(name, kept, Squares([squares.array()]), labels, hashes, attributes, rejects, left_out, found)
 
 
 def prepare_annotations(config: ClassifierConfig) -> list[Reject]:
@@ -266,7 +273,7 @@ def pick_synthetic(
     those that ``review`` rejects: then the second value is what it says (``ldm.reviews.choice``).
     """
     sizes = (config.img_size, config.task, config.channels, config.crop)
-    parts = [load_images(f"synthetic {folder}", folder, *sizes) for folder in config.synthetic]
+    parts = [load_images(f"synthetic {each}", each, *sizes, folder=config.output) for each in config.synthetic]
     if not parts:
         return None, None
     for part in parts:
@@ -350,7 +357,9 @@ def load_data(config: ClassifierConfig) -> ClassifierData:
         if source:
             require_source(name, source)
     sizes = (config.img_size, config.task, config.channels, config.crop)
-    train, val, test = (load_images(n, s, *sizes, only_real=True) if s else None for n, s in sources.items())
+    train, val, test = (
+        load_images(n, s, *sizes, only_real=True, folder=config.output) if s else None for n, s in sources.items()
+    )
     held_out = [images for images in (val, test) if images is not None]
     check_image_sets_disjoint([train, *held_out])
     classes = class_names(config, train)

@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -134,23 +135,28 @@ def normalise(images: torch.Tensor, network: torch.nn.Module) -> torch.Tensor:
 
 @torch.inference_mode()
 def compute_outputs(
-    network: torch.nn.Module, images: ImageSet, batch_size: int = 64
+    network: torch.nn.Module, images: ImageSet, batch_size: int = 64, places: Sequence[int] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, K) and what the classification layer reads (N, D), float32 on the CPU.
+    """Logits (N, K), and what the classification layer reads of the images at ``places`` (P, D), float32 on the CPU.
 
-    The network is left in evaluation mode. Raises MedSoftError naming the first sample whose logits are not finite.
+    No place stands twice. The network is left in evaluation mode. Raises MedSoftError naming the first sample whose
+    logits are not finite.
     """
-    device, pieces = next(network.eval().parameters()).device, []
+    device, pieces, pooled = next(network.eval().parameters()).device, [], []
+    wanted = np.sort(np.asarray(places, int))
     for start in range(0, len(images), batch_size):
         inputs = normalise(to_input(images.images[start : start + batch_size], device), network)
         features = network.forward_features(inputs)
-        outputs = network.forward_head(features), network.forward_head(features, pre_logits=True)
-        pieces.append([each.float().cpu() for each in outputs])
-    logits, pooled = map(torch.cat, zip(*pieces, strict=True))
+        pieces.append(network.forward_head(features).float().cpu())
+        first, last = np.searchsorted(wanted, (start, start + batch_size))
+        if first < last:
+            read = network.forward_head(features, pre_logits=True).float().cpu()
+            pooled.append(read[wanted[first:last] - start])
+    logits = torch.cat(pieces)
     bad = (~torch.isfinite(logits).all(1)).nonzero().flatten().tolist()
     if bad:
         raise MedSoftError(
             f"the classifier gives values that are not finite for {counted(len(bad), f'{images.name} sample')} (first: "
             f"{images.samples[bad[0]].sample_id}); lower lr, or train again"
         )
-    return logits, pooled
+    return logits, torch.cat(pooled)[np.searchsorted(wanted, places)] if pooled else torch.empty(0, 0)

@@ -46,7 +46,8 @@ GROUP_NUMBERS = ("auc", "sensitivity_at_95_specificity", "recall")
 
 @dataclass
 class Scored:
-    """A set as the classifier sees it: ``probabilities`` (N, K) and ``features`` (N, D)."""
+    """A set as the classifier sees it: ``probabilities`` (N, K), and ``features`` (P, D) of those that ``map_points``
+    has chosen, in its order."""
 
     images: ImageSet
     probabilities: np.ndarray
@@ -187,15 +188,22 @@ def _test_plots(path: Path, metrics: Mapping[str, Any], test: Scored) -> dict[st
     return {"curve_plots": curves, "calibration_plots": {"confusion": confusion, "reliability": reliability}}
 
 
+def map_points(count: int) -> np.ndarray:
+    """Which of so many images, those of the test and then the synthetic ones, the map of features shows."""
+    return np.random.default_rng(named_seed("t-SNE", count)).permutation(count)[:MOST_POINTS]
+
+
 def _feature_map(path: Path, test: Scored, synthetic: Scored | None) -> dict[str, Any]:
     """The t-SNE map's file (None with too few distinct features) and how many of the images it shows."""
     names = [f"test: {label}" for label in test.images.labels]
-    features = [test.features]
     if synthetic is not None:
         names += [f"synthetic: {label}" for label in synthetic.images.labels]
-        features.append(synthetic.features)
-    kept = np.random.default_rng(named_seed("t-SNE", len(names))).permutation(len(names))[:MOST_POINTS]
-    points, perplexity = embed(np.concatenate(features)[kept])
+    kept = map_points(len(names))
+    features = np.empty((len(kept), test.features.shape[1]), test.features.dtype)
+    for scored, inside in ((test, kept < len(test.images)), (synthetic, kept >= len(test.images))):
+        if scored is not None:
+            features[inside] = scored.features
+    points, perplexity = embed(features)
     source = None if points is None else _plot(path, "tsne", map_figure(points, [names[i] for i in kept]))
     counts = {"shown": len(kept), "count": len(names), "least": LEAST_POINTS}
     return {"source": source, "perplexity": perplexity, **counts}

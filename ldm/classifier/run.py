@@ -21,10 +21,10 @@ from ldm.classifier.convergence import convergence, convergence_note, read_histo
 from ldm.classifier.data import ImageSet, class_separations, load_data, load_images, require_source
 from ldm.classifier.metrics import few_patients, predicted_classes, summarise
 from ldm.classifier.network import check_model, compute_outputs, pick_device
-from ldm.classifier.report import Scored, prediction_rows, write_test
-from ldm.classifier.segmentation import build_for_task, called, headline, mask_rows, segment, summarise_masks
+from ldm.classifier.report import Scored, map_points, prediction_rows, write_test
+from ldm.classifier.segmentation import build_for_task, headline, mask_rows, outlines, summarise_masks
 from ldm.classifier.segmentation_report import write_segmentation
-from ldm.classifier.square import square
+from ldm.classifier.square import Squares, square
 from ldm.classifier.training import fit
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import content_id, fingerprint, read_json, sha256_file, unchanged, write_json
@@ -51,16 +51,20 @@ class Classifier:
     network: torch.nn.Module
     info: dict[str, Any]  # config, classes (healthy first, as the outputs), epoch, run and the training summary
 
-    def score(self, images: ImageSet) -> Scored:
-        """Class probabilities and features of a set; MedSoftError naming a sample whose logits are not finite."""
-        logits, pooled = compute_outputs(self.network, images)
+    def score(self, images: ImageSet, places: Sequence[int] = ()) -> Scored:
+        """Class probabilities of a set, and features of the images at ``places``.
+
+        MedSoftError naming a sample whose logits are not finite.
+        """
+        logits, pooled = compute_outputs(self.network, images, places=places)
         return Scored(images, torch.softmax(logits.double(), 1).numpy(), pooled.numpy())
 
     def probabilities(self, samples: Sequence[Sample], pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Class probabilities (N, K) of images (HxW or HxWx3 each) that stand in place of those of ``samples``."""
         saved = self.info["config"]
         given = saved["img_size"], saved["channels"], saved["crop"]
-        seen = np.stack([square(each, sample, *given) for each, sample in zip(pixels, samples, strict=True)])
+        found = np.stack([square(each, sample, *given) for each, sample in zip(pixels, samples, strict=True)])
+        seen = Squares([found])
         blank = [""] * len(samples)
         return self.score(ImageSet("drawn", list(samples), seen, blank, blank, [{} for _ in samples], [])).probabilities
 
@@ -153,9 +157,9 @@ def _predicted(folder: Path) -> dict[str, Any]:
 
 
 def predict(
-    weights: str | Path, source: str | Path, gpu: str | list[int] | list[str] = ""
+    weights: str | Path, source: str | Path, gpu: str | list[int] | list[str] = "", folder: Path | None = None
 ) -> tuple[list[dict[str, Any]], list[Reject]]:
-    """Predict a dataset folder or annotation JSON with saved weights; writes nothing.
+    """Predict a dataset folder or annotation JSON with saved weights; leaves nothing on the disk of ``folder``.
 
     Returns the rows of predictions_*.csv (keys sample_id, patient_id, parent_id, prompt, lesion_type, severity, label,
     disease_probability, predicted, p_<class>...) and the samples that could not be read.
@@ -165,7 +169,7 @@ def predict(
     if saved["task"] == SEGMENT:
         raise UsageError(f"{weights}: was trained with task {SEGMENT}, which names no classes; nothing to predict")
     sizes = (saved["img_size"], saved["task"], saved["channels"], saved["crop"])
-    images = load_images(f"predict {source}", str(source), *sizes, need_label=False)
+    images = load_images(f"predict {source}", str(source), *sizes, need_label=False, folder=folder)
     return prediction_rows(images, classifier.score(images).probabilities, classifier.info["classes"]), images.rejects
 
 
@@ -226,15 +230,17 @@ def _test(
     if test is None:
         metrics["notes"] = ["No test set was given.", *notes]
     elif test.masks is not None:
-        found = called(segment(classifier.network, test))
+        found = outlines(classifier.network, test, folder)
         metrics.update(summarise_masks(test, found, config.seed))
         metrics["notes"] += notes
         write_segmentation(folder, metrics, test, found, mask_rows(test, found), suffix)
     else:
-        scored = classifier.score(test)
+        points = map_points(len(test) + (len(synthetic) if synthetic else 0))
+        scored = classifier.score(test, points[points < len(test)])
+        drawn = classifier.score(synthetic, points[points >= len(test)] - len(test)) if synthetic else None
         metrics.update(summarise(test, scored.probabilities, classifier.info["classes"], config.seed))
         metrics["notes"] += notes
-        write_test(folder, metrics, scored, classifier.score(synthetic) if synthetic else None, suffix)
+        write_test(folder, metrics, scored, drawn, suffix)
     rows = [{"set": name, **vars(reject)} for name, reject in rejects]
     write_csv(folder / "rejects.csv", rows, ["set", "sample_id", "file", "reason"])
     metrics["evaluation"] = question
@@ -296,7 +302,7 @@ def _test_saved(config: ClassifierConfig) -> dict[str, Any]:
     if not config.test_json:
         return {"n_rejected": 0, "already_complete": False, "classes": classifier.info["classes"]}
     sizes = (config.img_size, config.task, config.channels, config.crop)
-    test = load_images("test", config.test_json, *sizes, only_real=True)
+    test = load_images("test", config.test_json, *sizes, only_real=True, folder=config.output)
     check_unseen("test_json", test.samples, groups_of(classifier.info, weights), weights)
     if unknown := sorted(set(test.labels) - set(classifier.info["classes"])):
         raise MedSoftError(f"{config.test_json}: lesion type {unknown[0]} is not a class of {weights}")
@@ -338,7 +344,7 @@ def _predict_folder(config: ClassifierConfig, source: str, name: str) -> int:
     if record.get(name, {}).get("source", where) != where and not config.overwrite:
         known = record[name]["source"]
         raise UsageError(f"predictions_{name}.csv already holds {known}; rename {source}, or set overwrite")
-    rows, rejects = predict(_saved_weights(config), source, gpu=config.GPU)
+    rows, rejects = predict(_saved_weights(config), source, config.GPU, config.output)
     diseased = sum(row["predicted"] != "healthy" for row in rows)
     rejected = [{**vars(reject), "file": str(reject.file)} for reject in rejects]
     record[name] = {"source": where, "n": len(rows), "n_called_diseased": diseased, "rejected": rejected}

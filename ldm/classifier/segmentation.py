@@ -1,6 +1,7 @@
 """``task: segment``: a U-Net that outlines the lesion, its loss, and Dice and the like with intervals over patients."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from ldm.classifier.augmentation import light_draws, move
 from ldm.classifier.data import HEALTHY, ImageSet
 from ldm.classifier.metrics import RESAMPLES, few_patients, patients_by_class, sample_groups, with_intervals
 from ldm.classifier.network import CHANNELS, build_network, normalise, to_input
+from ldm.classifier.square import Squares
 from ldm.core.errors import MedSoftError, UsageError, first_line
+from ldm.core.tables import RowFile
 from ldm.data.checks import FEWEST_PATIENTS
 
 CUT = 0.5  # a pixel of at least this probability is called lesion
@@ -77,44 +80,75 @@ def segmentation_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
 
     ``logits`` and ``masks`` (B, S, S); ``weights`` (B,): how much an image counts.
     """
+    return (image_losses(logits, masks) * weights).sum() / weights.sum()
+
+
+def image_losses(logits: Tensor, masks: Tensor) -> Tensor:
+    """``segmentation_loss`` of each image alone (B,)."""
     probability = logits.sigmoid()
     both, sizes = (probability * masks).sum((1, 2)), probability.sum((1, 2)) + masks.sum((1, 2))
     dice = torch.where(masks.any(2).any(1), 1 - (2 * both + 1) / (sizes + 1), 0)
-    pixels = F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean((1, 2))
-    return ((pixels + dice) * weights).sum() / weights.sum()
+    return F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean((1, 2)) + dice
 
 
 @torch.inference_mode()
-def segment(network: nn.Module, images: ImageSet) -> Tensor:
-    """Logits (N, S, S), float32 on the CPU. MedSoftError naming the first sample whose logits are not finite."""
-    device, pieces = next(network.eval().parameters()).device, []
+def segment(network: nn.Module, images: ImageSet) -> Iterator[Tensor]:
+    """Logits of BATCH images after the other (B, S, S), float32 on the CPU.
+
+    MedSoftError naming the first sample whose logits are not finite.
+    """
+    device = next(network.eval().parameters()).device
     for start in range(0, len(images), BATCH):
         inputs = normalise(to_input(images.images[start : start + BATCH], device), network)
-        pieces.append(network(inputs).float().cpu())
-    logits = torch.cat(pieces)
-    bad = (~torch.isfinite(logits).flatten(1).all(1)).nonzero().flatten().tolist()
-    if bad:
-        name = images.samples[bad[0]].sample_id
-        raise MedSoftError(f"the network gives values that are not finite for {images.name} sample {name}; lower lr")
-    return logits
+        logits = network(inputs).float().cpu()
+        bad = (~torch.isfinite(logits).flatten(1).all(1)).nonzero().flatten().tolist()
+        if bad:
+            name = images.samples[start + bad[0]].sample_id
+            said = f"the network gives values that are not finite for {images.name} sample {name}; lower lr"
+            raise MedSoftError(said)
+        yield logits
 
 
 def validate_masks(network: nn.Module, images: ImageSet, weights: Tensor) -> dict[str, float | None]:
     """The loss, and every number of ``compare_masks``; None where undefined. ``weights`` (N,)."""
-    logits = segment(network, images)
-    loss = segmentation_loss(logits, torch.from_numpy(images.masks).float(), weights)
-    values = compare_masks(images.masks, called(logits))(np.ones((1, len(images))))
+    losses, counts = [], []
+    for start, logits in zip(range(0, len(images), BATCH), segment(network, images), strict=True):
+        truth = images.masks[start : start + BATCH]
+        losses.append(image_losses(logits, torch.from_numpy(truth).float()))
+        counts.append(pixel_counts(truth, called(logits)))
+    loss = (torch.cat(losses) * weights).sum() / weights.sum()
+    values = compare_counts(np.concatenate(counts, axis=1))(np.ones((1, len(images))))
     return {"loss": float(loss), **{name: None if np.isnan(x[0]) else float(x[0]) for name, x in values.items()}}
 
 
 def called(logits: Tensor) -> np.ndarray:
-    """Which pixels are called lesion, bool (N, S, S)."""
+    """Which pixels are called lesion, bool (B, S, S)."""
     return (logits.sigmoid() >= CUT).numpy()
 
 
-def overlaps(truth: np.ndarray, found: np.ndarray) -> dict[str, np.ndarray]:
+def outlines(network: nn.Module, images: ImageSet, folder: Path) -> np.ndarray:
+    """Which pixels of a set are ``called`` lesion, bool (N, S, S), in a file on the disk of ``folder``."""
+    found = RowFile(folder, images.images.shape[1:3], "bool", len(images), f"outlines of the {images.name} set")
+    for logits in segment(network, images):
+        found.append(called(logits))
+    return found.array()
+
+
+def pixel_counts(truth: Squares | np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Of each image (N, S, S) the pixels in both masks, in the true one, in the one found: float (3, N)."""
+    parts = [slice(start, start + BATCH) for start in range(0, len(found), BATCH)]
+    pairs = ((truth[part], found[part]) for part in parts)
+    counts = [[each.sum((1, 2)) for each in (true & named, true, named)] for true, named in pairs]
+    return np.concatenate(counts, axis=1).astype(float)
+
+
+def overlaps(truth: Squares | np.ndarray, found: np.ndarray) -> dict[str, np.ndarray]:
     """Of each image (N, S, S) the Dice coefficient and others (N,); 0 where nothing is found, NaN without a lesion."""
-    both, true, named = ((each).sum((1, 2)).astype(float) for each in (truth & found, truth, found))
+    return _overlaps(pixel_counts(truth, found))
+
+
+def _overlaps(counts: np.ndarray) -> dict[str, np.ndarray]:
+    both, true, named = counts
     lesion = np.where(true > 0, 1.0, np.nan)
     return {
         "dice": lesion * 2 * both / np.maximum(true + named, 1),
@@ -125,11 +159,16 @@ def overlaps(truth: np.ndarray, found: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def compare_masks(truth: np.ndarray, found: np.ndarray, kept: np.ndarray | None = None) -> Any:
-    """A ``measure`` for ``with_intervals``: means over the images with a lesion (or the ``kept`` (N,) of them), and the
-    ``false_alarms``, the share of images without a lesion in which something is found."""
-    lesion = truth.any((1, 2))
-    values, alarm = overlaps(truth, found), found.any((1, 2))
+def compare_masks(truth: Squares | np.ndarray, found: np.ndarray) -> Any:
+    """A ``measure`` for ``with_intervals`` of masks (N, S, S), see ``compare_counts``."""
+    return compare_counts(pixel_counts(truth, found))
+
+
+def compare_counts(counts: np.ndarray, kept: np.ndarray | None = None) -> Any:
+    """A ``measure`` for ``with_intervals``, of ``pixel_counts``: means over the images with a lesion (or the ``kept``
+    (N,) of them), and the ``false_alarms``, the share of images without a lesion in which something is found."""
+    lesion, alarm = counts[1] > 0, counts[2] > 0
+    values = _overlaps(counts)
     among = lesion if kept is None else lesion & kept
 
     def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -143,7 +182,7 @@ def compare_masks(truth: np.ndarray, found: np.ndarray, kept: np.ndarray | None 
 
 def summarise_masks(images: ImageSet, found: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """What metrics.json says about a test set: ``test`` and ``groups`` as ``metrics.summarise``, counts and notes."""
-    truth, patients = images.masks, [sample.patient_id for sample in images.samples]
+    counts, patients = pixel_counts(images.masks, found), [sample.patient_id for sample in images.samples]
     sides = patients_by_class([label != HEALTHY for label in images.labels], patients)
 
     def least(name: str) -> int:
@@ -153,7 +192,7 @@ def summarise_masks(images: ImageSet, found: np.ndarray, seed: int = 0) -> dict[
     groups = []
     for (kind, severity), inside in sample_groups(images.samples).items():
         count = len({patient for patient, kept in zip(patients, inside, strict=True) if kept})
-        measured = with_intervals(compare_masks(truth, found, inside), patients, lambda _, n=count: n, seed)
+        measured = with_intervals(compare_counts(counts, inside), patients, lambda _, n=count: n, seed)
         row = {"lesion_type": kind, "severity": severity, "n": int(inside.sum()), "n_patients": count}
         groups.append(row | {name: measured[name] for name in ("dice", "found")})
     few, notes = few_patients(images), []
@@ -161,7 +200,7 @@ def summarise_masks(images: ImageSet, found: np.ndarray, seed: int = 0) -> dict[
         left_out = f"an interval from fewer than {FEWEST_PATIENTS} is meaningless and left out"
         notes.append(f"The test set holds few patients of a class ({few}): {left_out}.")
     return {
-        "test": with_intervals(compare_masks(truth, found), patients, least, seed),
+        "test": with_intervals(compare_counts(counts), patients, least, seed),
         "groups": groups,
         "threshold": CUT,
         "resamples": RESAMPLES,

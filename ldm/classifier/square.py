@@ -1,5 +1,7 @@
 """What the classifier sees of an image and of a lesion's mask: a small square, nothing stretched. No torch."""
 
+from collections.abc import Iterator, Sequence
+
 import cv2
 import numpy as np
 
@@ -10,6 +12,55 @@ from ldm.data.masks import TARGET_LABEL, extents, read_anatomy, read_mask, spaci
 from ldm.data.samples import Sample
 
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's "L"
+
+
+class Squares:
+    """Squares, or masks, by their places: (N, S, S), or (N, S, S, 3) in colour.
+
+    They stay in the ``arrays`` that they come from, large ones in files: what is taken out of a set, repeated or put
+    together is which row of which array each one is, ``rows`` (N, 2).
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray], rows: np.ndarray | None = None) -> None:
+        """Without ``rows`` all of the arrays, one after the other."""
+        self.arrays = list(arrays)
+        every = [np.stack([np.full(len(array), k), np.arange(len(array))], 1) for k, array in enumerate(self.arrays)]
+        self.rows = np.concatenate(every) if rows is None else rows
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Squares]") -> "Squares":
+        """Those of all ``parts``, of which there is at least one."""
+        before = np.cumsum([0, *(len(part.arrays) for part in parts)])
+        rows = [part.rows + np.array([first, 0]) for first, part in zip(before, parts, strict=False)]
+        return cls([array for part in parts for array in part.arrays], np.concatenate(rows))
+
+    def subset(self, places: Sequence[int]) -> "Squares":
+        """Those at these places, in this order, repeated where a place is."""
+        return Squares(self.arrays, self.rows[list(places)])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As that of one array of all of them."""
+        return len(self.rows), *self.arrays[0].shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self.arrays[number][row] for number, row in self.rows)
+
+    def __getitem__(self, places: int | slice | np.ndarray) -> np.ndarray:
+        """The one at a place, or a copy of those at several."""
+        rows = self.rows[places]
+        if rows.ndim == 1:
+            return self.arrays[rows[0]][rows[1]]
+        if len(self.arrays) == 1:
+            return self.arrays[0][rows[:, 1]]
+        found = np.empty((len(rows), *self.arrays[0].shape[1:]), self.arrays[0].dtype)
+        for number, array in enumerate(self.arrays):
+            inside = rows[:, 0] == number
+            found[inside] = array[rows[inside, 1]]
+        return found
 
 
 def square(pixels: np.ndarray, sample: Sample, size: int, channels: str, crop: float | None = None) -> np.ndarray:

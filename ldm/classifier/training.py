@@ -26,6 +26,7 @@ from ldm.classifier.data import HEALTHY, ClassifierData, ImageSet
 from ldm.classifier.metrics import few_patients, label_indices, point_values
 from ldm.classifier.network import compute_outputs, normalise, pick_device
 from ldm.classifier.segmentation import build_for_task, moved_masks, segmentation_loss, validate_masks
+from ldm.classifier.square import Squares
 from ldm.core.devices import autocast, out_of_memory
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import REPLACED, atomic_file, content_id, named_seed
@@ -45,11 +46,11 @@ class Phase:
     name: str
     epochs: int
     steps: int  # of the optimizer, in all epochs
-    images: np.ndarray  # uint8 (N, S, S) or (N, S, S, 3)
+    images: Squares  # uint8 (N, S, S) or (N, S, S, 3)
     labels: torch.Tensor  # (N,) class indices
     names: list[str]  # no two alike: order and augmentation depend on them
     shares: torch.Tensor  # (K,) weight of each class, see class_weights
-    masks: np.ndarray | None = None  # bool (N, S, S), with task segment
+    masks: Squares | None = None  # bool (N, S, S), with task segment
 
     def epoch_name(self, epoch: int) -> int | str:
         """What sets an epoch apart from all others of a run; its randomness depends on it."""
@@ -75,11 +76,11 @@ def make_phases(config: ClassifierConfig, data: ClassifierData) -> list[Phase]:
             seen[sample_name] += 1
             again = f" ({seen[sample_name]})" if seen[sample_name] > 1 else ""
             names.append(f"{sample_name}{again}")
-        pixels = np.concatenate([images.images for images in used])
+        pixels = Squares.joined([images.images for images in used])
         # of an epoch's batches, of equal sizes, none is of one image: that has no variance
         count = min(math.ceil(len(names) / config.Batch_Size), len(names) // 2)
         steps = epochs * count if steps is None else steps
-        masks = np.concatenate([images.masks for images in used]) if config.task == SEGMENT else None
+        masks = Squares.joined([images.masks for images in used]) if config.task == SEGMENT else None
         return Phase(name, epochs, steps, pixels, labels, names, class_weights(labels, len(data.classes)), masks)
 
     steps = config.steps

@@ -1,15 +1,26 @@
-"""CSV tables, written whole and read with their columns checked; Markdown tables; texts cut to a length, and counts."""
+"""CSV tables, written whole and read with their columns checked; Markdown tables; texts cut to a length, and counts.
+
+And rows of numbers that are too many for the memory.
+"""
 
 import csv
 import io
+import logging
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.core.errors import MedSoftError
-from ldm.core.files import read_text, write_text
+from ldm.core.files import PARTIAL_PREFIX, free_bytes, nearest_existing, read_text, write_text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+log = logging.getLogger(__name__)
 
 # Text that a spreadsheet takes for a formula, and text that only an apostrophe of ours keeps from that.
 FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
@@ -105,3 +116,59 @@ def shortened(text: str, longest: int = 60) -> str:
 def counted(number: int, one: str, many: str = "") -> str:
     """A number with its noun: "1 image", "2 images"; ``many``: what ``one`` becomes where that takes more than an s."""
     return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
+TOLD = 1e9  # bytes from which a file of rows is spoken of
+
+
+class RowFile:
+    """Rows of numbers, all of one shape and type, that are appended to a file and then read as one array.
+
+    However many they are, they take no memory of the process. The file has no name, so that nothing is left of it when
+    the process ends, however that happens. It lies on the disk of ``folder``, which need not exist yet, or among the
+    system's temporary files without one, and where ``folder`` can be none that is written to.
+    """
+
+    def __init__(self, folder: Path | None, shape: Sequence[int], dtype: str, expected: int, what: str) -> None:
+        """For ``expected`` rows or fewer of what messages call ``what``. MedSoftError where they have no room."""
+        import numpy as np
+
+        self.shape, self.dtype, self.what, self.count = tuple(shape), np.dtype(dtype), what, 0
+        above = None if folder is None else nearest_existing(folder.absolute())
+        usable = above is not None and above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+        self.folder = above if above is not None and usable else Path(tempfile.gettempdir())
+        size = expected * self.dtype.itemsize * int(np.prod(self.shape))
+        needed = f"the {what} ({expected} of {' x '.join(map(str, self.shape))}) need {size / 1e9:.2f} GB"
+        if (free := free_bytes(self.folder)) < size:
+            raise MedSoftError(f"{self.folder}: {needed} on the disk, {free / 1e9:.2f} GB are free there; make room")
+        if size >= TOLD:
+            log.info("%s on the disk of %s until this command ends", needed, self.folder)
+        with self._writing():
+            self.file = tempfile.TemporaryFile(prefix=PARTIAL_PREFIX, dir=self.folder)  # noqa: SIM115, as long as it lives
+
+    def append(self, rows: "np.ndarray") -> None:
+        """One row, or several (N, ...). MedSoftError on a disk that is full."""
+        import numpy as np
+
+        assert rows.shape[rows.ndim - len(self.shape) :] == self.shape, (rows.shape, self.shape)
+        self.count += len(rows) if rows.ndim > len(self.shape) else 1
+        with self._writing():
+            self.file.write(np.asarray(rows, self.dtype).tobytes())
+
+    def array(self) -> "np.ndarray":
+        """All rows (N, ...), for whoever has no more to append. They are read from the file where they are needed."""
+        import numpy as np
+
+        if not self.count:
+            return np.empty((0, *self.shape), self.dtype)
+        with self._writing(), self.file:
+            self.file.flush()
+            return np.asarray(np.memmap(self.file, self.dtype, "r+", shape=(self.count, *self.shape)))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            cause = error.strerror or error
+            raise MedSoftError(f"{self.folder}: the {self.what} could not be written there ({cause})") from error

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.config import BiomedClipConfig, DataConfig
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import Contents, fingerprint
+from ldm.core.files import Contents, fingerprint_all
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.core.tables import write_csv
@@ -23,7 +23,7 @@ from ldm.data.annotations import load_samples, write_annotations, write_rejects
 from ldm.data.checks import check_synthetic
 from ldm.data.preparation import described_identity
 from ldm.data.samples import HEALTHY, Sample
-from ldm.evaluation.lesions import Lesion, read_lesions
+from ldm.evaluation.lesions import Lesion, lesion_rows, read_lesions
 from ldm.evaluation.metrics import text_embeddings
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.networks.opening import encoder_record, open_encoder
@@ -60,7 +60,7 @@ def choose_results(
         samples, reviewed = without_rejected(review, samples)
         encoder = open_encoder(biomedclip)
         settings = {
-            "results": fingerprint([described_identity(sample, content) for sample in samples]),
+            "results": fingerprint_all(described_identity(sample, content) for sample in samples),
             **encoder_record(encoder),
             "data": identity(data, "features"),
             "best": best,
@@ -72,7 +72,7 @@ def choose_results(
             log.info("%s: already complete", output_dir)
             return not record["rejected"]
         asked = [sample for sample in samples if not sample.healthy and kind_of(sample)]
-        lesions, more = read_lesions(asked, data, encoder, "results")
+        lesions, more = read_lesions(asked, data, encoder, output_dir, "results")
         content.check(content.known)
         rejects += more
         if not lesions:
@@ -107,7 +107,7 @@ def score(lesions: Sequence[Lesion], encoder: ImageTextEncoder) -> list[dict]:
     kinds = sorted({kind_of(lesion.sample) for lesion in lesions})
     directions = [type_direction([each for each in lesions if kind_of(each.sample) == kind], encoder) for kind in kinds]
     vectors = torch.stack([*directions, text_embeddings(encoder, [HEALTHY])[0]])
-    cosines = (torch.stack([lesion.embedding for lesion in lesions]) @ vectors.T).numpy()
+    cosines = (lesion_rows(lesions, "embedding") @ vectors.T).numpy()
     rows = []
     for lesion, found in zip(lesions, cosines, strict=True):
         place = kinds.index(kind_of(lesion.sample))

@@ -1,11 +1,13 @@
 """Does a synthetic lesion repeat a training lesion? Its nearest training lesions by features, then by pixels."""
 
+import hashlib
 import logging
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -16,11 +18,12 @@ from ldm.core.errors import MedSoftError
 from ldm.core.tables import counted
 from ldm.data.samples import Sample
 from ldm.evaluation.lesions import Lesion, lesion_rows
-from ldm.evaluation.metrics import correlation
+from ldm.evaluation.metrics import BLOCK, correlation
 
 log = logging.getLogger("evaluate")
 
 CANDIDATES = 10  # nearest training lesions whose pixels are compared
+REMEMBERED = 1024  # training lesions whose pixels are at hand for the next comparison
 # Degrees and sizes in which a lesion's own source is tried.
 TURNS, SCALES = range(-36, 37, 6), (0.8, 0.9, 1.0, 1.1, 1.25)
 TURNED = 20  # pairs of training lesions that are turned likewise, to know what that makes of chance
@@ -29,7 +32,7 @@ UNCALIBRATED = 0.95  # threshold without two training patients to compare
 ALIKE = 0.98  # correlation from which the lesions of two training patients can hardly be of two patients
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Neighbour:
     """The training lesion that a lesion looks most like.
 
@@ -192,19 +195,22 @@ def nearest_of(
         for key in _pixel_keys(other):
             by_pixels[key].append(column)
     columns = {other.sample.sample_id: column for column, other in enumerate(train)}
-    cosines, found = lesion_rows(lesions, "alone") @ lesion_rows(train, "alone").T, []
-    for row, lesion in enumerate(tqdm(lesions, desc=name, leave=False, disable=None)):
-        patient = lesion.sample.patient_id if of_other_patients else None
-        allowed = [column for column, other in enumerate(train) if other.sample.patient_id != patient]
-        if not allowed:
+    patients = np.unique([other.sample.patient_id for other in train], return_inverse=True)[1]
+    every, pixels, found = np.arange(len(train)), lru_cache(REMEMBERED)(lambda column: train[column].small), []
+    shown = tqdm(lesions, desc=name, leave=False, disable=None)
+    for row, (lesion, cosines) in enumerate(zip(shown, _cosines(lesions, train), strict=True)):
+        allowed = every[patients != patients[row]] if of_other_patients else every
+        if not len(allowed):
             continue
-        order = sorted(allowed, key=lambda column: -float(cosines[row, column]))[:CANDIDATES]
-        nearest = float(cosines[row, order[0]])
-        equal = {column for key in _pixel_keys(lesion) for column in by_pixels[key]}.intersection(allowed)
+        order = _nearest(cosines, allowed)
+        nearest = float(cosines[order[0]])
+        alike = {column for key in _pixel_keys(lesion) for column in by_pixels.get(key, ())}
+        equal = [each for each in alike if not of_other_patients or patients[each] != patients[row]]
         if equal:
             found.append(Neighbour(lesion, train[min(equal)], 1.0, nearest, comparable=True, as_it_lies=1.0))
             continue
-        scores = [correlation(*lesion.small, *train[column].small, REACH) for column in order]
+        own = lesion.small
+        scores = [correlation(*own, *pixels(column), REACH) for column in order]
         best = int(np.argmax(scores))
         source = None if of_other_patients else columns.get(_source_of(lesion.sample))
         likeness = None if source is None else _turned_correlation(lesion, train[source])
@@ -214,6 +220,22 @@ def nearest_of(
         highest = max(as_it_lies, likeness or 0.0)
         found.append(Neighbour(lesion, match, highest, nearest, not lesion.flat, as_it_lies, likeness))
     return found
+
+
+def _cosines(lesions: Sequence[Lesion], train: Sequence[Lesion]) -> Iterator[np.ndarray]:
+    """Of each lesion the cosines with all training lesions (M,); so many rows at once as the memory holds well."""
+    own, others = lesion_rows(lesions, "alone"), lesion_rows(train, "alone").T
+    for rows in own.split(max(1, BLOCK**2 // len(train))):
+        yield from (rows @ others).numpy()
+
+
+def _nearest(cosines: np.ndarray, allowed: np.ndarray) -> list[int]:
+    """The CANDIDATES columns of the highest cosines among the ``allowed`` ones, the highest first."""
+    distances = -cosines[allowed]
+    if len(allowed) > CANDIDATES:
+        near = np.flatnonzero(distances <= np.partition(distances, CANDIDATES - 1)[CANDIDATES - 1])
+        allowed, distances = allowed[near], distances[near]
+    return allowed[np.argsort(distances, kind="stable")][:CANDIDATES].tolist()
 
 
 def _begun_from_a_lesion(sample: Sample) -> bool:
@@ -235,7 +257,7 @@ def _turned_correlation(lesion: Lesion, source: Lesion) -> float:
     rows, columns = np.nonzero(mask)
     if not len(rows) or lesion.flat:
         return 0.0
-    centre, found = (float(columns.mean()), float(rows.mean())), 0.0
+    centre, found, own = (float(columns.mean()), float(rows.mean())), 0.0, lesion.small
     for turn in TURNS:
         for scale in SCALES:
             matrix = cv2.getRotationMatrix2D(centre, turn, scale)
@@ -243,13 +265,13 @@ def _turned_correlation(lesion: Lesion, source: Lesion) -> float:
             theirs, other = (
                 cv2.warpAffine(each, matrix, grey.shape[::-1], borderMode=cv2.BORDER_REPLICATE) for each in both
             )
-            found = max(found, correlation(*lesion.small, theirs, other >= 0.5, REACH))
+            found = max(found, correlation(*own, theirs, other >= 0.5, REACH))
     return found
 
 
 def _pixel_keys(lesion: Lesion) -> tuple[str, bytes]:
     """Lesions that share one of these have the same image, or the same crop around the lesion, pixel by pixel."""
-    return lesion.digest, lesion.crop.tobytes()
+    return lesion.digest, hashlib.sha256(lesion.crop.tobytes()).digest()
 
 
 def quarantine_copies(copies: Sequence[Neighbour], folder: Path) -> None:

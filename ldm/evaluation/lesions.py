@@ -6,9 +6,9 @@ synthetic image is its parent's but for the lesion.
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -21,14 +21,22 @@ from tqdm import tqdm
 
 from ldm.config import DataConfig
 from ldm.core.errors import MedSoftError
-from ldm.core.tables import counted
+from ldm.core.tables import RowFile, counted
 from ldm.data.checks import FEWEST_PATIENTS
 from ldm.data.images import pixel_digest, to_unit
 from ldm.data.masks import equivalent_diameter, spacing_of
 from ldm.data.preparation import PreparedSample, prepare
 from ldm.data.samples import Reject, Sample
 from ldm.evaluation import metrics
-from ldm.evaluation.metrics import NEIGHBOURS, crop_features, image_embeddings, likeness, mean_of, text_embeddings
+from ldm.evaluation.metrics import (
+    BLOCK,
+    NEIGHBOURS,
+    crop_features,
+    image_embeddings,
+    likeness,
+    mean_of,
+    text_embeddings,
+)
 from ldm.networks.encoder import ImageTextEncoder
 from ldm.reports.comparison import read_result
 
@@ -39,14 +47,16 @@ CROP_SIDE = 192  # pixels of the crops that are kept
 COPY_SIDE = 64  # pixels of the crops in which copies are looked for
 FULLY = 0.999  # of a soft mask: the lesion without its feather, where a composite holds nothing of the original
 FLAT = 0.5  # standard deviation in grey levels of 255, below which only rounding is left to compare
+ROWS = {"crop": "uint8", "inside": "bool", "features": "float32", "alone": "float64", "embedding": "float64"}
 RING = 5  # pixels around a lesion that its contrast is measured against
 SSIM_REACH = 5  # half of SSIM's window
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Lesion:
     """What is kept of a lesion: small images, native numbers and the encoder's vectors.
 
+    Images and vectors are row ``place`` of the arrays ``rows``, which other lesions share; large ones lie in files:
     crop: uint8 grey, at most CROP_SIDE square, the model's crop; inside: bool of that size, the lesion without feather.
     features: CLS token of the crop; alone: the same of the lesion with everything around it hidden, of length 1;
     embedding: projected, of length 1.
@@ -54,17 +64,29 @@ class Lesion:
 
     sample: Sample
     digest: str  # SHA-256 of the image's pixels
-    crop: np.ndarray
-    inside: np.ndarray
     diameter: float  # equivalent, native pixels
     diameter_mm: float | None  # None where the spacing is unknown
     contrast: float | None  # mean inside minus mean of a ring around, of the image's grey range; None without a ring
     texture: float  # standard deviation inside
-    features: Tensor
-    alone: Tensor
-    embedding: Tensor
+    rows: Mapping[str, np.ndarray]  # by the names of ROWS
+    place: int
 
-    @cached_property
+    @property
+    def crop(self) -> np.ndarray:
+        """The model's crop, uint8 grey."""
+        return self.rows["crop"][self.place]
+
+    @property
+    def inside(self) -> np.ndarray:
+        """Where in the crop the lesion is, bool."""
+        return self.rows["inside"][self.place]
+
+    @property
+    def embedding(self) -> Tensor:
+        """Of the crop, of length 1."""
+        return torch.from_numpy(self.rows["embedding"][self.place])
+
+    @property
     def small(self) -> tuple[np.ndarray, np.ndarray]:
         """crop and inside at COPY_SIDE or less, for comparing pixels."""
         side = min(COPY_SIDE, len(self.crop))
@@ -79,20 +101,31 @@ class Lesion:
 
 
 def read_lesions(
-    samples: Sequence[Sample], data: DataConfig, encoder: ImageTextEncoder, name: str
+    samples: Sequence[Sample], data: DataConfig, encoder: ImageTextEncoder, folder: Path, name: str
 ) -> tuple[list[Lesion], list[Reject]]:
-    """The diseased samples among ``samples``; those that cannot be read come back as rejects."""
+    """The diseased samples among ``samples``; those that cannot be read come back as rejects.
+
+    Their images and vectors lie on the disk of ``folder``, see ``RowFile``.
+    """
     found: list[Lesion] = []
     rejects, waiting = [], []
     diseased = [sample for sample in samples if not sample.healthy]
+    files: dict[str, RowFile] = {}
+    rows: dict[str, np.ndarray] = {}  # filled when all are written
     for number, sample in enumerate(tqdm(diseased, desc=f"reading {name}", leave=False, disable=None), start=1):
         try:
             waiting.append((sample, prepare(sample, data, 0, 0)))
         except MedSoftError as error:
             rejects.append(Reject(sample.sample_id, sample.image, str(error)))
         if waiting and (len(waiting) == BATCH or number == len(diseased)):
-            found += lesions_of(waiting, encoder)
-            waiting = []
+            batch, waiting = lesions_of(waiting, encoder), []
+            for each, values in batch[0].rows.items():
+                if each not in files:
+                    what = f"{each} of the {name} lesions"
+                    files[each] = RowFile(folder, values.shape[1:], ROWS[each], len(diseased), what)
+                files[each].append(values)
+            found += [replace(lesion, rows=rows, place=len(found) + lesion.place) for lesion in batch]
+    rows |= {each: file.array() for each, file in files.items()}
     return found, rejects
 
 
@@ -105,19 +138,12 @@ def lesions_of(read: Sequence[tuple[Sample, PreparedSample]], encoder: ImageText
     crops = ((grey + 1) * 127.5).round().clamp(0, 255).byte().squeeze(1).numpy()
     inside = (F.adaptive_max_pool2d(masks, side) >= FULLY).squeeze(1).numpy()
     alone = F.normalize(crop_features(encoder, images, masks < FULLY), dim=1)
-    rows = zip(crops, inside, crop_features(encoder, images), alone, image_embeddings(encoder, images), strict=True)
+    features, embeddings = crop_features(encoder, images).float(), image_embeddings(encoder, images)
+    values = (crops, inside, features.numpy(), alone.numpy(), embeddings.numpy())
+    rows = dict(zip(ROWS, values, strict=True))
     return [
-        Lesion(
-            sample,
-            pixel_digest(image.original),
-            crop,
-            within,
-            *_native_numbers(sample, image),
-            features,
-            own,
-            embedding,
-        )
-        for (sample, image), (crop, within, features, own, embedding) in zip(read, rows, strict=True)
+        Lesion(sample, pixel_digest(image.original), *_native_numbers(sample, image), rows, place)
+        for place, (sample, image) in enumerate(read)
     ]
 
 
@@ -144,8 +170,11 @@ def ring_around(region: np.ndarray) -> np.ndarray:
 
 
 def lesion_rows(lesions: Sequence[Lesion], name: str) -> Tensor:
-    """One of the lesions' rows as float64 (N, D)."""
-    return torch.stack([getattr(lesion, name) for lesion in lesions])
+    """One of the lesions' vectors (N, D): not copied where they are all lesions that have been read together."""
+    rows = lesions[0].rows
+    if len(lesions) == len(rows[name]) and all(x.rows is rows and x.place == k for k, x in enumerate(lesions)):
+        return torch.from_numpy(rows[name])
+    return torch.from_numpy(np.stack([lesion.rows[name][lesion.place] for lesion in lesions]))
 
 
 def set_distances(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[str, Any]:
@@ -229,25 +258,29 @@ def text_agreement(encoder: ImageTextEncoder, lesions: Sequence[Lesion]) -> dict
 
     Others': prompts with other words and, where both are known, of another lesion type. None without any such pair.
     """
-    prompts = [lesion.sample.prompt for lesion in lesions]
-    texts = list(dict.fromkeys(prompts))
-    own_column = torch.tensor([texts.index(prompt) for prompt in prompts])
-    pairs = [(lesion.sample.prompt, lesion.sample.lesion_type) for lesion in lesions]
-    type_of = dict(pairs)
-    cosines = lesion_rows(lesions, "embedding") @ text_embeddings(encoder, texts).T  # (N, T)
-    comparable = torch.tensor(
-        [[text != prompt and not (kind and kind == type_of[text]) for text in texts] for prompt, kind in pairs]
-    )
-    if not comparable.any():
-        return None
-    kept = comparable.any(dim=1)
-    own = cosines[torch.arange(len(lesions)), own_column][kept]
-    other, weights = cosines[kept], comparable[kept].double()
-    mean_other = (other * weights).sum(dim=1) / weights.sum(dim=1)
-    wins = ((own[:, None] > other) * weights).sum(dim=1) / weights.sum(dim=1)
-    patients = [lesion.sample.patient_id for lesion, keep in zip(lesions, kept.tolist(), strict=True) if keep]
-    numbers = {"own": own, "others": mean_other, "difference": own - mean_other, "own_is_closer": wins}
-    return {name: mean_of(each.tolist(), patients) for name, each in numbers.items()}
+    type_of = {lesion.sample.prompt: lesion.sample.lesion_type for lesion in lesions}
+    column = {prompt: place for place, prompt in enumerate(type_of)}
+    number = {kind: place for place, kind in enumerate(dict.fromkeys(filter(None, type_of.values())), start=1)}
+    kinds = torch.tensor([number.get(kind or "", 0) for kind in type_of.values()])  # 0: unknown
+    vectors, embeddings = text_embeddings(encoder, list(type_of)), lesion_rows(lesions, "embedding")
+    numbers: dict[str, list[float]] = {name: [] for name in ("own", "others", "difference", "own_is_closer")}
+    patients, at_once = [], max(1, BLOCK**2 // len(column))
+    for start in range(0, len(lesions), at_once):
+        part = [lesion.sample for lesion in lesions[start : start + at_once]]
+        cosines = embeddings[start : start + at_once] @ vectors.T  # (N, T)
+        columns = torch.tensor([column[sample.prompt] for sample in part])
+        own_kinds = torch.tensor([number.get(sample.lesion_type or "", 0) for sample in part])[:, None]
+        comparable = torch.arange(len(column)) != columns[:, None]
+        comparable &= (own_kinds == 0) | (own_kinds != kinds)
+        kept = comparable.any(dim=1)
+        own = cosines[torch.arange(len(part)), columns][kept]
+        other, weights = cosines[kept], comparable[kept].double()
+        mean_other = (other * weights).sum(dim=1) / weights.sum(dim=1)
+        wins = ((own[:, None] > other) * weights).sum(dim=1) / weights.sum(dim=1)
+        patients += [sample.patient_id for sample, keep in zip(part, kept.tolist(), strict=True) if keep]
+        for found, more in zip(numbers.values(), (own, mean_other, own - mean_other, wins), strict=True):
+            found += more.tolist()
+    return {name: mean_of(found, patients) for name, found in numbers.items()} if patients else None
 
 
 MEASURES = {

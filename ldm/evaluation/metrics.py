@@ -5,8 +5,7 @@ resampling with replacement would put equal images into a set, which every neare
 """
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -15,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from ldm.data.checks import FEWEST_PATIENTS
 from ldm.networks.encoder import ImageTextEncoder
 
 NEIGHBOURS = 5  # k of density and coverage, as in their paper
 HALVES, DRAWS = 100, 2000  # resamplings of a set distance, of a mean or ratio
+BLOCK = 2048  # rows of features that are worked on at once, with as many others; most sets are one block
+TEXTS = 64  # prompts that the encoder reads at once
 
 
 class Estimate(TypedDict):
@@ -30,6 +30,34 @@ class Estimate(TypedDict):
     value: float
     low: float | None
     high: float | None
+
+
+class Picked:
+    """Rows of a set of features, such as a half of it, that are taken out of it block by block, where they are needed.
+
+    It stands for the tensor of these rows in all measures below.
+    """
+
+    def __init__(self, rows: Tensor, places: Tensor) -> None:
+        self.rows, self.places = rows, places
+        self.shape = torch.Size((len(places), rows.shape[1]))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """The rows, ``size`` at a time."""
+        return (self.rows[places] for places in self.places.split(size))
+
+
+Features = Tensor | Picked
+
+
+def rows_at(rows: Features, places: Tensor) -> Features:
+    """These rows: at once where they make one block, else as they are needed."""
+    if isinstance(rows, Picked):
+        return rows_at(rows.rows, rows.places[places])
+    return rows[places] if len(places) <= BLOCK else Picked(rows, places)
 
 
 class PrecomputedFeatures(nn.Identity):
@@ -57,56 +85,76 @@ def image_embeddings(encoder: ImageTextEncoder, images: Tensor) -> Tensor:
 
 def text_embeddings(encoder: ImageTextEncoder, prompts: Sequence[str]) -> Tensor:
     """Projected text embeddings of length 1, float64 (N, E)."""
-    return F.normalize(encoder.encode_text(prompts).double().cpu(), dim=1)
+    parts = [prompts[start : start + TEXTS] for start in range(0, len(prompts), TEXTS)]
+    return F.normalize(torch.cat([encoder.encode_text(part).double().cpu() for part in parts]), dim=1)
 
 
-def frechet_distance(first: Tensor, second: Tensor) -> float:
+def frechet_distance(first: Features, second: Features) -> float:
     """Frechet distance of two Gaussians fitted to features (N, D) and (M, D), N and M at least 2, by torchmetrics.
 
     Heusel et al. 2017, squared as is usual. With fewer rows than D + 1 the covariances are singular: see
     ``small_sample_warnings``.
     """
     metric = FrechetInceptionDistance(feature=PrecomputedFeatures(first.shape[1])).set_dtype(torch.float64)
-    metric.update(first.double(), real=True)
-    metric.update(second.double(), real=False)
+    for features, real in ((first, True), (second, False)):
+        for block in features.split(BLOCK):
+            metric.update(block.double(), real=real)
     return max(float(metric.compute()), 0.0)  # of equal sets it is 0 but for rounding
 
 
-def kernel_distance(first: Tensor, second: Tensor) -> float:
-    """Kernel distance (KID) of features (N, D), (M, D): unbiased squared MMD, cubic kernel, by torchmetrics.
+def kernel_distance(first: Features, second: Features) -> float:
+    """Kernel distance (KID) of features (N, D), (M, D): unbiased squared MMD, cubic kernel.
 
-    Binkowski et al. 2018. The larger set is cut to the smaller one's size, taken in turns.
+    Binkowski et al. 2018. The larger set is cut to the smaller one's size, taken in turns. Not by torchmetrics, which
+    holds all pairs at once, and shuffles the rows by chance, so that the last digits are others each time.
     """
     size = min(len(first), len(second))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it keeps the features
-        metric = KernelInceptionDistance(feature=PrecomputedFeatures(first.shape[1]), subsets=1, subset_size=size)
-    for features, real in ((first, True), (second, False)):
-        metric.update(features.double()[torch.linspace(0, len(features) - 1, size).round().long()], real=real)
-    return float(metric.compute()[0])
+    first, second = (rows_at(x, torch.linspace(0, len(x) - 1, size).round().long()) for x in (first, second))
+    own = sum(_kernel_sum(x, x) - _kernel_diagonal(x) for x in (first, second)) / (size * (size - 1))
+    return own - 2 * _kernel_sum(first, second) / size**2
 
 
-def density(real: Tensor, other: Tensor) -> float:
+def _kernel_sum(first: Features, second: Features) -> float:
+    """The cubic kernel of all pairs of rows, summed."""
+    pairs = ((a.double(), b.double()) for a in first.split(BLOCK) for b in second.split(BLOCK))
+    return sum(float(((a @ b.T / a.shape[1] + 1) ** 3).sum()) for a, b in pairs)
+
+
+def _kernel_diagonal(features: Features) -> float:
+    """The same of each row with itself."""
+    blocks = (block.double() for block in features.split(BLOCK))
+    return sum(float((((x * x).sum(dim=1) / x.shape[1] + 1) ** 3).sum()) for x in blocks)
+
+
+def density(real: Features, other: Features) -> float:
     """How many real neighbourhoods an ``other`` image lies in, over NEIGHBOURS: 1 for the real distribution itself.
 
     Naeem et al. 2020, "Reliable fidelity and diversity metrics". A real image's neighbourhood is the ball to its
     NEIGHBOURS-th nearest other real one. Needs more than NEIGHBOURS real rows.
     """
-    return float(_inside(real, other).double().sum() / (NEIGHBOURS * len(other)))
+    return float(_inside(real, other).sum().double() / (NEIGHBOURS * len(other)))
 
 
-def coverage(real: Tensor, other: Tensor) -> float:
+def coverage(real: Features, other: Features) -> float:
     """Share of real neighbourhoods (see ``density``) that hold an ``other`` image: 1 = all of the variety."""
-    return float(_inside(real, other).any(dim=1).double().mean())
+    return float((_inside(real, other) > 0).double().mean())
 
 
-def _inside(real: Tensor, other: Tensor) -> Tensor:
-    """Bool (N, M): is the other image within the real one's neighbourhood?"""
-    radius = torch.cdist(real, real).kthvalue(NEIGHBOURS + 1, dim=1).values  # the nearest one is the image itself
-    return torch.cdist(real, other) < radius[:, None]
+def _inside(real: Features, other: Features) -> Tensor:
+    """How many other images lie within each real one's neighbourhood (N,)."""
+    counts = []
+    for rows in real.split(BLOCK):
+        own = rows.double()
+        near = own.new_empty(len(own), 0)
+        for part in real.split(BLOCK):  # of all distances only the shortest ones are kept
+            near = torch.cat([near, torch.cdist(own, part.double())], dim=1)
+            near = near.topk(min(NEIGHBOURS + 1, near.shape[1]), dim=1, largest=False).values
+        radius = near.amax(dim=1, keepdim=True)  # the nearest one is the image itself
+        counts.append(sum((torch.cdist(own, part.double()) < radius).sum(dim=1) for part in other.split(BLOCK)))
+    return torch.cat(counts)
 
 
-def by_halves(measure: Callable[[Tensor, Tensor], float], first: Tensor, second: Tensor) -> Estimate:
+def by_halves(measure: Callable[[Features, Features], float], first: Tensor, second: Tensor) -> Estimate:
     """``measure`` of two feature sets with an interval by half-samples (delete-half jackknife, Shao and Wu 1989).
 
     The spread of the number over random halves, taken without replacement, is its standard error on the whole; the
@@ -123,7 +171,7 @@ def by_halves(measure: Callable[[Tensor, Tensor], float], first: Tensor, second:
     return Estimate(value=value, low=value - half, high=value + half)
 
 
-def between_halves(measure: Callable[[Tensor, Tensor], float], features: Tensor) -> float | None:
+def between_halves(measure: Callable[[Features, Features], float], features: Tensor) -> float | None:
     """Mean of ``measure`` between two random halves of one set: what two sets of one kind, so small, differ by."""
     if len(features) < 4 * (NEIGHBOURS + 1):
         return None
@@ -131,9 +179,9 @@ def between_halves(measure: Callable[[Tensor, Tensor], float], features: Tensor)
     return float(np.mean([measure(*_random_halves(features, generator)) for _ in range(HALVES // 5)]))
 
 
-def _random_halves(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _random_halves(rows: Tensor, generator: torch.Generator) -> tuple[Features, Features]:
     order = torch.randperm(len(rows), generator=generator)
-    return rows[order[: len(rows) // 2]], rows[order[len(rows) // 2 :]]
+    return rows_at(rows, order[: len(rows) // 2]), rows_at(rows, order[len(rows) // 2 :])
 
 
 def mean_of(values: Sequence[float], patients: Sequence[str]) -> Estimate | None:
@@ -154,8 +202,12 @@ def ratio_of(numerators: Sequence[float], denominators: Sequence[float], patient
         return Estimate(value=value, low=None, high=None)
     by_patient = np.zeros((2, len(known)))
     np.add.at(by_patient.T, [known[patient] for patient in patients], sums.T)
-    chosen = np.random.default_rng(0).integers(0, len(known), (DRAWS, len(known)))
-    resampled = by_patient[:, chosen].sum(axis=2)
+    rng, at_once = np.random.default_rng(0), max(1, BLOCK**2 // len(known))
+    drawn = [
+        by_patient[:, rng.integers(0, len(known), (min(at_once, DRAWS - first), len(known)))].sum(axis=2)
+        for first in range(0, DRAWS, at_once)
+    ]
+    resampled = np.concatenate(drawn, axis=1)
     low, high = np.percentile(resampled[0] / resampled[1], (2.5, 97.5))
     return Estimate(value=value, low=float(low), high=float(high))
 

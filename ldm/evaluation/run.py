@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ldm.config import BiomedClipConfig, DataConfig
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import Contents, fingerprint
+from ldm.core.files import Contents, fingerprint, fingerprint_all
 from ldm.core.run_folder import RunFolder
 from ldm.core.schema import identity
 from ldm.core.tables import counted
@@ -84,7 +84,7 @@ class Inputs(NamedTuple):
     def settings(self, encoder: ImageTextEncoder, data: DataConfig, content: Contents) -> dict[str, Any]:
         """All that decides the numbers; ``content`` reads the files."""
         found: dict[str, Any] = {
-            name: fingerprint([described_identity(sample, content) for sample in each])
+            name: fingerprint_all(described_identity(sample, content) for sample in each)
             for name, each in self.samples.items()
         }
         found["parents"] = _parents(self.samples["synthetic"], content)
@@ -118,7 +118,7 @@ def evaluate(
         if record and record["complete"] and not (quarantine and record["copies"]["count"]):
             log.info("%s: already complete", output_dir)
             return not (record["copies"]["count"] or record["rejected"])
-        lesions = _read_lesions(sources, inputs, data, encoder)
+        lesions = _read_lesions(sources, inputs, data, encoder, output_dir)
         copies = check_copies(lesions["synthetic"], lesions["train"], lesions["real"] if sources.held_out else None)
         measured = _measure(sources, inputs, lesions, copies, encoder)
         content.check(content.known)
@@ -163,15 +163,15 @@ def _parents(results: list[Sample], content: Contents) -> str:
 
 
 def _read_lesions(
-    sources: Sources, inputs: Inputs, data: DataConfig, encoder: ImageTextEncoder
+    sources: Sources, inputs: Inputs, data: DataConfig, encoder: ImageTextEncoder, folder: Path
 ) -> dict[str, list[Lesion]]:
-    """The lesions of each source; what cannot be read joins the rejects of ``inputs``.
+    """The lesions of each source, on the disk of ``folder``; what cannot be read joins the rejects of ``inputs``.
 
     Raises MedSoftError unless every source has enough diseased samples for a covariance, the training one for a match.
     """
     lesions: dict[str, list[Lesion]] = {}
     for name in ("real", "synthetic", *(["train"] if sources.held_out else [])):
-        lesions[name], more = read_lesions(inputs.samples[name], data, encoder, name)
+        lesions[name], more = read_lesions(inputs.samples[name], data, encoder, folder, name)
         inputs.rejects.extend([reject for reject in more if reject not in inputs.rejects])
     lesions.setdefault("train", lesions["real"])
     for name, least in (("real", 2), ("synthetic", 2), ("train", 1)):

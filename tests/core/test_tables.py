@@ -1,12 +1,15 @@
-"""ldm/core/tables.py: CSV and Markdown."""
+"""ldm/core/tables.py: CSV, Markdown, and rows in a file."""
 
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ldm.core import tables
 from ldm.core.errors import MedSoftError
 from ldm.core.tables import (
+    RowFile,
     counted,
     csv_lines,
     markdown_head,
@@ -90,3 +93,25 @@ def test_paths_and_names_of_columns_are_text_too(tmp_path: Path) -> None:
 def test_a_count_agrees_with_its_noun() -> None:
     assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
     assert [counted(number, "try was", "tries were") for number in (1, 3)] == ["1 try was", "3 tries were"]
+
+
+def test_rows_in_a_file_are_what_was_appended_and_leave_nothing_behind(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (7, 3, 2), np.uint8)
+    made = RowFile(tmp_path / "not" / "yet", (3, 2), "uint8", 7, "images")
+    made.append(rows[0])
+    made.append(rows[1:6])
+    made.append(rows[6])
+    assert not list(tmp_path.iterdir())
+    array = made.array()
+    assert np.array_equal(array, rows)
+    assert np.array_equal(array[[5, 0, 5]], rows[[5, 0, 5]])
+    assert RowFile(tmp_path, (3, 2), "bool", 7, "masks").array().shape == (0, 3, 2)
+    (tmp_path / "file").touch()
+    assert len(RowFile(tmp_path / "file" / "out", (2,), "uint8", 1, "images").array()) == 0  # the run refuses it itself
+
+
+def test_rows_without_room_are_refused_before_any_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "free_bytes", lambda _: 4_000_000_000)
+    said = r"the images \(100000 of 224 x 224\) need 5\.02 GB on the disk, 4\.00 GB are free there; make room"
+    with pytest.raises(MedSoftError, match=said):
+        RowFile(tmp_path, (224, 224), "uint8", 100_000, "images")

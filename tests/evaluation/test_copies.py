@@ -22,8 +22,9 @@ def lesion(number: int, seed: int, turn: float = 0.0, **meta: str) -> Lesion:
     matrix = cv2.getRotationMatrix2D((side / 2, side / 2), turn, 1.0)
     crop = cv2.warpAffine(crop, matrix, (side, side), borderMode=cv2.BORDER_REPLICATE).astype(np.uint8)
     sample = Sample(f"s{number}", Path("i"), Path("m"), "lesion", (0, 0, 1, 1), f"p{number}", meta=dict(meta))
-    vector = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=8)).float(), dim=0)
-    return Lesion(sample, f"{number}", crop, inside, 16.0, None, 0.0, 1.0, vector, vector, vector)
+    vector = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=8)).float(), dim=0).numpy()
+    rows = {"crop": crop, "inside": inside} | dict.fromkeys(("features", "alone", "embedding"), vector)
+    return Lesion(sample, f"{number}", 16.0, None, 0.0, 1.0, {name: each[None] for name, each in rows.items()}, 0)
 
 
 def test_turning_does_not_make_copies_of_unlike_lesions() -> None:
@@ -48,7 +49,7 @@ def ramp(number: int, degrees: float, **meta: str) -> Lesion:
     along = np.cos(np.radians(degrees)) * columns + np.sin(np.radians(degrees)) * rows
     grain = np.random.default_rng(number).normal(0, 1, made.crop.shape)
     crop = np.where(np.hypot(rows, columns) < 8, 128 + 6 * along + grain, 90).astype(np.uint8)
-    return dataclasses.replace(made, crop=crop)
+    return dataclasses.replace(made, rows={**made.rows, "crop": crop[None]})
 
 
 def test_a_threshold_for_turned_lesions_near_to_1_is_said() -> None:

@@ -8,6 +8,7 @@ import tiny
 import torch
 from scipy import linalg
 
+from ldm.evaluation import metrics
 from ldm.evaluation.metrics import (
     between_halves,
     by_halves,
@@ -83,6 +84,19 @@ def test_density_and_coverage_count_neighbourhoods() -> None:
     assert coverage(real, real) == 1.0
     assert (density(real, other + 1000), coverage(real, other + 1000)) == (0.0, 0.0)
     assert coverage(real, real[:1].repeat(20, 1)) < 0.5 < density(real, real[:1].repeat(20, 1)) + 0.5  # one mode only
+
+
+def test_sets_of_several_blocks_have_the_numbers_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = features(1, 90), features(2, 70, shift=0.3)
+    patients = [str(k) for k in range(90)]
+
+    def numbers() -> list[float]:
+        found = [by_halves(each, first, second) for each in (frechet_distance, kernel_distance, density, coverage)]
+        return [value for each in [*found, mean_of(first[:, 0].tolist(), patients)] for value in each.values()]
+
+    whole = numbers()
+    monkeypatch.setattr(metrics, "BLOCK", 16)
+    assert numbers() == pytest.approx(whole, rel=1e-6, abs=1e-9)
 
 
 def test_half_samples_give_an_interval_that_narrows_with_the_number_of_pictures() -> None:
