@@ -1,6 +1,7 @@
 """The design of a study: its YAML, checked, and the steps that its worlds, generators and cells come from. No torch."""
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,24 +140,30 @@ def settings_of(design: Design, each: CellStep | JudgeStep) -> str:
 
     It does not with the place of the output folder, which another machine may have elsewhere.
     """
-    steps, home = (*once_for(design, each), *each.before, each.step), f"{design.keys.output_dir}/"
+    begun = once_for(design, *(step.run for step in each.before), words_of(each))
+    steps, home = (*begun, *each.before, each.step), f"{design.keys.output_dir}/"
     words = [[word.replace(home, "") for word in step.settings[0]] for step in steps]
     return fingerprint([words, added_by(each).replace(home, ""), [step.settings[1] for step in steps]])[:16]
 
 
-def once_for(design: Design, each: CellStep | JudgeStep) -> tuple[PlanStep, ...]:
-    """Of the steps that run once, those that a cell or a judgement comes from: it names what they make, or they do."""
-    said = " ".join([added_by(each), *(step.run for step in (*each.before, each.step))])
+def once_for(design: Design, *commands: str) -> tuple[PlanStep, ...]:
+    """Of the steps that run once, those that ``commands`` begin with: they name what it makes, or another one does."""
+    said = " ".join(commands)
     found: tuple[PlanStep, ...] = ()
     for step in reversed(design.steps):
         folders = {str(Path(path).parent) for path in step.makes} - {design.keys.output_dir}
-        if any(path in said for path in (*step.makes, *folders)):
+        if any(re.search(rf"{re.escape(path)}(?![\w.-])", said) for path in (*step.makes, *folders)):
             found, said = (step, *found), f"{step.run} {said}"
     return found
 
 
+def words_of(each: CellStep | JudgeStep) -> str:
+    """The command of a cell or a judgement, and the real images that the arm of a cell adds, which it does not name."""
+    return f"{each.step.run} {added_by(each)}"
+
+
 def added_by(each: CellStep | JudgeStep) -> str:
-    """The real images that the arm of a cell adds, which are not among the words of its command."""
+    """The real images that the arm of a cell adds."""
     return str(each.arm.add or "") if isinstance(each, CellStep) else ""
 
 

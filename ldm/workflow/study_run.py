@@ -19,12 +19,14 @@ from ldm.workflow.study_design import (
     CellStep,
     Design,
     Group,
+    JudgeStep,
     World,
     added_path,
     load_design,
     once_for,
     plan_groups,
     settings_of,
+    words_of,
 )
 from ldm.workflow.study_hypotheses import outcomes
 from ldm.workflow.study_jobs import run_side_by_side
@@ -75,12 +77,20 @@ def once_plan(design: Design) -> Plan:
     return Plan("study", design.keys.output_dir, design.steps)
 
 
-def came_first(design: Design, once: PlanRecord, record: PlanRecord, each: CellStep) -> bool:
-    """Whether a cell is older than what it comes from of that which is made ``once``."""
-    finished = [once.entries[step.name]["finished"] for step in once_for(design, each) if step.name in once.entries]
-    return each.step.name in record.entries and any(
-        moment > record.entries[each.step.name]["finished"] for moment in finished
-    )
+def older_steps(design: Design, once: PlanRecord, record: PlanRecord, each: CellStep | JudgeStep) -> list[PlanStep]:
+    """Of the steps behind a cell or a judgement, those older than something made ``once`` that they begin with.
+
+    Not the judge's own: of its weights the content is compared.
+    """
+    commands = {step: step.run for step in each.before}
+    if isinstance(each, CellStep):
+        commands[each.step] = words_of(each)
+
+    def older(step: PlanStep) -> bool:
+        begun = [once.entries[first.name] for first in once_for(design, commands[step]) if first.name in once.entries]
+        return any(entry["finished"] > record.entries[step.name]["finished"] for entry in begun)
+
+    return [step for step in commands if step.name in record.entries and older(step)]
 
 
 def chosen_worlds(design: Design, groups: Sequence[Group], worlds: Sequence[str] | None) -> list[str]:
@@ -131,18 +141,21 @@ def world_folder(design: Design, world: World) -> RunFolder:
 
 
 def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[PlanRecord, list[str]], int]) -> int:
-    """Data first, then what is made from them in here, generator and cells, report; 0, or the failed step's code."""
+    """Data first, then what is made from them in here, generator and cells, report; 0, or the failed step's code.
+
+    What is older than something made once that it begins with runs again, and all after it.
+    """
     print(f"--- {group.plan.name}", flush=True)
-    record = PlanRecord(group.plan)
+    record, once = PlanRecord(group.plan), PlanRecord(once_plan(design))
+    older = {step for each in (*group.cells, *group.judged) for step in older_steps(design, once, record, each)}
+    if older:
+        record.begin(min(older, key=group.plan.steps.index))
     names, made = [step.name for step in group.plan.steps], len(group.world.steps)
     if code := run(record, names[:made]):
         return code
     check_unchanged(design, group.world, adding(group))
     for arm in adding(group):
         add_real(design, group.world, arm)
-    once = PlanRecord(once_plan(design))
-    if older := [each.step for each in group.cells if came_first(design, once, record, each)]:
-        record.begin(older[0])
     code = run(record, names[made:])
     if not code:
         with whole_study(design):
@@ -244,7 +257,7 @@ def read_study(design: Design, groups: Sequence[Group]) -> tuple[Study, int]:
             treatment, generated = Treatment(each.arm.name, each.ratio), each.made and each.made.seed
             planned.append((each.world.name, treatment, generated, each.seed))
             settings[planned[-1]] = settings_of(design, each)
-            if record.outdated(each.step, each.before) or came_first(design, once, record, each):
+            if record.outdated(each.step, each.before) or older_steps(design, once, record, each):
                 outdated += 1
                 continue
             found = read_cell(ROOT / each.folder, each.world.name, treatment, each.seed)
@@ -265,7 +278,7 @@ def origin(record: PlanRecord, step: PlanStep, settings: str) -> dict[str, str]:
 def read_drawings(design: Design, groups: Sequence[Group]) -> tuple[Drawings, dict[Key | DrawingKey, str], int]:
     """What this judge says of drawings, the settings of all that are planned, and how many judgements are of other
     settings or older generators."""
-    drawings, planned, outdated, others = [], [], 0, 0
+    drawings, planned, outdated, others, once = [], [], 0, 0, PlanRecord(once_plan(design))
     settings: dict[Key | DrawingKey, str] = {}
     judge = content_id(ROOT / design.keys.judge.weights) if design.keys.read_by_judge else None
     for group in groups:
@@ -274,7 +287,7 @@ def read_drawings(design: Design, groups: Sequence[Group]) -> tuple[Drawings, di
             made = each.world.name, each.made.name, each.made.seed
             planned.append(made)
             settings[made] = settings_of(design, each)
-            if record.outdated(each.step, each.before):
+            if record.outdated(each.step, each.before) or older_steps(design, once, record, each):
                 outdated += 1
                 continue
             found = read_drawing(ROOT / each.file, *made, judge)

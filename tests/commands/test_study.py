@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -214,31 +215,48 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
 
 
-def test_a_cell_that_is_older_than_what_it_begins_with_is_left_out_and_run_again(
-    write_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+BACK = "{output_dir}/back/classifier.safetensors"
+DRAW = f"python tool/draw.py --ckpt {BACK} --output_dir {{pictures}}"
+BEGUN: dict[str, dict] = {
+    "begun_seed0": {"arms": {**SMALL["arms"], "begun": {"set": [f"pretrained={BACK}"]}}},
+    "draw": {
+        "arms": {**SMALL["arms"], "begun": {"use": "mix", "generator": "ours", "ratios": [1]}},
+        "generators": {"ours": {"run": DRAW}},
+    },
+}
+
+
+@pytest.mark.parametrize("again", BEGUN)
+def test_what_is_older_than_what_it_begins_with_is_left_out_and_run_again(
+    write_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
 ) -> None:
-    back = "{output_dir}/back/classifier.safetensors"
-    steps = [{"name": "back", "run": "python classifier.py a.json", "makes": [back]}]
-    arms = {**SMALL["arms"], "begun": {"set": [f"pretrained={back}"]}}
-    path = write_study(steps=steps, arms=arms)
+    """A cell, or the generator that it learns from: then a cell that is newer than both does not count either."""
+    steps = [{"name": "back", "run": "python classifier.py a.json", "makes": [BACK]}]
+    path = write_study(steps=steps, **BEGUN[again])
     design = study_design.load_design(path)
-    (group,) = study_design.plan_groups(design)
-    record = plans.PlanRecord(group.plan)
-    for step in group.plan.steps:
-        record.add(step, 1.0, 0)
-    made = [file for step in (*group.plan.steps, *design.steps) for file in step.makes]
-    for file in (*made, design.worlds[0].val):
-        write_json(Path(file), {"test": {"auc": {"value": 0.6}}, "validation": {"auc": 0.5}})
-    later = SimpleNamespace(now=lambda zone: datetime(2100, 1, 1, tzinfo=zone))
-    monkeypatch.setattr("ldm.workflow.plans.datetime", later)
-    plans.PlanRecord(plans.Plan("study", design.keys.output_dir, design.steps)).add(design.steps[0], 1.0, 0)
+    groups = list(study_design.plan_groups(design))
+
+    def ran_in(year: int, plan: plans.Plan, steps: Iterable[plans.PlanStep]) -> None:
+        clock = SimpleNamespace(now=lambda zone: datetime(year, 1, 1, tzinfo=zone))
+        monkeypatch.setattr("ldm.workflow.plans.datetime", clock)
+        for step in steps:
+            plans.PlanRecord(plan).add(step, 1.0, 0)
+            for file in step.makes:
+                write_json(Path(file), {"test": {"auc": {"value": 0.6}}, "validation": {"auc": 0.5}})
+
+    write_json(Path(design.worlds[0].val), [])  # check_unchanged looks for it
+    for group in groups:
+        ran_in(2001, group.plan, group.plan.steps)
+    ran_in(2002, plans.Plan("study", design.keys.output_dir, design.steps), design.steps)
+    if again == "draw":
+        ran_in(2003, groups[-1].plan, [each.step for each in groups[-1].cells])
     assert tiny.call(study, path, "--collect") == 0
     said = (tmp_path / "out" / "study.md").read_text()
     assert "2 of 3 cells are finished; left out, as other settings or an older generator made them: 1." in said
     ran = []
     monkeypatch.setattr("ldm.workflow.plan_run._run_child", lambda words, step: ran.append(step) or 7)
     assert tiny.call(study, path) == 7
-    assert ["begun" in step.run for step in ran] == [True]
+    assert [step.name for step in ran] == [again]
 
 
 def test_collecting_before_anything_ran_says_so(write_study) -> None:
