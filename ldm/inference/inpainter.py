@@ -92,11 +92,12 @@ class Inpainter:
     def begin(
         self, samples: Sequence[PreparedSample], jobs: Sequence[Job], on_step: OnStep | None = None
     ) -> list[Callable[[], InpaintedImage]]:
-        """``inpaint`` in two halves: this one hands a batch to the device not waiting until a GPU is done with it.
+        """``inpaint`` in two halves: this one hands a batch to the device, and does not wait until a GPU has drawn it.
 
-        While prompts are encoded it waits for the batch before: transformers reads the values of BERT's padding mask.
-        What comes back waits for this batch and composites, one call for each image, in any thread. ``on_step``: told
-        after each sampling step how many are done, for which a GPU is waited for; what it raises ends the drawing.
+        Where prompts are encoded it waits until the batch before is drawn: transformers reads the values of BERT's
+        padding mask. What comes back waits for this batch and composites, one call for each image, in any thread.
+        ``on_step``: told after each sampling step how many are done, for which a GPU is waited for; what it raises ends
+        the drawing.
         """
         self._rows = max(self._rows, len(samples))
         # Compiled networks know the largest batch: a smaller one is filled up, which changes no other image's noise.
