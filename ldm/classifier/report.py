@@ -199,10 +199,9 @@ def _feature_map(path: Path, test: Scored, synthetic: Scored | None) -> dict[str
     if synthetic is not None:
         names += [f"synthetic: {label}" for label in synthetic.images.labels]
     kept = map_points(len(names))
-    features = np.empty((len(kept), test.features.shape[1]), test.features.dtype)
-    for scored, inside in ((test, kept < len(test.images)), (synthetic, kept >= len(test.images))):
-        if scored is not None:
-            features[inside] = scored.features
+    by_set = np.concatenate([each.features for each in (test, synthetic) if each is not None and len(each.features)])
+    features = np.empty_like(by_set)
+    features[np.argsort(kept >= len(test.images), kind="stable")] = by_set  # in the order of ``kept``
     points, perplexity = embed(features)
     source = None if points is None else _plot(path, "tsne", map_figure(points, [names[i] for i in kept]))
     counts = {"shown": len(kept), "count": len(names), "least": LEAST_POINTS}

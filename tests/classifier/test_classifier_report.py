@@ -100,6 +100,15 @@ def test_another_run_leaves_no_picture_of_the_one_before(tested: dict) -> None:
     assert Page(folder / "report.html").sections
 
 
+def test_the_map_of_features_may_show_no_image_of_one_of_the_sets(
+    tested: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where few synthetic images stand beside thousands to test on."""
+    monkeypatch.setattr("ldm.classifier.report.MOST_POINTS", 1)
+    assert run(tested | {"seed": 2}, "--overwrite") == 0
+    assert "tsne" not in {path.stem for path in (Path(tested["output_dir"]) / "report_files").iterdir()}
+
+
 def test_perplexity_is_lowered_where_points_are_few() -> None:
     from ldm.classifier.report import embed
 
