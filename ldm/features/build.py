@@ -28,6 +28,7 @@ from ldm.data.images import read_image
 from ldm.data.masks import Mask
 from ldm.data.preparation import PreparedSample, fit_sample, prepare, whole_pictures
 from ldm.data.samples import Reject, Sample
+from ldm.features.known import record_in
 from ldm.features.names import Item
 from ldm.features.shards import narrow
 from ldm.features.sizes import image_memory
@@ -56,8 +57,8 @@ class FeatureBuilder:
         digests: Mapping[Path | None, str],
         batch: int = 2,
     ) -> None:
-        """``digests``: SHA-256 of every file of the items (see KnownFiles); ``batch``: items
-        that are computed at once, at most."""
+        """``digests``: SHA-256 of every file of the items (see KnownFiles); ``batch``: the most items that are
+        computed at once."""
         self.data, self.model, self.clip, self.batch = data, model, clip, batch
         self.whole = model.architecture.biomedclip.view == "image"
         encoders = {"clip": clip.fingerprint + clip.preparation.get("images", "") + " of whole images" * self.whole}
@@ -183,7 +184,8 @@ class FeatureBuilder:
         for sample in filter(None, (item.sample, item.donor)):
             for path in filter(None, sample.files):  # else its features would be kept under the name of another one's
                 if content_id(path) != self.store.digests[path]:
-                    raise FileError(path, REPLACED)
+                    trusted = record_in(self.store.folder)
+                    raise FileError(path, f"{REPLACED}; should it say so once more, delete {trusted}")
         return prepared
 
     def _read(self, item: Item) -> PreparedSample:

@@ -25,11 +25,15 @@ from ldm.data.samples import Sample
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of what is remembered; raise the number when files of the same content would give another answer
-FOLDER, NAME = "data", "verified.jsonl"
 SETTLED = 2 * 10**9  # ns: what changes again sooner may show the same time on a coarse clock (FAT's has two seconds)
 PART = 4096  # files that are looked at together
 Value = TypeVar("Value")
 State = tuple[int, int, int]  # size in bytes, time of the last modification and of the last change of any kind in ns
+
+
+def record_in(cache: Path) -> Path:
+    """Where a feature cache remembers the files of the data."""
+    return cache / "data" / "verified.jsonl"
 
 
 class KnownFiles:
@@ -39,7 +43,7 @@ class KnownFiles:
     """
 
     def __init__(self, cache: Path | None = None) -> None:
-        self.file = cache / FOLDER / NAME if cache else None
+        self.file = record_in(cache) if cache else None
         self.digests: dict[Path | None, str] = {}
         self._answers: dict[str, int] = {}
         # What the record does not hold yet; the rest of it is read again when it is written, line by line.

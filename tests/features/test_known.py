@@ -187,7 +187,7 @@ def test_fresh_files_are_remembered_once_they_have_settled(
 ) -> None:
     monkeypatch.setattr(module, "SETTLED", 3600 * 10**9)
     first = start(data)
-    assert not list(start.cache.rglob(module.NAME))
+    assert not module.record_in(start.cache).exists()
     monkeypatch.setattr(module, "SETTLED", 0)
     assert start(data) == first
     assert set(start.read) == EVERYTHING
@@ -228,7 +228,7 @@ def test_a_lost_or_damaged_record_costs_time_only(
     said: str,
 ) -> None:
     first = start(data)
-    (file,) = start.cache.rglob(module.NAME)
+    file = module.record_in(start.cache)
     damage(file)
     assert start(data) == first
     assert set(start.read) == EVERYTHING
@@ -249,7 +249,7 @@ def test_two_data_sets_share_a_record(start: Starts, data: list[Sample], settled
     other[0].image.unlink()
     sample(tmp_path / "data", "a", lesion=9)
     start(data)
-    (file,) = start.cache.rglob(module.NAME)
+    file = module.record_in(start.cache)
     assert "c_image" not in file.read_text()
     assert "d_image" in file.read_text()
 
@@ -257,11 +257,12 @@ def test_two_data_sets_share_a_record(start: Starts, data: list[Sample], settled
 def test_who_cannot_write_the_record_goes_on(
     start: Starts, data: list[Sample], settled: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (start.cache / module.FOLDER).mkdir(parents=True)
-    with exclusive(start.cache / module.FOLDER / ".lock", "busy"):
+    record = module.record_in(start.cache)
+    record.parent.mkdir(parents=True)
+    with exclusive(record.with_name(".lock"), "busy"):
         first = start(data)
     assert "another run is writing it; the next start reads the data again" in caplog.text
-    (start.cache / module.FOLDER / module.NAME).mkdir()
+    record.mkdir()
     assert start(data) == first
     assert "could not be written" in caplog.text
 
@@ -286,10 +287,10 @@ def test_a_killed_writer_leaves_the_record_of_before(start: Starts, data: list[S
     image = sample(data[0].image.parent, "new").image
     code = WRITE.format(cache=str(start.cache), image=str(image), before=KILL)
     assert children.run("-c", code).returncode == -9
-    folder = start.cache / module.FOLDER
-    assert len(list(folder.iterdir())) == 3  # record, lock and what was half-written
+    record = module.record_in(start.cache)
+    assert len(list(record.parent.iterdir())) == 3  # record, lock and what was half-written
     assert start(data) == first
     assert start.read == []
     assert children.run("-c", WRITE.format(cache=str(start.cache), image=str(image), before="")).returncode == 0
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", module.NAME]
-    assert str(image) in (folder / module.NAME).read_text()
+    assert sorted(path.name for path in record.parent.iterdir()) == [".lock", record.name]
+    assert str(image) in record.read_text()
