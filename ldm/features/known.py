@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm.core.devices import is_first_process
-from ldm.core.errors import MedSoftError
+from ldm.core.errors import MedSoftError, first_line
 from ldm.core.files import atomic_file, content_id, fingerprint, remove_partials
 from ldm.core.locks import exclusive
 from ldm.core.threads import thread_pool
@@ -96,8 +96,8 @@ class KnownFiles:
                         handle.write(line)
                         whole.update(line)
                     handle.write(whole.hexdigest().encode())
-        except MedSoftError as error:
-            log.warning("warning: %s; the next start reads the data again", error)
+        except (MedSoftError, OSError) as error:  # OSError: a leftover of a killed run that cannot be deleted
+            log.warning("warning: %s; the next start reads the data again", first_line(error))
 
     def _remembered(self) -> Iterator[Any]:
         """The lines of the record: those of other data stay as long as their files do."""
