@@ -64,6 +64,10 @@ class Judge(Protocol):
         ...
 
 
+Numbers = dict[str, float | None]  # by name; None for what cannot be measured
+TrainingLesion = tuple[Lesion, Numbers]  # and what was measured of its image, which is not kept
+
+
 class Bound(NamedTuple):
     """Where a number has to lie; None where a side is open."""
 
@@ -148,12 +152,17 @@ class LesionChecks:
         self, lesions: Sequence[Sample], rejects: Sequence[Reject], encoder: ImageTextEncoder, data: DataConfig
     ) -> "LesionCheck":
         """The check, with thresholds from ``lesions``; those that cannot be read join ``rejects`` in check.json."""
-        read, rejects = [], [*rejects]
-        for sample in lesions:
-            try:
-                read.append((sample, prepare(sample, data, 0, 0)))
-            except MedSoftError as error:
-                rejects.append(Reject(sample.sample_id, sample.image, str(error)))
+        read: list[TrainingLesion] = []
+        rejects = [*rejects]
+        for start in range(0, len(lesions), BATCH):
+            images = []
+            for sample in lesions[start : start + BATCH]:
+                try:
+                    images.append((sample, prepare(sample, data, 0, 0)))
+                except MedSoftError as error:
+                    rejects.append(Reject(sample.sample_id, sample.image, str(error)))
+            found = lesions_of(images, encoder) if images else []
+            read += [(lesion, _of_image(image)) for lesion, (_, image) in zip(found, images, strict=True)]
         if rejects:
             said = counted(len(rejects), "entry", "entries")
             text = (
@@ -176,12 +185,12 @@ class LesionCheck:
     def __init__(
         self,
         checks: LesionChecks,
-        read: Sequence[tuple[Sample, PreparedSample]],
+        read: Sequence[TrainingLesion],
         encoder: ImageTextEncoder,
         data: DataConfig,
     ) -> None:
         self.judge, self.encoder, self.data = checks.judge, encoder, data
-        self.lesions = [each for k in range(0, len(read), BATCH) for each in lesions_of(read[k : k + BATCH], encoder)]
+        self.lesions = [lesion for lesion, _ in read]
         places: dict[str, list[int]] = {}
         for place, lesion in enumerate(self.lesions):
             places.setdefault(asked_type(lesion.sample) or "", []).append(place)
@@ -190,7 +199,7 @@ class LesionCheck:
             kind: type_direction([self.lesions[k] for k in each], encoder) for kind, each in places.items()
         }
         self.healthy = text_embeddings(encoder, [HEALTHY])[0]
-        rows = [self._numbers(lesion, image) for lesion, (_, image) in zip(self.lesions, read, strict=True)]
+        rows = [numbers | self._of_lesion(lesion) for lesion, numbers in read]
         of = {kind: [rows[k] for k in each] for kind, each in sorted(places.items()) if len(each) >= FEWEST}
         of[ALL] = rows
         self.bounds = {name: {kind: bound_of(name, each) for kind, each in of.items()} for name in SIDES}
@@ -233,7 +242,7 @@ class LesionCheck:
         self, lesion: Lesion, image: PreparedSample, parent: PreparedSample | None
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """The numbers of a drawn lesion, and which of them are out of bounds; ``parent``: the healthy one, if it is."""
-        numbers = self._numbers(lesion, image)
+        numbers = _of_image(image) | self._of_lesion(lesion)
         del numbers["change"]  # which a drawn lesion has as what differs from its parent
         if parent is not None:
             changed = np.abs(grey_of(image) - grey_of(parent))[image.soft >= 0.5]
@@ -247,16 +256,9 @@ class LesionCheck:
                 failures[name] = fault
         return {name: None if value is None else round(value, DIGITS) for name, value in numbers.items()}, failures
 
-    def _numbers(self, lesion: Lesion, image: PreparedSample) -> dict[str, float | None]:
-        """Those of MEANING, of a real lesion, by name; None for what cannot be measured."""
-        grey, ring = grey_of(image), ring_around(image.hard)
-        surrounded = ring.any() and image.hard.any()
-        return {
-            "change": float(np.abs(grey[image.hard] - grey[ring].mean()).mean()) if surrounded else None,
-            "seam": border_over_surroundings(grey, image.soft),
-            "agreement": self._agreement(lesion),
-            "contrast": lesion.contrast,
-        }
+    def _of_lesion(self, lesion: Lesion) -> Numbers:
+        """Those of MEANING that the lesion alone decides."""
+        return {"agreement": self._agreement(lesion), "contrast": lesion.contrast}
 
     def _agreement(self, lesion: Lesion) -> float:
         """The margin of ``ldm.evaluation.choice.score``, with the training lesions' prompts.
@@ -283,6 +285,14 @@ class LesionCheck:
             wanted = HEALTHY if sample.healthy else str(kind)
             return seen, None if seen.lower() == wanted else f"{seen}, expected {wanted}"
         return seen, "healthy, expected a lesion" if seen == HEALTHY else None
+
+
+def _of_image(image: PreparedSample) -> Numbers:
+    """Those of MEANING that need the image of a lesion, which is real."""
+    grey, ring = grey_of(image), ring_around(image.hard)
+    surrounded = ring.any() and image.hard.any()
+    change = float(np.abs(grey[image.hard] - grey[ring].mean()).mean()) if surrounded else None
+    return {"change": change, "seam": border_over_surroundings(grey, image.soft)}
 
 
 def as_drawn(result: Result, prepared: PreparedSample, data: DataConfig) -> tuple[Sample, PreparedSample]:
