@@ -107,7 +107,7 @@ def _faults(where: str, expected: Any, found: Any) -> Iterator[str]:
         if same and not_finite({"": found}) and not not_finite({"": expected}):
             yield f"{where}: expected numbers, found NaN or infinite values"
     else:
-        same = expected.holds(found) if isinstance(expected, Rule) else expected is found is None
+        same = bool(expected.holds(found)) if isinstance(expected, Rule) else expected is found is None
     if not same:
         yield f"{where}: expected {_described(expected)}, found {_described(found)}"
 

@@ -94,7 +94,7 @@ def _before(item: dataclasses.Field, section: Any) -> list[Any]:
 class Rule:
     """A limit, to stand in ``Annotated``: a test of the value, and what is expected in words."""
 
-    holds: Callable[[Any], bool]
+    holds: Callable[[Any], object]  # its truth counts
     expected: str
 
 

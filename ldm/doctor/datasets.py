@@ -264,9 +264,9 @@ def check_privacy(samples: list[Sample]) -> Iterator[Finding]:
         for key in personal_keys(sample.meta):
             what = f"the key {key} in meta.json"
             found.setdefault((f"has {what}", f"have {what}"), []).append(sample.sample_id)
-    for (one, many), names in found.items():
-        some = ", ".join(list(dict.fromkeys(names))[:3])
-        said = counted(len(names), f"sample or id {one}", f"samples or ids {many}")
+    for (one, many), owners in found.items():
+        some = ", ".join(list(dict.fromkeys(owners))[:3])
+        said = counted(len(owners), f"sample or id {one}", f"samples or ids {many}")
         text = f"{said} ({some}): results and reports carry that on; use codes instead"
         yield Finding("warning", "privacy", text)
 

@@ -114,5 +114,5 @@ def _packed(masks: list[Tensor]) -> dict[str, Tensor]:
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
     total = 0
     for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].numpy(), zlib.crc32(name.encode(), total))
+        total = zlib.crc32(tensors[name].numpy().data, zlib.crc32(name.encode(), total))
     return total

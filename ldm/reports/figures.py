@@ -27,7 +27,7 @@ def loss_figure(rows: Sequence[Mapping[str, str]], title: str) -> "Figure":
         "val_loss": ("tab:orange", "validation"),
         "val_lesion_loss": ("tab:red", "validation, lesions"),
     }
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     for column, (style, label) in columns.items():
         values = _series(rows, column)
         if values[0]:
@@ -54,7 +54,7 @@ def validation_figure(stages: Mapping[str, Sequence[Mapping[str, str]]]) -> "Fig
     for axes, (name, rows) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True):
         axes.plot(*_series(rows, "val_loss"), color="tab:orange", marker=".")
         axes.set(title=name, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
         axes.grid(alpha=0.25)
     figure.supylabel("validation loss")
     return figure

@@ -103,9 +103,9 @@ def match_reviews(
     rows = one_spelling(rows)
     reviews: dict[Path, list[Review]] = {}
     judged = set()
-    for (sample_id, image), said in verdicts_about(rows, images, copies_too).items():
+    for (sample_id, image), verdicts in verdicts_about(rows, images, copies_too).items():
         judged.add(sample_id)
-        reviews[image] = list(dict.fromkeys([*reviews.get(image, []), *said]))
+        reviews[image] = list(dict.fromkeys([*reviews.get(image, []), *verdicts]))
     now = sorted({(each.sample_id, *places[each.image_sha256]) for each in rows if each.image_sha256 in places})
     renamed = {name: others[0] for name, *others in now if name not in others}
     lost = {each.sample_id for each in rows if each.image_sha256 not in places}

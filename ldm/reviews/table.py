@@ -109,8 +109,8 @@ def _parse(path: Path, data: bytes) -> tuple[list[Review], int]:
         return [], 0
     head, *rows = [*lines, last]
     if (found := head.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r")) != HEADER.encode():
-        found = shortened(found.decode("utf-8", "backslashreplace"), 100)
-        raise FileError(path, f"line 1: expected the columns {HEADER}, found {found!r}")
+        columns = shortened(found.decode("utf-8", "backslashreplace"), 100)
+        raise FileError(path, f"line 1: expected the columns {HEADER}, found {columns!r}")
     reviews: list[Review] = []
     faults: list[str] = []
     for number, line in enumerate(rows, 2):

@@ -130,13 +130,14 @@ def model_card(facts: Facts, name: str, license: str) -> str:
 
 def _model(facts: Facts) -> Iterator[str]:
     metadata, config = facts.checkpoint.metadata, facts.config
+    complete = metadata.get("complete")
     yield "Text-guided inpainting of vertebral lesions with soft masks (MedSoft-Diffusion): Stable Diffusion 1.5's"
     yield "layout with a third, soft-mask-gated attention over tokens that a Medical Semantic Controller predicts."
     yield ""
     rows = [
         ("left by", metadata["stage"]),
         ("optimizer steps", metadata.get("step", "not said")),
-        ("the run had ended", {True: "yes", False: "no"}.get(metadata.get("complete"), "not said")),
+        ("the run had ended", "not said" if complete is None else "yes" if complete else "no"),
         ("image size", f"{config.data.image_size} x {config.data.image_size} pixels"),
         *((f"parameters, {part}", f"{row['parameters'] / 1e6:.2f} million") for part, row in facts.parts.items()),
         ("BiomedCLIP (SHA-256)", metadata.get("biomedclip") or "not said"),

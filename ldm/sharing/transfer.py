@@ -220,8 +220,8 @@ def _take(folder: Path, source: Path | str, output_dir: Path) -> None:
                 raise MedSoftError(f"{source}: {name} of its {SUMS} is missing; get it again")
             (taken / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, taken / name)
-            if (found := sha256_file(taken / name)) != digest:
-                raise MedSoftError(f"{source}: {name} is damaged: SHA-256 {found}, in {SUMS} {digest}; get it again")
+            if (now := sha256_file(taken / name)) != digest:
+                raise MedSoftError(f"{source}: {name} is damaged: SHA-256 {now}, in {SUMS} {digest}; get it again")
         shutil.copyfile(folder / SUMS, taken / SUMS)
         verify(taken / MODEL)
     log.info("written: %s, %s as %s says", output_dir, counted(len(sums), "file"), SUMS)

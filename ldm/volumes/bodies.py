@@ -55,7 +55,7 @@ def bodies(
         label = result[fine]
         body = kept[tuple(map(slice, label.shape))]
         own = values[fine] == number
-        share = np.count_nonzero(own & body) / max(1, np.count_nonzero(own))
+        share = np.count_nonzero(own & body) / max(1, int(np.count_nonzero(own)))
         if share < TOO_LITTLE and not np.isfinite(front[boxes[number][2]]).all():
             notes[number] = NOT_FOUND
         elif share < TOO_LITTLE:

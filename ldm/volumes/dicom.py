@@ -142,13 +142,8 @@ def read_series(series: Series) -> Volume:
             frames, affine = stacked(series.name, frames, _thickness(header))
             unit = _unit(series, header)
             unknown = unit == "HU" and not all(frame.rescaled for frame in frames)
-            known = {
-                "unit": None if unknown else unit,
-                "notes": (NO_RESCALE,) if unknown else (),
-                "acquired": PROJECTION if is_projection(header) else frame_plane(affine),
-                "header": _white_list(header),
-                "source": _source(series, frames, header),
-            }
+            acquired = PROJECTION if is_projection(header) else frame_plane(affine)
+            kept, source = _white_list(header), _source(series, frames, header)
         middle = frames[len(frames) // 2]
         volume = Volume(
             values=_decoded(frames).transpose(2, 1, 0),
@@ -158,7 +153,11 @@ def read_series(series: Series) -> Volume:
             windows=middle.windows,
             calibrated=middle.calibrated,
             name=series.name,
-            **known,
+            unit=None if unknown else unit,
+            notes=(NO_RESCALE,) if unknown else (),
+            acquired=acquired,
+            header=kept,
+            source=source,
         )
         return _rescaled(volume, frames)
 

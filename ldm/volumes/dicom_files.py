@@ -137,18 +137,21 @@ class Decoder:
         if self.process is None:
             command = [sys.executable, "-P", "-c", "from ldm.volumes.dicom_files import serve; serve()"]
             found = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-            self.process = subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL, env=found)
+            pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, env=found)
+        requests, answers = self.process.stdin, self.process.stdout
+        assert requests is not None  # Both are pipes; the library's annotations do not say so.
+        assert answers is not None
         with told(path, CRASHED):
-            self.process.stdin.write(json.dumps([str(path), list(indices)]).encode() + b"\n")
-            self.process.stdin.flush()
+            requests.write(json.dumps([str(path), list(indices)]).encode() + b"\n")
+            requests.flush()
         for _ in indices:
             with told(path, CRASHED):
-                answer = json.loads(self.process.stdout.readline())
+                answer = json.loads(answers.readline())
                 if len(answer) == 1:
                     raise FileError(path, answer[0])
                 kind, shape, size = answer
-                values = np.frombuffer(self.process.stdout.read(size), kind).reshape(shape)
+                values = np.frombuffer(answers.read(size), kind).reshape(shape)
             yield values
 
 

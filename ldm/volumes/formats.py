@@ -120,9 +120,9 @@ def _volume(
 def _nifti(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Stored values, affine (sform, else qform), and the rest. Analyze files have no orientation and are no NIfTI."""
     try:
-        image = nibabel.load(path)
-        header = image.header
-        raw = np.array(image.dataobj.get_unscaled())
+        image: Any = nibabel.load(path)  # nibabel's annotations promise neither an array nor its scale
+        header, stored = image.header, image.dataobj
+        raw = np.array(stored.get_unscaled())
     except Exception as error:  # nibabel's own kinds, zlib's, NumPy's
         raise FileError(path, reading_fault(error, "it is no sound NIfTI file, it may be truncated")) from error
     if not isinstance(image, nibabel.Nifti1Pair):
@@ -139,8 +139,8 @@ def _nifti(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         raw.reshape(shape, order="A"),
         affine,
         {
-            "slope": image.dataobj.slope,
-            "intercept": image.dataobj.inter,
+            "slope": stored.slope,
+            "intercept": stored.inter,
             "notes": notes,
             "windows": ((low, high),) if np.isfinite([low, high]).all() and low < high else (),
         },

@@ -68,10 +68,10 @@ def read_labels(path: Path, grid: Volume, scheme: Scheme | None = None) -> Label
     """
     path = Path(path)
     segments = _segments(path, grid)
+    notes: tuple[str, ...] = ()
     if segments is None:
         values, resampled = _label_map(path, grid)
-        counts = _counts(values)
-        structures, notes = structures_of(counts, scheme, str(path)), ()
+        structures = structures_of(_counts(values), scheme, str(path))
     else:
         values, structures, resampled, notes = _combined(path, segments, grid, scheme)
     structures = {number: name for number, name in structures.items() if name != "ignore"}
@@ -119,7 +119,7 @@ def read_lesions(path: Path, grid: Volume) -> list[Lesion]:
     lesions = []
     for segment in chosen:
         mask, resampled = segment.load()
-        _check_share(path, np.count_nonzero(mask), grid)
+        _check_share(path, int(np.count_nonzero(mask)), grid)
         if mask.any():
             notes = (*segment.notes, *(f"lesion {RESAMPLED}" for _ in range(resampled)))
             lesions.append(Lesion(mask, segment.name, segment.description, notes=notes))
@@ -406,7 +406,9 @@ def _filled(path: Path, name: str, contours: Sequence[pydicom.Dataset], grid: Vo
         filled = np.zeros((mask.shape[rows], mask.shape[columns]), np.uint8)
         for ring in together:
             corners = np.rint(ring[:, [columns, rows]] * 16).astype(np.int32)
-            filled ^= cv2.fillPoly(np.zeros_like(filled), [corners], 1, shift=4)
+            inner = np.zeros_like(filled)
+            cv2.fillPoly(inner, [corners], 1, shift=4)
+            filled ^= inner
         mask[(slice(None),) * axis + (index,)] |= filled
     if not inside:
         raise MedSoftError(

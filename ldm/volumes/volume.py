@@ -228,7 +228,7 @@ def square(slice_: Slice, mm_per_pixel: float | None = None, *, nearest: bool = 
         box = [max(0.0, starts[1]), max(0.0, starts[0])]
         box += [min(ends[1], slice_.pixels.shape[1]), min(ends[0], slice_.pixels.shape[0])]
         image = Image.fromarray(slice_.pixels.astype(np.float32))
-        resized = np.asarray(image.resize(tuple(shape[::-1]), Image.Resampling.BILINEAR, tuple(box)))
+        resized = np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR, tuple(box)))
         limits = np.iinfo(slice_.pixels.dtype)
         pixels = np.clip(np.rint(resized), limits.min, limits.max).astype(slice_.pixels.dtype)
     affine = slice_.affine.copy()
@@ -261,10 +261,10 @@ def _normal(volume: Volume, plane: str) -> int:
     return PLANES.index(plane)
 
 
-def _order(affine: np.ndarray) -> list[int]:
+def _order(affine: np.ndarray) -> tuple[int, ...]:
     """For each patient axis the grid axis closest to it."""
     cosines = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
-    return list(max(permutations(range(3)), key=lambda order: sum(cosines[row, order[row]] for row in range(3))))
+    return max(permutations(range(3)), key=lambda order: sum(cosines[row, order[row]] for row in range(3)))
 
 
 def _turned_onto(labels: Volume, grid: Volume, index: np.ndarray) -> np.ndarray:
