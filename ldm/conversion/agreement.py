@@ -152,9 +152,9 @@ def _of_tensors(state: Mapping[str, Tensor], architecture: Architecture) -> list
         if found.shape != here.shape or not torch.allclose(found, here, rtol=0.01, atol=1e-4):
             ends = [f"{each.numel()} steps, {each[0]:.5g} to {each[-1]:.5g}" for each in (found.flatten(), here)]
             problems.append(f"its noise schedule (alphas_cumprod) has {ends[0]}, the configuration's {ends[1]}")
-    scale, here = state.get("scale_factor"), architecture.diffusion.latent_scale
-    if scale is not None and not math.isclose(float(scale), here, rel_tol=1e-3):
-        problems.append(f"its scale_factor is {float(scale):.5g}, diffusion.latent_scale is {here}")
+    scale, ours = state.get("scale_factor"), architecture.diffusion.latent_scale
+    if scale is not None and not math.isclose(float(scale), ours, rel_tol=1e-3):
+        problems.append(f"its scale_factor is {float(scale):.5g}, diffusion.latent_scale is {ours}")
     return problems
 
 

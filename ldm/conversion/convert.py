@@ -131,7 +131,7 @@ def new_parameters(architecture: Architecture, seed: int) -> dict[str, Tensor]:
         blocks = {
             n: block for n, block in UNet(architecture.unet).named_modules() if isinstance(block, TransformerBlock)
         }
-    made = {}
+    made: dict[str, Tensor] = {}
     for name, block in blocks.items():
         dim = block.norm4.normalized_shape[0]
         attention = CrossAttention(dim, architecture.unet.semantic_dim, block.attn3.heads, zero_output=True)

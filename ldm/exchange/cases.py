@@ -129,8 +129,7 @@ def _cases_of_folder(source: Path, wanted: Wanted) -> tuple[list[Case], list[Pro
             problems.append(Problem(tests, tests.name, reason, rejected=False))
         return cases, problems
     volumes, other = _walk(source, wanted.leave_out)
-    cases = _cases_of_volumes(source, volumes)
-    problems: list[Problem] = []
+    cases, problems = _cases_of_volumes(source, volumes), []
     if other:
         more, problems = _cases_of_dicom(source, wanted, alone=not cases)
         left_out = {path.resolve() for path in wanted.leave_out}

@@ -174,8 +174,14 @@ def _write(
     rejects, faults = [], FewWarnings(log, "results that could not be exported")
     write: Callable[[Path, ExportedResult], dict[str, Any]] = write_nifti
     if options.format == "dicom":
-        said = {"same_study": options.same_study, "link_source": options.link_source}
-        write = partial(write_dicom, pseudonyms=pseudonyms, run=folder.run, started=started, **said)
+        write = partial(
+            write_dicom,
+            pseudonyms=pseudonyms,
+            run=folder.run,
+            started=started,
+            same_study=options.same_study,
+            link_source=options.link_source,
+        )
     for result in tqdm(results, "exporting", unit=" results", disable=None):
         try:
             with atomic_folder(folder.path / result.name) as unfinished:

@@ -34,7 +34,7 @@ from ldm.exchange.cases import Case, Problem, Wanted, find_cases
 from ldm.exchange.pairing import inside, pair
 from ldm.exchange.privacy import PrivateFolder, Pseudonyms, read_key
 from ldm.exchange.targets import check_asked
-from ldm.exchange.writing import CutOptions, LeftOutPart, OutputError, texts_of, texts_of_files, write_case
+from ldm.exchange.writing import CutOptions, LeftOutPart, OutputError, Written, texts_of, texts_of_files, write_case
 from ldm.reports.overlays import write_overlays
 from ldm.volumes.intensity import window_asked
 from ldm.volumes.labels import scheme
@@ -124,8 +124,8 @@ def _gathered(source: Path, options: ImportOptions) -> tuple[list[Case], list[Pr
     problems += more
     known: dict[str, Case] = {}
     for case in cases:
-        if (first := known.setdefault(case.key, case)) is not case:
-            problems.append(Problem(case.image, case.names[0], f"is the same image as {first.names[0]}", public=SAME))
+        if (twin := known.setdefault(case.key, case)) is not case:
+            problems.append(Problem(case.image, case.names[0], f"is the same image as {twin.names[0]}", public=SAME))
     if not known:
         first = next((each for each in problems if each.rejected), problems[0] if problems else None)
         reason = f"; the first of {len(problems)}: {first.path}: {first.reason}" if first else ""
@@ -221,26 +221,23 @@ class _Run:
             return stored
         if stored:
             self._forget(case_id, stored)
-        made = {"samples": [], "left_out": [], "series": {}, "instances": {}}
         try:
             if left == 0:
                 most = counted(self.options.limit or 0, "sample")
                 reason = f"the patient's other images have given the {most} of --limit"
-                made["left_out"] = [LeftOutPart("image", reason, reason, False)]
+                made = Written((), (LeftOutPart("image", reason, reason, False),), {}, {})
             else:
-                written = write_case(
-                    case, self.folder.path, self.source, self.pseudonyms, self.scheme, self.cutting, left
-                )
-                made = {name: getattr(written, name) for name in made}
+                made = write_case(case, self.folder.path, self.source, self.pseudonyms, self.scheme, self.cutting, left)
         except OutputError:
             raise
         except Exception as error:  # decoders raise many kinds of error on hostile files
             kind = "" if isinstance(error, MedSoftError) else f"{type(error).__name__}: "
             reason = kind + first_line(error)
-            made["left_out"] = [LeftOutPart("image", reason, texts_of(case, self.source).hidden(reason), True)]
+            hidden = texts_of(case, self.source).hidden(reason)
+            made = Written((), (LeftOutPart("image", reason, hidden, True),), {}, {})
         about = {"content": content, "name": case.names[0], "path": os.path.abspath(case.image)}
         who = {"patient_id": case.patient, "patient": self.pseudonyms.patient(case.patient)}
-        record = json.loads(json.dumps(about | who | made, default=vars))
+        record = json.loads(json.dumps(about | who | vars(made), default=vars))
         self.private.write(f"cases/{case_id}.json", record)
         return record
 
@@ -341,7 +338,8 @@ def _sample(root: Path, sample_id: str) -> Sample:
     """A written sample, as the sheets show it."""
     folder = root / sample_id
     meta = read_json(folder / "meta.json")
-    files = {name: folder / f"{name}.png" for name in ("mask", "anatomy")}
+    files = (folder / "mask.png", folder / "anatomy.png")
+    mask, anatomy = (file if file.exists() else None for file in files)
     return Sample(
         sample_id,
         image=folder / "image.png",
@@ -351,5 +349,6 @@ def _sample(root: Path, sample_id: str) -> Sample:
         level=meta.get("level"),
         lesion_type=meta.get("lesion_type"),
         meta=meta,
-        **{name: file if file.exists() else None for name, file in files.items()},
+        mask=mask,
+        anatomy=anatomy,
     )

@@ -20,6 +20,7 @@ from highdicom.sr import CodedConcept
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_modality_lut, pixel_array
 from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 from pydicom.valuerep import DSfloat
 
@@ -309,9 +310,7 @@ def lesion_segmentation(
 ) -> Dataset:
     """A binary segmentation of the lesion, bool (rows, columns) on the grid of ``image``; the prompt describes it."""
     vertebra = getattr(codes.SCT, f"{level}Vertebra", codes.SCT.Vertebra)
-    segment = _segment(
-        "lesion", codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion, anatomic_regions=[vertebra]
-    )
+    segment = _segment("lesion", codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion, [vertebra])
     segment.SegmentDescription = prompt
     pixels = lesion[None].astype(np.uint8)
     return _segmentation(image, pixels, "BINARY", segment, "LESION", "synthetic lesion", identity)
@@ -324,9 +323,9 @@ def soft_mask_segmentation(image: Dataset, soft: np.ndarray, identity: SegmentId
     return _segmentation(image, pixels, "FRACTIONAL", segment, "SOFT_MASK", "soft mask of the lesion", identity)
 
 
-def _segment(label: str, category: object, kind: object, **more: object) -> SegmentDescription:
+def _segment(label: str, category: Code, kind: Code, regions: Sequence[Code] | None = None) -> SegmentDescription:
     algorithm = AlgorithmIdentificationSequence(MAKER, codes.DCM.ArtificialIntelligence, software_version())
-    return SegmentDescription(1, label, category, kind, "AUTOMATIC", algorithm, **more)
+    return SegmentDescription(1, label, category, kind, "AUTOMATIC", algorithm, anatomic_regions=regions)
 
 
 def _segmentation(

@@ -77,12 +77,11 @@ class PrivateMapping:
 
     def __init__(self, path: Path) -> None:
         """MedSoftError for a file that is no such mapping."""
-        found = read_json(path, "private mapping of the import")
-        parts = [found.get(name) if isinstance(found, dict) else None for name in ("series", "instances")]
-        if not all(isinstance(part, dict) for part in parts):
-            raise MedSoftError(f"{path}: expected a mapping with `series` and `instances`, as the import writes it")
-        self.path = path
-        self._series, self._instances = parts
+        match read_json(path, "private mapping of the import"):
+            case {"series": dict(series), "instances": dict(instances)}:
+                self.path, self._series, self._instances = path, series, instances
+            case _:
+                raise MedSoftError(f"{path}: expected a mapping with `series` and `instances`, as the import writes it")
 
     def origin_of(self, sample: Sample) -> Origin:
         """Where a result comes from; FileError if its meta.json or the mapping does not say."""

@@ -52,7 +52,8 @@ def pair(
     Each of the three is a file or a folder; ``labels`` and ``lesions`` may also be a name that is looked for beside
     each image. A case without lesions counts as healthy, which is said. UsageError for a path that is nowhere.
     """
-    made, problems = [*cases], []
+    made = [*cases]
+    problems: list[Problem] = []
     if table is not None:
         made, problems = _with_table(made, table)
     wrong: set[int] = set()
@@ -279,7 +280,7 @@ def _with_table(cases: Sequence[Case], table: Path) -> tuple[list[Case], list[Pr
     return made, problems
 
 
-def _told(table: Path) -> Iterator[tuple[Path, str, tuple[str, ...], Callable[[], list[Row]]]]:
+def _told(table: Path) -> Iterator[tuple[Path, str, tuple[str, ...], Callable[[], Sequence[Row]]]]:
     """(path, how messages call it, names of the image, what gives the rows) of each row or text file."""
     if table.is_file():
         for row in read_rows(table):

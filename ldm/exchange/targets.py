@@ -326,7 +326,7 @@ class _Case:
         else:
             number = len(enough) if isinstance(slices, str) else min(slices, len(enough))
             chosen = enough[((np.arange(number) + 0.5) * len(enough) / number).astype(int)].tolist()
-        small = np.count_nonzero(areas) - len(enough)
+        small = int(np.count_nonzero(areas)) - len(enough)
         if small and focus.lesion and slices in ("all", "lesion"):
             left_out.append(LeftOut(f"{counted(small, 'slice')} of {focus.name}", "the lesion is too small in them"))
         return [focus.box[self.axis].start + position for position in chosen]
@@ -352,7 +352,7 @@ class _Case:
     def _area(self, focus: _Focus, position: int) -> int:
         place = position - focus.box[self.axis].start
         inside = 0 <= place < focus.mask.shape[self.axis]
-        return np.count_nonzero(focus.mask.take(place, self.axis)) if inside else 0
+        return int(np.count_nonzero(focus.mask.take(place, self.axis))) if inside else 0
 
     def _pixels(self, focus: _Focus, position: int) -> np.ndarray:
         whole = np.zeros(self.grid.values.shape, bool)
@@ -387,7 +387,7 @@ def _parts(mask: np.ndarray) -> list[_Part]:
 
 
 def _voxels(parts: Sequence[_Part]) -> int:
-    return sum(np.count_nonzero(mask) for _, mask in parts)
+    return sum(int(np.count_nonzero(mask)) for _, mask in parts)
 
 
 def _pasted(box: _Box, parts: Sequence[_Part]) -> np.ndarray:

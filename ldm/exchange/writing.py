@@ -107,8 +107,8 @@ def write_case(
     labels = read_labels(case.labels, volume, scheme) if case.labels else None
     lesions, rows_of = _read_lesions(case, volume)
     texts = texts_of(case, source).and_others(lesion.name for lesion in lesions)  # a segment may be called anything
-    flags = {"plane": only_plane(volume) or options.plane, "target": options.target, "slices": options.slices}
-    cuts, left = choose(volume, labels, lesions, **flags, limit=limit)
+    plane = only_plane(volume) or options.plane
+    cuts, left = choose(volume, labels, lesions, plane=plane, target=options.target, slices=options.slices, limit=limit)
     left_out = [
         LeftOutPart(texts.hidden(each.what), each.reason, texts.hidden(each.reason), each.rejected) for each in left
     ]
@@ -204,8 +204,9 @@ class _Writer:
                 raise MedSoftError(f"its sentence or lesion type holds {found}; take that out")
         image = square(cut.image, self.options.mm_per_pixel)
         window = self.levels.window(*self.window[:2])
-        files: dict[str, np.ndarray | Path | bytes] = {"image.png": self.levels.pixels(image.pixels)}
-        intensity_range_of(files["image.png"], window)  # MedSoftError for a window that does not meet the pixels
+        pixels = self.levels.pixels(image.pixels)
+        files: dict[str, np.ndarray | Path | bytes] = {"image.png": pixels}
+        intensity_range_of(pixels, window)  # MedSoftError for a window that does not meet the pixels
         if cut.lesion is not None:
             lesion = self._resampled(cut, cut.lesion)
             if not lesion.any():
