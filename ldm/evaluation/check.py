@@ -298,8 +298,15 @@ def _of_image(image: PreparedSample) -> Numbers:
 def as_drawn(result: Result, prepared: PreparedSample, data: DataConfig) -> tuple[Sample, PreparedSample]:
     """A result, before it is written, as the sample that it is going to be, and what the networks see of it."""
     task, meta = result.task, dict(result.metadata)
-    about = {"prompt": task.prompt, "lesion_type": meta.get("lesion_type"), "soft_mask": None, "synthetic": True}
-    about |= {"sample_id": task.name, "parent_id": task.sample.sample_id, "meta": meta}
-    sample = dataclasses.replace(task.sample, **about)
+    sample = dataclasses.replace(
+        task.sample,
+        sample_id=task.name,
+        parent_id=task.sample.sample_id,
+        prompt=task.prompt,
+        lesion_type=meta.get("lesion_type"),
+        soft_mask=None,
+        synthetic=True,
+        meta=meta,
+    )
     mask = Mask(prepared.hard.astype(np.float32))
     return sample, fit_sample(sample, result.image.result, mask, data, soft=prepared.soft)

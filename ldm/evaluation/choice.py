@@ -113,10 +113,12 @@ def score(lesions: Sequence[Lesion], encoder: ImageTextEncoder) -> list[dict]:
         place = kinds.index(kind_of(lesion.sample))
         own, healthy = float(found[place]), float(found[-1])
         others = [float(value) for number, value in enumerate(found[:-1]) if number != place]
-        row = {"sample_id": lesion.sample.sample_id, "parent_id": lesion.sample.parent_id or lesion.sample.sample_id}
-        row |= {"lesion_type": lesion.sample.lesion_type, "prompt": lesion.sample.prompt, "own": own}
-        row |= {"other": max(others, default=None), "healthy": healthy, "margin": own - max([*others, healthy])}
-        rows.append(row)
+        sample = lesion.sample
+        who = {"sample_id": sample.sample_id, "parent_id": sample.parent_id or sample.sample_id}
+        asked = {"lesion_type": sample.lesion_type, "prompt": sample.prompt}
+        margin = own - max([*others, healthy])
+        cosine = {"own": own, "other": max(others, default=None), "healthy": healthy, "margin": margin}
+        rows.append({**who, **asked, **cosine})
     return rows
 
 

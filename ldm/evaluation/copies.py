@@ -209,10 +209,11 @@ def nearest_of(
         if equal:
             found.append(Neighbour(lesion, train[min(equal)], 1.0, nearest, comparable=True, as_it_lies=1.0))
             continue
-        own = lesion.small
-        scores = [correlation(*own, *pixels(column), REACH) for column in order]
+        own, mask = lesion.small
+        scores = [correlation(own, mask, *pixels(column), REACH) for column in order]
         best = int(np.argmax(scores))
-        source = None if of_other_patients else columns.get(_source_of(lesion.sample))
+        parent = None if of_other_patients else _source_of(lesion.sample)
+        source = None if parent is None else columns.get(parent)
         likeness = None if source is None else _turned_correlation(lesion, train[source])
         as_it_lies, match = scores[best], train[order[best]]
         if source is not None and likeness is not None and likeness > as_it_lies:

@@ -82,10 +82,11 @@ def judge_results(results: Path, judge: Path, predict: Predict, real: Path | Non
         )
     lesions = [each for each in real_ones(real, load_samples(real)[0]) if not each.healthy] if real else []
     borders = [each for each in map(contour_gradient, lesions) if each is not None]
-    content = {"results": str(results), "real": real and str(real), "judge_sha256": digest}
-    content |= {"endpoints": endpoints(measured, borders), "rejected": [str(reject) for reject in rejects]}
-    write_json(output, content | {"pictures": [asdict(each) for each in measured]})
-    for name, entry in content["endpoints"].items():
+    found = endpoints(measured, borders)
+    about = {"results": str(results), "real": str(real) if real else None, "judge_sha256": digest}
+    refused, pictures = [str(reject) for reject in rejects], [asdict(each) for each in measured]
+    write_json(output, {**about, "endpoints": found, "rejected": refused, "pictures": pictures})
+    for name, entry in found.items():
         log.info("%-16s %s of %d images", name, "-" if entry["value"] is None else f"{entry['value']:.3f}", entry["n"])
     log.info("%s", output)
     return len(rejects)

@@ -44,7 +44,7 @@ def asked_drawn(asked: Sequence[str], drawn: Sequence[str], patients: Sequence[s
         np.add.at(each, (row, rng.permutation(column)), 1)
     maximum = float(entropy_bits(table.sum(1)[None])[0])
     value = min(_jackknife(by_patient, counted), maximum)
-    found = {"value": value, "low": None, "high": None, "maximum": maximum, "as_counted": counted}
+    found: dict[str, Any] = {"value": value, "low": None, "high": None, "maximum": maximum, "as_counted": counted}
     found |= {"by_chance": float(mutual_bits(shuffled).mean()), "n": len(asked), "n_patients": len(owners)}
     found["agreement"] = {"value": agreement, "low": None, "high": None}
     if len(owners) >= FEWEST_PATIENTS:

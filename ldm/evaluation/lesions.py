@@ -184,7 +184,7 @@ def set_distances(real: Sequence[Lesion], synthetic: Sequence[Lesion]) -> dict[s
     """
     first, second = lesion_rows(real, "features"), lesion_rows(synthetic, "features")
     fewest = min(len({lesion.sample.patient_id for lesion in lesions}) for lesions in (real, synthetic))
-    measures = {"frechet": metrics.frechet_distance, "kernel": metrics.kernel_distance}
+    measures: dict[str, metrics.Measure] = {"frechet": metrics.frechet_distance, "kernel": metrics.kernel_distance}
     if len(real) > 2 * (NEIGHBOURS + 1):
         measures |= {"density": metrics.density, "coverage": metrics.coverage}
     found: dict[str, Any] = {}
@@ -224,7 +224,9 @@ def parent_likeness(synthetic: Sequence[Lesion]) -> dict[str, Any]:
 
     Outside: so far from the soft mask that SSIM's window does not reach it.
     """
-    found = {name: {measure: ([], []) for measure in ("ssim", "psnr")} for name in ("outside", "inside")}
+    found: dict[str, dict[str, tuple[list[float], list[str]]]] = {
+        name: {measure: ([], []) for measure in ("ssim", "psnr")} for name in ("outside", "inside")
+    }
     unchanged, orphans, faults = 0, 0, []
     for lesion in tqdm(synthetic, desc="parents", leave=False, disable=None):
         try:

@@ -51,6 +51,7 @@ class Picked:
 
 
 Features = Tensor | Picked
+Measure = Callable[[Features, Features], float]
 
 
 def rows_at(rows: Features, places: Tensor) -> Features:
@@ -150,11 +151,12 @@ def _inside(real: Features, other: Features) -> Tensor:
             near = torch.cat([near, torch.cdist(own, part.double())], dim=1)
             near = near.topk(min(NEIGHBOURS + 1, near.shape[1]), dim=1, largest=False).values
         radius = near.amax(dim=1, keepdim=True)  # the nearest one is the image itself
-        counts.append(sum((torch.cdist(own, part.double()) < radius).sum(dim=1) for part in other.split(BLOCK)))
+        within = ((torch.cdist(own, part.double()) < radius).sum(dim=1) for part in other.split(BLOCK))
+        counts.append(sum(within, torch.zeros_like(radius[:, 0], dtype=torch.long)))
     return torch.cat(counts)
 
 
-def by_halves(measure: Callable[[Features, Features], float], first: Tensor, second: Tensor) -> Estimate:
+def by_halves(measure: Measure, first: Tensor, second: Tensor) -> Estimate:
     """``measure`` of two feature sets with an interval by half-samples (delete-half jackknife, Shao and Wu 1989).
 
     The spread of the number over random halves, taken without replacement, is its standard error on the whole; the
@@ -171,7 +173,7 @@ def by_halves(measure: Callable[[Features, Features], float], first: Tensor, sec
     return Estimate(value=value, low=value - half, high=value + half)
 
 
-def between_halves(measure: Callable[[Features, Features], float], features: Tensor) -> float | None:
+def between_halves(measure: Measure, features: Tensor) -> float | None:
     """Mean of ``measure`` between two random halves of one set: what two sets of one kind, so small, differ by."""
     if len(features) < 4 * (NEIGHBOURS + 1):
         return None

@@ -242,8 +242,9 @@ def check_memory(architecture: Architecture, sampling: SamplingConfig, device: t
 
 def for_inference(net: MedSoftModel, dtype: torch.dtype) -> None:
     """U-Net and autoencoder in ``dtype`` and in the memory layout in which they are fastest."""
-    net.unet.to(dtype=dtype, memory_format=kernel_layout(next(net.unet.parameters()).device, dtype))
-    net.first_stage_model.to(dtype=dtype, memory_format=torch.channels_last)
+    layout = kernel_layout(next(net.unet.parameters()).device, dtype)
+    net.unet.to(dtype=dtype).to(memory_format=layout)
+    net.first_stage_model.to(dtype=dtype).to(memory_format=torch.channels_last)
 
 
 class CompiledForward:
@@ -285,5 +286,6 @@ def compile_networks(net: MedSoftModel) -> None:
     calls slower (docs/inference.md), and the host would have some sixty calls to make in each step.
     """
     coder = net.first_stage_model
-    for name, network in (("the U-Net", net.unet), ("the encoder", coder.encoder), ("the decoder", coder.decoder)):
-        network.forward = CompiledForward(name, network)  # type: ignore[method-assign]
+    networks: dict[str, nn.Module] = {"the U-Net": net.unet, "the encoder": coder.encoder, "the decoder": coder.decoder}
+    for name, network in networks.items():
+        network.forward = CompiledForward(name, network)

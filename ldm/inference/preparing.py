@@ -53,12 +53,12 @@ def prepare_one(
     if wrong := wrong_value(meta, META_RULES):
         raise UsageError(": ".join(wrong))
     about = read_meta(image.with_name("meta.json")) | meta if isinstance(image, Path) else meta
-    files = [Path(each.path if isinstance(each, ImageFile) else each) for each in (image, mask)]
-    sample = one_sample(name or files[0].stem, *files, prompt, about)
+    file, mask_file = (Path(each.path if isinstance(each, ImageFile) else each) for each in (image, mask))
+    sample = one_sample(name or file.stem, file, mask_file, prompt, about)
     prepared = with_fixed_mask(sample, image, mask, data)
     if "window" in meta and prepared.original.dtype == np.uint8:
         raise UsageError("window: the image has 8 bits, which are used as they are")
-    warn_if_mostly_marked(files[1], prepared)
+    warn_if_mostly_marked(mask_file, prepared)
     return sample, prepared
 
 

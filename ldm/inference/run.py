@@ -241,7 +241,7 @@ def _check_replay(options: InferenceOptions, record: dict[str, Any], provenance:
 
 
 def _identity(task: Task, content: Contents) -> tuple:
-    own = (described_identity(task.sample, content), task.variant, task.prompt, task.seed, task.fixed_mask)
+    own: tuple = (described_identity(task.sample, content), task.variant, task.prompt, task.seed, task.fixed_mask)
     if task.fixed_mask and task.donor is not None:
         own = (*own, sample_identity(task.donor, content), task.pasted_by)
     if task.source is None:

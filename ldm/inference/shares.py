@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import read_json, write_json
@@ -31,7 +31,8 @@ RECORDS = "shares"  # the folder of the shares' records
 KINDS = {"shares": 1, "format": "folder", "masks": "blob"}
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """Part ``number`` of ``count``, counted from 1."""
 
     number: int = 1

@@ -188,23 +188,23 @@ def _with_donors(plan: Plan, options: InferenceOptions, content: Contents) -> Pl
     tasks, rejects = [], list(plan.rejects)
     pool = {s.sample_id: s for s in _prompt_samples(options.train_json)} if options.like or options.replay else {}
     for task in plan.tasks:
-        source = task.source
-        if source is not None and pool:
-            about = source.meta
+        given = task.source
+        if given is not None and pool:
+            about = given.meta
             wanted = next((about[key] for key in ("pasted_from", "mask_source", "prompt_from") if about.get(key)), None)
-            source = pool.get(wanted)
+            source = pool.get(wanted) if wanted else None
             stored = about.get("pasted_sha256")
             if source is None or (stored and stored != donor_digest(source, content)):
                 what = "is not" if source is None else "is another one than"
                 reason = f"the lesion to paste, of {wanted}, {what} in {options.train_json}; give --train_json"
-                rejects.append(Reject(task.sample.sample_id, task.source.image.with_name("meta.json"), reason))
+                rejects.append(Reject(task.sample.sample_id, given.image.with_name("meta.json"), reason))
                 continue
             tasks.append(dataclasses.replace(task, donor=source, pasted_by=about.get("pasted_by")))
-        elif source is None or source is task.sample:
+        elif given is None or given is task.sample:
             reason = "has no lesion to paste: only healthy images with the prompt of a diseased sample get one"
             rejects.append(Reject(task.sample.sample_id, task.sample.image, reason))
         else:
-            tasks.append(dataclasses.replace(task, donor=source))
+            tasks.append(dataclasses.replace(task, donor=given))
     of_pool = {sample.patient_id for sample in pool.values() if not sample.healthy and not sample.synthetic}
     return plan._replace(tasks=tasks, rejects=rejects, givers=plan.givers | of_pool)
 
@@ -230,7 +230,7 @@ def _shared(
     named = [(sample, name_of(sample, variant)) for sample, variant in pairs]
     check_apart((PurePosixPath(name), name, sample.image) for sample, name in named)
     ordered = [*sorted(samples, key=lambda each: each.sample_id), None, *sources]
-    texts = (sample and described_identity(sample, lambda path: path and path.name) for sample in ordered)
+    texts = (sample and described_identity(sample, lambda path: path.name if path else None) for sample in ordered)
     return share.of(pairs), fingerprint_all(texts)
 
 
@@ -394,7 +394,7 @@ def _prompt_samples(path: Path) -> list[Sample]:
     return load_samples(path)[0]
 
 
-def choose(samples: list[Sample], wanted: str | None) -> tuple[list[Sample], str]:
+def choose(samples: list[Sample], wanted: str | None) -> tuple[Sequence[Sample], str]:
     """The real samples of a class, or those that a text file lists by sample_id; and an adjective for them."""
     if wanted is not None and wanted not in CLASSES:
         return _listed(samples, Path(wanted)), "listed"
@@ -459,7 +459,8 @@ def _task_of(result: Sample, content: Contents) -> Task:
 
     FileError if its meta.json does not say how it was made, or its parent's image is not there or another one.
     """
-    folder, record = result.image.parent, {**result.meta, "parent_id": result.parent_id}
+    folder = result.image.parent
+    record: dict[str, Any] = {**result.meta, "parent_id": result.parent_id}
     wrong = wrong_value(record, RECORD_RULES | PASTE_RULES, [*RECORD_RULES])
     if wrong:
         raise FileError(folder / "meta.json", f"{wrong[0]}: {wrong[1]}; expected the meta.json of a result")
@@ -469,10 +470,9 @@ def _task_of(result: Sample, content: Contents) -> Task:
     if is_marked(image):  # a result was made from a result
         meta[TRAINED_ON] = read_meta(image.with_name("meta.json")).get(TRAINED_ON, [])
     sample = dataclasses.replace(result, sample_id=record["parent_id"], image=image, parent_id=None, meta=meta)
-    seed, variant, match = (record.get(key) for key in ("seed", "variant", "prompt_match"))
-    about = (record.get(key) for key in ("mask_from", "mask_source", "mask_fallback"))
-    mask = MaskOrigin(*about) if record.get("mask_from") else None  # older results do not say it
-    return Task(sample, variant, result.prompt, seed, result, match, fixed_mask=True, mask=mask)
+    match, origin = record.get("prompt_match"), record.get("mask_from")  # older results have no origin
+    mask = MaskOrigin(origin, record.get("mask_source"), record.get("mask_fallback")) if origin else None
+    return Task(sample, record["variant"], result.prompt, record["seed"], result, match, fixed_mask=True, mask=mask)
 
 
 def read_record(path: Path) -> dict[str, Any]:
