@@ -10,7 +10,7 @@ computed for training and where images are inpainted; whatever lies between hand
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class ControllerInputs(NamedTuple):
     mask: Tensor  # (B, 1, H, W) soft mask in [0, 1], 1 = lesion
 
     @classmethod
-    def of(cls, features: Mapping[str, Tensor]) -> "ControllerInputs":
+    def of(cls, features: Mapping[str, Any]) -> "ControllerInputs":
         """The fields of a batch of features that the controller reads."""
         return cls(*(features[name] for name in cls._fields))
 

@@ -185,8 +185,7 @@ def log_skipped(rejects: list[Reject]) -> None:
 class Batch(TypedDict, total=False):
     """What a stage reads of B items: the features of FeatureStore, and the random numbers of this use of each item.
 
-    A stage has the entries that its modules give; ``sample_id``, ``mask`` and ``weight`` are always there. Of one item,
-    before it is collated, the same without the first dimension.
+    A stage has the entries that its modules give; ``sample_id``, ``mask`` and ``weight`` are always there.
     """
 
     sample_id: list[str]
@@ -214,7 +213,8 @@ class StageData(Dataset):
     Indexed by (epoch, sample number, repeat, weight); time step, noise, posterior sample, drop-out coin and the choice
     among a sample's masks or crops are functions of (seed, epoch, sample_id, repeat). ``fixed`` ignores the epoch, so
     that a validation number changes only with the model, and spreads a sample's ``val_draws`` repeats evenly over the
-    schedule and over its masks or crops. ``weight`` is handed on (see EpochOrder).
+    schedule and over its masks or crops. ``weight`` is handed on (see EpochOrder). An item has the entries of a Batch,
+    without their first dimension.
     """
 
     def __init__(self, items: Sequence[Item], features: FeatureStore, training: TrainingConfig, fixed: bool) -> None:
@@ -231,7 +231,7 @@ class StageData(Dataset):
         """Sample ``number``."""
         return self.by_sample[self.sample_ids[number]][0].sample
 
-    def __getitem__(self, key: tuple[int, int, int, float]) -> Batch:
+    def __getitem__(self, key: tuple[int, int, int, float]) -> dict[str, Tensor | str]:
         epoch, number, repeat, weight = key
         sample_id = self.sample_ids[number]
         use = ("val", 0, repeat) if self.fixed else ("train", epoch, repeat)
@@ -313,16 +313,22 @@ def balanced_uses(data: StageData, training: TrainingConfig, epoch: int) -> list
     return uses
 
 
+class Loader(DataLoader):
+    """Batches of one process, in an order that is told the epoch."""
+
+    sampler: EpochOrder
+
+
 def loader(
     data: StageData, training: TrainingConfig, shuffle: bool, rank: int = 0, world: int = 1, start: int = 0
-) -> DataLoader:
+) -> Loader:
     """Batches of one process; ``start`` samples of the first epoch have been seen already."""
     order = EpochOrder(data, training, shuffle, rank, world)
     order.start = start
     workers = training.workers
     if workers < 0:  # a GPU would wait while its own process reads
         workers = 2 if torch.cuda.is_available() else 0
-    return DataLoader(
+    return Loader(
         data,
         batch_size=training.batch_size // world,
         sampler=order,

@@ -73,8 +73,8 @@ def stage_memory(
     average = 4 if training.ema_decay else 0
     if training.strategy == "fsdp" and devices > 1:
         parameters -= 4 * (trained - trained // devices)
-        shares = [each * trained // devices for each in (4, 8, average)]
-        return Memory(parameters, *shares, activations, 12 * max(blocks))
+        gradients, optimizer, averaged = (each * trained // devices for each in (4, 8, average))
+        return Memory(parameters, gradients, optimizer, averaged, activations, 12 * max(blocks))
     return Memory(parameters, 4 * trained, 8 * trained, average * trained, activations)
 
 
@@ -200,15 +200,22 @@ def fake_batch(sizes: Architecture, batch: int) -> Batch:
     """Features of ``batch`` items, of the right shapes; random."""
     latent = (batch, sizes.autoencoder.latent_channels, sizes.latent_size, sizes.latent_size)
     inputs = input_shapes(sizes.biomedclip, batch, sizes.image_size)
-    shapes = {
-        **inputs,
-        "target_tokens": inputs["context_tokens"],
-        "target_global": inputs["context_global"],
-        "text": (batch, sizes.text_encoder.max_length, sizes.text_encoder.width),
-        **dict.fromkeys(("latent_mean", "latent_logvar", "masked_latent", "posterior_noise", "noise"), latent),
-        **dict.fromkeys(("t", "coin"), (batch,)),
+    return {
+        "context_tokens": torch.rand(inputs["context_tokens"]),
+        "context_global": torch.rand(inputs["context_global"]),
+        "prompt_embedding": torch.rand(inputs["prompt_embedding"]),
+        "mask": torch.rand(inputs["mask"]),
+        "target_tokens": torch.rand(inputs["context_tokens"]),
+        "target_global": torch.rand(inputs["context_global"]),
+        "text": torch.rand(batch, sizes.text_encoder.max_length, sizes.text_encoder.width),
+        "latent_mean": torch.rand(latent),
+        "latent_logvar": torch.rand(latent),
+        "masked_latent": torch.rand(latent),
+        "posterior_noise": torch.rand(latent),
+        "noise": torch.rand(latent),
+        "t": torch.rand(batch),
+        "coin": torch.rand(batch),
     }
-    return {name: torch.rand(shape) for name, shape in shapes.items()}
 
 
 def saved_bytes(stage: Stage, batch: Batch, half: bool) -> int:

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ldm.core import cli
 from ldm.core.devices import out_of_memory, steps_behind
 from ldm.core.errors import MedSoftError
 from ldm.core.tables import shortened
-from ldm.training.dataset import Batch
+from ldm.training.dataset import Batch, Loader
 from ldm.training.previews import Previews
 from ldm.training.records import Records
 from ldm.training.saving import Checkpoints
@@ -44,7 +43,7 @@ class Training:
         stage: Stage,
         fabric: "Fabric",
         precision: str,
-        loaders: tuple[DataLoader, DataLoader],
+        loaders: tuple[Loader, Loader],
         checkpoints: Checkpoints,
         records: Records,
         previews: Previews | None,
@@ -109,7 +108,7 @@ class Training:
 
     def without_exchange(self) -> AbstractContextManager:
         """In the block every process adds up gradients of its own, unless none of them has room for whole gradients."""
-        return nullcontext() if self.stage.sharded else self.fabric.no_backward_sync(self.model)
+        return nullcontext() if isinstance(self.model, Stage) else self.fabric.no_backward_sync(self.model)
 
     def forward_backward(self, batch: Batch) -> None:
         """Gradients of this process's share of a global batch."""

@@ -13,6 +13,7 @@ from ldm.config import TrainingConfig
 from ldm.diffusion.schedule import diffusion_loss, loss_inside
 from ldm.networks.model import MedSoftModel
 from ldm.networks.msc import ControllerInputs, masked_cosine, msc_loss
+from ldm.training.alignment import NAME as ALIGNMENT
 from ldm.training.alignment import alignment_loss
 from ldm.training.dataset import Batch
 
@@ -26,11 +27,11 @@ class Losses(NamedTuple):
     published: Tensor | None = None  # the loss without the terms and weights that options add; None: it is ``loss``
 
 
-Objective = Callable[[MedSoftModel, Batch, TrainingConfig, float, Tensor | None], Losses]
+Objective = Callable[[MedSoftModel, Batch, TrainingConfig, float, Tensor], Losses]
 
 
 def msc_objective(
-    net: MedSoftModel, batch: Batch, training: TrainingConfig, dropout: float, empty_text: Tensor | None
+    net: MedSoftModel, batch: Batch, training: TrainingConfig, dropout: float, empty_text: Tensor
 ) -> Losses:
     """The MSC's tokens, (B, N, D) and (B, D), against those of the image with its lesion. Nothing is dropped."""
     tokens, global_token = net.msc(ControllerInputs.of(batch))
@@ -40,7 +41,7 @@ def msc_objective(
 
 
 def diffusion_objective(
-    net: MedSoftModel, batch: Batch, training: TrainingConfig, dropout: float, empty_text: Tensor | None
+    net: MedSoftModel, batch: Batch, training: TrainingConfig, dropout: float, empty_text: Tensor
 ) -> Losses:
     """The noise that was added against the noise that the U-Net predicts.
 
@@ -70,7 +71,8 @@ def diffusion_objective(
         loss = net.schedule.min_snr_weight(t, training.min_snr).to(loss) * loss
     soft = net.patch_mask(batch["mask"])
     if training.alignment_weight:
-        aligned = alignment_loss(net.alignment(middle), batch["target_tokens"], soft, training.mask_weight)
+        projected = net.get_submodule(ALIGNMENT)(middle)
+        aligned = alignment_loss(projected, batch["target_tokens"], soft, training.mask_weight)
         loss = loss + training.alignment_weight * aligned
     if training.inside == "msc":
         cosine = masked_cosine(tokens.detach(), batch["target_tokens"], soft)

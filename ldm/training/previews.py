@@ -14,7 +14,7 @@ from ldm.core.files import remove_partials
 from ldm.data.png import write_png
 from ldm.diffusion.noise import image_noise, step_noise
 from ldm.networks.sampling import guidance_conditions, sample_latent
-from ldm.training.dataset import StageData
+from ldm.training.dataset import Batch, StageData
 from ldm.training.objectives import semantic_tokens_of
 from ldm.training.records import Records
 from ldm.training.saving import Progress
@@ -60,9 +60,11 @@ class Previews:
     @torch.no_grad()
     def rows(self) -> Tensor:
         """(items * S, 3 * S, 3) in about [-1, 1]."""
+        from lightning_fabric.utilities import move_data_to_device
+
         net, device = self.stage.net, self.stage.device
-        batch = default_collate([self.data[0, number, 0, 1.0] for number in self.numbers])
-        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        items = default_collate([self.data[0, number, 0, 1.0] for number in self.numbers])
+        batch: Batch = move_data_to_device(items, device)
         names = [(SEED, sample_id, 0) for sample_id in batch["sample_id"]]
         mask, masked = net.latent_mask(batch["mask"]), batch["masked_latent"]
         semantic = semantic_tokens_of(net, batch, self.stage.training_config.inside)

@@ -165,10 +165,10 @@ class Records:
         self.timed_items += items
         if self.bar is not None:
             for step in steps:
-                self._write(step, items / elapsed)
+                self._write(step, items / elapsed, self.bar)
             self.bar.update(steps[-1].step - self.bar.n)
 
-    def _write(self, step: TrainingStep, items_per_second: float) -> None:
+    def _write(self, step: TrainingStep, items_per_second: float, bar: tqdm) -> None:
         loss = sum(loss for loss, _ in step.batches) / len(step.batches)
         row = {"epoch": step.epoch, "step": step.step, "loss": loss}
         row |= {f"lr_{name}": value for name, value in step.learning_rates.items()}
@@ -178,7 +178,7 @@ class Records:
             self.rows.write(csv_lines([{key: repr(value) for key, value in row.items()}], STEPS))
             self.rows.flush()
         self._tell({f"train/{name}": row[name] for name in STEPS[2:] if name in row}, step.step)
-        self.bar.set_postfix(epoch=step.epoch, loss=f"{loss:.4f}", refresh=False)
+        bar.set_postfix(epoch=step.epoch, loss=f"{loss:.4f}", refresh=False)
 
     def keep(self) -> None:
         """Have the disk keep the rows so far: after a power cut ``last.ckpt`` must not know of steps they lack."""

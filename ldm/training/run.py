@@ -163,14 +163,15 @@ class TrainingFolder(RunFolder):
             self.same_run = False
             return None
 
-    def claim(self, **values: Any) -> None:
+    def claim(self, sweep: bool = True, **values: Any) -> None:
         """Make the folder this run's: another run's weights and previews go, and partials of runs that were killed.
 
         ``Checkpoints`` writes the record.
         """
         for path in [] if self.same_run else [*self._work(), *self.path.glob("pictures/epoch_*.png")]:
             path.unlink()
-        remove_partials(self.path)
+        if sweep:
+            remove_partials(self.path)
         self.same_run = True
 
 
@@ -215,13 +216,14 @@ def log_groups(architecture: Architecture, training: TrainingConfig, source: Che
     """What is trained, in a few lines; and a note where the published README trains something else than it says."""
     with torch.device("meta"):
         net = MedSoftModel(architecture, training.builds)
-    for name, members in training_groups(net, training).items():
-        count = sum(parameter.numel() for parameter in members.values())
-        shown = (name, counted(len(members), "tensor"), count / 1e6, training.rates[name])
+    groups = training_groups(net, training)
+    for name, rate in training.rates.items():
+        count = sum(parameter.numel() for parameter in groups[name].values())
+        shown = (name, counted(len(groups[name]), "tensor"), count / 1e6, rate)
         log.info("trains %s: %s, %.2f M parameters, learning rate %g", *shown)
     if training.alignment_weight:
-        count = projection_values(architecture) / 1e6
-        log.info("and a projection of the middle block, %.2f M parameters, that no finished checkpoint holds", count)
+        millions = projection_values(architecture) / 1e6
+        log.info("and a projection of the middle block, %.2f M parameters, that no finished checkpoint holds", millions)
     if training.stage == "stage2_1" and source.metadata.get("stage") == "stage2_1":
         log.info(
             "note: stage2_1 trains the MSC only, also for this checkpoint that it has trained before; "

@@ -83,7 +83,7 @@ class RunState:
         averaged = stage.trained if stage.training_config.ema_decay else None
         listed = previous.rest.get("optimizer_states")
         kept = listed[0] if isinstance(listed, list) and listed else None
-        groups = {name: [*members.values()] for name, members in stage.groups.items()}
+        groups: dict[str | None, list[Tensor]] = {name: [*members.values()] for name, members in stage.groups.items()}
         moments = saved.moments("optimizer_states[0]", kept, groups)
         scaler = saved.entry("MixedPrecision", SCALER if "MixedPrecision" in previous.rest else None)
         return cls(progress, weights, saved.entry("average", averaged) or {}, moments, scaler)

@@ -73,7 +73,10 @@ class Stage(nn.Module):
         """``empty_text``: text states (1, 77, D) of the empty prompt; None for a stage without a U-Net."""
         super().__init__()
         self.training_config, self.net, self.frozen = training, net, frozen
-        self.register_buffer("empty_text", empty_text, persistent=False)
+        if empty_text is None:
+            self.empty_text = torch.empty(0)  # Without a U-Net nothing reads it.
+        else:
+            self.register_buffer("empty_text", empty_text, persistent=False)
         if training.alignment_weight and "unet" in net.parts:
             device = next(net.unet.parameters()).device
             net.add_module(ALIGNMENT, projection_for(net.architecture, training.seed, device))
@@ -149,7 +152,7 @@ class Stage(nn.Module):
     def adamw(self, fused: bool = True) -> torch.optim.AdamW:
         """AdamW with a learning rate for each group. A ``fused`` step makes no temporary copies."""
         rates = self.training_config.rates
-        groups = [{"params": [*own.values()], "lr": rates[name], "name": name} for name, own in self.groups.items()]
+        groups = [{"params": [*self.groups[name].values()], "lr": rates[name], "name": name} for name in rates]
         return torch.optim.AdamW(groups, weight_decay=self.training_config.weight_decay, fused=fused)
 
     def gradient_norms(self) -> tuple[dict[str, Tensor], Tensor]:
