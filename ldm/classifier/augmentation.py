@@ -94,4 +94,4 @@ class Rand(RandAugment):
         return operations(num_bins, image_size[1])
 
 
-POLICIES = {"trivial": Trivial, "rand": Rand}
+POLICIES: dict[str, type[torch.nn.Module]] = {"trivial": Trivial, "rand": Rand}

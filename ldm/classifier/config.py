@@ -103,8 +103,8 @@ def load_classifier_config(path: str | Path, overrides: Sequence[str] = ()) -> C
             ("Batch_Size", config.Batch_Size > 1, "at least 2 for training"),  # batch normalisation needs two images
             ("test_epoch", chosen, f"at most EPOCHS, which is {config.EPOCHS}"),
             ("steps", config.steps is None or config.steps >= epochs, f"one for each of {epochs} epochs at least"),
-            ("train_json", config.train_json is not None, "the path of a dataset"),
-            ("val_json", config.val_json is not None, "the path of a dataset"),
+            ("train_json", bool(config.train_json), "the path of a dataset"),
+            ("val_json", bool(config.val_json), "the path of a dataset"),
             ("ratio", use != DUPLICATE_REAL or config.ratio is not None, f"a number with use_synthetic {use}"),
             ("synthetic", use != PRETRAIN or bool(config.synthetic), f"result folders with use_synthetic {use}"),
             ("review", use != DUPLICATE_REAL or not config.review, f"nothing with use_synthetic {use}"),

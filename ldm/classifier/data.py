@@ -60,20 +60,30 @@ class ImageSet:
 
     def subset(self, kept: Sequence[int]) -> "ImageSet":
         """The samples at these positions, in this order, repeated where a position is."""
-        lists = {name: [getattr(self, name)[i] for i in kept] for name in ("samples", "labels", "hashes", "attributes")}
-        masks = None if self.masks is None else self.masks.subset(kept)
-        return replace(self, images=self.images.subset(kept), masks=masks, **lists)
+        return replace(
+            self,
+            samples=[self.samples[i] for i in kept],
+            images=self.images.subset(kept),
+            labels=[self.labels[i] for i in kept],
+            hashes=[self.hashes[i] for i in kept],
+            attributes=[self.attributes[i] for i in kept],
+            masks=None if self.masks is None else self.masks.subset(kept),
+        )
 
     @classmethod
     def joined(cls, name: str, parts: Sequence["ImageSet"]) -> "ImageSet":
         """The samples and the rejects of all ``parts``, of which there is at least one."""
-        lists = {
-            key: [each for part in parts for each in getattr(part, key)]
-            for key in ("samples", "labels", "hashes", "attributes", "rejects")
-        }
         masks = [part.masks for part in parts if part.masks is not None]
-        images = Squares.joined([part.images for part in parts])
-        return cls(name, images=images, masks=Squares.joined(masks) if masks else None, **lists)
+        return cls(
+            name,
+            samples=[sample for part in parts for sample in part.samples],
+            images=Squares.joined([part.images for part in parts]),
+            labels=[label for part in parts for label in part.labels],
+            hashes=[digest for part in parts for digest in part.hashes],
+            attributes=[each for part in parts for each in part.attributes],
+            rejects=[reject for part in parts for reject in part.rejects],
+            masks=Squares.joined(masks) if masks else None,
+        )
 
     @property
     def diseased(self) -> list[int]:
@@ -223,7 +233,7 @@ class _HeldOut:
     def fault(self, sample: Sample, digest: str, ours: bool) -> str | None:
         """Why a synthetic sample, its pixels' ``digest`` and perhaps of ``ours`` by its name, may not be trained on."""
         cure = "only children of training patients may be added: inpaint training samples"
-        parent, patient = sample.parent_id, sample.patient_id
+        parent, patient = sample.parent_id or "", sample.patient_id
         side = self.patients.get(patient) or self.patients.get(parent) or self.ids.get(parent)
         if side and (patient in self.patients or not ours):
             return f"was inpainted into {parent or 'an unknown parent'}, patient {patient} in the {side} set; {cure}"
@@ -293,20 +303,20 @@ def pick_synthetic(
             text = "ratio %g asks for %s, %s: all are used"
             log.warning(text, config.ratio, counted(wanted, "synthetic image"), there)
         diseased = sorted(_shuffled(config.seed, "synthetic", pool, diseased)[:wanted])
-    return pool.subset(diseased), choice and choice.record
+    return pool.subset(diseased), choice.record if choice else None
 
 
-def pick_duplicates(config: ClassifierConfig, train: ImageSet) -> ImageSet:
+def pick_duplicates(seed: int, ratio: float, train: ImageSet) -> ImageSet:
     """Real diseased training images again, as many as ``ratio`` asks for: each equally often, the rest by seed."""
-    order = _shuffled(config.seed, "duplicate", train, train.diseased)
-    rounds, rest = divmod(round(config.ratio * len(order)), len(order))
+    order = _shuffled(seed, "duplicate", train, train.diseased)
+    rounds, rest = divmod(round(ratio * len(order)), len(order))
     return replace(train.subset([*order * rounds, *order[:rest]]), name="duplicates", rejects=[])
 
 
 def _shuffled(seed: int, purpose: str, images: ImageSet, positions: Sequence[int]) -> list[int]:
     """``positions`` in an order that depends on the seed and the samples' names and pixels only."""
     keys = {i: named_seed(seed, purpose, images.samples[i].sample_id, images.hashes[i]) for i in positions}
-    return sorted(positions, key=keys.get)
+    return sorted(positions, key=keys.__getitem__)
 
 
 @dataclass
@@ -350,20 +360,19 @@ class ClassifierData:
 
 def load_data(config: ClassifierConfig) -> ClassifierData:
     """Read, check and label all sets of a training run; raises MedSoftError for leaks and for missing classes."""
-    sources = {"train": config.train_json, "val": config.val_json, "test": config.test_json}
-    duplicating = config.use_synthetic == DUPLICATE_REAL
-    added = [] if duplicating else [("synthetic", folder) for folder in config.synthetic]
+    named = {"train": config.train_json, "val": config.val_json, "test": config.test_json}
+    sources = {name: source for name, source in named.items() if source}  # training has at least the first two
+    repeated = config.ratio if config.use_synthetic == DUPLICATE_REAL else None
+    added = [("synthetic", folder) for folder in config.synthetic] if repeated is None else []
     for name, source in [*sources.items(), *added]:
-        if source:
-            require_source(name, source)
+        require_source(name, source)
     sizes = (config.img_size, config.task, config.channels, config.crop)
-    train, val, test = (
-        load_images(n, s, *sizes, only_real=True, folder=config.output) if s else None for n, s in sources.items()
-    )
+    sets = {n: load_images(n, s, *sizes, only_real=True, folder=config.output) for n, s in sources.items()}
+    train, val, test = sets["train"], sets["val"], sets.get("test")
     held_out = [images for images in (val, test) if images is not None]
     check_image_sets_disjoint([train, *held_out])
     classes = class_names(config, train)
-    synthetic, review = (None, None) if duplicating else pick_synthetic(config, train, held_out)
+    synthetic, review = pick_synthetic(config, train, held_out) if repeated is None else (None, None)
     if config.use_synthetic == PRETRAIN and not synthetic:
         raise MedSoftError(
             f"use_synthetic pretrain needs synthetic diseased images, found none in {', '.join(config.synthetic)} at "
@@ -372,12 +381,12 @@ def load_data(config: ClassifierConfig) -> ClassifierData:
     earlier = pretrained_on(config.pretrained)
     for images in held_out:
         check_unseen(f"{images.name}_json", images.samples, earlier, config.pretrained)
-    for source in (train, *([synthetic] if synthetic else [])):
-        behind = groups_of_samples(source.name, source.samples)
+    for learned in (train, *([synthetic] if synthetic else [])):
+        behind = groups_of_samples(learned.name, learned.samples)
         for images in held_out:
-            check_unseen(f"{images.name}_json", images.samples, behind, f"the {source.name} set")
+            check_unseen(f"{images.name}_json", images.samples, behind, f"the {learned.name} set")
         earlier = trained_on("", (), earlier, behind)
-    duplicates = pick_duplicates(config, train) if duplicating else None
+    duplicates = None if repeated is None else pick_duplicates(config.seed, repeated, train)
     data = ClassifierData(train, val, test, synthetic, duplicates, classes, earlier, review)
     for images in data.sets:
         for sample, label in zip(images.samples, images.labels, strict=True):

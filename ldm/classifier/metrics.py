@@ -157,21 +157,28 @@ def compute_groups(
     as ``compute_metrics`` gives them, ``auc``, ``recall`` and ``sensitivity_at_95_specificity``. At most MOST_GROUPS
     rows, those with the most samples.
     """
-    rows = []
-    for (kind, severity), inside in sample_groups(samples).items():
-        kept = np.flatnonzero(~truth | inside)
-        patients = [samples[i].patient_id for i in kept]
-        among, of_group = patients_by_class(inside[kept], patients), score[kept]
+    return [
+        {"lesion_type": kind, "severity": severity} | _group(truth, score, samples, inside, seed)
+        for (kind, severity), inside in sample_groups(samples).items()
+    ]
 
-        def measure(weights: np.ndarray, group: np.ndarray = inside[kept], score: np.ndarray = of_group) -> dict:
-            found = _binary(group, score, score >= THRESHOLD, weights)
-            return {name: found[name] for name in ("auc", "recall", "sensitivity_at_95_specificity")}
 
-        least = min(among.get(True, 0), among.get(False, 0))
-        numbers = with_intervals(measure, patients, lambda _, least=least: least, seed)
-        row = {"lesion_type": kind, "severity": severity, "n": int(inside.sum()), "n_patients": among[True]}
-        rows.append(row | numbers)
-    return rows
+def _group(
+    truth: np.ndarray, score: np.ndarray, samples: Sequence[Sample], inside: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """What ``compute_groups`` says of the samples ``inside`` (N,) a group."""
+    kept = np.flatnonzero(~truth | inside)
+    group, scores = inside[kept], score[kept]
+    patients = [samples[i].patient_id for i in kept.tolist()]
+    among = patients_by_class(group, patients)
+    fewest = min(among.get(True, 0), among.get(False, 0))
+
+    def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        found = _binary(group, scores, scores >= THRESHOLD, weights)
+        return {name: found[name] for name in ("auc", "recall", "sensitivity_at_95_specificity")}
+
+    numbers = with_intervals(measure, patients, lambda _: fewest, seed)
+    return {"n": int(inside.sum()), "n_patients": among[True]} | numbers
 
 
 def sample_groups(samples: Sequence[Sample]) -> dict[tuple[str, str], np.ndarray]:

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -32,7 +33,7 @@ def build_network(
     read or fetched.
     """
     check_model(model, pretrained)
-    options = {"in_chans": CHANNELS[channels], "num_classes": n_classes}
+    options: dict[str, Any] = {"in_chans": CHANNELS[channels], "num_classes": n_classes}
     settings = timm.get_pretrained_cfg(model)
     if settings is not None and settings.fixed_input_size:
         options["img_size"] = img_size
@@ -63,7 +64,7 @@ def check_model(model: str, pretrained: str | None) -> None:
         )
 
 
-def _fetch(model: str, options: dict[str, int]) -> torch.nn.Module:
+def _fetch(model: str, options: dict[str, Any]) -> torch.nn.Module:
     log.info("fetching timm's weights of %s, unless they are in the hub's cache", model)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its attempts, without a network
     try:
@@ -79,7 +80,7 @@ def _load_pretrained(network: torch.nn.Module, path: Path, channels: int) -> Non
     """Everything but the classification layer must fit; a colour stem is summed over its colours for grey images."""
     state = read_checkpoint(path).state
     # timm names the first convolutions and the classification layers: none, one or several
-    names = [network.pretrained_cfg.get(key) or () for key in ("first_conv", "classifier")]
+    names = [settings_of(network).get(key) or () for key in ("first_conv", "classifier")]
     stems, heads = ((each,) if isinstance(each, str) else tuple(each) for each in names)
     for stem in stems:
         if f"{stem}.weight" in state:
@@ -95,6 +96,11 @@ def _load_pretrained(network: torch.nn.Module, path: Path, channels: int) -> Non
         )
     check_finite(state, path)
     network.load_state_dict({**own, **{key: value for key, value in state.items() if key not in new}})
+
+
+def settings_of(network: torch.nn.Module) -> dict[str, Any]:
+    """What timm says of a network: mean and deviation of its inputs, names of its layers."""
+    return vars(network)["pretrained_cfg"]  # torch's annotations take every attribute for a tensor or a module
 
 
 def pick_device(gpu: str | list[int] | list[str]) -> torch.device:
@@ -127,7 +133,7 @@ def normalise(images: torch.Tensor, network: torch.nn.Module) -> torch.Tensor:
 
     Grey images take the average over the colours.
     """
-    mean, std = (images.new_tensor(network.pretrained_cfg[key]) for key in ("mean", "std"))
+    mean, std = (images.new_tensor(settings_of(network)[key]) for key in ("mean", "std"))
     if images.shape[1] == 1:
         mean, std = mean.mean(), std.mean()
     return ((images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).contiguous(memory_format=torch.channels_last)
@@ -135,7 +141,7 @@ def normalise(images: torch.Tensor, network: torch.nn.Module) -> torch.Tensor:
 
 @torch.inference_mode()
 def compute_outputs(
-    network: torch.nn.Module, images: ImageSet, batch_size: int = 64, places: Sequence[int] = ()
+    network: torch.nn.Module, images: ImageSet, batch_size: int = 64, places: Sequence[int] | np.ndarray = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (N, K), and what the classification layer reads of the images at ``places`` (P, D), float32 on the CPU.
 
@@ -144,13 +150,14 @@ def compute_outputs(
     """
     device, pieces, pooled = next(network.eval().parameters()).device, [], []
     wanted = np.sort(np.asarray(places, int))
+    timm_network: Any = network  # whose methods torch's annotations take for tensors
     for start in range(0, len(images), batch_size):
         inputs = normalise(to_input(images.images[start : start + batch_size], device), network)
-        features = network.forward_features(inputs)
-        pieces.append(network.forward_head(features).float().cpu())
+        features = timm_network.forward_features(inputs)
+        pieces.append(timm_network.forward_head(features).float().cpu())
         first, last = np.searchsorted(wanted, (start, start + batch_size))
         if first < last:
-            read = network.forward_head(features, pre_logits=True).float().cpu()
+            read = timm_network.forward_head(features, pre_logits=True).float().cpu()
             pooled.append(read[wanted[first:last] - start])
     logits = torch.cat(pieces)
     bad = (~torch.isfinite(logits).all(1)).nonzero().flatten().tolist()

@@ -51,7 +51,7 @@ class Classifier:
     network: torch.nn.Module
     info: dict[str, Any]  # config, classes (healthy first, as the outputs), epoch, run and the training summary
 
-    def score(self, images: ImageSet, places: Sequence[int] = ()) -> Scored:
+    def score(self, images: ImageSet, places: Sequence[int] | np.ndarray = ()) -> Scored:
         """Class probabilities of a set, and features of the images at ``places``.
 
         MedSoftError naming a sample whose logits are not finite.
@@ -194,7 +194,7 @@ def load_classifier(weights: str | Path, gpu: str | list[int] | list[str] = "") 
     network = build_for_task(saved["task"], saved["model"], len(classes), saved["img_size"], saved["channels"])
     to = f"the model {saved['model']} as timm makes it here"
     load_exactly(network, state, path, to, "take the timm it was trained with, or train it again")
-    return Classifier(network.to(pick_device(gpu), memory_format=torch.channels_last).eval(), info)
+    return Classifier(network.to(pick_device(gpu)).to(memory_format=torch.channels_last).eval(), info)
 
 
 def _test(
@@ -230,10 +230,11 @@ def _test(
     if test is None:
         metrics["notes"] = ["No test set was given.", *notes]
     elif test.masks is not None:
-        found = outlines(classifier.network, test, folder)
-        metrics.update(summarise_masks(test, found, config.seed))
+        outlined = outlines(classifier.network, test, folder)
+        metrics.update(summarise_masks(test, test.masks, outlined, config.seed))
         metrics["notes"] += notes
-        write_segmentation(folder, metrics, test, found, mask_rows(test, found), suffix)
+        outlined_rows = mask_rows(test, test.masks, outlined)
+        write_segmentation(folder, metrics, test, test.masks, outlined, outlined_rows, suffix)
     else:
         points = map_points(len(test) + (len(synthetic) if synthetic else 0))
         scored = classifier.score(test, points[points < len(test)])

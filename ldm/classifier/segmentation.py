@@ -8,6 +8,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from ldm.classifier.augmentation import light_draws, move
@@ -29,9 +30,10 @@ class UNet(nn.Module):
 
     def __init__(self, model: str, channels: int) -> None:
         super().__init__()
-        self.encoder = timm.create_model(model, pretrained=False, features_only=True, in_chans=channels)
-        self.pretrained_cfg = timm.get_pretrained_cfg(model).to_dict()
-        *skips, width = self.encoder.feature_info.channels()
+        encoder: Any = timm.create_model(model, pretrained=False, features_only=True, in_chans=channels)
+        self.encoder: nn.Module = encoder
+        self.pretrained_cfg = (timm.get_pretrained_cfg(model) or PretrainedCfg()).to_dict()
+        *skips, width = encoder.feature_info.channels()  # which an nn.Module does not have
         blocks = []
         for skip in (*reversed(skips), channels):
             narrow = min(WIDEST, max(skip, 16))
@@ -109,13 +111,13 @@ def segment(network: nn.Module, images: ImageSet) -> Iterator[Tensor]:
         yield logits
 
 
-def validate_masks(network: nn.Module, images: ImageSet, weights: Tensor) -> dict[str, float | None]:
+def validate_masks(network: nn.Module, images: ImageSet, truth: Squares, weights: Tensor) -> dict[str, float | None]:
     """The loss, and every number of ``compare_masks``; None where undefined. ``weights`` (N,)."""
     losses, counts = [], []
     for start, logits in zip(range(0, len(images), BATCH), segment(network, images), strict=True):
-        truth = images.masks[start : start + BATCH]
-        losses.append(image_losses(logits, torch.from_numpy(truth).float()))
-        counts.append(pixel_counts(truth, called(logits)))
+        masks = truth[start : start + BATCH]
+        losses.append(image_losses(logits, torch.from_numpy(masks).float()))
+        counts.append(pixel_counts(masks, called(logits)))
     loss = (torch.cat(losses) * weights).sum() / weights.sum()
     values = compare_counts(np.concatenate(counts, axis=1))(np.ones((1, len(images))))
     return {"loss": float(loss), **{name: None if np.isnan(x[0]) else float(x[0]) for name, x in values.items()}}
@@ -180,21 +182,19 @@ def compare_counts(counts: np.ndarray, kept: np.ndarray | None = None) -> Any:
     return measure
 
 
-def summarise_masks(images: ImageSet, found: np.ndarray, seed: int = 0) -> dict[str, Any]:
+def summarise_masks(images: ImageSet, truth: Squares, found: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """What metrics.json says about a test set: ``test`` and ``groups`` as ``metrics.summarise``, counts and notes."""
-    counts, patients = pixel_counts(images.masks, found), [sample.patient_id for sample in images.samples]
+    counts, patients = pixel_counts(truth, found), [sample.patient_id for sample in images.samples]
     sides = patients_by_class([label != HEALTHY for label in images.labels], patients)
 
     def least(name: str) -> int:
         """Patients with a lesion, or without one for ``false_alarms``."""
         return sides.get(name != "false_alarms", 0)
 
-    groups = []
-    for (kind, severity), inside in sample_groups(images.samples).items():
-        count = len({patient for patient, kept in zip(patients, inside, strict=True) if kept})
-        measured = with_intervals(compare_counts(counts, inside), patients, lambda _, n=count: n, seed)
-        row = {"lesion_type": kind, "severity": severity, "n": int(inside.sum()), "n_patients": count}
-        groups.append(row | {name: measured[name] for name in ("dice", "found")})
+    groups = [
+        {"lesion_type": kind, "severity": severity} | _group(counts, inside, patients, seed)
+        for (kind, severity), inside in sample_groups(images.samples).items()
+    ]
     few, notes = few_patients(images), []
     if few:
         left_out = f"an interval from fewer than {FEWEST_PATIENTS} is meaningless and left out"
@@ -211,9 +211,16 @@ def summarise_masks(images: ImageSet, found: np.ndarray, seed: int = 0) -> dict[
     }
 
 
-def mask_rows(images: ImageSet, found: np.ndarray) -> list[dict[str, Any]]:
+def _group(counts: np.ndarray, inside: np.ndarray, patients: Sequence[str], seed: int) -> dict[str, Any]:
+    """What ``summarise_masks`` says of the samples ``inside`` (N,) a group."""
+    count = len({patient for patient, kept in zip(patients, inside, strict=True) if kept})
+    measured = with_intervals(compare_counts(counts, inside), patients, lambda _: count, seed)
+    return {"n": int(inside.sum()), "n_patients": count} | {name: measured[name] for name in ("dice", "found")}
+
+
+def mask_rows(images: ImageSet, truth: Squares, found: np.ndarray) -> list[dict[str, Any]]:
     """One row per sample, as in predictions_test.csv: who it is, how large lesion and outline are, Dice."""
-    dice = overlaps(images.masks, found)["dice"]
+    dice = overlaps(truth, found)["dice"]
     return [
         {
             **{key: getattr(sample, key) or "" for key in ("sample_id", "patient_id", "parent_id", "prompt")},
@@ -223,9 +230,7 @@ def mask_rows(images: ImageSet, found: np.ndarray) -> list[dict[str, Any]]:
             "found_pixels": int(outline.sum()),
             "dice": None if np.isnan(value) else float(value),
         }
-        for sample, label, mask, outline, value in zip(
-            images.samples, images.labels, images.masks, found, dice, strict=True
-        )
+        for sample, label, mask, outline, value in zip(images.samples, images.labels, truth, found, dice, strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ldm.classifier.data import HEALTHY, ImageSet
 from ldm.classifier.report import number_tables, training_plots, write_tables
+from ldm.classifier.square import Squares
 from ldm.reports.html import write_image, write_page
 
 SHOWN, ALARMS = 24, 8  # pictures of lesions, evenly from the worst to the best, and of false alarms
@@ -17,9 +18,18 @@ TRUTH, FOUND = (80, 220, 100), (255, 64, 64)  # colours of the outlines
 
 
 def write_segmentation(
-    folder: Path, metrics: Mapping[str, Any], images: ImageSet, found: np.ndarray, rows: list, suffix: str = ""
+    folder: Path,
+    metrics: Mapping[str, Any],
+    images: ImageSet,
+    truth: Squares,
+    found: np.ndarray,
+    rows: Sequence[Mapping[str, Any]],
+    suffix: str = "",
 ) -> None:
-    """predictions_test.csv, metrics.csv and report.html; ``found`` bool (N, S, S), ``rows``: see ``mask_rows``."""
+    """predictions_test.csv, metrics.csv and report.html.
+
+    ``truth`` and ``found``: masks, bool (N, S, S); ``rows``: see ``mask_rows``.
+    """
     path = write_tables(folder, rows, metrics, suffix)
     lesions = sorted((i for i, row in enumerate(rows) if row["dice"] is not None), key=lambda i: rows[i]["dice"])
     places = np.linspace(0, len(lesions) - 1, min(SHOWN, len(lesions))).round().astype(int)
@@ -30,19 +40,25 @@ def write_segmentation(
         "segmentation",
         **number_tables(metrics, ("dice", "found")),
         training_plots=training_plots(folder, path, metrics["epoch"]),
-        outlines=_pictures(path, "outline", images, found, rows, [lesions[place] for place in places]),
-        alarms=_pictures(path, "alarm", images, found, rows, alarms[:ALARMS]),
+        outlines=_pictures(path, "outline", images, truth, found, rows, [lesions[place] for place in places]),
+        alarms=_pictures(path, "alarm", images, truth, found, rows, alarms[:ALARMS]),
         alarm_count=len(alarms),
     )
 
 
 def _pictures(
-    path: Path, name: str, images: ImageSet, found: np.ndarray, rows: Sequence[Mapping[str, Any]], chosen: list[int]
+    path: Path,
+    name: str,
+    images: ImageSet,
+    truth: Squares,
+    found: np.ndarray,
+    rows: Sequence[Mapping[str, Any]],
+    chosen: Sequence[int],
 ) -> list[dict[str, Any]]:
     return [
         {
             **{key: rows[i][key] for key in ("sample_id", "prompt", "dice")},
-            "source": write_image(path, f"{name}_{n:02d}", outlined(images.images[i], images.masks[i], found[i])),
+            "source": write_image(path, f"{name}_{n:02d}", outlined(images.images[i], truth[i], found[i])),
             "lesion": " ".join(filter(None, (rows[i]["severity"], rows[i]["lesion_type"]))),
         }
         for n, i in enumerate(chosen)

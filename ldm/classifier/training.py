@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ def make_phases(config: ClassifierConfig, data: ClassifierData) -> list[Phase]:
         """These sets as one phase; ``steps`` None: as many as ``epochs`` passes over them have."""
         used = [images for images in sets if images]
         labels = torch.cat([torch.from_numpy(label_indices(images, data.classes)) for images in used])
-        names, seen = [], Counter()
+        names: list[str] = []
+        seen: Counter[str] = Counter()
         for sample_name in (f"{images.name}/{sample.sample_id}" for images in used for sample in images.samples):
             seen[sample_name] += 1
             again = f" ({seen[sample_name]})" if seen[sample_name] > 1 else ""
@@ -80,17 +81,21 @@ def make_phases(config: ClassifierConfig, data: ClassifierData) -> list[Phase]:
         # of an epoch's batches, of equal sizes, none is of one image: that has no variance
         count = min(math.ceil(len(names) / config.Batch_Size), len(names) // 2)
         steps = epochs * count if steps is None else steps
-        masks = Squares.joined([images.masks for images in used]) if config.task == SEGMENT else None
+        parts = [images.masks for images in used if images.masks is not None]
+        masks = Squares.joined(parts) if parts else None
         return Phase(name, epochs, steps, pixels, labels, names, class_weights(labels, len(data.classes)), masks)
 
     steps = config.steps
     if config.use_synthetic != PRETRAIN:
         return [phase("train", config.EPOCHS, steps, [data.train, data.synthetic, data.duplicates])]
-    first = steps and steps * config.pretrain_epochs // (config.pretrain_epochs + config.EPOCHS)
+    first = rest = None
+    if steps is not None:
+        first = steps * config.pretrain_epochs // (config.pretrain_epochs + config.EPOCHS)
+        rest = steps - first
     healthy = data.train.subset([i for i, label in enumerate(data.train.labels) if label == HEALTHY])
     return [
         phase("pretrain", config.pretrain_epochs, first, [healthy, data.synthetic]),
-        phase("train", config.EPOCHS, steps and steps - first, [data.train]),
+        phase("train", config.EPOCHS, rest, [data.train]),
     ]
 
 
@@ -245,7 +250,7 @@ def epoch_batches(phase: Phase, epoch: int, config: ClassifierConfig) -> list[tu
     steps, count, size = phase.steps_of(epoch), len(phase.names), config.Batch_Size
     if config.steps is None:
         rows, names = epoch_order(phase, epoch, config)
-        places = np.array_split(np.arange(count), len(steps))
+        places: Iterable[np.ndarray] = np.array_split(np.arange(count), len(steps))
     else:
         first, last = steps.start * size, steps.stop * size
         passes = range(first // count + 1, math.ceil(last / count) + 1)
@@ -279,7 +284,7 @@ def validate(network: torch.nn.Module, data: ClassifierData, shares: torch.Tenso
     ``compare_masks``; None where undefined."""
     labels = label_indices(data.val, data.classes)
     if data.val.masks is not None:
-        return validate_masks(network, data.val, shares[torch.from_numpy(labels)])
+        return validate_masks(network, data.val, data.val.masks, shares[torch.from_numpy(labels)])
     logits, _ = compute_outputs(network, data.val, 128)
     loss = float(F.cross_entropy(logits, torch.from_numpy(labels), weight=shares))
     if math.isnan(loss):

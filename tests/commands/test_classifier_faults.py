@@ -36,6 +36,8 @@ def world(tmp_path: Path) -> dict:
         ({"EPOCHS": 4, "steps": 3}, "steps: expected one for each of 4 epochs at least, found 3"),
         ({"test_epoch": 7}, "test_epoch: expected at most EPOCHS, which is 1"),
         ({"train_json": None}, "train_json: expected the path of a dataset, found null"),
+        ({"train_json": ""}, 'train_json: expected the path of a dataset, found ""'),
+        ({"val_json": ""}, 'val_json: expected the path of a dataset, found ""'),
         ({"task": "types"}, "task: expected one of binary, type, segment"),
         ({"task": "segment", "augmentation": "rand"}, 'augmentation: expected "light" with task segment, found "rand"'),
         ({"task": "segment", "pretrained": "hub"}, 'pretrained: expected null with task segment, found "hub"'),
