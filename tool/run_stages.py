@@ -17,10 +17,10 @@ a shell would, but no shell runs them; ``python`` is the interpreter that runs t
 
 A step is done when it ended with 0 or 3, everything it makes exists, no step before it has run since, and neither its
 command nor a file of models/ or configs/ that the command names (a YAML with its ``base:`` files) has changed. So a
-step that runs makes all after it run: they find out themselves whether anything is left to do. A step that refuses
-(exit code 2) since its folder holds the work of other settings stops the plan; with --overwrite it is run once more
-with its own --overwrite. The seconds of a step are all that was spent on it with these settings; an "already complete"
-adds its moment to the real time.
+step that runs makes all after it run: they find out themselves whether anything is left to do; until then --list calls
+them outdated. A step that refuses (exit code 2) since its folder holds the work of other settings stops the plan; with
+--overwrite it is run once more with its own --overwrite. The seconds of a step are all that was spent on it with these
+settings; an "already complete" adds its moment to the real time.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--from", dest="start", metavar="STEP", help="run this step and all after it, done or not")
     made.add_argument("--only", nargs="+", metavar="STEP", help="run these steps only, done or not")
     made.add_argument("--overwrite", action="store_true", help="let a step that refuses replace what others have left")
-    made.add_argument("--list", action="store_true", help="show the steps and whether they are done; run nothing")
+    made.add_argument("--list", action="store_true", help="show the steps: done, to do or outdated; run nothing")
     return made
 
 

@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("study", metavar="STUDY.yaml", type=Path, help="the study, e.g. configs/study_phantom.yaml")
     made.add_argument("--collect", action="store_true", help="run nothing; report the cells that are finished")
     made.add_argument("--overwrite", action="store_true", help="let a step that refuses replace what others have left")
-    made.add_argument("--list", action="store_true", help="run nothing; show the steps and whether they are done")
+    made.add_argument("--list", action="store_true", help="run nothing; show the steps: done, to do or outdated")
     text = "run these worlds only, e.g. world_0; other processes may run others at the same time"
     made.add_argument("--worlds", nargs="+", metavar="WORLD", help=text)
     text = "worlds that run side by side and share the processors; what each says goes to OUTPUT_DIR/WORLD.log"

@@ -40,21 +40,27 @@ def run_plan(path: Path, start: str | None, only: Sequence[str], overwrite: bool
             raise UsageError(f"{name}: no such step in plan {plan.name}; it has {', '.join(names)}")
     forced = names[names.index(start) :] if start else only
     if list_only:
-        return show_steps([plan])
+        show_steps(PlanRecord(plan))
+        return cli.DONE
     again = shlex.join(["python", "tool/run_stages.py", str(path)])
     with PlanRecord(plan).folder.lock():
         record = PlanRecord(plan)
         return run_steps(record, forced or names, again, forced, overwrite) or _summarise(record)
 
 
-def show_steps(plans: Sequence[Plan]) -> int:
-    """Print every step of the plans and whether it is done."""
-    for plan in plans:
-        record = PlanRecord(plan)
-        for number, step in enumerate(plan.steps, 1):
-            state = "done" if record.done(step) else "to do"
-            print(f"{plan.name} {count(plan, number)} {step.name} ({state}): {step.run}")
-    return cli.DONE
+def show_steps(record: PlanRecord, older: Collection[PlanStep] = ()) -> list[PlanStep]:
+    """Print every step of a plan and whether it is done; those that a run would run are returned.
+
+    A step that runs makes all after it run, and so does one of ``older``: what of them was done is outdated.
+    """
+    again: list[PlanStep] = []
+    for number, step in enumerate(record.plan.steps, 1):
+        done = record.done(step)
+        if again or step in older or not done:
+            again.append(step)
+        state = "to do" if not done else "outdated" if step in again else "done"
+        print(f"{record.plan.name} {count(record.plan, number)} {step.name} ({state}): {step.run}")
+    return again
 
 
 def _summarise(record: PlanRecord) -> int:

@@ -50,7 +50,7 @@ def run_study(
     groups = list(plan_groups(design))
     once = once_plan(design)
     if list_only:
-        return show_steps([once, *(group.plan for group in groups)])
+        return list_study(design, groups)
     if collect:
         return report(design, groups)
     chosen = chosen_worlds(design, groups, worlds)
@@ -77,20 +77,43 @@ def once_plan(design: Design) -> Plan:
     return Plan("study", design.keys.output_dir, design.steps)
 
 
-def older_steps(design: Design, once: PlanRecord, record: PlanRecord, each: CellStep | JudgeStep) -> list[PlanStep]:
+def list_study(design: Design, groups: Sequence[Group]) -> int:
+    """Print every step and whether it is done."""
+    once = PlanRecord(once_plan(design))
+    anew = show_steps(once)
+    for group in groups:
+        record = PlanRecord(group.plan)
+        show_steps(record, older_in(design, once, record, group, anew))
+    return cli.DONE
+
+
+def older_in(
+    design: Design, once: PlanRecord, record: PlanRecord, group: Group, anew: Sequence[PlanStep] = ()
+) -> set[PlanStep]:
+    """``older_steps`` behind all cells and judgements of a group."""
+    return {step for each in (*group.cells, *group.judged) for step in older_steps(design, once, record, each, anew)}
+
+
+def older_steps(
+    design: Design, once: PlanRecord, record: PlanRecord, each: CellStep | JudgeStep, anew: Sequence[PlanStep] = ()
+) -> list[PlanStep]:
     """Of the steps behind a cell or a judgement, those older than something made ``once`` that they begin with.
 
-    Not the judge's own: of its weights the content is compared.
+    And those that began with what other settings made, or what is to be made ``anew``. Not the judge's own: of its
+    weights the content is compared.
     """
     commands = {step: step.run for step in each.before}
     if isinstance(each, CellStep):
         commands[each.step] = words_of(each)
 
-    def older(step: PlanStep) -> bool:
-        begun = [once.entries[first.name] for first in once_for(design, commands[step]) if first.name in once.entries]
-        return any(entry["finished"] > record.entries[step.name]["finished"] for entry in begun)
+    def older(step: PlanStep, first: PlanStep) -> bool:
+        if first in anew or first.name not in once.entries:
+            return first in anew
+        known = once.known(first)
+        return not known or known["finished"] > record.entries[step.name]["finished"]
 
-    return [step for step in commands if step.name in record.entries and older(step)]
+    made = [step for step in commands if step.name in record.entries]
+    return [step for step in made if any(older(step, first) for first in once_for(design, commands[step]))]
 
 
 def chosen_worlds(design: Design, groups: Sequence[Group], worlds: Sequence[str] | None) -> list[str]:
@@ -147,8 +170,7 @@ def run_group(design: Design, groups: list[Group], group: Group, run: Callable[[
     """
     print(f"--- {group.plan.name}", flush=True)
     record, once = PlanRecord(group.plan), PlanRecord(once_plan(design))
-    older = {step for each in (*group.cells, *group.judged) for step in older_steps(design, once, record, each)}
-    if older:
+    if older := older_in(design, once, record, group):
         record.begin(min(older, key=group.plan.steps.index))
     names, made = [step.name for step in group.plan.steps], len(group.world.steps)
     if code := run(record, names[:made]):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -167,6 +168,19 @@ def test_a_step_that_has_nothing_left_to_do_keeps_its_real_seconds(write_plan, t
     assert real <= recorded(tmp_path)[0]["seconds"] < real + 0.4
     run(write_plan({"name": "slow once", "run": shlex.join(["python", "-c", code, "other"])}))
     assert recorded(tmp_path)[0]["seconds"] < 0.5
+
+
+def test_the_list_tells_what_runs_again_from_what_is_done(write_plan, tmp_path: Path, capsys) -> None:
+    files = [tmp_path / name for name in "abc"]
+    path = write_plan(*({"name": file.name, "run": touch(file), "makes": [str(file)]} for file in files))
+    assert run(path) == 0
+    files[1].unlink()
+    capsys.readouterr()
+    assert run(path, "--list") == 0
+    shown = re.findall(r"(\w) \(([\w ]+)\):", capsys.readouterr().out)
+    assert shown == [("a", "done"), ("b", "to do"), ("c", "outdated")]
+    assert run(path) == 0
+    assert [file.read_text().count("x") for file in files] == [1, 1, 2]
 
 
 def test_from_only_and_list(write_plan, tmp_path: Path, capsys) -> None:

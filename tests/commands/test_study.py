@@ -228,7 +228,7 @@ BEGUN: dict[str, dict] = {
 
 @pytest.mark.parametrize("again", BEGUN)
 def test_what_is_older_than_what_it_begins_with_is_left_out_and_run_again(
-    write_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
+    write_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, again: str
 ) -> None:
     """A cell, or the generator that it learns from: then a cell that is newer than both does not count either."""
     steps = [{"name": "back", "run": "python classifier.py a.json", "makes": [BACK]}]
@@ -253,10 +253,37 @@ def test_what_is_older_than_what_it_begins_with_is_left_out_and_run_again(
     assert tiny.call(study, path, "--collect") == 0
     said = (tmp_path / "out" / "study.md").read_text()
     assert "2 of 3 cells are finished; left out, as other settings or an older generator made them: 1." in said
+    capsys.readouterr()
+    assert tiny.call(study, path, "--list") == 0
+    shown = dict(re.findall(r"(\w+) \((done|to do|outdated)\):", capsys.readouterr().out))
+    assert [name for name, state in shown.items() if state != "done"] == list(shown)[list(shown).index(again) :]
+    assert set(shown.values()) == {"done", "outdated"}
     ran = []
     monkeypatch.setattr("ldm.workflow.plan_run._run_child", lambda words, step: ran.append(step) or 7)
     assert tiny.call(study, path) == 7
     assert [step.name for step in ran] == [again]
+
+
+@pytest.mark.parametrize("change", ["other words", "its file is gone"])
+def test_what_begins_with_a_step_that_is_made_anew_is_no_longer_done(
+    write_study, tmp_path: Path, capsys: pytest.CaptureFixture, change: str
+) -> None:
+    """Of other words its cells are no longer the study's; a file that is gone has been there for them."""
+    steps = [{"name": "back", "run": "python classifier.py a.json", "makes": [BACK]}]
+    path, out = write_study(steps=steps, **BEGUN["begun_seed0"]), tmp_path / "out"
+    once = plans.Plan("study", str(out), study_design.load_design(path).steps)
+    plans.PlanRecord(once).add(once.steps[0], 1.0, 0)
+    finish(path, "world_3")
+    if change == "other words":
+        (out / "back").mkdir()
+        (out / "back" / "classifier.safetensors").touch()
+        path = write_study(steps=[steps[0] | {"run": "python classifier.py b.json"}], **BEGUN["begun_seed0"])
+    assert tiny.call(study, path, "--list") == 0
+    assert "back (to do): " in (said := capsys.readouterr().out)
+    assert "begun_seed0 (outdated): " in said
+    assert "real_seed0 (done): " in said
+    assert tiny.call(study, path, "--collect") == 0
+    assert f"{3 - (change == 'other words')} of 3 cells are finished" in capsys.readouterr().out
 
 
 def test_collecting_before_anything_ran_says_so(write_study) -> None:
