@@ -18,7 +18,7 @@ from ldm.checkpoints.files import detect_format, read_safetensors, save_pickle, 
 from ldm.checkpoints.pickles import read_pickle
 from ldm.config import Config, config_from_dict
 from ldm.core.errors import MedSoftError, UsageError
-from ldm.core.files import FileState, atomic_file, sha256_file, unchanged
+from ldm.core.files import HeldFile, atomic_file, unchanged
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -37,12 +37,12 @@ class Checkpoint:
     """What a file held: tensors by key, what our own files say about themselves, and the raw rest (optimizer, ...)."""
 
     path: Path
+    file: HeldFile  # that was read; its tensors may be mapped from it
     state: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     rest: dict[str, Any] = field(default_factory=dict)
     external: list[str] = field(default_factory=list)  # classes of other programs that it names; never run
     header: dict[str, str] = field(default_factory=dict)  # text metadata of a .safetensors file
-    file: FileState | None = None  # of the file that was read
 
     def parts(self) -> list[str]:
         """Which of unet, autoencoder, text and msc have keys here."""
@@ -50,8 +50,7 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """Of the file that was read; MedSoftError if another one has its name by now."""
-        with unchanged(self.path, self.file):
-            return sha256_file(self.path)
+        return self.file.sha256()
 
     @property
     def step(self) -> int | None:
@@ -79,17 +78,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     replaced meanwhile.
     """
     path = Path(path)
-    with unchanged(path) as file:
-        found = _read(path)
-    found.file = file
-    return found
+    with unchanged(path):
+        return _read(path)
 
 
 def _read(path: Path) -> Checkpoint:
     kind = detect_format(path)
+    file = HeldFile(path)
     if kind == "safetensors":
         state, header = read_safetensors(path)
-        return Checkpoint(path, state, _parse_metadata(path, header.get("medsoft", "{}")), header=header)
+        return Checkpoint(path, file, state, _parse_metadata(path, header.get("medsoft", "{}")), header=header)
     content, external = read_pickle(path, kind)
     if not isinstance(content, dict):
         raise MedSoftError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
@@ -97,7 +95,7 @@ def _read(path: Path) -> Checkpoint:
     if not state:
         raise MedSoftError(f"{path}: holds no tensors; expected a model checkpoint with a `state_dict`")
     metadata = rest.pop("medsoft", {})
-    return Checkpoint(path, state, metadata if isinstance(metadata, dict) else {}, rest, external)
+    return Checkpoint(path, file, state, metadata if isinstance(metadata, dict) else {}, rest, external)
 
 
 def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
@@ -133,17 +131,21 @@ def plain_keys(path: Path, state: Mapping[str, Tensor], respell: Callable[[str],
     return plain
 
 
-def write_checkpoint(path: str | Path, state: dict[str, Tensor], metadata: dict[str, Any], **rest: Any) -> None:
+def write_checkpoint(
+    path: str | Path, state: dict[str, Tensor], metadata: dict[str, Any], *sources: Checkpoint, **rest: Any
+) -> None:
     """Write atomically: safetensors if the suffix says so, else a ``.ckpt`` for ``torch.load(weights_only=True)``.
 
     ``metadata`` (plain values) is kept as ``medsoft``. Memory-mapped tensors go from file to file: the whole is never
-    held in memory.
+    held in memory. Nothing is written where one of ``sources``, which they come from, was changed since it was read.
     """
     with atomic_file(path) as handle:
         if Path(path).suffix == ".safetensors":
             save_safetensors(state, {"medsoft": json.dumps(metadata)}, handle)
         else:
             save_pickle({"state_dict": state, "medsoft": metadata, **rest}, handle)
+        for source in sources:
+            source.file.check()
 
 
 def tensors_of(state: Mapping[str, Tensor], parts: Iterable[str]) -> dict[str, Tensor]:

@@ -78,9 +78,13 @@ class NoRandomWeights(TorchFunctionMode):
 
 
 def load_parts(model: nn.Module, checkpoint: Checkpoint, parts: list[str], architecture: Architecture) -> None:
-    """Load exactly ``parts`` (keys of PREFIXES) into a MedSoftModel; raises as ``parts_of`` does."""
+    """Load exactly ``parts`` (keys of PREFIXES) into a MedSoftModel; raises as ``parts_of`` does.
+
+    And a FileError where the checkpoint was changed since it was read.
+    """
     offered = parts_of(checkpoint, parts, architecture, tensors_of(model.state_dict(), parts))
     model.load_state_dict({**model.state_dict(), **offered}, strict=True)
+    checkpoint.file.check()
 
 
 def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: str | Path, to: str, cure: str) -> None:

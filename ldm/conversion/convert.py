@@ -75,7 +75,7 @@ def convert_file(input_path: Path, output_path: Path, config: Config, seed: int 
     log_meaning(source, config.unet.semantic_dim)
     converted = {"config": dataclasses.asdict(config), "stage": "converted", "step": 0}
     metadata = source.own["about"] if source.own else converted
-    write_checkpoint(output_path, state, {**metadata, "origin": origin, "asked": asked, "run": run})
+    write_checkpoint(output_path, state, {**metadata, "origin": origin, "asked": asked, "run": run}, *source.files)
     log.info("written: %s", output_path)
 
 

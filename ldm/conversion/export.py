@@ -45,6 +45,7 @@ def export_folder(ckpt: Path, output_dir: Path, overwrite: bool = False) -> None
     ours = {"about": checkpoint.metadata, "parts": parts, "exported_from": origin}
     with atomic_folder(output_dir.absolute()) as partial:
         write_folder(partial, state, ours, architecture)
+        checkpoint.file.check()
     for line in parameter_table(state):
         log.info("%s", line)
     log.info("written: %s", output_dir)

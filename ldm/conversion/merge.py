@@ -73,7 +73,7 @@ def merge_files(
     metadata = {"config": dataclasses.asdict(config), "stage": "merged", "step": 0, "origin": sources}
     metadata |= {"asked": asked, "run": run, **encoders}
     metadata[TRAINED_ON] = trained_on("merged", (), *(groups_of(c.metadata, c.path) for c in (controller, rest)))
-    write_checkpoint(output_path, {key: state[key] for key in expected}, metadata)
+    write_checkpoint(output_path, {key: state[key] for key in expected}, metadata, controller, rest)
     log.info("written: %s", output_path)
 
 

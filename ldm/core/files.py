@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import uuid
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -352,13 +353,40 @@ def unchanged(path: Path, since: FileState | None = None) -> Iterator[FileState 
         raise FileError(path, REPLACED)
 
 
-def _state_of(path: Path) -> FileState | None:
-    """None for a file that is not there, or cannot be looked at; whoever reads it says so."""
+def _state_of(file: Path | int) -> FileState | None:
+    """None for a file (or an open one's descriptor) that is not there, or cannot be looked at; its reader says so."""
     try:
-        found = os.stat(path)
+        found = os.stat(file)
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class HeldFile:
+    """A file that is kept open, as its bytes are used after their SHA-256 was taken: those of mapped tensors are.
+
+    Another file that takes its name does no harm to them. What is written into this one does, and is noticed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.descriptor, self.digest = path, os.open(path, os.O_RDONLY), ""
+        weakref.finalize(self, os.close, self.descriptor)
+        self.state = _state_of(self.descriptor)
+
+    def sha256(self) -> str:
+        """Of its bytes; FileError if they have changed since it was opened, or another file has its name."""
+        with unchanged(self.path, self.state):
+            self.digest = sha256_file(self.path)
+        return self.digest
+
+    def check(self) -> None:
+        """After its bytes were used: FileError if it was written meanwhile, and is not what its SHA-256 says."""
+        if (now := _state_of(self.descriptor)) != self.state:
+            with open(self.descriptor, "rb", closefd=False) as handle:
+                handle.seek(0)
+                if hashlib.file_digest(handle, "sha256").hexdigest() != self.digest:
+                    raise FileError(self.path, REPLACED)
+            self.state = now  # only touched
 
 
 def content_id(path: str | Path | None) -> str | None:

@@ -122,7 +122,7 @@ def _fill(folder: Path, checkpoint: Checkpoint, options: PushOptions, files: lis
             "out of validation and test sets; --with_patients shares them",
             options.ckpt,
         )
-    write_checkpoint(folder / MODEL, checkpoint.state, metadata)
+    write_checkpoint(folder / MODEL, checkpoint.state, metadata, checkpoint)
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(options.card / file, folder / file)

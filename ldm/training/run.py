@@ -295,7 +295,7 @@ def _run(
             log.info("resuming after step %d", state.progress.step)
     fabric.launch()
     stage.share_out(fabric.world_size)
-    checkpoints = Checkpoints(folder.path, stage, metadata, fabric, precision, state)
+    checkpoints = Checkpoints(folder.path, stage, metadata, fabric, precision, state, source)
     del found, previous, state  # as long as its tensors are mapped, the disk keeps the file that is replaced
     if code := _guarded(_training(checkpoints, precision, inputs, features, config.sampling)):
         return code

@@ -103,13 +103,15 @@ class Checkpoints:
         fabric: "Fabric",
         precision: str,
         state: RunState | None,
+        source: Checkpoint,
     ) -> None:
         """``metadata``: what every file says about itself, under ``medsoft``. ``state``: what to go on from, if any.
 
+        ``source``: of it every file has what is frozen; FileError while writing where it was changed since it was read.
         Raises MedSoftError, in all processes, where they are told different things of the run.
         """
         self.folder, self.path, self.stage, self.fabric = folder, folder / LAST, stage, fabric
-        self.metadata, self.training = metadata, stage.training_config
+        self.metadata, self.training, self.source = metadata, stage.training_config, source
         # With a gradient scaler a fused step would hide the unscaled gradients.
         self.optimizer = stage.adamw(fused=precision != "16-mixed")
         self.scaler = torch.amp.GradScaler(stage.device.type, enabled=precision == "16-mixed")
@@ -206,7 +208,7 @@ class Checkpoints:
         with nullcontext() if state else self.stage.average.swapped():
             weights = self.stage.weights(first)
             if first:
-                write_checkpoint(path, weights, about, **(state or {}))
+                write_checkpoint(path, weights, about, self.source, **(state or {}))
 
     def _drop_worse(self) -> None:
         """Delete the weights of epochs that are no longer among the best."""

@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from tiny import PHANTOM, SD, call, convert, export, infer, merge, train
+import torch
+from tiny import PHANTOM, SD, TRAIN, VAL, call, convert, export, infer, merge, train
 
 from ldm.checkpoints.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ldm.core.errors import MedSoftError, UsageError
@@ -16,12 +17,19 @@ from ldm.core.files import sha256_file
 from ldm.data.images import read_image
 from ldm.data.png import write_png
 from ldm.inference.inpainter import Inpainter
+from ldm.training import run as training_run
 from tool import card, compare_samplers, judge_results, measure_paths, push
 
 Run = Callable[[Path, Path, Path], int]  # of a checkpoint, the world, and a folder of this test's own
 
 READERS: dict[str, tuple[str, str, Run]] = {
-    "draw": ("ldm.inference.run", "stage2_2", lambda ckpt, world, own: infer(ckpt, own / "out", "--data", world)),
+    "draw": (
+        "ldm.inference.run",
+        "stage2_2",
+        lambda ckpt, world, own: infer(
+            ckpt, own / "out", "--data", world / VAL, "--train_json", world / TRAIN, "--limit", 1
+        ),
+    ),
     "train": ("ldm.training.run", "stage2_1", lambda ckpt, world, own: train("stage2_2", ckpt, own / "out", world)),
     "export": ("ldm.conversion.export", "stage2_2", lambda ckpt, world, own: export(ckpt, own / "out")),
     "card": ("ldm.sharing.facts", "stage2_2", lambda ckpt, world, own: call(card, ckpt, "--output_dir", own / "out")),
@@ -52,6 +60,66 @@ def test_a_record_names_no_other_checkpoint_than_the_one_that_was_read(
     with pytest.raises(MedSoftError, match=r"x\.ckpt: was replaced or changed after it had been read; run the same"):
         run(ckpt, world, tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def written_over(ckpt: Path) -> None:
+    """In place, as ``cp`` does, with as many bytes: what is mapped from the file changes with it."""
+    found = read_checkpoint(ckpt)
+    other = ckpt.with_name("other.ckpt")
+    write_checkpoint(other, {key: 2 * value for key, value in found.state.items()}, found.metadata, **found.rest)
+    assert other.stat().st_size == ckpt.stat().st_size
+    with ckpt.open("r+b") as handle:
+        handle.write(other.read_bytes())
+
+
+@pytest.mark.parametrize("reader", [reader for reader in READERS if reader != "card"])  # which takes no tensor
+def test_a_checkpoint_that_is_written_over_between_its_sha256_and_its_use_is_refused(
+    trained: dict, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    _, stage, run = READERS[reader]
+    ckpt = Path(shutil.copy(SD if stage == "sd" else trained[stage].last, tmp_path / "x.ckpt"))
+    plain = Checkpoint.sha256
+
+    def sha256(self: Checkpoint) -> str:
+        digest = plain(self)
+        if self.path == ckpt:
+            written_over(ckpt)
+        return digest
+
+    monkeypatch.setattr(Checkpoint, "sha256", sha256)
+    with pytest.raises(MedSoftError, match=r"x\.ckpt: was replaced or changed after it had been read; run the same"):
+        run(ckpt, world, tmp_path)
+    assert not [*tmp_path.glob("out/**/*.png"), *tmp_path.glob("out/**/*.ckpt")]
+    assert not (tmp_path / "out").is_file()
+
+
+@pytest.mark.parametrize("change", ["written over", "touched", "replaced"])
+def test_what_a_training_repeats_of_its_checkpoint_is_what_it_began_with(
+    trained: dict, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """The frozen weights stay mapped from the file until the training ends."""
+    ckpt = Path(shutil.copy(trained["stage2_1"].last, tmp_path / "x.ckpt"))
+    frozen = read_checkpoint(ckpt).state["first_stage_model.quant_conv.weight"].clone()
+    plain = training_run._training
+
+    def training(*given: Any) -> Any:
+        if change == "replaced":
+            os.replace(shutil.copy(trained["stage1"].last, tmp_path / "new"), ckpt)
+        elif change == "touched":
+            os.utime(ckpt)
+        else:
+            written_over(ckpt)
+        return plain(*given)
+
+    monkeypatch.setattr(training_run, "_training", training)
+    out = tmp_path / "out"
+    if change == "written over":
+        with pytest.raises(MedSoftError, match=r"x\.ckpt: was replaced or changed after it had been read"):
+            train("stage2_2", ckpt, out, world)
+        assert not list(out.glob("*.ckpt"))
+    else:
+        assert train("stage2_2", ckpt, out, world) == 0
+        assert torch.equal(read_checkpoint(out / "last.ckpt").state["first_stage_model.quant_conv.weight"], frozen)
 
 
 def test_no_drawing_names_another_image_than_the_one_that_was_seen(
