@@ -113,7 +113,9 @@ class Editor:
         log.info("sentences: %s", found.train_json or "none; --train_json names training annotations")
         log.info("drawings: %s", drafts.home)
         self._tokenizer_there = threading.Event()
-        self.queue: Queue[medsoft.LesionModel] = Queue(self._load)
+        self.queue: Queue[medsoft.LesionModel] = Queue(
+            self._load, lambda model: f"the model is loaded, on {model.inpainter.device}"
+        )
 
     def _load(self) -> medsoft.LesionModel:
         import torch
@@ -130,9 +132,7 @@ class Editor:
         sampling = self.config.sampling
         if sampling.init != "noise":
             self.provenance |= {"init": sampling.init, "strength": sampling.strength}
-        made = medsoft.load(checkpoint, found.yaml, found.overrides, self.options.device)
-        log.info("the model is loaded, on %s", made.inpainter.device)
-        return made
+        return medsoft.load(checkpoint, found.yaml, found.overrides, self.options.device)
 
     # ------------------------------------------------------------------------------------------------------- documents
 

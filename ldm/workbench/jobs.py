@@ -57,10 +57,11 @@ class QueuedJob:
 class Queue(Generic[Model]):
     """Loads a model with ``load`` in a thread of its own and runs jobs there, one after the other."""
 
-    def __init__(self, load: Callable[[], Model]) -> None:
+    def __init__(self, load: Callable[[], Model], loaded: Callable[[Model], str] = lambda model: "") -> None:
+        """``loaded``: what is logged of the model once it is there, if anything."""
         self.model: Model | None = None
         self.error: str | None = None
-        self._load, self._loaded = load, threading.Event()
+        self._load, self._about, self._loaded = load, loaded, threading.Event()
         self._jobs: OrderedDict[str, QueuedJob] = OrderedDict()
         self._waiting: deque[tuple[QueuedJob, Callable[[Model, QueuedJob], None]]] = deque()
         self._wake = threading.Condition()
@@ -123,7 +124,7 @@ class Queue(Generic[Model]):
             self._wake.notify()
 
     def close(self) -> None:
-        """End all jobs and the thread, unless that loads the model still, of which nothing is lost."""
+        """End all jobs and the thread, unless that loads the model still, of which nothing is lost and nothing told."""
         self.stop()
         if self._loaded.is_set():
             self._thread.join(LONGEST_STEP)
@@ -133,7 +134,9 @@ class Queue(Generic[Model]):
             self.model = self._load()
         except Exception as error:  # a thread has nobody to tell but the page and the terminal
             self.error = _line(error)
-            log.error("error: %s", self.error)
+        with self._wake:
+            if not self.closed:  # else whoever closed it has not waited, and the log's stream may be gone
+                self._tell()
         self._loaded.set()
         while True:
             with self._wake:
@@ -142,6 +145,12 @@ class Queue(Generic[Model]):
                     return
                 job, work = self._waiting.popleft()
             self._do(job, work)
+
+    def _tell(self) -> None:
+        if self.error:
+            log.error("error: %s", self.error)
+        elif self.model is not None and (about := self._about(self.model)):
+            log.info("%s", about)
 
     def _do(self, job: QueuedJob, work: Callable[[Model, QueuedJob], None]) -> None:
         try:

@@ -1,8 +1,9 @@
 """The queue of drawings: one after the other, watched, cancelled between two steps, and what failed said once."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
@@ -130,6 +131,38 @@ def test_a_stop_does_not_wait_for_a_model_that_is_being_loaded() -> None:
     assert made.state == "loading"
     end.set()
     assert made.wait() == "a model"
+
+
+def test_a_loading_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    made = Queue(lambda: "a model", "{} is loaded".format)
+    made.wait()
+    made.close()
+    assert caplog.messages == ["a model is loaded"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_loading_that_a_stop_has_not_waited_for_is_told_to_nobody(
+    fails: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log's stream may be closed by then."""
+    caplog.set_level(logging.INFO)
+    begun, end = threading.Event(), threading.Event()
+
+    def load() -> str:
+        begun.set()
+        assert end.wait(10)
+        if fails:
+            raise MedSoftError("last.ckpt: is of another size")
+        return "a model"
+
+    made = Queue(load, "{} is loaded".format)
+    assert begun.wait(10)
+    made.close()
+    end.set()
+    with pytest.raises(MedSoftError, match="another size") if fails else nullcontext():
+        made.wait()
+    assert caplog.messages == []
 
 
 def test_too_many_waiting_jobs_are_refused_and_old_ones_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,4 +44,6 @@ def test_a_prompt_is_read_once_the_tokenizer_is_there_and_before_the_model_is(
     assert happened == ["tokenizer", "read"]
     assert edited.queue.state == "loading"
     loaded.set()
+    with pytest.raises(MedSoftError, match="no model in this test"):
+        edited.queue.wait()
     edited.queue.close()

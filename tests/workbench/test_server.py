@@ -276,6 +276,7 @@ def test_without_the_extra_one_line_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(options, "find_spec", lambda name: None)
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # else later tests' threads log to a closed stream
     with pytest.raises(SystemExit) as left:
         cli.run(edit.build_parser(), edit.main, [])
     assert left.value.code == 2
