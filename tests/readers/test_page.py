@@ -179,6 +179,30 @@ def test_a_reader_of_pairs_uses_the_arrows_and_pauses(world: Path, browser: Brow
     browser.wait("state.answers.length === 4")
 
 
+def test_a_control_that_has_the_focus_keeps_its_keys(world: Path, browser: Browser) -> None:
+    """A slider is moved, a button pressed, and no answer is given; one that was clicked has no focus."""
+    study = make(world, "keys", "--design", "pairs", "--cases", 4, "--seed", 10)
+    browser.open((study / "for_readers" / "index.html").as_uri())
+    browser.wait("document.activeElement.id === 'code'")
+    enter(browser, "R1", 2)
+    shown_item(browser, 0)
+    x, y = browser.run("(({ x, y, width, height }) => [x + width / 4, y + height / 2])(level.getBoundingClientRect())")
+    browser.drag((x, y))
+    level = browser.run("view.level")
+    assert level < 0.5
+    browser.press("ArrowRight")
+    assert browser.run("[chosen, view.level]") == ["right", level]
+    browser.run("document.getElementById('level').focus()")
+    browser.press("ArrowLeft")
+    assert browser.run("chosen") == "right"
+    assert browser.run("view.level") < level
+    browser.run("document.getElementById('pause').focus()")
+    browser.press("Enter")
+    browser.wait("!document.getElementById('end').hidden")
+    assert given(browser) == []
+    assert browser.run("document.getElementById('when').textContent").startswith("Once all are answered")
+
+
 def test_the_order_follows_the_code_and_keeps_repeats_apart(world: Path, browser: Browser) -> None:
     study = make(world, "order", "--cases", 12)
     key = read(study / "key.json")
@@ -308,6 +332,65 @@ def test_a_browser_that_keeps_nothing_is_named_and_the_study_goes_on(world: Path
         enter(browser, "R1", 2)
         browser.wait("!document.getElementById('end').hidden")
         assert browser.run("document.getElementById('state').textContent") == "All are answered."
+
+
+HELD = """window.timers = [], window.setTimeout = (act) => timers.push(act),
+    window.clearTimeout = (number) => { timers[number - 1] = () => {}; }"""
+MUTE = """window.plain = indexedDB, window.asked = [], window.put = (value) =>
+    Object.defineProperty(window, 'indexedDB', { value, configurable: true }),
+    put({ open: () => (asked.push({}), asked.at(-1)) })"""
+
+
+def test_storage_that_never_answers_is_named_with_what_to_do_and_the_study_goes_on(
+    world: Path, browser: Browser
+) -> None:
+    """It is waited for once, and used again once it has answered."""
+    with at_start(browser, f"{HELD}; {MUTE}"):
+        _, address = small(world, browser, 8)
+        assert browser.run("[document.body.innerText, asked.length, timers.length]") == ["", 1, 1]
+        browser.run("timers[0](), 1")
+        enter(browser, "R1", 2)
+        answer(browser, "3", 0)
+        shown_item(browser, 1)
+        assert "does not answer" in note(browser)
+        assert "Close all windows of this browser and open this page again" in note(browser)
+        assert browser.run("[asked.length, timers.length]") == [1, 1]
+        browser.run("put(plain), asked[0].result = { close() { asked[0].closed = true; } }, asked[0].onsuccess()")
+        assert browser.run("asked[0].closed")
+        answer(browser, "4", 1)
+        shown_item(browser, 2)
+        assert note(browser) == ""
+    browser.open(address)
+    enter(browser, "R1", 2)
+    shown_item(browser, 2)
+    assert given(browser) == [3, 4]
+
+
+def test_a_transaction_that_never_ends_is_given_up(world: Path, browser: Browser) -> None:
+    """What it was to write is not written later, when it may be old: it comes with the next answer."""
+    _, address = begun(world, browser, 9)
+    answer(browser, "1", 0)
+    shown_item(browser, 1)
+    browser.run(f"""{HELD}, window.asked = [], window.ended = [],
+        window.original = IDBDatabase.prototype.transaction, void (
+        IDBDatabase.prototype.transaction = () => {{
+            const made = {{ objectStore: () => ({{ get: () => ({{}}) }}), abort: () => ended.push(made) }};
+            asked.push(made);
+            return made;
+        }})""")
+    answer(browser, "2", 1)
+    browser.wait("asked.length")
+    assert browser.run("[state.answers.length, ended.length]") == [1, 0]
+    browser.run("timers.forEach((act) => act()), 1")
+    shown_item(browser, 2)
+    assert "does not answer" in note(browser)
+    browser.run("void (IDBDatabase.prototype.transaction = original, ended[0].onabort())")
+    answer(browser, "3", 2)
+    shown_item(browser, 3)
+    assert note(browser) == ""
+    browser.open(address)
+    shown_item(browser, 3)
+    assert given(browser) == [1, 2, 3]
 
 
 def test_answers_that_could_not_be_kept_are_kept_with_the_next_one(world: Path, browser: Browser) -> None:

@@ -9,12 +9,16 @@ const CHOICES = pairs ? { left: "left is drawn", right: "right is drawn" }
 const KEEP = `reader-study ${study.study}`;  // the database of this study's answers in the browser
 const CURRENT = "current reader";  // a key in it, beside the readers' codes, which have no space
 const NOTHING = "This browser keeps nothing: do not close or reload this page before you have saved your answers.";
+const MUTE = "This browser's storage does not answer: what you answered here before cannot be seen, and nothing is kept. Close all windows of "
+  + "this browser and open this page again. Or go on, and do not close or reload this page before you have saved your answers.";
+const MOMENT = 5000;  // milliseconds that an answer of the storage is waited for
 const AHEAD = "This study was read further in another tab or window. This page goes on from there; please close the other one.";
 const FIRST = { zoom: 1, x: 0, y: 0, level: 0.5, width: 1 };  // the view of a new item; level and width: shares of the range
 
 let state = null;  // what is kept and saved: see begin()
 let turn = Promise.resolve();  // see inTurn()
 let typed = null;  // a comment that has been typed in this page and is not kept yet
+let isMute = false;  // the database has been given up on, and has not answered since
 let view = { ...FIRST };
 let chosen = null;
 let shown = [];  // the pictures of the item on the screen
@@ -62,16 +66,34 @@ function orderFor(code) {
 // ------------------------------------------------------------------------------------------------------------ keeping answers
 
 // One transaction on the database: the promise is kept, with what the request of `work` found, once all is on the disk.
+// A database may also say nothing, neither yes nor no. It is waited for once; as long as it is mute nothing more is asked of it.
 function stored(work) {
   return new Promise((resolve, reject) => {
+    if (isMute) throw new Error(MUTE);
     const opening = indexedDB.open(KEEP, 1);
+    let transaction = null;
+    const waiting = setTimeout(() => {
+      isMute = true;
+      reject(new Error(MUTE));
+      try {
+        transaction?.abort();  // or it would write later what is known now
+      } catch {}  // it is being written
+    }, MOMENT);
+    const answered = (settle, found) => {
+      clearTimeout(waiting);
+      isMute = false;
+      settle(found);
+    };
     opening.onupgradeneeded = () => opening.result.createObjectStore("readers");
-    opening.onerror = () => reject(opening.error);
+    opening.onerror = () => answered(reject, opening.error);
     opening.onsuccess = () => {
-      const transaction = opening.result.transaction("readers", "readwrite", { durability: "strict" });
-      const request = work(transaction.objectStore("readers"));
-      transaction.oncomplete = () => resolve(request.result);
-      transaction.onabort = () => reject(transaction.error);
+      if (isMute) answered(reject, new Error(MUTE));  // too late for this one
+      else {
+        transaction = opening.result.transaction("readers", "readwrite", { durability: "strict" });
+        const request = work(transaction.objectStore("readers"));
+        transaction.oncomplete = () => answered(resolve, request.result);
+        transaction.onabort = () => answered(reject, transaction.error);
+      }
       opening.result.close();  // after this transaction; a page holds no connection that others would have to wait for
     };
   });
@@ -87,7 +109,7 @@ const known = (() => {
   }
 })();
 
-const unkept = () => say(NOTHING);
+const unkept = error => say(error?.message === MUTE ? MUTE : NOTHING);
 const isAhead = (one, other) => one && (!other || one.answers.length > other.answers.length);
 
 async function recordOf(code) {
@@ -116,9 +138,9 @@ async function keep(changes = {}) {
       return true;
     }
     state.comment = comment;
-    if (changes.answers || part("note").textContent === NOTHING) say("");
-  } catch {
-    unkept();
+    if (changes.answers || [NOTHING, MUTE].includes(part("note").textContent)) say("");
+  } catch (error) {
+    unkept(error);
   }
   known.readers[code] = Object.assign(state, changes);  // the clock may have changed it meanwhile
   return false;
@@ -238,6 +260,7 @@ function follow(canvas) {
 
 function show(section) {
   for (const name of ["welcome", "reading", "end"]) part(name).hidden = name !== section;
+  if (section === "welcome") part("code").focus({ preventScroll: true });
 }
 
 function say(text) {
@@ -271,9 +294,11 @@ async function next() {
   stage.replaceChildren();
   try {
     const all = await Promise.all(names.map(picture));
-    shown = all.map(levels => {
+    shown = all.map((levels, side) => {
       const canvas = document.createElement("canvas"), native = document.createElement("canvas");
       native.width = native.height = study.side;
+      canvas.role = "img";
+      canvas.ariaLabel = pairs ? `${["left", "right"][side]} picture` : "picture";
       follow(canvas);
       stage.append(canvas);
       return { canvas, native, levels, tone: "" };
@@ -323,6 +348,7 @@ async function finish() {
   part("state").textContent = left ? `${state.answers.length} of ${state.order.length} are answered. Go on whenever you like, in this browser.`
     : "All are answered.";
   part("back").hidden = !left;
+  part("when").textContent = left ? "Once all are answered, save them and send" : "Please save your answers and send";
   part("file").textContent = `answers_${state.reader.code}_${study.study}.json`;
   part("comment").value = state.comment;
   part("answers").value = saved();
@@ -379,7 +405,8 @@ part("about").onsubmit = event => {
 };
 document.addEventListener("keydown", event => {
   if (part("reading").hidden || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
-  const key = event.key, arrow = { ArrowLeft: "left", ArrowRight: "right" }[key];
+  const key = event.key, arrow = { ArrowLeft: "left", ArrowRight: "right" }[key], at = control => event.target.matches(control);
+  if ((key === "Enter" && at("header button")) || (key.startsWith("Arrow") && at("input"))) return;  // it needs the key itself
   if (key === "Enter") answer();
   else if (pairs && arrow) choose(arrow);
   else if (!pairs && key >= "1" && key <= "6" && key.length === 1) choose(Number(key));
@@ -388,6 +415,9 @@ document.addEventListener("keydown", event => {
   else if (key === "0") look(FIRST);
   else return;
   event.preventDefault();
+});
+document.addEventListener("click", event => {  // what was clicked does not keep the keys
+  if (event.detail > 0 && part("reading").contains(event.target)) document.activeElement.blur();
 });
 document.addEventListener("visibilitychange", () => {
   if (state && !part("reading").hidden && shown.length) clock(!document.hidden);
