@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 SEEDS = 2**53  # the first whole number that JavaScript does not tell from the next one
 VARIANTS = 64
+OUTSIDE = 0.5  # more of a mask outside its image's vertebra than this is no lesion that has grown beyond it
 
 
 class OpenRequest(BaseModel):
@@ -148,7 +149,7 @@ class Editor:
             "document": described,
             "collection": described and described["collection"],
             "passed": self.opened.passed(shown and shown.id),
-            "sentences": self.sentences.menus(),
+            "sentences": self.sentences.menus(shown.sample.level if shown else None),
             "feather": {"value": data.feather, "unit": data.feather_unit},
             "output_dir": str(self.drafts.home),
             "job": job and job.told(),
@@ -247,17 +248,15 @@ class Editor:
         return soft_mask_for(mask, self.feather(document, feather_mm), document.sample.meta.get("spacing_mm"))
 
     def facts(self, document: Document, hard: np.ndarray, feather_mm: float | None) -> dict[str, Any]:
-        """How large a mask and its border are."""
+        """How large a mask and its border are; ``note``: what speaks against drawing inside it, or None."""
         spacing, pixels = document.spacing, int(np.count_nonzero(hard))
         widths = self.feather(document, feather_mm).pixels(hard, document.sample.meta.get("spacing_mm"))
-        marked = pixels / hard.size
-        note = f"{100 * marked:.0f} % of the image is marked: marked is what is drawn anew" if marked > MOSTLY else None
         return {
             "pixels": pixels,
             "area_mm2": round(pixels * spacing[0] * spacing[1], 2) if spacing else None,
             "diameter_px": round(equivalent_diameter(hard), 2),
             "feather_px": round(max(widths), 2),
-            "note": note,
+            "note": _doubt(hard, document),
         }
 
     def suggestion(self, document: Document, asked: SuggestionRequest) -> np.ndarray:
@@ -370,6 +369,18 @@ class Editor:
         size = (max(1, round(unit.shape[1] * scale)), max(1, round(unit.shape[0] * scale)))
         small = cv2.resize(unit, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
         return encode_png(np.rint(small * 255).astype(np.uint8))
+
+
+def _doubt(hard: np.ndarray, document: Document) -> str | None:
+    """What speaks against drawing inside a mask: that it is probably the wrong part of the image; None for nothing."""
+    marked, pixels = hard.mean(), np.count_nonzero(hard)
+    if marked > MOSTLY:
+        return f"{100 * marked:.0f} % of the image is marked: marked is what is drawn anew"
+    outside = np.count_nonzero(hard & ~document.body) / pixels if pixels and document.body is not None else 0
+    if outside <= OUTSIDE:
+        return None
+    part = "the mask" if outside == 1 else f"{100 * outside:.0f} % of the mask"
+    return f"{part} lies outside the image's own vertebra{f', {level}' if (level := document.sample.level) else ''}"
 
 
 class _Request(NamedTuple):

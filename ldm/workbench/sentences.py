@@ -39,9 +39,13 @@ class Sentences:
         self._types = Counter(sample.lesion_type for sample in used if sample.lesion_type)
         self._words = {word for sample in samples for word in _words(sample.prompt)}
 
-    def menus(self) -> dict[str, Any]:
-        """The types (the most frequent first), severities and vertebrae there are, and how many sentences."""
+    def menus(self, level: str | None = None) -> dict[str, Any]:
+        """The types (the most frequent first), severities and vertebrae there are, and how many sentences.
+
+        ``level``: the vertebra of an image, which is among them whether a sentence is about it or not.
+        """
         values = {key: {each[key] for each in self._known if each[key]} for key in KEYS}
+        values["level"] |= {level} if level else set()
         return {
             "types": [name for name, _ in self._types.most_common()],
             "severities": sorted(values["severity"], key=_by_grade),

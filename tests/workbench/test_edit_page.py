@@ -367,3 +367,97 @@ def test_a_dicom_slice_is_painted_on_drawn_and_accepted(browser: Browser, output
     assert np.array_equal(read_image(folder / "mask.png"), mask)
     assert np.array_equal(image[soft == 0], stored[soft == 0])
     assert not np.array_equal(image, stored)
+
+
+# Where each control stands that can be seen, by its name.
+PLACES = """Object.fromEntries([...document.querySelectorAll('button, input, select, textarea, #stage, #results')]
+  .filter((each) => each.checkVisibility() && (each.id || each.dataset.tool) && !each.closest('dialog'))
+  .map((each) => [each.id || each.dataset.tool, each.getBoundingClientRect()])
+  .map(([name, { x, y }]) => [name, [x, y]]))"""
+
+
+def opened(browser: Browser, path: Path) -> None:
+    """Open a path by the form, and wait until all is there."""
+    browser.press("Escape")
+    before = browser.run("medsoft.app.document.id")
+    browser.run(f"document.getElementById('path').value = {json.dumps(str(path))}")
+    click(browser, "open")
+    browser.wait(f"medsoft.app.document.id !== '{before}' && !medsoft.app.opening && medsoft.placing.facts")
+
+
+def write(browser: Browser, sentence: str) -> None:
+    """Write a sentence, and wait for what the server says of it."""
+    browser.run(f"document.getElementById('prompt').value = {json.dumps(sentence)}")
+    browser.run("void document.getElementById('prompt').dispatchEvent(new Event('input'))")
+    browser.wait("medsoft.sentence.said && !medsoft.sentence.reading")
+
+
+def test_what_speaks_against_a_drawing_is_said_before_and_what_is_said_moves_nothing(
+    browser: Browser, world: Path
+) -> None:
+    opened(browser, world)
+    write(browser, f"severe lesion of {browser.run('medsoft.app.document.level')}")
+    browser.press("Delete")
+    browser.wait("medsoft.app.mask.empty && !medsoft.placing.due")
+    before = browser.run(PLACES)
+    assert {"brush", "suggest", "prompt", "seed", "act", "stage", "results"} <= {*before}
+
+    def nothing_has_moved() -> None:
+        assert {name: at for name, at in browser.run(PLACES).items() if name in before} == before
+
+    # A mask in the corner, and the orange button at once: the press did not mean what is said of the mask then.
+    browser.run("""void (medsoft.app.mask.polygon([{x: 1, y: 1}, {x: 9, y: 1}, {x: 9, y: 9}, {x: 1, y: 9}], 255),
+        medsoft.app.mask.finish(), document.getElementById('act').onclick(), window.due = medsoft.placing.due)""")
+    browser.wait("medsoft.app.begun === false && medsoft.placing.due === false")
+    assert browser.run("[due, medsoft.drawing.job]") == [True, None]
+    hint = "document.getElementById('hint').textContent"
+    assert browser.run(hint).startswith("Careful: the mask lies outside the image's own vertebra, ")
+    assert browser.run("document.getElementById('act').textContent") == "Draw all the same"
+    nothing_has_moved()
+    other = "L5" if browser.run("medsoft.app.document.level") != "L5" else "L4"
+    write(browser, f"severe brontosaurus lesion of {other}")
+    assert "; the prompt names L" in browser.run(hint)
+    nothing_has_moved()
+    browser.run(f"document.getElementById('path').value = '/nowhere{'/far' * 80}.png'")
+    click(browser, "open")
+    browser.wait("document.getElementById('status').className === 'fault'")
+    assert browser.run("document.getElementById('status').clientHeight") > 40  # more than its line
+    nothing_has_moved()
+
+
+def test_drawings_that_are_left_undecided_are_named(browser: Browser) -> None:
+    """Two presses at once draw one; while it is on show, the mask that is not seen cannot be changed."""
+    left = browser.run("medsoft.app.document.id")
+    act = "document.getElementById('act')"
+    browser.wait(f"{act}.textContent === 'Draw all the same' && !{act}.disabled")
+    browser.run("""void (window.draws = 0, window.kept = window.fetch,
+        window.fetch = (path, ...more) => (draws += path === '/api/draw', kept(path, ...more)))""")
+    browser.run(f"void ({act}.onclick(), {act}.onclick())")
+    browser.wait("medsoft.app.shown && medsoft.app.shown.state === 'new' && !medsoft.drawing.job")
+    assert browser.run("[window.draws, window.fetch = window.kept][0]") == 1
+    assert browser.run("['undo', 'redo', 'clear'].every((name) => document.getElementById(name).disabled)")
+    count = browser.run(f"medsoft.results.undecidedOn(['{left}'])")
+    assert count >= 1
+    browser.press("n")
+    browser.wait(f"medsoft.app.document.id !== '{left}' && !medsoft.app.opening && medsoft.placing.facts")
+    told = browser.run("document.getElementById('status').textContent")
+    assert told.startswith("One drawing that you leave is" if count == 1 else f"{count} drawings that you leave are")
+    assert "neither accepted nor rejected" in told
+    browser.press("p")  # from an image on which nothing was drawn
+    browser.wait(f"medsoft.app.document.id === '{left}' && !medsoft.app.opening && medsoft.placing.facts")
+    assert browser.run("document.getElementById('status').textContent") == ""
+    assert not browser.run("document.getElementById('clear').disabled")
+
+
+def test_the_menu_shows_the_images_own_vertebra(browser: Browser, world: Path, tmp_path: Path) -> None:
+    """Of which no training sentence is there; also while the sentence is one's own."""
+    write(browser, "my own words")
+    for name in ("L6", "T13"):
+        shutil.copytree(next((world / "val").iterdir()), tmp_path / name)
+        meta = json.loads((tmp_path / name / "meta.json").read_text())
+        (tmp_path / name / "meta.json").write_text(json.dumps(meta | {"level": name}))
+        opened(browser, tmp_path / name)
+        assert browser.run("document.getElementById('vertebra').value") == name
+    browser.run("void medsoft.sentence.pick()")
+    browser.wait("!medsoft.sentence.picking && medsoft.sentence.said")
+    assert "T13" in browser.run("document.getElementById('prompt').value")

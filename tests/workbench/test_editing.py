@@ -1,6 +1,7 @@
 """Masks, sentences and drawings behind the editor's routes, from the first step to the dataset."""
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -38,6 +39,40 @@ def test_the_suggestion_and_the_soft_mask_are_those_of_the_method(page: Page, wo
         assert facts["pixels"] == hard.sum()
         assert facts["area_mm2"] == pytest.approx(hard.sum() * spacing[0] * spacing[1], abs=0.01)
         assert facts["feather_px"] == pytest.approx(max(width), abs=0.01)
+
+
+def test_a_mask_outside_the_images_own_vertebra_is_said(page: Page, world: Path) -> None:
+    document = page.open(world)
+    shape = (document["height"], document["width"])
+    body = read_anatomy(Path(document["path"]) / "anatomy.png", shape) == 1
+    outside, mostly = np.zeros(shape, bool), body.copy()
+    outside[:3, :3] = True
+    mostly[np.cumsum(body).reshape(shape) > 20] = False
+    mostly[:6, :10] = True
+
+    def note(hard: np.ndarray) -> str | None:
+        found = page.client.post(f"/api/documents/{document['id']}/soft", content=(hard * np.uint8(255)).tobytes())
+        return json.loads(found.headers["X-Facts"])["note"]
+
+    assert note(outside) == f"the mask lies outside the image's own vertebra, {document['level']}"
+    assert note(mostly) == f"75 % of the mask lies outside the image's own vertebra, {document['level']}"
+    grown = body.copy()
+    grown[:6, :10] = True
+    assert note(grown) is None
+    assert note(np.zeros(shape, bool)) is None
+    assert note(np.ones(shape, bool)) == "100 % of the image is marked: marked is what is drawn anew"
+
+
+def test_an_images_own_vertebra_is_in_the_menu(page: Page, world: Path, tmp_path: Path) -> None:
+    """Also where no training sentence names it, in its place along the spine."""
+    known = page.editor.sentences.menus()["levels"]
+    assert "L6" not in known
+    shutil.copytree(page.open(world)["path"], tmp_path / "sixth")
+    meta = json.loads((tmp_path / "sixth" / "meta.json").read_text())
+    (tmp_path / "sixth" / "meta.json").write_text(json.dumps(meta | {"level": "L6"}))
+    document = page.open(tmp_path / "sixth")
+    levels = page.get("state")["sentences"]["levels"]
+    assert (document["level"], levels) == ("L6", [*known, "L6"])
 
 
 def test_without_a_vertebra_or_a_spacing_one_line_says_what_to_do(page: Page, deep: Path) -> None:

@@ -31,6 +31,7 @@ const app = {
   opening: false, // another image is on its way
   shown: null, // the result that is looked at, or null while painting
   drawn: null, // what the last drawing was begun with
+  begun: false, // a drawing was asked for and has not ended
   show: { mask: true, soft: true }, // overlays while painting
   look: { mask: false, soft: false }, // and while looking at a result
   viewer: new Viewer(find("canvas")),
@@ -144,8 +145,8 @@ function overlay() {
   viewer.setOverlays(layers);
 }
 
-/** The server's answer about an image: show it, with what this tab has kept of it. */
-async function open(state) {
+/** The server's answer about an image: show it, with what this tab has kept of it. ``warning``: what is said then. */
+async function open(state, warning = "") {
   const { document: image } = state, asked = (app.asked = Symbol("an image"));
   app.opening = true;
   render();
@@ -160,7 +161,8 @@ async function open(state) {
     header.show(image);
     if (image) await begin(state);
     const { passed } = state;
-    if (passed.length) say(`Passed over: ${passed.length > 1 ? `${passed.length} damaged images, the first ` : ""}${passed[0]}`);
+    const over = passed.length ? `Passed over: ${passed.length > 1 ? `${passed.length} damaged images, the first ` : ""}${passed[0]}` : "";
+    if (warning || over) say([warning, over].filter(Boolean).join(" "), warning && "warning");
   } finally {
     if (asked === app.asked) app.opening = false;
     render();
@@ -191,12 +193,19 @@ function describe({ passed, model, output_dir: folder }) {
   if (model.error) say(model.error, "fault");
 }
 
-/** Ask for another image; what is painted on this one is kept. */
+/** Ask for another image; what is painted on this one is kept, and what is drawn on it and not judged is named. */
 function go(path, content) {
   return guard((async () => {
     say("");
-    await open(await post(path, content));
+    const from = [app.document?.id, app.shown?.document], state = await post(path, content);
+    await open(state, from.includes(state.document?.id) ? "" : leaving(results.undecidedOn(from)));
   })());
+}
+
+function leaving(count) {
+  if (!count) return "";
+  const [told, which] = count === 1 ? ["One drawing that you leave is", "it stays"] : [`${count} drawings that you leave are`, "they stay"];
+  return `${told} neither accepted nor rejected: ${which} among the results below.`;
 }
 
 /** Paint with all that a result was drawn with: its image, mask, sentence, seed and soft border. */
@@ -259,20 +268,31 @@ function request() {
 
 const signature = () => JSON.stringify([request(), app.packed]);
 
+/** What is to be known of mask and sentence before they are drawn, or nothing. */
+const doubts = () => [placing.against, sentence.against].filter(Boolean).join("; ");
+
 function draw() {
   const { primary } = nextStep(), n = number("n");
-  if (drawing.job) return;
+  if (drawing.job || app.begun) return;
   if (app.shown) return results.hide(); // to what would be drawn
   if (!primary?.draws || primary.disabled) { // the hint says what is missing: it lights up
     find("hint").animate([{ background: "#7a5a12" }, { background: "transparent" }], 900);
     return;
   }
   if (n > MANY && !confirm(`Draw ${n} variants?`)) return;
+  app.begun = true;
+  guard(begun().finally(() => (app.begun = false)));
+}
+
+async function begun() {
+  const before = doubts(), { document: image } = app;
+  await placing.measured();
+  if (doubts() !== before || image !== app.document || app.shown) return; // the press did not mean what is there now
   if (app.drawn === signature()) find("seed").value = anySeed(); // the same again would be the same picture
   changed();
   app.drawn = signature();
   keep(`drawn.${app.document.id}`, app.drawn);
-  guard(drawing.begin({ ...request(), mask: app.mask.pixels }));
+  await drawing.begin({ ...request(), mask: app.mask.pixels });
 }
 
 const closeUp = () => viewer.closeUp(box(app.shown ? results.loaded.mask : (app.mask?.pixels ?? []), viewer.width));
@@ -309,11 +329,11 @@ function nextStep() {
 
 /** The mask is there: whether the sentence can be drawn, and what is to be known before. */
 function drawStep() {
-  const n = number("n"), again = app.drawn === signature(), draws = true;
-  const label = sentence.against ? "Draw all the same" : again ? "Draw with another seed" : n > 1 ? `Draw ${n} variants` : "Draw";
+  const n = number("n"), again = app.drawn === signature(), draws = true, told = doubts();
+  const label = told ? "Draw all the same" : again ? "Draw with another seed" : n > 1 ? `Draw ${n} variants` : "Draw";
   if (sentence.fault) return { hint: sentence.fault, primary: { label: "Draw", draws, disabled: true } };
   if (sentence.awaited) return { hint: "The sentence is being read.", primary: { label, draws, disabled: true } };
-  const hint = sentence.against ? `${CAREFUL} ${sentence.against}.` : again ? "Drawn already with this seed." : "The sentence is drawn inside the outline.";
+  const hint = told ? `${CAREFUL} ${told}.` : again ? "Drawn already with this seed." : "The sentence is drawn inside the outline.";
   return { hint, primary: { label, draws, act: draw } };
 }
 
@@ -354,9 +374,10 @@ function render() {
   find("progress").classList.toggle("resting", !job);
   if (job?.state === "running") find("progress").value = drawing.share;
   else find("progress").removeAttribute("value");
-  find("undo").disabled = !app.mask?.done.length;
-  find("redo").disabled = !app.mask?.undone.length;
-  find("clear").disabled = !app.mask || app.mask.empty;
+  const hidden = !app.mask || app.shown; // what is not seen is not changed
+  find("undo").disabled = hidden || !app.mask.done.length;
+  find("redo").disabled = hidden || !app.mask.undone.length;
+  find("clear").disabled = hidden || app.mask.empty;
   if (app.shown && app.overlaid !== app.shown.id) overlay();
   app.overlaid = app.shown?.id ?? null;
 }

@@ -47,7 +47,7 @@ export class Header {
     const millimetres = spacing ? `, ${Number(spacing[0].toPrecision(3))}${spacing[0] === spacing[1] ? "" : ` x ${Number(spacing[1].toPrecision(3))}`} mm` : "";
     find("about-name").textContent = `${drawn ? "Drawn on " : ""}${image.name}`;
     find("about-kind").textContent = `: ${kind}${millimetres}`;
-    find("about").title = `${image.path}\n${image.prompt ? `its own sentence: ${image.prompt}` : ""}`;
+    find("about").title = `${image.path}\n${kind}${millimetres}\n${image.prompt ? `its own sentence: ${image.prompt}` : ""}`;
     const what = drawn ? "with what was drawn on it" : "paint the lesion on it, or press L for a suggestion";
     find("canvas").setAttribute("aria-label", `Image ${image.name}, ${kind}; ${what}`);
   }

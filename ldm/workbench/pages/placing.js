@@ -39,6 +39,7 @@ export class Placing {
     clearTimeout(this.timer);
     clearTimeout(this.sliding);
     this.facts = null;
+    this.due = false; // the server has not said yet how the present mask will act
     this.suggestible = image.has_body;
     for (const each of find("suggesting").querySelectorAll("input, select")) each.disabled = !image.has_body;
     find("suggest").disabled = !image.has_body;
@@ -97,8 +98,22 @@ export class Placing {
   soften() {
     clearTimeout(this.timer);
     this.abort?.abort();
+    this.due = true;
     this.timer = setTimeout(() => this.guard(this.askSoft()), PAUSE);
     this.onChange();
+  }
+
+  /** Once the server has said how the present mask will act. */
+  async measured() {
+    if (!this.due) return;
+    clearTimeout(this.timer);
+    this.abort?.abort();
+    await this.guard(this.askSoft());
+  }
+
+  /** What speaks against drawing inside the mask, or null. */
+  get against() {
+    return this.facts?.note ?? null;
   }
 
   get feather() {
@@ -122,11 +137,13 @@ export class Placing {
         this.put(answer.mask);
       } catch (error) {
         if (error.name === "AbortError") return;
+        this.due = false;
         this.facts = null;
         this.put(new Uint8Array(mask.pixels.length));
         throw error;
       }
     }
+    this.due = false;
     this.show();
     this.onChange();
   }
@@ -146,6 +163,5 @@ export class Placing {
         `${number(facts.area_mm2)} mm\u00b2, diameter ${number(facts.diameter_px * mm)} mm (${number(facts.diameter_px)} pixels), ` +
         `soft border ${number(facts.feather_px * mm)} mm`;
     } else find("facts").textContent = `${facts.pixels} pixel${facts.pixels === 1 ? "" : "s"}, diameter ${number(facts.diameter_px)}, soft border ${number(facts.feather_px)} pixels`;
-    if (facts?.note) find("facts").append(`. ${facts.note}`);
   }
 }

@@ -20,7 +20,7 @@ export class Results {
     this.comparison = new Comparison(app.viewer);
     this.load = cached(4, (id) => this.fetch(id));
     this.together = null; // the results that are shown side by side
-    this.reasons = new Reasons((reason) => guard(this.reject(reason)));
+    this.reasons = new Reasons((reason) => guard(this.reject(reason)), (armed) => armed || (find("judge").scrollTop = 0));
     find("again").addEventListener("click", () => guard(this.again()));
     find("all").addEventListener("click", () => this.sideBySide());
     const row = find("results");
@@ -186,6 +186,7 @@ export class Results {
     find("result-prompt").textContent = `\u201c${item.prompt}\u201d`;
     find("result-about").textContent = `${item.name}, seed ${item.seed}`;
     const verdict = find("verdict");
+    find("judged").hidden = item.state === "new";
     verdict.className = { accepted: "good", rejected: "fault", new: "hint" }[item.state];
     verdict.textContent = {
       new: "",
@@ -265,6 +266,11 @@ export class Results {
     if (this.app.shown?.id === item.id) this.app.shown = item;
     this.list(this.items.map((each) => (each.id === item.id ? item : each)));
     this.tell();
+  }
+
+  /** How many drawings on these images nobody has judged yet, of those that are listed. */
+  undecidedOn(ids) {
+    return this.items.filter((item) => item.state === "new" && ids.includes(item.document)).length;
   }
 
   /** Another result of the same job that nobody has judged yet, or null. */

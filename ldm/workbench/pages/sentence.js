@@ -53,15 +53,13 @@ export class Sentence {
       find("lesion_type").value = values.lesion_type?.[0] ?? ""; // the most frequent one
       if (values.severity?.includes("moderate")) find("severity").value = "moderate";
     }
+    if (state?.image !== image.id && values.vertebra?.includes(image.level)) find("vertebra").value = image.level;
     this.free = state?.free ?? false;
     this.written = state?.written ?? null;
     if (this.free || (state?.text && this.known === 0)) {
       find("prompt").value = state.text;
       this.changed();
-    } else {
-      if (state?.image !== image.id && values.vertebra?.includes(image.level)) find("vertebra").value = image.level;
-      this.pick({ kept: state?.text });
-    }
+    } else this.pick({ kept: state?.text });
   }
 
   /** The sentence of an earlier drawing on the present image. */
@@ -152,11 +150,11 @@ export class Sentence {
     if (!tokens) return;
     line.append(tokens.limit ? `${tokens.count} of ${tokens.limit} tokens` : `${tokens.count} word${tokens.count === 1 ? "" : "s"}`);
     if (tokens.unknown.length) {
-      line.append(", unknown: ");
+      line.append(", unknown:");
       for (const word of tokens.unknown) {
         const mark = document.createElement("mark");
         mark.textContent = word;
-        line.append(mark, " ");
+        line.append(" ", mark);
       }
     }
     if (this.free && this.written !== this.image) line.append("; you wrote it for another image");
