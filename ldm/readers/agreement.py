@@ -51,7 +51,8 @@ def pairwise_kappas(readings: Readings) -> dict[tuple[int, int], float | None]:
     found = {}
     for first, second in combinations(range(len(readings.readers)), 2):
         both = ~np.isnan(readings.answers[[first, second]]).any(axis=0)
-        found[first, second] = weighted_kappa(*readings.answers[[first, second]][:, both], readings.pairs)
+        ours, theirs = readings.answers[[first, second]][:, both]
+        found[first, second] = weighted_kappa(ours, theirs, readings.pairs)
     return found
 
 
@@ -72,7 +73,8 @@ def repeated_answers(key: Key, reader: Reader) -> tuple[list[float], list[float]
 def intra_kappa(key: Key, readers: Sequence[Reader]) -> float | None:
     """The weighted kappa of all these readers' repeats together; None where it is undefined."""
     both = [repeated_answers(key, reader) for reader in readers]
-    return weighted_kappa(*([value for each in both for value in each[k]] for k in (0, 1)), key.pairs)
+    first, second = ([value for each in both for value in each[k]] for k in (0, 1))
+    return weighted_kappa(first, second, key.pairs)
 
 
 def agreement_bounds(readings: Readings, draws: np.ndarray) -> dict[str, tuple[float, float] | None]:

@@ -181,14 +181,15 @@ def _by_experience(readings: Readings, main: str) -> dict[str, Any]:
 
 def doubts(key: Key, readers: Sequence[Reader], measured: Mapping[str, Any]) -> list[str]:
     """What is doubtful about the answers, in sentences."""
-    notes = []
-    for reader in readers:
+    notes, entry = [], measured["numbers"][measured["main"]]
+    for reader, own in zip(readers, entry["readers"], strict=True):
+        if own["value"] is None and entry["value"] is not None:
+            notes.append(f"Reader {reader.code} rated pictures of one kind alone: the mean AUC is that of the others.")
         seconds = measured["seconds"][reader.code]
         if seconds is not None and seconds < HASTE:
             notes.append(f"Reader {reader.code} spent {seconds:.1f} s an item in the median: that is no reading.")
         if len(set(reader.answers.values())) == 1:
             notes.append(f"Reader {reader.code} gave one answer to everything.")
-    entry = measured["numbers"][measured["main"]]
     count, cases = len(readers), measured["drawn"]
     if entry["low"] is None:
         notes.append(

@@ -142,15 +142,16 @@ def read_reader(key: Key, path: Path) -> Reader:
     if content.get("complete") is True and not complete:
         missing = next(item for item in key.items if item not in answers)
         raise FileError(path, f"answers: says it is complete, but lacks {missing}; the file was edited")
-    texts = [str(about.get(name) or "") for name in ("speciality", "seen")]
-    return Reader(path, code, float(years), *texts, complete, str(content.get("comment") or ""), answers, seconds)
+    speciality, seen = (str(about.get(name) or "") for name in ("speciality", "seen"))
+    comment = str(content.get("comment") or "")
+    return Reader(path, code, float(years), speciality, seen, complete, comment, answers, seconds)
 
 
 def _read_answers(key: Key, path: Path, rows: list[Any]) -> tuple[dict[str, int | str], dict[str, float]]:
     """The answer to each item that has one, and the seconds it took. FileError naming the key at fault."""
     answers: dict[str, int | str] = {}
     seconds: dict[str, float] = {}
-    allowed = SIDES if key.pairs else STEPS
+    allowed: tuple[int | str, ...] = SIDES if key.pairs else STEPS
     for place, row in enumerate(rows):
         known = row if isinstance(row, dict) else {}
         item, answer, spent = (known.get(name) for name in ("item", "answer", "seconds"))
@@ -164,8 +165,8 @@ def _read_answers(key: Key, path: Path, rows: list[Any]) -> tuple[dict[str, int 
         if not is_number(spent) or spent < 0:
             raise FileError(path, f"answers[{place}].seconds: expected seconds, found {spent!r}")
         answers[item], seconds[item] = answer, float(spent)
-    if not answers:
-        raise FileError(path, "answers: holds none")
+    if all(key.items[item]["repeat_of"] for item in answers):
+        raise FileError(path, "answers: holds none, or of hidden repeats alone")
     return answers, seconds
 
 
@@ -190,7 +191,7 @@ class Readings:
         """Some of the items (bool N) or readers (their numbers)."""
         inside = np.ones(len(self.items), bool) if items is None else items
         chosen = list(range(len(self.readers))) if readers is None else list(readers)
-        places = np.flatnonzero(inside)
+        places = np.flatnonzero(inside).tolist()
         return Readings(
             [self.readers[k] for k in chosen],
             [self.items[k] for k in places],

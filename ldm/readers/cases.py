@@ -134,7 +134,7 @@ def _leave_second_lesions_out(made: Candidates) -> None:
     files = Counter(str(sample.image.resolve()) for sample in made.real)
     digests = Counter(sample.image_sha256 for sample in made.real if sample.image_sha256)
     for sample in list(made.real):
-        if files[str(sample.image.resolve())] > 1 or digests[sample.image_sha256] > 1:
+        if files[str(sample.image.resolve())] > 1 or digests[sample.image_sha256 or ""] > 1:
             made.drop(sample, "its image has more than one annotated lesion, which would give the answer away")
     for sample in list(made.drawn):
         parent = sample.meta.get("parent_image")

@@ -6,6 +6,7 @@ real and drawn ones apart), as for a multi-reader multi-case study. The analysis
 resampled cases. docs/readers.md has how often either holds the truth.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,10 @@ def measure(readings: Readings, seed: int = 0, names: tuple[str, ...] | None = N
         both = _bounds(_means(resampled, times)) if enough and count > 1 else None
         cases = _bounds(_means(resampled, np.ones_like(times))) if enough else None
         low, high = both or (None, None)
+        readers = []
+        for value, column in zip(values, resampled.T, strict=True):
+            least, most = (_bounds(column) if enough else None) or (None, None)
+            readers.append({"value": _number(value), "low": least, "high": most})
         found[name] = {
             "value": _number(np.nanmean(values)) if not np.isnan(values).all() else None,
             "low": low,
@@ -91,16 +96,7 @@ def measure(readings: Readings, seed: int = 0, names: tuple[str, ...] | None = N
             "over_readers": _bounds(_means(np.broadcast_to(values, times.shape), times)) if count > 1 else None,
             "over_cases": cases,
             "obuchowski_rockette": obuchowski_rockette(values, resampled) if enough and count > 1 else None,
-            "readers": [
-                dict(
-                    zip(
-                        ("value", "low", "high"),
-                        (_number(value), *(_bounds(column) if enough else (None, None))),
-                        strict=True,
-                    )
-                )
-                for value, column in zip(values, resampled.T, strict=True)
-            ],
+            "readers": readers,
         }
     return found
 
@@ -125,7 +121,7 @@ def obuchowski_rockette(values: np.ndarray, resampled: np.ndarray) -> list[float
 def fewest_patients(readings: Readings) -> int:
     """How many patients the smaller kind has; of pairs, how many there are."""
     kinds = [np.ones(len(readings.items), bool)] if readings.pairs else [readings.drawn, ~readings.drawn]
-    return min(len({readings.patients[k] for k in np.flatnonzero(kind)}) for kind in kinds)
+    return min(len(set(itertools.compress(readings.patients, kind))) for kind in kinds)
 
 
 def _means(values: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -37,9 +37,9 @@ TICKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # seconds an 
 REAL_COLOUR, DRAWN_COLOUR = "tab:green", "tab:blue"
 
 
-def interval_of(entry: Mapping[str, Any]) -> list[float] | None:
+def interval_of(entry: Mapping[str, Any]) -> tuple[float, float] | None:
     """The interval to report: readers and cases resampled; None where there is none."""
-    return None if entry["low"] is None else [entry["low"], entry["high"]]
+    return None if entry["low"] is None else (entry["low"], entry["high"])
 
 
 def with_bounds(value: float | None, bounds: Sequence[float] | None) -> str:
@@ -62,7 +62,8 @@ def paragraph(key: Key, measured: Mapping[str, Any]) -> str:
         accuracy = measured["numbers"]["accuracy"]["value"]
         shown = f"{measured['items'] - drawn} real and {counted(drawn, 'drawn picture')}"
         text = [f"{who} rated {shown} in six steps from certainly real to certainly drawn."]
-        text.append(f"The mean AUC was {entry['value']:.2f}{interval}, the accuracy {accuracy:.2f}; chance is 0.50.")
+        auc = "undefined (nobody rated both kinds)" if entry["value"] is None else f"{entry['value']:.2f}{interval}"
+        text.append(f"The mean AUC was {auc}, the accuracy {accuracy:.2f}; chance is 0.50.")
     if bounds:
         text.append(_against_chance(bounds))
     kappas = [
@@ -198,15 +199,15 @@ def reader_figure(measured: Mapping[str, Any]) -> "Figure":
     rows = [
         (code, each["value"], (each["low"], each["high"])) for code, each in zip(codes, entry["readers"], strict=True)
     ]
-    rows.append(("mean", entry["value"], tuple(interval_of(entry) or (None, None))))
+    rows.append(("mean", entry["value"], interval_of(entry) or (None, None)))
     figure = Figure(figsize=(5.4, 0.34 * len(rows) + 1.1), layout="constrained")
     axes = figure.add_subplot()
     for place, (code, value, (low, high)) in enumerate(rows):
-        style = {"color": "black" if code == "mean" else "0.45", "linewidth": 2.2 if code == "mean" else 1.4}
+        colour, width, marker = ("black", 2.2, "D") if code == "mean" else ("0.45", 1.4, "o")
         if low is not None:
-            axes.plot([low, high], [place, place], **style)
+            axes.plot([low, high], [place, place], color=colour, linewidth=width)
         if value is not None:
-            axes.plot([value], [place], "D" if code == "mean" else "o", color=style["color"], clip_on=False, zorder=3)
+            axes.plot([value], [place], marker, color=colour, clip_on=False, zorder=3)
     axes.axvline(0.5, color="0.7", linestyle="--", linewidth=0.9)
     axes.set(
         xlim=(0, 1), xlabel=f"{NAMES[measured['main']]} (bars: 95 %; dashed: chance)", ylim=(len(rows) - 0.5, -0.5)

@@ -202,6 +202,31 @@ def test_bad_files_do_not_stop_the_others_and_unfinished_readers_are_used_by_rul
     assert any("2 readers are too few to speak of others" in note for note in found["notes"])
 
 
+def test_readers_who_stopped_before_they_had_seen_both_kinds(studies: dict[str, Path], tmp_path: Path) -> None:
+    study = studies["single"]
+    key, answers = read(study / "key.json"), tmp_path / "answers"
+    real = [item for item, kind in truths(key).items() if kind == "real" and not key["items"][item]["repeat_of"]]
+    save_answers(answers / "one_kind.json", key, "ONEKIND", dict.fromkeys(real[:12], 2))
+    words = ["--unfinished", "--output_dir"]
+    assert call("analyse", study, answers, *words, tmp_path / "alone") == 0
+    found = read(tmp_path / "alone" / "analysis.json")
+    assert found["numbers"]["auc"]["value"] is None
+    assert "The mean AUC was undefined (nobody rated both kinds), the accuracy 1.00" in found["paragraph"]
+
+    perfect = study / "answers" / "PERFECT.json"
+    assert call("analyse", study, answers, perfect, *words, tmp_path / "both") == 0
+    found = read(tmp_path / "both" / "analysis.json")
+    assert "Reader ONEKIND rated pictures of one kind alone: the mean AUC is that of the others." in found["notes"]
+    auc = found["numbers"]["auc"]
+    assert auc["value"] == 1
+    assert auc["readers"][0] == {"value": None, "low": None, "high": None}
+
+    repeats = [item for item, about in key["items"].items() if about["repeat_of"]]
+    path = save_answers(tmp_path / "repeats.json", key, "REPEATS", dict.fromkeys(repeats, 2))
+    with pytest.raises(MedSoftError, match=r"repeats.json: answers: holds none, or of hidden repeats alone"):
+        call("analyse", study, path, *words, tmp_path / "repeats")
+
+
 def test_the_same_again_is_complete_and_a_corrected_key_is_not(
     studies: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
