@@ -29,6 +29,8 @@ def write_figures(paths: Sequence[Path], folder: Path) -> int:
     studies: dict[str, Study] = {}
     for path in paths:
         design = load_design(path)
+        if design.keys.compare is None:
+            raise UsageError(f"{path}: has no arms, so there are no cells to show; its study.html has its drawings")
         name = Path(design.keys.output_dir).name
         if name in studies:
             raise UsageError(f"{path}: {name} is the name of another study's output folder, too")
@@ -126,7 +128,7 @@ def arms_figure(study: Study) -> "Figure":
     return figure
 
 
-def kind_rows(study: Study) -> list[dict[str, object]]:
+def kind_rows(study: Study) -> list[dict[str, str | float | None]]:
     """A row for each kind, severity and arm: the AUC against all healthy test images, or Dice, over worlds."""
     by_kind, rows = study.by_kind(), []
     for name in dict.fromkeys(name for cell in study.cells for name in cell.groups):

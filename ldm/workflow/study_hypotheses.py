@@ -67,14 +67,14 @@ def outcomes(hypotheses: Mapping[str, Hypothesis], own: Study, others: Mapping[s
     for name, hypothesis in hypotheses.items():
         study = others[hypothesis.study] if hypothesis.study else own
         if hypothesis.of == "drawings":
-            first, second = hypothesis.minus
-            endpoint = hypothesis.endpoint or ""
-            values = list(study.drawings.paired(first, second, endpoint).values())
-            missing = study.drawings.unfinished((first, second))
-            unequal = study.drawings.unequal(first, second, endpoint)
+            one, other = hypothesis.minus
+            asked, endpoint = f"{one} minus {other}", hypothesis.endpoint or ""
+            values = list(study.drawings.paired(one, other, endpoint).values())
+            missing = study.drawings.unfinished((one, other))
+            unequal = study.drawings.unequal(one, other, endpoint)
         else:
             first, second = (study.at(arm, study.chosen_ratio()) for arm in hypothesis.minus)
-            endpoint = hypothesis.endpoint or study.comparison.endpoint
+            asked, endpoint = f"{first} minus {second}", hypothesis.endpoint or study.comparison.endpoint
             values = list(study.paired(first, second, endpoint).values())
             missing = study.unfinished((first, second))
             unequal = study.unequal(first, second, endpoint)
@@ -84,8 +84,7 @@ def outcomes(hypotheses: Mapping[str, Hypothesis], own: Study, others: Mapping[s
             p = t_test(values) if margin is None else equivalence_test(values, margin)
         place = f" ({hypothesis.study})" if hypothesis.study else ""
         change = interval(values) if values else None
-        asked = f"{first} minus {second}{place}"
-        found.append(Outcome(name, asked, endpoint, hypothesis, change, p, 1.0, missing, unequal))
+        found.append(Outcome(name, asked + place, endpoint, hypothesis, change, p, 1.0, missing, unequal))
     adjusted = holm([1.0 if each.p is None or each.missing else each.p for each in found])
     return [replace(each, adjusted=value) for each, value in zip(found, adjusted, strict=True)]
 

@@ -31,8 +31,10 @@ class WorldProcess:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
                 # A process group of its own: Ctrl-C reaches it once, from here.
-                given = {"env": environment, "stdout": file, "stderr": file, "process_group": 0}
-                self.process = subprocess.Popen([sys.executable, *words], **given, preexec_fn=_ends_with(os.getpid()))
+                call, ending = [sys.executable, *words], _ends_with(os.getpid())
+                self.process = subprocess.Popen(
+                    call, env=environment, stdout=file, stderr=file, process_group=0, preexec_fn=ending
+                )
         except OSError as error:
             raise MedSoftError(f"{log}: could not be written ({error.strerror or error})") from error
 
@@ -68,7 +70,9 @@ def run_side_by_side(path: Path, output_dir: str, worlds: Iterable[str], jobs: i
     run end, and no other begins. A signal that ends this process ends them first; on Linux SIGKILL ends them, too.
     """
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
-    waiting, running, codes = list(worlds), [], []
+    waiting = list(worlds)
+    running: list[WorldProcess] = []
+    codes: list[int] = []
     try:
         while running or (waiting and all(code in DONE_CODES for code in codes)):
             while waiting and len(running) < jobs and all(code in DONE_CODES for code in codes):

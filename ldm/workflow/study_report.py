@@ -37,7 +37,7 @@ def paragraph(study: Study, hypotheses: bool = False, tested_by: str | None = No
 
     ``hypotheses``: whether the study has some; ``tested_by``: the study that tests hypotheses about this one.
     """
-    if study.comparison is None:
+    if study.compare is None:
         return f"No classifier learns from these drawings; a judge reads them. {_claim(study, hypotheses, tested_by)}"
     compared, ratio = study.comparison, study.chosen_ratio()
     if ratio is None:
@@ -62,13 +62,13 @@ def paragraph(study: Study, hypotheses: bool = False, tested_by: str | None = No
 
 def _claim(study: Study, hypotheses: bool, tested_by: str | None) -> str:
     """Which comparisons claim something."""
-    main = ", the main comparison among them," if study.comparison else ""
+    main = ", the main comparison among them," if study.compare else ""
     if hypotheses:
         claim = f"The hypotheses below are the claim; all others{main}"
     elif tested_by:
         claim = f"What is claimed of these worlds are the hypotheses of {tested_by}; all comparisons here{main}"
     else:
-        claim = "One comparison is the claim; all others" if study.comparison else "All comparisons"
+        claim = "One comparison is the claim; all others" if study.compare else "All comparisons"
     return f"{claim} are looks at the same worlds, and their intervals are not widened for their number."
 
 
@@ -322,7 +322,7 @@ def write_study_report(
     write_text(folder / "study.md", "\n\n".join(parts) + "\n")
     cells = ([SHOWN.get(key, key.replace("_", " ")) for key in rows[0]], list(map(_cell_texts, rows))) if rows else None
     values: dict[str, Any] = {"conclusion": conclusion, "notes": notes, "tables": tables, "cells": cells}
-    if study.comparison is not None and rows:
+    if study.compare is not None and rows:
         compared = {arm: getattr(study.comparison, arm) for arm in ("main", "control", "baseline")}
         values["compared"] = {"endpoint": study.endpoint, **compared}
     write_page(folder / "study.html", "study", name=name, **values)

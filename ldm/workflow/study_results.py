@@ -246,10 +246,17 @@ class Study:
     """
 
     cells: list[Cell]
-    comparison: Compared | None
+    compare: Compared | None
     planned: frozenset[Key] = frozenset()
     drawings: Drawings = field(default_factory=Drawings)
     settings: Mapping[Key | DrawingKey, str] = field(default_factory=dict)
+
+    @property
+    def comparison(self) -> Compared:
+        """Which arms are compared. MedSoftError for a study of drawings alone."""
+        if self.compare is None:
+            raise MedSoftError("compare: expected which arms are compared; this study is of drawings alone")
+        return self.compare
 
     @property
     def treatments(self) -> list[Treatment]:

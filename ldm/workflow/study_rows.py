@@ -55,8 +55,8 @@ def with_rows_from_elsewhere(study: Study, folder: Path) -> Study:
     more than arms do.
     """
     cells, drawings = read_rows(study, folder)
-    here = {each.world for each in (*study.cells, *study.drawings.judged)}
-    for world in sorted(here & {each.world for each in (*cells, *drawings)}):
+    here = {each.world for found in (study.cells, study.drawings.judged) for each in found}
+    for world in sorted(here & {each.world for found in (cells, drawings) for each in found}):
         raise MedSoftError(
             f"{world}: has rows in {folder / ELSEWHERE} and results in {folder / world}; a world is computed on one "
             "machine: remove either"
@@ -92,14 +92,15 @@ def what_rows_say(study: Study, cells: Sequence[Cell], drawings: Sequence[Drawin
 
     ``commit``: that of the code that reads them.
     """
-    rows, unchecked = [*cells, *drawings], []
+    rows: list[Cell | Drawing] = [*cells, *drawings]
+    unchecked = []
     if silent := sum(not row.settings for row in rows):
         unchecked.append(f"the settings of {silent} of them, which do not say theirs")
     ours = commit if commit.isalnum() and commit != "unknown" else None  # else nobody knows which code that is
     if others := dict.fromkeys(row.commit or "unknown" for row in rows if row.commit != ours):
         unchecked.append(f"whether code of another commit does the same ({', '.join(others)})")
     worlds = {row.world for row in rows}
-    planned = {*study.planned, *study.drawings.planned}
+    planned: set[Key | DrawingKey] = {*study.planned, *study.drawings.planned}
     missing = Counter(key[0] for key in planned - {row.key for row in rows} if key[0] in worlds)
     drawn = counted(len(drawings), "generator's drawings", "generators' drawings")
     said = f"of other machines ({ELSEWHERE}/*.csv): {counted(len(cells), 'cell')}, {drawn}"

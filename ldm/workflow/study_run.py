@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 from ldm.core import cli
 from ldm.core.errors import MedSoftError, UsageError
@@ -91,7 +92,8 @@ def older_in(
     design: Design, once: PlanRecord, record: PlanRecord, group: Group, anew: Sequence[PlanStep] = ()
 ) -> set[PlanStep]:
     """``older_steps`` behind all cells and judgements of a group."""
-    return {step for each in (*group.cells, *group.judged) for step in older_steps(design, once, record, each, anew)}
+    read: list[CellStep | JudgeStep] = [*group.cells, *group.judged]
+    return {step for each in read for step in older_steps(design, once, record, each, anew)}
 
 
 def older_steps(
@@ -133,9 +135,10 @@ def chosen_worlds(design: Design, groups: Sequence[Group], worlds: Sequence[str]
 
 def check_judge_exists(design: Design) -> None:
     """UsageError unless the judge, which the study's steps should have made, is there."""
-    if design.keys.read_by_judge and not (ROOT / design.keys.judge.weights).exists():
-        weights = design.keys.judge.weights
-        raise UsageError(f"judge.weights: {weights} does not exist; name a saved classifier, or a step that makes it")
+    judge = design.keys.judge
+    if judge and design.keys.read_by_judge and not (ROOT / judge.weights).exists():
+        cure = "name a saved classifier, or a step that makes it"
+        raise UsageError(f"judge.weights: {judge.weights} does not exist; {cure}")
 
 
 def say_rejects(design: Design, once: Plan, groups: Sequence[Group]) -> int:
@@ -276,7 +279,7 @@ def read_study(design: Design, groups: Sequence[Group]) -> tuple[Study, int]:
     for group in groups:
         record = PlanRecord(group.plan)
         for each in group.cells:
-            treatment, generated = Treatment(each.arm.name, each.ratio), each.made and each.made.seed
+            treatment, generated = Treatment(each.arm.name, each.ratio), each.made.seed if each.made else None
             planned.append((each.world.name, treatment, generated, each.seed))
             settings[planned[-1]] = settings_of(design, each)
             if record.outdated(each.step, each.before) or older_steps(design, once, record, each):
@@ -290,11 +293,19 @@ def read_study(design: Design, groups: Sequence[Group]) -> tuple[Study, int]:
     return with_rows_from_elsewhere(study, ROOT / design.keys.output_dir), outdated + older
 
 
-def origin(record: PlanRecord, step: PlanStep, settings: str) -> dict[str, str]:
+class Origin(TypedDict):
     """Where, by which code and with which settings a step was run; empty where the record does not say it."""
+
+    machine: str
+    commit: str
+    settings: str
+
+
+def origin(record: PlanRecord, step: PlanStep, settings: str) -> Origin:
+    """What the record says of a step; ``settings``: those of the study."""
     known = record.known(step)
-    found = {name: known.get(name, "") for name in ("machine", "commit")}
-    return found | {"settings": settings if known else ""}
+    machine, made_by = known.get("machine", ""), known.get("commit", "")
+    return {"machine": machine, "commit": made_by, "settings": settings if known else ""}
 
 
 def read_drawings(design: Design, groups: Sequence[Group]) -> tuple[Drawings, dict[Key | DrawingKey, str], int]:
@@ -302,7 +313,7 @@ def read_drawings(design: Design, groups: Sequence[Group]) -> tuple[Drawings, di
     settings or older generators."""
     drawings, planned, outdated, others, once = [], [], 0, 0, PlanRecord(once_plan(design))
     settings: dict[Key | DrawingKey, str] = {}
-    judge = content_id(ROOT / design.keys.judge.weights) if design.keys.read_by_judge else None
+    judge = content_id(ROOT / design.keys.judge.weights) if design.keys.judge else None
     for group in groups:
         record = PlanRecord(group.plan)
         for each in group.judged:

@@ -59,4 +59,9 @@ def test_studies_without_cells_or_of_one_name_are_refused(tmp_path: Path) -> Non
     empty = studies.write(tmp_path)
     with pytest.raises(MedSoftError, match=r"study.yaml: no cell of it is finished; run the study first"):
         tiny.call(study_figures, few, empty, "--output_dir", tmp_path / "out")
+    judge = {"weights": "judge.safetensors"}
+    generators = {"a": {"run": "python tool/copy_paste.py --output_dir {pictures}"}}
+    alone = {"arms": {}, "compare": None, "judge": judge, "judged": ["a"], "generators": generators}
+    with pytest.raises(UsageError, match=r"study.yaml: has no arms, so there are no cells to show"):
+        tiny.call(study_figures, studies.write(tmp_path, **alone), "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()

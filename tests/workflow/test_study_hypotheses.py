@@ -118,9 +118,7 @@ def test_the_page_shows_hypotheses_and_shares(study_: Study, tmp_path: Path) -> 
     share = share_of_attainable(study_, "ours")
     assert share.value == pytest.approx(np.mean(GAINS) / 0.04)
     for oracle in (None, "real"):  # not asked for; below the control
-        assert (
-            share_of_attainable(replace(study_, comparison=replace(study_.comparison, oracle=oracle)), "ours") is None
-        )
+        assert share_of_attainable(replace(study_, compare=replace(study_.comparison, oracle=oracle)), "ours") is None
     write_study_report(tmp_path, "s", study_, [], outcomes(HYPOTHESES, study_, {}))
     for file in ("study.md", "study.html"):
         said = (tmp_path / file).read_text()

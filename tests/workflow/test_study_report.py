@@ -133,7 +133,7 @@ def test_less_of_an_error_is_a_gain() -> None:
     study_ = made(-0.03, ratio=1.0)
     for cell in study_.cells:
         cell.values["brier"] = cell.values["auc"]
-    study_ = replace(study_, comparison=replace(study_.comparison, endpoint="brier"))
+    study_ = replace(study_, compare=replace(study_.comparison, endpoint="brier"))
     assert re.search(
         r"ours at 1 minus duplicated at 1: -0\.03\d .* of test brier .*; a gain is shown\.", paragraph(study_)
     )
