@@ -33,12 +33,12 @@ def main(args: argparse.Namespace) -> int:
     from ldm.bench.crops import Grids, data_table, geometry_table
     from ldm.config import load_config
 
-    config, rejects = load_config(args.config, args.overrides), []
+    config = load_config(args.config, args.overrides)
     grids = Grids(config.biomedclip.grid, config.architecture.latent_size)
     if args.data:
         table, rejects = data_table(args.data, config.data, grids, args.limit)
     else:
-        table = geometry_table(config.data, grids)
+        table, rejects = geometry_table(config.data, grids), []
     warn_of_first(log, (f"cannot be cropped: {reject}" for reject in rejects))
     if args.output:
         write_text(args.output, f"{table}\n")

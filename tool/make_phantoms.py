@@ -60,20 +60,22 @@ def main(args: argparse.Namespace) -> int:
     from ldm.phantom.twins import write_twins
     from ldm.phantom.worlds import world_of
 
-    types, output, rejects, seed = world_of(args.world).lesion_types, args.output_dir, [], args.seed or 0
+    types, output, seed, code = world_of(args.world).lesion_types, args.output_dir, args.seed or 0, cli.DONE
     if args.twins_of:
         made, count, rejects = write_twins(args.twins_of, output, args.limit, args.overwrite)
         said = f"twins of {count} healthy phantoms"
+        code = cli.SOME_REJECTED if rejects else cli.DONE
+        for reject in rejects:
+            print(f"no twin of {reject.sample_id}: {reject}")
     elif output and args.seen_by_biomedclip:
         made = write_biomedclip_pairs(output, args.overwrite, args.world)
         said = "all that the BiomedCLIP stand-in has seen"
     elif output:
-        diseased = args.lesions_per_type * len(types) if args.lesions_per_type else args.diseased
-        counts = [default if n is None else n for n, default in ((args.healthy, 160), (diseased, 40))]
-        made = write_dataset(output, seed, *counts, args.per_patient or 1, args.overwrite, args.size, args.world)
-        said = f"{counts[0]} healthy and {counted(counts[1], 'diseased image')}, seed {seed}"
-    for reject in rejects:
-        print(f"no twin of {reject.sample_id}: {reject}")
+        of_types = args.lesions_per_type * len(types) if args.lesions_per_type else args.diseased
+        healthy, diseased = (default if n is None else n for n, default in ((args.healthy, 160), (of_types, 40)))
+        each = args.per_patient or 1
+        made = write_dataset(output, seed, healthy, diseased, each, args.overwrite, args.size, args.world)
+        said = f"{healthy} healthy and {counted(diseased, 'diseased image')}, seed {seed}"
     if output:
         print(f"{output}: {said}" if made else f"{output}: already complete ({said})")
     if args.sheet:
@@ -83,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
         from ldm.phantom.calibration import calibrate
 
         print(calibrate(seed, args.world))
-    return cli.SOME_REJECTED if rejects else cli.DONE
+    return code
 
 
 if __name__ == "__main__":

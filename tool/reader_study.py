@@ -10,14 +10,14 @@ code 3: some samples or answers could not be used; rejects.json lists them.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from ldm.core import cli
 from ldm.core.errors import UsageError
 from ldm.readers.options import AnalyseOptions, MakeOptions
 
-TASKS = {"make": MakeOptions, "analyse": AnalyseOptions}
-SHARED = ("output_dir", "overwrite")
+TASKS: dict[str, type[MakeOptions | AnalyseOptions]] = {"make": MakeOptions, "analyse": AnalyseOptions}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,10 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    other = MakeOptions if args.task == "analyse" else AnalyseOptions
-    for name, field in other.__dataclass_fields__.items():
-        if name not in TASKS[args.task].__dataclass_fields__ and getattr(args, name) != field.default:
-            raise UsageError(f"--{name}: is no flag of {args.task}")
+    own = {field.name for field in dataclasses.fields(TASKS[args.task])}
+    others = (field for kind in TASKS.values() for field in dataclasses.fields(kind) if field.name not in own)
+    for field in others:
+        if getattr(args, field.name) != field.default:
+            raise UsageError(f"--{field.name}: is no flag of {args.task}")
     if args.task == "make":
         if not args.real:
             raise UsageError("make: expected --real, the real samples to show beside the drawn ones")

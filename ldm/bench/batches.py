@@ -10,6 +10,7 @@ import logging
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,7 +97,9 @@ def measure(
     with device:
         stage = fake_stage(architecture, training, half).to(device)
         items = fake_batch(architecture, batch)
-    optimizer, times, losses = stage.adamw(), [], deque()
+    optimizer = stage.adamw()
+    times: list[float] = []
+    losses: deque[Callable[[], torch.Tensor]] = deque()
     for _ in range(1 + WARM_UP + repeats):
         start = time.perf_counter()
         losses.append(on_host(optimizer_step(stage, optimizer, items, half)))

@@ -87,7 +87,8 @@ def diffusers_pipeline(model: MedSoftModel) -> Any:
     scheduler = DDIMScheduler.from_config(scheduler_configuration(model.architecture.diffusion))
     absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     parts = {"vae": vae, "unet": unet, "scheduler": scheduler, **absent}
-    made = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    # What diffusers shows to a type checker is its placeholder for a missing package, which has no methods.
+    made: Any = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -164,7 +164,7 @@ def data_table(path: Path, data: DataConfig, grids: Grids, most: int) -> tuple[s
     return markdown_table(("", *COLUMNS), rows), rejects
 
 
-def _quantile(values: Sequence, level: float) -> object:
+def _quantile(values: Sequence[Any], level: float) -> Any:
     """The value at ``level`` in sorted order, of pairs by the larger one; None where no sample has it."""
     known = [value for value in values if value is not None]
     if not known:

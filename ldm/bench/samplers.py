@@ -77,13 +77,16 @@ def compare_samplers(
     others are compared with; ``many``: steps of DDIM of the run to which distances are measured. Raises UsageError or
     MedSoftError for what cannot be compared, and for a checkpoint or judge that is replaced meanwhile.
     """
-    for file in (options.ckpt, judge):
+    ckpt, model, data = options.ckpt, options.config, options.data
+    if ckpt is None or model is None or data is None:
+        raise UsageError("expected a checkpoint (--ckpt), a model YAML (--config) and samples (--data)")
+    for file in (ckpt, judge):
         if not file.is_file():
             raise UsageError(f"{file}: does not exist, or is no file")
     chosen = chosen_settings(settings, many)
-    configs = [load_config(options.config, [*options.overrides, *each.overrides]) for each in chosen]
-    config = load_config(options.config, options.overrides)
-    real = _real_lesions(options.data)
+    configs = [load_config(model, [*options.overrides, *each.overrides]) for each in chosen]
+    config = load_config(model, options.overrides)
+    real = _real_lesions(data)
     prompts = options.output_dir / "prompts.json"
     write_annotations(prompts, real)
     encoder, size = open_encoder(config.biomedclip), config.sampling.batch_size
@@ -92,13 +95,14 @@ def compare_samplers(
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
     images: list[dict[str, Any]] = []
     complete = True
-    with unchanged(options.ckpt), unchanged(judge):  # each of them is opened again for every folder
+    with unchanged(ckpt), unchanged(judge):  # each of them is opened again for every folder
         on_real = judged(judge, prompts, real)
         for seed in range(seeds):
             folders = [options.output_dir / f"{each.name}_seed{seed}" for each in chosen]
             for folder, setting in zip(folders, chosen, strict=True):
-                given = {"train_json": prompts, "seed": seed, "overrides": (*options.overrides, *setting.overrides)}
-                complete &= run(replace(options, output_dir=folder, **given)) != cli.SOME_REJECTED
+                overrides = (*options.overrides, *setting.overrides)
+                own = replace(options, output_dir=folder, train_json=prompts, seed=seed, overrides=overrides)
+                complete &= run(own) != cli.SOME_REJECTED
             *found, truth = common_samples(folders)
             drawn = dict(zip(compared, found, strict=True))
             apart = {name: distances(each, truth) for name, each in drawn.items()}

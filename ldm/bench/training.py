@@ -11,7 +11,7 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +64,8 @@ class Steps:
                 empty = net.cond_stage_model([""])
         self.stage = Stage(training, net, {}, empty, self.half).to(device)
         self.optimizer = self.stage.adamw()
-        self.batch = {name: value.to(device) for name, value in fake_batch(architecture, batch_size).items()}
+        with device:
+            self.batch = fake_batch(architecture, batch_size)
         self.batch["mask"] = (self.batch["mask"] > 0.9).float()
         self.image = torch.rand(batch_size, 3, architecture.image_size, architecture.image_size, device=device) * 2 - 1
 
@@ -82,10 +83,10 @@ class Steps:
 
     def step(self, variant: Variant) -> None:
         """One optimizer step, its features computed first where the variant says so; waits until it is done."""
-        batch = self.batch
+        batch: Mapping[str, object] = self.batch
         if variant.encoders:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=variant.encoders == torch.bfloat16):
-                batch = {**batch, **self._encoded()}
+                batch = {**self.batch, **self._encoded()}
         optimizer_step(self.stage, self.optimizer, batch, variant.half)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -129,7 +130,9 @@ class Steps:
             for_steps(network, self.half)
 
 
-def optimizer_step(stage: Stage, optimizer: torch.optim.Optimizer, batch: dict[str, Any], half: bool) -> torch.Tensor:
+def optimizer_step(
+    stage: Stage, optimizer: torch.optim.Optimizer, batch: Mapping[str, object], half: bool
+) -> torch.Tensor:
     """Forward, backward, clipping and the optimizer on one batch of cached features, as in training; the loss.
 
     A GPU may still be computing when this returns.
@@ -185,7 +188,7 @@ def report(
     The second ratio is that of the cores' own time, which other programs on the machine disturb less. Last, the
     floating-point ``operations`` of a step as trained per second.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, taken in times.items():
         # Turn by turn: both steps of a pair ran at about the same moment.
         pairs = list(zip(taken, times["as trained"], strict=True))

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from ldm.core.errors import MedSoftError, UsageError, say_the_rest
 
@@ -42,7 +42,8 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help shows all flags")
 
 
-class Number(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Number:
     """What reads the value of a flag: an int or a float from ``low`` to ``high``; anything else is wrong usage."""
 
     kind: type[int] | type[float]

@@ -87,19 +87,18 @@ def measure_paths(options: PathOptions) -> bool:
     healthy, unused = _cases([each for each in samples if each.healthy][:limit], diseased, config.data, seed)
     if not healthy or not lesions:
         raise MedSoftError(f"{data}: {len(healthy)} healthy and {counted(len(lesions), 'diseased sample')} can be used")
-    found = {
-        "ckpt": str(options.ckpt),
-        "seed": seed,
-        "samples": {"healthy": len(healthy), "diseased": len(lesions)},
+    samples_used = {"healthy": len(healthy), "diseased": len(lesions)}
+    drawn = {
         "drawings": {path: _judged(classifier, healthy, _drawn(inpainter, path, healthy, seed)) for path in PATHS},
         "redrawn": _redrawn(inpainter, classifier, lesions, seed),
-        "held_out": _held_out(inpainter, lesions, seed),
     }
-    write_json(options.output, found)
-    for part in ("drawings", "redrawn"):
-        for name, row in found[part].items():
+    held_out = _held_out(inpainter, lesions, seed)
+    about = {"ckpt": str(options.ckpt), "seed": seed, "samples": samples_used}
+    write_json(options.output, {**about, **drawn, "held_out": held_out})
+    for part, rows in drawn.items():
+        for name, row in rows.items():
             log.info("%-8s %-11s %s", part, name, {key: round(value, 3) for key, value in row.items()})
-    log.info("held out %s", {key: round(row["mean"], 4) for key, row in found["held_out"].items()})
+    log.info("held out %s", {key: round(row["mean"], 4) for key, row in held_out.items()})
     return not (rejects or lost or unused)
 
 

@@ -45,11 +45,11 @@ def textures(count: int) -> Tensor:
 def clip_pairs(config: DataConfig, count: int, world: str) -> tuple[Tensor, list[str]]:
     """Crops (count, 1, S, S) in [0, 1] and their prompts: one third healthy, the rest of every type and severity."""
     crops, prompts, pairs = [], [], list(biomedclip_pairs(count, world_of(world).lesion_types))
-    for item in tqdm(pairs, desc="image-prompt pairs", leave=False):
-        phantom = render_phantom(*item, world=world)
+    for seed, index, lesion_type, severity in tqdm(pairs, desc="image-prompt pairs", leave=False):
+        phantom = render_phantom(seed, index, lesion_type, severity, world=world)
         hard = phantom.mask
         if phantom.healthy:
-            hard = lesion_shaped(phantom.anatomy == TARGET_LABEL, named_seed("pairs", item[1]))
+            hard = lesion_shaped(phantom.anatomy == TARGET_LABEL, named_seed("pairs", index))
         crops.append(_crop(config, phantom.image, hard)[0])
         prompts.append(phantom.prompt)
     return _stacked(crops), prompts

@@ -45,6 +45,7 @@ FILES = {"autoencoder": (CHECKPOINT_NAME, AUTOENCODER_NAME), "clip": (CLIP_NAME,
 LOG_NAME, RECORD = "training_log.csv", "training.json"
 COLUMNS = ("part", "step", "loss", "seconds", "psnr_or_hits")
 Rows = list[dict[str, str]]  # of one part in the log
+Trainer = Callable[[Architecture, DataConfig, Path, int, int], Rows]  # of a part: sizes, crops, output, steps, seed
 Loss = tuple[Tensor, Tensor | None]  # what is minimised, and another number of the same batch for the log
 
 
@@ -68,7 +69,7 @@ def train_base(
     if world != STANDARD and set(steps) != {"clip"}:
         raise UsageError(f"--world {world}: only clip is trained on lesions; give --parts clip")
     clip = partial(train_clip, world=world_of(world).name)
-    trainers = {"autoencoder": train_autoencoder, "clip": clip, "unet": train_unet}
+    trainers: dict[str, Trainer] = {"autoencoder": train_autoencoder, "clip": clip, "unet": train_unet}
     parts = [part for part in trainers if part in steps]
     sizes = fingerprint([identity(config.architecture, "architecture"), identity(config.data, "features")])
     with RunFolder(output, LOG_NAME, what="models").lock():
@@ -166,10 +167,11 @@ def rescale(net: Autoencoder, images: Tensor, config: DiffusionConfig) -> None:
     """Scale the latent of ``images`` (N, 3, S, S) in [-1, 1] so that, times SD's latent scale, it has unit spread: SD's
     constant then fits as it is."""
     spread = net.encode(images).mean.std() * config.latent_scale
-    half = len(net.quant_conv.weight) // 2
-    net.quant_conv.weight[:half] /= spread
-    net.quant_conv.bias[:half] /= spread
-    net.quant_conv.bias[half:] -= 2 * spread.log()  # the posterior's variance shrinks with it
+    weight, bias = net.quant_conv.parameters()
+    half = len(weight) // 2
+    weight[:half] /= spread
+    bias[:half] /= spread
+    bias[half:] -= 2 * spread.log()  # the posterior's variance shrinks with it
     net.post_quant_conv.weight *= spread
 
 

@@ -44,6 +44,13 @@ def _test_auc(home: Path, seed: int, counts: tuple[int, int], epochs: int, world
     """The classifier of the demo's settings, trained on ``counts`` healthy and diseased patients of ``seed``."""
     write_dataset(home / f"train_{seed}", seed, *counts, world=world)
     shipped = load_classifier_config(SHIPPED / "configs" / "classifier" / "phantom.json")
-    files = {f"{name}_json": str(home / name) for name in ("val", "test")}
-    files |= {"train_json": str(home / f"train_{seed}"), "output_dir": str(home / f"classifier_{seed}")}
-    return train_classifier(replace(shipped, EPOCHS=epochs, seed=seed, **files))["test"]["auc"]["value"]
+    config = replace(
+        shipped,
+        EPOCHS=epochs,
+        seed=seed,
+        train_json=str(home / f"train_{seed}"),
+        val_json=str(home / "val"),
+        test_json=str(home / "test"),
+        output_dir=str(home / f"classifier_{seed}"),
+    )
+    return train_classifier(config)["test"]["auc"]["value"]

@@ -1,5 +1,7 @@
 """Dataset folders of phantoms: every sample folder whole, the record of the arguments last."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +58,17 @@ def write_dataset(
     if size is not None:
         arguments["size"] = check_size(size, world)
     types = world_of(world).lesion_types
-    items = [(seed, *each, size) for each in plan(n_healthy, n_diseased, per_patient, types)]
-    return _write(Path(root), arguments, items, overwrite, world)
+    planned = plan(n_healthy, n_diseased, per_patient, types)
+    renders = [partial(render_phantom, seed, *each, size, world) for each in planned]
+    return _write(Path(root), arguments, renders, overwrite, world)
 
 
 def write_biomedclip_pairs(root: str | Path, overwrite: bool = False, world: str = STANDARD) -> bool:
     """Write every image the BiomedCLIP stand-in was trained on as a dataset folder; else as ``write_dataset``."""
     arguments = {"version": VERSION, "biomedclip_pairs": BIOMEDCLIP_PAIRS}
-    pairs = list(biomedclip_pairs(BIOMEDCLIP_PAIRS, world_of(world).lesion_types))
-    return _write(Path(root), arguments, pairs, overwrite, world)
+    pairs = biomedclip_pairs(BIOMEDCLIP_PAIRS, world_of(world).lesion_types)
+    renders = [partial(render_phantom, *pair, world=world) for pair in pairs]
+    return _write(Path(root), arguments, renders, overwrite, world)
 
 
 def phantom_folder(root: Path) -> RunFolder:
@@ -72,20 +76,22 @@ def phantom_folder(root: Path) -> RunFolder:
     return RunFolder(root, INDEX_FILE, what="phantoms", samples="w*p*_*/meta.json", keys=("fingerprint", "arguments"))
 
 
-def _write(root: Path, arguments: dict[str, Any], items: list[tuple], overwrite: bool, world: str) -> bool:
-    """Render every item (arguments of ``render_phantom``) into ``root``, unless that is done."""
+def _write(
+    root: Path, arguments: dict[str, Any], renders: Sequence[Callable[[], Phantom]], overwrite: bool, world: str
+) -> bool:
+    """Write what all ``renders`` give into ``root``, unless that is done."""
     folder = phantom_folder(root)
     with folder.lock(wait=True):
         record = folder.open(arguments | named(world), overwrite, anew=overwrite)
         if record and record.get("complete"):
             return False
         folder.claim()
-        for item in tqdm(items, desc="phantoms", unit="image", disable=None):
-            phantom = render_phantom(*item, world=world)
+        for render in tqdm(renders, desc="phantoms", unit="image", disable=None):
+            phantom = render()
             if not folder.has(phantom.sample_id, "meta.json"):
                 _write_phantom(root, phantom)
         sync_folder(root)
-        folder.finish(images=len(items))
+        folder.finish(images=len(renders))
     return True
 
 

@@ -282,8 +282,8 @@ def _over_seeds(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     A number that is undefined for one of the seeds is left out.
     """
-    values = {name: [each.get(name) for each in metrics] for name in CLASSIFIER_ROWS}
-    found = {name: _mean(every, *SHARE) for name, every in values.items() if None not in every}
+    defined = [name for name in CLASSIFIER_ROWS if all(each.get(name) is not None for each in metrics)]
+    found = {name: _mean([each[name] for each in metrics], *SHARE) for name in defined}
     return found | {name: metrics[0].get(name) for name in COUNTS}
 
 

@@ -100,7 +100,8 @@ def blob(rng: np.random.Generator, lesion_type: str, severity: str, body: Body, 
     radius_v = min(radius / stretch, body.half_height - 2)
     free_u, free_v = body.half_width - 1.5 - radius_u, body.half_height - 1.5 - radius_v
     u, v = body.u - rng.uniform(-free_u, free_u), body.v - rng.uniform(-free_v, free_v)
-    angle, edge = np.arctan2(v / radius_v, u / radius_u), np.float32(1)
+    angle = np.arctan2(v / radius_v, u / radius_u)
+    edge = np.ones_like(angle)
     for order in range(2, 6):
         edge = edge + rng.uniform(0.0, 0.22 / order) * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
     ragged = 0.14 if lesion_type == "osteolytic" else 0.07

@@ -423,7 +423,7 @@ def turn(n: int, lesion_types: Sequence[str] = LESION_TYPES) -> tuple[str, str]:
 
 
 def biomedclip_pairs(
-    count: int, lesion_types: Sequence[str] = LESION_TYPES
+    count: int, lesion_types: tuple[str, ...] = LESION_TYPES
 ) -> Iterator[tuple[int, int, str | None, str | None]]:
     """What the BiomedCLIP stand-in has seen, as the first arguments of ``render_phantom``: one third is healthy."""
     for index in range(count):

@@ -48,8 +48,8 @@ class Twin:
 
     def render(self, healthy: bool = False) -> Phantom:
         """The twin, or its ``healthy`` parent."""
-        lesion = (None, None) if healthy else (self.lesion_type, self.severity)
-        return render_phantom(self.seed, self.index, *lesion, self.image, self.size, self.world)
+        kind, severity = (None, None) if healthy else (self.lesion_type, self.severity)
+        return render_phantom(self.seed, self.index, kind, severity, self.image, self.size, self.world)
 
 
 def write_twins(
@@ -162,7 +162,7 @@ def _write(twin: Twin, root: Path) -> Reject | None:
 
 def _metadata(twin: Twin, phantom: Phantom, root: Path) -> dict[str, Any]:
     parent = twin.parent
-    metadata = {
+    metadata: dict[str, Any] = {
         "sample_id": twin.name,
         "parent_id": parent.sample_id,
         "patient_id": parent.patient_id,

@@ -7,6 +7,7 @@ same in all of them: one name is one spine.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
@@ -73,7 +74,19 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
-def _scanners(rng: np.random.Generator) -> dict[str, float]:
+class Scanner(TypedDict, total=False):
+    """What of the acquisition is the patient's own: fields of a spine."""
+
+    blur: float
+    sharp: float
+    reach: int
+    noise: float
+    grain: float
+    gain: float
+    offset: float
+
+
+def _scanners(rng: np.random.Generator) -> Scanner:
     """A scanner of the patient's own: soft or sharp, clean or noisy, of low or high contrast."""
     blur = rng.uniform(0.4, 1.6)
     return {
@@ -86,7 +99,7 @@ def _scanners(rng: np.random.Generator) -> dict[str, float]:
     }
 
 
-def _second_scanner(rng: np.random.Generator) -> dict[str, float]:
+def _second_scanner(rng: np.random.Generator) -> Scanner:
     """One that no patient of the world `scanner` has seen: edges enhanced, low contrast, fine and strong noise."""
     return {
         "blur": rng.uniform(0.5, 0.7),
@@ -104,15 +117,14 @@ class World:
     """What sets a world apart.
 
     ``draw`` and ``say`` take (rng, lesion type, severity, ...) and give a lesion in a body, and a sentence about one
-    of a level. ``scanner``: what of the acquisition is the patient's own (fields of a spine). ``signs``: every patient
-    shows a disease in other vertebrae, whose lesion the target has or not.
+    of a level. ``signs``: every patient shows a disease in other vertebrae, whose lesion the target has or not.
     """
 
     name: str
     lesion_types: tuple[str, ...] = LESION_TYPES
     draw: Draw = draw_lesion
     say: Say = _say_all
-    scanner: Callable[[np.random.Generator], dict[str, float]] | None = None
+    scanner: Callable[[np.random.Generator], Scanner] | None = None
     signs: bool = False
 
     @property

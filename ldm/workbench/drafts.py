@@ -11,9 +11,10 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from ldm.core.errors import FewWarnings, MedSoftError
@@ -24,11 +25,14 @@ log = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
 PAGE = 64  # drawings that are told at once: as many as one request may ask for
-SHOWN = ("id", "job", "document", "name", "prompt", "seed", "variant", "feather_mm", "state", "reason", "when")
-SHOWN += ("width", "height")
-_KINDS = {"id": str, "name": str, "prompt": str, "seed": int, "variant": int, "document": str | None, "job": str | None}
-_KINDS |= {"state": str | None, "reason": str | None, "origin": dict | None, "feather_mm": float | int | None}
-_ORIGIN = {"path": str, "sample_id": str, "plane": str | None, "slice": int | None}
+SHOWN: tuple[str, ...] = ("id", "job", "document", "name", "prompt", "seed", "variant", "feather_mm", "state")
+SHOWN += ("reason", "when", "width", "height")
+Kinds = Mapping[str, type | UnionType]  # what the values of a record may be, by key
+_KINDS: Kinds = {
+    **{"id": str, "name": str, "prompt": str, "seed": int, "variant": int, "document": str | None, "job": str | None},
+    **{"state": str | None, "reason": str | None, "origin": dict | None, "feather_mm": float | int | None},
+}
+_ORIGIN: Kinds = {"path": str, "sample_id": str, "plane": str | None, "slice": int | None}
 _ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 _OWN = re.compile(r".*_([0-9a-f]{12})__v(\d+)", re.DOTALL)
 
@@ -171,7 +175,8 @@ class Drafts:
         place = self._place(folder_name)
         assert place is not None
         own = _OWN.fullmatch(folder_name)
-        made = {"id": f"{own[1]}-{own[2]}" if own else fingerprint(folder_name)[:16], "name": folder_name, "job": None}
+        name = f"{own[1]}-{own[2]}" if own else fingerprint(folder_name)[:16]
+        made: dict[str, Any] = {"id": name, "name": folder_name, "job": None}
         try:
             meta = read_json(place / "meta.json", "meta.json of a result")
             made |= {key: meta[key] for key in ("prompt", "seed", "variant")}
@@ -205,7 +210,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return found if sound and _ID.fullmatch(found["id"]) and Path(found["name"]).name == found["name"] else None
 
 
-def _is_of(found: dict[str, Any], kinds: dict[str, Any]) -> bool:
+def _is_of(found: dict[str, Any], kinds: Kinds) -> bool:
     """Whether each value, None where there is none, is of its kind."""
     return all(isinstance(found.get(key), kind) for key, kind in kinds.items())
 

@@ -148,7 +148,7 @@ class Editor:
             "model": self.model(),
             "document": described,
             "collection": described and described["collection"],
-            "passed": self.opened.passed(shown and shown.id),
+            "passed": self.opened.passed(shown.id if shown else None),
             "sentences": self.sentences.menus(shown.sample.level if shown else None),
             "feather": {"value": data.feather, "unit": data.feather_unit},
             "output_dir": str(self.drafts.home),
@@ -321,17 +321,18 @@ class Editor:
         hidden = dataclasses.replace(parent, prompt="lesion", soft_mask=None)  # the painted mask is meant, no other
         mask = Mask(asked.hard.astype(np.float32))
         prepared = fit_sample(hidden, document.pixels, mask, data, soft=asked.soft)
-        own = {"source": self.sentences.source(asked.prompt), "fixed_mask": True, "mask": MaskOrigin("own")}
+        source, own = self.sentences.source(asked.prompt), MaskOrigin("own")
         for variant in range(job.images):
             job.image, job.step = variant, 0
             job.check()
-            task = Task(parent, variant, asked.prompt, asked.seed, **own, folder=f"{asked.folder}{variant}")
+            name = f"{asked.folder}{variant}"
+            task = Task(parent, variant, asked.prompt, asked.seed, source, fixed_mask=True, mask=own, folder=name)
             if not self.drafts.is_there(task.name):
                 self._draw_one(task, prepared, model, job)
             height, width = asked.hard.shape
-            item = {"id": f"{asked.name}-{variant}", "job": job.id, "document": document.id, "name": task.name}
-            item |= {"prompt": asked.prompt, "seed": asked.seed, "variant": variant, "feather_mm": asked.feather_mm}
-            item |= {"width": width, "height": height, "origin": document.origin}
+            item: dict[str, Any] = {"id": f"{asked.name}-{variant}", "job": job.id, "document": document.id}
+            item |= {"name": task.name, "prompt": asked.prompt, "seed": asked.seed, "variant": variant}
+            item |= {"feather_mm": asked.feather_mm, "width": width, "height": height, "origin": document.origin}
             job.results.append(self.drafts.add(item))
 
     def _draw_one(self, task: Task, prepared: PreparedSample, model: medsoft.LesionModel, job: QueuedJob) -> None:

@@ -164,8 +164,10 @@ def _check_nifti(path: Path) -> None:
     import nibabel
 
     try:
-        header = nibabel.load(path).header
-        shape, zooms = header.get_data_shape(), header.get_zooms()[:3]
+        image = nibabel.load(path)
+        if not isinstance(image, nibabel.Nifti1Image):  # NIfTI-2 is one, too; CIFTI is none
+            raise ValueError("it holds no volume")
+        shape, zooms = image.header.get_data_shape(), image.header.get_zooms()[:3]
     except Exception as error:
         raise FileError(path, f"it cannot be read as NIfTI ({first_line(error)})") from error
     _check_grid(path.stem, shape, [float(length) for length in zooms])
@@ -233,7 +235,8 @@ class Warnings(logging.Handler):
     @contextmanager
     def collected(self) -> Iterator[list[str]]:
         """The warnings of the block, which come while it runs."""
-        self._said.texts = texts = []
+        texts: list[str] = []
+        self._said.texts = texts
         try:
             yield texts
         finally:

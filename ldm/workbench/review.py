@@ -138,7 +138,7 @@ class Queue:
         """What the page begins with; without a reviewer there are no items, and the page asks for a code."""
         code = self.spelled(reviewer or self.reviewer or "") if reviewer or self.reviewer else None
         about = {"name": self.results.resolve().name, "results": str(self.results), "file": str(self.file)}
-        told = about | {"reviewer": code, "items": []}
+        told: dict[str, Any] = about | {"reviewer": code, "items": []}
         if code is None:
             return told
         order = sorted(self.samples, key=lambda name: named_seed("order of a review", code.casefold(), name))

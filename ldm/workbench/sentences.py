@@ -77,8 +77,10 @@ class Sentences:
     def _borrowed(self, asked: Mapping[str, str], level: str) -> Iterator[dict[str, Any]]:
         """The sentences about other vertebrae than ``level`` with its name put in, each once."""
         named, said = levels_named(f"{level} vertebra"), set()
-        facts = ImageFacts(named[0], None, None) if len(named) == 1 else None
-        for each in self._others if facts else []:
+        if len(named) != 1:
+            return
+        facts = ImageFacts(named[0], None, None)
+        for each in self._others:
             prompt = agreeing(each["prompt"], facts) if _has(each, asked) else None
             if prompt and prompt not in said and {*levels_named(prompt, facts.level)} == {*named}:
                 said.add(prompt)

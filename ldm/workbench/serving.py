@@ -132,8 +132,8 @@ class Drawn(NamedTuple):
         """What is said of the first image, as JSON."""
         result = self.results[0]
         height, width = result.image.result.shape[:2]
-        names = ("sample_id", "prompt", "seed", "variant", "synthetic", "changed_outside_pixels", "checkpoint_sha256")
-        names += ("spacing_mm", "window")
+        names: tuple[str, ...] = ("sample_id", "prompt", "seed", "variant", "synthetic", "changed_outside_pixels")
+        names += ("checkpoint_sha256", "spacing_mm", "window")
         about = {name: result.metadata[name] for name in names if name in result.metadata}
         return about | {"width": width, "height": height, "warnings": self.warnings}
 
@@ -194,7 +194,7 @@ class Drawer:
             try:
                 said += self._unread(asked.prompt)
                 with advice_on_memory(self.config.sampling):
-                    sent = [keep(file, part, folder) for file, part in zip((image, mask), parts, strict=True)]
+                    sent = keep(image, parts[0], folder), keep(mask, parts[1], folder)
                     results = self._draw(folder, *sent, asked, n)
             except MedSoftError as error:
                 raise UsageError(_plain(str(error), folder)) from error
@@ -226,8 +226,8 @@ class Drawer:
             raise UsageError(
                 f"n: {n} images of {width} x {height} pixels; at most {MOST_DRAWN} pixels are drawn at once"
             )
-        own = {"fixed_mask": True, "mask": MaskOrigin("own")}
-        tasks = [Task(sample, variant, asked.prompt, asked.seed, **own) for variant in range(n)]
+        own = MaskOrigin("own")
+        tasks = [Task(sample, variant, asked.prompt, asked.seed, fixed_mask=True, mask=own) for variant in range(n)]
         if reason := too_long(home / tasks[-1].name):
             raise UsageError(f"{image.path.stem}: {reason}")
         jobs = [Job(task.seed, sample.sample_id, task.variant, task.prompt) for task in tasks]
@@ -238,9 +238,8 @@ class Drawer:
         for task, drawn in zip(tasks, pixels, strict=True):
             result = result_of(home, task, prepared, drawn, self.provenance, Contents())
             if not image.is_volume:  # whose slice goes with it; an image the caller has
-                result = dataclasses.replace(
-                    result, metadata=result.metadata | {"parent_image": f"../../{image.called}"}
-                )
+                metadata = {**result.metadata, "parent_image": f"../../{image.called}"}
+                result = dataclasses.replace(result, metadata=metadata)
             result.write(home)
             results.append(result)
         return results

@@ -86,8 +86,10 @@ class Document:
     def spacing(self) -> list[float] | None:
         """[mm between rows, mm between columns], if they are known."""
         given = self.sample.meta.get("spacing_mm")
+        if given is None:
+            return None
         both = given if isinstance(given, list) else [given]
-        return None if given is None else [float(both[0]), float(both[-1])]
+        return [float(both[0]), float(both[-1])]
 
     def window(self) -> list[float] | None:
         """[low, high] in levels, in which an image of 16 bits is shown; None for 8 bits."""
@@ -226,7 +228,8 @@ class Collection(NamedTuple):
         """
         asked = words.casefold().split()
         levels = {e.level.casefold() for e in self.entries if isinstance(e, Sample) and e.level} & set(asked)
-        count, found = 0, []
+        count = 0
+        found: list[dict[str, Any]] = []
         for number, entry in enumerate(self.entries):
             known = _known(entry)
             level = str(known["level"] or "").casefold()
@@ -310,7 +313,8 @@ def _size(document: Document) -> int:
     return document.pixels.nbytes
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where a document comes from: how it is opened again, and which one of a collection it is, if of any.
 
     ``passed``: what was said of documents before it that cannot be used.
