@@ -57,7 +57,7 @@ class KnownFiles:
         new = {str(path): path for sample in samples for path in sample.files if path and path not in self.digests}
         with thread_pool() as pool:
             for rows in _parts(row for row in self._rows() if row[0] in new):
-                for row, state in zip(rows, pool.map(_state_of, [row[0] for row in rows]), strict=True):
+                for row, state in zip(rows, pool.map(_size_and_times, [row[0] for row in rows]), strict=True):
                     if state == tuple(row[1]):
                         self.digests[new.pop(row[0])] = row[2]
                         self._answers |= row[3]
@@ -105,7 +105,7 @@ class KnownFiles:
         ours = {str(path): path for path in self.digests if path}
         for name, state, digest, answers in self._rows():
             path = ours.get(name)
-            if path is None and _state_of(name) == tuple(state):
+            if path is None and _size_and_times(name) == tuple(state):
                 yield name, state, digest, answers
             elif path is not None and path not in self._states and path not in self._unsettled:
                 yield name, state, digest, answers | self._found.get(path, {})
@@ -143,13 +143,13 @@ def _parts(values: Iterable[Value]) -> Iterator[list[Value]]:
 
 def _content_of(path: Path) -> tuple[str | None, State | None]:
     """The file's SHA-256, and the state of one that had settled before."""
-    begun, state = time.time_ns(), _state_of(path)
+    begun, state = time.time_ns(), _size_and_times(path)
     settled = state is not None and begun - max(state[1:]) > SETTLED
     return content_id(path), state if settled else None
 
 
-def _state_of(path: str | Path) -> State | None:
-    """None for a file that is not there, or cannot be looked at."""
+def _size_and_times(path: str | Path) -> State | None:
+    """Of a file of the data, which may be another one with the same size and modification time; None if not there."""
     try:
         found = os.stat(path)
     except OSError:

@@ -75,7 +75,7 @@ class FeatureStore(FeatureNames):
     def refresh(self) -> list[Path]:
         """Use the shards that have not changed since they were verified; the others are returned."""
         names, verified = self._shards(), self._verified()
-        same = [name for name in names if verified.get(name) == state_of(self.folder / name)]
+        same = [name for name in names if verified.get(name) == _size_and_time(self.folder / name)]
         if not self._indexed.issubset(same):
             self._places, self._indexed = {}, set()
         self._index(name for name in same if name not in self._indexed)
@@ -121,7 +121,7 @@ class FeatureStore(FeatureNames):
             return
         there = set(os.listdir(self.folder))
         verified = {name: state for name, state in self._verified().items() if name in there}
-        write_json(self.folder / VERIFIED, verified | {name: state_of(self.folder / name) for name in names})
+        write_json(self.folder / VERIFIED, verified | {name: _size_and_time(self.folder / name) for name in names})
         self._index(names)
 
     def _index(self, names: Iterable[str]) -> None:
@@ -151,8 +151,8 @@ class FeatureStore(FeatureNames):
         return found if isinstance(found, dict) else {}
 
 
-def state_of(file: Path) -> list[int]:
-    """Size in bytes and modification time in ns, by which a change is noticed; [] for a file that is gone."""
+def _size_and_time(file: Path) -> list[int]:
+    """Of a shard, in bytes and ns: a copy that keeps the time is the same one. [] for a file that is gone."""
     try:
         found = file.stat()
     except FileNotFoundError:

@@ -257,23 +257,26 @@ def check_arm(arm: Arm, keys: StudyKeys, values: Values) -> None:
 
 def check_compared(compare: Compared, arms: Mapping[str, Arm], values: Values) -> None:
     """UsageError unless the arms exist, and main, control and oracle have the ratios to compare."""
-    for key in ("baseline", "control", "main", "oracle"):
-        name = getattr(compare, key)
-        if name not in arms and not (key == "oracle" and name is None):
+
+    def arm(key: str, name: str) -> Arm:
+        if name not in arms:
             raise values.error(f"compare.{key}", f"one of the arms {', '.join(arms)}", name)
-    baseline, main = arms[compare.baseline], arms[compare.main]
+        return arms[name]
+
+    baseline, control, main = (arm(key, getattr(compare, key)) for key in ("baseline", "control", "main"))
+    oracle = None if compare.oracle is None else arm("oracle", compare.oracle)
     if baseline.use is not None:
         raise values.error("compare.baseline", "an arm without ratios", baseline.name)
     if main.ratios is None:
         raise values.error("compare.main", "an arm with ratios", main.name)
     if compare.ratio is not None and compare.ratio not in main.ratios:
         raise values.error("compare.ratio", f"a ratio of {main.name} or null", compare.ratio)
-    needed = main.ratios if compare.ratio is None else (compare.ratio,)
-    if not set(needed) <= set(arms[compare.control].all_ratios):
-        asked = ", ".join(f"{ratio:g}" for ratio in needed)
-        raise values.error("compare.control", f"an arm with the ratios {asked} of {main.name}", compare.control)
-    if compare.oracle is not None and not set(needed) & set(arms[compare.oracle].all_ratios):
-        raise values.error("compare.oracle", f"an arm with a ratio of {main.name}", compare.oracle)
+    compared = main.ratios if compare.ratio is None else (compare.ratio,)
+    if not set(compared) <= set(control.all_ratios):
+        asked = ", ".join(f"{ratio:g}" for ratio in compared)
+        raise values.error("compare.control", f"an arm with the ratios {asked} of {main.name}", control.name)
+    if oracle is not None and not set(compared) & set(oracle.all_ratios):
+        raise values.error("compare.oracle", f"an arm with a ratio of {main.name}", oracle.name)
 
 
 def check_hypothesis(here: str, hypothesis: Hypothesis, keys: StudyKeys, values: Values) -> None:

@@ -168,13 +168,13 @@ def test_a_file_that_may_change_in_the_same_tick_is_not_trusted(
     start: Starts, data: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a disk with a very coarse clock, by which the file stays as it was."""
-    plain, tick = module._state_of, 10**13
+    plain, tick = module._size_and_times, 10**13
 
     def coarse(path: Path) -> Any:
         found = plain(path)
         return found and (found[0], *(time // tick * tick for time in found[1:]))
 
-    monkeypatch.setattr(module, "_state_of", coarse)
+    monkeypatch.setattr(module, "_size_and_times", coarse)
     monkeypatch.setattr(module, "SETTLED", tick)
     start(data)
     rewritten(data[1].image)
