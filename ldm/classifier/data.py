@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ldm.classifier.config import DUPLICATE_REAL, PRETRAIN, SEGMENT, ClassifierConfig
 from ldm.classifier.square import Squares, lesion_square, square
 from ldm.core.errors import MedSoftError, warn_of_first
-from ldm.core.files import JSON_LINES, content_id, fingerprint, fingerprint_all, named_seed
+from ldm.core.files import JSON_LINES, Contents, content_id, fingerprint, fingerprint_all, named_seed
 from ldm.core.tables import RowFile, counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import (
@@ -289,7 +289,7 @@ def pick_synthetic(
     for part in parts:
         check_children(part, train, held_out)
     pool = ImageSet.joined("synthetic", parts)
-    choice = apply_review(config.review, pool.samples) if config.review else None
+    choice = apply_review(config.review, pool.samples, Contents()) if config.review else None
     diseased = pool.diseased
     if len(diseased) < len(pool):
         said = counted(len(pool) - len(diseased), "healthy sample is", "healthy samples are")

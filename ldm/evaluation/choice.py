@@ -57,7 +57,7 @@ def choose_results(
     with folder.lock():
         samples, rejects = load_samples(results)
         check_synthetic(results, samples)
-        samples, reviewed = without_rejected(review, samples)
+        samples, reviewed = without_rejected(review, samples, content)
         encoder = open_encoder(biomedclip)
         settings = {
             "results": fingerprint_all(described_identity(sample, content) for sample in samples),

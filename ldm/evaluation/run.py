@@ -112,7 +112,7 @@ def evaluate(
         raise UsageError(f"--quarantine: {sources.synthetic} is a file; copies are moved out of a results folder")
     folder, content = RunFolder(output_dir, "evaluation.json", own=OWN_FILES, shared=True), Contents()
     with folder.lock():
-        inputs = _read_inputs(sources)
+        inputs = _read_inputs(sources, content)
         encoder = open_encoder(biomedclip)
         record = folder.open(inputs.settings(encoder, data, content), overwrite, anew=overwrite)
         if record and record["complete"] and not (quarantine and record["copies"]["count"]):
@@ -131,12 +131,12 @@ def evaluate(
     return not (copies.copies or inputs.rejects)
 
 
-def _read_inputs(sources: Sources) -> Inputs:
+def _read_inputs(sources: Sources, content: Contents) -> Inputs:
     samples, rejects = _read_samples(sources)
     if sources.held_out:
         behind = groups_of_samples("SYNTHETIC", samples["synthetic"])
         check_unseen(f"REAL {sources.real}", samples["real"], behind, sources.synthetic)
-    synthetic, review = without_rejected(sources.review, samples["synthetic"])
+    synthetic, review = without_rejected(sources.review, samples["synthetic"], content)
     judged = judged_types(sources.predictions, synthetic) if sources.predictions else None
     return Inputs(samples | {"synthetic": synthetic}, rejects, judged, review)
 

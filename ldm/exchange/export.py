@@ -77,7 +77,8 @@ def export(options: ExportOptions) -> int:
     mapping = PrivateMapping(options.private / MAPPING)
     pseudonyms = Pseudonyms(read_key(options.key_file))
     samples, rejects = scan_folder(options.results)
-    samples, reviewed = without_rejected(options.review, samples)
+    content = Contents()
+    samples, reviewed = without_rejected(options.review, samples, content)
     planned, more = plan(samples, mapping, options)
     rejects += more
     if not planned:
@@ -91,7 +92,6 @@ def export(options: ExportOptions) -> int:
         log.warning("warning: --link_source names the real images, by which their patients can be found")
     folder = RunFolder(options.output_dir, "export.json", own=("rejects.json", "export.csv"), samples=ABOUT)
     flags = {"format": options.format, "same_study": options.same_study, "link_source": options.link_source}
-    content = Contents()
     identities = [_identity(each, content) for each in planned]
     settings = {"results": fingerprint(identities), **flags, **review_settings(reviewed)}
     with folder.lock():

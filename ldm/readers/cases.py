@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.core.errors import MedSoftError
-from ldm.core.files import named_seed, read_json
+from ldm.core.files import Contents, named_seed, read_json
 from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.checks import TRAINED_ON, check_synthetic, real_ones, salted_digest
@@ -76,7 +76,9 @@ class Candidates:
         return fine
 
 
-def read_candidates(results: Sequence[Path], real: Sequence[Path], review: Sequence[Path] = ()) -> Candidates:
+def read_candidates(
+    results: Sequence[Path], real: Sequence[Path], review: Sequence[Path], content: Contents
+) -> Candidates:
     """Diseased drawn and real samples of all sources, without drawn ones that the files ``review`` reject.
 
     MedSoftError where a source is not what it is given as.
@@ -97,7 +99,7 @@ def read_candidates(results: Sequence[Path], real: Sequence[Path], review: Seque
     for sample in [each for each in drawn if each.healthy]:
         made.left_out.append(LeftOut(sample, "it was drawn healthy and shows no lesion"))
     if review:
-        choice = apply_review(review, made.drawn)
+        choice = apply_review(review, made.drawn, content)
         made.review = choice.record
         for sample in [each for each in made.drawn if each.image in choice.rejected]:
             made.drop(sample, "it was rejected in review")

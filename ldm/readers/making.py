@@ -71,8 +71,8 @@ def make_study(options: MakeOptions) -> bool:
     """Write the study; whether every sample could be read. Raises MedSoftError or UsageError, before it writes."""
     folder = RunFolder(options.output_dir, "make.json", what="a study", own=(FOLDER, KEY, "rejects.json"))
     with folder.lock():
-        made = read_candidates(options.paths, options.real, options.review or [])
         content = Contents()
+        made = read_candidates(options.paths, options.real, options.review or [], content)
         record = folder.open(_settings(made, options, content), options.overwrite, anew=options.overwrite)
         if record and record["complete"]:
             log.info("%s: already complete", options.output_dir)

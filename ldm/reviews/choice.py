@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm.core.errors import FileError, MedSoftError
-from ldm.core.files import content_id, sha256_file, unchanged
+from ldm.core.files import REPLACED, Contents, sha256_file, unchanged
 from ldm.core.tables import counted
 from ldm.data.samples import Sample, shown
 from ldm.reviews.table import FLAG, REJECT, Review, latest, one_spelling, read_reviews
@@ -68,17 +68,21 @@ def verdicts_about(
 
 
 def match_reviews(
-    files: Sequence[Path], samples: Sequence[Sample], redrawn: bool = False, copies_too: bool = True
+    files: Sequence[Path], samples: Sequence[Sample], content: Contents, redrawn: bool = False, copies_too: bool = True
 ) -> Judged:
     """Bring the rows of review files together with the samples: by the SHA-256 of the image, see ``verdicts_about``.
 
+    ``content`` takes it, so that who reads the images later can ask it whether they still are the ones judged.
+
     Raises FileError for a file without a row, and for one of which no row is about an image of these samples (with
-    ``redrawn`` one that names samples of which all images are others now is taken), and for one that is written
-    meanwhile; what else cannot be used is logged.
+    ``redrawn`` one that names samples of which all images are others now is taken), for one that is written meanwhile,
+    and for an image that was replaced since its sample was read; what else cannot be used is logged.
     """
-    images = {
-        (each.sample_id, each.image): (each.sample_id, each.image_sha256 or content_id(each.image)) for each in samples
-    }
+    content.read(each.image for each in samples)
+    for each in samples:
+        if each.image_sha256 not in (None, content(each.image)):
+            raise FileError(each.image, REPLACED)
+    images = {(each.sample_id, each.image): (each.sample_id, content(each.image)) for each in samples}
     names = {sample_id for sample_id, _ in images}
     places: dict[str | None, list[str]] = {}
     for sample_id, digest in images.values():
@@ -140,15 +144,15 @@ class Choice:
         return [sample for sample in samples if sample.image not in self.rejected]
 
 
-def apply_review(files: Sequence[str | Path], samples: Sequence[Sample]) -> Choice:
-    """Find the images that were rejected among the diseased ``samples``.
+def apply_review(files: Sequence[str | Path], samples: Sequence[Sample], content: Contents) -> Choice:
+    """Find the images that were rejected among the diseased ``samples``, which ``content`` reads.
 
     The record: ``files`` with their SHA-256, ``reviewers`` with the number of images each has judged, ``samples``,
     ``left_out``, ``flagged`` and ``never_reviewed`` as numbers, ``renamed``, ``changed`` and ``unknown`` as sample_ids.
     Raises MedSoftError where every image is rejected, and as ``match_reviews`` does.
     """
     drawn = [sample for sample in samples if not sample.healthy]
-    found = match_reviews([Path(path) for path in files], drawn)
+    found = match_reviews([Path(path) for path in files], drawn, content)
     rejected = {}
     for image, reviews in found.reviews.items():
         if reasons := [f"{r.reviewer}: {r.reason}" if r.reason else r.reviewer for r in reviews if r.verdict == REJECT]:
@@ -171,11 +175,13 @@ def apply_review(files: Sequence[str | Path], samples: Sequence[Sample]) -> Choi
     return Choice(rejected, record)
 
 
-def without_rejected(files: Sequence[Path], samples: Sequence[Sample]) -> tuple[list[Sample], dict[str, Any]]:
+def without_rejected(
+    files: Sequence[Path], samples: Sequence[Sample], content: Contents
+) -> tuple[list[Sample], dict[str, Any]]:
     """The samples that no review among ``files`` rejects, and its record, see ``apply_review``; empty without files."""
     if not files:
         return list(samples), {}
-    choice = apply_review(files, samples)
+    choice = apply_review(files, samples, content)
     return choice.kept(samples), choice.record
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.core.errors import UsageError
-from ldm.core.files import write_json
+from ldm.core.files import Contents, write_json
 from ldm.core.tables import counted, shortened
 from ldm.data.annotations import load_samples
 from ldm.reports.html import number, write_page
@@ -39,7 +39,7 @@ def write_agreement(results: Path, files: Sequence[Path]) -> bool:
     """
     loaded, rejects = load_samples(results)
     samples = [sample for sample in loaded if not sample.healthy]
-    judged = match_reviews(files, samples, copies_too=False)
+    judged = match_reviews(files, samples, Contents(), copies_too=False)
     found = agreement(judged, samples)
     if len(found["reviewers"]) < 2:
         (only,) = found["reviewers"]

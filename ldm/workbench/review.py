@@ -19,7 +19,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from ldm.core.errors import MedSoftError, UsageError, warn_of_first
-from ldm.core.files import check_target, fingerprint, named_seed
+from ldm.core.files import Contents, check_target, fingerprint, named_seed
 from ldm.core.tables import counted
 from ldm.data.annotations import load_samples
 from ldm.data.folders import parent_image
@@ -124,7 +124,7 @@ class Queue:
         self._known: tuple[tuple[int, int] | None, list[Review]] = (None, [])
         self._kept: OrderedDict[str, tuple[tuple[int, int], Shown]] = OrderedDict()
         if self.rows():
-            match_reviews([file], drawn, redrawn=True)
+            match_reviews([file], drawn, Contents(), redrawn=True)
         elif not file.parent.is_dir():
             raise UsageError(f"--review {file}: the folder {file.parent} does not exist")
         check_target(file, 1)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldm.core.errors import FileError, MedSoftError
+from ldm.core.files import Contents
 from ldm.reviews.table import COLUMNS, HEADER, VERDICTS, Review, add_review, latest, now, read_reviews
 
 DIGEST = "0123456789abcdef" * 4
@@ -108,7 +109,7 @@ def test_malformed_rows_are_named(tmp_path: Path, content: str, message: str) ->
     path = tmp_path / "review.csv"
     path.write_text(content)
     with pytest.raises(FileError, match=message):
-        match_reviews([path], [])
+        match_reviews([path], [], Contents())
     if content:
         cut = "line 1" in message or not content.endswith("\n")
         with pytest.raises(FileError, match=message) if cut else nullcontext():
