@@ -49,10 +49,17 @@ LOGARITHMIC = ("change", "seam")  # positive numbers with a long tail
 
 
 class Judge(Protocol):
-    """A classifier that looks at drawn images, with its file and that one's digest."""
+    """A classifier that looks at drawn images."""
 
-    name: str
-    sha256: str
+    @property
+    def name(self) -> str:
+        """Its file's."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Its file's."""
+        ...
 
     @property
     def classes(self) -> list[str]:

@@ -47,9 +47,12 @@ class Check(Protocol):
 
 
 class Checks(Protocol):
-    """What is asked of drawn images before the model is there: each task is drawn at most ``tries`` times."""
+    """What is asked of drawn images before the model is there."""
 
-    tries: int
+    @property
+    def tries(self) -> int:
+        """How often each task is drawn at most."""
+        ...
 
     def training_lesions(
         self, groups: Sequence[Mapping[str, Any]], source: object
