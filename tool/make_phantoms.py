@@ -60,32 +60,30 @@ def main(args: argparse.Namespace) -> int:
     from ldm.phantom.twins import write_twins
     from ldm.phantom.worlds import world_of
 
-    types, output, seed, code = world_of(args.world).lesion_types, args.output_dir, args.seed or 0, cli.DONE
+    output, seed, world, rejected = args.output_dir, args.seed or 0, args.world, False
     if args.twins_of:
         made, count, rejects = write_twins(args.twins_of, output, args.limit, args.overwrite)
-        said = f"twins of {count} healthy phantoms"
-        code = cli.SOME_REJECTED if rejects else cli.DONE
+        said, rejected = f"twins of {count} healthy phantoms", bool(rejects)
         for reject in rejects:
             print(f"no twin of {reject.sample_id}: {reject}")
     elif output and args.seen_by_biomedclip:
-        made = write_biomedclip_pairs(output, args.overwrite, args.world)
-        said = "all that the BiomedCLIP stand-in has seen"
+        made, said = write_biomedclip_pairs(output, args.overwrite, world), "all that the BiomedCLIP stand-in has seen"
     elif output:
-        of_types = args.lesions_per_type * len(types) if args.lesions_per_type else args.diseased
+        of_types = args.lesions_per_type * len(world_of(world).lesion_types) if args.lesions_per_type else args.diseased
         healthy, diseased = (default if n is None else n for n, default in ((args.healthy, 160), (of_types, 40)))
-        each = args.per_patient or 1
-        made = write_dataset(output, seed, healthy, diseased, each, args.overwrite, args.size, args.world)
+        each, size = args.per_patient or 1, args.size
+        made = write_dataset(output, seed, healthy, diseased, each, args.overwrite, size, world)
         said = f"{healthy} healthy and {counted(diseased, 'diseased image')}, seed {seed}"
     if output:
         print(f"{output}: {said}" if made else f"{output}: already complete ({said})")
     if args.sheet:
-        write_sheet(args.sheet, seed, args.size, args.world)
+        write_sheet(args.sheet, seed, args.size, world)
         print(f"{args.sheet}: contact sheet")
     if args.calibrate:
         from ldm.phantom.calibration import calibrate
 
-        print(calibrate(seed, args.world))
-    return code
+        print(calibrate(seed, world))
+    return cli.SOME_REJECTED if rejected else cli.DONE
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -200,22 +200,16 @@ def fake_batch(sizes: Architecture, batch: int) -> Batch:
     """Features of ``batch`` items, of the right shapes; random."""
     latent = (batch, sizes.autoencoder.latent_channels, sizes.latent_size, sizes.latent_size)
     inputs = input_shapes(sizes.biomedclip, batch, sizes.image_size)
-    return {
-        "context_tokens": torch.rand(inputs["context_tokens"]),
-        "context_global": torch.rand(inputs["context_global"]),
-        "prompt_embedding": torch.rand(inputs["prompt_embedding"]),
-        "mask": torch.rand(inputs["mask"]),
-        "target_tokens": torch.rand(inputs["context_tokens"]),
-        "target_global": torch.rand(inputs["context_global"]),
-        "text": torch.rand(batch, sizes.text_encoder.max_length, sizes.text_encoder.width),
-        "latent_mean": torch.rand(latent),
-        "latent_logvar": torch.rand(latent),
-        "masked_latent": torch.rand(latent),
-        "posterior_noise": torch.rand(latent),
-        "noise": torch.rand(latent),
-        "t": torch.rand(batch),
-        "coin": torch.rand(batch),
+    shapes = {
+        **inputs,
+        "target_tokens": inputs["context_tokens"],
+        "target_global": inputs["context_global"],
+        "text": (batch, sizes.text_encoder.max_length, sizes.text_encoder.width),
+        **dict.fromkeys(("latent_mean", "latent_logvar", "masked_latent", "posterior_noise", "noise"), latent),
+        **dict.fromkeys(("t", "coin"), (batch,)),
     }
+    # A cast, since whatever else the controller reads is one more entry.
+    return cast(Batch, {name: torch.rand(shape) for name, shape in shapes.items()})
 
 
 def saved_bytes(stage: Stage, batch: Batch, half: bool) -> int:

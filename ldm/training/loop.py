@@ -108,6 +108,7 @@ class Training:
 
     def without_exchange(self) -> AbstractContextManager:
         """In the block every process adds up gradients of its own, unless none of them has room for whole gradients."""
+        # A sharded stage is not wrapped by Fabric.
         return nullcontext() if isinstance(self.model, Stage) else self.fabric.no_backward_sync(self.model)
 
     def forward_backward(self, batch: Batch) -> None:

@@ -405,7 +405,7 @@ part("about").onsubmit = event => {
 };
 document.addEventListener("keydown", event => {
   if (part("reading").hidden || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
-  const key = event.key, arrow = { ArrowLeft: "left", ArrowRight: "right" }[key], at = control => event.target.matches(control);
+  const key = event.key, arrow = { ArrowLeft: "left", ArrowRight: "right" }[key], at = control => event.target.matches?.(control);
   if ((key === "Enter" && at("header button")) || (key.startsWith("Arrow") && at("input"))) return;  // it needs the key itself
   if (key === "Enter") answer();
   else if (pairs && arrow) choose(arrow);
