@@ -173,6 +173,17 @@ def test_every_tool_can_be_undone(browser: Browser) -> None:
     assert browser.run(COUNT) == 540
 
 
+# The sentence of a page that is loaded again arrives only after the page has heard that what was begun is drawn.
+LATE_SENTENCE = """(() => {
+  const plain = window.fetch, job = `/api/jobs/${JSON.parse(sessionStorage.getItem('medsoft.job'))}`;
+  const state = async () => (await (await plain(job)).json()).state;
+  window.fetch = async (path, ...options) => {
+    if (path.startsWith('/api/sentences')) while (['queued', 'running'].includes(await state()) || medsoft.drawing.job);
+    return plain(path, ...options);
+  };
+})()"""
+
+
 def test_a_reload_while_drawing_loses_nothing(browser: Browser, server: str, output_dir: Path) -> None:
     """Another tab that goes on to another image changes nothing here either."""
     browser.run("void (document.getElementById('n').value = 3, document.getElementById('seed').value = 77)")
@@ -185,7 +196,9 @@ def test_a_reload_while_drawing_loses_nothing(browser: Browser, server: str, out
     other = urllib.request.Request(f"{server}/api/go", b'{"index": 1}', headers)
     state: dict[str, Any] = json.load(urllib.request.urlopen(other))
     assert state["document"]["id"] != name
+    late = browser.call("Page.addScriptToEvaluateOnNewDocument", source=LATE_SENTENCE)
     browser.open(server)
+    browser.call("Page.removeScriptToEvaluateOnNewDocument", **late)
     browser.wait("window.medsoft && medsoft.app.shown && !medsoft.drawing.job && medsoft.results.items.length === 4")
     assert browser.run("medsoft.app.document.id") == name
     assert np.array_equal(painted(browser), before)

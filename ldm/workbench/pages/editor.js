@@ -459,6 +459,7 @@ async function start() {
   find("n").value = kept("server", null) === state.model.started ? (form.n ?? 1) : 1; // as many again are asked for anew
   keep("server", state.model.started);
   await open(state);
+  await sentence.picking?.catch(() => null); // with another one it would seem that somebody paints on
   await drawing.pickUp(state.job);
 }
 
