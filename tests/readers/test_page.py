@@ -366,6 +366,16 @@ def test_storage_that_never_answers_is_named_with_what_to_do_and_the_study_goes_
     assert given(browser) == [3, 4]
 
 
+def goes_on(browser: Browser, address: str) -> None:
+    """The third answer is kept, and the second, which was not, with it."""
+    answer(browser, "3", 2)
+    shown_item(browser, 3)
+    assert note(browser) == ""
+    browser.open(address)
+    shown_item(browser, 3)
+    assert given(browser) == [1, 2, 3]
+
+
 def test_a_transaction_that_never_ends_is_given_up(world: Path, browser: Browser) -> None:
     """What it was to write is not written later, when it may be old: it comes with the next answer."""
     _, address = begun(world, browser, 9)
@@ -385,12 +395,7 @@ def test_a_transaction_that_never_ends_is_given_up(world: Path, browser: Browser
     shown_item(browser, 2)
     assert "does not answer" in note(browser)
     browser.run("void (IDBDatabase.prototype.transaction = original, ended[0].onabort())")
-    answer(browser, "3", 2)
-    shown_item(browser, 3)
-    assert note(browser) == ""
-    browser.open(address)
-    shown_item(browser, 3)
-    assert given(browser) == [1, 2, 3]
+    goes_on(browser, address)
 
 
 def test_answers_that_could_not_be_kept_are_kept_with_the_next_one(world: Path, browser: Browser) -> None:
@@ -404,12 +409,7 @@ def test_answers_that_could_not_be_kept_are_kept_with_the_next_one(world: Path, 
     shown_item(browser, 2)
     assert "keeps nothing" in note(browser)
     browser.run("void (IDBObjectStore.prototype.put = IDBObjectStore.prototype.original)")
-    answer(browser, "3", 2)
-    shown_item(browser, 3)
-    assert note(browser) == ""
-    browser.open(address)
-    shown_item(browser, 3)
-    assert given(browser) == [1, 2, 3]
+    goes_on(browser, address)
 
 
 def test_a_study_begun_with_an_earlier_page_goes_on(world: Path, browser: Browser) -> None:
