@@ -30,7 +30,7 @@ def test_shipped_yaml_loads(path: Path) -> None:
 
 def test_true_size_is_the_default_and_the_stages_share_it() -> None:
     base = load_config(MODELS / "mldm_v15.yaml")
-    fast = dataclasses.replace(Config().sampling, sampler="dpmpp_2m", steps=6, spacing="polynomial")
+    fast = dataclasses.replace(Config().sampling, sampler="dpmpp_2m", steps=6, spacing="fitted")
     assert base == dataclasses.replace(Config(), sampling=fast)
     shapes = identity(base, "architecture")
     for stage in STAGES:
@@ -123,7 +123,9 @@ def test_every_field_says_what_it_decides(config: Any) -> None:
 
 @pytest.mark.parametrize(("name", "scopes"), KNOWN)
 def test_work_of_earlier_versions_is_recognised(name: str, scopes: str) -> None:
-    assert fingerprint(identity(load_config(MODELS / f"{name}.yaml"), *scopes.split())) == KNOWN[name, scopes]
+    overrides = ["sampling.spacing=polynomial"] if scopes == "images" else []  # the default of before 2026-11-29
+    config = load_config(MODELS / f"{name}.yaml", overrides)
+    assert fingerprint(identity(config, *scopes.split())) == KNOWN[name, scopes]
 
 
 def test_a_key_at_the_value_of_old_is_no_part_of_the_identity_and_comes_back_as_an_override() -> None:
@@ -135,7 +137,7 @@ def test_a_key_at_the_value_of_old_is_no_part_of_the_identity_and_comes_back_as_
     assert "spacing" not in stored["sampling"]
     now = load_config(MODELS / "phantom.yaml", ["data.min_crop=32"])
     assert identity(now, "images")["data"]["min_crop"] == 32
-    assert identity(now, "images")["sampling"]["spacing"] == "polynomial"
+    assert identity(now, "images")["sampling"]["spacing"] == "fitted"
     assert load_config(MODELS / "mldm_v15.yaml", stored_overrides(Config, stored)).data == old.data
     again = load_config(MODELS / "phantom.yaml", ["sampling.spacing=trailing", *stored_overrides(Config, stored)])
     assert again == old

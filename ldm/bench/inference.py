@@ -34,7 +34,7 @@ REFERENCE: dict[str, Any] = {
     "guidance_interval": [0, 1],
     "eta": 0,
 }
-FAST: dict[str, Any] = {"sampler": "dpmpp_2m", "spacing": "polynomial", "steps": 6, "guidance_interval": [0, 1]}
+FAST: dict[str, Any] = {"sampler": "dpmpp_2m", "spacing": "fitted", "steps": 6, "guidance_interval": [0, 1]}
 SHORT = {"ddim": "DDIM", "dpmpp_2m": "2M"}
 
 
