@@ -16,7 +16,7 @@ from ldm.core import cli
 def build_parser() -> argparse.ArgumentParser:
     made = cli.parser(__doc__)
     made.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="the demo's output folder")
-    text = "the plan whose steps were run there (default: configs/demo.yaml)"
+    text = "the plan whose steps were run there"
     made.add_argument("--plan", type=Path, default=Path("configs/demo.yaml"), help=text)
     return made
 

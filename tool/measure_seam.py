@@ -1,6 +1,6 @@
 """Measure how visible the border of synthetic lesions is: inpaint diseased samples again in their own masks.
 
-    python tool/measure_seam.py --ckpt stage2_2/last.ckpt --config models/mldm_v15.yaml \
+    python tool/measure_seam.py --ckpt stage2_2/last.ckpt --config models/mldm_v15.yaml \\
         --data openimages_format_test.json --output seam.json
 
 The mean gradient across the mask's border in the result, over that of the real image at the same place, with a 95 %

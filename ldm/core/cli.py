@@ -30,10 +30,13 @@ class Terminated(SystemExit):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The lines of a description as they are, and behind each flag its default, if that is a number or a text."""
+    """The lines of a description as they are, and behind each flag its default, if that is a number or a text.
+
+    Unless the flag's own help says it.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        unsaid = isinstance(action.default, bool | list | tuple | None)
+        unsaid = isinstance(action.default, bool | list | tuple | None) or "(default:" in (action.help or "")
         return action.help if unsaid else super()._get_help_string(action)
 
 

@@ -92,6 +92,7 @@ class InferenceOptions:
         "shares of the steps between which guidance acts (default: sampling.guidance_interval)",
         nargs=2,
         type=SHARE,
+        metavar=("FROM", "TO"),
     )
     precision: str | None = flag(f"{' or '.join(SAMPLING_PRECISIONS)} (default: sampling.precision)")
     compile: bool = flag("compile the networks at the first batch: for many images on a GPU", False)

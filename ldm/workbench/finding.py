@@ -48,7 +48,7 @@ def find(options: EditOptions) -> Found:
     if ckpt is None:
         raise UsageError(
             f"no checkpoint that draws was found in {', '.join(map(str, places))} or the folders in them: give --ckpt, "
-            "such as stage2_2/last.ckpt; `make demo` trains one on phantoms in a quarter of an hour"
+            "such as stage2_2/last.ckpt; `make demo` trains one on phantoms"
         )
     yaml = shipped(options.config) if options.config else ckpt.with_name("config.yaml")
     if not yaml.is_file():

@@ -110,7 +110,8 @@ class ReviewOptions(PageOptions):
     port: int = cli.flag("port to listen on", 7861, type=PORT)
     reviewer: str | None = cli.flag("your code, letters and digits (default: the page asks)", metavar="CODE")
     review: Sequence[Path] | None = cli.flag(
-        "the file of verdicts (default: RESULTS/review.csv); with --agreement it may be given several times",
+        "the file of verdicts (default: RESULTS/review.csv, of an annotation file NAME.review.csv beside it); with "
+        "--agreement it may be given several times",
         metavar="FILE",
         action="append",
         type=Path,

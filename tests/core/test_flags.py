@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import re
 from collections.abc import Iterator
 
 import children
@@ -27,6 +28,15 @@ def numbers() -> Iterator[tuple[str, argparse.Action]]:
         for action in parser_of(script)._actions:
             if isinstance(action.type, cli.Number) or action.type in (int, float, cli.devices):
                 yield script, action
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_help_says_each_default_once_and_breaks_its_lines(script: str) -> None:
+    made = parser_of(script)
+    said = " ".join(made.format_help().split())
+    assert "(default: )" not in said
+    assert not re.search(r"\(default: [^)]*\) \(default:", said)
+    assert max(map(len, (made.description or "").splitlines())) <= 120
 
 
 FLAGS = [pytest.param(script, action, id=f"{script} {action.dest}") for script, action in numbers()]
