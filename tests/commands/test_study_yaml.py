@@ -218,6 +218,15 @@ def test_every_command_of_the_shipped_studies_is_one_its_script_accepts(name: st
             studies.check_command(step.run)
 
 
+@pytest.mark.parametrize("name", ["controls", "edge", "words_drawings"])
+def test_the_confirmation_draws_as_it_drew_whatever_the_default_becomes(name: str) -> None:
+    design = study_design.load_design(ROOT / f"configs/study_{name}_confirmation.yaml")
+    steps = [step for group in study_design.plan_groups(design) for step in group.plan.steps]
+    drawn = {step.name: step.run for step in steps if step.run.startswith("python dataset_infer.py")}
+    assert {run.partition("--step_spacing ")[2].split()[0] for run in drawn.values()} <= {"polynomial", "trailing"}
+    assert any("--step_spacing polynomial" in run for run in drawn.values())
+
+
 def test_each_cell_of_the_shipped_study_is_planned_once() -> None:
     design = study_design.load_design(ROOT / "configs/study_phantom.yaml")
     cells = [cell for group in study_design.plan_groups(design) for cell in group.cells]
