@@ -17,10 +17,7 @@ from ldm.workflow.plans import DONE_CODES, Plan, PlanRecord, PlanStep, load_plan
 
 # What every step's environment gets, unless it is set already. glibc gives blocks of this size back to the kernel after
 # every operation and fetches them again for the next one: keeping them makes training on a CPU measurably faster.
-CHILD_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-}
+CHILD_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 
 def run_plan(path: Path, start: str | None, only: Sequence[str], overwrite: bool, list_only: bool) -> int:
@@ -113,7 +110,7 @@ def run_steps(
     return cli.DONE
 
 
-def run_step(record: PlanRecord, step: PlanStep, number: int, overwrite: bool = False) -> int:
+def run_step(record: PlanRecord, step: PlanStep, number: int, overwrite: bool) -> int:
     """Run one step, keep its outcome and return its exit code (128 + n when signal n ended it).
 
     With ``overwrite`` a step that refuses is run again with ``--overwrite``: the step itself knows what is its own work
@@ -155,20 +152,25 @@ def _run_child(words: list[str], step: PlanStep) -> int:
     try:
         code = child.wait()
     except (KeyboardInterrupt, cli.Terminated) as stop:
-        _stop(child, signal.SIGTERM if isinstance(stop, cli.Terminated) else signal.SIGINT)
+        stop_all([child], stop)
         raise
     return code if code >= 0 else 128 - code
 
 
-def _stop(child: subprocess.Popen, signum: int) -> None:
-    """Pass a signal on and wait, so that the child can finish what it must; a second one from the user kills it."""
+def stop_all(processes: Sequence[subprocess.Popen], stop: BaseException) -> None:
+    """Pass on what ends this process and wait, so that each can finish what it must; a second one kills them."""
     try:
-        with suppress(ProcessLookupError):  # it ended by itself in the meantime
-            os.killpg(child.pid, signum)
-        child.wait()
+        _send_all(processes, signal.SIGTERM if isinstance(stop, cli.Terminated) else signal.SIGINT)
     except (KeyboardInterrupt, cli.Terminated):
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        _send_all(processes, signal.SIGKILL)
+
+
+def _send_all(processes: Sequence[subprocess.Popen], signum: int) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):  # it ended by itself in the meantime
+            os.killpg(process.pid, signum)
+    for process in processes:
+        process.wait()
 
 
 def count(plan: Plan, number: int) -> str:

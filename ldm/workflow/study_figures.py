@@ -10,7 +10,7 @@ from ldm.core.files import write_text
 from ldm.core.tables import counted, markdown_table, write_csv
 from ldm.reports.figures import write_figure
 from ldm.workflow.study_design import load_design, plan_groups
-from ldm.workflow.study_report import mean_with_bounds
+from ldm.workflow.study_report import mean_with_bounds, reach
 from ldm.workflow.study_results import Interval, Study, Treatment, interval
 from ldm.workflow.study_run import read_study
 
@@ -88,8 +88,8 @@ def learning_curve(studies: Mapping[str, Study]) -> "Figure":
     what = " or ".join(dict.fromkeys(study.endpoint for study in studies.values()))
     for arm, points in lines.items():
         places = sorted(points)
-        below, above = zip(*(distances(points[at]) for at in places), strict=True)
-        axes.errorbar(places, [points[at].mean for at in places], [below, above], marker="o", capsize=3, label=arm)
+        reaches = list(zip(*(reach(points[at]) for at in places), strict=True))
+        axes.errorbar(places, [points[at].mean for at in places], reaches, marker="o", capsize=3, label=arm)
     axes.set(xlabel="real lesions to train on", ylabel=f"{what}\n(mean and 95 % over worlds)")
     if any(lines.values()):
         axes.set_xscale("log", base=2)
@@ -97,13 +97,6 @@ def learning_curve(studies: Mapping[str, Study]) -> "Figure":
         axes.legend(fontsize=8)
     axes.grid(alpha=0.25)
     return figure
-
-
-def distances(found: Interval) -> tuple[float, float]:
-    """From the mean down to the lower and up to the upper bound; 0 where there are none."""
-    if found.low is None or found.high is None:
-        return 0.0, 0.0
-    return found.mean - found.low, found.high - found.mean
 
 
 def arms_figure(study: Study) -> "Figure":
@@ -118,7 +111,7 @@ def arms_figure(study: Study) -> "Figure":
     axes = figure.add_subplot()
     for place, arm in enumerate(order):
         change = known[arm]
-        below, above = distances(change)
+        below, above = reach(change)
         colour = "tab:blue" if arm.arm == study.comparison.main else "0.25"
         axes.errorbar([change.mean], [place], xerr=[[below], [above]], fmt="o", capsize=3, color=colour)
     axes.axvline(0, color="0.45", linestyle="--")

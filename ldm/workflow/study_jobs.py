@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from ldm.core import cli
 from ldm.core.errors import MedSoftError
 from ldm.core.paths import ROOT, shipped
 from ldm.core.threads import cores
+from ldm.workflow.plan_run import stop_all
 from ldm.workflow.plans import DONE_CODES
 
 LOOKS = 0.2  # seconds between two looks at the processes
@@ -89,22 +89,7 @@ def run_side_by_side(path: Path, output_dir: str, worlds: Iterable[str], jobs: i
                 codes.append(code if code >= 0 else 128 - code)
                 each.report(codes[-1])
     except (KeyboardInterrupt, cli.Terminated) as stop:
-        _stop(running, signal.SIGTERM if isinstance(stop, cli.Terminated) else signal.SIGINT)
+        stop_all([each.process for each in running], stop)
         raise
     failed = [code for code in codes if code not in DONE_CODES]
     return failed[0] if failed else max(codes, default=cli.DONE)
-
-
-def _stop(running: Sequence[WorldProcess], signum: int) -> None:
-    """Pass a signal on to all and wait, so that each can finish what it must; a second one from the user kills them."""
-    try:
-        for each in running:
-            with suppress(ProcessLookupError):  # it ended by itself in the meantime
-                os.killpg(each.process.pid, signum)
-        for each in running:
-            each.process.wait()
-    except (KeyboardInterrupt, cli.Terminated):
-        for each in running:
-            with suppress(ProcessLookupError):
-                os.killpg(each.process.pid, signal.SIGKILL)
-            each.process.wait()

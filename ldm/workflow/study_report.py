@@ -77,11 +77,10 @@ def _sentence(study: Study, first: Treatment, second: Treatment, lead: str = "")
     change = study.difference(first, second)
     if change is None:
         return ""
-    worlds = f"{change.worlds} world{'s' if change.worlds > 1 else ''}"
     gain, loss = ("lower", "higher") if study.comparison.endpoint in ERRORS else ("higher", "lower")
     shown = {gain: "a gain is shown", loss: "a loss is shown"}
     said = shown.get(change.verdict, f"a difference is {change.verdict}")
-    return f"{lead}{first} minus {second}: {change} of {study.endpoint} over {worlds}; {said}."
+    return f"{lead}{first} minus {second}: {change} of {study.endpoint} over {counted(change.worlds, 'world')}; {said}."
 
 
 def mean_rows(study: Study, metrics: Sequence[str]) -> list[list[str]]:
@@ -106,7 +105,7 @@ def _with_worlds(found: Sequence[Interval | None], form: str) -> list[str]:
     most = max((each.worlds for each in found if each), default=0)
     texts = []
     for each in found:
-        fewer = f" ({each.worlds} world{'s' if each.worlds > 1 else ''})" if each and each.worlds < most else ""
+        fewer = f" ({counted(each.worlds, 'world')})" if each and each.worlds < most else ""
         texts.append(mean_with_bounds(each, form) + fewer)
     return [str(most), *texts]
 
@@ -117,6 +116,13 @@ def mean_with_bounds(found: Interval | None, form: str) -> str:
         return "-"
     mean = form.format(found.mean)
     return mean if found.low is None else f"{mean} ({form.format(found.low)} to {form.format(found.high)})"
+
+
+def reach(found: Interval) -> tuple[float, float]:
+    """From the mean down to the lower and up to the upper bound; 0 where there are none."""
+    if found.low is None or found.high is None:
+        return 0.0, 0.0
+    return found.mean - found.low, found.high - found.mean
 
 
 def dose_figure(study: Study) -> "Figure":
@@ -136,9 +142,8 @@ def dose_figure(study: Study) -> "Figure":
         shown = {every.index(ratio) + shift: change for ratio, change in found.items() if change is not None}
         if shown:
             heights = [each.mean for each in shown.values()]
-            below = [0.0 if each.low is None else each.mean - each.low for each in shown.values()]
-            above = [0.0 if each.high is None else each.high - each.mean for each in shown.values()]
-            axes.errorbar(list(shown), heights, [below, above], color=colour, marker="o", capsize=3, label=arm)
+            reaches = list(zip(*map(reach, shown.values()), strict=True))
+            axes.errorbar(list(shown), heights, reaches, color=colour, marker="o", capsize=3, label=arm)
     axes.set_xticks(range(len(every)), [f"{ratio:g}" for ratio in every])
     axes.set_xlim(-0.5, max(len(every), 1) - 0.5)
     label = f"{study.endpoint} minus that of {compared.baseline}\n(mean and 95 % over worlds)"

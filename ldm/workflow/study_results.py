@@ -10,12 +10,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ldm.core.errors import MedSoftError
 from ldm.core.files import read_json
+from ldm.core.tables import counted
 from ldm.workflow.study_keys import Compared
 
+Name = TypeVar("Name")
 LEVEL = 0.95  # of every interval
 OPEN = "open"  # a verdict on convergence that nobody can give
 OLDER_RULE = " (older rule)"  # behind a verdict by the rule of versions that wrote no standard error
@@ -183,12 +185,7 @@ class Drawings:
 
     def by_world(self, generator: str, endpoint: str) -> dict[str, float]:
         """The number by world, generator seeds averaged, without undefined ones."""
-        worlds: dict[str, list[float]] = defaultdict(list)
-        for each in self.judged:
-            value = each.values.get(endpoint)
-            if each.generator == generator and value is not None:
-                worlds[each.world].append(value)
-        return {world: statistics.fmean(values) for world, values in worlds.items()}
+        return _means((each.world, each.values.get(endpoint)) for each in self.judged if each.generator == generator)
 
     def mean(self, generator: str, endpoint: str) -> Interval | None:
         """Over worlds; None if nothing is defined."""
@@ -209,12 +206,11 @@ class Drawings:
         """In words, how the worlds or the numbers of drawings of two generators that are compared differ."""
         names = (first, second)
         found = _unequal_worlds({name: self.by_world(name, endpoint) for name in names})
-        counts: dict[str, dict[str, list[int]]] = {name: defaultdict(list) for name in names}
-        for each in self.judged:
-            if each.generator in counts and endpoint in each.counts:
-                counts[each.generator][each.world].append(each.counts[endpoint])
-        means = {name: {w: statistics.fmean(n) for w, n in worlds.items()} for name, worlds in counts.items()}
-        return _joined(found, _unequal_counts(means, "of drawings was read", "of"))
+        counts = {
+            name: _means((each.world, each.counts.get(endpoint)) for each in self.judged if each.generator == name)
+            for name in names
+        }
+        return _joined(found, _unequal_counts(counts, "of drawings was read", "of"))
 
     def several(self, what: str) -> dict[str, list[str]]:
         """The machines on which a world's drawings were read, or the commits, of worlds with several."""
@@ -265,12 +261,8 @@ class Study:
 
     def _runs(self, treatment: Treatment, metric: str) -> dict[tuple[str, int], float]:
         """Value by (world, seed), generator seeds averaged, without undefined ones."""
-        found: dict[tuple[str, int], list[float]] = defaultdict(list)
-        for cell in self.cells:
-            value = cell.values.get(metric)
-            if cell.treatment == treatment and value is not None:
-                found[cell.world, cell.seed].append(value)
-        return {run: statistics.fmean(values) for run, values in found.items()}
+        own = (cell for cell in self.cells if cell.treatment == treatment)
+        return _means(((cell.world, cell.seed), cell.values.get(metric)) for cell in own)
 
     @property
     def endpoint(self) -> str:
@@ -298,12 +290,11 @@ class Study:
         found = self.unequal_worlds(first, second, metric)
         if None in (first.ratio, second.ratio):
             return found
-        added: dict[str, dict[str, list[int]]] = {str(first): defaultdict(list), str(second): defaultdict(list)}
-        for cell in self.cells:
-            if cell.treatment in (first, second) and cell.added is not None:
-                added[str(cell.treatment)][cell.world].append(cell.added)
-        means = {name: {w: statistics.fmean(n) for w, n in worlds.items()} for name, worlds in added.items()}
-        return _joined(found, _unequal_counts(means, "of images was added", "in"))
+        added = {
+            str(one): _means((cell.world, cell.added) for cell in self.cells if cell.treatment == one)
+            for one in (first, second)
+        }
+        return _joined(found, _unequal_counts(added, "of images was added", "in"))
 
     def unequal_worlds(self, first: Treatment, second: Treatment, metric: str | None = None) -> str | None:
         """In words, how the worlds of two treatments that are compared differ."""
@@ -388,9 +379,9 @@ def _unequal_worlds(values: Mapping[str, Mapping[str, float]]) -> str | None:
     if ours.keys() == theirs.keys() or not ours or not theirs:
         return None
     both = len(ours.keys() & theirs.keys())
-    worlds = f"{len(ours)} world{'s' if len(ours) > 1 else ''}"
     over = f"the {both} that both have" if both else "none"
-    return f"{first} is there in {worlds}, {second} in {len(theirs)}; their difference is over {over}"
+    there = f"{first} is there in {counted(len(ours), 'world')}, {second} in {len(theirs)}"
+    return f"{there}; their difference is over {over}"
 
 
 def _unequal_counts(counts: Mapping[str, Mapping[str, float]], what: str, of: str) -> str | None:
@@ -400,18 +391,24 @@ def _unequal_counts(counts: Mapping[str, Mapping[str, float]], what: str, of: st
     if not worlds:
         return None
     shown = f"{worlds[0]}: {ours[worlds[0]]:g} {of} {first}, {theirs[worlds[0]]:g} {of} {second}"
-    return f"in {len(worlds)} world{'s' if len(worlds) > 1 else ''} another number {what} ({shown})"
+    return f"in {counted(len(worlds), 'world')} another number {what} ({shown})"
 
 
 def _joined(*parts: str | None) -> str | None:
     return "; ".join(part for part in parts if part) or None
 
 
+def _means(values: Iterable[tuple[Name, float | None]]) -> dict[Name, float]:
+    """The mean of the values that are defined of each name, names in the order in which they come."""
+    found: dict[Name, list[float]] = defaultdict(list)
+    for name, value in values:
+        if value is not None:
+            found[name].append(value)
+    return {name: statistics.fmean(each) for name, each in found.items()}
+
+
 def _by_world(runs: dict[tuple[str, int], float]) -> dict[str, float]:
-    worlds: dict[str, list[float]] = defaultdict(list)
-    for (world, _), value in runs.items():
-        worlds[world].append(value)
-    return {world: statistics.fmean(values) for world, values in worlds.items()}
+    return _means((world, value) for (world, _), value in runs.items())
 
 
 def _over_worlds(runs: dict[tuple[str, int], float]) -> Interval | None:
