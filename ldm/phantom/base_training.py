@@ -49,14 +49,7 @@ Trainer = Callable[[Architecture, DataConfig, Path, int, int], Rows]  # of a par
 Loss = tuple[Tensor, Tensor | None]  # what is minimised, and another number of the same batch for the log
 
 
-def train_base(
-    config: Config,
-    output: Path,
-    steps: Mapping[str, int],
-    seed: int = 0,
-    overwrite: bool = False,
-    world: str = STANDARD,
-) -> None:
+def train_base(config: Config, output: Path, steps: Mapping[str, int], seed: int, overwrite: bool, world: str) -> None:
     """Train the parts that ``steps`` names (autoencoder, clip, unet; in this order) and write them into ``output``.
 
     A part that is there already is kept: an interrupted run goes on with the part that it was in. With ``overwrite``
@@ -75,23 +68,23 @@ def train_base(
     with RunFolder(output, LOG_NAME, what="models").lock():
         _check_together(output, steps, overwrite)
         known = _read_record(output / RECORD)
-        if not overwrite and "clip" in steps and (output / CLIP_NAME).exists():
-            _check_world(output, world)
+        for part in parts if overwrite else ():
+            known.pop(part, None)
+            for name in FILES[part]:
+                (output / name).unlink(missing_ok=True)
         for folder in (output, output / "biomedclip"):
             remove_partials(folder)
+        there = {part: next(filter(Path.exists, map(output.joinpath, FILES[part])), None) for part in parts}
+        if there.get("clip"):
+            _check_world(output, world)
         asked = {part: {"steps": steps[part], "seed": seed, "config": sizes} for part in parts}
-        there = {part: [output / name for name in FILES[part] if (output / name).exists()] for part in parts}
-        for part in parts:
-            if overwrite:
-                known.pop(part, None)
-                while there[part]:
-                    there[part].pop().unlink(missing_ok=True)  # the autoencoder's is the U-Net's too
-            elif there[part] and (changed := differences(known.get(part, {}), asked[part])):
+        for part, file in there.items():
+            if file and (changed := differences(known.get(part, {}), asked[part])):
                 cure = "give another --output_dir, or --overwrite"
-                raise UsageError(f"{there[part][0]}: {part} was trained otherwise ({', '.join(changed)}); {cure}")
-        for part in parts:
-            if there[part]:
-                log.info("%s: already trained (in %s)", part, there[part][0])
+                raise UsageError(f"{file}: {part} was trained otherwise ({', '.join(changed)}); {cure}")
+        for part, file in there.items():
+            if file:
+                log.info("%s: already trained (in %s)", part, file)
                 continue
             made = trainers[part](config.architecture, config.data, output, steps[part], seed)
             known[part] = asked[part]
@@ -135,12 +128,10 @@ def _check_world(output: Path, world: str) -> None:
         raise UsageError(f"{output / CLIP_NAME}: was trained on the world {found}, not {world}; {cure}")
 
 
-def train_autoencoder(
-    sizes: Architecture, crops: DataConfig, output: Path, steps: int, seed: int, batch: int = 16
-) -> Rows:
+def train_autoencoder(sizes: Architecture, crops: DataConfig, output: Path, steps: int, seed: int) -> Rows:
     """Reconstruction (squared error, and that of the gradients) with a slight pull of latents to the normal."""
     torch.manual_seed(named_seed("autoencoder", seed))
-    net = Autoencoder(sizes.autoencoder)
+    net, batch = Autoencoder(sizes.autoencoder), 16
     most = steps * batch  # no more images than will be looked at
     spines, _ = healthy_crops(crops, min(500, most), 3)
     generic, _, _ = generic_images(crops, min(1000, most))
@@ -175,9 +166,9 @@ def rescale(net: Autoencoder, images: Tensor, config: DiffusionConfig) -> None:
     net.post_quant_conv.weight *= spread
 
 
-def train_unet(sizes: Architecture, crops: DataConfig, output: Path, steps: int, seed: int, batch: int = 32) -> Rows:
+def train_unet(sizes: Architecture, crops: DataConfig, output: Path, steps: int, seed: int) -> Rows:
     """Inpainting with plain words; the third attention does not exist here, as it does not in Stable Diffusion."""
-    autoencoder = output / AUTOENCODER_NAME
+    autoencoder, batch = output / AUTOENCODER_NAME, 32
     torch.manual_seed(named_seed("unet", seed))
     model = MedSoftModel(sizes, ["unet", "autoencoder", "text"])
     cure = "give the --config that it was made with, or another --output_dir"
@@ -234,21 +225,13 @@ def latents(
     return (torch.cat(means), torch.cat(logvars)), torch.cat(masked), model.latent_mask(softs), prompts
 
 
-def train_clip(
-    sizes: Architecture,
-    crops: DataConfig,
-    output: Path,
-    steps: int,
-    seed: int,
-    batch: int = 64,
-    world: str = STANDARD,
-) -> Rows:
+def train_clip(sizes: Architecture, crops: DataConfig, output: Path, steps: int, seed: int, world: str) -> Rows:
     """Contrastive training on crops of healthy and diseased phantoms and their prompts, through open_clip.
 
     In a ``world`` of the standard one's images and other sentences, the image tower is that of the stand-in which
     ``sizes`` names, unchanged: only the text tower learns, and the image tokens stay comparable.
     """
-    folder = output / "biomedclip"
+    folder, batch = output / "biomedclip", 64
     images, prompts = clip_pairs(crops, min(BIOMEDCLIP_PAIRS, steps * batch), world)
     made = write_clip_folder(folder, prompts, sizes.biomedclip, named(world))["model_cfg"]
     torch.manual_seed(named_seed("clip", seed))

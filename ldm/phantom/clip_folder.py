@@ -11,7 +11,7 @@ from ldm.core.files import write_json, write_text
 
 
 def write_clip_folder(
-    folder: Path, prompts: list[str], clip: BiomedClipConfig, about: Mapping[str, Any] | None = None
+    folder: Path, prompts: list[str], clip: BiomedClipConfig, about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The folder's small files in BiomedCLIP's format: settings, BERT's configuration, WordPiece tokenizer.
 
@@ -53,7 +53,7 @@ def write_clip_folder(
     settings = {
         "model_cfg": {"embed_dim": clip.text_dim, "vision_cfg": vision, "text_cfg": text},
         "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
-        **(about or {}),
+        **about,
     }
     write_json(folder / "open_clip_config.json", settings)
     return settings

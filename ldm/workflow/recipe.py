@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Facts:
         return f"{self.healthy} healthy and {diseased} of {patients}; lesions: {kinds}"
 
 
-def write_recipe(data: Path, folder: Path, model: Path, ckpt: Path, test: Path | None = None) -> int:
+def write_recipe(data: Path, folder: Path, model: Path, ckpt: Path, test: Path | None) -> int:
     """Write README.md, plan.yaml, study.yaml and three classifier JSONs into a new ``folder``.
 
     Returns 0, or 3 if some samples cannot be used. UsageError if the folder is there already or the model has no stage
@@ -317,45 +317,16 @@ compare: {{baseline: real, control: duplicated, main: ours, ratio: {RATIO}}}
 
 def readme(facts: Facts, rejected: int) -> str:
     """The commands in their order, and what the numbers of the data mean for them."""
-    parts = [f"# {facts.data.name}", f"Written for {facts.said}. Everything here may be changed."]
-    if rejected:
-        parts.append(
-            f"{counted(rejected, 'sample')} could not be used; `prepare` lists them in `work/annotations_rejects.json`."
-        )
-    if facts.missing:
-        parts.append(
-            f"Not there yet, and needed first: {'; '.join(facts.missing)}. A trial without downloads: `{TRIAL}`."
-        )
-    if facts.nameless:
-        parts.append(
-            f"{facts.nameless} of these images have no `patient_id` and count as a patient each. If several are of one "
-            "patient, the test is too easy: name the patient in `meta.json`."
-        )
-    if facts.drawable < facts.healthy:
-        parts.append(
-            f"Only {facts.drawable} of the healthy images can be drawn on: the others have no `anatomy.png` and no "
-            "mask of their vertebra. The classifiers use them all the same."
-        )
-    if facts.framed < facts.diseased:
-        parts.append(
-            f"{facts.diseased - facts.framed} of the diseased images have no `anatomy.png`: of their lesions "
-            "only the form is carried to healthy vertebrae, anywhere in them. Kinds with a place of their own, such as "
-            "wedge fractures at an endplate, come out in the wrong one then, drawn or pasted."
-        )
-    if facts.shares[1] * facts.diseased < FEW:
-        parts.append(
-            "Few diseased images are left to validate on, so that chance chooses the epoch. Add patients, or give "
-            "`prepare` other `--fractions`."
-        )
-    if not facts.kinds:
-        parts.append("No `meta.json` names a lesion type: tables by kind stay empty, nothing else changes.")
     commands = [
-        shlex.join(["python", "tool/doctor.py", "--data", str(facts.data)]),
-        shlex.join(["python", "tool/run_stages.py", str(facts.folder / "plan.yaml")]),
-        shlex.join(["python", "tool/study.py", str(facts.folder / "study.yaml")]),
+        ["tool/doctor.py", "--data", str(facts.data)],
+        ["tool/run_stages.py", str(facts.folder / "plan.yaml")],
+        ["tool/study.py", str(facts.folder / "study.yaml")],
     ]
-    shell = "\n".join(commands)
-    parts += [
+    shell = "\n".join(shlex.join(["python", *words]) for words in commands)
+    parts = [
+        f"# {facts.data.name}",
+        f"Written for {facts.said}. Everything here may be changed.",
+        *data_notes(facts, rejected),
         f"```sh\n{shell}\n```",
         "1. The doctor says what is wrong with the samples, and writes `doctor_overlays.html`: look at it.\n"
         "2. `plan.yaml` trains the four stages, draws, compares real with drawn and trains three classifiers: on real "
@@ -371,3 +342,36 @@ def readme(facts: Facts, rejected: int) -> str:
         f"{counted(facts.added, 'image is', 'images are')} made: {RATIO} for each real diseased training image.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def data_notes(facts: Facts, rejected: int) -> Iterator[str]:
+    """What a person should know of the data before the commands run."""
+    if rejected:
+        said = counted(rejected, "sample")
+        yield f"{said} could not be used; `prepare` lists them in `work/annotations_rejects.json`."
+    if facts.missing:
+        first = "; ".join(facts.missing)
+        yield f"Not there yet, and needed first: {first}. A trial without downloads: `{TRIAL}`."
+    if facts.nameless:
+        yield (
+            f"{facts.nameless} of these images have no `patient_id` and count as a patient each. If several are of one "
+            "patient, the test is too easy: name the patient in `meta.json`."
+        )
+    if facts.drawable < facts.healthy:
+        yield (
+            f"Only {facts.drawable} of the healthy images can be drawn on: the others have no `anatomy.png` and no "
+            "mask of their vertebra. The classifiers use them all the same."
+        )
+    if facts.framed < facts.diseased:
+        yield (
+            f"{facts.diseased - facts.framed} of the diseased images have no `anatomy.png`: of their lesions "
+            "only the form is carried to healthy vertebrae, anywhere in them. Kinds with a place of their own, such as "
+            "wedge fractures at an endplate, come out in the wrong one then, drawn or pasted."
+        )
+    if facts.shares[1] * facts.diseased < FEW:
+        yield (
+            "Few diseased images are left to validate on, so that chance chooses the epoch. Add patients, or give "
+            "`prepare` other `--fractions`."
+        )
+    if not facts.kinds:
+        yield "No `meta.json` names a lesion type: tables by kind stay empty, nothing else changes."
