@@ -86,7 +86,7 @@ def read_mask(source: ImageSource, shape: tuple[int, ...] | None = None, soft: b
     if shape is not None:
         _check_same_size(path, layers, shape)
     levels = _grey_levels(path, layers, lossy)
-    present = _present(levels)
+    present = np.flatnonzero(np.bincount(levels.ravel()))  # ascending; twice as fast as to sort the levels
     top = int(present[-1])
     span = 255 if top <= 255 else 65535  # files of 16 bits often hold 8
     if lossy and 0 < top < span / 2:
@@ -95,16 +95,18 @@ def read_mask(source: ImageSource, shape: tuple[int, ...] | None = None, soft: b
         cut = lossy and not is_grey(layers)
         return Mask((levels > 0).astype(np.float32), soft and not cut, NOISE_NOTE if cut else None)
     unit = levels / np.float32(top)
-    if not soft and (labels := _labels_between(levels, unit)):
-        raise _unclear(path, np.array([0, *labels, top]), span, "has no flat levels between", len(present))
-    if not soft and present[0] > RIM[0] * top:
-        raise _unclear(path, present, span, "is 0 where there is no lesion")
-    if top < span / 2 and len(present) <= MAX_LABELS:  # small numbers are labels
-        raise _unclear(path, present, span, f"reaches at least half of {span}")
-    if not soft and (note := _note_if_hard(unit)):
-        return Mask((unit >= 0.5).astype(np.float32), note=note)
-    if not soft and len(present) <= 3:  # a second label that is too thin for a 3 x 3 area: no smooth transition
-        raise _unclear(path, present, span, "has more levels between")
+    if not soft:
+        labels = _labels_of_few(levels, unit, present) if len(present) <= MAX_LABELS else _labels_of_many(levels, unit)
+        if labels:
+            raise _unclear(path, np.array([0, *labels, top]), span, "has no flat levels between", len(present))
+        if present[0] > RIM[0] * top:
+            raise _unclear(path, present, span, "is 0 where there is no lesion")
+        if top < span / 2 and len(present) <= MAX_LABELS:  # small numbers are labels
+            raise _unclear(path, present, span, f"reaches at least half of {span}")
+        if note := _note_if_hard(unit):
+            return Mask((unit >= 0.5).astype(np.float32), note=note)
+        if len(present) <= 3:  # a second label that is too thin for a 3 x 3 area: no smooth transition
+            raise _unclear(path, present, span, "has more levels between")
     if top < span / 2:
         raise _unclear(path, present, span, f"reaches at least half of {span}")
     humps, between = humps_of(unit), np.count_nonzero((unit > RIM[0]) & (unit < RIM[1]))
@@ -113,11 +115,6 @@ def read_mask(source: ImageSource, shape: tuple[int, ...] | None = None, soft: b
     if humps > MAX_HUMPS:
         raise _unclear(path, present, span, "rises from 0 to few parts: this one goes up and down, as an image does")
     return Mask(np.rint(unit * 255).astype(np.float32) / 255, soft=True)
-
-
-def read_soft_mask(source: ImageSource, shape: tuple[int, ...]) -> Mask:
-    """Read a ``soft_mask.png`` for an image of ``shape`` (H, W, ...)."""
-    return read_mask(source, shape, soft=True)
 
 
 def _unclear(path: str | Path, present: np.ndarray, span: int, soft_one: str, count: int | None = None) -> FileError:
@@ -131,20 +128,25 @@ def _unclear(path: str | Path, present: np.ndarray, span: int, soft_one: str, co
     )
 
 
-def _labels_between(levels: np.ndarray, unit: np.ndarray) -> list[int]:
-    """The levels between 0 and the maximum that fill areas, as labels do; a rim or a soft border has none of them.
+def _labels_of_few(levels: np.ndarray, unit: np.ndarray, present: np.ndarray) -> list[int]:
+    """Of few levels those between 0 and the maximum that fill areas, as labels do: of 3 x 3 pixels, even 1 beside 255.
 
-    Of few levels, those that fill a 3 x 3 area anywhere, even 1 beside 255. Of many, those that fill most of what lies
-    between; with compression noise, those of nearly constant areas between RIM, if two levels hold most of these areas:
-    a wide smooth border has more of them.
+    A rim or a soft border has none of them.
     """
-    kernel, present = np.ones((3, 3), np.uint8), _present(levels)
-    if len(present) <= MAX_LABELS:
-        flat = (cv2.erode(levels, kernel) == cv2.dilate(levels, kernel)) & (levels > 0) & (unit < 1)
-        inner = levels[flat]
-        certain = len(inner) > 4 or bool((flat & (unit > RIM[0]) & (unit < RIM[1])).any())  # not ripples of resampling
-        tiny = present[1:-1][present[1:-1] < RIM[0] * present[-1]] if len(present) == 3 else []
-        return np.unique(inner if certain else tiny).tolist()
+    kernel = np.ones((3, 3), np.uint8)
+    flat = (cv2.erode(levels, kernel) == cv2.dilate(levels, kernel)) & (levels > 0) & (unit < 1)
+    inner = levels[flat]
+    certain = len(inner) > 4 or bool((flat & (unit > RIM[0]) & (unit < RIM[1])).any())  # not ripples of resampling
+    tiny = present[1:-1][present[1:-1] < RIM[0] * present[-1]] if len(present) == 3 else []
+    return np.unique(inner if certain else tiny).tolist()
+
+
+def _labels_of_many(levels: np.ndarray, unit: np.ndarray) -> list[int]:
+    """Of many levels those that fill most of what lies between.
+
+    With compression noise those of nearly constant areas between RIM, if two levels hold most of these areas: a wide
+    smooth border has more of them.
+    """
     smooth, window = cv2.medianBlur(np.rint(unit * 255).astype(np.uint8), 5), np.ones((5, 5), np.uint8)
     flat = cv2.dilate(smooth, window) - cv2.erode(smooth, window) <= 4
     between = (smooth > 51) & (smooth < 255 * RIM[1])  # the far ends of a wide border are flat too
@@ -206,11 +208,6 @@ def _check_same_size(path: str | Path, found: np.ndarray, shape: tuple[int, ...]
             f"has {found.shape[1]} x {found.shape[0]} pixels, its image {shape[1]} x {shape[0]} "
             "(after EXIF orientation); export both at the same size",
         )
-
-
-def _present(levels: np.ndarray) -> np.ndarray:
-    """The levels of 8 or 16 bits that occur, ascending: counted, which takes half of the time of sorting them."""
-    return np.flatnonzero(np.bincount(levels.ravel()))
 
 
 def _grey_levels(path: str | Path, layers: np.ndarray, lossy: bool) -> np.ndarray:
@@ -290,7 +287,7 @@ def _interpolated(labels: np.ndarray) -> bool:
     return bool(np.count_nonzero(jumps) >= 300 and np.count_nonzero(jumps & passed) > 0.45 * np.count_nonzero(jumps))
 
 
-def looks_inverted(region: np.ndarray, whole: bool = True) -> bool:
+def looks_inverted(region: np.ndarray, whole: bool) -> bool:
     """Whether a region (bool HxW) is the outside of something: the image's whole border and more than half of it.
 
     ``whole``: also if nothing is left out.

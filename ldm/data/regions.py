@@ -3,6 +3,7 @@
 No torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +21,13 @@ from ldm.data.masks import (
     looks_inverted,
     read_anatomy,
     read_mask,
-    read_soft_mask,
     stray_parts,
 )
 from ldm.data.samples import Sample
 
 STEMS = ("image", "mask", "soft_mask", "anatomy")  # of a sample folder's image files
+READERS: dict[str, Callable[[ImageSource, tuple[int, ...]], Any]]
+READERS = {"mask": read_mask, "soft_mask": partial(read_mask, soft=True), "anatomy": read_anatomy}
 FAINT = 0.1  # of the intensity range
 FAINT_NOTE = (
     "nearly all of its image lies within a tenth of its range (0 to 255, or its `window`): the networks see next to "
@@ -86,8 +88,7 @@ def read_regions(image: np.ndarray, sources: Mapping[str, ImageSource]) -> Regio
     for stem in [stem for stem in found if stem in sources]:
         try:
             files[stem] = open_image(sources[stem])
-            read = {"mask": read_mask, "soft_mask": read_soft_mask, "anatomy": read_anatomy}[stem]
-            found[stem] = read(files[stem], image.shape)
+            found[stem] = READERS[stem](files[stem], image.shape)
         except FileError as error:
             fault = fault or error
     return Regions(**found, files=files, fault=fault)

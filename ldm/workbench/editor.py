@@ -22,7 +22,7 @@ from ldm.core.schema import identity
 from ldm.core.tables import shortened
 from ldm.data.annotations import read_annotations
 from ldm.data.images import ImageFile, intensity_range_of, pixel_digest, read_image, to_unit
-from ldm.data.masks import Feather, Mask, equivalent_diameter, extents, lesion_shaped, read_soft_mask, soft_mask_for
+from ldm.data.masks import Feather, Mask, equivalent_diameter, extents, lesion_shaped, read_mask, soft_mask_for
 from ldm.data.png import encode_png
 from ldm.data.preparation import PreparedSample, fit_sample
 from ldm.data.samples import prompt_fault
@@ -301,7 +301,7 @@ class Editor:
             raise UsageError(f"prompt: {fault}")
         soft = self.soft(document, hard, asked.feather_mm)
         png = encode_png(np.rint(soft * 255).astype(np.uint8))
-        read_soft_mask(ImageFile(Path("mask"), png, "PNG"), soft.shape)  # as whoever reads the result will
+        read_mask(ImageFile(Path("mask"), png, "PNG"), soft.shape, soft=True)  # as whoever reads the result will
         known = [document.id, pixel_digest(hard), pixel_digest(soft), prompt, asked.seed]
         name = fingerprint([*known, self._of_ckpt, identity(self.config, "images")])[:12]
         flat = document.sample.sample_id.replace("/", "_").replace("\\", "_").lstrip(".")  # else it would be hidden
@@ -360,7 +360,7 @@ class Editor:
         folder = self.result(name)
         image = read_image(folder / "image.png")
         meta = read_json(folder / "meta.json")
-        soft = read_soft_mask(folder / "soft_mask.png", image.shape).values
+        soft = read_mask(folder / "soft_mask.png", image.shape, soft=True).values
         (top, bottom), (left, right) = extents(soft > 0)
         reach = max(bottom - top, right - left)
         rows = slice(max((top + bottom) // 2 - reach, 0), (top + bottom) // 2 + reach)
