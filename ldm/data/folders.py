@@ -22,17 +22,8 @@ from ldm.core.errors import FileError, MedSoftError
 from ldm.core.files import atomic_folder, content_id, read_json, read_text, sync, write_json, write_text
 from ldm.core.tables import counted
 from ldm.core.threads import side_by_side
-from ldm.data.images import (
-    SUFFIXES,
-    open_image,
-    orientations_differ,
-    read_image,
-)
-from ldm.data.masks import (
-    TARGET_LABEL,
-    Mask,
-    extents,
-)
+from ldm.data.images import SUFFIXES, open_image, orientations_differ, read_image
+from ldm.data.masks import TARGET_LABEL, Mask, extents
 from ldm.data.png import write_png
 from ldm.data.regions import ORIENTATION_NOTE, STEMS, Decoded, intensity_notes, read_regions, region_notes
 from ldm.data.samples import (
@@ -251,10 +242,7 @@ def _read_prompt(file: Path) -> tuple[str, list[str]]:
 
 def _sample_of(sample_id: str, paths: Mapping[str, Any], prompt: str, meta: dict[str, Any], decoded: Decoded) -> Sample:
     """The sample that the files say it is; ``paths``: of the images, by their stems. ``meta`` keeps what is left."""
-    texts: dict[str, Any] = {key: text_of(meta.pop(key, None)) for key in META_TEXTS}
-    texts["patient_id"] = texts["patient_id"] or sample_id
-    meta.pop("sample_id", None)  # the folder's path is the identity
-    pixels = decoded.file.data
+    texts, pixels = texts_from(meta, sample_id), decoded.file.data
     return Sample(
         sample_id,
         prompt=prompt,
@@ -265,6 +253,13 @@ def _sample_of(sample_id: str, paths: Mapping[str, Any], prompt: str, meta: dict
         **paths,
         **texts,
     )
+
+
+def texts_from(meta: dict[str, Any], sample_id: str) -> dict[str, Any]:
+    """The texts of META_TEXTS, taken out of ``meta``; the patient of a sample that names none is called as it is."""
+    texts = {key: text_of(meta.pop(key, None)) for key in META_TEXTS}
+    meta.pop("sample_id", None)  # where the sample lies says what it is called
+    return texts | {"patient_id": texts["patient_id"] or sample_id}
 
 
 def _notes(sample: Sample, decoded: Decoded, meta_file: Path) -> list[str]:

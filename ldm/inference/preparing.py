@@ -1,7 +1,6 @@
 """What a task needs read and put together: its image, its mask, and the lesion to paste where one is wanted."""
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from ldm.data.preparation import PreparedSample, fit_sample, lesion_diameter, pr
 from ldm.data.samples import META_RULES, Reject, Sample, prompt_fault, wrong_value
 from ldm.inference.single import one_sample
 from ldm.inference.tasks import MaskOrigin, Task
-from ldm.transfer.carrying import Donors, NotCarried, map_by_shape
+from ldm.transfer.carrying import Donors, NotCarried, by_files, map_by_shape
 from ldm.transfer.pasting import paste
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ def with_fixed_mask(sample: Sample, image: ImageSource, mask: ImageSource, data:
 
 
 def prepare_one(
-    image: ImageSource, mask: ImageSource, prompt: str, meta: dict[str, Any], data: DataConfig, name: str | None = None
+    image: ImageSource, mask: ImageSource, prompt: str, meta: dict[str, Any], data: DataConfig, name: str | None
 ) -> tuple[Sample, PreparedSample]:
     """One image of ``image_source`` with its mask, as a sample, and what the networks see of it.
 
@@ -86,13 +85,11 @@ class Preparation:
     ``ldm.transfer.pasting.paste``.
     """
 
-    def __init__(self, data: DataConfig, masks: str, method: str = "paste") -> None:
+    def __init__(self, data: DataConfig, masks: str, method: str) -> None:
         self.data, self.masks, self.method = data, masks, method
         self._donors = Donors()
         self._marked = FewWarnings(log, "masks that mark most of their image")
-        # By all of a sample's files, as ``Donors`` does.
-        self._diameters = functools.cache(lambda files: lesion_diameter(self._samples[files]))
-        self._samples: dict[tuple[Path | None, ...], Sample] = {}
+        self._diameter = by_files(lesion_diameter, None)
 
     def __call__(self, task: Task) -> PreparedTask | Reject:
         """The prepared task, or why it cannot be made."""
@@ -124,10 +121,8 @@ class Preparation:
                 return self._with_carried_mask(task, task.source)
             except NotCarried as reason:
                 origin = MaskOrigin("blob", fallback=str(reason))
-        diameter = None
-        if task.source is not None:  # that of the lesion which the prompt was written about
-            self._samples[task.source.files] = task.source
-            diameter = self._diameters(task.source.files)
+        # That of the lesion which the prompt was written about.
+        diameter = None if task.source is None else self._diameter(task.source)
         sample = prepare(task.sample, self.data, task.seed, task.variant, diameter=diameter)
         return PreparedTask(dataclasses.replace(task, mask=origin), sample)
 

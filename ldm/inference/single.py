@@ -18,10 +18,10 @@ from PIL import Image
 from ldm.core.errors import FileError, MedSoftError, UsageError
 from ldm.core.files import fingerprint
 from ldm.core.locks import exclusive
-from ldm.data.folders import read_meta, write_sample
+from ldm.data.folders import read_meta, texts_from, write_sample
 from ldm.data.images import SUFFIXES, ImageFile, ImageSource, pixel_digest, read_image
 from ldm.data.png import encode_png
-from ldm.data.samples import META_TEXTS, Sample, text_of
+from ldm.data.samples import Sample
 from ldm.inference.options import InferenceOptions
 from ldm.volumes.intensity import PRESETS, levels_of, window_asked, window_for
 from ldm.volumes.volume import Slice, Volume, count, cut, only_plane, require_extra, square
@@ -106,10 +106,8 @@ def image_source(name: str, given: Any) -> ImageSource:
 
 def one_sample(name: str, image: Path, mask: Path, prompt: str, meta: dict[str, Any]) -> Sample:
     """The sample of one image with the keys of its meta.json; its patient is called as the image unless it says."""
-    texts: dict[str, Any] = {key: text_of(meta.pop(key, None)) for key in META_TEXTS}
-    texts["patient_id"] = texts["patient_id"] or name
-    for key in ("sample_id", "synthetic"):
-        meta.pop(key, None)
+    texts = texts_from(meta, name)
+    meta.pop("synthetic", None)
     return Sample(name, image, mask, prompt, (0.0, 0.0, 0.0, 0.0), meta=meta, **texts)
 
 

@@ -7,7 +7,18 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-from ldm.phantom.lesions import LESION_TYPES, Body, Lesion, blob, draw_lesion, filled, lesion_texture, strength_of
+from ldm.data.masks import extents
+from ldm.phantom.lesions import (
+    LESION_TYPES,
+    Body,
+    Lesion,
+    blob,
+    draw_lesion,
+    filled,
+    largest,
+    lesion_texture,
+    strength_of,
+)
 
 RAMP = (0.1, 0.6)  # width of a ramped lesion's edge, a share of its diameter at half height
 MARKED_LEVELS = (0.1, 0.9)  # of the ramp, at which the annotator sees the border
@@ -46,9 +57,8 @@ def _annotated(rng: np.random.Generator, ramp: np.ndarray, body: Body) -> np.nda
     moved = _inside(region) - _inside(~region) + wander > 0
     boxed, moves = rng.random() < BOXES, rng.integers(-2, 3, 4)
     if boxed:
-        rows, columns = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
         moved = np.zeros_like(region)
-        top, bottom, left, right = np.array([rows[0], rows[-1] + 1, columns[0], columns[-1] + 1]) + moves
+        top, bottom, left, right = np.ravel(extents(region)) + moves
         moved[max(top, 0) : bottom, max(left, 0) : right] = True
     elif moved.any():
         _, labels, stats, _ = cv2.connectedComponentsWithStats(moved.astype(np.uint8), connectivity=4)
@@ -84,7 +94,7 @@ def _wedge_fracture(rng: np.random.Generator, severity: str, canvas: np.ndarray,
     crushed = np.exp(-((np.clip(below, 0, None) / rng.uniform(3.0, 5.0)) ** 2)) * rng.uniform(0.25, 0.55)
     bone = canvas + np.clip(plate + crushed, 0, 1) * np.clip(rng.uniform(0.78, 0.9) - canvas, 0, 1)
     region = (below < 4.5) & (slope > 0.03) & (body.depth > -1.2)
-    return filled(_largest(region), 1.0, gone * tissue + (1 - gone) * bone - canvas)
+    return filled(largest(region), 1.0, gone * tissue + (1 - gone) * bone - canvas)
 
 
 def _endplate_erosion(rng: np.random.Generator, severity: str, canvas: np.ndarray, body: Body) -> Lesion:
@@ -99,7 +109,7 @@ def _endplate_erosion(rng: np.random.Generator, severity: str, canvas: np.ndarra
     rim = np.exp(-(((into + 1.4) / 1.3) ** 2)) * rng.uniform(0.3, 0.8) * np.clip(0.85 - canvas, 0, 1)
     region = (into > -2.5) & (profile > 0) & (body.depth > -1.2)
     change = gone * (tissue - canvas) + (1 - gone) * rim
-    return filled(_largest(region), strength_of(rng, severity), change)
+    return filled(largest(region), strength_of(rng, severity), change)
 
 
 def _diffuse_infiltration(rng: np.random.Generator, severity: str, canvas: np.ndarray, body: Body) -> Lesion:
@@ -109,7 +119,7 @@ def _diffuse_infiltration(rng: np.random.Generator, severity: str, canvas: np.nd
     holes = 1 / (1 + np.exp(-4 * (body.texture(rng, 1.5) - rng.uniform(0.1, 0.6))))
     marrow = level - 0.03 + 0.02 * body.texture(rng, 1.0)
     change = marrow + holes * (rng.uniform(0.12, 0.2) - marrow) - canvas
-    return filled(_largest(region), strength_of(rng, severity), change)
+    return filled(largest(region), strength_of(rng, severity), change)
 
 
 _SHAPED: dict[str, Callable[[np.random.Generator, str, np.ndarray, Body], Lesion]] = {
@@ -117,13 +127,6 @@ _SHAPED: dict[str, Callable[[np.random.Generator, str, np.ndarray, Body], Lesion
     "endplate erosion": _endplate_erosion,
     "diffuse infiltration": _diffuse_infiltration,
 }
-
-
-def _largest(region: np.ndarray) -> np.ndarray:
-    """The largest connected part of ``region`` (bool HxW), holes of a pixel filled."""
-    closed = cv2.morphologyEx(region.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(closed, connectivity=4)
-    return labels == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
 
 
 def draw_signs(

@@ -106,10 +106,14 @@ def blob(rng: np.random.Generator, lesion_type: str, severity: str, body: Body, 
         edge = edge + rng.uniform(0.0, 0.22 / order) * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
     ragged = 0.14 if lesion_type == "osteolytic" else 0.07
     edge = edge + ragged * body.texture(rng, 1.4)
-    region = (np.hypot(u / radius_u, v / radius_v) < edge) & (body.depth > 1)
+    return largest((np.hypot(u / radius_u, v / radius_v) < edge) & (body.depth > 1)) & (body.depth > 1)
+
+
+def largest(region: np.ndarray) -> np.ndarray:
+    """The largest connected part of ``region`` (bool HxW), holes of a pixel filled."""
     closed = cv2.morphologyEx(region.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
     _, labels, stats, _ = cv2.connectedComponentsWithStats(closed, connectivity=4)
-    return (labels == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())) & (body.depth > 1)
+    return labels == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
 
 
 def lesion_texture(rng: np.random.Generator, lesion_type: str, canvas: np.ndarray, body: Body) -> np.ndarray:

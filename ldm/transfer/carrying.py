@@ -2,10 +2,11 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ from ldm.data.masks import TARGET_LABEL, extents, read_anatomy, read_mask, regio
 from ldm.data.samples import Sample
 from ldm.transfer.frames import Frame, Jitter, frame_of, map_between, warped
 
+Found = TypeVar("Found")
 DONORS = 256  # lesions that are kept in memory
 DRAWS = 8  # of a jitter, before the mask is carried over without one
 LEAST_SOURCE = 0.25  # share of the source's lesion in its own vertebra; below, the vertebra does not say where it is
@@ -85,18 +87,30 @@ def read_donor(sample: Sample) -> Donor:
     return Donor(sample, mask.hard, soft, body)
 
 
+def by_files(read: Callable[[Sample], Found], most: int | None) -> Callable[[Sample], Found]:
+    """``read`` that remembers what it found last of ``most`` samples (None: of all), in any thread.
+
+    By all of a sample's files: several lesions of one image have masks of their own.
+    """
+    samples: dict[tuple[Path | None, ...], Sample] = {}
+    known = functools.lru_cache(most)(lambda files: read(samples[files]))
+
+    def found(sample: Sample) -> Found:
+        samples[sample.files] = sample
+        return known(sample.files)
+
+    return found
+
+
 class Donors:
     """``read_donor``, with those read last kept in memory, since many images share one; for any thread."""
 
     def __init__(self) -> None:
-        # By all of a sample's files: several lesions of one image have masks of their own.
-        self._read = functools.lru_cache(DONORS)(lambda files: read_donor(self._samples[files]))
-        self._samples: dict[tuple[Path | None, ...], Sample] = {}
+        self._read = by_files(read_donor, DONORS)
 
     def __call__(self, sample: Sample) -> Donor:
         """The lesion of a diseased sample; raises what ``read_donor`` does."""
-        self._samples[sample.files] = sample
-        return self._read(sample.files)
+        return self._read(sample)
 
     def carry(self, donor: Sample, target: Sample, shape: tuple[int, ...], seed: int, variant: int) -> CarriedMask:
         """The lesion of ``donor`` in the vertebra of ``target``, whose image has ``shape``; raises as ``carry`` too.
@@ -134,7 +148,7 @@ def carry(
         raise NotCarried(str(error)) from error
     rng = np.random.default_rng(seed)
     for jitter in [*(Jitter.drawn(rng) for _ in range(DRAWS)), Jitter()]:
-        found = _carried(donor, frames, jitter, shape)
+        found = _brought(donor, map_between(*frames, donor.pivot, jitter), shape)
         area = donor.hard.sum() * abs(np.linalg.det(found.matrix[:, :2]))  # also what the image's border cuts off
         if (found.hard & target).sum() >= LEAST_INSIDE * share * area and (found.hard & target).any():
             return _inside(found, target, share)
@@ -184,10 +198,6 @@ def _own_size(donor: Donor, shape: tuple[int, ...], spacing: Any, turn: float) -
         return scale * turned, "as large as it was relative to its image"
     to_mm, from_mm = (np.diag(spacing_of(each)[::-1]) for each in (own, spacing))
     return np.linalg.inv(from_mm) @ turned @ to_mm, "as large as it was in mm"
-
-
-def _carried(donor: Donor, frames: tuple[Frame, Frame], jitter: Jitter, shape: tuple[int, ...]) -> CarriedMask:
-    return _brought(donor, map_between(*frames, donor.pivot, jitter), shape)
 
 
 def _brought(donor: Donor, matrix: np.ndarray, shape: tuple[int, ...]) -> CarriedMask:
