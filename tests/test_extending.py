@@ -13,22 +13,7 @@ import children
 import numpy as np
 import pytest
 import torch
-from tiny import (
-    CLIP,
-    MODELS,
-    PHANTOM,
-    PLAIN,
-    ROOT,
-    TRAIN,
-    VAL,
-    call,
-    changed,
-    convert,
-    infer,
-    metas,
-    tensors,
-    train,
-)
+from tiny import CLIP, MODELS, PHANTOM, PLAIN, ROOT, TRAIN, VAL, call, changed, convert, infer, metas, tensors, train
 from torch import Tensor, nn
 
 import ver_openImagesDatasets

@@ -67,9 +67,7 @@ def half_calls(sampling: SamplingConfig) -> int:
     return sampling.steps + len(guided)
 
 
-def compare_samplers(
-    options: InferenceOptions, judge: Path, seeds: int, settings: Sequence[str] = (), many: int = 200
-) -> bool:
+def compare_samplers(options: InferenceOptions, judge: Path, seeds: int, settings: Sequence[str], many: int) -> bool:
     """Inpaint with all settings, measure and write comparison.json; whether every image could be inpainted.
 
     ``options``: what all runs have in common; their folders lie in its ``output_dir``, which keeps what it holds of the

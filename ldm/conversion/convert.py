@@ -43,7 +43,7 @@ from ldm.networks.unet import UNet
 log = logging.getLogger(__name__)
 
 
-def convert_file(input_path: Path, output_path: Path, config: Config, seed: int = 0, overwrite: bool = False) -> None:
+def convert_file(input_path: Path, output_path: Path, config: Config, seed: int, overwrite: bool) -> None:
     """Write the checkpoint of the whole model from ``input_path``: a .ckpt, a .safetensors or a diffusers folder.
 
     U-Net, autoencoder and text encoder are the input's; what Stable Diffusion does not have is new, random by

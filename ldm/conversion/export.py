@@ -14,7 +14,7 @@ from ldm.networks.model import skeleton
 log = logging.getLogger(__name__)
 
 
-def export_folder(ckpt: Path, output_dir: Path, overwrite: bool = False) -> None:
+def export_folder(ckpt: Path, output_dir: Path, overwrite: bool) -> None:
     """Write the whole folder, or nothing; a folder that is the export of the same file is left as it is.
 
     Raises MedSoftError for a checkpoint that is damaged, incomplete or says no configuration, UsageError for a folder

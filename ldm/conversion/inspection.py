@@ -31,7 +31,7 @@ from ldm.networks.model import skeleton
 log = logging.getLogger(__name__)
 
 
-def inspect_file(path: Path, as_json: bool = False) -> None:
+def inspect_file(path: Path, as_json: bool) -> None:
     """Read every byte of a checkpoint and say what is in it, as text or JSON.
 
     Raises MedSoftError for a file that is damaged, unsafe or no checkpoint; after the description for one with values

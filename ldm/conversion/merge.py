@@ -32,9 +32,7 @@ from ldm.networks.opening import ENCODER_KEYS
 log = logging.getLogger(__name__)
 
 
-def merge_files(
-    stage1_path: Path, input_path: Path, output_path: Path, config: Config, overwrite: bool = False
-) -> None:
+def merge_files(stage1_path: Path, input_path: Path, output_path: Path, config: Config, overwrite: bool) -> None:
     """Write a checkpoint with the MSC of ``stage1_path`` and all the rest of ``input_path``.
 
     Tensors go from file to file: neither is held in memory as a whole. An output that was made from the same files is

@@ -56,9 +56,9 @@ class Row(NamedTuple):
     digest: str | None
 
 
-def annotation_rows(group: str, samples: Iterable[Sample], digests: Mapping[str, str] | None = None) -> list[Row]:
+def annotation_rows(group: str, samples: Iterable[Sample], digests: Mapping[str, str]) -> list[Row]:
     """The rows of the set ``group``; ``digests``: sample_id -> hash of its image."""
-    return [Row(group, s.sample_id, s.patient_id, (digests or {}).get(s.sample_id)) for s in samples]
+    return [Row(group, s.sample_id, s.patient_id, digests.get(s.sample_id)) for s in samples]
 
 
 def leaks(rows: Iterable[Row]) -> list[str]:
@@ -310,7 +310,8 @@ def warn_of_texts(samples: Sequence[Sample]) -> None:
         for note in dict.fromkeys(sample.notes):
             noted.setdefault(note, []).append(sample)
     for what, those in noted.items():  # however many: each is another fault, and none stands for the others
-        log.warning("%s", _of_first(what, those))
+        more = f" (and {counted(len(those) - 1, 'more sample')})" if len(those) > 1 else ""
+        log.warning("warning: %s%s: %s", shown(those[0].sample_id), more, what)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -319,12 +320,6 @@ def _listed(names: Sequence[str]) -> str:
 
 def _warn(what: str, members: Iterable[str]) -> None:
     warn_of_first(log, (f"warning: {what}: {member}" for member in members), shown=SHOWN)
-
-
-def _of_first(what: str, samples: Sequence[Sample]) -> str:
-    """One warning line for a fault that ``samples`` share, naming the first of them."""
-    more = f" (and {counted(len(samples) - 1, 'more sample')})" if len(samples) > 1 else ""
-    return f"warning: {shown(samples[0].sample_id)}{more}: {what}"
 
 
 class Separation(NamedTuple):

@@ -86,12 +86,8 @@ def _scale_obstacle(sample: Sample, data: DataConfig, recall: Recall) -> str | N
     try:
         fit.check_spacing(spacing)
         Feather(data.feather, data.feather_unit).check_spacing(spacing)
-    except MedSoftError as error:
-        return str(error)
-    if not data.mm_per_pixel or sample.healthy or sample.mask is None:
-        return None
-    try:
-        _places(sample, data, recall)
+        if data.mm_per_pixel and not sample.healthy and sample.mask is not None:
+            _places(sample, data, recall)
     except FileError:
         return None  # preparing it will say what is wrong
     except MedSoftError as error:
@@ -99,7 +95,7 @@ def _scale_obstacle(sample: Sample, data: DataConfig, recall: Recall) -> str | N
     return None
 
 
-def distinct_crops(sample: Sample, data: DataConfig, recall: Recall = computed) -> int:
+def distinct_crops(sample: Sample, data: DataConfig, recall: Recall) -> int:
     """How many of the ``data.diseased_crops`` of a diseased sample differ.
 
     Its mask is decoded, unless ``recall`` knows, as only that says where a window can begin: an annotation's box may be

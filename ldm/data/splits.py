@@ -134,7 +134,8 @@ def prepare_dataset(
     with nothing written, if no sample can be used, or, if ``strict``, if one cannot, or if the split that is there is
     not whole; UsageError for wrong ``fractions`` or an ``output_file`` that is a folder.
     """
-    _check_file(output_file)
+    if output_file.is_dir() or not output_file.name:
+        raise UsageError(f"--output_file {output_file}: expected the name of a file to write, found a folder")
     paths = output_paths(output_file)
     _shares(fractions)  # wrong fractions show before minutes of reading
     settings = f"seed {seed}, fractions {' '.join(format(value, 'g') for value in fractions)}"
@@ -181,7 +182,7 @@ def _usable(
     if len(used) < len(samples):
         words = "are synthetic and left out; --synthetic takes them along, each on its parent's side"
         log.warning("%d of %d samples %s", len(samples) - len(real), len(samples), words)
-    _log_rejects(rejects)
+    warn_of_first(log, (f"rejected: {reject}" for reject in rejects), shown=SHOWN_REJECTS)
     if not real:
         said = counted(len(samples), "usable sample is", "usable samples are")
         raise MedSoftError(f"{root_dir}: {said} synthetic, none is real; nothing was written")
@@ -316,10 +317,6 @@ def _by_samples(real: Sequence[Sample], known: EarlierSplit, digests: Mapping[st
     return sides
 
 
-def _log_rejects(rejects: Sequence[Reject]) -> None:
-    warn_of_first(log, (f"rejected: {reject}" for reject in rejects), shown=SHOWN_REJECTS)
-
-
 def _with_parents(
     real: Sequence[Sample], made: Sequence[Sample], digests: Mapping[str, str]
 ) -> tuple[list[Sample], list[Reject]]:
@@ -414,11 +411,6 @@ def _log_moves(groups: Mapping[str, list[Sample]], known: EarlierSplit, kept: Ma
             "warning: another seed or other fractions: %d of %d patients are on another side than before; what was"
         )
         log.warning(f"{message} trained on the earlier split must not be judged on this one", moved, len(old))
-
-
-def _check_file(output_file: Path) -> None:
-    if output_file.is_dir() or not output_file.name:
-        raise UsageError(f"--output_file {output_file}: expected the name of a file to write, found a folder")
 
 
 def output_paths(output_file: Path) -> dict[str, Path]:

@@ -134,7 +134,7 @@ class TiffLayout:
         )
 
 
-def read_tiff(path: Path, data: bytes, indices: bool = False) -> tuple[np.ndarray, int] | None:
+def read_tiff(path: Path, data: bytes, indices: bool) -> tuple[np.ndarray, int] | None:
     """The pixels of a TIFF file and its orientation tag; None for a file that Pillow reads exactly.
 
     ``indices``: those of a palette are wanted, not its colours.

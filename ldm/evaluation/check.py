@@ -190,11 +190,7 @@ class LesionCheck:
     """Judges results. ``thresholds``: by what, for check.json."""
 
     def __init__(
-        self,
-        checks: LesionChecks,
-        read: Sequence[TrainingLesion],
-        encoder: ImageTextEncoder,
-        data: DataConfig,
+        self, checks: LesionChecks, read: Sequence[TrainingLesion], encoder: ImageTextEncoder, data: DataConfig
     ) -> None:
         self.judge, self.encoder, self.data = checks.judge, encoder, data
         self.lesions = [lesion for lesion, _ in read]

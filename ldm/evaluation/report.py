@@ -91,11 +91,9 @@ def estimate_text(estimate: Mapping[str, Any] | None) -> str:
     if estimate is None:
         return number(None)
     value = value_text(estimate["value"])
-    return (
-        value
-        if estimate["low"] is None
-        else f"{value} ({value_text(estimate['low'])} to {value_text(estimate['high'])})"
-    )
+    if estimate["low"] is None:
+        return value
+    return f"{value} ({value_text(estimate['low'])} to {value_text(estimate['high'])})"
 
 
 def value_text(value: float | None) -> str:

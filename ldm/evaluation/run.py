@@ -99,8 +99,8 @@ def evaluate(
     output_dir: Path,
     data: DataConfig,
     biomedclip: BiomedClipConfig,
-    quarantine: bool = False,
-    overwrite: bool = False,
+    quarantine: bool,
+    overwrite: bool,
 ) -> bool:
     """Measure and write everything; whether there are neither copies nor samples that cannot be read.
 
@@ -182,11 +182,7 @@ def _read_lesions(
 
 
 def _measure(
-    sources: Sources,
-    inputs: Inputs,
-    lesions: Mapping[str, list[Lesion]],
-    copies: CopyCheck,
-    encoder: ImageTextEncoder,
+    sources: Sources, inputs: Inputs, lesions: Mapping[str, list[Lesion]], copies: CopyCheck, encoder: ImageTextEncoder
 ) -> dict[str, Any]:
     """All that evaluation.json says."""
     real, synthetic = lesions["real"], lesions["synthetic"]

@@ -251,11 +251,7 @@ def compute_features(
     if "latents" in kinds and "autoencoder" in model.parts:
         posterior = model.encode(image)
         masked = model.scaled(model.encode(hide(image, mask)).mean)
-        found["latents"] = {
-            "latent_mean": posterior.mean,
-            "latent_logvar": posterior.logvar,
-            "masked_latent": masked,
-        }
+        found["latents"] = {"latent_mean": posterior.mean, "latent_logvar": posterior.logvar, "masked_latent": masked}
     return found
 
 

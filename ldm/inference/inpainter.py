@@ -229,10 +229,9 @@ def load_inpainter(ckpt: str | Path | Checkpoint, config: Config, device: str) -
 
 def check_memory(architecture: Architecture, sampling: SamplingConfig, device: torch.device) -> None:
     """MedSoftError for a GPU that is too small for the weights alone, BiomedCLIP's and the images not counted."""
-    half = ("unet", "autoencoder") if sampling.precision == "bf16-true" else ()
-    prefixes = tuple(PREFIXES[part] for part in half)
+    half = (PREFIXES["unet"], PREFIXES["autoencoder"]) if sampling.precision == "bf16-true" else ()
     weights = skeleton(architecture).items()
-    needed = sum(value.numel() * (2 if prefixes and key.startswith(prefixes) else 4) for key, value in weights)
+    needed = sum(value.numel() * (2 if key.startswith(half) else 4) for key, value in weights)
     there = all_memory(device)
     if needed > there:
         cure = "a device with more memory" if half else "--precision bf16-true or a device with more memory"

@@ -105,12 +105,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def result_of(
-    home: Path,
-    task: Task,
-    prepared: PreparedSample,
-    pixels: np.ndarray,
-    provenance: dict[str, Any],
-    content: Contents,
+    home: Path, task: Task, prepared: PreparedSample, pixels: np.ndarray, provenance: dict[str, Any], content: Contents
 ) -> Result:
     """What is written of one result.
 

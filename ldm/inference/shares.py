@@ -152,13 +152,13 @@ class SharedRun:
         if not stored or self.overwrite or not self.folder.holds_work():
             return
         before = stored.get("settings") or {}
-        shares, form, masks = (before.get(key, usual) for key, usual in KINDS.items())
+        pairs = {key: (before.get(key, usual), self.settings.get(key, usual)) for key, usual in KINDS.items()}
+        shares, form, masks = (old for old, _ in pairs.values())
         cures = {
             "shares": f"--share K/{shares}" if shares > 1 else "no --share",
             "format": f"--format {form}",
             "masks": f"--masks {masks}",
         }
-        pairs = {key: (before.get(key, usual), self.settings.get(key, usual)) for key, usual in KINDS.items()}
         differ = [key for key, (old, new) in pairs.items() if old != new]
         others = {key: value for key, value in self.settings.items() if key not in KINDS}
         if "masks" in differ and differences(before, json.loads(json.dumps(others, default=str))):

@@ -11,7 +11,6 @@ from ldm.core.paths import SHIPPED
 from ldm.core.tables import read_table
 from ldm.phantom.dataset import write_dataset
 from ldm.phantom.spines import SEVERITIES
-from ldm.phantom.worlds import STANDARD
 
 # healthy and diseased patients; epochs
 FEW, MANY, VALIDATION, TEST = (160, 35), (700, 700), (80, 80), (160, 160)
@@ -19,7 +18,7 @@ FEW_EPOCHS, MANY_EPOCHS = 20, 12
 FEW_RUNS = 3  # one run on 35 diseased patients says little: the mean of three, each on its own patients
 
 
-def calibrate(seed: int, world: str = STANDARD) -> str:
+def calibrate(seed: int, world: str) -> str:
     """Train on few and on many patients of a world, test on others (seeds derived from ``seed``); a line of results."""
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)

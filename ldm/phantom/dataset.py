@@ -63,7 +63,7 @@ def write_dataset(
     return _write(Path(root), arguments, renders, overwrite, world)
 
 
-def write_biomedclip_pairs(root: str | Path, overwrite: bool = False, world: str = STANDARD) -> bool:
+def write_biomedclip_pairs(root: str | Path, overwrite: bool, world: str) -> bool:
     """Write every image the BiomedCLIP stand-in was trained on as a dataset folder; else as ``write_dataset``."""
     arguments = {"version": VERSION, "biomedclip_pairs": BIOMEDCLIP_PAIRS}
     pairs = biomedclip_pairs(BIOMEDCLIP_PAIRS, world_of(world).lesion_types)

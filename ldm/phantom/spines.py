@@ -417,7 +417,7 @@ def plan(
         yield 2 * (n // per_patient) + 1, *turn(n, lesion_types), n % per_patient
 
 
-def turn(n: int, lesion_types: Sequence[str] = LESION_TYPES) -> tuple[str, str]:
+def turn(n: int, lesion_types: Sequence[str]) -> tuple[str, str]:
     """Lesion type and severity of the ``n``-th lesion of a dataset."""
     return lesion_types[n % len(lesion_types)], _SEVERITY_CYCLE[n // len(lesion_types) % len(_SEVERITY_CYCLE)]
 

@@ -52,9 +52,7 @@ class Twin:
         return render_phantom(self.seed, self.index, kind, severity, self.image, self.size, self.world)
 
 
-def write_twins(
-    source: Path, root: Path, limit: int | None = None, overwrite: bool = False
-) -> tuple[bool, int, list[Reject]]:
+def write_twins(source: Path, root: Path, limit: int | None, overwrite: bool) -> tuple[bool, int, list[Reject]]:
     """Write the twins of the first ``limit`` healthy phantoms of a folder or annotation file ``source`` into ``root``.
 
     Types and severities take turns, as in the diseased patients; in a world of signs a twin has the type of its
@@ -96,7 +94,7 @@ def _stored_rejects(root: Path) -> list[Reject]:
     return [Reject(row["sample_id"], Path(row["file"]), row["reason"]) for row in rows]
 
 
-def plan_twins(source: Path, limit: int | None = None) -> tuple[list[Twin], list[Reject]]:
+def plan_twins(source: Path, limit: int | None) -> tuple[list[Twin], list[Reject]]:
     """The twins of ``source``, in the order of its samples, and the samples that could not be read."""
     samples, rejects = load_samples(source)
     parents = [sample for sample in samples if sample.healthy and not sample.synthetic][:limit]

@@ -47,7 +47,7 @@ Draw = Callable[[np.random.Generator, str, str, np.ndarray, Body], Lesion]
 Say = Callable[[np.random.Generator, str, str, str], str]
 
 
-def lesion_prompt(lesion_type: str, severity: str, level: str, variant: int = 0) -> str:
+def lesion_prompt(lesion_type: str, severity: str, level: str, variant: int) -> str:
     """The lesion in words; ``variant`` chooses the wording (any integer)."""
     own_noun = lesion_type in SHAPES and lesion_type not in LESION_TYPES
     finding = lesion_type if own_noun else f"{lesion_type} lesion"

@@ -18,16 +18,7 @@ from ldm.core.tables import counted
 from ldm.data.annotations import load_samples, write_rejects
 from ldm.data.folders import write_sample
 from ldm.data.images import read_image
-from ldm.data.masks import (
-    Feather,
-    Mask,
-    box_region,
-    lesion_shaped,
-    read_anatomy,
-    read_mask,
-    region_for,
-    soft_mask_for,
-)
+from ldm.data.masks import Feather, Mask, box_region, lesion_shaped, read_anatomy, read_mask, region_for, soft_mask_for
 from ldm.data.preparation import described_identity, sample_identity
 from ldm.data.samples import META_TEXTS, Reject, Sample, is_box
 
@@ -57,7 +48,7 @@ class SoftMaskOptions:
             raise UsageError(f"--size: expected two rising numbers above 0, at most 1, found {list(self.size)}")
 
 
-def make_soft_masks(data: Path, output_dir: Path, options: SoftMaskOptions, overwrite: bool = False) -> int:
+def make_soft_masks(data: Path, output_dir: Path, options: SoftMaskOptions, overwrite: bool) -> int:
     """Write every sample of ``data`` with its soft mask into ``output_dir``; returns the exit code.
 
     The same command again finishes what is missing; a process that finds another one at work in the folder waits for

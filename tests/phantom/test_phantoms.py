@@ -17,15 +17,7 @@ from ldm.data.annotations import load_samples
 from ldm.data.images import read_image
 from ldm.phantom import dataset
 from ldm.phantom.dataset import write_dataset
-from ldm.phantom.spines import (
-    LESION_TYPES,
-    LEVELS,
-    SEVERITIES,
-    Phantom,
-    biomedclip_pairs,
-    plan,
-    render_phantom,
-)
+from ldm.phantom.spines import LESION_TYPES, LEVELS, SEVERITIES, Phantom, biomedclip_pairs, plan, render_phantom
 from ldm.phantom.worlds import lesion_prompt
 from tool import make_phantoms
 
