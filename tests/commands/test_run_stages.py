@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from ldm.config import load_config
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.locks import exclusive
 from ldm.phantom.demo_report import ARMS
-from ldm.workflow import plans
+from ldm.workflow import plan_run, plans
 from tool import run_stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,17 +158,18 @@ def test_a_changed_file_that_the_command_names_runs_the_step_again(
     assert log.read_text() == "x\nx\n"
 
 
-def test_a_step_that_has_nothing_left_to_do_keeps_its_real_seconds(write_plan, tmp_path: Path) -> None:
-    done = tmp_path / "done"
-    code = f"import os, time; os.path.exists({str(done)!r}) or time.sleep(0.5); open({str(done)!r}, 'a')"
-    path = write_plan({"name": "slow once", "run": shlex.join(["python", "-c", code])})
-    run(path)
-    real = recorded(tmp_path)[0]["seconds"]
-    run(path, "--from", "slow once")
-    assert real >= 0.5
-    assert real <= recorded(tmp_path)[0]["seconds"] < real + 0.4
-    run(write_plan({"name": "slow once", "run": shlex.join(["python", "-c", code, "other"])}))
-    assert recorded(tmp_path)[0]["seconds"] < 0.5
+def test_a_step_that_has_nothing_left_to_do_keeps_its_real_seconds(
+    write_plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 60.0, 100.0, 100.5, 200.0, 201.0])  # at the start and the end of each of three runs
+    monkeypatch.setattr(plan_run, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    step = {"name": "slow once", "run": "python -c pass"}
+    run(write_plan(step))
+    assert recorded(tmp_path)[0]["seconds"] == 60
+    run(write_plan(step), "--from", "slow once")
+    assert recorded(tmp_path)[0]["seconds"] == 60.5
+    run(write_plan(step | {"run": "python -c pass other"}))
+    assert recorded(tmp_path)[0]["seconds"] == 1
 
 
 def test_the_list_tells_what_runs_again_from_what_is_done(write_plan, tmp_path: Path, capsys) -> None:
