@@ -148,13 +148,14 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type="mouseMoved", x=next_x, y=next_y, button=button, buttons=buttons)
         self.call("Input.dispatchMouseEvent", type="mouseReleased", x=end_x, y=end_y, **held)
 
-    def press(self, key: str) -> None:
-        """A key, down and up."""
+    def press(self, key: str, shift: bool = False) -> None:
+        """A key, down and up; ``shift``: that one is held meanwhile."""
         text = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}
-        codes = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "Delete": 46}
-        code = codes.get(key, ord(key[0].upper()))
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text)
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+        codes = {"Enter": 13, "Escape": 27, "Delete": 46}
+        codes |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+        about = {"key": key, "windowsVirtualKeyCode": codes.get(key, ord(key[0].upper())), "modifiers": 8 * shift}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **about, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **about)
 
     def screenshot(self, path: Path) -> None:
         """The page as PNG."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
+from looks import SIZES, flaws, window
 from reading import call, make, make_world, read, truths
 
 from ldm.data.folders import read_sample
@@ -201,6 +202,49 @@ def test_a_control_that_has_the_focus_keeps_its_keys(world: Path, browser: Brows
     browser.wait("!document.getElementById('end').hidden")
     assert given(browser) == []
     assert browser.run("document.getElementById('when').textContent").startswith("Once all are answered")
+
+
+@pytest.mark.parametrize("shift", [False, True], ids=["single", "pairs"])
+def test_the_arrows_move_an_enlarged_picture(world: Path, browser: Browser, shift: bool) -> None:
+    """With Shift where they choose; held down they go on to the picture's edge. A whole picture stays where it is."""
+    study = make(world, f"arrows{shift}", "--design", "pairs" if shift else "single", "--cases", 4, "--seed", 11)
+    browser.open((study / "for_readers" / "index.html").as_uri())
+    enter(browser, "R1", 2)
+    shown_item(browser, 0)
+    place = "[view.x * view.zoom, view.y * view.zoom, view.zoom]"  # in widths of what is seen
+    browser.press("ArrowRight", shift)
+    assert browser.run(place) == [0, 0, 1]
+    for _ in range(6):
+        browser.press("+")
+    for key, x, y in (("Right", -0.1, 0), ("Down", -0.1, -0.1), ("Left", 0, -0.1), ("Up", 0, 0)):
+        browser.press(f"Arrow{key}", shift)
+        assert browser.run(place)[:2] == pytest.approx([x, y])
+    held = "new KeyboardEvent('keydown', { key: 'ArrowRight', shiftKey: true, repeat: true })"
+    browser.run(f"for (let k = 0; k < 30; k++) document.dispatchEvent({held})")
+    x, _, zoom = browser.run(place)
+    assert x == pytest.approx((1 - zoom) / 2)
+    assert browser.run("chosen") is None
+
+
+@pytest.mark.parametrize("design", ["single", "pairs"])
+def test_everything_can_be_pressed_and_read(world: Path, browser: Browser, design: str) -> None:
+    """At the beginning, while it is read and at the end, in large windows and on a phone."""
+    study = make(world, f"looks_{design}", "--design", design, "--cases", 4, "--seed", 12)
+    browser.open((study / "for_readers" / "index.html").as_uri())
+    browser.wait("!document.getElementById('welcome').hidden")
+
+    def look() -> None:
+        for size in SIZES:
+            with window(browser, *size):
+                assert flaws(browser) == []
+
+    look()
+    enter(browser, "R1", 2)
+    shown_item(browser, 0)
+    browser.press({"single": "2", "pairs": "ArrowLeft"}[design])
+    look()
+    pause(browser)
+    look()
 
 
 def test_the_order_follows_the_code_and_keeps_repeats_apart(world: Path, browser: Browser) -> None:

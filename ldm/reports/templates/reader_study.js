@@ -13,6 +13,8 @@ const MUTE = "This browser's storage does not answer: what you answered here bef
   + "this browser and open this page again. Or go on, and do not close or reload this page before you have saved your answers.";
 const MOMENT = 5000;  // milliseconds that an answer of the storage is waited for
 const AHEAD = "This study was read further in another tab or window. This page goes on from there; please close the other one.";
+// Where an arrow moves the picture, in shares of what is seen: away from what is to be seen then.
+const MOVES = { ArrowLeft: [0.1, 0], ArrowRight: [-0.1, 0], ArrowUp: [0, 0.1], ArrowDown: [0, -0.1] };
 const FIRST = { zoom: 1, x: 0, y: 0, level: 0.5, width: 1 };  // the view of a new item; level and width: shares of the range
 
 let state = null;  // what is kept and saved: see begin()
@@ -404,10 +406,14 @@ part("about").onsubmit = event => {
   });
 };
 document.addEventListener("keydown", event => {
-  if (part("reading").hidden || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
+  if (part("reading").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
   const key = event.key, arrow = { ArrowLeft: "left", ArrowRight: "right" }[key], at = control => event.target.matches?.(control);
   if ((key === "Enter" && at("header button")) || (key.startsWith("Arrow") && at("input"))) return;  // it needs the key itself
-  if (key === "Enter") answer();
+  if (MOVES[key] && (event.shiftKey || !pairs)) {  // in pairs the arrows alone choose
+    const [right, down] = MOVES[key];
+    look({ x: view.x + right / view.zoom, y: view.y + down / view.zoom });
+  } else if (event.repeat) return;
+  else if (key === "Enter") answer();
   else if (pairs && arrow) choose(arrow);
   else if (!pairs && key >= "1" && key <= "6" && key.length === 1) choose(Number(key));
   else if (key === "+" || key === "=") look({ zoom: view.zoom * 1.25 });
