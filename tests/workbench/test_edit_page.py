@@ -12,6 +12,7 @@ import children
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
+from looks import SIZES, flaws, window
 from made import AXIAL, grid, marked, write_series
 from tiny import ROOT
 
@@ -167,9 +168,15 @@ def test_every_tool_can_be_undone(browser: Browser) -> None:
     browser.wait(f"![0, 540].includes({COUNT})")
     click(browser, "undo")
     assert browser.run(COUNT) == 540
-    window = browser.run("medsoft.viewer.window")
+    grey = browser.run("medsoft.viewer.window")
     browser.drag(place(browser, 50, 50), place(browser, 60, 60), button="right")
-    assert browser.run("medsoft.viewer.window") != window
+    assert browser.run("medsoft.viewer.window") != grey
+    at = browser.run("medsoft.viewer.view")
+    browser.press("ArrowRight", shift=True)
+    browser.press("ArrowUp", shift=True)
+    moved = browser.run("medsoft.viewer.view")
+    assert (moved["x"] < at["x"], moved["y"] > at["y"], browser.run("medsoft.app.shown")) == (True, True, None)
+    browser.run("medsoft.viewer.fit()")
     assert browser.run(COUNT) == 540
 
 
@@ -437,6 +444,11 @@ def test_what_speaks_against_a_drawing_is_said_before_and_what_is_said_moves_not
     browser.wait("document.getElementById('status').className === 'fault'")
     assert browser.run("document.getElementById('status').clientHeight") > 40  # more than its line
     nothing_has_moved()
+    for size in SIZES:  # nor is anything covered
+        with window(browser, *size):
+            assert flaws(browser) == []
+            assert browser.run("['level', 'width'].every((name) => document.getElementById(name).offsetWidth >= 100)")
+            assert browser.run("document.getElementById('stage').offsetWidth") >= 390
 
 
 def test_drawings_that_are_left_undecided_are_named(browser: Browser) -> None:

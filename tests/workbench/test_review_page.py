@@ -13,6 +13,7 @@ import pytest
 import tiny
 from browser import CHROMIUM, Browser
 from fastapi.testclient import TestClient
+from looks import SIZES, flaws, window
 from sklearn.metrics import cohen_kappa_score
 
 from ldm.core.errors import FileError, MedSoftError, UsageError
@@ -213,13 +214,29 @@ def test_an_image_that_changes_while_it_is_shown_is_shown_again(server: str, bro
     browser.wait("!review.busy && document.getElementById('status').className === 'fault'")
     assert "has changed since it was shown" in browser.run("document.getElementById('status').textContent")
     assert ready(browser, 0) == shown
+    browser.press("r")
+    everything_can_be_pressed_and_read(browser)
+    browser.press("Escape")
     browser.press("a")
     ready(browser, 1)
     assert read_reviews(drawn / "review.csv")[-1].image_sha256 == sha256_file(path)
-    browser.run("document.getElementById('filter').value = 'accept'")
-    browser.run("document.getElementById('filter').dispatchEvent(new Event('change'))")
+    for filter in ("flag", "accept"):
+        browser.run(f"document.getElementById('filter').value = '{filter}'")
+        browser.run("document.getElementById('filter').dispatchEvent(new Event('change'))")
+        if filter == "flag":
+            browser.wait("!document.getElementById('summary').hidden")
+            everything_can_be_pressed_and_read(browser)
     assert ready(browser, 1) == shown
     path.write_bytes(image)
+
+
+def everything_can_be_pressed_and_read(browser: Browser) -> None:
+    """Also below a message of many lines."""
+    browser.run("void (document.getElementById('status').textContent += ' and again'.repeat(60))")
+    for size in SIZES:
+        with window(browser, *size):
+            assert browser.run("document.getElementById('status').clientHeight") > 60
+            assert flaws(browser) == []
 
 
 # ----------------------------------------------------------------------------------------------- without a browser

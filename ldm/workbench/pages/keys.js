@@ -20,18 +20,21 @@ const SHARED = {
   "-": ["farther", "zoom out"],
   "?": ["help", "this list"],
 };
-const MOUSE = [
+const REST = [
+  ["Shift arrow", "move the image"],
   ["1 to 4", "slider, before, after, difference"],
   ["Space", "flicker between before and after"],
   ["right button", "drag: window width, centre"],
   ["middle button", "drag: move the image"],
 ];
+// Where an arrow moves the image, in CSS pixels: away from what is to be seen then.
+const STEPS = { ArrowLeft: [40, 0], ArrowRight: [-40, 0], ArrowUp: [0, 40], ArrowDown: [0, -40] };
 const NAMES = { ArrowLeft: "\u2190", ArrowRight: "\u2192", Escape: "Esc", Delete: "Del" };
 
 /** Fill the dialog #keys, and have each dialog that can be left closed by a click beside it. */
 function explain(own) {
   const rows = [...Object.entries(own), ...Object.entries(SHARED)].map(([key, [, told]]) => [NAMES[key] ?? (key.length === 1 ? key.toUpperCase() : key), told]);
-  const terms = [...rows, ...MOUSE].filter(([, told]) => told).map(([key, told]) => {
+  const terms = [...rows, ...REST].filter(([, told]) => told).map(([key, told]) => {
     const row = document.createElement("div"), name = document.createElement("dt");
     name.append(term("kbd", key));
     row.append(name, term("dd", told));
@@ -84,6 +87,10 @@ export function listen({ own, shared, comparison, reasons, viewer, undo, redo, s
     if (key === " ") {
       if (!held) [held, moved] = [true, false];
       hand.hold(true);
+      return event.preventDefault();
+    }
+    if (event.shiftKey && STEPS[key]) {
+      viewer.pan(...STEPS[key]);
       return event.preventDefault();
     }
     const act = keys[key.length === 1 ? key.toLowerCase() : key];
