@@ -84,7 +84,7 @@ def border_gradients(
         results = inpainter.inpaint(prepared, [Job(seed, sample.sample_id, 0, sample.prompt) for sample in batch])
         for sample, image, result in zip(batch, prepared, results, strict=True):
             if result.pixels is None or result.generated is None:
-                raise MedSoftError(f"{sample.sample_id}: values that are not numbers appeared {result.error}")
+                raise MedSoftError(f"{sample.sample_id}: {result.error}")
             real = to_unit(image.original, image.intensity_range)
             pasted = real.copy()
             pasted[image.soft >= 0.5] = result.generated[image.soft >= 0.5]

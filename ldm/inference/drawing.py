@@ -160,10 +160,8 @@ class Drawing:
         """What ``finish`` makes, written if nobody judges it, or why there is nothing. Runs in another thread."""
         image = finish()
         if image.pixels is None:
-            where = f"values that are not numbers (NaN or infinity) appeared {image.error}"
-            return Reject(
-                task.sample.sample_id, task.sample.image, f"variant {task.variant}: {where}; nothing was written"
-            )
+            reason = f"variant {task.variant}: {image.error}; nothing was written"
+            return Reject(task.sample.sample_id, task.sample.image, reason)
         result = result_of(self.results.path, task, sample, image.pixels, self.provenance, self.content)
         if self.check:
             return result, sample

@@ -47,7 +47,7 @@ class InpaintedImage:
     """One inpainted image.
 
     pixels: composited, of the original's size and type, or None if the model produced NaN or infinity; generated:
-    float32 HxW(x3) in [0, 1], the same before compositing; error: where the first value that is no number appeared.
+    float32 HxW(x3) in [0, 1], the same before compositing; error: what went wrong, and where it was seen first.
     """
 
     pixels: np.ndarray | None = None
@@ -84,8 +84,7 @@ class Inpainter:
         found = self.inpaint([sample] * len(jobs), jobs, on_step)
         for job, result in zip(jobs, found, strict=True):
             if result.error:
-                where = f"values that are not numbers (NaN or infinity) appeared {result.error}"
-                raise MedSoftError(f"{job.sample_id}: {where}")
+                raise MedSoftError(f"{job.sample_id}: {result.error}")
         return [result.pixels for result in found if result.pixels is not None]
 
     @torch.inference_mode()
@@ -177,7 +176,8 @@ class Inpainter:
         if broken < 0:
             return None
         steps = self.sampling.steps
-        return f"at sampling step {broken + 1} of {steps}" if broken < steps else "while decoding"
+        where = f"at sampling step {broken + 1} of {steps}" if broken < steps else "while decoding"
+        return f"values that are not numbers (NaN or infinity) appeared {where}"
 
     @cached_property
     def empty_text(self) -> Tensor:
