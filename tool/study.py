@@ -19,10 +19,11 @@ from ldm.workflow.study_run import run_study
 def build_parser() -> argparse.ArgumentParser:
     made = cli.parser(__doc__)
     made.add_argument("study", metavar="STUDY.yaml", type=Path, help="the study, e.g. configs/study_phantom.yaml")
-    made.add_argument("--collect", action="store_true", help="run nothing; report the cells that are finished")
     made.add_argument("--overwrite", action="store_true", help="let a step that refuses replace what others have left")
-    made.add_argument("--list", action="store_true", help="run nothing; show the steps: done, to do or outdated")
-    text = "run these worlds only, e.g. world_0; other processes may run others at the same time"
+    idle = made.add_mutually_exclusive_group()
+    idle.add_argument("--collect", action="store_true", help="run nothing; report what is finished in all worlds")
+    idle.add_argument("--list", action="store_true", help="run nothing; show the steps: done, to do or outdated")
+    text = "run (or list) these worlds only, e.g. world_0; other processes may run others at the same time"
     made.add_argument("--worlds", nargs="+", metavar="WORLD", help=text)
     text = "worlds that run side by side and share the processors; what each says goes to OUTPUT_DIR/WORLD.log"
     made.add_argument("--jobs", type=cli.PROCESSES, default=1, metavar="N", help=text)

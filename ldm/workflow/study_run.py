@@ -42,16 +42,17 @@ def run_study(
     """Run what is to do, report after every group; the code of the step that failed, 3 if one rejected inputs.
 
     Of ``worlds`` only, if given: other processes may run others at the same time, as this one lets ``jobs`` of them do.
-    Where other machines have computed all of them there is the report alone. ``collect`` reports what is finished and
-    runs nothing, ``list_only`` shows the steps; ``overwrite`` lets a step replace what other settings have left.
+    Where other machines have computed all of them there is the report alone. ``collect`` reports what is finished in all
+    worlds and runs nothing, ``list_only`` shows the steps; ``overwrite`` lets a step replace what other settings left.
     """
     hang_up_with_terminal()
     design = load_design(path)
     other_studies(design)  # refused before anything runs
     groups = list(plan_groups(design))
+    check_worlds(groups, worlds)
     once = once_plan(design)
     if list_only:
-        return list_study(design, groups)
+        return list_study(design, [group for group in groups if not worlds or group.world.name in worlds])
     if collect:
         return report(design, groups)
     chosen = chosen_worlds(design, groups, worlds)
@@ -118,14 +119,20 @@ def older_steps(
     return [step for step in made if any(older(step, first) for first in once_for(design, commands[step]))]
 
 
-def chosen_worlds(design: Design, groups: Sequence[Group], worlds: Sequence[str] | None) -> list[str]:
-    """The worlds to run: these, or all of which no other machine's rows are there; UsageError for any other name."""
-    folder = ROOT / design.keys.output_dir
-    brought = {each.world for found in read_rows(read_study(design, groups)[0], folder) for each in found}
+def check_worlds(groups: Sequence[Group], worlds: Sequence[str] | None) -> None:
+    """UsageError for a name that is none of the study's worlds."""
     known = dict.fromkeys(group.world.name for group in groups)
     for name in worlds or ():
         if name not in known:
             raise UsageError(f"--worlds {name}: no such world in this study; it has {', '.join(known)}")
+
+
+def chosen_worlds(design: Design, groups: Sequence[Group], worlds: Sequence[str] | None) -> list[str]:
+    """The worlds to run: these, or all of which no other machine's rows are there; UsageError for one that has some."""
+    folder = ROOT / design.keys.output_dir
+    brought = {each.world for found in read_rows(read_study(design, groups)[0], folder) for each in found}
+    known = dict.fromkeys(group.world.name for group in groups)
+    for name in worlds or ():
         if name in brought:
             raise UsageError(f"--worlds {name}: another machine's rows of it are in {folder / ELSEWHERE}; remove them")
     if brought and not worlds:

@@ -353,6 +353,16 @@ def test_list_shows_the_steps_and_runs_nothing(write_study, tmp_path: Path, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_list_shows_the_worlds_that_are_named_alone(write_study, capsys: pytest.CaptureFixture) -> None:
+    path = write_study(worlds=[3, 4])
+    assert tiny.call(study, path, "--list", "--worlds", "world_4") == 0
+    said = capsys.readouterr().out
+    assert "world_4" in said
+    assert "world_3" not in said
+    with pytest.raises(UsageError, match="--worlds world_7: no such world in this study; it has world_3, world_4"):
+        tiny.call(study, path, "--list", "--worlds", "world_7")
+
+
 @pytest.mark.slow
 def test_every_generator_of_the_shipped_study_trains_and_draws(write_study, tmp_path: Path) -> None:
     """The shipped chains with one epoch a stage and two steps a drawing, then a cell of each arm."""
