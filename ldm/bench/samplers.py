@@ -4,7 +4,7 @@ import logging
 import re
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,38 +82,38 @@ def compare_samplers(options: InferenceOptions, judge: Path, seeds: int, setting
         if not file.is_file():
             raise UsageError(f"{file}: does not exist, or is no file")
     chosen = chosen_settings(settings, many)
-    configs = [load_config(model, [*options.overrides, *each.overrides]) for each in chosen]
+    words = {each.name: (*options.overrides, *each.overrides) for each in chosen}
+    configs = {name: load_config(model, own) for name, own in words.items()}
     config = load_config(model, options.overrides)
     real = _real_lesions(data)
     prompts = options.output_dir / "prompts.json"
     write_annotations(prompts, real)
     encoder, size = open_encoder(config.biomedclip), config.sampling.batch_size
     of_real = features(real, encoder, config.data, size)
-    compared = [each.name for each in chosen[:-1]]
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
+    calls = {name: half_calls(each.sampling) for name, each in configs.items() if name != MANY}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     images: list[dict[str, Any]] = []
     complete = True
     with unchanged(ckpt), unchanged(judge):  # each of them is opened again for every folder
         on_real = judged(judge, prompts, real)
         for seed in range(seeds):
-            folders = [options.output_dir / f"{each.name}_seed{seed}" for each in chosen]
-            for folder, setting in zip(folders, chosen, strict=True):
-                overrides = (*options.overrides, *setting.overrides)
-                own = replace(options, output_dir=folder, train_json=prompts, seed=seed, overrides=overrides)
+            folders = {name: options.output_dir / f"{name}_seed{seed}" for name in words}
+            for name, folder in folders.items():
+                own = replace(options, output_dir=folder, train_json=prompts, seed=seed, overrides=words[name])
                 complete &= run(own) != cli.SOME_REJECTED
-            *found, truth = common_samples(folders)
-            drawn = dict(zip(compared, found, strict=True))
-            apart = {name: distances(each, truth) for name, each in drawn.items()}
+            drawn = common_samples(folders)
+            truth = drawn.pop(MANY)
+            apart = {name: distances(samples, truth) for name, samples in drawn.items()}
             for sample in truth:
-                of_sample = {name: apart[name][sample.sample_id] for name in compared}
+                of_sample = {name: found[sample.sample_id] for name, found in apart.items()}
                 images.append({"seed": seed, "sample_id": sample.sample_id, **of_sample})
-            for folder, (name, samples) in zip(folders, drawn.items(), strict=False):
+            for name, samples in drawn.items():
                 distance = frechet_distance(of_real, features(samples, encoder, config.data, size))
-                runs[name].append({"frechet_distance": distance, **judged(judge, folder, samples)})
+                runs[name].append({"frechet_distance": distance, **judged(judge, folders[name], samples)})
                 log.info("%s, seed %d: %s", name, seed, {key: round(value, 4) for key, value in runs[name][-1].items()})
     measured = {
         "settings": {each.name: list(each.overrides) for each in chosen} | {"overrides": list(options.overrides)},
-        "half_calls": {name: half_calls(each.sampling) for name, each in zip(compared, configs, strict=False)},
+        "half_calls": calls,
         "pictures": len(images),
         "real": {"pictures": len(real), **on_real},
         "seeds": runs,
@@ -158,16 +158,16 @@ def report(measured: dict[str, Any]) -> None:
             log.info("%-12s %3d half-calls, %-22s %s", name, measured["half_calls"][name], measure, shown)
 
 
-def common_samples(folders: Sequence[Path]) -> list[list[Sample]]:
-    """The samples of each folder, those left out that any of them lacks."""
-    found = [load_samples(folder)[0] for folder in folders]
-    names = set.intersection(*({sample.sample_id for sample in samples} for samples in found))
-    if len(names) < 2:
-        fewest = min(zip(map(len, found), folders, strict=True))[1]
+def common_samples(folders: Mapping[str, Path]) -> dict[str, list[Sample]]:
+    """The samples of each folder by its name, those left out that any of them lacks."""
+    found = {name: load_samples(folder)[0] for name, folder in folders.items()}
+    common = set.intersection(*({sample.sample_id for sample in samples} for samples in found.values()))
+    if len(common) < 2:
+        fewest = folders[min(found, key=lambda name: len(found[name]))]
         raise MedSoftError(
-            f"{fewest}: {counted(len(names), 'image')} in common with the others; expected at least 2; inpaint more"
+            f"{fewest}: {counted(len(common), 'image')} in common with the others; expected at least 2; inpaint more"
         )
-    return [[sample for sample in samples if sample.sample_id in names] for samples in found]
+    return {name: [sample for sample in samples if sample.sample_id in common] for name, samples in found.items()}
 
 
 def distances(samples: Sequence[Sample], truth: Sequence[Sample]) -> dict[str, float]:
