@@ -42,8 +42,8 @@ def run_study(
     """Run what is to do, report after every group; the code of the step that failed, 3 if one rejected inputs.
 
     Of ``worlds`` only, if given: other processes may run others at the same time, as this one lets ``jobs`` of them do.
-    Where other machines have computed all of them there is the report alone. ``collect`` reports what is finished in all
-    worlds and runs nothing, ``list_only`` shows the steps; ``overwrite`` lets a step replace what other settings left.
+    Where other machines have computed all of them there is the report alone. ``collect`` reports what is finished in
+    all worlds and runs nothing, ``list_only`` shows the steps; ``overwrite`` lets a step replace what others have left.
     """
     hang_up_with_terminal()
     design = load_design(path)
