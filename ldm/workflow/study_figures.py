@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg")
+COLOURS, STYLES = 10, ("-", "--", ":")  # as many lines differ by colour alone, three times as many by both
 
 
 def write_figures(paths: Sequence[Path], folder: Path) -> int:
@@ -75,7 +76,10 @@ def real_lesions(study: Study, treatment: Treatment) -> float | None:
 
 
 def learning_curve(studies: Mapping[str, Study]) -> "Figure":
-    """The endpoint by the number of real lesions: a line an arm, a point a study, mean and interval over its worlds."""
+    """The endpoint by the number of real lesions: a line an arm, a point a study, mean and interval over its worlds.
+
+    Of several studies only arms that two of them have: the others have no course, and would hide those that do.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -85,11 +89,14 @@ def learning_curve(studies: Mapping[str, Study]) -> "Figure":
             at, mean = real_lesions(study, treatment), study.mean(treatment)
             if at is not None and mean is not None:
                 lines.setdefault(treatment.arm, {})[at] = mean
+    lines = {arm: points for arm, points in lines.items() if len(points) > 1} or lines
     what = " or ".join(dict.fromkeys(study.endpoint for study in studies.values()))
-    for arm, points in lines.items():
+    for number, (arm, points) in enumerate(lines.items()):
         places = sorted(points)
         reaches = list(zip(*(reach(points[at]) for at in places), strict=True))
-        axes.errorbar(places, [points[at].mean for at in places], reaches, marker="o", capsize=3, label=arm)
+        style = STYLES[number // COLOURS % len(STYLES)]  # matplotlib begins again with its first colour
+        means = [points[at].mean for at in places]
+        axes.errorbar(places, means, reaches, marker="o", linestyle=style, capsize=3, label=arm)
     axes.set(xlabel="real lesions to train on", ylabel=f"{what}\n(mean and 95 % over worlds)")
     if any(lines.values()):
         axes.set_xscale("log", base=2)

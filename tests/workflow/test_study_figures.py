@@ -12,14 +12,14 @@ from ldm.core.files import write_json
 from ldm.workflow import study_design
 from tool import study_figures
 
-LIFT = {"real": 0.0, "duplicated": 0.02}
+LIFT = {"real": 0.0, "duplicated": 0.02, "augmented": 0.01}
 
 
-def finished(folder: Path, name: str, lesions: int) -> Path:
+def finished(folder: Path, name: str, lesions: int, **changes: object) -> Path:
     """A study of three worlds whose AUC grows with the lesions; duplicated gains 0.02, on subtle ones 0.05."""
     folder = folder / name
     folder.mkdir()
-    path = studies.write(folder, worlds=[3, 4, 5], output_dir=str(folder / name))
+    path = studies.write(folder, worlds=[3, 4, 5], output_dir=str(folder / name), **changes)
     design = study_design.load_design(path)
     for group in study_design.plan_groups(design):
         for cell in group.cells:
@@ -50,6 +50,16 @@ def test_figures_and_tables_of_two_studies(tmp_path: Path) -> None:
     page = (out / "figures.md").read_text()
     assert "| osteolytic | subtle | 0.600 | 0.650 |" in page
     assert "6 of 6 classifiers are finished." in page
+
+
+def test_a_learning_curve_shows_the_arms_that_have_a_course(tmp_path: Path) -> None:
+    arms = studies.SMALL["arms"] | {"augmented": {"use": "duplicate_real", "ratios": [1], "set": ["lr=0.01"]}}
+    few, many = finished(tmp_path, "few", 8), finished(tmp_path, "many", 32, arms=arms)
+    out = tmp_path / "figures"
+    assert tiny.call(study_figures, few, many, "--output_dir", out) == 0
+    assert "augmented" not in (out / "learning_curve.svg").read_text()
+    assert tiny.call(study_figures, many, "--output_dir", tmp_path / "one") == 0
+    assert "augmented" in (tmp_path / "one/learning_curve.svg").read_text()
 
 
 def test_studies_without_cells_or_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import csv
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -153,8 +153,11 @@ def test_settings_are_those_of_what_is_made_once_too_where_it_is_used(tmp_path: 
     assert len(set(made[1].values())) == 3
 
 
-def committed(path: str, folder: Path) -> Study:
-    """A study of ``configs`` with the rows that are committed for it in ``docs``."""
+def committed(path: str, folder: Path, files: Sequence[str] = ()) -> Study:
+    """A study of ``configs`` with the rows of these files of ``docs``, by default those of its confirmation."""
+    name = Path(path).stem.removeprefix("study_").removesuffix("_confirmation").removesuffix("_drawings")
+    rows = (f"study_{name}_confirmation.csv", f"study_{name}_drawings_confirmation.csv")
+    files = files or [each for each in rows if (tiny.ROOT / "docs" / each).exists()]
     design = study_design.load_design(tiny.ROOT / path)
     groups = list(study_design.plan_groups(design))
     cells = [(each, each.made and each.made.seed) for group in groups for each in group.cells]
@@ -162,10 +165,8 @@ def committed(path: str, folder: Path) -> Study:
     judged = [(each.world.name, each.made.name, each.made.seed) for group in groups for each in group.judged]
     study = Study([], design.keys.compare, frozenset(planned), Drawings([], frozenset(judged)))
     (folder / ELSEWHERE).mkdir(parents=True)
-    name = Path(path).stem.removeprefix("study_").removesuffix("_confirmation").removesuffix("_drawings")
-    for rows in (f"{name}_confirmation", f"{name}_drawings_confirmation"):
-        if (file := tiny.ROOT / f"docs/study_{rows}.csv").exists():
-            shutil.copy(file, folder / ELSEWHERE)
+    for file in files:
+        shutil.copy(tiny.ROOT / "docs" / file, folder / ELSEWHERE)
     return with_rows_from_elsewhere(study, folder)
 
 
@@ -183,6 +184,21 @@ def test_the_committed_rows_give_the_documented_hypotheses(tmp_path: Path) -> No
         shown = f"{each.change.mean:+.3f} ({each.change.low:+.3f} to {each.change.high:+.3f})"
         assert shown.replace("-0.000", "+0.000") in said, name  # as in a report, no zero is negative
         assert each.unequal is None
+
+
+def test_the_committed_rows_give_the_documented_looks(tmp_path: Path) -> None:
+    """What docs/results.md says of the untrained base, and of the controls of the MSC's knowledge."""
+    files = ("looks/study_controls_base.csv", "looks/study_controls_base_drawings.csv")
+    base = committed("configs/study_controls_base.yaml", tmp_path / "base", files)
+    words = committed("configs/study_words_knowledge.yaml", tmp_path / "words", ["study_words_knowledge.csv"])
+    ours, control, drawn = (base.at(arm, 3.0) for arm in ("ours", "duplicated", "base"))
+    told = [base.difference(drawn, control), base.difference(ours, drawn)]
+    told += [words.drawings.difference("ours", other, "agreement") for other in ("unknown", "attn3_table", "no_msc")]
+    said = " ".join((tiny.ROOT / "docs/results.md").read_text().split())
+    for each in told:
+        assert each
+        assert each.worlds == 8
+        assert f"{each.mean:+.3f} ({each.low:+.3f} to {each.high:+.3f})" in said
 
 
 def test_worlds_of_other_machines_are_not_run_here(write_study, tmp_path: Path, capsys, monkeypatch) -> None:
