@@ -97,6 +97,8 @@ class UNetConfig:
     semantic_dim: int = setting(768, NETWORK)  # width of the MSC's output tokens (BiomedCLIP's patch tokens)
     # table: a control of the same size, whose third attention reads learned tokens that know no image and no prompt
     third_attention: Literal["tokens", "table"] = setting("tokens", NETWORK, before="tokens")
+    # true: a control that sees the whole image beside the crop, as a further latent, without BiomedCLIP
+    thumbnail: bool = setting(False, NETWORK, before=False)
     soft_mask_channel: bool = setting(True, METHOD)  # false: a hard mask channel (mask >= 0.5), as in Stable Diffusion
     soft_mask_attention: bool = setting(True, METHOD)  # false: third attention ungated, as in CAT-Diffusion
 
@@ -258,6 +260,11 @@ class Architecture:
         return self.image_size // self.autoencoder.factor
 
     @property
+    def sees_whole(self) -> bool:
+        """Whether a network is given the whole image beside the crop: BiomedCLIP or the U-Net."""
+        return self.biomedclip.view == "image" or self.unet.thumbnail
+
+    @property
     def pooled_tokens(self) -> int:
         """How many tokens the third attention reads: BiomedCLIP's patches, pooled 2x2."""
         return self.biomedclip.grid**2 // 4
@@ -301,6 +308,7 @@ class Config:
         yield "data.mm_per_pixel", cropped or not data.mm_per_pixel, f"0 with data.fit={data.fit}"
         views = cropped or self.biomedclip.view == "crop"
         yield "biomedclip.view", views, f"crop with data.fit={data.fit}, which cuts nothing off"
+        yield "unet.thumbnail", cropped or not unet.thumbnail, f"false with data.fit={data.fit}, which cuts nothing off"
         channels = 2 * self.autoencoder.latent_channels + 1
         inputs = f"{channels} (noisy latent + mask + masked-image latent)"
         yield "unet.in_channels", unet.in_channels == channels, inputs

@@ -261,6 +261,10 @@ REFUSED = {
         "{biomedclip: {view: image}, data: {fit: pad}}",
         r"biomedclip\.view: expected crop with data\.fit=pad, which cuts nothing off, found \"image\"",
     ),
+    "thumbnail where nothing is cut off": (
+        "{unet: {thumbnail: true}, data: {fit: resize}}",
+        r"unet\.thumbnail: expected false with data\.fit=resize, which cuts nothing off, found true",
+    ),
     "tokens of an MSC where a table is read": (
         "{unet: {third_attention: table}, training: {stage: s, rates: {unet: 1.0e-5}}}",
         r"training\.inside: expected true with unet\.third_attention=table, .*found \"msc\"",

@@ -27,7 +27,8 @@ PREFIXES = {
     "msc": "msc.",
 }
 NAMES = {"unet": "U-Net", "autoencoder": "autoencoder", "text": "text encoder", "msc": "MSC"}
-NEW_IN_UNET = re.compile(r"^model\.diffusion_model\.(.*\.(attn3|norm4)\.|attn3_table$)")
+THUMBNAIL = "model.diffusion_model.input_blocks.0.0.thumbnail."
+NEW_IN_UNET = re.compile(rf"^model\.diffusion_model\.(.*\.(attn3|norm4)\.|attn3_table$)|^{re.escape(THUMBNAIL)}")
 WRAPPERS = {"module", "_orig_mod", "base_layer"}  # levels that DDP, torch.compile and peft put into keys
 NESTED = ("state_dict", "model_state_dict", "model", "module")  # where programs put the tensors
 
@@ -155,7 +156,12 @@ def tensors_of(state: Mapping[str, Tensor], parts: Iterable[str]) -> dict[str, T
 
 
 def part_of(key: str) -> str:
-    """The reader's name of the part a key belongs to: one of NAMES' values, "third attention" or "other"."""
+    """The reader's name of the part a key belongs to.
+
+    One of NAMES' values, "third attention", "thumbnail" or "other".
+    """
+    if key.startswith(THUMBNAIL):
+        return "thumbnail"
     if NEW_IN_UNET.match(key):
         return "third attention"
     return next((NAMES[part] for part, prefix in PREFIXES.items() if key.startswith(prefix)), "other")

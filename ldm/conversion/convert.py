@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.checkpoints.checkpoint import (
     PREFIXES,
+    THUMBNAIL,
     already_made,
     parameter_table,
     read_checkpoint,
@@ -124,13 +125,13 @@ def convert(
 
 
 def new_parameters(architecture: Architecture, seed: int) -> dict[str, Tensor]:
-    """First values of what Stable Diffusion does not have: attn3 and norm4 of every block, the MSC, a table."""
+    """First values of what Stable Diffusion does not have: attn3, norm4, the MSC, a control's own."""
     # torch takes 32 bits of a seed: other ones are mixed, so that two seeds do not give the same weights.
     torch.manual_seed(seed if 0 <= seed < 2**32 else named_seed("new parameters", seed))
     with torch.device("meta"):
-        blocks = {
-            n: block for n, block in UNet(architecture.unet).named_modules() if isinstance(block, TransformerBlock)
-        }
+        unet = UNet(architecture.unet)
+    blocks = {name: block for name, block in unet.named_modules() if isinstance(block, TransformerBlock)}
+    shapes = {PREFIXES["unet"] + name: value.shape for name, value in unet.named_parameters()}
     made: dict[str, Tensor] = {}
     for name, block in blocks.items():
         dim = block.norm4.normalized_shape[0]
@@ -141,6 +142,7 @@ def new_parameters(architecture: Architecture, seed: int) -> dict[str, Tensor]:
     if architecture.unet.third_attention == "table":
         size = architecture.pooled_tokens, architecture.unet.semantic_dim
         made[PREFIXES["unet"] + "attn3_table"] = torch.randn(size)
+    made |= {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith(THUMBNAIL)}
     return made
 
 

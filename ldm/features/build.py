@@ -34,7 +34,7 @@ from ldm.features.shards import narrow
 from ldm.features.sizes import image_memory
 from ldm.features.store import FeatureStore
 from ldm.networks.encoder import ImageTextEncoder
-from ldm.networks.model import MedSoftModel, context_features, hide
+from ldm.networks.model import MedSoftModel
 from ldm.transfer.carrying import Donors, NotCarried
 
 log = logging.getLogger(__name__)
@@ -60,11 +60,12 @@ class FeatureBuilder:
         """``digests``: SHA-256 of every file of the items (see KnownFiles); ``batch``: the most items that are
         computed at once."""
         self.data, self.model, self.clip, self.batch = data, model, clip, batch
-        self.whole = model.architecture.biomedclip.view == "image"
-        encoders = {"clip": clip.fingerprint + clip.preparation.get("images", "") + " of whole images" * self.whole}
+        sizes = model.architecture
+        view = " of whole images" if sizes.biomedclip.view == "image" else ""
+        encoders = {"clip": clip.fingerprint + clip.preparation.get("images", "") + view}
         encoders["clip_text"] = clip.fingerprint + clip.preparation.get("prompts", "")
         if "autoencoder" in model.parts:
-            encoders["latents"] = _weights_fingerprint(model.first_stage_model)
+            encoders["latents"] = _weights_fingerprint(model.first_stage_model) + " thumbnail" * sizes.unet.thumbnail
         if "text" in model.parts:
             encoders["text"] = _weights_fingerprint(model.cond_stage_model)
         self.store = FeatureStore(folder, data, encoders, digests)
@@ -169,7 +170,9 @@ class FeatureBuilder:
             image = torch.stack([prepared.image for _, prepared in ready]).to(self.clip.device)
             mask = torch.stack([prepared.mask for _, prepared in ready]).to(self.clip.device)
             kinds = {kind for keys in lacking for kind in keys}
-            whole = whole_pictures([prepared for _, prepared in ready], self.clip.device) if self.whole else None
+            whole = None
+            if self.model.architecture.sees_whole:
+                whole = whole_pictures([prepared for _, prepared in ready], self.clip.device)
             made = compute_features(self.model, self.clip, image, mask, kinds, whole)
             for number, keys in enumerate(lacking):
                 for kind, key in keys.items():
@@ -238,19 +241,21 @@ def compute_features(
 ) -> dict[str, dict[str, Tensor]]:
     """By kind, what the frozen encoders say about images (B, 3, S, S) with soft masks (B, 1, S, S).
 
-    Latents only if the model has an autoencoder. ``whole``: see ``context_features``.
+    Latents only if the model has an autoencoder. ``whole``: the whole images and their masks, for an architecture that
+    ``sees_whole``.
     """
     found = {}
     if "clip" in kinds:
-        context, context_global = context_features(clip, image, mask, whole)
+        context, context_global = model.context_features(clip, image, mask, whole)
         target, target_global = clip.encode_image(image)
-        if whole is not None:
+        if model.architecture.biomedclip.view == "image":
+            assert whole is not None
             target_global = clip.encode_image(whole[0])[1]
         contexts = {"context_tokens": context, "context_global": context_global, "mask": mask}
         found["clip"] = {**contexts, "target_tokens": target, "target_global": target_global}
     if "latents" in kinds and "autoencoder" in model.parts:
         posterior = model.encode(image)
-        masked = model.scaled(model.encode(hide(image, mask)).mean)
+        masked = model.surroundings(lambda seen: model.scaled(model.encode(seen).mean), image, mask, whole)
         found["latents"] = {"latent_mean": posterior.mean, "latent_logvar": posterior.logvar, "masked_latent": masked}
     return found
 

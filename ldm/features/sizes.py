@@ -31,7 +31,8 @@ def cache_size(sizes: Architecture, parts: Collection[str], items: Iterable[Item
     an_item = 4 * (clip.grid**2 + 1) * clip.token_dim + sizes.image_size**2  # masks are smaller: only their lesion
     a_prompt = 2 * clip.text_dim
     if "autoencoder" in parts:
-        an_item += 6 * sizes.autoencoder.latent_channels * sizes.latent_size**2
+        latents = 4 if sizes.unet.thumbnail else 3
+        an_item += 2 * latents * sizes.autoencoder.latent_channels * sizes.latent_size**2
     if "text" in parts:
         a_prompt += 2 * text.max_length * text.width
     items = list(items)

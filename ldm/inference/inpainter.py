@@ -19,7 +19,7 @@ from ldm.data.images import composite, to_unit
 from ldm.data.preparation import PreparedSample, whole_pictures
 from ldm.diffusion.noise import image_noise, step_noise
 from ldm.networks.encoder import ImageTextEncoder
-from ldm.networks.model import MedSoftModel, context_features, hide, skeleton
+from ldm.networks.model import MedSoftModel, skeleton
 from ldm.networks.msc import ControllerInputs
 from ldm.networks.opening import open_model
 from ldm.networks.sampling import guidance_conditions, latent_of, sample_latent
@@ -104,8 +104,7 @@ class Inpainter:
         filled, names = ([*given, *[given[-1]] * (rows - len(given))] for given in (samples, jobs))
         image = on_device(torch.stack([sample.image for sample in filled]), self.device)
         soft_mask = on_device(torch.stack([sample.mask for sample in filled]), self.device)
-        image_view = self.net.architecture.biomedclip.view == "image"
-        whole = whole_pictures(filled, self.device) if image_view else None
+        whole = whole_pictures(filled, self.device) if self.net.architecture.sees_whole else None
         pasted = None
         if self.sampling.init == "paste":
             pasted = on_device(torch.stack([_with_pasted_lesion(sample) for sample in filled]), self.device)
@@ -136,15 +135,17 @@ class Inpainter:
         sampling, net = self.sampling, self.net
         dtype = DTYPES[sampling.precision]
         mask = net.latent_mask(soft_mask)
-        masked = latent_of(net, hide(image, soft_mask), dtype)
-        original = latent_of(net, image, dtype) if sampling.differential or sampling.init == "image" else None
-        start = original if sampling.init == "image" else None if pasted is None else latent_of(net, pasted, dtype)
+        encode = partial(latent_of, net, dtype=dtype)
+        masked = net.surroundings(encode, image, soft_mask, whole)
+        original = encode(image) if sampling.differential or sampling.init == "image" else None
+        start = original if sampling.init == "image" else None if pasted is None else encode(pasted)
         text, semantic = self.condition(image, soft_mask, [job.prompt for job in jobs], whole)
         conditions = guidance_conditions(
             net, mask, text.to(dtype), self.empty_text, semantic, fixed_shapes=sampling.compile
         )
         names = [(job.seed, job.sample_id, job.variant) for job in jobs]
-        noise = torch.stack([image_noise(*name, tuple(masked.shape[1:])) for name in names])
+        shape = net.architecture.autoencoder.latent_channels, *mask.shape[2:]
+        noise = torch.stack([image_noise(*name, shape) for name in names])
         noise = on_device(noise, self.device)
         first_broken = torch.full((len(jobs),), -1, device=self.device)
 
@@ -189,11 +190,10 @@ class Inpainter:
     ) -> tuple[Tensor, Tensor]:
         """Text states (B, T, D_text) and tokens of the third attention (B, M, D).
 
-        ``whole``: see ``context_features``; it must be there if the model was trained with it, and only then.
+        ``whole``: the whole images and their masks, for an architecture that ``sees_whole``.
         """
         net = self.net
-        assert (whole is not None) == (net.architecture.biomedclip.view == "image")
-        context, context_global = context_features(self.encoder, image, soft_mask, whole)
+        context, context_global = net.context_features(self.encoder, image, soft_mask, whole)
         lesion = context  # a learned table needs none
         if "msc" in net.parts:
             inputs = ControllerInputs(context, context_global, self.encoder.encode_text(prompts), soft_mask)

@@ -29,7 +29,7 @@ from ldm.diffusion.schedule import loss_inside
 from ldm.features.build import compute_features
 from ldm.inference.inpainter import Inpainter, Job
 from ldm.inference.prompts import matched
-from ldm.networks.model import MedSoftModel, context_features
+from ldm.networks.model import MedSoftModel
 from ldm.networks.msc import ControllerInputs, masked_cosine
 from ldm.networks.opening import open_model
 
@@ -169,7 +169,7 @@ class PathInpainter(Inpainter):
         elif self.path == "crossed":
             semantic = super().condition(image, soft_mask, self.others, whole)[1]
         elif self.path == "true_tokens":
-            context, _ = context_features(self.encoder, image, soft_mask, whole)
+            context, _ = self.net.context_features(self.encoder, image, soft_mask, whole)
             semantic = self.net.semantic(context, self.encoder.encode_image(image)[0], soft_mask)
         return text, semantic
 
@@ -246,7 +246,7 @@ def _losses(inpainter: PathInpainter, cases: Sequence[Case], seed: int) -> tuple
     prepared = [case.prepared for case in cases]
     image = torch.stack([each.image for each in prepared]).to(device)
     soft_mask = torch.stack([each.mask for each in prepared]).to(device)
-    whole = whole_pictures(prepared, device) if net.architecture.biomedclip.view == "image" else None
+    whole = whole_pictures(prepared, device) if net.architecture.sees_whole else None
     features = compute_features(net, encoder, image, soft_mask, whole=whole)
     clip, latents = features["clip"], features["latents"]
     patches, context = net.patch_mask(soft_mask), clip["context_tokens"]

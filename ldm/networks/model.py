@@ -3,7 +3,7 @@
 Masks are soft, float in [0, 1], 1 = lesion region = to be inpainted. Images are (B, 3, S, S) in [-1, 1].
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import cast
 
 import torch
@@ -29,20 +29,6 @@ def hidden_region(soft_mask: Tensor) -> Tensor:
 def hide(image: Tensor, soft_mask: Tensor) -> Tensor:
     """The image (B, 3, S, S) with the lesion region replaced by mid-grey, 0 in [-1, 1] (SD's training convention)."""
     return image * (~hidden_region(soft_mask))
-
-
-def context_features(
-    encoder: ImageTextEncoder, image: Tensor, soft_mask: Tensor, whole: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Patch tokens (B, N, D) and global token (B, D) of crops (B, 3, S, S) whose lesion is hidden.
-
-    ``whole``: the whole images and their masks, of which the global token then is (``biomedclip.view: image``). The
-    patch tokens stay the crop's: the mask, the U-Net's third attention and the true tokens lie on that grid.
-    """
-    tokens, global_token = encoder.encode_image(image, hidden_region(soft_mask))
-    if whole is not None:
-        global_token = encoder.encode_image(whole[0], hidden_region(whole[1]))[1]
-    return tokens, global_token
 
 
 class MedSoftModel(nn.Module):
@@ -107,12 +93,42 @@ class MedSoftModel(nn.Module):
             return self.unet.attn3_table.expand(len(context_tokens), -1, -1)
         return semantic_tokens(context_tokens, lesion_tokens, self.patch_mask(soft_mask))
 
+    def context_features(
+        self, encoder: ImageTextEncoder, image: Tensor, soft_mask: Tensor, whole: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Patch tokens (B, N, D) and global token (B, D) of crops (B, 3, S, S) whose lesion is hidden.
+
+        ``whole``: the whole images and their masks (see ``Architecture.sees_whole``), of which the global token is with
+        ``biomedclip.view: image``. The patch tokens stay the crop's: the mask, the U-Net's third attention and the true
+        tokens lie on that grid.
+        """
+        tokens, global_token = encoder.encode_image(image, hidden_region(soft_mask))
+        if self.architecture.biomedclip.view == "image":
+            assert whole is not None
+            global_token = encoder.encode_image(whole[0], hidden_region(whole[1]))[1]
+        return tokens, global_token
+
+    def surroundings(
+        self, encode: Callable[[Tensor], Tensor], image: Tensor, soft_mask: Tensor, whole: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """What the U-Net sees of an image (B, 3, S, S) whose lesion is hidden: its scaled latent (B, 4, s, s).
+
+        ``encode``: from images to scaled latents. With ``unet.thumbnail`` the latent of the ``whole`` images, their
+        lesions hidden too, comes after it: (B, 8, s, s).
+        """
+        seen = encode(hide(image, soft_mask))
+        if self.architecture.unet.thumbnail:
+            assert whole is not None
+            seen = torch.cat([seen, encode(hide(*whole))], dim=1)
+        return seen
+
     def predict_noise(
         self, noisy: Tensor, t: Tensor, mask: Tensor, masked_latent: Tensor, text: Tensor, semantic: Tensor | None
     ) -> Tensor:
         """The U-Net on [noisy latent, mask, masked-image latent]: (B, 4, s, s).
 
-        noisy and masked_latent: scaled, (B, 4, s, s); mask: (B, 1, s, s); text (B, 77, D); semantic (B, M, D) or None.
+        noisy: scaled, (B, 4, s, s); masked_latent: of ``surroundings``; mask: (B, 1, s, s); text (B, 77, D); semantic
+        (B, M, D) or None.
         """
         return self.denoise(noisy, t, mask, masked_latent, self.conditioning(mask, text, semantic))
 
@@ -132,7 +148,7 @@ class MedSoftModel(nn.Module):
         return self.unet(self._unet_input(noisy, mask, masked_latent), t, cond, with_middle=True)
 
     def _unet_input(self, noisy: Tensor, mask: Tensor, masked_latent: Tensor) -> Tensor:
-        """(B, 9, s, s), its channels in the order of Stable Diffusion inpainting."""
+        """(B, 9, s, s), its channels in the order of Stable Diffusion inpainting; with a thumbnail (B, 13, s, s)."""
         channel = mask if self.architecture.unet.soft_mask_channel else hidden_region(mask).to(mask.dtype)
         return torch.cat([noisy, channel, masked_latent], dim=1)
 

@@ -42,6 +42,21 @@ def upsample(channels: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(doubled=doubled, conv=conv))
 
 
+class StemWithThumbnail(nn.Conv2d):
+    """The first convolution, and a second one, zero at first, of what is given beside its own channels."""
+
+    def __init__(self, channels: int, out_channels: int, more: int) -> None:
+        super().__init__(channels, out_channels, 3, padding=1)
+        self.thumbnail = nn.Conv2d(more, out_channels, 3, padding=1)
+        nn.init.zeros_(self.thumbnail.weight)
+        assert self.thumbnail.bias is not None
+        nn.init.zeros_(self.thumbnail.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels + more, H, W) -> (B, C_out, H, W)."""
+        return super().forward(x[:, : self.in_channels]) + self.thumbnail(x[:, self.in_channels :])
+
+
 class UNetBlock(nn.Sequential):
     """A row of layers, each called with what it needs: (x), (x, emb) or (x, conditioning)."""
 
@@ -60,7 +75,8 @@ class UNetBlock(nn.Sequential):
 class UNet(nn.Module):
     """Predicts the noise in a latent.
 
-    Call with ``x`` (B, 9, h, w) = [noisy latent, mask, masked-image latent], integer ``timesteps`` (B,), or (1,) for
+    Call with ``x`` (B, 9, h, w) = [noisy latent, mask, masked-image latent] (with ``unet.thumbnail`` (B, 13, h, w): and
+    the latent of the whole image, its lesion hidden), integer ``timesteps`` (B,), or (1,) for
     all, and a Conditioning of B rows; returns (B, 4, h, w). h and w must be divisible by 2 ** (levels - 1).
 
     With ``timesteps`` (1,) the Conditioning may have k B rows: k conditions for each image, of which the layers
@@ -83,7 +99,12 @@ class UNet(nn.Module):
             return made
 
         channels = cfg.model_channels
-        self.input_blocks = nn.ModuleList([UNetBlock(nn.Conv2d(cfg.in_channels, channels, 3, padding=1))])
+        stem = (
+            StemWithThumbnail(cfg.in_channels, channels, cfg.out_channels)
+            if cfg.thumbnail
+            else nn.Conv2d(cfg.in_channels, channels, 3, padding=1)
+        )
+        self.input_blocks = nn.ModuleList([UNetBlock(stem)])
         skips = [channels]
         for level, width in enumerate(widths):
             for _ in range(cfg.num_res_blocks):
@@ -136,7 +157,7 @@ class UNet(nn.Module):
     def forward(
         self, x: Tensor, timesteps: Tensor, cond: Conditioning, with_middle: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x (B, 9, h, w), timesteps (B,) or (1,) -> predicted noise (B, 4, h, w); see the class.
+        """x (B, 9 or 13, h, w), timesteps (B,) or (1,) -> predicted noise (B, 4, h, w); see the class.
 
         ``with_middle``: and the features that leave the middle block, (B, C, h / k, w / k) with k = 2 ** (levels - 1).
         """

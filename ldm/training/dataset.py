@@ -199,7 +199,7 @@ class Batch(TypedDict, total=False):
     text: Tensor  # (B, 77, D_text) states of the text encoder
     latent_mean: Tensor  # (B, 4, s, s) moments of the unscaled latent
     latent_logvar: Tensor
-    masked_latent: Tensor  # (B, 4, s, s) scaled mode of the masked image's latent
+    masked_latent: Tensor  # (B, 4, s, s) scaled mode of the masked image's latent; see MedSoftModel.surroundings
     posterior_noise: Tensor  # (B, 4, s, s)
     noise: Tensor  # (B, 4, s, s)
     t: Tensor  # (B,) time step as a share of the schedule, [0, 1)

@@ -198,14 +198,16 @@ def fake_stage(architecture: Architecture, training: TrainingConfig, half: bool)
 
 def fake_batch(sizes: Architecture, batch: int) -> Batch:
     """Features of ``batch`` items, of the right shapes; random."""
-    latent = (batch, sizes.autoencoder.latent_channels, sizes.latent_size, sizes.latent_size)
+    channels, side = sizes.autoencoder.latent_channels, sizes.latent_size
+    latent = batch, channels, side, side
     inputs = input_shapes(sizes.biomedclip, batch, sizes.image_size)
     shapes = {
         **inputs,
         "target_tokens": inputs["context_tokens"],
         "target_global": inputs["context_global"],
         "text": (batch, sizes.text_encoder.max_length, sizes.text_encoder.width),
-        **dict.fromkeys(("latent_mean", "latent_logvar", "masked_latent", "posterior_noise", "noise"), latent),
+        **dict.fromkeys(("latent_mean", "latent_logvar", "posterior_noise", "noise"), latent),
+        "masked_latent": (batch, channels * (2 if sizes.unet.thumbnail else 1), side, side),
         **dict.fromkeys(("t", "coin"), (batch,)),
     }
     # A cast, since whatever else the controller reads is one more entry.

@@ -69,11 +69,11 @@ class Previews:
         mask, masked = net.latent_mask(batch["mask"]), batch["masked_latent"]
         semantic = semantic_tokens_of(net, batch, self.stage.training_config.inside)
         original = net.scaled(batch["latent_mean"])  # the posterior's mode
-        noise = torch.stack([image_noise(*name, tuple(masked.shape[1:])) for name in names]).to(device)
+        noise = torch.stack([image_noise(*name, tuple(original.shape[1:])) for name in names]).to(device)
         latent = sample_latent(
             *(net, self.sampling, noise, mask, masked, original),
             guidance_conditions(net, mask, batch["text"], self.stage.empty_text, semantic),
             lambda index: step_noise(index, names, noise),
         )
-        columns = [net.decode(value) for value in (original, masked, latent)]
+        columns = [net.decode(value) for value in (original, masked[:, : original.shape[1]], latent)]
         return rearrange(torch.stack(columns).float(), "k b c h w -> (b h) (k w) c")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ldm.checkpoints.checkpoint import NEW_IN_UNET
+from ldm.checkpoints.checkpoint import NEW_IN_UNET, THUMBNAIL
 from ldm.config import TrainingConfig
 from ldm.core.devices import kernel_layout
 from ldm.core.errors import UsageError
@@ -34,7 +34,7 @@ def group_of(key: str, training: TrainingConfig) -> str | None:
     if key.startswith(f"{ALIGNMENT}."):
         return "attn3" if "attn3" in training.rates else "unet"
     if key.startswith("model.diffusion_model."):
-        return "attn3" if NEW_IN_UNET.match(key) else "unet"
+        return "attn3" if NEW_IN_UNET.match(key) and not key.startswith(THUMBNAIL) else "unet"
     return None
 
 

@@ -1,6 +1,8 @@
 """Options of a stage: validation that sees lesions, the MSC's own loss, frozen groups."""
 
 import csv
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from ldm.data.preparation import prepare, whole_pictures
 from ldm.features.build import MASK_SEED, FeatureBuilder
 from ldm.features.known import KnownFiles
 from ldm.features.names import training_items
-from ldm.inference.inpainter import Inpainter
+from ldm.inference.inpainter import Inpainter, Job
 from ldm.networks.biomedclip import BiomedClip
 from ldm.networks.model import MedSoftModel
 from ldm.networks.opening import open_model
+from ldm.networks.sampling import latent_of
 from ldm.training.dataset import Batch
 from ldm.training.estimates import stage_disk, stage_memory
 from ldm.training.loop import Training
@@ -218,6 +221,45 @@ def test_a_third_attention_that_reads_a_learned_table(world: Path, tmp_path: Pat
     assert len(metas(tmp_path / "r")) == 1
     with pytest.raises(MedSoftError, match=r"does not fit this configuration: .*left over \(.*attn3_table"):
         infer(tmp_path / "s" / "last.ckpt", tmp_path / "other", *drawn)
+
+
+def test_a_unet_with_a_thumbnail_of_the_whole_image(world: Path, tmp_path: Path) -> None:
+    """Converted with a new convolution that says nothing, trained, drawn with; it sees what the crop does not show."""
+    thumbnail, base, last = "unet.thumbnail=true", tmp_path / "base.ckpt", tmp_path / "s" / "last.ckpt"
+    assert convert(SD, base, thumbnail) == 0
+    assert train("no_msc", base, last.parent, world, thumbnail, family="../configs/study/phantom", pictures=1) == 0
+    before, after = tensors(base), tensors(last)
+    new = [key for key in after if ".thumbnail." in key]
+    assert {before[key].shape for key in new} == {(64, 4, 3, 3), (64,)}
+    assert not any(before[key].any() for key in new)
+    assert set(new) <= changed(before, after)
+    drawn = ("--train_json", world / TRAIN, "--limit", 1)
+    assert infer(last, tmp_path / "r", *drawn, thumbnail) == 0
+    assert len(metas(tmp_path / "r")) == 1
+    with pytest.raises(MedSoftError, match=r"does not fit this configuration: .*left over \(.*thumbnail"):
+        infer(last, tmp_path / "other", *drawn)
+
+    config = load_config(MODELS / "phantom.yaml", [thumbnail, f"biomedclip.path={CLIP}"])
+    net, clip = open_model(config, read_checkpoint(last))
+    items, _ = training_items([each for each in load_samples(world / VAL)[0] if not each.healthy], config.data)
+    digests = KnownFiles().read(item.sample for item in items)
+    builder = FeatureBuilder(world / "features", config.data, net, clip, digests)
+    assert not builder.build(items[:1])
+    prepared = prepare(items[0].sample, config.data, MASK_SEED, items[0].variant, training=True)
+    inpainter = Inpainter(net, clip, config.sampling)
+    stored = builder.store.load(items[0])["masked_latent"]
+    assert stored.shape == (8, 16, 16)
+    inpainter, jobs = Inpainter(net, clip, config.sampling), [Job(0, "p", 0, items[0].sample.prompt)]
+    whole = whole_pictures([prepared], inpainter.device)
+    encode = partial(latent_of, net, dtype=torch.float32)
+    with torch.inference_mode():
+        seen = net.surroundings(encode, prepared.image[None], prepared.mask[None], whole)[0]
+    torch.testing.assert_close(stored.float(), seen, atol=5e-3, rtol=0)  # float16 there
+    around = replace(prepared, original=prepared.original[::-1].copy())  # the crop is as it was
+    one, two = (inpainter.inpaint([each], jobs)[0].generated for each in (prepared, around))
+    assert one is not None
+    assert two is not None
+    assert not np.array_equal(one[prepared.soft > 0], two[prepared.soft > 0])
 
 
 def test_previews_begin_with_noise_and_say_so(
