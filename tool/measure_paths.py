@@ -11,9 +11,10 @@ of one prompt (both), by the text alone (tokens zero), by the tokens alone (empt
 prompt and the tokens of another, of a different type. The judge (a saved classifier that knows lesion types) says how
 often a lesion is seen, and how often its type is that of the prompt and that of the other one.
 
-redrawn: the diseased samples' lesions are drawn anew in their own masks, by what the MSC predicts (both) and by the
-tokens of the image with its lesion (true_tokens); the judge reads these and the lesions themselves. Where true tokens
-draw no better, it is not the MSC that limits the drawings.
+redrawn: the diseased samples' lesions are drawn anew in their own masks, by what the MSC predicts (both), by a prompt
+of another type, which then is the other one (swapped), and by the tokens of the image with its lesion (true_tokens);
+the judge reads these and the lesions themselves. Where a swapped prompt is still drawn as the mask's type, the form of
+the mask has become a part of the prompt; where true tokens draw no better, it is not the MSC that limits the drawings.
 
 held_out: on the diseased samples, the cosine of the predicted tokens to those of the image with its lesion, inside the
 mask, beside that of the mean token of the other samples of the type; and the diffusion loss inside the mask with the

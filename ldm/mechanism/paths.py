@@ -36,7 +36,7 @@ from ldm.networks.opening import open_model
 log = logging.getLogger("measure_paths")
 
 PATHS = ("both", "text", "tokens", "crossed")  # what draws: see tool/measure_paths.py
-REDRAWN = ("both", "true_tokens")  # what draws held-out lesions again
+REDRAWN = ("both", "swapped", "true_tokens")  # what draws held-out lesions again
 TIMES = (0.25, 0.5, 0.75)  # shares of the noise schedule at which losses are measured
 
 
@@ -151,8 +151,10 @@ def _batches(cases: Sequence[Case], size: int) -> list[Sequence[Case]]:
 
 
 class PathInpainter(Inpainter):
-    """Draws with ``path``, one of PATHS or REDRAWN; ``others``: the prompts of a batch whose tokens are taken when
-    crossed."""
+    """Draws with ``path``, one of PATHS or REDRAWN.
+
+    ``others``: a batch's prompts of other types, whose tokens are taken when crossed, and which are taken when swapped.
+    """
 
     path = "both"
     others: list[str]
@@ -161,6 +163,8 @@ class PathInpainter(Inpainter):
         self, image: Tensor, soft_mask: Tensor, prompts: list[str], whole: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """As that of ``Inpainter``, with the text or the tokens of ``path``."""
+        if self.path == "swapped":
+            return super().condition(image, soft_mask, self.others, whole)
         text, semantic = super().condition(image, soft_mask, prompts, whole)
         if self.path == "text":
             semantic = torch.zeros_like(semantic)
@@ -193,10 +197,11 @@ def _redrawn(
 ) -> dict[str, dict[str, float]]:
     """The held-out lesions themselves, and drawn anew in their own masks by each of REDRAWN.
 
+    Swapped, the prompt is one of another type, and the mask is not its own: does the sentence rule, or the mask's form?
     With true tokens nothing is lost by the MSC: what is then still wrong is the U-Net's doing, or that of tokens which
     do not tell types apart.
     """
-    paths = REDRAWN if "msc" in inpainter.net.parts else REDRAWN[:1]  # a learned table hears no tokens
+    paths = [path for path in REDRAWN if path != "true_tokens" or "msc" in inpainter.net.parts]  # a table hears none
     drawn = {path: _drawn(inpainter, path, cases, seed) for path in paths}
     drawn["themselves"] = [case.prepared.original for case in cases]
     return {name: _judged(judge, cases, pixels) for name, pixels in drawn.items()}

@@ -69,13 +69,14 @@ def test_cosine_of_the_tokens_by_hand(final: Path, world: Path, judge: Path, tmp
     assert held_out["cosine"]["mean"] == pytest.approx(np.mean(values), abs=1e-4)
 
 
-def test_true_tokens_are_those_of_the_image_with_its_lesion(final: Path, world: Path) -> None:
+def test_what_redraws_a_lesion(final: Path, world: Path) -> None:
     config = load_config(PHANTOM, [f"biomedclip.path={CLIP}"])
     net, clip = open_model(config, read_checkpoint(final))
     sample = next(each for each in load_samples(world / "data")[0] if not each.healthy)
     prepared = prepare(sample, config.data, 0, 0)
     image, mask = prepared.image[None], prepared.mask[None]
     inpainter = PathInpainter(net, clip, config.sampling)
+    inpainter.others = ["osteolytic lesion of L1" if "blastic" in sample.prompt else "osteoblastic lesion of L1"]
     given = {}
     with torch.no_grad():
         for inpainter.path in REDRAWN:
@@ -87,6 +88,11 @@ def test_true_tokens_are_those_of_the_image_with_its_lesion(final: Path, world: 
     assert torch.allclose(given["true_tokens"][1][0], expected, atol=1e-5)
     assert not torch.allclose(given["both"][1][0], expected, atol=1e-2)
     assert torch.equal(given["both"][0], given["true_tokens"][0])
+    with torch.no_grad():
+        inpainter.path = "both"
+        other = inpainter.condition(image, mask, inpainter.others)
+    assert all(torch.equal(one, two) for one, two in zip(given["swapped"], other, strict=True))
+    assert not torch.allclose(given["swapped"][0], given["both"][0])
 
 
 def test_a_lesion_has_no_part_in_the_mean_of_its_type_that_it_is_compared_with() -> None:
