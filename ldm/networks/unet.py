@@ -75,9 +75,9 @@ class UNetBlock(nn.Sequential):
 class UNet(nn.Module):
     """Predicts the noise in a latent.
 
-    Call with ``x`` (B, 9, h, w) = [noisy latent, mask, masked-image latent] (with ``unet.thumbnail`` (B, 13, h, w): and
-    the latent of the whole image, its lesion hidden), integer ``timesteps`` (B,), or (1,) for
-    all, and a Conditioning of B rows; returns (B, 4, h, w). h and w must be divisible by 2 ** (levels - 1).
+    Call with ``x`` (B, 9, h, w) = [noisy latent, mask, masked-image latent], integer ``timesteps`` (B,), or (1,) for
+    all, and a Conditioning of B rows; returns (B, 4, h, w). h and w must be divisible by 2 ** (levels - 1). With
+    ``unet.thumbnail`` x is (B, 13, h, w): the latent of the whole image, its lesion hidden, comes last.
 
     With ``timesteps`` (1,) the Conditioning may have k B rows: k conditions for each image, of which the layers
     before the first one that reads them are computed once. Returns (k B, 4, h, w).
