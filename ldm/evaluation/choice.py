@@ -75,17 +75,11 @@ def choose_results(
         lesions, more = read_lesions(asked, data, encoder, output_dir, "results")
         content.check(content.known)
         rejects += more
-        if not lesions:
-            raise MedSoftError(f"{results}: no diseased sample with a lesion_type and a mask that can be read")
-        rows = score(lesions, encoder)
-        kept = keep([row["margin"] for row in rows], [str(row["parent_id"]) for row in rows], best, least)
-        if not kept.any():
-            highest = max(row["margin"] for row in rows)
-            raise MedSoftError(f"{results}: no margin is at least {least:g} (the highest: {highest:.3f})")
+        rows = judged(results, lesions, encoder, best, least)
+        chosen = [lesion.sample for lesion, row in zip(lesions, rows, strict=True) if row["kept"]]
         folder.claim()
-        write_csv(output_dir / "scores.csv", [row | {"kept": bool(each)} for row, each in zip(rows, kept, strict=True)])
+        write_csv(output_dir / "scores.csv", rows)
         write_rejects(output_dir / "rejects.json", rejects)
-        chosen = [lesion.sample for lesion, each in zip(lesions, kept, strict=True) if each]
         write_annotations(output_dir / "kept.json", chosen)
         counts = {"scored": len(lesions), "kept": len(chosen), "without_type": len(samples) - len(asked)}
         folder.finish(**counts, **({"review": reviewed} if reviewed else {}), rejected=len(rejects))
@@ -96,6 +90,20 @@ def choose_results(
 def kind_of(sample: Sample) -> str:
     """The lesion type in lower case; "" where it is not known."""
     return (sample.lesion_type or "").strip().lower()
+
+
+def judged(
+    results: Path, lesions: Sequence[Lesion], encoder: ImageTextEncoder, best: int | None, least: float | None
+) -> list[dict]:
+    """The rows of ``score``, each with whether its result is ``kept``; MedSoftError where none is."""
+    if not lesions:
+        raise MedSoftError(f"{results}: no diseased sample with a lesion_type and a mask that can be read")
+    rows = score(lesions, encoder)
+    margins = [row["margin"] for row in rows]
+    kept = keep(margins, [str(row["parent_id"]) for row in rows], best, least)
+    if not kept.any():
+        raise MedSoftError(f"{results}: no margin is at least {least:g} (the highest: {max(margins):.3f})")
+    return [row | {"kept": bool(each)} for row, each in zip(rows, kept, strict=True)]
 
 
 def score(lesions: Sequence[Lesion], encoder: ImageTextEncoder) -> list[dict]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from ldm.config import load_config
@@ -258,61 +259,76 @@ def classifiers(facts: Facts) -> dict[str, dict[str, Any]]:
     return {name: values | arm | {"output_dir": str(facts.work / f"classifier_{name}")} for name, arm in arms.items()}
 
 
-def study_text(facts: Facts) -> str:
-    """Several splits by patient; repeating, pasting, drawing and both together."""
-    work = facts.work / "study"
-    splits = [work / f"split_{seed}" for seed in range(WORLDS)]
-    worlds = {
-        split.name: {f"{part}_json": path for part, path in facts.parts(split.with_suffix(".json")).items()}
-        for split in splits
-    }
-    prepare = "\n".join(
-        step(split.name, Path(f"{split}_train.json"), *facts.prepare(split.with_suffix(".json")), "--seed", seed)
-        for seed, split in enumerate(splits)
-    )
-    drawing = shlex.join(["--seed", "0", *facts.drawing])
-    hybrid = f"{drawing} --init paste --strength 0.5 --steps 8 --step_spacing trailing"
-    paste = f"python tool/copy_paste.py --train_json {{train_json}} --output_dir {{pictures}} {drawing}"
-    chain = "\n".join(
-        f"      - {json.dumps(stage if stage == 'merge' else facts.stage(stage))}"
-        for stage in (*STAGES[:2], "merge", *STAGES[2:])
-    )
-    shared = "most of them and the whole test set" if facts.test else "most of them"
-    names = "\n".join(f"  {name}: {json.dumps(files, ensure_ascii=False)}" for name, files in worlds.items())
-    return f"""# Do drawn lesions help here, and more than lesions that are pasted? Every key: docs/evaluation.md.
+STUDY = Template(
+    """\
+# Do drawn lesions help here, and more than lesions that are pasted? Every key: docs/evaluation.md.
 #   python tool/study.py THIS_FILE
-# {facts.said}.
-# A world is one split of the same patients: the splits share {shared}, so the intervals over worlds are
+# $said.
+# A world is one split of the same patients: the splits share $shared, so the intervals over worlds are
 # narrower than those over hospitals would be. Patients of another hospital as a world of their own say more.
 # Each split trains the four stages anew; one split for a first look: --worlds split_0
-name: {json.dumps(facts.data.name)}
-output_dir: {json.dumps(str(work))}
+name: $name
+output_dir: $output_dir
 steps:
-{prepare}
+$splits
 worlds:
-{names}
+$worlds
 seeds: [0, 1, 2]  # of the classifiers; their mean stands for a world
 
-checkpoint: {json.dumps(facts.ckpt)}
-model: {json.dumps(facts.model)}
-draw: {json.dumps(drawing)}
+checkpoint: $checkpoint
+model: $model
+draw: $draw
 generators:
   ours:
     stages:
-{chain}
-  hybrid: {{from: ours, draw: {json.dumps(hybrid)}}}  # a pasted lesion, finished by the model
-  paste: {{run: {json.dumps(paste)}}}  # no network
+$stages
+  hybrid: {from: ours, draw: $draw_hybrid}  # a pasted lesion, finished by the model
+  paste: {run: $paste}  # no network
 
-classifier: {json.dumps(str(_json(facts, "real")))}
-set: [steps={facts.steps}]
+classifier: $classifier
+set: [steps=$steps]
 arms:  # a ratio is added images per real diseased one; every arm trains for the same number of steps
-  real: {{}}
-  duplicated: {{use: duplicate_real, ratios: [{RATIO}]}}
-  paste: {{use: mix, generator: paste, ratios: [{RATIO}]}}
-  ours: {{use: mix, generator: ours, ratios: [{RATIO}]}}
-  hybrid: {{use: mix, generator: hybrid, ratios: [{RATIO}]}}
-compare: {{baseline: real, control: duplicated, main: ours, ratio: {RATIO}}}
+  real: {}
+  duplicated: {use: duplicate_real, ratios: [$ratio]}
+  paste: {use: mix, generator: paste, ratios: [$ratio]}
+  ours: {use: mix, generator: ours, ratios: [$ratio]}
+  hybrid: {use: mix, generator: hybrid, ratios: [$ratio]}
+compare: {baseline: real, control: duplicated, main: ours, ratio: $ratio}
 """
+)
+
+
+def study_text(facts: Facts) -> str:
+    """Several splits by patient; repeating, pasting, drawing and both together."""
+    work, drawing = facts.work / "study", shlex.join(["--seed", "0", *facts.drawing])
+    splits, worlds = [], []
+    for seed in range(WORLDS):
+        split = work / f"split_{seed}.json"
+        train = split.with_name(f"{split.stem}_train.json")
+        splits.append(step(split.stem, train, *facts.prepare(split), "--seed", seed))
+        files = {f"{part}_json": path for part, path in facts.parts(split).items()}
+        worlds.append(f"  {split.stem}: {json.dumps(files, ensure_ascii=False)}")
+    chain = ["merge" if name == "merge" else facts.stage(name) for name in (*STAGES[:2], "merge", *STAGES[2:])]
+    texts = {
+        "name": facts.data.name,
+        "output_dir": str(work),
+        "checkpoint": facts.ckpt,
+        "model": facts.model,
+        "draw": drawing,
+        "draw_hybrid": f"{drawing} --init paste --strength 0.5 --steps 8 --step_spacing trailing",
+        "paste": f"python tool/copy_paste.py --train_json {{train_json}} --output_dir {{pictures}} {drawing}",
+        "classifier": str(_json(facts, "real")),
+    }
+    return STUDY.substitute(
+        {name: json.dumps(text) for name, text in texts.items()},
+        said=facts.said,
+        shared="most of them and the whole test set" if facts.test else "most of them",
+        splits="\n".join(splits),
+        worlds="\n".join(worlds),
+        stages="\n".join(f"      - {json.dumps(stage)}" for stage in chain),
+        steps=facts.steps,
+        ratio=RATIO,
+    )
 
 
 def readme(facts: Facts, rejected: int) -> str:
