@@ -176,7 +176,7 @@ def summary(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         row["parameters"] += value.numel()
         row["bytes"] += value.numel() * value.element_size()
         row["dtypes"] = sorted({*row["dtypes"], str(value.dtype).removeprefix("torch.")})
-    order = [NAMES["unet"], "third attention", NAMES["autoencoder"], NAMES["text"], NAMES["msc"], "other"]
+    order = [NAMES["unet"], "third attention", "thumbnail", NAMES["autoencoder"], NAMES["text"], NAMES["msc"], "other"]
     return {name: rows[name] for name in order if name in rows}
 
 

@@ -129,9 +129,9 @@ def new_parameters(architecture: Architecture, seed: int) -> dict[str, Tensor]:
     # torch takes 32 bits of a seed: other ones are mixed, so that two seeds do not give the same weights.
     torch.manual_seed(seed if 0 <= seed < 2**32 else named_seed("new parameters", seed))
     with torch.device("meta"):
-        unet = UNet(architecture.unet)
-    blocks = {name: block for name, block in unet.named_modules() if isinstance(block, TransformerBlock)}
-    shapes = {PREFIXES["unet"] + name: value.shape for name, value in unet.named_parameters()}
+        blocks = {
+            n: block for n, block in UNet(architecture.unet).named_modules() if isinstance(block, TransformerBlock)
+        }
     made: dict[str, Tensor] = {}
     for name, block in blocks.items():
         dim = block.norm4.normalized_shape[0]
@@ -142,7 +142,9 @@ def new_parameters(architecture: Architecture, seed: int) -> dict[str, Tensor]:
     if architecture.unet.third_attention == "table":
         size = architecture.pooled_tokens, architecture.unet.semantic_dim
         made[PREFIXES["unet"] + "attn3_table"] = torch.randn(size)
-    made |= {key: torch.zeros(shape) for key, shape in shapes.items() if key.startswith(THUMBNAIL)}
+    if architecture.unet.thumbnail:
+        convolution = torch.nn.Conv2d(architecture.unet.out_channels, architecture.unet.model_channels, 3)
+        made |= convolution.state_dict(prefix=THUMBNAIL)
     return made
 
 

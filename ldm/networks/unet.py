@@ -43,14 +43,14 @@ def upsample(channels: int) -> nn.Sequential:
 
 
 class StemWithThumbnail(nn.Conv2d):
-    """The first convolution, and a second one, zero at first, of what is given beside its own channels."""
+    """The first convolution, and a second one of what is given beside its own channels.
+
+    The second one begins as any new layer does: zero, it would hardly be heard after a few hundred steps.
+    """
 
     def __init__(self, channels: int, out_channels: int, more: int) -> None:
         super().__init__(channels, out_channels, 3, padding=1)
         self.thumbnail = nn.Conv2d(more, out_channels, 3, padding=1)
-        nn.init.zeros_(self.thumbnail.weight)
-        assert self.thumbnail.bias is not None
-        nn.init.zeros_(self.thumbnail.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, channels + more, H, W) -> (B, C_out, H, W)."""
