@@ -201,6 +201,17 @@ def test_the_committed_rows_give_the_documented_looks(tmp_path: Path) -> None:
         assert f"{each.mean:+.3f} ({each.low:+.3f} to {each.high:+.3f})" in said
 
 
+def test_the_committed_rows_give_the_documented_ablations(tmp_path: Path) -> None:
+    """What docs/evaluation.md says of the drawings of two changes of training."""
+    found = committed("configs/study_ablations.yaml", tmp_path, ["study_ablations_drawings.csv"]).drawings
+    said = " ".join((tiny.ROOT / "docs/evaluation.md").read_text().split())
+    for name in ("checked", "best_of_4", "healthy_carry", "msc_kept"):
+        each = found.difference(name, "ours", "agreement")
+        assert each
+        assert each.worlds == 4
+        assert f"{each.mean:+.3f} ({each.low:+.3f} to {each.high:+.3f})" in said
+
+
 def test_worlds_of_other_machines_are_not_run_here(write_study, tmp_path: Path, capsys, monkeypatch) -> None:
     other, path = write_study("other"), write_study("here")
     finish(other, "world_3")
