@@ -1,9 +1,10 @@
-"""Draw a paper's figures from the finished classifiers of one study or several: learning curve, arms, kinds of lesions.
+"""Draw a paper's figures from one study or several: learning curve, arms, kinds of lesions, drawings side by side.
 
     python tool/study_figures.py configs/study_controls.yaml configs/study_few.yaml --output_dir figures
 
 Into --output_dir: learning_curve (test AUC by the number of real lesions, a point a study), arms_NAME (what each arm
-changes against the control), both as PNG and SVG, kinds_NAME.csv (AUC by kind and severity), figures.md (all together).
+changes against the control), both as PNG and SVG, kinds_NAME.csv (AUC by kind and severity), drawings_NAME.png (the
+same healthy images after each generator, of a world that was computed here), figures.md (all together).
 """
 
 import argparse

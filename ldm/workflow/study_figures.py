@@ -9,7 +9,8 @@ from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_text
 from ldm.core.tables import counted, markdown_table, write_csv
 from ldm.reports.figures import write_figure
-from ldm.workflow.study_design import load_design, plan_groups
+from ldm.workflow.study_design import Design, load_design, plan_groups
+from ldm.workflow.study_drawings import drawings_figure
 from ldm.workflow.study_report import mean_with_bounds, reach
 from ldm.workflow.study_results import Interval, Study, Treatment, interval
 from ldm.workflow.study_run import read_study
@@ -22,12 +23,13 @@ COLOURS, STYLES = 10, ("-", "--", ":")  # as many lines differ by colour alone, 
 
 
 def write_figures(paths: Sequence[Path], folder: Path) -> int:
-    """Learning curve, arms and kinds of these studies' finished cells in ``folder``, and a page that shows them.
+    """Learning curve, arms, kinds and drawings of these studies in ``folder``, and a page that shows them.
 
-    ``learning_curve`` and, for each study, ``arms_NAME`` as PNG and SVG; ``kinds_NAME.csv``; ``figures.md``. NAME is
-    that of the study's output folder. UsageError for a faulty study or two of one name, MedSoftError without cells.
+    ``learning_curve`` and, for each study, ``arms_NAME`` as PNG and SVG; ``kinds_NAME.csv``; ``drawings_NAME.png``
+    where two generators have drawn here on the same images; ``figures.md``. NAME is that of the study's output folder.
+    UsageError for a faulty study or two of one name, MedSoftError without cells.
     """
-    studies: dict[str, Study] = {}
+    studies, designs = dict[str, Study](), dict[str, Design]()
     for path in paths:
         design = load_design(path)
         if design.keys.compare is None:
@@ -35,7 +37,7 @@ def write_figures(paths: Sequence[Path], folder: Path) -> int:
         name = Path(design.keys.output_dir).name
         if name in studies:
             raise UsageError(f"{path}: {name} is the name of another study's output folder, too")
-        studies[name] = read_study(design, list(plan_groups(design)))[0]
+        designs[name], studies[name] = design, read_study(design, list(plan_groups(design)))[0]
         if not studies[name].cells:
             raise MedSoftError(f"{path}: no cell of it is finished; run the study first")
     parts = ["# Figures", "![by number of real lesions](learning_curve.png)"]
@@ -47,6 +49,9 @@ def write_figures(paths: Sequence[Path], folder: Path) -> int:
         if rows := kind_rows(study):
             write_csv(folder / f"kinds_{name}.csv", rows)
             parts.append(kind_table(study))
+        if (drawings := drawings_figure(designs[name])) is not None:
+            write_figure(folder / f"drawings_{name}.png", drawings)
+            parts.append(f"![drawings of {name}](drawings_{name}.png)")
     write_text(folder / "figures.md", "\n\n".join(parts) + "\n")
     cells = sum(len(each.cells) for each in studies.values())
     print(f"{folder / 'figures.md'}: {counted(len(studies), 'study', 'studies')}, {counted(cells, 'cell')}")

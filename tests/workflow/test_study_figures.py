@@ -3,16 +3,17 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import studies
 import tiny
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_json
-from ldm.workflow import study_design
+from ldm.workflow import study_design, study_drawings
 from tool import study_figures
 
-LIFT = {"real": 0.0, "duplicated": 0.02, "augmented": 0.01}
+LIFT = {"real": 0.0, "duplicated": 0.02, "augmented": 0.01, "paste": 0.03, "poisson": 0.03, "oracle": 0.04}
 
 
 def finished(folder: Path, name: str, lesions: int, **changes: object) -> Path:
@@ -60,6 +61,38 @@ def test_a_learning_curve_shows_the_arms_that_have_a_course(tmp_path: Path) -> N
     assert "augmented" not in (out / "learning_curve.svg").read_text()
     assert tiny.call(study_figures, many, "--output_dir", tmp_path / "one") == 0
     assert "augmented" in (tmp_path / "one/learning_curve.svg").read_text()
+
+
+def test_the_same_images_after_each_generator(tmp_path: Path) -> None:
+    """Columns are those who had the same sentences, rows two of each lesion type; nothing is shown of a single one."""
+    words = "python tool/copy_paste.py --train_json {train_json} --output_dir {pictures} --seed 0"
+    twins = "python tool/make_phantoms.py --twins_of {train_json} --output_dir {pictures}"
+    generators = {"paste": {"run": words}, "poisson": {"run": f"{words} --method poisson"}, "oracle": {"run": twins}}
+    drawn = {name: {"use": "mix", "generator": name, "ratios": [1]} for name in generators}
+    phantoms = studies.SMALL["phantoms"] | {"healthy": 20, "diseased": 12}
+    given = {"generators": generators, "arms": studies.SMALL["arms"] | drawn, "phantoms": phantoms}
+    path = finished(tmp_path, "drawn", 8, **given)
+    design = study_design.load_design(path)
+    assert study_drawings.drawings_figure(design) is None
+    world = design.worlds[1]
+    steps = [step for group in study_design.plan_groups(design) if group.world == world for step in group.drawing]
+    for step in [*world.steps, *steps]:
+        studies.run_command(step.run)
+    figure = study_drawings.drawings_figure(design)
+    assert figure is not None
+    assert [each.get_title() for each in figure.axes if each.get_title()] == ["original", "paste", "poisson"]
+    rows = [each.get_ylabel() for each in figure.axes if each.get_ylabel()]
+    assert rows == sorted(rows)
+    assert {rows.count(kind) for kind in rows} <= {1, 2}
+    tiles = np.stack([each.get_images()[0].get_array() for each in figure.axes]).reshape(len(rows), 3, 128, 128)
+    middle, corner = np.s_[:, :, 48:80, 48:80], np.s_[:, :, :8, :8]
+    assert (np.abs(tiles - tiles[:, :1])[corner] == 0).all()  # far from the vertebra nothing changes
+    assert all(np.abs(tiles - tiles[:, :1])[middle].max(axis=(2, 3))[:, 1:].ravel() > 0.02)
+
+    out = tmp_path / "figures"
+    assert tiny.call(study_figures, path, "--output_dir", out) == 0
+    assert (out / "drawings_drawn.png").read_bytes().startswith(b"\x89PNG")
+    assert "![drawings of drawn](drawings_drawn.png)" in (out / "figures.md").read_text()
 
 
 def test_studies_without_cells_or_of_one_name_are_refused(tmp_path: Path) -> None:
