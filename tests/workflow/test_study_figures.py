@@ -10,7 +10,8 @@ import tiny
 
 from ldm.core.errors import MedSoftError, UsageError
 from ldm.core.files import write_json
-from ldm.workflow import study_design, study_drawings
+from ldm.workflow import study_design
+from ldm.workflow.study_figures import drawings_figure
 from tool import study_figures
 
 LIFT = {"real": 0.0, "duplicated": 0.02, "augmented": 0.01, "paste": 0.03, "poisson": 0.03, "oracle": 0.04}
@@ -73,12 +74,12 @@ def test_the_same_images_after_each_generator(tmp_path: Path) -> None:
     given = {"generators": generators, "arms": studies.SMALL["arms"] | drawn, "phantoms": phantoms}
     path = finished(tmp_path, "drawn", 8, **given)
     design = study_design.load_design(path)
-    assert study_drawings.drawings_figure(design) is None
+    assert drawings_figure(design) is None
     world = design.worlds[1]
     steps = [step for group in study_design.plan_groups(design) if group.world == world for step in group.drawing]
     for step in [*world.steps, *steps]:
         studies.run_command(step.run)
-    figure = study_drawings.drawings_figure(design)
+    figure = drawings_figure(design)
     assert figure is not None
     assert [each.get_title() for each in figure.axes if each.get_title()] == ["original", "paste", "poisson"]
     rows = [each.get_ylabel() for each in figure.axes if each.get_ylabel()]
