@@ -17,7 +17,7 @@ from ldm.bench.batches import batch_sizes
 from ldm.bench.common import BenchOptions, diffusers_pipeline, measure_alternately, this_machine
 from ldm.config import Architecture, Config, SamplingConfig, load_config
 from ldm.core.devices import peak_memory
-from ldm.core.errors import require
+from ldm.core.errors import UsageError, require
 from ldm.diffusion.guidance import guided_steps
 from ldm.inference.inpainter import DTYPES, compile_networks, for_inference
 from ldm.networks.attention import Conditioning
@@ -59,8 +59,14 @@ def main(options: BenchOptions) -> dict[str, Any]:
 
 
 def configuration(options: BenchOptions) -> Config:
-    """The YAML with the overrides of the command line, in the precision that is measured."""
-    return load_config(options.config, [*options.overrides, f"sampling.precision={options.precision}"])
+    """The YAML with the overrides of the command line, in the precision that is measured.
+
+    UsageError for a U-Net that diffusers does not have.
+    """
+    config = load_config(options.config, [*options.overrides, f"sampling.precision={options.precision}"])
+    if config.unet.thumbnail:
+        raise UsageError("unet.thumbnail: expected false, as diffusers has no U-Net with a thumbnail, found true")
+    return config
 
 
 class Comparisons:

@@ -94,7 +94,8 @@ class Steps:
     @torch.no_grad()
     def _encoded(self) -> dict[str, torch.Tensor]:
         net, prompts = self.stage.net, [PROMPT] * len(self.image)
-        made = compute_features(net, self.clip, self.image, self.batch["mask"])
+        seen = self.image, self.batch["mask"]
+        made = compute_features(net, self.clip, *seen, whole=seen)
         found = {name: value.float() for kind in made.values() for name, value in kind.items()}
         if "msc" in net.parts:
             found["prompt_embedding"] = self.clip.encode_text(prompts).float()

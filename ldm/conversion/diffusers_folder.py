@@ -2,7 +2,7 @@
 
     unet/  vae/  text_encoder/          weights and config.json, as StableDiffusionInpaintPipeline expects them
     tokenizer/  scheduler/  model_index.json
-    medsoft/                            ours: attention.safetensors (attn3, norm4), msc.safetensors, config.json
+    medsoft/                            ours: attention.safetensors (NEW_IN_UNET), msc.safetensors, config.json
 
 Tensors are the checkpoint's own, bit for bit; three projections of the autoencoder's attention change their shape from
 (C, C, 1, 1) to (C, C).

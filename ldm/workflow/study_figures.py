@@ -60,7 +60,12 @@ def write_figures(paths: Sequence[Path], folder: Path) -> int:
         if rows := kind_rows(study):
             write_csv(folder / f"kinds_{name}.csv", rows)
             parts.append(kind_table(study))
-        if (drawings := drawings_figure(designs[name])) is not None:
+        try:
+            drawings = drawings_figure(designs[name])
+        except MedSoftError as error:  # such as data that lie elsewhere by now: the numbers need none
+            drawings = None
+            print(f"warning: no drawings of {name} are shown: {error}")
+        if drawings is not None:
             write_figure(folder / f"drawings_{name}.png", drawings)
             parts.append(f"![drawings of {name}](drawings_{name}.png)")
     write_text(folder / "figures.md", "\n\n".join(parts) + "\n")
@@ -173,9 +178,9 @@ def kind_table(study: Study) -> str:
 def drawings_figure(design: Design) -> "Figure | None":
     """The same healthy images after each generator, of the first world in which two have drawn; None if there is none.
 
-    A row for each of two images a lesion type, subtle ones left out where there are others; ``original``, then a column
-    a generator. Only generators that were given the same sentences are shown, as others have no drawing to compare: an
-    oracle has sentences of its own.
+    A row for each of two images a lesion type, subtle ones last; ``original``, then a column a generator. Only
+    generators that were given the same sentences are shown, as others have no drawing to compare: an oracle has
+    sentences of its own. Nor are those whose drawings are chosen among several. MedSoftError for a faulty data set.
     """
     for world in design.worlds:
         drawn = drawings(design, world)
@@ -190,8 +195,8 @@ def drawings_figure(design: Design) -> "Figure | None":
 def drawings(design: Design, world: World) -> dict[str, Drawn]:
     """By generator, in the order of the YAML, the lesions that lie in its folder."""
     found: dict[str, Drawn] = {}
-    for name in design.keys.generators:
-        for made in filter(None, design.all_made(name)):
+    for name, generator in design.keys.generators.items():
+        for made in filter(None, design.all_made(name) if generator.choose is None else ()):
             folder = ROOT / design.home(world, made) / "pictures"
             if any(folder.glob("*/image.png")):
                 samples, _ = read_samples(folder)
@@ -200,14 +205,18 @@ def drawings(design: Design, world: World) -> dict[str, Drawn]:
 
 
 def comparable(drawn: Mapping[str, Drawn], originals: Mapping[str, Sample]) -> dict[str, Drawn]:
-    """The generators that mostly had the sentences of the first one, and what all of them have drawn by these."""
-    first = {name: each for name, each in next(iter(drawn.values())).items() if each.parent_id in originals}
+    """The most generators that mostly had the same sentences, and what all of them have drawn by these."""
 
-    def same(other: Drawn) -> set[str]:
-        return {name for name, each in first.items() if name in other and other[name].prompt == each.prompt}
+    def same(one: Drawn, other: Drawn) -> set[str]:
+        return {name for name, each in one.items() if name in other and other[name].prompt == each.prompt}
 
-    kept = {name: each for name, each in drawn.items() if 2 * len(same(each)) > len(first)}
-    shared = set(first).intersection(*map(same, kept.values()))
+    groups = [
+        {name: each for name, each in drawn.items() if 2 * len(same(first, each)) > len(first)}
+        for first in drawn.values()
+    ]
+    kept = max(groups, key=len, default={})
+    first = {name: each for name, each in next(iter(kept.values()), {}).items() if each.parent_id in originals}
+    shared = set(first).intersection(*(same(first, each) for each in kept.values()))
     return {name: {each: of[each] for each in sorted(shared)} for name, of in kept.items()} if shared else {}
 
 
@@ -231,7 +240,7 @@ def sheet(drawn: Mapping[str, Drawn], originals: Mapping[str, Sample], names: Se
         place.set_title(title, fontsize=8)
     for row, name in zip(axes, names, strict=True):
         samples = [each[name] for each in drawn.values()]
-        window = square_around_vertebra(samples[0])
+        window = square_around_vertebra(samples)
         for place, sample in zip(row, [originals[samples[0].parent_id or ""], *samples], strict=True):
             place.imshow(tile(sample, window), cmap="gray", vmin=0, vmax=1)
             place.set(xticks=[], yticks=[])
@@ -239,13 +248,11 @@ def sheet(drawn: Mapping[str, Drawn], originals: Mapping[str, Sample], names: Se
     return figure
 
 
-def square_around_vertebra(sample: Sample) -> CropWindow:
-    """A square around the vertebra that ``anatomy.png`` marks, or around the lesion."""
-    assert sample.mask is not None  # a drawn lesion has one
-    mask = read_mask(sample.mask)
-    region = mask.hard
-    if sample.anatomy is not None:
-        vertebra = read_anatomy(sample.anatomy, mask.values.shape) == TARGET_LABEL
+def square_around_vertebra(samples: Sequence[Sample]) -> CropWindow:
+    """A square around the vertebra of an image that ``anatomy.png`` marks, or around all lesions that were drawn."""
+    region = np.any([read_mask(sample.mask).hard for sample in samples if sample.mask is not None], axis=0)
+    if samples[0].anatomy is not None:
+        vertebra = read_anatomy(samples[0].anatomy, region.shape) == TARGET_LABEL
         region = vertebra if vertebra.any() else region
     (top, bottom), (left, right) = extents(region)
     side = round(AROUND * max(bottom - top, right - left))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from ldm.bench import importing, inference
@@ -114,6 +115,13 @@ def test_batch_sizes_that_are_none() -> None:
     flags = ["batches", "--config", str(ROOT / "models" / "phantom_stage1.yaml"), "--sizes", "8,many"]
     with pytest.raises(UsageError, match=r"--sizes 8,many: expected batch sizes with commas"):
         bench.main(bench.build_parser().parse_args(flags))
+
+
+def test_a_unet_that_diffusers_does_not_have() -> None:
+    with pytest.raises(
+        UsageError, match=r"unet\.thumbnail: expected false, as diffusers has no U-Net with a thumbnail"
+    ):
+        tiny.call(bench, "inference", "--config", ROOT / "models" / "phantom.yaml", "unet.thumbnail=true")
 
 
 def test_import_measures_slices_a_second(

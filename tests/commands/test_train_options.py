@@ -246,7 +246,6 @@ def test_a_unet_with_a_thumbnail_of_the_whole_image(world: Path, tmp_path: Path)
     builder = FeatureBuilder(world / "features", config.data, net, clip, digests)
     assert not builder.build(items[:1])
     prepared = prepare(items[0].sample, config.data, MASK_SEED, items[0].variant, training=True)
-    inpainter = Inpainter(net, clip, config.sampling)
     stored = builder.store.load(items[0])["masked_latent"]
     assert stored.shape == (8, 16, 16)
     inpainter, jobs = Inpainter(net, clip, config.sampling), [Job(0, "p", 0, items[0].sample.prompt)]

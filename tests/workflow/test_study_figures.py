@@ -1,6 +1,7 @@
 """tool/study_figures.py on studies whose cells are written by hand."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,15 @@ from ldm.workflow import study_design
 from ldm.workflow.study_figures import drawings_figure
 from tool import study_figures
 
-LIFT = {"real": 0.0, "duplicated": 0.02, "augmented": 0.01, "paste": 0.03, "poisson": 0.03, "oracle": 0.04}
+LIFT = {
+    "real": 0.0,
+    "duplicated": 0.02,
+    "augmented": 0.01,
+    "paste": 0.03,
+    "poisson": 0.03,
+    "oracle": 0.04,
+    "best": 0.03,
+}
 
 
 def finished(folder: Path, name: str, lesions: int, **changes: object) -> Path:
@@ -64,20 +73,30 @@ def test_a_learning_curve_shows_the_arms_that_have_a_course(tmp_path: Path) -> N
     assert "augmented" in (tmp_path / "one/learning_curve.svg").read_text()
 
 
-def test_the_same_images_after_each_generator(tmp_path: Path) -> None:
-    """Columns are those who had the same sentences, rows two of each lesion type; nothing is shown of a single one."""
+def test_the_same_images_after_each_generator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Columns are those who had the same sentences, and whose drawings are not chosen; rows two of each lesion type."""
     words = "python tool/copy_paste.py --train_json {train_json} --output_dir {pictures} --seed 0"
     twins = "python tool/make_phantoms.py --twins_of {train_json} --output_dir {pictures}"
-    generators = {"paste": {"run": words}, "poisson": {"run": f"{words} --method poisson"}, "oracle": {"run": twins}}
+    generators = {
+        "oracle": {"run": twins},
+        "paste": {"run": words},
+        "poisson": {"run": f"{words} --method poisson"},
+        "best": {"run": words, "choose": "--best 1"},
+    }
     drawn = {name: {"use": "mix", "generator": name, "ratios": [1]} for name in generators}
     phantoms = studies.SMALL["phantoms"] | {"healthy": 20, "diseased": 12}
-    given = {"generators": generators, "arms": studies.SMALL["arms"] | drawn, "phantoms": phantoms}
+    given = {
+        "generators": generators,
+        "arms": studies.SMALL["arms"] | drawn,
+        "phantoms": phantoms,
+        "model": "models/phantom.yaml",
+    }
     path = finished(tmp_path, "drawn", 8, **given)
     design = study_design.load_design(path)
     assert drawings_figure(design) is None
     world = design.worlds[1]
     steps = [step for group in study_design.plan_groups(design) if group.world == world for step in group.drawing]
-    for step in [*world.steps, *steps]:
+    for step in [*world.steps, *(each for each in steps if "choose_results" not in each.run)]:
         studies.run_command(step.run)
     figure = drawings_figure(design)
     assert figure is not None
@@ -94,6 +113,10 @@ def test_the_same_images_after_each_generator(tmp_path: Path) -> None:
     assert tiny.call(study_figures, path, "--output_dir", out) == 0
     assert (out / "drawings_drawn.png").read_bytes().startswith(b"\x89PNG")
     assert "![drawings of drawn](drawings_drawn.png)" in (out / "figures.md").read_text()
+    Path(world.train).unlink()
+    assert tiny.call(study_figures, path, "--output_dir", tmp_path / "again") == 0
+    assert re.search(r"warning: no drawings of drawn are shown: .*annotations_train\.json", capsys.readouterr().out)
+    assert not (tmp_path / "again/drawings_drawn.png").exists()
 
 
 def test_studies_without_cells_or_of_one_name_are_refused(tmp_path: Path) -> None:
