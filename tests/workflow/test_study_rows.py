@@ -201,6 +201,19 @@ def test_the_committed_rows_give_the_documented_looks(tmp_path: Path) -> None:
         assert f"{each.mean:+.3f} ({each.low:+.3f} to {each.high:+.3f})" in said
 
 
+def test_the_committed_rows_give_the_documented_hypotheses_of_shape(tmp_path: Path) -> None:
+    path = "configs/study_shape_confirmation.yaml"
+    study, said = committed(path, tmp_path), " ".join((tiny.ROOT / "docs/results.md").read_text().split())
+    found = outcomes(study_design.load_design(tiny.ROOT / path).keys.hypotheses, study, {})
+    assert [each.name for each in found] == ["H4", "H5"]
+    for each in found:
+        assert not each.missing
+        assert each.change
+        assert each.change.worlds == 8
+        assert f"{each.change.mean:+.3f} ({each.change.low:+.3f} to {each.change.high:+.3f})" in said
+    assert [each.adjusted < 0.001 for each in found] == [False, True]
+
+
 def test_the_committed_rows_give_the_documented_ablations(tmp_path: Path) -> None:
     """What docs/evaluation.md says of the drawings of two changes of training."""
     found = committed("configs/study_ablations.yaml", tmp_path, ["study_ablations_drawings.csv"]).drawings
